@@ -22,8 +22,10 @@ from model import LoRALinear, TextClassifier, lora_layers
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model
 # Features of PEFT's LoRA that change the formula; an adapter that uses one is refused, not misread.
-UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
-               "use_bdlora", "arrow_config", "target_parameters")
+UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "layer_replication",
+               "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "target_parameters")
+# Initialisations that change the frozen weights too, so that A and B alone are not the whole of the update.
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
@@ -33,7 +35,7 @@ def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
     function: alpha grows with the rank so that the scaling stays.
 
     Args:
-        classifier: with at least one `LoRALinear`, or with a trained head alone.
+        classifier: with at least one `LoRALinear`.
         folder: existing folder.
         base: name or path of the base model, for whoever loads the adapter.
     """
@@ -64,9 +66,12 @@ def base_of(folder: Path) -> str:
     """Name or path of the base model an adapter was made for.
 
     Raises:
-        UserError: no adapter there.
+        UserError: no adapter there, or one that does not say.
     """
-    return str(read_json(Path(folder) / CONFIG_FILE).get("base_model_name_or_path"))
+    base = read_json(Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{Path(folder) / CONFIG_FILE}: names no base_model_name_or_path; give --model")
+    return base
 
 
 def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[str]:
@@ -86,40 +91,53 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
     used = [key for key in UNSUPPORTED if config.get(key)]
+    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
+        used.append(f"init_lora_weights {config['init_lora_weights']}")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or used:
         raise UserError(f"{folder / CONFIG_FILE}: not a plain LoRA adapter "
                         f"({', '.join(used) or config.get('peft_type') or 'no peft_type'}); expected peft_type LORA")
     state = load_tensors(folder / WEIGHTS_FILE)
     names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
+    if not names:
+        raise UserError(f"{folder / WEIGHTS_FILE}: no LoRA weights in it")
+    try:
+        alphas = {name: float(_pattern(config, "alpha_pattern", name, config["lora_alpha"])) for name in names}
+        dropout = nn.Dropout(float(config.get("lora_dropout") or 0.0)).p
+    except (KeyError, TypeError, ValueError, AttributeError, re.error):
+        raise UserError(f"{folder / CONFIG_FILE}: lora_alpha, alpha_pattern or lora_dropout is missing or not as "
+                        "expected") from None
     modules = dict(net.named_modules())
-    layers = {}
+    pairs = {}
     for name in names:  # everything is checked before anything is changed
         A, B = state.pop(f"{PREFIX}{name}.lora_A.weight"), state.pop(f"{PREFIX}{name}.lora_B.weight", None)
         base = modules.get(name)
         expected = (base.nx, base.nf) if isinstance(base, Conv1D) else \
             (base.in_features, base.out_features) if isinstance(base, nn.Linear) else None
-        if B is None or expected is None or (A.shape[1], B.shape[0], B.shape[1]) != (*expected, A.shape[0]):
+        rank = B.shape[1] if B is not None and B.ndim == 2 else 0
+        if expected is None or rank < 1 or A.shape != (rank, expected[0]) or B.shape != (expected[1], rank):
             raise UserError(f"{folder}: adapter for another base: {name} "
                             f"{'does not exist' if expected is None else 'has another shape'} in this model; "
                             f"it was made for {config.get('base_model_name_or_path')}")
-        layer = LoRALinear(base, A.shape[0], float(_pattern(config, "alpha_pattern", name, config["lora_alpha"])),
-                           float(config.get("lora_dropout", 0.0)), bool(config.get("use_rslora")))
+        pairs[name] = A, B
+    own, inside = net.state_dict(), net.base_model_prefix + "."
+    # Whole modules: the head, and whatever of the backbone somebody trained with PEFT's modules_to_save.
+    whole = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    whole = {key: value for key, value in whole.items() if head or key.startswith(inside)}
+    wrong = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
+    missing = [key for key in own if head and not key.startswith(inside) and key not in whole]
+    if missing:
+        raise UserError(f"{folder / WEIGHTS_FILE}: no classification head for this model ({missing[0]} is missing)")
+    if wrong:
+        raise UserError(f"{folder / WEIGHTS_FILE}: {wrong[0]} does not exist or has another shape in this model")
+    with torch.no_grad():
+        for key, value in whole.items():
+            own[key].copy_(value)
+    net.base_model.requires_grad_(False)
+    for name, (A, B) in pairs.items():
+        layer = LoRALinear(modules[name], A.shape[0], alphas[name], dropout, bool(config.get("use_rslora")))
         with torch.no_grad():
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
-        layers[name] = layer
-    if head:
-        own = net.state_dict()
-        heads = {key.removeprefix(PREFIX): value for key, value in state.items()}
-        wrong = [k for k, v in heads.items() if k not in own or own[k].shape != v.shape]
-        missing = [k for k in own if not k.startswith(net.base_model_prefix + ".") and k not in heads]
-        if wrong or missing:
-            raise UserError(f"{folder / WEIGHTS_FILE}: no classification head for this model ({(wrong or missing)[0]})")
-        with torch.no_grad():
-            for key, value in heads.items():
-                own[key].copy_(value)
-    net.base_model.requires_grad_(False)
-    for name, layer in layers.items():
         net.set_submodule(name, layer)
     return names
 

@@ -9,6 +9,7 @@ each epoch by the seed.
 """
 from __future__ import annotations
 
+import functools
 import random
 import tempfile
 import warnings
@@ -69,10 +70,16 @@ class Batch:
     labels: torch.Tensor  # (B,) int64
     rows: torch.Tensor  # (B,) int64: each sentence's row in its split
     tokens: int  # real tokens, pads not counted
+    kept: torch.Tensor | None = None  # what the frozen part of a classifier makes of it, computed once (frozen.py)
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens)
+        kept = None if self.kept is None else self.kept.to(device, non_blocking=True)
+        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, kept)
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What a model's forward pass takes."""
+        return (self.input_ids, self.attention_mask) + (() if self.kept is None else (self.kept,))
 
 
 # ---------------------------------------------------------------- reading
@@ -147,6 +154,20 @@ def _cola_folder(name: str, folder: Path) -> Task:
     return Task(name, train, splits, {str(path): sha256(path) for path in paths.values()})
 
 
+@functools.cache
+def hub_unreachable() -> bool:
+    """Whether the Hugging Face Hub gives no answer; its cache alone can be read then.
+
+    Asked once a process: left to itself, the library would retry each file for half a minute.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        return get_session().head(constants.ENDPOINT, timeout=5).status_code >= 500
+    except Exception:  # offline by choice, or whatever its HTTP library raises for refused, unknown or timed out
+        return True
+
+
 def _glue_cola() -> Task:
     from datasets import Dataset
     from huggingface_hub import hf_hub_download
@@ -155,7 +176,7 @@ def _glue_cola() -> Task:
     for split in ("train", "validation"):
         file = f"cola/{split}-00000-of-00001.parquet"
         try:
-            path = hf_hub_download(GLUE_REPOSITORY, file, repo_type="dataset")
+            path = hf_hub_download(GLUE_REPOSITORY, file, repo_type="dataset", local_files_only=hub_unreachable())
         except (OSError, ValueError) as error:  # offline and not cached, or no such file
             raise UserError(f"--task cola: {GLUE_REPOSITORY} is not cached and the Hugging Face Hub cannot be reached "
                             f"({type(error).__name__}); give --data DIR with {', '.join(COLA_FILES.values())}") from None

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,9 +29,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 import adapters
 import data_utils
+import frozen
 import train_utils
 from data_utils import Batch, Task
-from files import UserError, make_folder, read_json, sha256, write_file, write_json
+from files import UserError, make_folder, read_json, remove_temporaries, sha256, write_file, write_json
 from model import (DistilRNN, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora, load_classifier,
                    load_config, load_tokenizer, max_length_of, student_config)
 from train_utils import TrainOptions
@@ -53,6 +55,8 @@ class RunOptions:
     train: TrainOptions
     method: str = "lora"  # lora, full, head or none
     lora: LoRAOptions = LoRAOptions()
+    keep: bool = True  # keep what the frozen blocks below the lowest trained one compute
+    keep_memory: float = 2.0  # GiB of it in memory; the rest is memory-mapped
     max_length: int | None = None  # tokens; the model's context if None
     limit: int | None = None  # first rows of each split only
     resume: bool = False
@@ -100,7 +104,8 @@ def choose(model: str | None, task: str | None, data: str | None, notice: Callab
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seeds Python, NumPy and PyTorch."""
+    """Seeds Python, NumPy and PyTorch, and sets the allocator up for training."""
+    train_utils.keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -121,7 +126,7 @@ def provenance(options: dict, task: Task) -> dict:
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"command": "python run.py " + " ".join(sys.argv[1:]), "options": options,
+    return {"command": "python run.py " + shlex.join(sys.argv[1:]), "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": task.files}
 
@@ -162,6 +167,7 @@ def run_folder(options: RunOptions, config: dict):
             if not options.resume:
                 raise UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts anew")
             _same_options(folder, config)
+        remove_temporaries(folder)
         write_json(folder / "config.json", config)
         yield folder
     finally:
@@ -186,6 +192,9 @@ def _same_options(folder: Path, config: dict) -> None:
     for path, digest in config["data_files"].items():
         if before.get("data_files", {}).get(path) != digest:
             raise UserError(f"{folder}: --resume with changed data: {path} is not the file the run began with")
+    for name, digest in config.get("teacher_files", {}).items():
+        if before.get("teacher_files", {}).get(name) != digest:
+            raise UserError(f"{folder}: --resume with a changed teacher: {name} is not the file the run began with")
 
 
 class Recorder:
@@ -319,6 +328,13 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
             validation = train_utils.validate(classifier, dev)
             result = {"best_epoch": 0, "validation": validation, "last_epoch": 0, "last_validation": validation}
         else:
+            prefix = frozen.FrozenPrefix(classifier)
+            if options.keep and prefix.lowest > 0:
+                start, used = time.perf_counter(), 0
+                for split in (batches, *dev.values()):
+                    used = prefix.keep(split, folder, int(options.keep_memory * 2 ** 30), used)
+                say(f"  kept what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
+                    f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
             progress = train_utils.fit(classifier, batches, dev, train_utils.cross_entropy(options.train.label_smoothing),
                                        options.train, folder=folder, resume=options.resume, select=_select(task),
                                        on_epoch=record, stop=stop)
@@ -452,15 +468,20 @@ def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) ->
         start = time.perf_counter()
         with torch.inference_mode():
             for batch in batches:
-                model(batch.input_ids.to(device()), batch.attention_mask.to(device()))
+                model(*batch.to(device()).inputs())
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return rows / best
 
 
-def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path, key: str) -> Tensor:
-    """The teacher's logits (N, labels) on the training split: computed once, kept in a file, reused if `key` fits."""
+def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) -> Tensor:
+    """The teacher's logits (N, labels) on the training split: computed once and kept in a file.
+
+    The file is keyed on the teacher's weights and on the token ids, so that a changed teacher, data
+    set or tokenizer is never answered from it.
+    """
+    key = frozen.weights_digest(teacher) + frozen.batches_digest(batches)
     if path.exists():
         kept = adapters.load_tensors(path)
         if bytes(kept.pop("key").tolist()).decode() == key:
@@ -503,8 +524,7 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
     with run_folder(options, record_config) as folder:
         say(f"distilling {distil_options.teacher} ({teacher_parameters:,} parameters) into a {config.cell.upper()} "
             f"student of {config.parameters():,} ({100 * config.parameters() / teacher_parameters:.1f} %)")
-        key = json.dumps([record_config["teacher_files"], task.files, options.max_length, options.limit, options.model])
-        logits = teacher_logits(teacher, batches, folder / "teacher_logits.safetensors", key).to(device())
+        logits = teacher_logits(teacher, batches, folder / "teacher_logits.safetensors").to(device())
         kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha,
                                       options.train.label_smoothing)
         objectives = {"student": kd, "scratch": train_utils.cross_entropy(options.train.label_smoothing)}
@@ -538,7 +558,8 @@ def comparison_table(summary: dict) -> str:
     """Teacher, student and control side by side, for the terminal."""
     names = {"teacher": "teacher", "student": "student with KD", "scratch": "student without"}
     splits = list(summary["teacher"]["validation"])
-    lines = [f"  {'':<16}{'parameters':>14}{'sentences/s':>13}" + "".join(f"{split + ' acc':>20}{'MCC':>8}" for split in splits)]
+    head = "".join(f"{split + ' acc':>20}{'MCC':>8}" for split in splits)
+    lines = [f"  {'':<16}{'parameters':>14}{'sentences/s':>13}" + head]
     for key, name in names.items():
         row = summary[key]
         lines.append(f"  {name:<16}{row['parameters']:>14,}{row['sentences_per_second']:>13,.0f}" + "".join(

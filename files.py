@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -30,8 +31,15 @@ def write_file(path: Path | str, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing to remove where the folder itself was the trouble
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def remove_temporaries(folder: Path | str) -> None:
+    """Removes what killed processes left of unfinished writes; nobody else may be writing there."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value) -> None:
@@ -70,6 +78,18 @@ def make_folder(path: Path | str) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the output folder cannot be written to")
     return path
+
+
+def check_folder(path: Path | str) -> None:
+    """Checks that a folder could be made and written to, and makes nothing.
+
+    Raises:
+        UserError: it could not.
+    """
+    path = Path(path)
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: the output folder cannot be made ({nearest} is not a folder that can be written to)")
 
 
 def sha256(path: Path | str) -> str:

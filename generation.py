@@ -68,16 +68,18 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
     lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     context = max_length_of(lm.config)
+    encoded = [tokenizer(prompt, verbose=False).input_ids or [start] for prompt in prompts]
+    for ids in encoded:  # before the first text, not after half of them
+        if len(ids) + max_new_tokens > context:
+            raise UserError(f"prompt of {len(ids)} tokens plus --max-new-tokens {max_new_tokens}: the model's context holds "
+                            f"{context}")
     torch.manual_seed(seed)
     sampling = {"do_sample": False} if greedy else {
         "do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     with tqdm(total=len(prompts) * num_samples * max_new_tokens, unit="token", desc="generating",
               dynamic_ncols=True) as bar:
-        for prompt in prompts:
-            ids = torch.tensor([tokenizer(prompt).input_ids or [start]], device=lm.device)
-            if ids.shape[1] + max_new_tokens > context:
-                raise UserError(f"prompt of {ids.shape[1]} tokens plus --max-new-tokens {max_new_tokens}: the model's "
-                                f"context holds {context}")
+        for prompt_ids in encoded:
+            ids = torch.tensor([prompt_ids], device=lm.device)
             for _ in range(num_samples):
                 with torch.inference_mode():
                     out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,

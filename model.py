@@ -21,8 +21,13 @@ from torch import Tensor, nn
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PreTrainedModel)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
+from data_utils import hub_unreachable
 from files import UserError
+
+# Loading weights shows a bar only where it takes a while: an error after it stays one line.
+transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{"delay": 2, **kwargs}))
 
 ROLES = ("q", "k", "v", "o", "mlp")
 # Which module of a block plays which role. GPT-2 computes q, k and v in one fused projection.
@@ -65,9 +70,6 @@ class LoRALinear(nn.Module):
         dropout: probability with which an input of A is zeroed in training.
         rslora: scale by alpha / sqrt(rank).
         slices: output ranges to adapt; all outputs if None.
-
-    Raises:
-        UserError: rank below 1 or above what the layer's shape can hold.
     """
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
@@ -76,10 +78,6 @@ class LoRALinear(nn.Module):
         weight = _weight(base)
         self.out_features, self.in_features = weight.shape
         self.slices = slices or [(0, self.out_features)]
-        largest = min([self.in_features] + [stop - start for start, stop in self.slices])
-        if not 1 <= rank <= largest:
-            raise UserError(f"--rank {rank}: expected 1 to {largest} for a layer with {self.in_features} inputs and "
-                            f"{self.out_features} outputs")
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
@@ -106,11 +104,12 @@ class LoRALinear(nn.Module):
         if self.merged:
             return self.base(x)
         rows = x.reshape(-1, self.in_features)
-        weight, bias = _weight(self.base), self.base.bias
-        y = F.linear(rows, weight, bias)
-        h = F.linear(self.dropout(rows), self.lora_A.to(x.dtype))  # (rows, rank)
-        # In place: y is nobody's input to a backward pass, so the update costs no second output.
-        y.addmm_(h, self.block_B().to(x.dtype).t(), alpha=self.scaling)
+        A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
+        if self.dropout.p > 0 and self.training:  # W and A see different inputs
+            y = F.linear(rows, _weight(self.base), self.base.bias)
+            y = torch.addmm(y, F.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
+        else:
+            y = _LoRAProduct.apply(rows, _weight(self.base), self.base.bias, A, B, self.scaling)
         return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self) -> Tensor:
@@ -143,6 +142,32 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling}, slices={self.slices}"
+
+
+class _LoRAProduct(torch.autograd.Function):
+    """x W^T + b + scaling (x A^T) B^T, for a W that never trains.
+
+    Keeps what the backward pass needs (x and the narrow x A^T) and adds each update in place, so that
+    no second (rows, features) tensor is written in either direction.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        y = F.linear(x, weight, bias)  # (rows, out)
+        h = torch.mm(x, A.t())  # (rows, rank)
+        ctx.save_for_backward(x, h, weight, A, B)
+        ctx.scaling = scaling
+        return y.addmm_(h, B.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, weight, A, B = ctx.saved_tensors
+        grad_h = torch.mm(grad, B).mul_(ctx.scaling)  # (rows, rank)
+        # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
+        grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling).t()
+        grad_A = torch.mm(grad_h.t(), x)
+        grad_x = torch.mm(grad, weight).addmm_(grad_h, A) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_A, grad_B, None
 
 
 def _weight(linear: nn.Linear | Conv1D) -> Tensor:
@@ -241,6 +266,10 @@ def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
     prefix, blocks = blocks_of(backbone)
     targets = find_targets(backbone, options.targets)
     layers = parse_layers(options.layers, len(blocks))
+    for name in targets:
+        outputs, inputs = _weight(blocks[0].get_submodule(name)).shape
+        if not 1 <= options.rank <= min(inputs, outputs):
+            raise UserError(f"--rank {options.rank}: expected 1 to {min(inputs, outputs)} for {name} ({inputs} x {outputs})")
     backbone.requires_grad_(False)
     adapted = []
     for layer in layers:
@@ -307,9 +336,11 @@ def _from_pretrained(auto_class, name: str, **kwargs):
     path, located = _locate(name)
     if auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
         kwargs["use_safetensors"] = True  # never unpickle
+    if not Path(path).exists():
+        kwargs["local_files_only"] = hub_unreachable()
     try:
         return auto_class.from_pretrained(path, **located, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # the library raises almost anything for a damaged folder or a lost connection
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(path).exists():
             raise UserError(f"--model {name}: cannot be loaded: {first}") from None
@@ -332,13 +363,13 @@ def load_config(name: str):
     return config
 
 
-def load_causal_lm(name: str) -> PreTrainedModel:
+def load_causal_lm(name: str, config=None) -> PreTrainedModel:
     """The causal language model of `--model`, float32, in evaluation mode.
 
     Raises:
         UserError: it cannot be had or is not a causal language model; says how to get it.
     """
-    config = load_config(name)
+    config = config or load_config(name)
     lm = _from_pretrained(AutoModelForCausalLM, name, config=config, dtype=torch.float32)
     # Dequantised GGUF weights are plain tensors by now; the mark would only stop others from training them.
     if hasattr(lm.config, "quantization_config"):
@@ -349,13 +380,18 @@ def load_causal_lm(name: str) -> PreTrainedModel:
 
 def max_length_of(config) -> int:
     """Tokens that fit the model's context."""
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512)
+    positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512)
+    # RoBERTa counts its positions from the pad token's id on; those below it cannot be used.
+    return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
 
 
 def is_decoder(config) -> bool:
     """Whether the architecture's own classification head reads the last token (GPT-2, Llama ...) or [CLS]."""
-    with torch.device("meta"):
-        return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
+    try:
+        with torch.device("meta"):
+            return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
+    except ValueError:
+        raise UserError(f"--model: a {config.model_type} model; transformers has no text classifier of that kind") from None
 
 
 class TextClassifier(nn.Module):
@@ -371,6 +407,7 @@ class TextClassifier(nn.Module):
         self.net = net
         self.decoder = hasattr(net, "score")
         self.full = False  # whether the backbone itself is trained
+        self.prefix = None  # a frozen.FrozenPrefix, where frozen results are kept
 
     @classmethod
     def from_causal_lm(cls, lm: PreTrainedModel, num_labels: int) -> TextClassifier:
@@ -399,23 +436,41 @@ class TextClassifier(nn.Module):
                 layer.train(mode)
         return self
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
-        if not self.decoder:
-            mask = None if bool(attention_mask.all()) else attention_mask
-            return self.net(input_ids=input_ids, attention_mask=mask).logits.float()
+    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, C)
+        """A decoder's hidden state at the last real token."""
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
         last = attention_mask.sum(1) - 1
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B, C)
-        return self.net.score(pooled.to(self.net.score.weight.dtype)).float()
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Logits (B, labels) of token ids (B, T).
+
+        Args:
+            input_ids: (B, T), right-padded.
+            attention_mask: (B, T), 1 for a real token.
+            kept: what `self.prefix` computed of this batch; the frozen part is not run then.
+        """
+        if self.prefix is not None:
+            self.prefix.kept = kept
+        try:
+            if not self.decoder:
+                mask = None if bool(attention_mask.all()) else attention_mask
+                return self.net(input_ids=input_ids, attention_mask=mask).logits.float()
+            pooled = kept[:, 0] if kept is not None and self.prefix.head_only else self.pool(input_ids, attention_mask)
+            return self.net.score(pooled.to(self.net.score.weight.dtype)).float()
+        finally:
+            if self.prefix is not None:
+                self.prefix.kept = None
 
 
 def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrainedModel | None]:
     """The backbone of `--model` under a fresh head; for a decoder also the language model that shares it."""
-    if is_decoder(load_config(name)):
+    config = load_config(name)
+    if is_decoder(config):
         lm = load_causal_lm(name)
         return TextClassifier.from_causal_lm(lm, num_labels), lm
-    net = _from_pretrained(AutoModelForSequenceClassification, name, config=load_config(name), num_labels=num_labels,
-                           dtype=torch.float32)
+    config.num_labels = num_labels
+    net = _from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32)
     return TextClassifier(net), None
 
 

@@ -16,6 +16,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import warnings
@@ -101,6 +102,9 @@ def build_parser() -> Parser:
     _training_options(lora, epochs=3, batch_size=32, lr=4e-4)
     lora.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
     lora.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the frozen weights")
+    lora.add_argument("--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
+    lora.add_argument("--keep-memory", type=_not_negative, default=2.0, metavar="GIB",
+                      help="of their results in memory; the rest is memory-mapped")
     lora.add_argument("--compile", action="store_true", help="torch.compile")
 
     distil = mode("distil", "distil a LoRA run into a small RNN, and train the RNN alone beside it")
@@ -227,20 +231,22 @@ def _stop_on_signals():
 def _train(args, options, start) -> int:
     """Runs a training, plots it and turns its ways of ending into exit statuses."""
     import report_utils
-    from files import make_folder
+    from files import check_folder, make_folder
     from train_utils import Diverged, Interrupted
 
-    make_folder(args.plots)
-    again = "python run.py " + " ".join(sys.argv[1:] + ([] if args.resume else ["--resume"]))
+    check_folder(args.plots)  # made after the training: bad input leaves nothing behind
+    again = "python run.py " + shlex.join(
+        [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
     try:
         summary = start(_stop_on_signals())
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
     except Interrupted as error:
-        _note(f"run.py: stopped; continue with: {again.replace(' --overwrite', '')}")
+        _note(f"run.py: stopped; continue with: {again}")
         return 128 + error.signal
-    plots = report_utils.plot_run(options.out, args.plots)
+    curves = (options.out / "metrics.jsonl").exists()  # --method none trains nothing
+    plots = report_utils.plot_run(options.out, make_folder(args.plots)) if curves else []
     print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
     return 0 if summary else 1
 
@@ -253,7 +259,8 @@ def finetune(args) -> int:
 
     model, task, data = experiments.choose(args.model, args.task, args.data, _note)
     targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
-    options = _run_options(args, "LoRA", model, task, data, method=args.method, lora=LoRAOptions(
+    options = _run_options(args, "LoRA", model, task, data, method=args.method, keep=not args.no_keep,
+                           keep_memory=args.keep_memory, lora=LoRAOptions(
         args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers))
 
     def start(stop):

@@ -5,6 +5,7 @@ student go through the same lines, so that what is compared was trained alike.
 """
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -126,7 +127,7 @@ def predict(model: nn.Module, batches: list[Batch]) -> Tensor:
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    parts = [model(batch.input_ids.to(device), batch.attention_mask.to(device)).float().cpu() for batch in batches]
+    parts = [model(*batch.to(device).inputs()).float().cpu() for batch in batches]
     model.train(was_training)
     rows = torch.cat([batch.rows for batch in batches])
     logits = torch.empty(len(rows), parts[0].shape[1])
@@ -214,7 +215,9 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
     while not progress.finished and progress.epoch <= options.epochs:
         _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
         line = {"epoch": progress.epoch, "train": _train_scores(progress), "validation": validate(model, dev),
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                # By formula: a run resumed after the epoch's last step has set no rate of its own.
+                "learning_rate": optimizer.param_groups[0]["peak"] * learning_rate_factor(
+                    progress.step - 1, total, options.warmup, options.schedule),
                 "seconds": progress.sums["seconds"], "tokens": int(progress.sums["tokens"])}
         progress.history.append(line)
         chosen = line["validation"][select]
@@ -244,7 +247,8 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
     parameters = list(trainable(model).values())
     saved = start = time.perf_counter()
     before = progress.sums["seconds"]
-    with tqdm(total=len(batches), initial=progress.group * options.accumulate, unit="batch", dynamic_ncols=True,
+    done = min(progress.group * options.accumulate, len(batches))
+    with tqdm(total=len(batches), initial=done, unit="batch", dynamic_ncols=True,
               desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar:
         for group in groups[progress.group:]:
             factor = learning_rate_factor(progress.step, total, options.warmup, options.schedule)
@@ -255,7 +259,7 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
                 batch = batches[i].to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"
                                     and getattr(model, "full", False)):
-                    logits = model(batch.input_ids, batch.attention_mask)
+                    logits = model(*batch.inputs())
                 loss = objective(logits.float(), batch)
                 if not math.isfinite(value := loss.item()):
                     raise Diverged(_where(f"loss {value}", progress, optimizer))
@@ -311,6 +315,21 @@ def _train_scores(progress: Progress) -> dict[str, float]:
             "mcc": float(matthews_corrcoef(labels, predictions, sample_weight=weights))}
 
 
+def keep_freed_memory() -> None:
+    """Makes glibc hold on to freed memory.
+
+    By default it hands large tensors back to the kernel as soon as they are freed, and every training
+    step then pays the page faults of its activations anew. Does nothing with another C library.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of this process: allocated on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
@@ -355,7 +374,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     if metadata.get("sha256") != _digest(tensors, metadata.get("progress", "")):
         raise UserError(f"{path}: damaged checkpoint (its checksum does not match)")
     parameters = trainable(model)
-    if {n for n in tensors if n.startswith("model.")} != {f"model.{name}" for name in parameters}:
+    saved = {name: value.shape for name, value in tensors.items() if name.startswith("model.")}
+    if saved != {f"model.{name}": p.shape for name, p in parameters.items()}:
         raise UserError(f"{path}: the checkpoint is of another model")
     with torch.no_grad():
         for name, p in parameters.items():

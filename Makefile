@@ -1,0 +1,40 @@
+# make run     install what is needed, then gen, LoRA and distil
+# make test    install what is needed, then the test suite
+# make report  tables, plots and the PDF of a run: make report SR=12345
+PYTHON ?= python3
+SR ?= 12345
+BIN := .venv/bin
+
+.PHONY: run test lint report clean
+
+# The stamps name what is installed: a changed pin installs anew.
+.venv/run.stamp: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test.stamp: requirements-dev.txt .venv/run.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# A finished run is kept: `make run` a second time only fills in what is missing.
+run: .venv/run.stamp
+	$(BIN)/python run.py gen $(SR)
+	@if test -f runs/LoRA-$(SR)/summary.json; then echo "runs/LoRA-$(SR) is finished: kept"; \
+	else $(BIN)/python run.py LoRA $(SR) --resume; fi
+	@if test -f runs/distil-$(SR)/summary.json; then echo "runs/distil-$(SR) is finished: kept"; \
+	else $(BIN)/python run.py distil $(SR) --resume; fi
+	@echo "The plots are in plots/, the numbers in runs/; make report SR=$(SR) makes the PDF."
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/test.stamp
+	$(BIN)/python -m ruff check .
+
+report: .venv/run.stamp
+	$(BIN)/python run.py report $(SR)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

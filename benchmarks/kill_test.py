@@ -1,0 +1,197 @@
+"""Kills `run.py LoRA` at random moments, resumes it, and compares what it leaves with an uninterrupted run's bytes.
+
+    python benchmarks/kill_test.py --kills 100
+
+A checkpoint is written after every step. A process imports PyTorch once and forks a child for each attempt,
+so that a kill costs a fraction of a second. Plots are left out: they are drawn after the run is finished.
+Prints survived/tried; exit status 0 if all survived.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # no thread may run when this process forks
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "tests")]
+
+import toy  # noqa: E402 (needs the path above)
+
+FINAL = ("adapter_model.safetensors", "metrics.jsonl", "summary.json")
+TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
+
+
+def command(work: Path, out: Path) -> list[str]:
+    """A run of 18 steps; dropout makes it depend on the random state."""
+    return ["LoRA", "12345", "--model", str(work / "model"), "--data", str(work / "cola"), "--out", str(out),
+            "--plots", str(work / "plots"), "--epochs", "3", "--batch-size", "8", "--lr", "0.01", "--dropout", "0.2",
+            "--save-every", "1e-9"]
+
+
+def fork(work: Path, function: Callable[[], int]) -> int:
+    """Starts `function` in a child whose exit status it returns, with stderr in a file; returns the process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        with open(work / "stderr", "w") as errors, open(os.devnull, "w") as nothing:
+            os.dup2(errors.fileno(), 2)
+            os.dup2(nothing.fileno(), 1)
+        status = function()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def start(arguments: list[str], work: Path) -> int:
+    """Forks `python run.py ARGUMENTS`; returns its process id."""
+    def call() -> int:
+        import report_utils
+        import run
+
+        report_utils.plot_run = lambda *_: []
+        sys.argv = ["run.py", *arguments]
+        return run.main()
+    return fork(work, call)
+
+
+def wait(child: int, limit: float = 60) -> int:
+    """The child's exit status, or minus the signal that ended it; one that hangs is killed with SIGABRT."""
+    end = time.monotonic() + limit
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGABRT)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def inputs(work: Path) -> int:
+    """Toy model and data."""
+    toy.write_model(work / "model")
+    toy.write_cola(work / "cola", train=48)
+    return 0
+
+
+def without_times(value):
+    """A result without what no two runs share."""
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def outcome(folder: Path) -> dict:
+    """The bytes of the weights, results without times, and the names of all files but TensorBoard's events."""
+    texts = {name: (folder / name).read_text() for name in FINAL[1:]}
+    return {FINAL[0]: (folder / FINAL[0]).read_bytes(),
+            FINAL[1]: [without_times(json.loads(line)) for line in texts[FINAL[1]].splitlines()],
+            FINAL[2]: without_times(json.loads(texts[FINAL[2]])),
+            # A kill in the instant between summary.json and the removal of the checkpoint leaves the latter; no harm.
+            "files": sorted(path.name for path in folder.iterdir() if path.name != "checkpoint.safetensors")}
+
+
+def difference(folder: Path, expected: dict) -> list[str]:
+    """What of a finished run is not as expected."""
+    got = outcome(folder)
+    return [f"{key} differs" + (f": {got[key]} for {expected[key]}" if key == "files" else "")
+            for key in expected if got[key] != expected[key]]
+
+
+def uninterrupted(work: Path) -> tuple[dict, float]:
+    """What a run leaves that nobody disturbs, and how many seconds it takes."""
+    begin = time.perf_counter()
+    status = wait(start(command(work, work / "whole"), work))
+    if status:
+        raise RuntimeError(f"the uninterrupted run ended with {status}: {(work / 'stderr').read_text()[-2000:]}")
+    return outcome(work / "whole"), time.perf_counter() - begin
+
+
+def kill_and_resume(work: Path, kills: int, seed: int, expected: dict, seconds: float) -> dict:
+    """Kills runs `kills` times in all; a run that finishes is compared, and the next one begins.
+
+    Returns:
+        survived: kills of runs that ended as expected; tried: all kills; runs: finished ones; within_training:
+        kills that left a checkpoint to resume from; failures: what went wrong.
+    """
+    draw = random.Random(seed)
+    result = {"survived": 0, "tried": 0, "runs": 0, "within_training": 0, "failures": []}
+    while result["tried"] < kills:
+        out, killed = work / f"killed-{result['runs']}", 0
+        while True:
+            child = start(command(work, out) + ["--resume"], work)
+            if result["tried"] < kills:
+                time.sleep(draw.uniform(0, seconds))
+                os.kill(child, signal.SIGKILL)
+            status = wait(child)
+            if status == -signal.SIGKILL:
+                killed += 1
+                result["tried"] += 1
+                result["within_training"] += any(out.glob("*checkpoint.safetensors"))
+            if status != -signal.SIGKILL or (out / "summary.json").exists():
+                break
+        result["runs"] += 1
+        wrong = difference(out, expected) if (out / "summary.json").exists() else [
+            f"exit status {status}: {(work / 'stderr').read_text()[-500:]}"]
+        result["survived"] += 0 if wrong else killed
+        result["failures"] += wrong
+    return result
+
+
+def signal_and_resume(work: Path, number: signal.Signals, expected: dict) -> dict:
+    """Asks one run to stop once it has a checkpoint, and resumes it.
+
+    Returns:
+        status: exit status of the stopped run; stderr: its last line; failures: what is wrong after the resume.
+    """
+    out = work / f"stopped-{number}"
+    child = start(command(work, out), work)
+    limit = time.monotonic() + 60
+    while not any(out.glob("checkpoint*")) and time.monotonic() < limit:
+        time.sleep(0.001)
+    os.kill(child, number)
+    status = wait(child)
+    line = (work / "stderr").read_text().strip().splitlines()[-1]
+    again = wait(start(command(work, out) + ["--resume"], work))
+    return {"status": status, "stderr": line,
+            "failures": difference(out, expected) if again == 0 else [f"the resumed run ended with {again}"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    import report_utils  # noqa: F401 (imported here, once, for the children)
+    import run  # noqa: F401
+    import experiments  # noqa: F401 isort: skip
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if wait(fork(work, lambda: inputs(work))):  # in a child: the libraries start threads for it
+            raise RuntimeError((work / "stderr").read_text()[-2000:])
+        expected, seconds = uninterrupted(work)
+        result = kill_and_resume(work, args.kills, args.seed, expected, seconds)
+        result["signals"] = {number.name: signal_and_resume(work, number, expected) for number, _ in SIGNALS}
+    wrong = result["failures"] + [text for one in result["signals"].values() for text in one["failures"]]
+    print(json.dumps(result) if args.json else f"{result['survived']}/{result['tried']} kills survived, "
+          f"{result['within_training']} of them within training, in {result['runs']} runs" + "".join(
+              f"\n  {text}" for text in wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,436 @@
+"""What a run left in runs/ -> curves in plots/, tables and the PDF in report/, the zip to hand in.
+
+    python run.py report 12345      # plots/*-12345_*, report/results/, report/Report_12345.pdf
+    python run.py submit 12345 ...  # Asst2_<first>_<last>_12345.zip
+
+It reads files only and imports none of the project's other modules, so that a figure or a table
+cannot show anything but what a run wrote down: `config.json`, `metrics.jsonl`, `summary.json`.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# quantity -> (name of its axis, key in "train", key in "validation", factor). The training loss drawn is the
+# cross-entropy, not the objective: with KD the objective holds the teacher's part too, and could not be compared.
+QUANTITIES = {"loss": ("cross-entropy loss (nats)", "cross_entropy", "loss", 1),
+              "accuracy": ("accuracy (%)", "accuracy", "accuracy", 100),
+              "mcc": ("Matthews correlation", "mcc", "mcc", 1)}
+PHASES = {"student": "student, KD", "scratch": "student, no teacher"}
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+BLACK, BLUE, VERMILLION, GREEN, PURPLE, GREY = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
+
+NOT_RUN = rb"\emph{not run}"
+TABLES = ("lora_results", "lora_epochs", "lora_options", "lora_provenance", "distil_results", "distil_size",
+          "distil_epochs", "distil_options", "distil_provenance")
+DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
+LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}",
+    '"': r"\textquotedbl{}", "[": "{[}", "]": "{]}", "*": "{*}",  # the last three: a row after \\ may start with them
+}
+SUBMITTED = ("*.py", "tests/**/*.py", "benchmarks/**/*.py", "benchmarks/**/*.sh", "benchmarks/**/*.md",
+             "requirements*.txt", "Makefile", "README.md", "LICENSE", "pyproject.toml", ".ci/run",
+             "report/main.tex", "report/results/*.tex", "report/results/*.pdf")
+
+
+class ReportError(ValueError):
+    """What the user can put right, in one line: a run's file, a missing program, a name."""
+
+
+class Record(dict):
+    """A JSON object that knows its file, so that a missing or wrong field is reported with it."""
+
+    def __init__(self, fields: dict, source: str) -> None:
+        super().__init__(fields)
+        self.source = source
+
+    def __missing__(self, key: str) -> None:
+        raise ReportError(f"{self.source}: {key!r} is missing")
+
+    def section(self, key: str) -> "Record":
+        """The object under `key`."""
+        if not isinstance(self[key], Record):
+            raise ReportError(f"{self.source}: {key!r} must be an object, not {json.dumps(self[key])[:60]}")
+        return self[key]
+
+    def number(self, key: str) -> float:
+        """The number under `key`; null (JSON has no NaN) is NaN."""
+        value = self[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ReportError(f"{self.source}: {key!r} must be a number, not {json.dumps(value)[:60]}")
+        return math.nan if value is None else value
+
+
+def _records(path: Path, by_line: bool) -> list[Record]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ReportError(f"{path}: {error.strerror} (has the run finished?)") from None
+    records = []
+    for number, text in enumerate(content.splitlines() if by_line else [content], start=1):
+        source = f"{path}, line {number}" if by_line else str(path)
+        try:
+            record = json.loads(text, object_hook=lambda fields, source=source: Record(fields, source))
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise ReportError(f"{source}: not valid JSON ({error})") from None
+        if not isinstance(record, Record):
+            raise ReportError(f"{source}: must be a JSON object, not {json.dumps(record)[:60]}")
+        records.append(record)
+    return records
+
+
+def read_json(path: Path) -> Record:
+    """The JSON object in a file. Raises ReportError naming the file where it is missing or malformed."""
+    return _records(path, by_line=False)[0]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The epochs of `metrics.jsonl`, as written. Raises ReportError naming file and line."""
+    if not (epochs := _records(path, by_line=True)):
+        raise ReportError(f"{path}: no epoch in it")
+    return epochs
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to write to, renamed to `path` at the end: readers never see half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _main_split(validation: Record) -> str:
+    """The split by which the best epoch is chosen: CoLA's in-domain one, or a task's only (first) one."""
+    if not validation:
+        raise ReportError(f"{validation.source}: 'validation' has no split")
+    return "in_domain" if "in_domain" in validation else next(iter(validation))
+
+
+def _said(split: str) -> str:
+    return split.replace("_", "-")
+
+
+# ---------------------------------------------------------------- curves
+
+def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
+    """One quantity over the epochs: training and validation, best epoch marked, baselines as horizontal lines.
+
+    Args:
+        metrics: the rows of `metrics.jsonl`; a distillation's carry "phase", and both students are drawn.
+        summary: `summary.json`.
+        quantity: "loss" (nats), "accuracy" (drawn in percent) or "mcc".
+    """
+    axis_name, train_key, key, factor = QUANTITIES[quantity]
+    distil, first = summary["mode"] == "distil", metrics[0].section("validation")
+    main = _main_split(first)
+    # `all` is in- and out-of-domain together: a third line between the two would say nothing new.
+    splits = [main] + [split for split in first if split not in (main, "all")]
+    styles = dict(zip(splits, ["-", "--", "-."], strict=False))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+
+    def label(name: str, value: float) -> str:
+        return f"{name} ({value:.1f} %)" if quantity == "accuracy" else f"{name} ({value:.3f})"
+
+    def level(name: str, validation: Record, source: str, **look) -> None:
+        for split in [split for split in styles if split in validation]:
+            value = factor * validation.section(split).number(source)
+            axes.axhline(value, linestyle=styles[split], label=label(f"{name}, {_said(split)}", value), **look)
+
+    for phase in dict.fromkeys(row.get("phase", "") for row in metrics):
+        rows = [row for row in metrics if row.get("phase", "") == phase]
+        epochs = [row.number("epoch") for row in rows]
+        colour, marker = PHASE_LOOKS.get(phase, (BLUE, "o"))
+        before = f"{PHASES.get(phase, phase)}: " if phase else ""
+        train = [factor * row.section("train").number(train_key) for row in rows]
+        axes.plot(epochs, train, ":", color=colour if phase else BLACK, marker=marker, ms=3, label=before + "train")
+        for split, other in zip(styles, (BLUE, VERMILLION, PURPLE), strict=False):
+            values = [factor * row.section("validation").section(split).number(key) for row in rows]
+            axes.plot(epochs, values, linestyle=styles[split], color=colour if phase else other, marker=marker, ms=4,
+                      label=before + (split if split == "validation" else f"validation, {_said(split)}"))
+            if split == main:
+                best = (summary.section(phase) if phase else summary).number("best_epoch")
+                if best not in epochs:
+                    raise ReportError(f"{summary.source}: 'best_epoch' is {best:g}, which metrics.jsonl does not have")
+                value = values[epochs.index(best)]
+                axes.axvline(best, color=colour, linewidth=1, alpha=0.4)
+                axes.plot([best], [value], "*", color=colour, ms=13, markeredgecolor="white", zorder=5,
+                          label=label(f"{before}best epoch {best:g}", value))
+    if distil:
+        level("teacher", summary.section("teacher").section("validation"), key, color=GREEN)
+    if quantity == "accuracy":
+        styles = dict(zip(splits, ["--", (0, (1, 2))], strict=False))
+        level("majority class", first, "majority_accuracy", color=GREY, linewidth=1)
+    if quantity == "mcc":
+        axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="majority class (0)")
+    how = "distilled" if distil else str(summary["method"]).replace("lora", "LoRA")
+    # An unescaped $ would start matplotlib's mathematics.
+    axes.set_title(f"{summary['model']}, {how}, on {summary['task']} (SR {summary['sr']})".replace("$", r"\$"))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(axis_name + ("\nwith the labels, no KD term" if distil and quantity == "loss" else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(min(row["epoch"] for row in metrics) - 0.5, max(row["epoch"] for row in metrics) + 0.5)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    return figure
+
+
+def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
+    """Draws a run's loss, accuracy and MCC as `<mode>-<SR>_<quantity>.png` (200 dpi) and `.pdf`; the same bytes again.
+
+    Raises ReportError where a file of the run is missing or malformed.
+    """
+    summary, metrics, written = read_json(run_dir / "summary.json"), read_metrics(run_dir / "metrics.jsonl"), []
+    for quantity in QUANTITIES:
+        figure = curves(metrics, summary, quantity)
+        for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+            written.append(plots_dir / f"{summary['mode']}-{summary['sr']}_{quantity}.{kind}")
+            with _replacing(written[-1]) as temporary:
+                figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+    return written
+
+
+# ---------------------------------------------------------------- tables
+
+def escape(text: object) -> str:
+    """Any text as LaTeX that prints it: specials escaped, ligatures broken, what T1 fonts lack as [U+XXXX]."""
+    safe = re.sub(r"\s", " ", str(text)).translate(str.maketrans(LATEX))
+    safe = re.sub("[^ -~\u00a1-\u00ff]", lambda match: f"{{[}}U+{ord(match[0]):04X}{{]}}", safe)
+    return re.sub(r"([-<>,])(?=\1)", r"\1{}", safe)
+
+
+def breakable(text: object) -> str:
+    """`text` escaped, with places to break lines after / , = : _ and within very long words."""
+    words = [re.findall("[^/,=:_]{1,32}[/,=:_]*|[/,=:_]+", word) for word in re.split(r"\s", str(text))]
+    return " ".join(r"\allowbreak{}".join(map(escape, pieces)) for pieces in words)
+
+
+def shown(key: str, value: object) -> str:
+    """A result as LaTeX: shares in percent, losses and MCC with 3 decimals, counts as 124,439,808."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "n/a"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return breakable(plain(value))
+    if key.endswith(("accuracy", "percent")):
+        text = f"{value * (100 if key.endswith('accuracy') else 1):.2f}"
+    elif key in ("loss", "cross_entropy", "mcc"):
+        text = f"{value:.3f}"
+    else:
+        text = f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
+    return text.replace("-", "$-$")
+
+
+def plain(value: object) -> str:
+    """An option as it was given: no rounding, no thousands separators."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _flatten(prefix: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(f"{prefix}.{key}", inner)
+    else:
+        yield re.sub(r"[^\w.-]", "-", prefix, flags=re.ASCII), shown(prefix.rpartition(".")[2], value)
+
+
+def _tabular(columns: str, head: str, rows: list[list[str]], environment: str = "tabular") -> str:
+    """A booktabs table; `head` and `rows` are LaTeX already. A longtable* repeats its head on every page."""
+    repeat = "\\endhead\n" if environment == "longtable*" else ""
+    body = "".join(" & ".join(row) + " \\\\\n" for row in rows)
+    return (f"\\begin{{{environment}}}{{{columns}}}\n\\toprule\n{head} \\\\\n\\midrule\n{repeat}{body}\\bottomrule\n"
+            f"\\end{{{environment}}}\n")
+
+
+def _grouped(before: list[str], groups: dict[str, list[str]]) -> str:
+    """A head of two lines: the groups' names with a rule below each, then every column's name."""
+    above, rules, column = [""] * len(before), "", len(before) + 1
+    for name, names in groups.items():
+        above.append(rf"\multicolumn{{{len(names)}}}{{c}}{{{escape(_said(name))}}}")
+        rules += rf"\cmidrule(lr){{{column}-{column + len(names) - 1}}}"
+        column += len(names)
+    return " & ".join(above) + f" \\\\ {rules}\n" + " & ".join(before + sum(groups.values(), []))
+
+
+def _epochs(metrics: list[Record]) -> str:
+    """Every epoch, training and each split; a distillation's two students one below the other."""
+    scores, phase = {"accuracy": r"acc.\,\%", "mcc": "MCC"}, None
+    held_out = {"loss": "CE"} | scores
+    train = ({"loss": "obj."} if "phase" in metrics[0] else {}) | {"cross_entropy": "CE"} | scores
+    splits = list(metrics[0].section("validation"))
+    groups = {"train": list(train.values())} | {split: list(held_out.values()) for split in splits}
+    columns, rows = 2 + sum(map(len, groups.values())), []
+    for row in metrics:
+        if row.get("phase") != phase:
+            phase = row["phase"]
+            rows.append([rf"\multicolumn{{{columns}}}{{l}}{{\emph{{{escape(PHASES.get(phase, phase))}}}}}"])
+        parts = [(row.section("train"), train)] + [(row.section("validation").section(s), held_out) for s in splits]
+        rows.append([shown("epoch", row.number("epoch")), f"{row.number('learning_rate'):.1e}".replace("-", "$-$")]
+                    + [shown(key, part.number(key)) for part, keys in parts for key in keys])
+    return _tabular("r" * columns, _grouped(["ep.", "rate"], groups), rows, "longtable*")
+
+
+def _results(runs: dict[str, Record]) -> str:
+    """Accuracy and MCC on every split: the majority class, then each model's best and last epoch."""
+    splits = next(iter(runs.values())).section("validation")
+    majority = [shown("accuracy", splits.section(split).number("majority_accuracy")) for split in splits]
+    rows = [["majority class", "--"] + [cell for accuracy in majority for cell in (accuracy, "0")]]
+    for name, run in runs.items():
+        for which, key in (("best", "validation"), ("last", "last_validation")):
+            if key in run:
+                epoch = f"{run[f'{which}_epoch']} ({which})" if f"{which}_epoch" in run else "--"
+                parts = [run.section(key).section(split) for split in splits]
+                rows.append([name, epoch] + [shown(k, part.number(k)) for part in parts for k in ("accuracy", "mcc")])
+    head = _grouped(["model", "epoch"], {split: [r"acc.\,\%", "MCC"] for split in splits})
+    return _tabular("ll" + "rr" * len(splits), head, rows)
+
+
+def _config_tables(config: Record, prefix: str) -> dict[str, str]:
+    """Every option as resolved (a student's architecture too), two to a line; command, versions, hashes of the data."""
+    def typed(value: object) -> str:
+        return rf"\texttt{{{breakable(plain(value))}}}"
+
+    pairs = [[typed(name), typed(value)] for name, value in config.section("options").items()]
+    pairs += [[typed(f"student {name}"), typed(value)] for name, value in (config.get("architecture") or {}).items()]
+    half = (len(pairs) + 1) // 2
+    two = [left + right for left, right in zip(pairs[:half], [*pairs[half:], ["", ""]], strict=False)]
+    versions = [f"{name} {version}" for name, version in config.section("versions").items()]
+    rows = [["command", typed(config["command"])], ["git commit", typed(config["git_commit"])],
+            ["versions", typed(versions)]]
+    rows += [["data", typed(f"{path} SHA-256: {sha}")] for path, sha in config.section("data_files").items()]
+    return {f"{prefix}_options": _tabular("@{}lL{4.2cm}lL{4.2cm}@{}", "option & value & option & value", two),
+            f"{prefix}_provenance": _tabular("@{}lL{13.2cm}@{}", "what & value", rows)}
+
+
+def _lora_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
+    """A LoRA run's own table, and its result on the split that chose the epoch."""
+    split = _main_split(summary.section("validation"))
+    return ({"lora_results": _results({"LoRA": summary})},
+            {"chosen": summary["validation"].section(split) | {"split": _said(split)}})
+
+
+def _distil_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
+    """A distillation's own tables (accuracy and MCC; size and speed) and its derived numbers."""
+    models = {key: summary.section(key) for key in ("teacher", *PHASES)}
+    teacher = models["teacher"]
+    split = _main_split(teacher.section("validation"))
+    numbers, sizes = {"chosen": {"split": _said(split)}}, []
+    for key, model in models.items():
+        size, speed = model.number("parameters"), model.number("sentences_per_second")
+        smaller = round(teacher.number("parameters") / (size or math.nan), 1)
+        faster = round(speed / (teacher.number("sentences_per_second") or math.nan), 1)
+        chosen = model.section("validation").section(split)
+        numbers[key] = {"chosen": chosen, "smaller": smaller, "faster": faster}
+        sizes.append([PHASES.get(key, key)] + [shown("", cell) for cell in (size, smaller, speed, faster)])
+    student, scratch = numbers["student"]["chosen"], numbers["scratch"]["chosen"]
+    numbers["gain"] = {key: student.number(key) - scratch.number(key) for key in ("accuracy", "mcc")}
+    head = r"model & parameters & smaller ($\times$) & sentences/s & faster ($\times$)"
+    return {"distil_results": _results({PHASES.get(key, key): model for key, model in models.items()}),
+            "distil_size": _tabular("lrrrr", head, sizes)}, numbers
+
+
+def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> list[Path]:
+    r"""Writes report/results/ from the two runs of `sr`: numbers.tex, tables, figures. Nothing older stays there.
+
+    numbers.tex holds a \setresult{key}{value} per number, which main.tex prints with \result{key}; a key that is
+    not there prints "not run", and the tables of a missing run say the same.
+
+    Raises ReportError where a file of a run is missing or malformed; report/results/ is then as it was.
+    """
+    numbers, files = {"sr": sr}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
+    for mode, own in (("LoRA", _lora_tables), ("distil", _distil_tables)):
+        run_dir, prefix = runs_dir / f"{mode}-{sr}", mode.lower()
+        if not run_dir.is_dir():
+            continue
+        summary, config = read_json(run_dir / "summary.json"), read_json(run_dir / "config.json")
+        tables, derived = own(summary)
+        tables[f"{prefix}_epochs"] = _epochs(read_metrics(run_dir / "metrics.jsonl"))
+        tables |= _config_tables(config, prefix)
+        numbers |= dict(_flatten(prefix, summary)) | dict(_flatten(prefix, derived))
+        files |= {f"{name}.tex": table.encode() for name, table in tables.items()}
+        files |= {f"{mode}_{path.stem.rpartition('_')[2]}.pdf": path.read_bytes()
+                  for path in plot_run(run_dir, plots_dir) if path.suffix == ".pdf"}
+    files["numbers.tex"] = "".join(f"\\setresult{{{key}}}{{{value}}}\n" for key, value in numbers.items()).encode()
+    results = report_dir / "results"
+    for name, content in files.items():
+        with _replacing(results / name) as temporary:
+            temporary.write_bytes(content)
+    for stale in set(results.iterdir()) - {results / name for name in files}:
+        stale.unlink()
+    return [results / name for name in files]
+
+
+# ---------------------------------------------------------------- the PDF and the hand-in
+
+def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> Path:
+    """Writes the results of `sr`, runs latexmk and leaves `report/Report_<SR>.pdf`.
+
+    Raises ReportError: no run of `sr`, a malformed file, latexmk is missing, or LaTeX failed (its log is then kept).
+    """
+    if not any((runs_dir / f"{mode}-{sr}").is_dir() for mode in ("LoRA", "distil")):
+        raise ReportError(f"{runs_dir}: no run of {sr}; first `python run.py LoRA {sr}` or `python run.py distil {sr}`")
+    if not (latexmk := shutil.which("latexmk")):
+        raise ReportError(f"latexmk not found; on Debian: apt install {DEBIAN}")
+    write_report_results(sr, runs_dir, plots_dir, report_dir)
+    # LaTeX's own files go to a folder of their own: one that was broken off would trip the next build.
+    with tempfile.TemporaryDirectory() as build:
+        done = subprocess.run([latexmk, "-pdf", "-cd", "-interaction=nonstopmode", "-halt-on-error", f"-outdir={build}",
+                               str(report_dir / "main.tex")], stdin=subprocess.DEVNULL, capture_output=True,
+                              env=os.environ | {"max_print_line": "1000"}, check=False)
+        if done.returncode:
+            log, kept = Path(build, "main.log"), report_dir / f"Report_{sr}.log"
+            kept.write_bytes(log.read_bytes() if log.exists() else done.stderr)
+            said = re.search("^! .*", kept.read_text(errors="replace"), flags=re.MULTILINE)
+            raise ReportError(f"{report_dir / 'main.tex'}: LaTeX failed: {said[0] if said else 'no error in its log'} "
+                              f"(see {kept}; if a file was not found, on Debian: apt install {DEBIAN})")
+        with _replacing(report_dir / f"Report_{sr}.pdf") as temporary:
+            shutil.copyfile(Path(build, "main.pdf"), temporary)
+    return report_dir / f"Report_{sr}.pdf"
+
+
+def make_submission(sr: str, first_name: str, last_name: str, root: Path) -> Path:
+    """Zips code, plots and report of `sr` as `Asst2_<first>_<last>_<SR>.zip`, without data and runs; same bytes again.
+
+    Raises ReportError for a name that no file can have, or a report that was not built for `sr`.
+    """
+    for name in (first_name, last_name):
+        if not name.strip() or re.search(r'[/\\:*?"<>|\x00-\x1f]', name):
+            raise ReportError(f"name {name!r}: must not be empty nor hold any of / \\ : * ? \" < > |")
+    if not re.fullmatch("[0-9]{5}", sr):
+        raise ReportError(f"SR {sr!r}: must be five digits")
+    pdf, numbers = root / "report" / f"Report_{sr}.pdf", root / "report" / "results" / "numbers.tex"
+    if not pdf.is_file():
+        raise ReportError(f"{pdf}: not found; first `python run.py report {sr}`")
+    if numbers.is_file() and rf"\setresult{{sr}}{{{sr}}}" not in numbers.read_text().splitlines():
+        raise ReportError(f"{numbers}: holds the results of another SR; first `python run.py report {sr}`")
+    patterns = [*SUBMITTED, f"plots/*-{sr}[_.]*", f"report/{pdf.name}"]
+    files = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    top = f"Asst2_{first_name.strip()}_{last_name.strip()}_{sr}"
+    with _replacing(root / f"{top}.zip") as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for path in sorted(files):
+            entry = zipfile.ZipInfo(f"{top}/{path.relative_to(root).as_posix()}", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3  # 3: Unix, whatever made it
+            entry.external_attr = (0o755 if path.match(".ci/run") else 0o644) << 16
+            archive.writestr(entry, path.read_bytes())
+    return root / f"{top}.zip"

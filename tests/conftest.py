@@ -1,0 +1,108 @@
+"""Toy models and a toy tokenizer: two layers, 32 channels, random weights, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; test_hub.py sets its own for its subprocesses
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (BertConfig, BertForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification,
+                          GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, LlamaConfig,
+                          LlamaForSequenceClassification, PreTrainedTokenizerFast)
+
+from model import LoRAOptions, TextClassifier, inject_lora, lora_layers
+
+torch.set_num_threads(1)
+
+VOCAB, PAD, CONTEXT = 101, 100, 32
+SIZES = {
+    "gpt2": (GPT2ForSequenceClassification, GPT2Config, {
+        "n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": CONTEXT, "bos_token_id": PAD, "eos_token_id": PAD}),
+    "llama": (LlamaForSequenceClassification, LlamaConfig, {
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}),
+    "bert": (BertForSequenceClassification, BertConfig, {
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT}),
+    "distilbert": (DistilBertForSequenceClassification, DistilBertConfig, {
+        "n_layers": 2, "dim": 32, "hidden_dim": 48, "n_heads": 4, "max_position_embeddings": CONTEXT}),
+}
+ARCHITECTURES = sorted(SIZES)
+
+
+def toy_net(architecture: str, seed: int = 0, **changes):
+    """A randomly initialised sequence classifier of `transformers`, in evaluation mode.
+
+    The weights are ten times a fresh model's, so that attention, norms and heads all matter to the logits.
+    """
+    net_class, config_class, sizes = SIZES[architecture]
+    torch.manual_seed(seed)
+    net = net_class(config_class(**{"vocab_size": VOCAB, "pad_token_id": PAD, "initializer_range": 0.2, **sizes,
+                                    **changes}))
+    return net.eval()
+
+
+def gpt2_lm(seed: int = 0) -> GPT2LMHeadModel:
+    """A toy GPT-2 language model, in evaluation mode."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, initializer_range=0.2, **SIZES["gpt2"][2])).eval()
+
+
+def adapted(architecture: str, seed: int = 0, trained: bool = True, **options) -> TextClassifier:
+    """A toy classifier with a LoRA adapter; `trained`: with B non-zero, as after training."""
+    net = toy_net(architecture)
+    torch.manual_seed(seed)
+    inject_lora(net, LoRAOptions(**{"rank": 4, "alpha": 6.0, **options}))
+    if trained:
+        randomize_B(net)
+    return TextClassifier(net).eval()
+
+
+def randomize_B(net: torch.nn.Module, std: float = 0.1) -> None:
+    with torch.no_grad():
+        for layer in lora_layers(net).values():
+            layer.lora_B.normal_(std=std)
+
+
+def toy_batch(lengths: tuple[int, ...] = (5, 9, 1, 12), seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and their mask, (B, T) each."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(0, PAD, mask.shape, generator=generator)
+    return ids.where(mask.bool(), torch.tensor(PAD)), mask
+
+
+@torch.no_grad()
+def logits_of(classifier: TextClassifier, batch=None) -> torch.Tensor:
+    return classifier(*(batch or toy_batch()))
+
+
+def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as GPT-2's, trained on three sentences."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        ["The cat sat on the mat.", "A dog ran to the cat.", "The mat was on the dog."],
+        trainers.BpeTrainer(vocab_size=280, special_tokens=["<|endoftext|>"], show_progress=False,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+                                        unk_token="<|endoftext|>", model_max_length=CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory) -> Path:
+    """A toy GPT-2 with its tokenizer, as `save_pretrained` writes a checkpoint."""
+    folder = tmp_path_factory.mktemp("toy-gpt2")
+    tokenizer = write_tokenizer(folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_layer=2, n_embd=32, n_head=4, n_positions=CONTEXT, initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
+    return folder

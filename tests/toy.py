@@ -1,0 +1,76 @@
+"""Toy inputs for the tests and the kill benchmark: a GPT-2 folder, CoLA folders, and a call of run.py in this process."""
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+WORDS = ("the", "cat", "dog", "mat", "saw", "fed", "a", "old", "red", "bird")
+COLA_FILES = ("in_domain_train.tsv", "in_domain_dev.tsv", "out_of_domain_dev.tsv")
+
+
+def write_model(folder: Path, channels: int = 32, seed: int = 0) -> Path:
+    """A GPT-2 of two layers with random weights and a byte-level BPE tokenizer, as `save_pretrained` writes them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator([" ".join(WORDS)] * 2, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+                                        unk_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    # Weights ten times a fresh model's, so that there is something in the last hidden state to learn from.
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=channels, n_head=4, n_positions=64,
+                               initializer_range=0.2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+def toy_rows(rows: int, seed: int) -> list[tuple[str, int]]:
+    """Sentences of two to nine words; the label is 1 where the last word is one of the first five."""
+    draw = random.Random(seed)
+    sentences = [[draw.choice(WORDS) for _ in range(draw.randint(2, 9))] for _ in range(rows)]
+    return [(" ".join(words), int(words[-1] in WORDS[:5])) for words in sentences]
+
+
+def tsv(rows: list[tuple[str, int]]) -> str:
+    """Rows in CoLA's format."""
+    return "".join(f"toy\t{label}\t{'' if label else '*'}\t{sentence}\n" for sentence, label in rows)
+
+
+def write_cola(folder: Path, train: int = 40, dev: int = 12) -> Path:
+    """A folder with CoLA's three files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (name, rows) in enumerate(zip(COLA_FILES, (train, dev, dev), strict=True)):
+        (folder / name).write_text(tsv(toy_rows(rows, seed)), encoding="utf-8")
+    return folder
+
+
+def main(*arguments) -> int:
+    """`python run.py ARGUMENTS` in this process: its exit status; signal handlers and warnings are put back."""
+    import run
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    show, argv = warnings.showwarning, sys.argv
+    sys.argv = ["run.py", *map(str, arguments)]
+    try:
+        return run.main(sys.argv[1:])
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        warnings.showwarning, sys.argv = show, argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones but the lock included, with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".lock"}
