@@ -69,8 +69,8 @@ class DistilOptions:
     """The teacher, the student and the KD loss."""
 
     teacher: Path
-    temperature: float = 2.0
-    kd_alpha: float = 0.7
+    temperature: float = 4.0
+    kd_alpha: float = 0.9
     embedding_size: int | None = None
     hidden_size: int | None = None
     rnn_layers: int = 1
@@ -81,25 +81,30 @@ class DistilOptions:
 
 # ---------------------------------------------------------------- what a run starts from
 
-def choose(model: str | None, task: str | None, data: str | None, notice: Callable[[str], None]
-           ) -> tuple[str, str, str | None]:
+def choose(model: str | None, task: str | None, data: str | None, notice: Callable[[str], None],
+           need_task: bool = True) -> tuple[str, str, str | None]:
     """Fills in the defaults: GPT-2 on CoLA, or the embedded pair where the Hub cannot be reached.
 
-    Only somebody who named neither model nor data is served the embedded default; a model asked for
-    by name is never replaced.
+    Only somebody who named neither model, task nor data is served the embedded default; what was asked
+    for by name is never replaced.
+
+    Args:
+        notice: told, visibly, when the embedded default is used instead.
+        need_task: whether the task's files must be there too.
     """
-    if model is not None or data is not None:
-        return model or DEFAULT_MODEL, task or ("tiny" if model == "tiny" and data is None else DEFAULT_TASK), data
-    if task == "tiny":
+    if model is None and task == "tiny" and data is None:
         return "tiny", task, None
+    if model is not None or task is not None or data is not None:
+        return model or DEFAULT_MODEL, task or ("tiny" if model == "tiny" and data is None else DEFAULT_TASK), data
     try:
         load_config(DEFAULT_MODEL)
-        if task is not None or DEFAULT_TASK:
-            data_utils.load_task(task or DEFAULT_TASK)
-        return DEFAULT_MODEL, task or DEFAULT_TASK, None
+        if need_task:
+            data_utils.load_task(DEFAULT_TASK)
+        return DEFAULT_MODEL, DEFAULT_TASK, None
     except UserError:
-        notice(f"NOTICE: the Hugging Face Hub cannot be reached and {DEFAULT_MODEL} with {task or DEFAULT_TASK} is not "
-               "cached; using the embedded --model tiny --task tiny instead")
+        what = f"{DEFAULT_MODEL} and {DEFAULT_TASK} are" if need_task else f"{DEFAULT_MODEL} is"
+        used = "--model tiny --task tiny" if need_task else "--model tiny"
+        notice(f"NOTICE: the Hugging Face Hub cannot be reached and {what} not cached; using the embedded {used} instead")
         return "tiny", "tiny", None
 
 

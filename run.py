@@ -22,20 +22,37 @@ import sys
 import warnings
 from pathlib import Path
 
+# The embedded task's model is small: it wants more epochs and a higher rate than a pretrained one.
+EPOCHS = {"LoRA": {"tiny": 12, "": 3}, "distil": {"tiny": 30, "": 15}}
+LEARNING_RATE = {"LoRA": {"tiny": 2e-3, "": 4e-4}, "distil": {"": 3e-3}}
 MODES = ("gen", "LoRA", "distil", "eval", "report", "submit")
+
+
+def _complain(message) -> None:
+    """One line on stderr, whatever the message quotes."""
+    print("run.py:", str(message).replace("\n", " "), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line on stderr, with the closest option or mode where one was mistyped; exit status 2."""
 
     def error(self, message: str):
-        print(f"run.py: {message}", file=sys.stderr)
+        _complain(message)
         sys.exit(2)
 
 
+class Help(argparse.HelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+
+
 def _closest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.4)
+    return f"; did you mean {by_lower[close[0]]}?" if close else f"; expected one of {', '.join(known)}"
 
 
 def _number(kind, low, high, what: str):
@@ -65,12 +82,12 @@ def _sr(text: str) -> str:
 
 def build_parser() -> Parser:
     parser = Parser(prog="run.py", description="Adapt GPT-2 with LoRA, distil it into a small RNN.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+                    formatter_class=Help, allow_abbrev=False)
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE", parser_class=Parser)
 
     def mode(name: str, text: str, sr: bool = True) -> Parser:
         sub = modes.add_parser(name, help=text, description=text, allow_abbrev=False,
-                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                               formatter_class=Help)
         if sr:
             sub.add_argument("sr", metavar="SR", type=_sr, help="five digits: the seed, and the run's name")
         return sub
@@ -79,10 +96,12 @@ def build_parser() -> Parser:
     gen.add_argument("--model", help="as for LoRA")
     gen.add_argument("--prompt", action="append", help="may be given several times")
     gen.add_argument("--prompt-file", type=Path, help="a UTF-8 file with one prompt a line")
-    gen.add_argument("--max-new-tokens", type=_count, default=40)
-    gen.add_argument("--temperature", type=_positive, default=0.8)
-    gen.add_argument("--top-k", type=_number(int, 0, 10 ** 9, "a whole number of at least 0"), default=50, help="0: off")
-    gen.add_argument("--top-p", type=_number(float, 1e-9, 1, "a number above 0, up to 1"), default=0.95)
+    gen.add_argument("--max-new-tokens", type=_count, default=40, help="of each sample")
+    gen.add_argument("--temperature", type=_positive, default=0.8, help="below 1: likelier tokens likelier still")
+    gen.add_argument("--top-k", type=_number(int, 0, 10 ** 9, "a whole number of at least 0"), default=50,
+                     help="draw from the k likeliest tokens; 0: all")
+    gen.add_argument("--top-p", type=_number(float, 1e-9, 1, "a number above 0, up to 1"), default=0.95,
+                     help="draw from the likeliest tokens that hold this probability")
     gen.add_argument("--num-samples", type=_count, default=1, help="samples of each prompt")
     gen.add_argument("--greedy", action="store_true", help="the likeliest token each time")
     gen.add_argument("--adapter", type=Path, help="folder of a saved LoRA adapter")
@@ -92,14 +111,14 @@ def build_parser() -> Parser:
                                       "folder or GGUF file, smollm2, or tiny")
     lora.add_argument("--method", choices=("lora", "full", "head", "none"), default="lora",
                       help="train LoRA and the head, everything, the head alone, or nothing")
-    lora.add_argument("--rank", type=int, default=8)
-    lora.add_argument("--alpha", type=_positive, default=16.0)
+    lora.add_argument("--rank", type=int, default=8, help="of each update")
+    lora.add_argument("--alpha", type=_positive, default=16.0, help="the update is scaled by alpha / rank")
     lora.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.0,
                       help="on the inputs of A")
     lora.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
     lora.add_argument("--targets", default="q,k,v,o,mlp", help="roles (q,k,v,o,mlp) or module-name patterns")
     lora.add_argument("--layers", help="blocks to adapt, such as 0-11; all if not given")
-    _training_options(lora, epochs=3, batch_size=32, lr=4e-4)
+    _training_options(lora, "LoRA")
     lora.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
     lora.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the frozen weights")
     lora.add_argument("--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
@@ -109,15 +128,16 @@ def build_parser() -> Parser:
 
     distil = mode("distil", "distil a LoRA run into a small RNN, and train the RNN alone beside it")
     distil.add_argument("--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given")
-    distil.add_argument("--temperature", type=_positive, default=2.0)
-    distil.add_argument("--kd-alpha", type=_share, default=0.7, help="weight of the teacher in the loss")
+    distil.add_argument("--temperature", type=_positive, default=4.0, help="softens teacher and student in the KD loss")
+    distil.add_argument("--kd-alpha", type=_share, default=0.9, help="weight of the teacher in the loss")
     distil.add_argument("--embedding-size", type=_count, help="96, or less to fit 10 %% of the teacher's parameters")
     distil.add_argument("--hidden-size", type=_count, help="128, or less to fit, of each direction")
-    distil.add_argument("--rnn-layers", type=_count, default=1)
-    distil.add_argument("--cell", choices=("lstm", "gru"), default="lstm")
+    distil.add_argument("--rnn-layers", type=_count, default=1, help="of the RNN")
+    distil.add_argument("--cell", choices=("lstm", "gru"), default="lstm", help="of the RNN")
     distil.add_argument("--pooling", choices=("max", "mean"), default="max", help="over real tokens")
-    distil.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.3)
-    _training_options(distil, epochs=15, batch_size=32, lr=1e-3)
+    distil.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.3,
+                        help="on embeddings and on the pooled vector")
+    _training_options(distil, "distil")
 
     evaluate = mode("eval", "score a saved run on a labelled file", sr=False)
     evaluate.add_argument("run", metavar="RUN_DIR", type=Path)
@@ -137,21 +157,30 @@ def build_parser() -> Parser:
     return parser
 
 
-def _training_options(parser: Parser, epochs: int, batch_size: int, lr: float) -> None:
+def _default(table: dict, task: str):
+    return table.get(task, table[""])
+
+
+def _defaults_text(table: dict) -> str:
+    return ", ".join(f"{value:g}" + (f" for --task {task}" if task else " otherwise") for task, value in table.items())
+
+
+def _training_options(parser: Parser, mode: str) -> None:
     """What every training has."""
     parser.add_argument("--task", choices=("cola", "tiny"), help="cola, unless the embedded default is used")
     parser.add_argument("--data", metavar="DIR", help="folder with the task's files; the Hub's if not given")
     parser.add_argument("--out", type=Path, help="the run's folder; runs/MODE-SR if not given")
-    parser.add_argument("--epochs", type=_count, default=epochs)
-    parser.add_argument("--batch-size", type=_count, default=batch_size)
+    parser.add_argument("--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
+    parser.add_argument("--batch-size", type=_count, default=32, help="sentences in a batch")
     parser.add_argument("--batch-tokens", type=_count, help="instead of --batch-size: tokens in a batch, pads included")
-    parser.add_argument("--lr", type=_positive, default=lr)
-    parser.add_argument("--weight-decay", type=_not_negative, default=0.01)
+    parser.add_argument("--lr", type=_positive, help=_defaults_text(LEARNING_RATE[mode]))
+    parser.add_argument("--weight-decay", type=_not_negative, default=0.01, help="not on biases and norms")
     parser.add_argument("--warmup", type=_share, default=0.06, help="share of the steps")
-    parser.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear")
+    parser.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
+                        help="decay after warm-up")
     parser.add_argument("--clip", type=_not_negative, default=1.0, help="largest gradient norm; 0: no clipping")
     parser.add_argument("--accumulate", type=_count, default=1, help="batches in an optimiser step")
-    parser.add_argument("--label-smoothing", type=_share, default=0.0)
+    parser.add_argument("--label-smoothing", type=_share, default=0.0, help="share of the label spread over all classes")
     parser.add_argument("--patience", type=_count, help="stop after so many epochs without a better one")
     parser.add_argument("--max-length", type=_count, help="tokens; the model's context if not given")
     parser.add_argument("--limit", type=_count, help="first rows of each split only: a quick look")
@@ -179,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         return {"gen": generate, "LoRA": finetune, "distil": distil, "eval": evaluate, "report": report,
                 "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
-        print(f"run.py: {error}", file=sys.stderr)
+        _complain(error)
         return 2
     except KeyboardInterrupt:
         print("run.py: interrupted", file=sys.stderr)
@@ -197,7 +226,7 @@ def generate(args) -> None:
     import generation
 
     model = args.model or (generation.base_model(args.adapter) if args.adapter else None)
-    model, _, _ = experiments.choose(model, None, None, _note)
+    model, _, _ = experiments.choose(model, None, None, _note, need_task=False)
     prompts = list(args.prompt or [])
     if args.prompt_file:
         prompts += generation.read_prompts(args.prompt_file)
@@ -214,7 +243,10 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
 
     names = ("epochs", "batch_size", "batch_tokens", "lr", "weight_decay", "warmup", "schedule", "clip", "accumulate",
              "label_smoothing", "patience", "save_every", "head_lr", "precision", "compile")
-    train = TrainOptions(seed=int(args.sr), **{name: getattr(args, name) for name in names if hasattr(args, name)})
+    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    values["epochs"] = args.epochs or _default(EPOCHS[mode], task)
+    values["lr"] = args.lr or _default(LEARNING_RATE[mode], task)
+    train = TrainOptions(seed=int(args.sr), **values)
     return RunOptions(mode=mode, sr=args.sr, model=model, task=task, data=data, train=train,
                       out=args.out or Path("runs") / f"{mode}-{args.sr}", max_length=args.max_length, limit=args.limit,
                       resume=args.resume, overwrite=args.overwrite, deterministic=args.deterministic, **extra)
@@ -286,7 +318,8 @@ def distil(args) -> int:
     teacher = args.teacher or Path("runs") / f"LoRA-{args.sr}"
     if not teacher.is_dir():
         raise UserError(f"teacher {teacher}: no such run; python run.py LoRA {args.sr} makes it")
-    options = _run_options(args, "distil", None, args.task, args.data)
+    task = args.task or experiments.read_run(teacher, "LoRA")[0]["options"]["task"]
+    options = _run_options(args, "distil", None, task, args.data)
     student = experiments.DistilOptions(teacher, args.temperature, args.kd_alpha, args.embedding_size, args.hidden_size,
                                         args.rnn_layers, args.cell, args.pooling, args.dropout)
 

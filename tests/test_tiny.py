@@ -151,9 +151,9 @@ def test_the_model_loads_in_transformers_and_is_reused(quick, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(3)
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     folder = tiny.tiny_model_folder(tmp_path)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
     assert folder.parent == tmp_path / "lora-distil" and re.fullmatch(r"tiny-[0-9a-f]{12}", folder.name)
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
