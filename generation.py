@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import adapters
 from files import UserError
-from model import load_causal_lm, load_tokenizer, max_length_of
+from backbones import load_causal_lm, load_tokenizer, max_length_of
 
 
 def base_model(adapter: Path) -> str:

@@ -238,7 +238,7 @@ def generate(args) -> None:
 
 
 def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, **extra):
-    from experiments import RunOptions
+    from runs import RunOptions
     from train_utils import TrainOptions
 
     names = ("epochs", "batch_size", "batch_tokens", "lr", "weight_decay", "warmup", "schedule", "clip", "accumulate",

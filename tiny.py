@@ -388,7 +388,8 @@ def draw_corpus() -> list[str]:
     """What the language model learns from: acceptable sentences, all words, all phenomena, none of the task's."""
     rng, seen = random.Random(SEED), set()
     draw_task(rng, seen)
-    return [sentence for _, _, sentence in draw([*IN_DOMAIN, *HELD_OUT], "all", N_CORPUS, 1.0, rng, seen)]
+    slow = ["agreement", "reflexive", "determiner"] * 2  # number is what a model learns last: more of it
+    return [sentence for _, _, sentence in draw([*IN_DOMAIN, *HELD_OUT, *slow], "all", N_CORPUS, 1.0, rng, seen)]
 
 
 def write_tiny_task(folder: Path) -> None:

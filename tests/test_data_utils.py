@@ -232,7 +232,8 @@ def test_colas_batches_of_32_compute_at_most_5_percent_pads():
 
 def test_bucketing_changes_no_sentences_logits(tmp_path):
     """Invariant 10, on a real GPT-2 classifier of toy size: alone or in any bucket, the same logits."""
-    from model import load_classifier, load_tokenizer
+    from backbones import load_tokenizer
+    from model import load_classifier
     from train_utils import predict
 
     name = str(toy.write_model(tmp_path))

@@ -8,7 +8,8 @@ from transformers import GPT2LMHeadModel
 from adapters import save_adapter
 from files import UserError
 from generation import base_model, generate, read_prompts
-from model import LoRAOptions, TextClassifier, inject_lora, load_causal_lm, load_tokenizer
+from backbones import load_causal_lm, load_tokenizer
+from model import LoRAOptions, TextClassifier, inject_lora
 
 PROMPTS = ["The cat", "A dog ran to", "mat"]
 

@@ -17,10 +17,10 @@ from transformers import (BertConfig, DistilBertConfig, DistilBertForSequenceCla
 from transformers.pytorch_utils import Conv1D
 
 import adapters
+from backbones import is_decoder, load_causal_lm, load_config, load_tokenizer, max_length_of
 from files import UserError
 from model import (ROLES, DistilRNN, LoRALinear, LoRAOptions, RNNConfig, TextClassifier, blocks_of, count_parameters,
-                   find_targets, inject_lora, is_decoder, load_causal_lm, load_classifier, load_config, load_tokenizer,
-                   lora_layers, max_length_of, parse_layers, student_config)
+                   find_targets, inject_lora, load_classifier, lora_layers, parse_layers, student_config)
 
 
 def base_logits(architecture: str) -> torch.Tensor:
