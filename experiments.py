@@ -25,7 +25,7 @@ from backbones import load_config, load_tokenizer, max_length_of
 from data_utils import Batch, Task
 from files import UserError, read_json, sha256, write_file, write_json
 from model import (DistilRNN, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora, load_classifier,
-                   student_config)
+                   lora_layers, student_config)
 from runs import Recorder, RunOptions, as_json, device, finish, provenance, read_run, run_folder, settings_of
 from train_utils import TrainOptions
 
@@ -145,9 +145,16 @@ def adapt(classifier: TextClassifier, method: str, lora: LoRAOptions) -> None:
 
 
 def to_precision(classifier: TextClassifier, precision: str) -> None:
-    """bf16: frozen weights are stored as bfloat16; what trains stays float32."""
-    if precision == "bf16" and not classifier.full:
-        for p in classifier.net.base_model.parameters():
+    """bf16: frozen weights become bfloat16, what trains stays float32.
+
+    On a CPU that is the adapted projections alone, and activations stay float32: its matrix products
+    gain from bfloat16, its other operations lose.
+    """
+    if precision != "bf16" or classifier.full:
+        return
+    adapted = [layer.base for layer in lora_layers(classifier.net).values()]
+    for module in adapted if adapted and device().type == "cpu" else [classifier.net.base_model]:
+        for p in module.parameters():
             if not p.requires_grad:
                 p.data = p.data.bfloat16()
 
@@ -353,8 +360,8 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
                      "teacher_files": {path.name: sha256(path)
                                        for path in sorted(Path(distil_options.teacher).glob("*.safetensors"))}}
     with run_folder(options, record_config) as folder:
-        say(f"distilling {distil_options.teacher} ({teacher_parameters:,} parameters) into a {config.cell.upper()} "
-            f"student of {config.parameters():,} ({100 * config.parameters() / teacher_parameters:.1f} %)")
+        say(f"distilling {distil_options.teacher} ({teacher_parameters:,} parameters) into a student ({config.cell.upper()}) "
+            f"of {config.parameters():,} ({100 * config.parameters() / teacher_parameters:.1f} %)")
         logits = teacher_logits(teacher, batches, folder / "teacher_logits.safetensors").to(device())
         kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha,
                                       options.train.label_smoothing)

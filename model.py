@@ -94,11 +94,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self.merged:
-            return self.base(x)
+            return self.base(x.to(self.base.weight.dtype)).to(x.dtype)
         rows = x.reshape(-1, self.in_features)
         A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
         if self.dropout.p > 0 and self.training:  # W and A see different inputs
-            y = F.linear(rows, _weight(self.base), self.base.bias)
+            weight = _weight(self.base)
+            y = F.linear(rows.to(weight.dtype), weight, self.base.bias).to(x.dtype)
             y = torch.addmm(y, F.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
         else:
             y = _LoRAProduct.apply(rows, _weight(self.base), self.base.bias, A, B, self.scaling)
@@ -140,12 +141,13 @@ class _LoRAProduct(torch.autograd.Function):
     """x W^T + b + scaling (x A^T) B^T, for a W that never trains.
 
     Keeps what the backward pass needs (x and the narrow x A^T) and adds each update in place, so that
-    no second (rows, features) tensor is written in either direction.
+    no second (rows, features) tensor is written in either direction. Where W is bfloat16 and x is not,
+    only the product with W runs in bfloat16.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        y = F.linear(x, weight, bias)  # (rows, out)
+        y = F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)  # (rows, out)
         h = torch.mm(x, A.t())  # (rows, rank)
         ctx.save_for_backward(x, h, weight, A, B)
         ctx.scaling = scaling
@@ -158,7 +160,9 @@ class _LoRAProduct(torch.autograd.Function):
         # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
         grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling).t()
         grad_A = torch.mm(grad_h.t(), x)
-        grad_x = torch.mm(grad, weight).addmm_(grad_h, A) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad.to(weight.dtype), weight).to(grad.dtype).addmm_(grad_h, A)
         return grad_x, None, None, grad_A, grad_B, None
 
 
@@ -308,7 +312,11 @@ class TextClassifier(nn.Module):
 
     @classmethod
     def from_causal_lm(cls, lm: PreTrainedModel, num_labels: int) -> TextClassifier:
-        """Puts a fresh head (normal, the configuration's initializer_range) on the backbone of `lm`, shared with it."""
+        """Puts a fresh head on the backbone of `lm`, shared with it.
+
+        The head starts at zero, so that training starts from even odds: hidden states can be large (SmolLM2's
+        are), and a random head's first logits would have to be unlearned.
+        """
         config = copy.deepcopy(lm.config)
         config.num_labels = num_labels
         lm.config.pad_token_id = None  # pooling goes by the mask; a pad id would only make the backbone warn
@@ -316,7 +324,7 @@ class TextClassifier(nn.Module):
             net = AutoModelForSequenceClassification.from_config(config)
         setattr(net, net.base_model_prefix, lm.base_model)
         net.score = nn.Linear(net.score.in_features, num_labels, bias=False)
-        nn.init.normal_(net.score.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(net.score.weight)
         return cls(net)
 
     def head_names(self) -> list[str]:

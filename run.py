@@ -120,7 +120,8 @@ def build_parser() -> Parser:
     lora.add_argument("--layers", help="blocks to adapt, such as 0-11; all if not given")
     _training_options(lora, "LoRA")
     lora.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
-    lora.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the frozen weights")
+    lora.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                      help="of the frozen weights; what trains stays float32")
     lora.add_argument("--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
     lora.add_argument("--keep-memory", type=_not_negative, default=2.0, metavar="GIB",
                       help="of their results in memory; the rest is memory-mapped")

@@ -1,0 +1,272 @@
+"""What the benchmarks share: options, samples of CoLA, both sides' models, alternation, and one form of report.
+
+A benchmark is a function (args, work folder) -> Report; `main` runs it. Nothing here is a result: every
+figure that is printed was measured in the run that prints it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is on the disk
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # one line a round on stderr instead
+ROOT = Path(__file__).resolve().parent.parent
+
+import torch  # noqa: E402 (reads the environment)
+from torch import Tensor  # noqa: E402
+
+import data_utils  # noqa: E402
+import train_utils  # noqa: E402
+from backbones import load_tokenizer  # noqa: E402
+from data_utils import Batch, Split  # noqa: E402
+from files import UserError, make_folder  # noqa: E402
+from model import lora_layers  # noqa: E402
+
+LABELS, MAX_LENGTH = 2, 512
+TOLERANCE = 1e-4  # between the two sides' losses on one batch
+
+
+# ---------------------------------------------------------------- figures
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and spread."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def paired_ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """a / b round by round: what slows the machine in one round slows both sides of its ratio."""
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
+def alternate(sides: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Calls every side once a round with the round's number; odd rounds go through the sides backwards.
+
+    Returns:
+        What each side returned (seconds, or a rate), round by round.
+    """
+    results = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides)[::-1 if number % 2 else 1]:
+            results[name].append(sides[name](number))
+        last = ", ".join(f"{name} {values[-1]:.3g}" for name, values in results.items())
+        print(f"round {number + 1}/{rounds}: {last}", file=sys.stderr, flush=True)
+    return results
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; the first to the left, figures to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(
+        zip(line, widths, strict=True))).rstrip() for line in lines)
+
+
+def figure(value: float) -> str:
+    """A number for a table: three significant digits, or all of a larger one's whole part."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+@dataclass
+class Report:
+    """What a benchmark checked and measured, and the targets beside it."""
+
+    checks: list[dict] = field(default_factory=list)
+    measurements: list[dict] = field(default_factory=list)
+    targets: list[dict] = field(default_factory=list)
+
+    def check(self, what: str, difference: float, tolerance: float) -> None:
+        """Both sides compute the same, or nothing is timed."""
+        if not difference <= tolerance:  # NaN fails too
+            raise SystemExit(f"{what}: the sides differ by {difference:g}; at most {tolerance:g} is allowed")
+        self.checks.append({"what": what, "difference": difference, "tolerance": tolerance})
+
+    def check_bits(self, what: str, a: Tensor, b: Tensor) -> None:
+        """Equal bit for bit, or nothing is timed."""
+        self.check(what, 0.0 if torch.equal(a, b) else max(float((a - b).abs().max()), 1e-45), 0.0)
+
+    def measure(self, what: str, values: Sequence[float], unit: str) -> None:
+        self.measurements.append({"what": what, "unit": unit, **summary(values)})
+
+    def target(self, what: str, values: Sequence[float], goal: float, unit: str = "x", at_most: bool = False) -> None:
+        """The issue's target beside the median that was measured."""
+        measured = summary(values)
+        met = measured["median"] <= goal if at_most else measured["median"] >= goal
+        self.targets.append({"what": what, "unit": unit, **measured,
+                             "target": f"{'<=' if at_most else '>='} {goal:g}", "met": met})
+
+    def text(self) -> str:
+        def cells(row: dict) -> list[str]:
+            return [row["what"], row["unit"], *(figure(row[key]) for key in ("median", "min", "max"))]
+
+        columns = ["unit", "median", "min", "max"]
+        return "\n\n".join((
+            table(["checked before timing", "difference", "allowed"],
+                  [[row["what"], f"{row['difference']:.1e}", f"{row['tolerance']:.0e}"] for row in self.checks]),
+            table(["measured", *columns], [cells(row) for row in self.measurements]),
+            table(["target", *columns, "target", ""],
+                  [[*cells(row), row["target"], "met" if row["met"] else "NOT met"] for row in self.targets])))
+
+
+def machine() -> dict:
+    """What the figures belong to; the load average shows whether the machine was quiet when the run began."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    return {"cpu": names[0] if names else platform.machine(), "cores": len(os.sched_getaffinity(0)),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0], "system": platform.platform(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+# ---------------------------------------------------------------- the program around a benchmark
+
+def main(doc: str, benchmark: Callable[[argparse.Namespace, Path], Report],
+         options: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> int:
+    """Parses, runs the benchmark in a temporary folder, prints a table or one JSON object; returns the exit status."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/cola", metavar="DIR",
+                        help="folder with CoLA's three TSV files (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few batches and rounds: a look, not a result")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--threads", type=int, help="of PyTorch's matrix products; its own choice if not given")
+    options(parser)
+    args = parser.parse_args()
+    set_threads(args)
+    described = machine()
+    try:
+        args.task = data_utils.load_task("cola", args.data)
+        with tempfile.TemporaryDirectory() as work:
+            report = benchmark(args, Path(work))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": "python " + shlex.join(sys.argv),
+                          "quick": args.quick, "machine": described, **vars(report)}))
+    else:
+        print("\n".join(f"{name}: {value}" for name, value in described.items()) + "\n\n" + report.text())
+    return 0
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """Threads of this process and of those it starts."""
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+        torch.set_num_threads(args.threads)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    """Waits for the GPU, so that a clock that is read now means something."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- data
+
+def tokenizer_of(base: str):
+    """The model's tokenizer with a pad token, so that every side pads with the same id."""
+    tokenizer = load_tokenizer(base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def batches_of(split: Split, base: str, batch_size: int) -> list[Batch]:
+    """A split in this project's batches, shortest first; the same in every process."""
+    return data_utils.make_batches(split, tokenizer_of(base), MAX_LENGTH, batch_size, seed=1)
+
+
+def thinned(split: Split, rows: int) -> Split:
+    """About `rows` sentences, evenly spread over the file."""
+    step = max(1, len(split) // rows)
+    return Split(split.sentences[::step], split.labels[::step], split.sources[::step])
+
+
+def spread_sample(count: int, total: int, seed: int) -> list[int]:
+    """`count` of the numbers below `total`, one from each of as many equal ranges.
+
+    Of batches in order of length it takes short and long ones in the proportion of the whole epoch.
+    """
+    draw = random.Random(seed).random()
+    return [int((i + draw) * total / count) for i in range(count)] if count < total else list(range(total))
+
+
+def padding_percent(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
+    """Share of pads, in percent, where rows are batched in this order and padded to the longest of the batch."""
+    groups = [[lengths[row] for row in order[i:i + batch_size]] for i in range(0, len(order), batch_size)]
+    return 100.0 * (1 - sum(map(sum, groups)) / sum(max(group) * len(group) for group in groups))
+
+
+# ---------------------------------------------------------------- models
+
+def base_of(model: str, work: Path) -> str:
+    """What `--model` would be given: `smollm2`, or the folder of a GPT-2 124M with random weights.
+
+    Its weights have no say in its speed. Its tokenizer is SmolLM2's: a trained one, of about as many
+    tokens a sentence as GPT-2's, with ids below GPT-2's 50,257.
+    """
+    if model != "gpt2":
+        return model
+    folder = work / "gpt2"
+    if not folder.exists():
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(make_folder(folder))
+        tokenizer_of("smollm2").save_pretrained(folder)
+    return str(folder)
+
+
+def peft_classifier(base: str, adapter: Path, pad_token_id: int, best: bool):
+    """PEFT's side: `transformers`' own classifier of the same base under the adapter and head in a folder.
+
+    Args:
+        best: the fused form of GPT-2's activation and no dropout; else as the documentation shows it: the
+            model's own activation and dropout, and 0.1 on the inputs of A.
+    """
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from benchmarks.peft_reference import load_smollm2
+
+    if base == "smollm2":
+        net = load_smollm2()[0]
+        net.config.pad_token_id = pad_token_id
+    else:
+        fast = {"activation_function": "gelu_pytorch_tanh", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        net = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=LABELS, pad_token_id=pad_token_id, dtype=torch.float32, **(fast if best else {}))
+    config = LoraConfig.from_pretrained(adapter)
+    config.lora_dropout = 0.0 if best else 0.1
+    return PeftModel.from_pretrained(net, adapter, config=config, is_trainable=True)
+
+
+def randomize_B(net: torch.nn.Module) -> None:
+    """Makes B non-zero, as after training: at zero, half of the gradients would be zero on every side."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in lora_layers(net).values():
+            layer.lora_B.normal_(std=0.02)
+
+
+def epoch_seconds(model, batches: list[Batch], objective: train_utils.Objective, **more) -> float:
+    """Training seconds of one epoch through `train_utils.fit`, the loop that every run goes through."""
+    options = train_utils.TrainOptions(seed=1, epochs=1, lr=1e-4, warmup=0.0, schedule="constant", **more)
+    first = replace(batches[0], rows=torch.arange(len(batches[0].rows)))  # validated after the epoch, off the clock
+    return train_utils.fit(model, batches, {"in_domain": [first]}, objective, options).history[-1]["seconds"]

@@ -1,0 +1,147 @@
+"""Nothing frozen is computed twice: what keeping it saves, in time of an epoch.
+
+    python benchmarks/frozen_reuse.py
+    python benchmarks/frozen_reuse.py --quick --json
+
+GPT-2 124M on a sample of CoLA's training split in batches of 32; every epoch goes through
+`train_utils.fit`. Timed against each other, after kept results were found equal to fresh ones bit for bit:
+
+    --method head    the first epoch, which computes and keeps the features, against a later one
+    --layers 6-11    a later epoch, which starts from the kept output of block 5, against all layers, and
+                     against the same layers without keeping. By FLOP count the limits are 2.0 and 1.5:
+                     forward and backward through 12 blocks, or forward through 12 and backward through 6,
+                     against forward and backward through 6
+    distil           a student's epoch with the teacher's logits kept, against asking the teacher anew
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import experiments
+import train_utils
+from benchmarks import common
+from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
+from data_utils import Batch
+from frozen import FrozenPrefix
+from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier, student_config
+
+BATCH_SIZE = 32
+CROSS_ENTROPY = train_utils.cross_entropy()
+
+
+def classifier(base: str, method: str = "lora", layers: str | None = None) -> TextClassifier:
+    """GPT-2 with a head, as `run.py LoRA --method METHOD --layers LAYERS` trains it."""
+    made, _ = load_classifier(base, common.LABELS)
+    torch.manual_seed(0)
+    experiments.adapt(made, method, LoRAOptions(layers=layers))
+    common.randomize_B(made.net)
+    return made.to(device())
+
+
+def copies(batches: list[Batch]) -> list[Batch]:
+    """The same batches with nothing kept."""
+    return [replace(batch, kept=None) for batch in batches]
+
+
+def check_kept(report: Report, what: str, model: TextClassifier, kept: list[Batch]) -> None:
+    """Logits and gradients of the shortest and the longest batch, from kept results and fresh."""
+    for name, batch in (("shortest", kept[0]), ("longest", kept[-1])):
+        results = []
+        for one in (batch, replace(batch, kept=None)):
+            one = one.to(device())
+            model.zero_grad()
+            logits = model.train()(*one.inputs())
+            CROSS_ENTROPY(logits, one).backward()
+            gradients = [p.grad.flatten() for p in train_utils.trainable(model).values()]
+            results.append((logits.detach(), torch.cat(gradients)))
+        for part, value, fresh in zip(("logits", "gradients"), *results, strict=True):
+            report.check_bits(f"{what}: kept {part} of the {name} batch", value, fresh)
+    model.zero_grad()
+
+
+def timed(work) -> float:
+    """Seconds that a call takes."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def measure_head(report: Report, base: str, batches: list[Batch], rounds: int) -> None:
+    model = classifier(base, "head")
+    prefix, kept = FrozenPrefix(model), copies(batches)
+    prefix.keep(kept)
+    check_kept(report, "head", model, kept)
+    seconds = common.alternate({
+        "first": lambda _: timed(lambda: prefix.keep(kept)) + epoch_seconds(model, kept, CROSS_ENTROPY),
+        "later": lambda _: epoch_seconds(model, kept, CROSS_ENTROPY)}, rounds)
+    for name, values in seconds.items():
+        report.measure(f"head: {name} epoch", values, "s")
+    report.target("head: first / later epoch", paired_ratios(seconds["first"], seconds["later"]), 50)
+
+
+def measure_layers(report: Report, base: str, batches: list[Batch], rounds: int) -> None:
+    everything, upper = classifier(base), classifier(base, layers="6-11")
+    prefix, kept = FrozenPrefix(upper), copies(batches)
+    prefix.keep(kept)
+    check_kept(report, "layers 6-11", upper, kept)
+    seconds = common.alternate({
+        "all layers": lambda _: epoch_seconds(everything, batches, CROSS_ENTROPY),
+        "6-11, not kept": lambda _: epoch_seconds(upper, batches, CROSS_ENTROPY),
+        "6-11, kept": lambda _: epoch_seconds(upper, kept, CROSS_ENTROPY)}, rounds)
+    for name, values in seconds.items():
+        report.measure(f"layers: epoch, {name}", values, "s")
+    report.target("layers: all / 6-11 kept (limit 2.0)",
+                  paired_ratios(seconds["all layers"], seconds["6-11, kept"]), 1.8)
+    report.measure("layers: 6-11 not kept / kept (limit 1.5)",
+                   paired_ratios(seconds["6-11, not kept"], seconds["6-11, kept"]), "x")
+
+
+def measure_distillation(report: Report, base: str, batches: list[Batch], rounds: int, work: Path) -> None:
+    teacher = classifier(base).eval()
+    fresh = train_utils.predict(teacher, batches)
+    for name in ("computed", "read from the run's file"):
+        kept = experiments.teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
+        report.check_bits(f"distil: kept logits, {name}", kept, fresh)
+    budget = count_parameters(teacher)["total"] // 10
+    config = student_config(len(common.tokenizer_of(base)), common.LABELS, budget)
+    torch.manual_seed(0)
+    student = DistilRNN(config).to(device())
+
+    def epoch(logits: torch.Tensor) -> float:
+        objective = train_utils.distillation(logits.to(device()), temperature=4.0, alpha=0.9)
+        return epoch_seconds(student, batches, objective)
+
+    seconds = common.alternate({
+        "teacher asked": lambda _: timed(lambda: train_utils.predict(teacher, batches)) + epoch(fresh),
+        "logits kept": lambda _: epoch(kept)}, rounds)
+    for name, values in seconds.items():
+        report.measure(f"distil: epoch, {name}", values, "s")
+    report.target("distil: teacher asked / logits kept",
+                  paired_ratios(seconds["teacher asked"], seconds["logits kept"]), 10)
+
+
+def benchmark(args: argparse.Namespace, work: Path) -> Report:
+    train_utils.keep_freed_memory()  # as every run does; it reaches all sides here
+    report, base = Report(), common.base_of("gpt2", work)
+    rows, rounds = (96, 2) if args.quick else (640, 5)
+    if torch.cuda.is_available():
+        rows *= 8
+    batches = common.batches_of(common.thinned(args.task.train, rows), base, BATCH_SIZE)
+    measure_head(report, base, batches, rounds)
+    measure_layers(report, base, batches, rounds)
+    measure_distillation(report, base, batches, rounds, work)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(__doc__, benchmark))

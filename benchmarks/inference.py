@@ -1,0 +1,128 @@
+"""What a user waits for: the student's answers, `--help`, and the start of a run.
+
+    python benchmarks/inference.py
+    python benchmarks/inference.py --quick --json
+
+    sentences/s  DistilRNN at its default sizes against its teacher, GPT-2 124M without adapter (a merged one
+                 costs the same), both over CoLA's development sentences batched by length, on the CPU
+    --help       `python run.py --help` in a fresh process, from spawning it to its end
+    start        `python run.py LoRA` on CoLA to the loss of its first batch, reading and tokenising the data
+                 and the check of the generated text included, against a fresh process that imports the
+                 libraries and loads the same model and tokenizer with `from_pretrained` and ends
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claim is about the CPU
+
+import torch
+
+import experiments
+import train_utils
+from backbones import PACKAGED
+from benchmarks import common
+from benchmarks.common import Report, paired_ratios
+from data_utils import Batch
+from model import DistilRNN, count_parameters, load_classifier, student_config
+
+BATCH_SIZE = 32
+FIRST_STEP = """
+import os, sys
+import run, train_utils
+train_utils.cross_entropy = lambda *_: lambda logits, batch: os._exit(0)
+sys.exit(run.main(sys.argv[1:]) or 1)
+"""
+BARE = """
+import os, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+located = {"gguf_file": sys.argv[2]} if len(sys.argv) > 2 else {}
+AutoTokenizer.from_pretrained(sys.argv[1], **located)
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, **located)
+os._exit(0)
+"""
+
+
+def process_seconds(*command: str) -> float:
+    """Seconds of a fresh Python process in the repository's root, from spawning it to its end."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=common.ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:1])}: exit status {done.returncode}: {done.stderr[-2000:]}")
+    return seconds
+
+
+@torch.inference_mode()
+def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Batch) -> None:
+    """A batch's logits equal those of its sentences one by one."""
+    alone = [model(ids[None, :length], mask[None, :length]) for ids, mask, length in zip(
+        batch.input_ids, batch.attention_mask, batch.attention_mask.sum(1).tolist(), strict=True)]
+    difference = float((model(*batch.inputs()) - torch.cat(alone)).abs().max())
+    report.check(f"{what}: logits of a batch against its sentences alone", difference, common.TOLERANCE)
+
+
+def measure_student(report: Report, args: argparse.Namespace, base: str, rounds: int) -> None:
+    task = args.task.limit(64) if args.quick else args.task
+    dev = {name: common.batches_of(split, base, BATCH_SIZE) for name, split in task.dev.items()}
+    teacher = load_classifier(base, common.LABELS)[0].eval()
+    parameters = count_parameters(teacher)["total"]
+    torch.manual_seed(0)
+    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10)).eval()
+    sides = {"teacher": teacher, "student": student}
+    padded = next(b for b in dev["in_domain"][::-1] if b.tokens < b.input_ids.numel())
+    for name, model in sides.items():
+        check_batching(report, name, model, padded)
+        report.measure(f"{name}: parameters", [count_parameters(model)["total"]], "")
+    rates = common.alternate({name: lambda _, model=model: experiments.sentences_per_second(model, dev, passes=1)
+                              for name, model in sides.items()}, rounds)
+    for name, values in rates.items():
+        report.measure(name, values, "sentences/s")
+    report.target("student / teacher", paired_ratios(rates["student"], rates["teacher"]), 50)
+
+
+def measure_help(report: Report) -> None:
+    seconds = [process_seconds("run.py", "--help") for _ in range(5)]
+    report.target("run.py --help (min is the best of 5)", seconds, 0.5, "s", at_most=True)
+
+
+def located(base: str) -> list[str]:
+    """What `from_pretrained` needs to find the model: a folder, and the GGUF file in it where it is one."""
+    if base not in PACKAGED:
+        return [base]
+    package, file, _ = PACKAGED[base]
+    return [str(Path(importlib.util.find_spec(package).origin).parent), file]
+
+
+def measure_start(report: Report, args: argparse.Namespace, name: str, base: str, work: Path, rounds: int) -> None:
+    seconds = common.alternate({
+        "first step": lambda number: process_seconds(
+            "-c", FIRST_STEP, "LoRA", "12345", "--model", base, "--data", str(args.data.resolve()),
+            "--out", str(work / f"{name}-{number}"), "--plots", str(work)),
+        "from_pretrained": lambda _: process_seconds("-c", BARE, *located(base))}, rounds)
+    for side, values in seconds.items():
+        report.measure(f"start, {name}: {side}", values, "s")
+    report.target(f"start, {name}: first step / from_pretrained",
+                  paired_ratios(seconds["first step"], seconds["from_pretrained"]), 1.3, at_most=True)
+
+
+def benchmark(args: argparse.Namespace, work: Path) -> Report:
+    train_utils.keep_freed_memory()  # as every run does; it reaches teacher and student alike
+    report, base = Report(), common.base_of("gpt2", work)
+    measure_student(report, args, base, 2 if args.quick else 5)
+    measure_help(report)
+    for name in ("smollm2", "gpt2"):
+        measure_start(report, args, name, common.base_of(name, work), work, 1 if args.quick else 3)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(__doc__, benchmark))

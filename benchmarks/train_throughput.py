@@ -1,0 +1,385 @@
+"""LoRA training in real tokens a second, on CoLA's real lengths: this project against PEFT.
+
+    python benchmarks/train_throughput.py            GPT-2 124M and SmolLM2-135M, batches of 16
+    python benchmarks/train_throughput.py --model gpt2 --quick --json
+
+Pads are not counted as tokens. The sides, each in a process of its own, of which one computes at a time:
+
+    ours          batches by length, TextClassifier, LoRALinear, train_utils.fit
+    peft-docs     PEFT and the Trainer as their documentation shows them: random order, dynamic padding,
+                  the model's own activation and dropout, 0.1 on the inputs of A
+    peft-best     PEFT on the very batches of `ours`, fused activation, no dropout, a bare loop, fused AdamW
+    peft-trainer  (on a GPU) the same model as peft-best under the Trainer with group_by_length
+    products      the frozen matrix products of the same batches and nothing else: the machine's limit
+
+Every round takes the same sentences on all sides: one batch from each range of lengths. All adapt the
+same layers with the same rank, and start from the same weights, B non-zero.
+"""
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import adapters
+import experiments
+import train_utils
+from benchmarks import common
+from benchmarks.common import Report, device, synchronize
+from data_utils import Batch, padding_percent
+from model import LoRALinear, LoRAOptions, inject_lora, load_classifier, lora_layers
+
+BATCH_SIZE = 16
+MODELS = {"gpt2": {"peft-docs": 3.0, "peft-best": 1.4}, "smollm2": {"peft-best": 1.8}}  # targets, against whom
+
+
+# ---------------------------------------------------------------- the sides, each in its process
+
+class Side:
+    """A way of training, on CoLA's training split in this project's batches."""
+
+    def __init__(self, args: argparse.Namespace, base: str, adapter: Path):
+        self.args, self.base, self.adapter = args, base, adapter
+        self.tokenizer = common.tokenizer_of(base)
+        self.batches = common.batches_of(args.task.train, base, BATCH_SIZE)
+        self.model = self.build().to(device())
+
+    def build(self) -> torch.nn.Module:
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def run(self, numbers: list[int]) -> float:
+        """Trains on these batches' sentences; returns the seconds."""
+        raise NotImplementedError
+
+    def check(self, number: int) -> tuple[float, float]:
+        """Loss of a batch and norm of its gradient, without dropout, in float32."""
+        self.model.eval()
+        loss = self.loss(self.batches[number].to(device()))
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained()])
+        self.model.zero_grad()
+        self.set_precision()
+        return float(loss), float(norm)
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        return list(train_utils.trainable(self.model).values())
+
+    def set_precision(self) -> None:
+        """Casts what is frozen, once the sides were compared in float32."""
+        if self.args.precision == "bf16":
+            for p in self.model.parameters():
+                if not p.requires_grad:
+                    p.data = p.data.bfloat16()
+
+    def peak(self, number: int) -> tuple[int, int]:
+        """Memory in bytes before training on a batch, and at its peak."""
+        before = reset_peak()
+        for _ in range(2):
+            self.run([number])
+        return before, peak_bytes()
+
+
+class Ours(Side):
+    def build(self):
+        train_utils.keep_freed_memory()  # as every run of this project does; it reaches this process alone
+        classifier, _ = load_classifier(self.base, common.LABELS)
+        torch.manual_seed(0)
+        inject_lora(classifier.net, LoRAOptions())
+        common.randomize_B(classifier.net)
+        return classifier
+
+    def save(self) -> None:
+        adapters.save_adapter(self.model, self.adapter, self.base)
+
+    def loss(self, batch):
+        return F.cross_entropy(self.model(*batch.inputs()), batch.labels)
+
+    def set_precision(self):
+        experiments.to_precision(self.model, self.args.precision)
+
+    def run(self, numbers):
+        return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.cross_entropy(),
+                                    precision=self.args.precision, compile=self.args.compile)
+
+
+class Products(Ours):
+    """Forward x W^T and backward grad W of each adapted layer, in the model's order, so that weights come cold."""
+
+    def build(self):
+        classifier = super().build().train()
+        self.weights: list[tuple[Tensor, bool]] = []  # W (out, in), and whether the layer below wants a gradient
+        hooks = [layer.register_forward_pre_hook(self._note) for layer in lora_layers(classifier.net).values()]
+        batch = self.batches[0]
+        classifier(batch.input_ids, batch.attention_mask)
+        for hook in hooks:
+            hook.remove()
+        return classifier
+
+    def _note(self, layer: LoRALinear, inputs) -> None:
+        weight = layer.base.weight if isinstance(layer.base, torch.nn.Linear) else layer.base.weight.t()
+        dtype = torch.bfloat16 if self.args.precision == "bf16" else weight.dtype
+        self.weights.append((weight.detach().to(device(), dtype), inputs[0].requires_grad))
+
+    def flop_per_token(self) -> int:
+        return sum(2 * weight.numel() * (1 + below) for weight, below in self.weights)
+
+    @torch.no_grad()
+    def run(self, numbers):
+        seconds = 0.0
+        for i in numbers:
+            rows = self.batches[i].input_ids.numel()
+            x = {width: torch.randn(rows, width, device=device(), dtype=self.weights[0][0].dtype)
+                 for weight, _ in self.weights for width in weight.shape}
+            synchronize()
+            start = time.perf_counter()
+            for weight, _ in self.weights:
+                F.linear(x[weight.shape[1]], weight)
+            for weight, below in reversed(self.weights):
+                if below:
+                    torch.mm(x[weight.shape[0]], weight)
+            synchronize()
+            seconds += time.perf_counter() - start
+        return seconds
+
+
+class PeftBest(Side):
+    best = True
+
+    def build(self):
+        model = common.peft_classifier(self.base, self.adapter, self.tokenizer.pad_token_id, self.best)
+        self.optimizer = None
+        return model
+
+    def loss(self, batch):
+        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+
+    def run(self, numbers):
+        self.model.train()
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-4, fused=True)
+            if self.args.compile:
+                self.model.compile(dynamic=True)
+        parameters = self.trained()
+        synchronize()
+        start = time.perf_counter()
+        for i in numbers:
+            with torch.autocast(device().type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+                loss = self.loss(self.batches[i].to(device()))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        synchronize()
+        return time.perf_counter() - start
+
+
+class PeftTrainer(PeftBest):
+    """The Trainer's own loop, timed from the beginning of its first step to the end of its last."""
+
+    def set_precision(self):
+        pass  # the Trainer's bf16 is autocast over float32 weights
+
+    def run(self, numbers):
+        from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+        times = []
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *args, **kwargs):
+                if not times:
+                    self.on_train_end()
+
+            def on_train_end(self, *args, **kwargs):
+                synchronize()
+                times.append(time.perf_counter())
+
+        rows = [{"input_ids": ids[:length].tolist(), "attention_mask": [1] * length, "label": label}
+                for batch in (self.batches[i] for i in numbers)
+                for ids, length, label in zip(batch.input_ids, batch.attention_mask.sum(1).tolist(),
+                                              batch.labels.tolist(), strict=True)]
+        trainer = Trainer(
+            model=self.model, train_dataset=rows, data_collator=DataCollatorWithPadding(self.tokenizer),
+            callbacks=[Clock()], args=TrainingArguments(
+                output_dir=str(self.adapter), per_device_train_batch_size=BATCH_SIZE, num_train_epochs=1,
+                learning_rate=1e-4, report_to="none", save_strategy="no", disable_tqdm=True, seed=numbers[0],
+                train_sampling_strategy="group_by_length" if self.best else "random",
+                bf16=self.args.precision == "bf16", torch_compile=self.args.compile, use_cpu=device().type == "cpu"))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return times[-1] - times[0]
+
+
+class PeftDocs(PeftTrainer):
+    best = False
+
+
+SIDES = {"ours": Ours, "peft-docs": PeftDocs, "peft-best": PeftBest, "peft-trainer": PeftTrainer, "products": Products}
+
+
+def reset_peak() -> int:
+    """Forgets the process's peak memory so far; returns what it holds now, in bytes."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5)): loading is no part of training
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+# ---------------------------------------------------------------- processes
+
+def serve(connection, side: str, args: argparse.Namespace, *setup) -> None:
+    """The process of a side: builds it and answers calls of its methods."""
+    os.dup2(2, 1)  # what libraries print is no result
+    common.set_threads(args)
+    worker = SIDES[side](args, *setup)
+    answer = None
+    while True:
+        connection.send(answer)
+        method, *values = connection.recv()
+        answer = getattr(worker, method)(*values)
+
+
+class Worker:
+    """The parent's end of a side's process; a call returns when the side has answered."""
+
+    def __init__(self, side: str, *setup):
+        context = multiprocessing.get_context("spawn")
+        self.side = side
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, side, *setup), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._answer()
+
+    def __call__(self, method: str, *values):
+        self.connection.send((method, *values))
+        return self._answer()
+
+    def _answer(self):
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise SystemExit(f"{self.side}: its process ended; what it said is above") from None
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+# ---------------------------------------------------------------- the benchmark
+
+def measure_padding(report: Report, model: str, batches: list[Batch]) -> None:
+    """Pads in an epoch: ours, random order, and the Trainer's group_by_length."""
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    lengths = [length for batch in batches for length in batch.attention_mask.sum(1).tolist()]
+    random.Random(0).shuffle(lengths)
+    grouped = list(LengthGroupedSampler(BATCH_SIZE, lengths=lengths, generator=torch.Generator().manual_seed(0)))
+    for name, order in (("random order", range(len(lengths))), ("group_by_length", grouped)):
+        report.measure(f"{model}: pads, {name}", [common.padding_percent(lengths, order, BATCH_SIZE)], "%")
+    report.target(f"{model}: pads, ours", [padding_percent(batches)], 5, "%", at_most=True)
+
+
+def measure_memory(report: Report, model: str, workers: dict[str, Worker], longest: int) -> None:
+    """Peak memory on the epoch's largest batch, which sets an epoch's peak; the model and all else included."""
+    peaks = {}
+    for side, worker in workers.items():
+        if side != "products":
+            before, peaks[side] = worker("peak", longest)
+            report.measure(f"{model}: peak memory, {side}", [peaks[side] / 2 ** 20], "MiB")
+            report.measure(f"{model}: of it for the step, {side}", [(peaks[side] - before) / 2 ** 20], "MiB")
+    report.target(f"{model}: peak memory, ours / peft-best", [peaks["ours"] / peaks["peft-best"]], 0.8, at_most=True)
+
+
+def measure_speed(report: Report, model: str, workers: dict[str, Worker], batches: list[Batch], quick: bool) -> None:
+    count, rounds = (4, 2) if quick else (12, 5)
+    if torch.cuda.is_available():
+        count *= 8
+    samples = [common.spread_sample(count, len(batches), seed) for seed in range(rounds)]
+    for worker in workers.values():  # first calls pay for what later ones find: lengths, optimiser, compilation
+        worker("run", common.spread_sample(2 if quick else 4, len(batches), rounds))
+    seconds = common.alternate({side: lambda number, worker=worker: worker("run", samples[number])
+                                for side, worker in workers.items()}, rounds)
+    tokens = [sum(batches[i].tokens for i in sample) for sample in samples]
+    for side in workers:
+        report.measure(f"{model}: {side}", common.paired_ratios(tokens, seconds[side]), "tokens/s")
+    flop = [workers["products"]("flop_per_token") * sum(batches[i].input_ids.numel() for i in sample) / 1e9
+            for sample in samples]
+    report.measure(f"{model}: products", common.paired_ratios(flop, seconds["products"]), "GFLOP/s")
+    for side in workers:
+        ratios = common.paired_ratios(seconds[side], seconds["ours"])
+        goal = 3.0 if torch.cuda.is_available() and side == "peft-trainer" else MODELS[model].get(side)
+        if side == "products":
+            report.target(f"{model}: share of the products' limit", [100 * ratio for ratio in ratios], 90, "%")
+        elif goal:
+            report.target(f"{model}: ours / {side}", ratios, goal)
+        elif side != "ours":
+            report.measure(f"{model}: ours / {side}", ratios, "x")
+
+
+def measure_model(report: Report, model: str, args: argparse.Namespace, work: Path) -> None:
+    base, adapter = common.base_of(model, work), common.make_folder(work / f"{model}-adapter")
+    batches = common.batches_of(args.task.train, base, BATCH_SIZE)
+    workers: dict[str, Worker] = {}
+    try:
+        for side in SIDES:
+            if side != "peft-trainer" or torch.cuda.is_available():
+                workers[side] = Worker(side, args, base, adapter)
+            if side == "ours":
+                workers[side]("save")  # PEFT's sides load it
+        padded = next(i for i, batch in enumerate(batches[len(batches) // 2:], len(batches) // 2)
+                      if batch.tokens < batch.input_ids.numel())
+        found = {side: worker("check", padded) for side, worker in workers.items()}
+        for side in [side for side in workers if side.startswith("peft")]:
+            (loss, norm), (their_loss, their_norm) = found["ours"], found[side]
+            report.check(f"{model}: loss of a batch, ours and {side}", abs(loss - their_loss), common.TOLERANCE)
+            report.check(f"{model}: norm of its gradient (relative), ours and {side}", abs(norm / their_norm - 1), 1e-3)
+        measure_padding(report, model, batches)
+        measure_memory(report, model, workers, len(batches) - 1)
+        measure_speed(report, model, workers, batches, args.quick)
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def benchmark(args: argparse.Namespace, work: Path) -> Report:
+    report = Report()
+    for model in MODELS:
+        if args.model in (model, None):
+            measure_model(report, model, args, work)
+    return report
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=tuple(MODELS), help="both if not given")
+    default = "bf16" if torch.cuda.is_available() else "fp32"
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default=default,
+                        help="of frozen weights, on every side (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, on every side")
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(__doc__, benchmark, options))
