@@ -23,6 +23,7 @@ import os
 import random
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -72,7 +73,7 @@ class Side:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained()])
         self.model.zero_grad()
         self.set_precision()
-        return float(loss), float(norm)
+        return loss.item(), norm.item()
 
     def trained(self) -> list[torch.nn.Parameter]:
         return list(train_utils.trainable(self.model).values())
@@ -255,11 +256,10 @@ def serve(connection, side: str, args: argparse.Namespace, *setup) -> None:
     os.dup2(2, 1)  # what libraries print is no result
     common.set_threads(args)
     worker = SIDES[side](args, *setup)
-    answer = None
-    while True:
-        connection.send(answer)
-        method, *values = connection.recv()
-        answer = getattr(worker, method)(*values)
+    connection.send("ready")
+    while call := connection.recv():
+        method, *values = call
+        connection.send(getattr(worker, method)(*values))
 
 
 class Worker:
@@ -285,7 +285,8 @@ class Worker:
             raise SystemExit(f"{self.side}: its process ended; what it said is above") from None
 
     def close(self) -> None:
-        self.process.terminate()
+        with suppress(OSError):  # it may have ended by itself
+            self.connection.send(None)
         self.process.join()
 
 
