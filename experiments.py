@@ -20,6 +20,7 @@ from torch import Tensor
 import adapters
 import data_utils
 import frozen
+import memory
 import train_utils
 from backbones import load_config, load_tokenizer, max_length_of
 from data_utils import Batch, Task
@@ -79,7 +80,7 @@ def choose(model: str | None, task: str | None, data: str | None, notice: Callab
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seeds Python, NumPy and PyTorch, and sets the allocator up for training."""
-    train_utils.keep_freed_memory()
+    memory.keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -104,7 +105,7 @@ def _training_summary(progress: train_utils.Progress, batches: list[Batch]) -> d
     seconds, tokens = (sum(line[key] for line in progress.history) for key in ("seconds", "tokens"))
     return {"epochs": len(progress.history), "steps": progress.step, "seconds": seconds, "tokens": tokens,
             "tokens_per_second": tokens / seconds if seconds else 0.0,
-            "padding_percent": data_utils.padding_percent(batches), "peak_memory_bytes": train_utils.peak_memory_bytes()}
+            "padding_percent": data_utils.padding_percent(batches), "peak_memory_bytes": memory.peak_memory_bytes()}
 
 
 def _result(progress: train_utils.Progress) -> dict:
@@ -360,8 +361,8 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
                      "teacher_files": {path.name: sha256(path)
                                        for path in sorted(Path(distil_options.teacher).glob("*.safetensors"))}}
     with run_folder(options, record_config) as folder:
-        say(f"distilling {distil_options.teacher} ({teacher_parameters:,} parameters) into a student ({config.cell.upper()}) "
-            f"of {config.parameters():,} ({100 * config.parameters() / teacher_parameters:.1f} %)")
+        say(f"distilling {distil_options.teacher} ({teacher_parameters:,} parameters) into a student "
+            f"({config.cell.upper()}) of {config.parameters():,} ({100 * config.parameters() / teacher_parameters:.1f} %)")
         logits = teacher_logits(teacher, batches, folder / "teacher_logits.safetensors").to(device())
         kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha,
                                       options.train.label_smoothing)

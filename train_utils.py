@@ -5,11 +5,9 @@ student go through the same lines, so that what is compared was trained alike.
 """
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -313,28 +311,6 @@ def _train_scores(progress: Progress) -> dict[str, float]:
     return {"loss": sums["loss"] / sums["rows"], "cross_entropy": sums["cross_entropy"] / sums["rows"],
             "accuracy": sums["correct"] / sums["rows"],
             "mcc": float(matthews_corrcoef(labels, predictions, sample_weight=weights))}
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc hold on to freed memory.
-
-    By default it hands large tensors back to the kernel as soon as they are freed, and every training
-    step then pays the page faults of its activations anew. Does nothing with another C library.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -23,11 +23,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import common  # first: it sets the environment that libraries read when imported
+
 import torch
 
 import experiments
+import memory
 import train_utils
-from benchmarks import common
 from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
 from data_utils import Batch
 from frozen import FrozenPrefix
@@ -131,7 +133,7 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    train_utils.keep_freed_memory()  # as every run does; it reaches all sides here
+    memory.keep_freed_memory()  # as every run does; it reaches all sides here
     report, base = Report(), common.base_of("gpt2", work)
     rows, rounds = (96, 2) if args.quick else (640, 5)
     if torch.cuda.is_available():

@@ -23,12 +23,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claim is about the CPU
 
+from benchmarks import common  # first: it sets the environment that libraries read when imported
+
 import torch
 
 import experiments
-import train_utils
+import memory
 from backbones import PACKAGED
-from benchmarks import common
 from benchmarks.common import Report, paired_ratios
 from data_utils import Batch
 from model import DistilRNN, count_parameters, load_classifier, student_config
@@ -115,7 +116,7 @@ def measure_start(report: Report, args: argparse.Namespace, name: str, base: str
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    train_utils.keep_freed_memory()  # as every run does; it reaches teacher and student alike
+    memory.keep_freed_memory()  # as every run does; it reaches teacher and student alike
     report, base = Report(), common.base_of("gpt2", work)
     measure_student(report, args, base, 2 if args.quick else 5)
     measure_help(report)

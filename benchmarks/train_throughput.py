@@ -28,14 +28,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import common  # first: it sets the environment that libraries read when imported
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import adapters
 import experiments
+import memory
 import train_utils
-from benchmarks import common
 from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier, lora_layers
@@ -95,7 +97,7 @@ class Side:
 
 class Ours(Side):
     def build(self):
-        train_utils.keep_freed_memory()  # as every run of this project does; it reaches this process alone
+        memory.keep_freed_memory()  # as every run of this project does; it reaches this process alone
         classifier, _ = load_classifier(self.base, common.LABELS)
         torch.manual_seed(0)
         inject_lora(classifier.net, LoRAOptions())
