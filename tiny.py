@@ -513,9 +513,9 @@ def tiny_model_folder(cache: Path | None = None) -> Path:
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             threads = torch.get_num_threads()
-            # One thread: operations this small wait for each other more than they work (beside another busy process
-            # two threads were over 20 times slower), and the bytes do not depend on the number of cores.
-            torch.set_num_threads(1)
+            # Two threads, whatever the machine has: more would wait for each other, and the bytes are the same on a
+            # laptop and on a server.
+            torch.set_num_threads(min(2, os.cpu_count() or 1))
             try:
                 train_model(partial)
                 partial.rename(folder)
