@@ -177,6 +177,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
     tokenizer = load_tokenizer(options.model)
     classifier, lm = load_classifier(options.model, task.num_labels)
     max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
+    base = frozen.weights_digest(classifier.net.base_model)
     before = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS) if lm is not None else None
     torch.manual_seed(int(options.sr))  # again: A must not depend on what loading drew
     adapt(classifier, options.method, options.lora)
@@ -194,7 +195,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
     to_precision(classifier, options.train.precision)
     classifier.to(device())
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": max_length}
-    with run_folder(options, provenance(as_json(settings), task)) as folder:
+    with run_folder(options, {**provenance(as_json(settings), task), "base_sha256": base}) as folder:
         record = Recorder(folder, say)
         if options.method == "none":
             progress = train_utils.Progress(best_epoch=0, history=[])
@@ -243,6 +244,9 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
     options = config["options"]
     classifier, _ = load_classifier(options["model"], options.get("num_labels", 2))
     classifier.full = options["method"] == "full"
+    if config.get("base_sha256") not in (None, frozen.weights_digest(classifier.net.base_model)):
+        raise UserError(f"{folder}: adapter for another base: the weights of {options['model']} are not those that the "
+                        "run was trained on")
     if options["method"] == "lora":
         adapters.load_adapter(classifier.net, folder)
     else:

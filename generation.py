@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 import adapters
-from files import UserError
+from files import UserError, read_json
+from frozen import weights_digest
 from backbones import load_causal_lm, load_tokenizer, max_length_of
 
 
@@ -64,6 +65,9 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
     """
     lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
     if adapter is not None:
+        recorded = read_json(adapter / "config.json").get("base_sha256") if (adapter / "config.json").exists() else None
+        if recorded not in (None, weights_digest(lm.base_model)):
+            raise UserError(f"{adapter}: adapter for another base: the weights of {model} are not those it was trained on")
         adapters.load_adapter(lm, adapter, head=False)
     lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

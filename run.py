@@ -223,6 +223,8 @@ def _note(text: str) -> None:
 def generate(args) -> None:
     """`gen`: prints samples; the same SR, the same text."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tqdm import tqdm
+
     import experiments
     import generation
 
@@ -235,7 +237,7 @@ def generate(args) -> None:
             model, prompts or [""], seed=int(args.sr), max_new_tokens=args.max_new_tokens, greedy=args.greedy,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, num_samples=args.num_samples,
             adapter=args.adapter):
-        print(sample, flush=True)
+        tqdm.write(sample)  # to stdout, with the bar out of the way
 
 
 def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, **extra):

@@ -26,13 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 import torch  # noqa: E402 (reads the environment)
 from torch import Tensor  # noqa: E402
+from transformers import (AutoConfig, AutoModelForSequenceClassification, GPT2Config,  # noqa: E402
+                          GPT2LMHeadModel)
 
 import data_utils  # noqa: E402
 import train_utils  # noqa: E402
-from backbones import load_tokenizer  # noqa: E402
+from backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
 from files import UserError, make_folder  # noqa: E402
-from model import lora_layers  # noqa: E402
+from model import TextClassifier, lora_layers  # noqa: E402
 
 LABELS, MAX_LENGTH = 2, 512
 TOLERANCE = 1e-4  # between the two sides' losses on one batch
@@ -93,8 +95,9 @@ class Report:
         self.checks.append({"what": what, "difference": difference, "tolerance": tolerance})
 
     def check_bits(self, what: str, a: Tensor, b: Tensor) -> None:
-        """Equal bit for bit, or nothing is timed."""
-        self.check(what, 0.0 if torch.equal(a, b) else max(float((a - b).abs().max()), 1e-45), 0.0)
+        """Equal bit for bit and not all zeros, or nothing is timed."""
+        difference = 0.0 if torch.equal(a, b) else max(float((a - b).abs().max()), 1e-45)
+        self.check(what, difference if a.any() else float("nan"), 0.0)
 
     def measure(self, what: str, values: Sequence[float], unit: str) -> None:
         self.measurements.append({"what": what, "unit": unit, **summary(values)})
@@ -216,20 +219,18 @@ def padding_percent(lengths: Sequence[int], order: Sequence[int], batch_size: in
 # ---------------------------------------------------------------- models
 
 def base_of(model: str, work: Path) -> str:
-    """What `--model` would be given: `smollm2`, or the folder of a GPT-2 124M with random weights.
+    """A folder with the base model as safetensors, for every side: `gpt2` (124M, random weights) or `smollm2`.
 
-    Its weights have no say in its speed. Its tokenizer is SmolLM2's: a trained one, of about as many
-    tokens a sentence as GPT-2's, with ids below GPT-2's 50,257.
+    GPT-2's weights have no say in its speed. Its tokenizer here is SmolLM2's: a trained one, with ids
+    below GPT-2's 50,257.
     """
-    if model != "gpt2":
-        return model
-    folder = work / "gpt2"
+    folder = work / model
     if not folder.exists():
-        from transformers import GPT2Config, GPT2LMHeadModel
-
         torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config()).save_pretrained(make_folder(folder))
-        tokenizer_of("smollm2").save_pretrained(folder)
+        lm = GPT2LMHeadModel(GPT2Config()) if model == "gpt2" else load_causal_lm("smollm2")
+        tokenizer_of("smollm2").save_pretrained(make_folder(folder))
+        lm.hf_quantizer = None  # dequantised by now: plain weights, which may be saved
+        lm.save_pretrained(folder)
     return str(folder)
 
 
@@ -241,28 +242,25 @@ def peft_classifier(base: str, adapter: Path, pad_token_id: int, best: bool):
             model's own activation and dropout, and 0.1 on the inputs of A.
     """
     from peft import LoraConfig, PeftModel
-    from transformers import AutoModelForSequenceClassification
 
-    from benchmarks.peft_reference import load_smollm2
-
-    if base == "smollm2":
-        net = load_smollm2()[0]
-        net.config.pad_token_id = pad_token_id
-    else:
-        fast = {"activation_function": "gelu_pytorch_tanh", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        net = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=LABELS, pad_token_id=pad_token_id, dtype=torch.float32, **(fast if best else {}))
+    fast = {"activation_function": "gelu_pytorch_tanh", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    net = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=LABELS, pad_token_id=pad_token_id, dtype=torch.float32,
+        **(fast if best and AutoConfig.from_pretrained(base).model_type == "gpt2" else {}))
     config = LoraConfig.from_pretrained(adapter)
     config.lora_dropout = 0.0 if best else 0.1
     return PeftModel.from_pretrained(net, adapter, config=config, is_trainable=True)
 
 
-def randomize_B(net: torch.nn.Module) -> None:
-    """Makes B non-zero, as after training: at zero, half of the gradients would be zero on every side."""
+def as_if_trained(classifier: TextClassifier) -> TextClassifier:
+    """Makes B and the head, which start at zero, non-zero: zeros would hide a difference between the sides."""
     torch.manual_seed(0)
+    heads = [classifier.net.get_submodule(name) for name in classifier.head_names()]
     with torch.no_grad():
-        for layer in lora_layers(net).values():
-            layer.lora_B.normal_(std=0.02)
+        for p in [layer.lora_B for layer in lora_layers(classifier.net).values()] + [
+                p for head in heads for p in head.parameters()]:
+            p.normal_(std=0.02)
+    return classifier
 
 
 def epoch_seconds(model, batches: list[Batch], objective: train_utils.Objective, **more) -> float:

@@ -44,8 +44,7 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
     made, _ = load_classifier(base, common.LABELS)
     torch.manual_seed(0)
     experiments.adapt(made, method, LoRAOptions(layers=layers))
-    common.randomize_B(made.net)
-    return made.to(device())
+    return common.as_if_trained(made).to(device())
 
 
 def copies(batches: list[Batch]) -> list[Batch]:

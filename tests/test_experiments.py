@@ -1,6 +1,7 @@
 """What a run leaves behind, twice the same; what a resumed, repeated or crowded one is refused."""
 import fcntl
 import json
+import shutil
 
 import pytest
 import torch
@@ -194,6 +195,20 @@ def test_eval_writes_each_prediction_beside_its_sentence(work, tmp_path, capsys)
     assert [(row[0], int(row[1])) for row in rows] == list(zip(split.sentences, split.labels, strict=True))
     assert sum(row[1] == row[2] for row in rows) / len(rows) == result["accuracy"]
     assert all(0.5 <= float(row[3]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("command", ["eval", "gen"])
+def test_a_base_whose_weights_changed_since_the_run_is_refused(work, tmp_path, capsys, command):
+    """The same name and shapes, other weights: the adapter would answer with noise."""
+    shutil.copytree(work / "LoRA", tmp_path / "LoRA")
+    toy.write_model(tmp_path / "model", seed=1)
+    for name in ("config.json", "adapter_config.json"):
+        path = tmp_path / "LoRA" / name
+        path.write_text(path.read_text().replace(str(work / "model"), str(tmp_path / "model")))
+    arguments = {"eval": ("eval", tmp_path / "LoRA", "--data", work / "cola" / "in_domain_dev.tsv"),
+                 "gen": ("gen", "12345", "--adapter", tmp_path / "LoRA", "--max-new-tokens", 2)}[command]
+    assert toy.main(*arguments) == 2
+    assert "adapter for another base" in capsys.readouterr().err
 
 
 def test_eval_of_a_distillation_run_repeats_its_summary(work, distilled, capsys):
