@@ -67,7 +67,8 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
     if adapter is not None:
         recorded = read_json(adapter / "config.json").get("base_sha256") if (adapter / "config.json").exists() else None
         if recorded not in (None, weights_digest(lm.base_model)):
-            raise UserError(f"{adapter}: adapter for another base: the weights of {model} are not those it was trained on")
+            raise UserError(f"{adapter}: adapter for another base: it was made for {base_model(adapter)}, with other "
+                            f"weights than {model} has here")
         adapters.load_adapter(lm, adapter, head=False)
     lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
