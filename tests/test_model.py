@@ -599,7 +599,6 @@ def test_pickled_weights_are_refused_unread_beside_other_safetensors_too(gpt2_fo
         load_causal_lm(name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="the package gguf is not installed")
 def test_a_gguf_file_is_loaded_dequantised_and_trainable(tmp_path):
     import gguf
 
