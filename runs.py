@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data_utils import Task
 from files import UserError, make_folder, read_json, remove_temporaries, write_file, write_json
 from model import LoRAOptions
+from tables import TableOptions
 from train_utils import CHECKPOINT, TrainOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
@@ -42,10 +43,11 @@ class RunOptions:
     train: TrainOptions
     method: str = "lora"  # lora, full, head or none
     lora: LoRAOptions = LoRAOptions()
+    table: TableOptions = TableOptions()
     keep: bool = True  # keep what the frozen blocks below the lowest trained one compute
     keep_memory: float = 2.0  # GiB of it in memory; the rest is memory-mapped
     max_length: int | None = None  # tokens; the model's context if None
-    limit: int | None = None  # first rows of each split only
+    limit: int | None = None  # so many rows of each split only
     resume: bool = False
     overwrite: bool = False
     deterministic: bool = False
@@ -161,8 +163,8 @@ class Recorder:
 
 
 def settings_of(options: RunOptions) -> dict:
-    return {name: getattr(options, name) for name in ("mode", "sr", "model", "task", "data", "method", "limit",
-                                                      "deterministic")}
+    return {**{name: getattr(options, name) for name in ("mode", "sr", "model", "task", "data", "method", "limit",
+                                                         "deterministic")}, **asdict(options.table)}
 
 
 def finish(folder: Path, summary: dict) -> None:
