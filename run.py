@@ -4,6 +4,7 @@
     python run.py LoRA 12345       inject LoRA into a backbone and fine-tune it on a task
     python run.py distil 12345     distil that run into a small RNN, and train the RNN alone beside it
     python run.py eval RUN_DIR --data FILE
+    python run.py repeat RUN_DIR   repeat a run from its config.json and compare
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
 
@@ -19,13 +20,14 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 # The embedded task's model is small: it wants more epochs and a higher rate than a pretrained one.
 EPOCHS = {"LoRA": {"tiny": 12, "": 3}, "distil": {"tiny": 30, "": 15}}
 LEARNING_RATE = {"LoRA": {"tiny": 2e-3, "": 4e-4}, "distil": {"": 3e-3}}
-MODES = ("gen", "LoRA", "distil", "eval", "report", "submit")
+MODES = ("gen", "LoRA", "distil", "eval", "repeat", "report", "submit")
 
 
 def _complain(message) -> None:
@@ -147,6 +149,10 @@ def build_parser() -> Parser:
     evaluate.add_argument("--predictions", type=Path, metavar="OUT.tsv",
                           help="write sentence, label, prediction and probability")
 
+    repeat = mode("repeat", "repeat a finished run from its config.json; exit status 1 if the result differs", sr=False)
+    repeat.add_argument("run", metavar="RUN_DIR", type=Path)
+    repeat.add_argument("--out", type=Path, help="keep the repetition in this folder")
+
     report = mode("report", "tables and plots of the runs into report/Report_SR.pdf")
     submit = mode("submit", "zip code, plots and the PDF, without data and caches")
     submit.add_argument("--first-name", required=True)
@@ -206,8 +212,8 @@ def main(argv: list[str] | None = None) -> int:
     from report_utils import ReportError
 
     try:
-        return {"gen": generate, "LoRA": finetune, "distil": distil, "eval": evaluate, "report": report,
-                "submit": submit}[args.mode](args) or 0
+        return {"gen": generate, "LoRA": finetune, "distil": distil, "eval": evaluate, "repeat": repeat,
+                "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
         _complain(error)
         return 2
@@ -344,6 +350,25 @@ def evaluate(args) -> None:
     else:
         print(f"{args.data}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
               f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}")
+
+
+def repeat(args) -> int:
+    """`repeat`: runs it again and compares."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import repeat
+    from train_utils import Diverged, Interrupted
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = repeat.repeat(args.run, args.out or Path(folder) / "run", stop=_stop_on_signals())
+        except Diverged as error:
+            _note(f"run.py: {error}")
+            return 3
+        except Interrupted as error:
+            _note("run.py: stopped")
+            return 128 + error.signal
+    print(f"different: {'; '.join(found)}" if found else f"identical: {args.run} and its repetition")
+    return 1 if found else 0
 
 
 def report(args) -> None:

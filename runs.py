@@ -14,9 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_type_hints
 
 import filelock
 import torch
@@ -28,6 +29,9 @@ from model import LoRAOptions
 from train_utils import CHECKPOINT, TrainOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
+TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # no two runs share them
+FREE = ("keep", "keep_memory", "save_every")  # change no result: a resumed run may have others
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -49,6 +53,7 @@ class RunOptions:
     resume: bool = False
     overwrite: bool = False
     deterministic: bool = False
+    repeats: Path | None = None  # folder of the finished run that this one must equal in options and data
 
 
 def device() -> torch.device:
@@ -66,6 +71,42 @@ def provenance(options: dict, task: Task) -> dict:
     return {"command": "python run.py " + shlex.join(sys.argv[1:]), "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": task.files}
+
+
+def settings_of(options: RunOptions) -> dict:
+    """What config.json records of these options; nested ones (train, lora) stand beside them, by their own names."""
+    return {field.name: getattr(options, field.name) for field in fields(options)
+            if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora")}
+
+
+def rebuild(cls: type, values: dict, **given):
+    """An options object from what config.json recorded: the way back from `settings_of` and `as_json`.
+
+    Raises:
+        UserError: an option without a default was not recorded.
+    """
+    kinds, made = get_type_hints(cls), dict(given)
+    for field in fields(cls):
+        kind = kinds[field.name]
+        if field.name in given:
+            continue
+        if is_dataclass(kind):
+            made[field.name] = rebuild(kind, values)
+        elif field.name in values:
+            value = values[field.name]
+            value = tuple(value) if isinstance(value, list) else value
+            made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
+    try:
+        return cls(**made)
+    except TypeError as error:
+        raise UserError(f"config.json does not record every option ({error})") from None
+
+
+def without_times(value):
+    """A result (any JSON value) without what no two runs share."""
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def as_json(value):
@@ -87,6 +128,8 @@ def run_folder(options: RunOptions, config: dict):
     Raises:
         UserError: any of these, another process at work there, or a folder that cannot be written.
     """
+    if options.repeats:
+        _same_options(options.repeats, config, "repeat")
     folder = make_folder(options.out)
     try:
         lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -103,7 +146,7 @@ def run_folder(options: RunOptions, config: dict):
         elif any(folder.glob(f"*{CHECKPOINT}")):
             if not options.resume:
                 raise UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts anew")
-            _same_options(folder, config)
+            _same_options(folder, config, "--resume")
         remove_temporaries(folder)
         write_json(folder / "config.json", config)
         yield folder
@@ -120,18 +163,20 @@ def _empty(folder: Path) -> None:
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
-def _same_options(folder: Path, config: dict) -> None:
+def _same_options(folder: Path, config: dict, what: str) -> None:
+    """Refuses to resume or repeat (`what`) the run in a folder with other options, data, teacher or base model."""
     before = read_json(folder / "config.json")
     for name, value in config["options"].items():
         old = before.get("options", {}).get(name)
-        if old != value:
-            raise UserError(f"{folder}: --resume with another {name}: it began with {old}, now {value}")
-    for path, digest in config["data_files"].items():
-        if before.get("data_files", {}).get(path) != digest:
-            raise UserError(f"{folder}: --resume with changed data: {path} is not the file the run began with")
-    for name, digest in config.get("teacher_files", {}).items():
-        if before.get("teacher_files", {}).get(name) != digest:
-            raise UserError(f"{folder}: --resume with a changed teacher: {name} is not the file the run began with")
+        if old != value and name not in FREE:
+            raise UserError(f"{folder}: {what} with another {name}: it began with {old}, now {value}")
+    if before.get("base_sha256") != config.get("base_sha256"):
+        raise UserError(f"{folder}: {what} with a changed base model: its weights are not those the run began with")
+    for kind, key in (("data", "data_files"), ("teacher", "teacher_files")):
+        for name in sorted({*before.get(key, {}), *config.get(key, {})}):
+            if before.get(key, {}).get(name) != config.get(key, {}).get(name):
+                raise UserError(f"{folder}: {what} with {'' if kind == 'data' else 'a '}changed {kind}: {name} is not the "
+                                "file the run began with")
 
 
 class Recorder:
@@ -158,11 +203,6 @@ class Recorder:
         self.writer.flush()
         self.say(f"  epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, " + ", ".join(
             f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" for split, v in line["validation"].items()))
-
-
-def settings_of(options: RunOptions) -> dict:
-    return {name: getattr(options, name) for name in ("mode", "sr", "model", "task", "data", "method", "limit",
-                                                      "deterministic")}
 
 
 def finish(folder: Path, summary: dict) -> None:

@@ -27,7 +27,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 import toy  # noqa: E402 (needs the path above)
 
 FINAL = ("adapter_model.safetensors", "metrics.jsonl", "summary.json")
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 
 
@@ -86,15 +85,10 @@ def inputs(work: Path) -> int:
     return 0
 
 
-def without_times(value):
-    """A result without what no two runs share."""
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
 def outcome(folder: Path) -> dict:
     """The bytes of the weights, results without times, and the names of all files but TensorBoard's events."""
+    from runs import without_times
+
     texts = {name: (folder / name).read_text() for name in FINAL[1:]}
     return {FINAL[0]: (folder / FINAL[0]).read_bytes(),
             FINAL[1]: [without_times(json.loads(line)) for line in texts[FINAL[1]].splitlines()],

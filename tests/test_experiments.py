@@ -15,19 +15,13 @@ import toy
 import train_utils
 from files import UserError, read_json
 from model import DistilRNN
+from runs import without_times
 
 torch.set_num_threads(1)
 SCORES = {"n", "loss", "accuracy", "mcc", "majority_accuracy"}
 TRAIN = {"epochs", "steps", "seconds", "tokens", "tokens_per_second", "padding_percent", "peak_memory_bytes"}
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "sentences_per_second")
 SPLITS = {"in_domain": 12, "out_of_domain": 12, "all": 24}
 SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8)
-
-
-def without_times(value):
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def lines_of(folder) -> list[dict]:
