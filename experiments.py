@@ -27,7 +27,8 @@ from data_utils import Batch, Task
 from files import UserError, read_json, sha256, write_file, write_json
 from model import (DistilRNN, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora, load_classifier,
                    lora_layers, student_config)
-from runs import Recorder, RunOptions, as_json, device, finish, provenance, read_run, run_folder, settings_of
+from runs import (Recorder, RunOptions, as_json, device, finish, provenance, read_run, run_folder, settings_of,
+                  warn_of_changed_data)
 from train_utils import TrainOptions
 
 SANITY_PROMPT, SANITY_TOKENS = "The", 12
@@ -288,8 +289,9 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
     Returns:
         n, loss, accuracy, mcc, majority_accuracy.
     """
-    _, summary = read_run(folder)
+    config, summary = read_run(folder)
     split = data_utils.read_cola_tsv(data)
+    warn_of_changed_data(config, data)
     model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)
     batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"])
     logits = train_utils.predict(model, batches)
@@ -323,14 +325,17 @@ def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) ->
 
     The file is keyed on the teacher's weights and on the token ids, so that a changed teacher, data
     set or tokenizer is never answered from it.
+
+    Raises:
+        UserError: the file is damaged.
     """
     key = frozen.weights_digest(teacher) + frozen.batches_digest(batches)
     if path.exists():
-        kept = adapters.load_tensors(path)
-        if bytes(kept.pop("key").tolist()).decode() == key:
+        kept, its_key = train_utils.load_checked(path)
+        if its_key == key:
             return kept["logits"]
     logits = train_utils.predict(teacher, batches)
-    write_file(path, save({"logits": logits, "key": torch.tensor(list(key.encode()), dtype=torch.uint8)}))
+    train_utils.save_checked(path, {"logits": logits}, key)
     return logits
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import experiments
-from runs import RunOptions, read_run, rebuild, without_times
+from runs import RunOptions, changes, read_run, rebuild, without_times
 
 def repeat(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
            ) -> list[str]:
@@ -35,7 +35,7 @@ def repeat(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Ca
     else:
         experiments.distil(options, rebuild(experiments.DistilOptions, values), say, stop)
     found = list(differences(folder, out))
-    return found + list(_environment(config, read_run(out)[0])) if found else []
+    return found + changes(config, read_run(out)[0]) if found else []
 
 
 def differences(folder: Path, again: Path) -> Iterator[str]:
@@ -73,12 +73,3 @@ def _first_difference(one, other, where: str = "") -> str:
             if one[key] != other[key]:
                 return _first_difference(one[key], other[key], f"{where}{key}." if isinstance(one, dict) else where)
     return f"{where.rstrip('.') or 'it'} was {str(one)[:60]}, now {str(other)[:60]}"
-
-
-def _environment(before: dict, now: dict) -> Iterator[str]:
-    """What else is not as it was: the likely cause."""
-    one, other = ({**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")}}
-                  for config in (before, now))
-    for key in dict.fromkeys([*one, *other]):
-        if one.get(key) != other.get(key):
-            yield f"{key} was {one.get(key)}, now {other.get(key)}"

@@ -374,7 +374,10 @@ def repeat(args) -> int:
 def report(args) -> None:
     """`report`: builds the PDF."""
     import report_utils
+    from files import check_sums
 
+    for mode in ("LoRA", "distil"):
+        check_sums(args.runs / f"{mode}-{args.sr}")
     print(f"report: {report_utils.build_report(args.sr, args.runs, args.plots, Path(__file__).parent / 'report')}")
 
 

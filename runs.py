@@ -1,17 +1,20 @@
 """A run's folder: who may write to it, what stands in it, and reading it back.
 
-    runs/<mode>-<SR>/   config.json, metrics.jsonl, summary.json, weights, tensorboard/
+    runs/<mode>-<SR>/   config.json, metrics.jsonl, summary.json, weights, SHA256SUMS, tensorboard/
 
-summary.json is written last and marks the run as finished.
+summary.json is written last and marks the run as finished. SHA256SUMS holds the checksums of all files but
+TensorBoard's; they are checked whenever a run is read or resumed.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -24,7 +27,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_utils import Task
-from files import UserError, make_folder, read_json, remove_temporaries, write_file, write_json
+from files import (SUMS, UserError, check_sums, json_text, make_folder, read_json, remove_temporaries, sha256, write_file,
+                   write_json, write_sums)
 from model import LoRAOptions
 from train_utils import CHECKPOINT, TrainOptions
 
@@ -146,9 +150,13 @@ def run_folder(options: RunOptions, config: dict):
         elif any(folder.glob(f"*{CHECKPOINT}")):
             if not options.resume:
                 raise UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts anew")
+            check_sums(folder, "config.json")
             _same_options(folder, config, "--resume")
+            _warn_of_changes(folder, config)
         remove_temporaries(folder)
-        write_json(folder / "config.json", config)
+        if not any(folder.glob(f"*{CHECKPOINT}")):  # a resumed run keeps the config that it began with
+            write_json(folder / "config.json", config)
+            write_sums(folder, {"config.json": sha256(folder / "config.json")})
         yield folder
     finally:
         lock.release()
@@ -156,7 +164,7 @@ def run_folder(options: RunOptions, config: dict):
 
 def _empty(folder: Path) -> None:
     """Removes what a run leaves behind; anything else in the folder is left alone."""
-    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json"):
+    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json", SUMS):
         (folder / name).unlink(missing_ok=True)
     for file in folder.glob("*.safetensors"):
         file.unlink()
@@ -177,6 +185,31 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
             if before.get(key, {}).get(name) != config.get(key, {}).get(name):
                 raise UserError(f"{folder}: {what} with {'' if kind == 'data' else 'a '}changed {kind}: {name} is not the "
                                 "file the run began with")
+
+
+def environment(config: dict) -> dict:
+    """What beside the options may change a result."""
+    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")}}
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """How two configs' environments differ, in words."""
+    one, other = environment(before), environment(now)
+    return [f"{key} was {one.get(key)}, now {other.get(key)}" for key in dict.fromkeys([*one, *other])
+            if one.get(key) != other.get(key)]
+
+
+def _warn_of_changes(folder: Path, config: dict) -> None:
+    if changed := changes(read_json(folder / "config.json"), config):
+        warnings.warn(f"{folder}: resumed, but {', '.join(changed)}: the result may not be that of an uninterrupted run",
+                      stacklevel=2)
+
+
+def warn_of_changed_data(config: dict, data: Path) -> None:
+    """Warns where a file is one that the run read, under the same path, and no longer the same."""
+    for name, digest in config.get("data_files", {}).items():
+        if Path(name).resolve() == Path(data).resolve() and sha256(data) != digest:
+            warnings.warn(f"{data}: changed since the run read it (its SHA-256 is another)", stacklevel=2)
 
 
 class Recorder:
@@ -207,6 +240,11 @@ class Recorder:
 
 def finish(folder: Path, summary: dict) -> None:
     """The summary marks a run as finished; its checkpoints are no longer needed then."""
+    files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
+             if not path.name.endswith(CHECKPOINT)]
+    digests = {path.name: sha256(path) for path in files}
+    digests["summary.json"] = hashlib.sha256(json_text(summary).encode()).hexdigest()
+    write_sums(folder, digests)  # before the summary: a finished run is never without
     write_json(folder / "summary.json", summary)
     for path in folder.glob(f"*{CHECKPOINT}"):
         path.unlink()
@@ -216,7 +254,8 @@ def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
     """config.json and summary.json of a finished run.
 
     Raises:
-        UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it.
+        UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it. Or a
+            file of it is not the one that the run wrote.
     """
     folder = Path(folder)
     make = f"python run.py {mode or 'LoRA'} SR makes one"
@@ -224,6 +263,8 @@ def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
         raise UserError(f"{folder}: not a run's folder; {make}")
     if not (folder / "summary.json").is_file():
         raise UserError(f"{folder}: the run is not finished; its command with --resume continues it")
+    if not check_sums(folder):
+        warnings.warn(f"{folder}: has no {SUMS}; whether its files are whole is not known", stacklevel=2)
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     missing = [key for key in ("model", "task", "method", "max_length", "precision")
                if key not in config.get("options", {})] if summary.get("mode") == "LoRA" else []

@@ -326,9 +326,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors.update({f"best.{name}": value for name, value in best.items()})
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    text = json.dumps(vars(progress))
-    write_file(path, save(tensors, {"progress": text, "sha256": _digest(tensors, text)}))
+    save_checked(path, tensors, json.dumps(vars(progress)))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -341,14 +339,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         UserError: damaged (its checksum is wrong), or of another model.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]})") from None
-    if metadata.get("sha256") != _digest(tensors, metadata.get("progress", "")):
-        raise UserError(f"{path}: damaged checkpoint (its checksum does not match)")
+    tensors, text = load_checked(path)
     parameters = trainable(model)
     saved = {name: value.shape for name, value in tensors.items() if name.startswith("model.")}
     if saved != {f"model.{name}": p.shape for name, p in parameters.items()}:
@@ -361,13 +352,38 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return Progress(**json.loads(metadata["progress"])), {
+    return Progress(**json.loads(text)), {
         name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+
+
+def save_checked(path: Path, tensors: dict[str, Tensor], text: str) -> None:
+    """Writes tensors and a text into one safetensors file that holds its own SHA-256."""
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    # One entry, for the library writes several in any order: the same tensors and text must be the same bytes.
+    write_file(path, save(tensors, {"checked": _digest(tensors, text) + text}))
+
+
+def load_checked(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors and the text that `save_checked` wrote.
+
+    Raises:
+        UserError: missing, or not every value is as it was written.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            checked = (file.metadata() or {}).get("checked", "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+    digest, text = checked[:64], checked[64:]
+    if digest != _digest(tensors, text):
+        raise UserError(f"{path}: damaged (its checksum does not match)")
+    return tensors, text
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -78,7 +78,7 @@ def test_a_lora_run_leaves_exactly_the_files_of_the_contract(work):
     names = set(toy.tree(work / "LoRA"))
     events = {name for name in names if name.startswith("tensorboard/")}
     assert names - events == {"config.json", "metrics.jsonl", "summary.json", "adapter_config.json",
-                              "adapter_model.safetensors"}
+                              "adapter_model.safetensors", "SHA256SUMS"}
     assert len(events) == 1
     assert set(toy.tree(work / "plots")) >= {f"LoRA-12345_{what}.{kind}" for what in ("loss", "accuracy", "mcc")
                                              for kind in ("png", "pdf")}
@@ -199,6 +199,7 @@ def test_a_base_whose_weights_changed_since_the_run_is_refused(work, tmp_path, c
     for name in ("config.json", "adapter_config.json"):
         path = tmp_path / "LoRA" / name
         path.write_text(path.read_text().replace(str(work / "model"), str(tmp_path / "model")))
+    toy.reseal(tmp_path / "LoRA")
     arguments = {"eval": ("eval", tmp_path / "LoRA", "--data", work / "cola" / "in_domain_dev.tsv"),
                  "gen": ("gen", "12345", "--adapter", tmp_path / "LoRA", "--max-new-tokens", 2)}[command]
     assert toy.main(*arguments) == 2

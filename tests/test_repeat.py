@@ -124,6 +124,7 @@ def test_a_changed_teacher_is_refused(work, tmp_path, capsys):
     config = read_json(tmp_path / "distil" / "config.json")
     config["teacher_files"]["adapter_model.safetensors"] = "0" * 64
     (tmp_path / "distil" / "config.json").write_text(json.dumps(config))
+    toy.reseal(tmp_path / "distil")
     assert toy.main("repeat", tmp_path / "distil") == 2
     assert "repeat with a changed teacher: adapter_model.safetensors is not the file" in capsys.readouterr().err
 

@@ -204,9 +204,11 @@ def test_an_adapter_that_is_none_is_refused(refused, work, tmp_path):
     shutil.copytree(work / "run", tmp_path / "cut")
     weights = tmp_path / "cut" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:999])
+    for call in (("gen", "12345", "--adapter", "cut"), ("eval", "cut", "--data", work / "cola" / "in_domain_dev.tsv")):
+        assert "adapter_model.safetensors: damaged or changed" in refused(*call)
+    (tmp_path / "cut" / "SHA256SUMS").unlink()  # somebody else's adapter has none
+    (tmp_path / "cut" / "config.json").unlink()
     assert "adapter_model.safetensors: missing or damaged" in refused("gen", "12345", "--adapter", "cut")
-    assert "adapter_model.safetensors: missing or damaged" in refused("eval", "cut", "--data",
-                                                                      work / "cola" / "in_domain_dev.tsv")
 
 
 def test_a_teacher_that_is_none_names_the_command_that_makes_it(refused, work, tmp_path):
@@ -223,8 +225,6 @@ def test_a_teacher_that_is_none_names_the_command_that_makes_it(refused, work, t
 def test_a_damaged_run_is_refused_by_its_file(refused, work, tmp_path, name, text):
     shutil.copytree(work / "run", tmp_path / "damaged")
     (tmp_path / "damaged" / name).write_bytes(text.encode("latin-1"))
-    if name == "summary.json" and "mode" in text:
-        return  # says enough to be scored
     for call in (("eval", "damaged", "--data", work / "cola" / "in_domain_dev.tsv"),
                  ("distil", "12345", "--teacher", "damaged")):
         assert "damaged" in refused(*call)
