@@ -170,7 +170,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
 
     Raises:
         UserError: bad input, before anything is written.
-        train_utils.Diverged, train_utils.Interrupted: the last good checkpoint is kept.
+        train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
     seed_everything(int(options.sr), options.deterministic)
     task = data_utils.load_task(options.task, options.data)
@@ -350,7 +350,7 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
 
     Raises:
         UserError: bad input, a teacher that is not a finished LoRA run.
-        train_utils.Diverged, train_utils.Interrupted: the last good checkpoint is kept.
+        train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
     seed_everything(int(options.sr), options.deterministic)
     teacher, tokenizer, teacher_run = load_finetuned(distil_options.teacher)

@@ -33,10 +33,12 @@ def write_file(path: Path | str, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # an interruption too
         with suppress(OSError):  # nothing to remove where the folder itself was the trouble
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
 
 
 def remove_temporaries(folder: Path | str) -> None:

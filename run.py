@@ -208,6 +208,18 @@ def main(argv: list[str] | None = None) -> int:
         known = [option for action in modes.choices[args.mode]._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{_closest(unknown[0].split('=')[0], known)}")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    import signals
+
+    signals.install()
+    try:
+        return _call(args)
+    except KeyboardInterrupt as error:  # before PyTorch is imported, that is; or a mode with nothing to resume
+        _note("run.py: stopped")
+        return 128 + getattr(error, "signal", signal.SIGINT)
+
+
+def _call(args) -> int:
+    """Runs the chosen mode; what the user can mend is one line and exit status 2."""
     from files import UserError
     from report_utils import ReportError
 
@@ -217,9 +229,6 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, ReportError) as error:
         _complain(error)
         return 2
-    except KeyboardInterrupt:
-        print("run.py: interrupted", file=sys.stderr)
-        return 130
 
 
 def _note(text: str) -> None:
@@ -261,35 +270,40 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
                       resume=args.resume, overwrite=args.overwrite, deterministic=args.deterministic, **extra)
 
 
-def _stop_on_signals():
-    """Turns SIGINT and SIGTERM into a question that the training loop asks after each step."""
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
-    return lambda: received[0] if received else None
-
-
 def _train(args, options, start) -> int:
     """Runs a training, plots it and turns its ways of ending into exit statuses."""
     import report_utils
+    import signals
     from files import check_folder, make_folder
-    from train_utils import Diverged, Interrupted
+    from train_utils import Diverged
 
     check_folder(args.plots)  # made after the training: bad input leaves nothing behind
     again = "python run.py " + shlex.join(
         [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
     try:
-        summary = start(_stop_on_signals())
+        if not (args.resume and _only_plots_missing(options, args.plots)):
+            start(signals.received)
+        curves = (options.out / "metrics.jsonl").exists()  # --method none trains nothing
+        plots = report_utils.plot_run(options.out, make_folder(args.plots)) if curves else []
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
-    except Interrupted as error:
-        _note(f"run.py: stopped; continue with: {again}")
+    except signals.Interrupted as error:
+        begun = any(options.out.glob("*checkpoint.safetensors")) or (options.out / "summary.json").exists()
+        _note(f"run.py: stopped; continue with: {again}" if begun else
+              "run.py: stopped before anything was trained; the same command begins again")
         return 128 + error.signal
-    curves = (options.out / "metrics.jsonl").exists()  # --method none trains nothing
-    plots = report_utils.plot_run(options.out, make_folder(args.plots)) if curves else []
     print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
-    return 0 if summary else 1
+    return 0
+
+
+def _only_plots_missing(options, plots: Path) -> bool:
+    """Whether the run is finished and was stopped before its plots were."""
+    import report_utils
+
+    finished = all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl"))
+    return finished and not all((plots / f"{options.mode}-{options.sr}_{quantity}.{kind}").exists()
+                                for quantity in report_utils.QUANTITIES for kind in ("png", "pdf"))
 
 
 def finetune(args) -> int:
@@ -356,17 +370,15 @@ def repeat(args) -> int:
     """`repeat`: runs it again and compares."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import repeat
-    from train_utils import Diverged, Interrupted
+    import signals
+    from train_utils import Diverged
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = repeat.repeat(args.run, args.out or Path(folder) / "run", stop=_stop_on_signals())
+            found = repeat.repeat(args.run, args.out or Path(folder) / "run", stop=signals.received)
         except Diverged as error:
             _note(f"run.py: {error}")
             return 3
-        except Interrupted as error:
-            _note("run.py: stopped")
-            return 128 + error.signal
     print(f"different: {'; '.join(found)}" if found else f"identical: {args.run} and its repetition")
     return 1 if found else 0
 

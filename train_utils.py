@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from data_utils import Batch, epoch_order
 from files import UserError, write_file
+from signals import Interrupted, deferred
 
 CHECKPOINT = "checkpoint.safetensors"
 Objective = Callable[[Tensor, Batch], Tensor]
@@ -30,14 +31,6 @@ Objective = Callable[[Tensor, Batch], Tensor]
 
 class Diverged(RuntimeError):
     """The loss or a gradient is no longer finite."""
-
-
-class Interrupted(Exception):
-    """Somebody asked the process to stop; the state is saved."""
-
-    def __init__(self, signal: int):
-        super().__init__(f"signal {signal}")
-        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -211,23 +204,30 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
         model.compile(dynamic=True)
     total = options.epochs * math.ceil(len(batches) / options.accumulate)
     while not progress.finished and progress.epoch <= options.epochs:
-        _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
-        line = {"epoch": progress.epoch, "train": _train_scores(progress), "validation": validate(model, dev),
-                # By formula: a run resumed after the epoch's last step has set no rate of its own.
-                "learning_rate": optimizer.param_groups[0]["peak"] * learning_rate_factor(
-                    progress.step - 1, total, options.warmup, options.schedule),
-                "seconds": progress.sums["seconds"], "tokens": int(progress.sums["tokens"])}
-        progress.history.append(line)
-        chosen = line["validation"][select]
-        score = (chosen["mcc"], -chosen["loss"])
-        if score > tuple(progress.best_score):
-            progress.best_score, progress.best_epoch = score, progress.epoch
-            best.update({n: p.detach().cpu().clone() for n, p in trainable(model).items()})
-        progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
-        progress.epoch, progress.group, progress.sums, progress.confusion = progress.epoch + 1, 0, {}, []
-        if path:
-            save_checkpoint(path, model, optimizer, progress, best)
-        on_epoch(progress.history)
+        try:
+            _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
+            validation = validate(model, dev)
+        except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
+            if path:
+                save_checkpoint(path, model, optimizer, progress, best)
+            raise
+        with deferred():
+            line = {"epoch": progress.epoch, "train": _train_scores(progress), "validation": validation,
+                    # By formula: a run resumed after the epoch's last step has set no rate of its own.
+                    "learning_rate": optimizer.param_groups[0]["peak"] * learning_rate_factor(
+                        progress.step - 1, total, options.warmup, options.schedule),
+                    "seconds": progress.sums["seconds"], "tokens": int(progress.sums["tokens"])}
+            progress.history.append(line)
+            chosen = line["validation"][select]
+            score = (chosen["mcc"], -chosen["loss"])
+            if score > tuple(progress.best_score):
+                progress.best_score, progress.best_epoch = score, progress.epoch
+                best.update({n: p.detach().cpu().clone() for n, p in trainable(model).items()})
+            progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
+            progress.epoch, progress.group, progress.sums, progress.confusion = progress.epoch + 1, 0, {}, []
+            if path:
+                save_checkpoint(path, model, optimizer, progress, best)
+            on_epoch(progress.history)
     with torch.no_grad():
         for n, p in trainable(model).items():
             p.copy_(best[n])
@@ -247,7 +247,7 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
     before = progress.sums["seconds"]
     done = min(progress.group * options.accumulate, len(batches))
     with tqdm(total=len(batches), initial=done, unit="batch", dynamic_ncols=True,
-              desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar:
+              desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar, deferred():
         for group in groups[progress.group:]:
             factor = learning_rate_factor(progress.step, total, options.warmup, options.schedule)
             for param_group in optimizer.param_groups:
@@ -277,12 +277,11 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
             bar.update(len(group))
             bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, accuracy {sums['correct'] / sums['rows']:.3f}, "
                                 f"{sums['tokens'] / sums['seconds']:.0f} tokens/s", refresh=False)
-            signal = stop()
-            if path and (signal or now - saved > 60 * options.save_every):
+            if signal := stop():
+                raise Interrupted(signal)
+            if path and now - saved > 60 * options.save_every:
                 save_checkpoint(path, model, optimizer, progress, best)
                 saved = time.perf_counter()
-            if signal:
-                raise Interrupted(signal)
 
 
 def _where(what: str, progress: Progress, optimizer) -> str:

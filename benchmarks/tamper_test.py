@@ -41,7 +41,7 @@ def call(*arguments) -> tuple[int, str]:
 def stopping_after(steps: int):
     """A patch: SIGTERM seems to arrive after so many steps."""
     calls = []
-    return mock.patch("run._stop_on_signals", lambda: lambda: 15 if (calls.append(1) or len(calls) == steps) else None)
+    return mock.patch("signals.received", lambda: 15 if (calls.append(1) or len(calls) == steps) else None)
 
 
 def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
