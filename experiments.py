@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ from data_utils import Batch, Task
 from files import UserError, read_json, sha256, write_file, write_json
 from model import (DistilRNN, FeatureHead, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora,
                    load_classifier, lora_layers, student_config)
-from runs import Recorder, RunOptions, as_json, device, finish, provenance, read_run, run_folder, settings_of
+from runs import (Recorder, RunOptions, as_json, device, finish, provenance, read_run, rebuild, run_folder,
+                  settings_of, warn_of_changed_data)
 from tables import TableOptions
 from train_utils import TrainOptions
 
@@ -195,7 +196,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
 
     Raises:
         UserError: bad input, before anything is written.
-        train_utils.Diverged, train_utils.Interrupted: the last good checkpoint is kept.
+        train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
     seed_everything(int(options.sr), options.deterministic)
     tokenizer = load_tokenizer(options.model)
@@ -339,9 +340,10 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
         n, loss, accuracy, mcc, macro_f1, majority_accuracy, by_class {confusion, per_class}.
     """
     config, summary = read_run(folder)
+    warn_of_changed_data(config, data)
     model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)
     classes = config.get("classes", data_utils.COLA_CLASSES)
-    split = data_utils.read_rows(data, options["task"], table_options(options), separator_of(tokenizer), classes)
+    split = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
     if summary["mode"] == "distil":
         split = replace(split, features=[])  # the student reads text alone
     batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"],
@@ -357,13 +359,6 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
     matrix = train_utils.confusion(*answer)
     return {**train_utils.scores(*answer),
             "by_class": {"confusion": matrix, "per_class": train_utils.per_class(matrix, classes)}}
-
-
-def table_options(options: dict) -> TableOptions:
-    """The columns of a run's task, from its recorded options."""
-    names = [f.name for f in fields(TableOptions) if f.name in options]
-    return TableOptions(**{name: tuple(options[name]) if isinstance(options[name], list) else options[name]
-                           for name in names})
 
 
 # ---------------------------------------------------------------- distillation
@@ -388,14 +383,17 @@ def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) ->
 
     The file is keyed on the teacher's weights and on the token ids, so that a changed teacher, data
     set or tokenizer is never answered from it.
+
+    Raises:
+        UserError: the file is damaged.
     """
     key = frozen.weights_digest(teacher) + frozen.batches_digest(batches)
     if path.exists():
-        kept = adapters.load_tensors(path)
-        if bytes(kept.pop("key").tolist()).decode() == key:
+        kept, its_key = train_utils.load_checked(path)
+        if its_key == key:
             return kept["logits"]
     logits = train_utils.predict(teacher, batches)
-    write_file(path, save({"logits": logits, "key": torch.tensor(list(key.encode()), dtype=torch.uint8)}))
+    train_utils.save_checked(path, {"logits": logits}, key)
     return logits
 
 
@@ -410,13 +408,13 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
 
     Raises:
         UserError: bad input, a teacher that is not a finished LoRA run.
-        train_utils.Diverged, train_utils.Interrupted: the last good checkpoint is kept.
+        train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
     seed_everything(int(options.sr), options.deterministic)
     teacher, tokenizer, teacher_run = load_finetuned(distil_options.teacher)
     options = replace(options, model=teacher_run["model"], task=options.task or teacher_run["task"],
                       data=options.data or teacher_run["data"], limit=options.limit or teacher_run["limit"],
-                      max_length=options.max_length or teacher_run["max_length"], table=table_options(teacher_run))
+                      max_length=options.max_length or teacher_run["max_length"], table=rebuild(TableOptions, teacher_run))
     task = _load_task(options, tokenizer)
     batches, dev = _batches(task, tokenizer, options.max_length, options.train, options.table.truncate)
     teacher_parameters = count_parameters(teacher)["total"]

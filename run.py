@@ -4,6 +4,7 @@
     python run.py LoRA 12345       inject LoRA into a backbone and fine-tune it on a task
     python run.py distil 12345     distil that run into a small RNN, and train the RNN alone beside it
     python run.py eval RUN_DIR --data FILE
+    python run.py repeat RUN_DIR   repeat a run from its config.json and compare
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
 
@@ -19,13 +20,14 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 # The embedded task's model is small: it wants more epochs and a higher rate than a pretrained one.
 EPOCHS = {"LoRA": {"tiny": 12, "": 3}, "distil": {"tiny": 30, "": 15}}
 LEARNING_RATE = {"LoRA": {"tiny": 2e-3, "": 4e-4}, "distil": {"": 3e-3}}
-MODES = ("gen", "LoRA", "distil", "eval", "report", "submit")
+MODES = ("gen", "LoRA", "distil", "eval", "repeat", "report", "submit")
 
 
 def _complain(message) -> None:
@@ -149,6 +151,10 @@ def build_parser() -> Parser:
     evaluate.add_argument("--predictions", type=Path, metavar="OUT.tsv",
                           help="write sentence, label, prediction and probability")
 
+    repeat = mode("repeat", "repeat a finished run from its config.json; exit status 1 if the result differs", sr=False)
+    repeat.add_argument("run", metavar="RUN_DIR", type=Path)
+    repeat.add_argument("--out", type=Path, help="keep the repetition in this folder")
+
     report = mode("report", "tables and plots of the runs into report/Report_SR.pdf")
     submit = mode("submit", "zip code, plots and the PDF, without data and caches")
     submit.add_argument("--first-name", required=True)
@@ -228,18 +234,27 @@ def main(argv: list[str] | None = None) -> int:
         known = [option for action in modes.choices[args.mode]._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{_closest(unknown[0].split('=')[0], known)}")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    import signals
+
+    signals.install()
+    try:
+        return _call(args)
+    except KeyboardInterrupt as error:  # before PyTorch is imported, that is; or a mode with nothing to resume
+        _note("run.py: stopped")
+        return 128 + getattr(error, "signal", signal.SIGINT)
+
+
+def _call(args) -> int:
+    """Runs the chosen mode; what the user can mend is one line and exit status 2."""
     from files import UserError
     from report_utils import ReportError
 
     try:
-        return {"gen": generate, "LoRA": finetune, "distil": distil, "eval": evaluate, "report": report,
-                "submit": submit}[args.mode](args) or 0
+        return {"gen": generate, "LoRA": finetune, "distil": distil, "eval": evaluate, "repeat": repeat,
+                "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
         _complain(error)
         return 2
-    except KeyboardInterrupt:
-        print("run.py: interrupted", file=sys.stderr)
-        return 130
 
 
 def _note(text: str) -> None:
@@ -281,34 +296,39 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
                       resume=args.resume, overwrite=args.overwrite, deterministic=args.deterministic, **extra)
 
 
-def _stop_on_signals():
-    """Turns SIGINT and SIGTERM into a question that the training loop asks after each step."""
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
-    return lambda: received[0] if received else None
-
-
 def _train(args, options, start) -> int:
     """Runs a training, plots it and turns its ways of ending into exit statuses."""
     import report_utils
+    import signals
     from files import check_folder, make_folder
-    from train_utils import Diverged, Interrupted
+    from train_utils import Diverged
 
     check_folder(args.plots)  # made after the training: bad input leaves nothing behind
     again = "python run.py " + shlex.join(
         [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
     try:
-        summary = start(_stop_on_signals())
+        if not (args.resume and _only_plots_missing(options, args.plots)):
+            start(signals.received)
+        plots = report_utils.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
-    except Interrupted as error:
-        _note(f"run.py: stopped; continue with: {again}")
+    except signals.Interrupted as error:
+        begun = any(options.out.glob("*checkpoint.safetensors")) or (options.out / "summary.json").exists()
+        _note(f"run.py: stopped; continue with: {again}" if begun else
+              "run.py: stopped before anything was trained; the same command begins again")
         return 128 + error.signal
-    plots = report_utils.plot_run(options.out, make_folder(args.plots))
     print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
-    return 0 if summary else 1
+    return 0
+
+
+def _only_plots_missing(options, plots: Path) -> bool:
+    """Whether the run is finished and was stopped before its plots were."""
+    import report_utils
+
+    finished = all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl"))
+    return finished and not all((plots / f"{options.mode}-{options.sr}_{quantity}.{kind}").exists()
+                                for quantity in (*report_utils.QUANTITIES, "confusion") for kind in ("png", "pdf"))
 
 
 def finetune(args) -> int:
@@ -373,10 +393,30 @@ def evaluate(args) -> None:
               f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
 
 
+def repeat(args) -> int:
+    """`repeat`: runs it again and compares."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import repeat
+    import signals
+    from train_utils import Diverged
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = repeat.repeat(args.run, args.out or Path(folder) / "run", stop=signals.received)
+        except Diverged as error:
+            _note(f"run.py: {error}")
+            return 3
+    print(f"different: {'; '.join(found)}" if found else f"identical: {args.run} and its repetition")
+    return 1 if found else 0
+
+
 def report(args) -> None:
     """`report`: builds the PDF."""
     import report_utils
+    from files import check_sums
 
+    for mode in ("LoRA", "distil"):
+        check_sums(args.runs / f"{mode}-{args.sr}")
     print(f"report: {report_utils.build_report(args.sr, args.runs, args.plots, Path(__file__).parent / 'report')}")
 
 
