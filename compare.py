@@ -107,7 +107,7 @@ def compare(options: CompareOptions, say: Callable[[str], None] = print, stop: C
 def check(entry: Entry):
     """The entry's task; what is wrong with one of its options is told with its name."""
     try:
-        return experiments.check(entry.options)
+        return experiments.check(entry.options)[0]
     except UserError as error:
         raise UserError(f"entry {entry.name}: {error}" if str(error).startswith("--") else str(error)) from None
 

@@ -161,9 +161,13 @@ def to_precision(classifier: TextClassifier, precision: str) -> None:
                 p.data = p.data.bfloat16()
 
 
-def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
-             ) -> dict:
+def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None,
+             on_epoch: Callable[[list[dict]], None] = lambda history: None) -> dict:
     """Fine-tunes a classifier and writes the run's folder.
+
+    Args:
+        stop: asked after each step; a signal number ends the run, which can be resumed.
+        on_epoch: called with the lines of metrics.jsonl so far after each epoch; what it raises ends the run.
 
     Returns:
         The summary, as in summary.json.
@@ -212,7 +216,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
                     f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
             progress = train_utils.fit(classifier, batches, dev, train_utils.cross_entropy(options.train.label_smoothing),
                                        options.train, folder=folder, resume=options.resume, select=selection_split(task.dev),
-                                       on_epoch=record, stop=stop)
+                                       on_epoch=lambda history: (record(history), on_epoch(history)), stop=stop)
             result = _result(progress)
         save_trained(classifier, options.method, folder, options.model)
         summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": task.name,
@@ -222,8 +226,12 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
     return summary
 
 
-def check(options: RunOptions) -> Task:
-    """Raises what `finetune` would of a task, model, target, layer or rank, without loading weights; returns the task."""
+def check(options: RunOptions) -> tuple[Task, dict]:
+    """Raises what `finetune` would of a task, model, target, layer or rank, without loading weights.
+
+    Returns:
+        the task and the parameters' counts.
+    """
     task = data_utils.load_task(options.task, options.data)
     config = load_config(options.model)
     is_decoder(config)  # or says that there is no classifier of that kind
@@ -232,7 +240,7 @@ def check(options: RunOptions) -> Task:
     with torch.device("meta"):
         classifier = TextClassifier(AutoModelForSequenceClassification.from_config(config))
         adapt(classifier, options.method, options.lora)
-    return task
+    return task, count_parameters(classifier)
 
 
 def save_trained(classifier: TextClassifier, method: str, folder: Path, base: str) -> None:

@@ -4,6 +4,7 @@
     python run.py LoRA 12345       inject LoRA into a backbone and fine-tune it on a task
     python run.py distil 12345     distil that run into a small RNN, and train the RNN alone beside it
     python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
+    python run.py sweep 12345      search rank, targets, layers, learning rate ...
     python run.py eval RUN_DIR --data FILE
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
@@ -28,7 +29,7 @@ EPOCHS = {"LoRA": {"tiny": 12, "": 3}, "distil": {"tiny": 30, "": 15}}
 # By method: what is pretrained wants small steps, what starts from nothing large ones.
 LEARNING_RATE = {"lora": {"tiny": 2e-3, "": 4e-4}, "full": {"tiny": 5e-4, "": 5e-5}, "head": {"tiny": 1e-2, "": 1e-3},
                  "none": {"": 4e-4}, "distil": {"": 3e-3}}
-MODES = ("gen", "LoRA", "distil", "compare", "eval", "report", "submit")
+MODES = ("gen", "LoRA", "distil", "compare", "sweep", "eval", "report", "submit")
 METHODS = ("lora", "full", "head", "none")
 # What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
 COMMON = ("help", "sr", "task", "data", "limit", "out", "plots", "no_plots", "save_every", "resume", "overwrite")
@@ -161,6 +162,21 @@ def build_parser() -> Parser:
                          help="learning rates that each entry chooses from; --lr if not given, or each method's default")
     _lora_options(compare, method=False)
 
+    sweep = mode("sweep", "search rank, targets, layers, learning rate ... with Optuna",
+                 epilog="A trial's score is its best epoch's MCC. The same command started again, or elsewhere with the "
+                        "same --storage, goes on with the trials that wait.")
+    sweep.add_argument("--search", action="append", required=True, metavar="OPTION=VALUES",
+                       help="choices, rank=1,2,4 or targets=q+v,q+k+v+o,all (+ stands for the comma within targets and "
+                            "layers), or a range, lr=1e-4..1e-3 or alpha=1..64:log (rates are searched on a logarithmic "
+                            "scale, others on a linear one unless :log follows); several times for several options")
+    sweep.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe", help="grid: every combination, once")
+    sweep.add_argument("--trials", type=_count, help="of all processes together; 20, or the whole grid, if not given")
+    sweep.add_argument("--storage", metavar="URL", help="a database that several processes share, such as "
+                                                        "postgresql://HOST/DB; study.db in the folder if not given")
+    sweep.add_argument("--no-prune", action="store_true",
+                       help="let hopeless trials run to the end (pruned: below the median of the others' scores by then)")
+    _lora_options(sweep)
+
     evaluate = mode("eval", "score a saved run on a labelled file", sr=False)
     evaluate.add_argument("run", metavar="RUN_DIR", type=Path)
     evaluate.add_argument("--data", type=Path, required=True, metavar="FILE", help="in the format of the run's task")
@@ -255,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     from report_utils import ReportError
 
     try:
-        return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare,
+        return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep,
                 "eval": evaluate, "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
         _complain(error)
@@ -476,6 +492,69 @@ def compare(args) -> int:
     options = comparison.CompareOptions(args.sr, _entries(args), args.seeds, args.out or Path(f"runs/compare-{args.sr}"),
                                         _settings(args), args.overwrite)
     return _study(args, options, lambda stop: comparison.compare(options, stop=stop))
+
+
+def _search(args) -> dict:
+    """--search as option -> list of choices, or a range."""
+    from files import UserError
+    from sweep import Range
+
+    search = {}
+    for text in args.search:
+        name, equals, rest = text.partition("=")
+        parser, name = Variant(f"--search {text}"), name.replace("-", "_")
+        if not equals or not rest:
+            raise UserError(f"--search {text}: expected OPTION=VALUES, such as rank=1,2,4 or lr=1e-4..1e-3")
+        if name in (*COMMON, "model", "deterministic"):
+            parser.error(f"{name} is the same for every trial")
+        if name in search:
+            parser.error(f"{name} is searched twice")
+        option = parser.option(name)
+        if match := re.fullmatch(r"([^,]+?)\.\.([^,]+?)(?::(log|linear))?", rest):
+            low, high = (_value(parser, args, name, end) for end in match.groups()[:2])
+            log = (match[3] or ("log" if name in ("lr", "head_lr") else "linear")) == "log"
+            if option.nargs == 0 or not isinstance(low, (int, float)) or not low < high or (log and low <= 0):
+                parser.error("expected a range LOW..HIGH of numbers, LOW below HIGH" + (" and above 0" if log else ""))
+            if args.sampler == "grid":
+                parser.error("a grid needs choices, such as 1,2,4, not a range")
+            search[name] = Range(low, high, log)
+        else:
+            search[name] = [_value(parser, args, name, part) for part in rest.split(",")]
+            if len(set(search[name])) < len(search[name]):
+                parser.error("a value is given twice")
+    return search
+
+
+def _value(parser: Variant, args, name: str, text: str):
+    """A searched value as a number where the option is one, else as written; refused where the option would refuse it."""
+    if not text:
+        parser.error("a value is empty")
+    parsed = getattr(parser.parse_args([args.sr, *parser.words(args, {name: text})]), name)
+    return parsed if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) else text
+
+
+def sweep(args) -> int:
+    """`sweep`: runs the trials that wait, and prints and draws the study."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import dataclasses
+
+    import experiments
+    import sweep as search
+
+    args.model, args.task, args.data = experiments.choose(args.model, args.task, args.data, _note)
+    args.epochs = args.epochs or _default(EPOCHS["LoRA"], args.task)
+    ranges = _search(args)
+
+    def make(values: dict, folder: Path):
+        parser = Variant("sweep")
+        parsed = parser.parse_args([args.sr, *parser.words(args, {name: str(value) for name, value in values.items()})])
+        parsed.lr = values.get("lr") or args.lr
+        return dataclasses.replace(_finetune_options(parsed), out=folder, overwrite=True)
+
+    options = search.SweepOptions(args.sr, ranges, make, args.sampler, args.trials, not args.no_prune, args.storage,
+                                  args.out or Path(f"runs/sweep-{args.sr}"), _settings(args, "trials", "storage"),
+                                  args.overwrite)
+    return _study(args, options, lambda stop: search.sweep(options, stop=stop))
 
 
 def _study(args, options, start) -> int:

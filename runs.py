@@ -23,7 +23,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_utils import Task
-from files import UserError, make_folder, read_json, remove_temporaries, write_file, write_json
+from files import UserError, make_folder, read_json, remove_temporaries, without_password, write_file, write_json
 from model import LoRAOptions
 from train_utils import CHECKPOINT, TrainOptions
 
@@ -63,7 +63,8 @@ def provenance(options: dict, task: Task) -> dict:
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"command": "python run.py " + shlex.join(sys.argv[1:]), "options": options,
+    command = without_password("python run.py " + shlex.join(sys.argv[1:]))
+    return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": task.files}
 
