@@ -1,7 +1,8 @@
 """Files that are whole or absent: atomic writes, checked reads, and the one error class of the house.
 
 A file is written under a temporary name, flushed to disk and renamed, so that a crash at any moment
-leaves either the old file or the new one.
+leaves either the old file or the new one. SHA256SUMS in a run's folder tells whether its files are still the ones
+that the run wrote; `sha256sum -c SHA256SUMS` reads it too.
 """
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+
+SUMS = "SHA256SUMS"
 
 
 class UserError(ValueError):
@@ -31,10 +34,12 @@ def write_file(path: Path | str, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # an interruption too
         with suppress(OSError):  # nothing to remove where the folder itself was the trouble
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
 
 
 def remove_temporaries(folder: Path | str) -> None:
@@ -45,7 +50,12 @@ def remove_temporaries(folder: Path | str) -> None:
 
 def write_json(path: Path | str, value) -> None:
     """Writes JSON atomically; NaN and infinity are refused, for they are no JSON."""
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, json_text(value))
+
+
+def json_text(value) -> str:
+    """JSON as the files of a run hold it."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path | str) -> dict:
@@ -99,6 +109,64 @@ def without_password(text: str) -> str:
 
 
 def sha256(path: Path | str) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The file's SHA-256, in hexadecimal.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+# ---------------------------------------------------------------- checksums of a folder
+
+def write_sums(folder: Path, digests: dict[str, str]) -> None:
+    """Writes SHA256SUMS: a line for each file name, then a comment with the digest of these lines."""
+    write_file(Path(folder) / SUMS, _sums_text(digests))
+
+
+def _sums_text(digests: dict[str, str]) -> str:
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n"
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """The digests of SHA256SUMS by file name; None if there is no such file.
+
+    Raises:
+        UserError: not every byte of it is as it was written.
+    """
+    path = Path(folder) / SUMS
+    if not path.exists():
+        return None
+    try:
+        text = path.read_bytes().decode("utf-8")
+        digests = {line[66:]: line[:64] for line in text.splitlines()[:-1]}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        digests = None
+    if digests is None or text != _sums_text(digests):
+        raise UserError(f"{path}: damaged (it is not as the run wrote it)")
+    return digests
+
+
+def check_sums(folder: Path, *names: str) -> bool:
+    """Checks that the files of a folder (or those of `names`) are what SHA256SUMS says; whether there is one.
+
+    Raises:
+        UserError: one is missing or not the same; it is named.
+    """
+    digests = read_sums(folder)
+    for name, digest in (digests or {}).items():
+        path = Path(folder) / name
+        if names and name not in names:
+            continue
+        if not path.exists():
+            raise UserError(f"{path}: missing, though {SUMS} lists it")
+        if sha256(path) != digest:
+            raise UserError(f"{path}: damaged or changed: not the file that the run wrote (see {SUMS})")
+    return digests is not None

@@ -12,13 +12,14 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 import adapters
-from files import UserError, read_json
+from files import UserError, check_sums, read_json
 from frozen import weights_digest
 from backbones import load_causal_lm, load_tokenizer, max_length_of
 
 
 def base_model(adapter: Path) -> str:
-    """The base model of a saved adapter."""
+    """The base model of a saved adapter, whose files are checked first if it is a run's."""
+    check_sums(adapter)
     return adapters.base_of(adapter)
 
 
@@ -65,6 +66,7 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
     """
     lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
     if adapter is not None:
+        check_sums(adapter)
         recorded = read_json(adapter / "config.json").get("base_sha256") if (adapter / "config.json").exists() else None
         if recorded not in (None, weights_digest(lm.base_model)):
             raise UserError(f"{adapter}: adapter for another base: it was made for {base_model(adapter)}, with other "

@@ -6,6 +6,7 @@
     python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
     python run.py sweep 12345      search rank, targets, layers, learning rate ...
     python run.py eval RUN_DIR --data FILE
+    python run.py repeat RUN_DIR   repeat a run from its config.json and compare
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
 
@@ -21,6 +22,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -28,11 +30,12 @@ from pathlib import Path
 EPOCHS = {"LoRA": {"tiny": 12, "": 3}, "distil": {"tiny": 30, "": 15}}
 # By method: what is pretrained wants small steps, what starts from nothing large ones.
 LEARNING_RATE = {"lora": {"tiny": 2e-3, "": 4e-4}, "full": {"tiny": 5e-4, "": 5e-5}, "head": {"tiny": 1e-2, "": 1e-3},
-                 "none": {"": 4e-4}, "distil": {"": 3e-3}}
-MODES = ("gen", "LoRA", "distil", "compare", "sweep", "eval", "report", "submit")
-METHODS = ("lora", "full", "head", "none")
+                 "features": {"": 3e-3}, "none": {"": 4e-4}, "distil": {"": 3e-3}}
+MODES = ("gen", "LoRA", "distil", "compare", "sweep", "eval", "repeat", "report", "submit")
+METHODS = ("lora", "full", "head", "features", "none")
 # What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
-COMMON = ("help", "sr", "task", "data", "limit", "out", "plots", "no_plots", "save_every", "resume", "overwrite")
+COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",
+          "save_every", "resume", "overwrite")
 
 
 def _complain(message) -> None:
@@ -184,6 +187,10 @@ def build_parser() -> Parser:
     evaluate.add_argument("--predictions", type=Path, metavar="OUT.tsv",
                           help="write sentence, label, prediction and probability")
 
+    repeat = mode("repeat", "repeat a finished run from its config.json; exit status 1 if the result differs", sr=False)
+    repeat.add_argument("run", metavar="RUN_DIR", type=Path)
+    repeat.add_argument("--out", type=Path, help="keep the repetition in this folder")
+
     report = mode("report", "tables and plots of the runs into report/Report_SR.pdf")
     submit = mode("submit", "zip code, plots and the PDF, without data and caches")
     submit.add_argument("--first-name", required=True)
@@ -209,7 +216,8 @@ def _lora_options(parser: Parser, method: bool = True) -> None:
                                         "folder or GGUF file, smollm2, or tiny")
     if method:
         parser.add_argument("--method", choices=METHODS, default="lora",
-                            help="train LoRA and the head, everything, the head alone, or nothing")
+                            help="train LoRA and the head, everything, the head alone, a head that reads the features and "
+                                 "no text, or nothing")
     parser.add_argument("--rank", type=int, default=8, help="of each update")
     parser.add_argument("--alpha", type=_positive, default=16.0, help="the update is scaled by alpha / rank")
     parser.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.0,
@@ -217,6 +225,7 @@ def _lora_options(parser: Parser, method: bool = True) -> None:
     parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
     parser.add_argument("--targets", default="q,k,v,o,mlp", help="roles (q,k,v,o,mlp) or module-name patterns")
     parser.add_argument("--layers", help="blocks to adapt, such as 0-11; all if not given")
+    _table_options(parser)
     _training_options(parser, "LoRA")
     parser.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
@@ -229,17 +238,40 @@ def _lora_options(parser: Parser, method: bool = True) -> None:
     parser.add_argument("--no-plots", action="store_true", help="draw none")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """An argparse type: names separated by commas."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected names separated by commas")
+    return names
+
+
+def _table_options(parser: Parser) -> None:
+    """What the columns of a table mean."""
+    parser.add_argument("--text-column", type=_names, default=(), metavar="A,B",
+                        help="joined by the tokenizer's separator; text, sentence or review if not given")
+    parser.add_argument("--template", metavar="TEXT", help='instead: column names in braces, "Q: {question} A: {guess}"')
+    parser.add_argument("--label-column", default="label", help="strings, booleans or whole numbers; any number of classes")
+    parser.add_argument("--eval-split", metavar="NAME|FILE|SHARE",
+                        help="validation, dev or eval if --data has it, else 0.1 of the training rows")
+    parser.add_argument("--feature-columns", type=_names, default=(), metavar="A,B",
+                        help="numbers that the head reads beside the text")
+    parser.add_argument("--truncate", choices=("head", "tail", "middle"), default="tail",
+                        help="the part of a text longer than --max-length that is cut")
+
+
 def _training_options(parser: Parser, mode: str) -> None:
     """What every training has."""
-    parser.add_argument("--task", choices=("cola", "tiny"), help="cola, unless the embedded default is used")
-    parser.add_argument("--data", metavar="DIR", help="folder with the task's files; the Hub's if not given")
+    parser.add_argument("--task", choices=("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny"),
+                        help="csv: any table; cola if not given, unless --data holds tables or the embedded default is used")
+    parser.add_argument("--data", metavar="DIR|FILE", help="folder with the task's files, or a CSV, TSV, JSONL or Parquet "
+                                                           "file; the Hub's if not given")
     parser.add_argument("--out", type=Path, help="the run's folder; runs/MODE-SR if not given")
     parser.add_argument("--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
     parser.add_argument("--batch-size", type=_count, default=32, help="sentences in a batch")
     parser.add_argument("--batch-tokens", type=_count, help="instead of --batch-size: tokens in a batch, pads included")
     parser.add_argument("--lr", type=_positive, help="; ".join(
-        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (("lora", "full", "head") if mode == "LoRA"
-                                                                            else (mode,))))
+        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (METHODS[:-1] if mode == "LoRA" else (mode,))))
     parser.add_argument("--weight-decay", type=_not_negative, default=0.01, help="not on biases and norms")
     parser.add_argument("--warmup", type=_share, default=0.06, help="share of the steps")
     parser.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
@@ -249,7 +281,7 @@ def _training_options(parser: Parser, mode: str) -> None:
     parser.add_argument("--label-smoothing", type=_share, default=0.0, help="share of the label spread over all classes")
     parser.add_argument("--patience", type=_count, help="stop after so many epochs without a better one")
     parser.add_argument("--max-length", type=_count, help="tokens; the model's context if not given")
-    parser.add_argument("--limit", type=_count, help="first rows of each split only: a quick look")
+    parser.add_argument("--limit", type=_count, help="so many rows of each split, evenly spaced: a quick look")
     parser.add_argument("--save-every", type=_positive, default=10.0, help="minutes between checkpoints in an epoch")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in the folder")
@@ -267,18 +299,27 @@ def main(argv: list[str] | None = None) -> int:
         known = [option for action in modes.choices[args.mode]._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{_closest(unknown[0].split('=')[0], known)}")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    import signals
+
+    signals.install()
+    try:
+        return _call(args)
+    except KeyboardInterrupt as error:  # before PyTorch is imported, that is; or a mode with nothing to resume
+        _note("run.py: stopped")
+        return 128 + getattr(error, "signal", signal.SIGINT)
+
+
+def _call(args) -> int:
+    """Runs the chosen mode; what the user can mend is one line and exit status 2."""
     from files import UserError
     from report_utils import ReportError
 
     try:
         return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep,
-                "eval": evaluate, "report": report, "submit": submit}[args.mode](args) or 0
+                "eval": evaluate, "repeat": repeat, "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
         _complain(error)
         return 2
-    except KeyboardInterrupt:
-        print("run.py: interrupted", file=sys.stderr)
-        return 130
 
 
 def _note(text: str) -> None:
@@ -320,48 +361,55 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
                       resume=args.resume, overwrite=args.overwrite, deterministic=args.deterministic, **extra)
 
 
-def _stop_on_signals():
-    """Turns SIGINT and SIGTERM into a question that the training loop asks after each step."""
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
-    return lambda: received[0] if received else None
-
-
 def _train(args, options, start) -> int:
     """Runs a training, plots it and turns its ways of ending into exit statuses."""
     import report_utils
+    import signals
     from files import check_folder, make_folder
-    from train_utils import Diverged, Interrupted
+    from train_utils import Diverged
 
     check_folder(args.plots)  # made after the training: bad input leaves nothing behind
     again = "python run.py " + shlex.join(
         [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
     try:
-        summary = start(_stop_on_signals())
+        no_plots = getattr(args, "no_plots", False)
+        if no_plots or not (args.resume and _only_plots_missing(options, args.plots)):
+            start(signals.received)
+        plots = [] if no_plots else report_utils.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
-    except Interrupted as error:
-        _note(f"run.py: stopped; continue with: {again}")
+    except signals.Interrupted as error:
+        begun = any(options.out.glob("*checkpoint.safetensors")) or (options.out / "summary.json").exists()
+        _note(f"run.py: stopped; continue with: {again}" if begun else
+              "run.py: stopped before anything was trained; the same command begins again")
         return 128 + error.signal
-    # --method none trains nothing
-    curves = (options.out / "metrics.jsonl").exists() and not getattr(args, "no_plots", False)
-    plots = report_utils.plot_run(options.out, make_folder(args.plots)) if curves else []
     print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
-    return 0 if summary else 1
+    return 0
+
+
+def _only_plots_missing(options, plots: Path) -> bool:
+    """Whether the run is finished and was stopped before its plots were."""
+    import report_utils
+
+    finished = all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl"))
+    return finished and not all((plots / f"{options.mode}-{options.sr}_{quantity}.{kind}").exists()
+                                for quantity in (*report_utils.QUANTITIES, "confusion") for kind in ("png", "pdf"))
 
 
 def _finetune_options(args):
     """A fine-tuning's options, with the model, task and data that are used where none were named."""
     import experiments
     from model import LoRAOptions
+    from tables import TableOptions
 
     model, task, data = experiments.choose(args.model, args.task, args.data, _note)
     targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
+    lora = LoRAOptions(args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers)
+    table = TableOptions(args.text_column, args.label_column, args.template, args.eval_split, args.feature_columns,
+                         args.truncate)
     return _run_options(args, "LoRA", model, task, data, method=args.method, keep=not args.no_keep,
-                        keep_memory=args.keep_memory, lora=LoRAOptions(
-        args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers))
+                        keep_memory=args.keep_memory, lora=lora, table=table)
 
 
 def finetune(args) -> int:
@@ -474,11 +522,12 @@ def _entries(args) -> list:
     return entries
 
 
-def _settings(args, *common: str) -> dict:
-    """Every option of a comparison or sweep, but for where results go and whether to begin anew."""
-    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", *common)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if name not in skipped}
+def _settings(args, *more: str) -> dict:
+    """Every option of a comparison or sweep that may change its results."""
+    from runs import FREE, as_json
+
+    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", *FREE, *more)
+    return as_json({name: value for name, value in vars(args).items() if name not in skipped})
 
 
 def compare(args) -> int:
@@ -491,7 +540,7 @@ def compare(args) -> int:
     args.epochs = args.epochs or _default(EPOCHS["LoRA"], args.task)
     options = comparison.CompareOptions(args.sr, _entries(args), args.seeds, args.out or Path(f"runs/compare-{args.sr}"),
                                         _settings(args), args.overwrite)
-    return _study(args, options, lambda stop: comparison.compare(options, stop=stop))
+    return _study(args, options, lambda: comparison.compare(options))
 
 
 def _search(args) -> dict:
@@ -554,23 +603,23 @@ def sweep(args) -> int:
     options = search.SweepOptions(args.sr, ranges, make, args.sampler, args.trials, not args.no_prune, args.storage,
                                   args.out or Path(f"runs/sweep-{args.sr}"), _settings(args, "trials", "storage"),
                                   args.overwrite)
-    return _study(args, options, lambda stop: search.sweep(options, stop=stop))
+    return _study(args, options, lambda: search.sweep(options))
 
 
 def _study(args, options, start) -> int:
     """Runs a comparison or a sweep, draws it and turns its ways of ending into exit statuses."""
     import report_utils
     from files import check_folder, make_folder
-    from train_utils import Interrupted
+    from signals import Interrupted
 
     check_folder(args.plots)
     try:
-        start(_stop_on_signals())
+        start()
+        plots = [] if args.no_plots else report_utils.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
     except Interrupted as error:
         _note("run.py: stopped; continue with: python run.py "
               + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
         return 128 + error.signal
-    plots = [] if args.no_plots else report_utils.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
     print(f"{args.mode}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
     return 0
 
@@ -606,13 +655,33 @@ def evaluate(args) -> None:
         print(json.dumps(result))
     else:
         print(f"{args.data}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
-              f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}")
+              f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
+
+
+def repeat(args) -> int:
+    """`repeat`: runs it again and compares."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import repeat
+    import signals
+    from train_utils import Diverged
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = repeat.repeat(args.run, args.out or Path(folder) / "run", stop=signals.received)
+        except Diverged as error:
+            _note(f"run.py: {error}")
+            return 3
+    print(f"different: {'; '.join(found)}" if found else f"identical: {args.run} and its repetition")
+    return 1 if found else 0
 
 
 def report(args) -> None:
     """`report`: builds the PDF."""
     import report_utils
+    from files import check_sums
 
+    for mode in ("LoRA", "distil"):
+        check_sums(args.runs / f"{mode}-{args.sr}")
     print(f"report: {report_utils.build_report(args.sr, args.runs, args.plots, Path(__file__).parent / 'report')}")
 
 

@@ -1,33 +1,42 @@
 """A run's folder: who may write to it, what stands in it, and reading it back.
 
-    runs/<mode>-<SR>/   config.json, metrics.jsonl, summary.json, weights, tensorboard/
+    runs/<mode>-<SR>/   config.json, metrics.jsonl, summary.json, weights, SHA256SUMS, tensorboard/
 
-summary.json is written last and marks the run as finished.
+summary.json is written last and marks the run as finished. SHA256SUMS holds the checksums of all files but
+TensorBoard's; they are checked whenever a run is read or resumed.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_type_hints
 
 import filelock
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data_utils import Task
-from files import UserError, make_folder, read_json, remove_temporaries, without_password, write_file, write_json
+from files import (SUMS, UserError, check_sums, json_text, make_folder, read_json, remove_temporaries, sha256,
+                   without_password, write_file, write_json, write_sums)
 from model import LoRAOptions
+from tables import TableOptions
 from train_utils import CHECKPOINT, TrainOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
+TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # no two runs share them
+FREE = ("keep", "keep_memory", "save_every")  # change no result: a resumed run may have others
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -42,13 +51,15 @@ class RunOptions:
     train: TrainOptions
     method: str = "lora"  # lora, full, head or none
     lora: LoRAOptions = LoRAOptions()
+    table: TableOptions = TableOptions()
     keep: bool = True  # keep what the frozen blocks below the lowest trained one compute
     keep_memory: float = 2.0  # GiB of it in memory; the rest is memory-mapped
     max_length: int | None = None  # tokens; the model's context if None
-    limit: int | None = None  # first rows of each split only
+    limit: int | None = None  # so many rows of each split only
     resume: bool = False
     overwrite: bool = False
     deterministic: bool = False
+    repeats: Path | None = None  # folder of the finished run that this one must equal in options and data
 
 
 def device() -> torch.device:
@@ -67,6 +78,44 @@ def provenance(options: dict, task: Task) -> dict:
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": task.files}
+
+
+def settings_of(options: RunOptions) -> dict:
+    """What config.json records of these options; nested ones stand beside them, by their own names (train, lora: where
+    the mode uses them)."""
+    return {**{field.name: getattr(options, field.name) for field in fields(options)
+               if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora", "table")},
+            **asdict(options.table)}
+
+
+def rebuild(cls: type, values: dict, **given):
+    """An options object from what config.json recorded: the way back from `settings_of` and `as_json`.
+
+    Raises:
+        UserError: an option without a default was not recorded.
+    """
+    kinds, made = get_type_hints(cls), dict(given)
+    for field in fields(cls):
+        kind = kinds[field.name]
+        if field.name in given:
+            continue
+        if is_dataclass(kind):
+            made[field.name] = rebuild(kind, values)
+        elif field.name in values:
+            value = values[field.name]
+            value = tuple(value) if isinstance(value, list) else value
+            made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
+    try:
+        return cls(**made)
+    except TypeError as error:
+        raise UserError(f"config.json does not record every option ({error})") from None
+
+
+def without_times(value):
+    """A result (any JSON value) without what no two runs share."""
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def as_json(value):
@@ -88,6 +137,8 @@ def run_folder(options: RunOptions, config: dict):
     Raises:
         UserError: any of these, another process at work there, or a folder that cannot be written.
     """
+    if options.repeats:
+        _same_options(options.repeats, config, "repeat")
     folder = make_folder(options.out)
     try:
         lock = filelock.FileLock(folder / ".lock", timeout=0)
@@ -104,9 +155,13 @@ def run_folder(options: RunOptions, config: dict):
         elif any(folder.glob(f"*{CHECKPOINT}")):
             if not options.resume:
                 raise UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts anew")
-            _same_options(folder, config)
+            check_sums(folder, "config.json")
+            _same_options(folder, config, "--resume")
+            _warn_of_changes(folder, config)
         remove_temporaries(folder)
-        write_json(folder / "config.json", config)
+        if not any(folder.glob(f"*{CHECKPOINT}")):  # a resumed run keeps the config that it began with
+            write_json(folder / "config.json", config)
+            write_sums(folder, {"config.json": sha256(folder / "config.json")})
         yield folder
     finally:
         lock.release()
@@ -114,25 +169,52 @@ def run_folder(options: RunOptions, config: dict):
 
 def _empty(folder: Path) -> None:
     """Removes what a run leaves behind; anything else in the folder is left alone."""
-    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json"):
+    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json", SUMS):
         (folder / name).unlink(missing_ok=True)
     for file in folder.glob("*.safetensors"):
         file.unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
-def _same_options(folder: Path, config: dict) -> None:
+def _same_options(folder: Path, config: dict, what: str) -> None:
+    """Refuses to resume or repeat (`what`) the run in a folder with other options, data, teacher or base model."""
     before = read_json(folder / "config.json")
     for name, value in config["options"].items():
         old = before.get("options", {}).get(name)
-        if old != value:
-            raise UserError(f"{folder}: --resume with another {name}: it began with {old}, now {value}")
-    for path, digest in config["data_files"].items():
-        if before.get("data_files", {}).get(path) != digest:
-            raise UserError(f"{folder}: --resume with changed data: {path} is not the file the run began with")
-    for name, digest in config.get("teacher_files", {}).items():
-        if before.get("teacher_files", {}).get(name) != digest:
-            raise UserError(f"{folder}: --resume with a changed teacher: {name} is not the file the run began with")
+        if old != value and name not in FREE:
+            raise UserError(f"{folder}: {what} with another {name}: it began with {old}, now {value}")
+    if before.get("base_sha256") != config.get("base_sha256"):
+        raise UserError(f"{folder}: {what} with a changed base model: its weights are not those the run began with")
+    for kind, key in (("data", "data_files"), ("teacher", "teacher_files")):
+        for name in sorted({*before.get(key, {}), *config.get(key, {})}):
+            if before.get(key, {}).get(name) != config.get(key, {}).get(name):
+                raise UserError(f"{folder}: {what} with {'' if kind == 'data' else 'a '}changed {kind}: {name} is not the "
+                                "file the run began with")
+
+
+def environment(config: dict) -> dict:
+    """What beside the options may change a result."""
+    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")}}
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """How two configs' environments differ, in words."""
+    one, other = environment(before), environment(now)
+    return [f"{key} was {one.get(key)}, now {other.get(key)}" for key in dict.fromkeys([*one, *other])
+            if one.get(key) != other.get(key)]
+
+
+def _warn_of_changes(folder: Path, config: dict) -> None:
+    if changed := changes(read_json(folder / "config.json"), config):
+        warnings.warn(f"{folder}: resumed, but {', '.join(changed)}: the result may not be that of an uninterrupted run",
+                      stacklevel=2)
+
+
+def warn_of_changed_data(config: dict, data: Path) -> None:
+    """Warns where a file is one that the run read, under the same path, and no longer the same."""
+    for name, digest in config.get("data_files", {}).items():
+        if Path(name).resolve() == Path(data).resolve() and sha256(data) != digest:
+            warnings.warn(f"{data}: changed since the run read it (its SHA-256 is another)", stacklevel=2)
 
 
 class Recorder:
@@ -161,13 +243,13 @@ class Recorder:
             f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" for split, v in line["validation"].items()))
 
 
-def settings_of(options: RunOptions) -> dict:
-    return {name: getattr(options, name) for name in ("mode", "sr", "model", "task", "data", "method", "limit",
-                                                      "deterministic")}
-
-
 def finish(folder: Path, summary: dict) -> None:
     """The summary marks a run as finished; its checkpoints are no longer needed then."""
+    files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
+             if not path.name.endswith(CHECKPOINT)]
+    digests = {path.name: sha256(path) for path in files}
+    digests["summary.json"] = hashlib.sha256(json_text(summary).encode()).hexdigest()
+    write_sums(folder, digests)  # before the summary: a finished run is never without
     write_json(folder / "summary.json", summary)
     for path in folder.glob(f"*{CHECKPOINT}"):
         path.unlink()
@@ -177,7 +259,8 @@ def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
     """config.json and summary.json of a finished run.
 
     Raises:
-        UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it.
+        UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it. Or a
+            file of it is not the one that the run wrote.
     """
     folder = Path(folder)
     make = f"python run.py {mode or 'LoRA'} SR makes one"
@@ -185,6 +268,8 @@ def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
         raise UserError(f"{folder}: not a run's folder; {make}")
     if not (folder / "summary.json").is_file():
         raise UserError(f"{folder}: the run is not finished; its command with --resume continues it")
+    if not check_sums(folder):
+        warnings.warn(f"{folder}: has no {SUMS}; whether its files are whole is not known", stacklevel=2)
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     missing = [key for key in ("model", "task", "method", "max_length", "precision")
                if key not in config.get("options", {})] if summary.get("mode") == "LoRA" else []

@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 import experiments
 import report_utils
+import signals
 from compare import same_settings
 from files import UserError, make_folder, without_password, write_file, write_json
 from runs import RunOptions, provenance
-from train_utils import Diverged, Interrupted
+from train_utils import Diverged
 
 HEARTBEAT, GRACE = 60, 300  # seconds: a trial whose process was silent for so long is given to another
 STRUCTURE = ("rank", "targets", "layers")  # what may not fit the model, alone or together
@@ -67,7 +68,7 @@ class _Surplus(Exception):
     """Another process took the last waiting trial."""
 
 
-def sweep(options: SweepOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None) -> dict:
+def sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict:
     """Runs the trials that wait and writes sweep.json and sweep.tex.
 
     Returns:
@@ -75,7 +76,7 @@ def sweep(options: SweepOptions, say: Callable[[str], None] = print, stop: Calla
 
     Raises:
         UserError: bad input, before anything is written; a study that began under other options.
-        train_utils.Interrupted: asked to stop; the trial at work waits for the next start.
+        signals.Interrupted: asked to stop; the trial at work waits for the next start.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -85,12 +86,10 @@ def sweep(options: SweepOptions, say: Callable[[str], None] = print, stop: Calla
     with _storage_errors(options):
         study = open_study(options, record)
         requeue_dead(study, options.out)
-        trial = Trial(options, study, experiments.selection_split(task.dev), stop)
+        trial = Trial(options, study, experiments.selection_split(task.dev))
         with tqdm(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
                   dynamic_ncols=True) as bar:
             while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                if received := stop():
-                    raise Interrupted(received)
                 study.optimize(trial, n_trials=1, catch=(_Surplus,))
                 keep_best(study, options.out)
                 bar.n = len(_done(study))
@@ -112,7 +111,7 @@ def check(options: SweepOptions):
     first = {name: values[0] for name, values in ends.items()}
     for values in itertools.product(*(ends[name] for name in STRUCTURE if name in ends)):
         changed = dict(zip((name for name in STRUCTURE if name in ends), values, strict=True))
-        task, _ = experiments.check(options.make({**first, **changed}, options.out))
+        task = experiments.check(options.make({**first, **changed}, options.out))
     return task
 
 
@@ -232,8 +231,8 @@ def keep_best(study: optuna.Study, out: Path) -> None:
 class Trial:
     """The objective: called by Optuna with each trial."""
 
-    def __init__(self, options: SweepOptions, study: optuna.Study, split: str, stop: Callable[[], int | None]):
-        self.options, self.study, self.split, self.stop = options, study, split, stop
+    def __init__(self, options: SweepOptions, study: optuna.Study, split: str):
+        self.options, self.study, self.split = options, study, split
 
     def __call__(self, trial: optuna.Trial) -> float:
         if "slot" not in trial.user_attrs:
@@ -251,7 +250,7 @@ class Trial:
         with filelock.FileLock(folder / LOCK, timeout=0):
             try:
                 return self.run(trial, self.options.make(values, folder))
-            except Interrupted:
+            except signals.Interrupted:
                 requeue(self.study, self.study.trials[trial.number])
                 raise
 
@@ -276,17 +275,15 @@ class Trial:
 
     def run(self, trial: optuna.Trial, run: RunOptions) -> float:
         """Fine-tunes; the score."""
-        _, counts = experiments.check(run)
-        trial.set_user_attr("parameters", counts)
-
-        def on_epoch(history: list[dict]) -> None:
+        def on_epoch(history: list[dict], counts: dict) -> None:
             epoch = history[-1]["epoch"]
+            trial.set_user_attr("parameters", counts)
             trial.report(history[-1]["validation"][self.split]["mcc"], epoch)
             if epoch < run.train.epochs and trial.should_prune():
                 raise optuna.TrialPruned
         try:
             with open(run.out / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
-                summary = experiments.finetune(run, stop=self.stop, on_epoch=on_epoch)
+                summary = experiments.finetune(run, stop=signals.received, on_epoch=on_epoch)
         except Diverged as error:
             trial.set_user_attr("diverged", str(error))
             raise optuna.TrialPruned from None

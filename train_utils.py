@@ -13,16 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_utils import Batch, epoch_order
 from files import UserError, write_file
+from signals import Interrupted, deferred
 
 CHECKPOINT = "checkpoint.safetensors"
 Objective = Callable[[Tensor, Batch], Tensor]
@@ -30,14 +32,6 @@ Objective = Callable[[Tensor, Batch], Tensor]
 
 class Diverged(RuntimeError):
     """The loss or a gradient is no longer finite."""
-
-
-class Interrupted(Exception):
-    """Somebody asked the process to stop; the state is saved."""
-
-    def __init__(self, signal: int):
-        super().__init__(f"signal {signal}")
-        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -111,12 +105,32 @@ def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
-    """n, mean cross-entropy (nats), accuracy, MCC, and the accuracy of always saying the commonest label."""
-    truth, predictions = labels.numpy(), logits.argmax(-1).numpy()
+    """n, mean cross-entropy (nats), accuracy, MCC, macro-F1, and the accuracy of always saying the commonest label.
+
+    Macro-F1 is over all classes that the logits know; one that is neither there nor predicted counts 0.
+    """
+    truth, predictions, classes = labels.numpy(), logits.argmax(-1).numpy(), range(logits.shape[1])
     return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
             "accuracy": float(accuracy_score(truth, predictions)),
             "mcc": float(matthews_corrcoef(truth, predictions)),
+            "macro_f1": float(f1_score(truth, predictions, labels=classes, average="macro", zero_division=0)),
             "majority_accuracy": float(torch.bincount(labels).max()) / len(labels)}
+
+
+def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
+    """The confusion matrix [label][prediction]."""
+    return confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
+
+
+def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict[str, int | float]]:
+    """Precision, recall and F1 of each class by name, and n, its rows, from a confusion matrix; a share of nothing is 0."""
+    counts, result = np.array(matrix), {}
+    for i, name in enumerate(names):
+        hits, said, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
+        result[name] = {"n": int(there), "precision": float(hits / said) if said else 0.0,
+                        "recall": float(hits / there) if there else 0.0,
+                        "f1": float(2 * hits / (said + there)) if said + there else 0.0}
+    return result
 
 
 @torch.inference_mode()
@@ -141,14 +155,13 @@ def labels_of(batches: list[Batch]) -> Tensor:
     return labels
 
 
-def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> dict[str, dict]:
-    """Scores of every development split and, where there are several, of `all` of them together."""
-    logits = {name: predict(model, batches) for name, batches in dev.items()}
-    labels = {name: labels_of(batches) for name, batches in dev.items()}
-    result = {name: scores(logits[name], labels[name]) for name in dev}
+def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, dict], dict[str, list]]:
+    """Scores and confusion matrix of every development split and, where there are several, of `all` of them together."""
+    answers = {name: (predict(model, batches), labels_of(batches)) for name, batches in dev.items()}
     if len(dev) > 1:
-        result["all"] = scores(torch.cat(list(logits.values())), torch.cat(list(labels.values())))
-    return result
+        answers["all"] = tuple(torch.cat(parts) for parts in zip(*answers.values(), strict=True))
+    return ({name: scores(*answer) for name, answer in answers.items()},
+            {name: confusion(*answer) for name, answer in answers.items()})
 
 
 # ---------------------------------------------------------------- the loop
@@ -169,7 +182,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW; no decay on vectors (biases, norms), and a rate of its own for the head if asked."""
-    head = tuple(f"net.{name}." for name in model.head_names()) if hasattr(model, "head_names") else ()
+    head = (*(f"net.{name}." for name in model.head_names()), "feature_head.") if hasattr(model, "head_names") else ()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trainable(model).items():
         lr = options.head_lr if options.head_lr is not None and name.startswith(head or " ") else options.lr
@@ -211,23 +224,31 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
         model.compile(dynamic=True)
     total = options.epochs * math.ceil(len(batches) / options.accumulate)
     while not progress.finished and progress.epoch <= options.epochs:
-        _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
-        line = {"epoch": progress.epoch, "train": _train_scores(progress), "validation": validate(model, dev),
-                # By formula: a run resumed after the epoch's last step has set no rate of its own.
-                "learning_rate": optimizer.param_groups[0]["peak"] * learning_rate_factor(
-                    progress.step - 1, total, options.warmup, options.schedule),
-                "seconds": progress.sums["seconds"], "tokens": int(progress.sums["tokens"])}
-        progress.history.append(line)
-        chosen = line["validation"][select]
-        score = (chosen["mcc"], -chosen["loss"])
-        if score > tuple(progress.best_score):
-            progress.best_score, progress.best_epoch = score, progress.epoch
-            best.update({n: p.detach().cpu().clone() for n, p in trainable(model).items()})
-        progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
-        progress.epoch, progress.group, progress.sums, progress.confusion = progress.epoch + 1, 0, {}, []
-        if path:
-            save_checkpoint(path, model, optimizer, progress, best)
-        on_epoch(progress.history)
+        try:
+            _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
+            validation, matrices = validate(model, dev)
+        except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
+            if path:
+                save_checkpoint(path, model, optimizer, progress, best)
+            raise
+        with deferred():
+            line = {"epoch": progress.epoch, "train": _train_scores(progress), "validation": validation,
+                    "confusion": matrices,
+                    # By formula: a run resumed after the epoch's last step has set no rate of its own.
+                    "learning_rate": optimizer.param_groups[0]["peak"] * learning_rate_factor(
+                        progress.step - 1, total, options.warmup, options.schedule),
+                    "seconds": progress.sums["seconds"], "tokens": int(progress.sums["tokens"])}
+            progress.history.append(line)
+            chosen = line["validation"][select]
+            score = (chosen["mcc"], -chosen["loss"])
+            if score > tuple(progress.best_score):
+                progress.best_score, progress.best_epoch = score, progress.epoch
+                best.update({n: p.detach().cpu().clone() for n, p in trainable(model).items()})
+            progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
+            progress.epoch, progress.group, progress.sums, progress.confusion = progress.epoch + 1, 0, {}, []
+            if path:
+                save_checkpoint(path, model, optimizer, progress, best)
+            on_epoch(progress.history)
     with torch.no_grad():
         for n, p in trainable(model).items():
             p.copy_(best[n])
@@ -247,7 +268,7 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
     before = progress.sums["seconds"]
     done = min(progress.group * options.accumulate, len(batches))
     with tqdm(total=len(batches), initial=done, unit="batch", dynamic_ncols=True,
-              desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar:
+              desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar, deferred():
         for group in groups[progress.group:]:
             factor = learning_rate_factor(progress.step, total, options.warmup, options.schedule)
             for param_group in optimizer.param_groups:
@@ -277,12 +298,11 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
             bar.update(len(group))
             bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, accuracy {sums['correct'] / sums['rows']:.3f}, "
                                 f"{sums['tokens'] / sums['seconds']:.0f} tokens/s", refresh=False)
-            signal = stop()
-            if path and (signal or now - saved > 60 * options.save_every):
+            if signal := stop():
+                raise Interrupted(signal)
+            if path and now - saved > 60 * options.save_every:
                 save_checkpoint(path, model, optimizer, progress, best)
                 saved = time.perf_counter()
-            if signal:
-                raise Interrupted(signal)
 
 
 def _where(what: str, progress: Progress, optimizer) -> str:
@@ -326,9 +346,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors.update({f"best.{name}": value for name, value in best.items()})
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    text = json.dumps(vars(progress))
-    write_file(path, save(tensors, {"progress": text, "sha256": _digest(tensors, text)}))
+    save_checked(path, tensors, json.dumps(vars(progress)))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -341,14 +359,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises:
         UserError: damaged (its checksum is wrong), or of another model.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({str(error).splitlines()[0]})") from None
-    if metadata.get("sha256") != _digest(tensors, metadata.get("progress", "")):
-        raise UserError(f"{path}: damaged checkpoint (its checksum does not match)")
+    tensors, text = load_checked(path)
     parameters = trainable(model)
     saved = {name: value.shape for name, value in tensors.items() if name.startswith("model.")}
     if saved != {f"model.{name}": p.shape for name, p in parameters.items()}:
@@ -361,13 +372,38 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return Progress(**json.loads(metadata["progress"])), {
+    return Progress(**json.loads(text)), {
         name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+
+
+def save_checked(path: Path, tensors: dict[str, Tensor], text: str) -> None:
+    """Writes tensors and a text into one safetensors file that holds its own SHA-256."""
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    # One entry, for the library writes several in any order: the same tensors and text must be the same bytes.
+    write_file(path, save(tensors, {"checked": _digest(tensors, text) + text}))
+
+
+def load_checked(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors and the text that `save_checked` wrote.
+
+    Raises:
+        UserError: missing, or not every value is as it was written.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            checked = (file.metadata() or {}).get("checked", "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+    digest, text = checked[:64], checked[64:]
+    if digest != _digest(tensors, text):
+        raise UserError(f"{path}: damaged (its checksum does not match)")
+    return tensors, text
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

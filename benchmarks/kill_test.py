@@ -4,7 +4,8 @@
 
 A checkpoint is written after every step. A process imports PyTorch once and forks a child for each attempt,
 so that a kill costs a fraction of a second. Plots are left out: they are drawn after the run is finished.
-Prints survived/tried; exit status 0 if all survived.
+Then SIGINT and SIGTERM reach runs that load, keep features, ask the teacher, validate or plot: the answer is to be
+prompt, and a resume to end in the same bytes. Prints survived/tried; exit status 0 if all survived.
 """
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 import toy  # noqa: E402 (needs the path above)
 
 FINAL = ("adapter_model.safetensors", "metrics.jsonl", "summary.json")
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+# Where a run may be busy without taking steps: module, function, and the options that lead there.
+PHASES = {"loading": ("experiments", "load_classifier", ()), "keeping": ("frozen", "FrozenPrefix", ("--layers", "1")),
+          "teacher": ("experiments", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
+          "plotting": ("report_utils", "plot_run", ())}
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 
 
@@ -56,13 +60,22 @@ def fork(work: Path, function: Callable[[], int]) -> int:
         os._exit(status)
 
 
-def start(arguments: list[str], work: Path) -> int:
-    """Forks `python run.py ARGUMENTS`; returns its process id."""
+def start(arguments: list[str], work: Path, busy: tuple[str, str] | None = None) -> int:
+    """Forks `python run.py ARGUMENTS`; returns its process id.
+
+    Args:
+        busy: module and function that, when called, makes the file `busy` and then takes a minute.
+    """
     def call() -> int:
         import report_utils
         import run
 
         report_utils.plot_run = lambda *_: []
+        if busy:
+            def slow(*_, **__):
+                (work / "busy").touch()
+                time.sleep(60)
+            setattr(sys.modules[busy[0]], busy[1], slow)
         sys.argv = ["run.py", *arguments]
         return run.main()
     return fork(work, call)
@@ -86,15 +99,10 @@ def inputs(work: Path) -> int:
     return 0
 
 
-def without_times(value):
-    """A result without what no two runs share."""
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
 def outcome(folder: Path) -> dict:
     """The bytes of the weights, results without times, and the names of all files but TensorBoard's events."""
+    from runs import without_times
+
     texts = {name: (folder / name).read_text() for name in FINAL[1:]}
     return {FINAL[0]: (folder / FINAL[0]).read_bytes(),
             FINAL[1]: [without_times(json.loads(line)) for line in texts[FINAL[1]].splitlines()],
@@ -169,6 +177,51 @@ def signal_and_resume(work: Path, number: signal.Signals, expected: dict) -> dic
             "failures": difference(out, expected) if again == 0 else [f"the resumed run ended with {again}"]}
 
 
+def stop_while_busy(work: Path, phase: str, number: signal.Signals, expected: dict) -> dict:
+    """Asks a run to stop while it is busy with something else than steps, and resumes it.
+
+    Returns:
+        status, stderr (its last line), seconds until it ended; failures: what is wrong after the resume.
+    """
+    module, function, more = PHASES[phase]
+    out = work / f"busy-{phase}"
+    if phase == "teacher":
+        line = ["distil", "12345", "--teacher", str(work / "whole"), "--out", str(out), "--plots", str(work / "plots"),
+                "--epochs", "1", "--embedding-size", "4", "--hidden-size", "4"]
+    else:
+        line = [*command(work, out), *more]
+    child = start(line, work, (module, function))
+    limit = time.monotonic() + 60
+    while not (work / "busy").exists() and time.monotonic() < limit:
+        time.sleep(0.005)
+    (work / "busy").unlink()
+    begin = time.perf_counter()
+    os.kill(child, number)
+    status = wait(child)
+    seconds = time.perf_counter() - begin
+    said = (work / "stderr").read_text().strip().splitlines()[-1]
+    again = wait(start([*line, "--resume"], work))
+    failures = [f"the resumed run ended with {again}: {(work / 'stderr').read_text()[-300:]}"] if again else []
+    if not (failures or more or phase == "teacher"):
+        failures = difference(out, expected)
+    return {"status": status, "stderr": said, "seconds": seconds, "failures": failures}
+
+
+def signal_twice(work: Path) -> dict:
+    """A second signal ends a run at once, though the step that is running takes long."""
+    child = start(command(work, work / "twice"), work, ("torch.nn.utils", "clip_grad_norm_"))
+    limit = time.monotonic() + 60
+    while not (work / "busy").exists() and time.monotonic() < limit:
+        time.sleep(0.005)
+    (work / "busy").unlink()
+    os.kill(child, signal.SIGINT)
+    time.sleep(0.3)
+    waits = os.waitpid(child, os.WNOHANG)[0] == 0  # for the end of the step
+    begin = time.perf_counter()
+    os.kill(child, signal.SIGINT)
+    return {"waits": waits, "status": wait(child), "seconds": time.perf_counter() - begin}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
@@ -177,6 +230,7 @@ def main() -> int:
     args = parser.parse_args()
     import report_utils  # noqa: F401 (imported here, once, for the children)
     import run  # noqa: F401
+    import signals  # noqa: F401
     import experiments  # noqa: F401 isort: skip
 
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +240,10 @@ def main() -> int:
         expected, seconds = uninterrupted(work)
         result = kill_and_resume(work, args.kills, args.seed, expected, seconds)
         result["signals"] = {number.name: signal_and_resume(work, number, expected) for number, _ in SIGNALS}
-    wrong = result["failures"] + [text for one in result["signals"].values() for text in one["failures"]]
+        result["busy"] = {phase: stop_while_busy(work, phase, SIGNALS[i % 2][0], expected) for i, phase in enumerate(PHASES)}
+        result["twice"] = signal_twice(work)
+    wrong = result["failures"] + [text for kind in ("signals", "busy") for one in result[kind].values()
+                                  for text in one["failures"]]
     print(json.dumps(result) if args.json else f"{result['survived']}/{result['tried']} kills survived, "
           f"{result['within_training']} of them within training, in {result['runs']} runs" + "".join(
               f"\n  {text}" for text in wrong))

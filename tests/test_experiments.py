@@ -15,19 +15,14 @@ import toy
 import train_utils
 from files import UserError, read_json
 from model import DistilRNN
+from runs import without_times
+from signals import Interrupted
 
 torch.set_num_threads(1)
-SCORES = {"n", "loss", "accuracy", "mcc", "majority_accuracy"}
+SCORES = {"n", "loss", "accuracy", "mcc", "macro_f1", "majority_accuracy"}
 TRAIN = {"epochs", "steps", "seconds", "tokens", "tokens_per_second", "padding_percent", "peak_memory_bytes"}
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes", "sentences_per_second")
 SPLITS = {"in_domain": 12, "out_of_domain": 12, "all": 24}
 SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8)
-
-
-def without_times(value):
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def lines_of(folder) -> list[dict]:
@@ -84,7 +79,7 @@ def test_a_lora_run_leaves_exactly_the_files_of_the_contract(work):
     names = set(toy.tree(work / "LoRA"))
     events = {name for name in names if name.startswith("tensorboard/")}
     assert names - events == {"config.json", "metrics.jsonl", "summary.json", "adapter_config.json",
-                              "adapter_model.safetensors"}
+                              "adapter_model.safetensors", "SHA256SUMS"}
     assert len(events) == 1
     assert set(toy.tree(work / "plots")) >= {f"LoRA-12345_{what}.{kind}" for what in ("loss", "accuracy", "mcc")
                                              for kind in ("png", "pdf")}
@@ -125,7 +120,7 @@ def test_its_metrics_have_a_line_an_epoch_and_tensorboard_the_same_scalars(work)
     lines = lines_of(work / "LoRA")
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     for line in lines:
-        assert set(line) == {"epoch", "train", "validation", "learning_rate", "seconds", "tokens"}
+        assert set(line) == {"epoch", "train", "validation", "confusion", "learning_rate", "seconds", "tokens"}
         assert set(line["train"]) >= {"loss", "accuracy", "mcc"}
         assert set(line["validation"]) == set(SPLITS)
     events = EventAccumulator(str(work / "LoRA" / "tensorboard")).Reload()
@@ -172,7 +167,9 @@ def test_every_method_leaves_a_run_that_eval_scores_alike(work, tmp_path, capsys
     assert sum(value.numel() for value in kept.values()) == (total if method == "full" else head)
     capsys.readouterr()
     assert toy.main("eval", tmp_path / "run", "--data", work / "cola" / "in_domain_dev.tsv", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == summary["validation"]["in_domain"]
+    result = json.loads(capsys.readouterr().out)
+    assert result.pop("by_class") == summary["by_class"]["in_domain"]
+    assert result == summary["validation"]["in_domain"]
 
 
 # ---------------------------------------------------------------- eval
@@ -181,8 +178,10 @@ def test_every_method_leaves_a_run_that_eval_scores_alike(work, tmp_path, capsys
 def test_eval_of_a_lora_run_repeats_its_summary(work, capsys, split):
     assert toy.main("eval", work / "LoRA", "--data", work / "cola" / f"{split}_dev.tsv", "--json") == 0
     result = json.loads(capsys.readouterr().out)
+    summary = read_json(work / "LoRA" / "summary.json")
+    assert result.pop("by_class") == summary["by_class"][split]
     assert set(result) == SCORES
-    assert result == read_json(work / "LoRA" / "summary.json")["validation"][split]
+    assert result == summary["validation"][split]
 
 
 def test_eval_writes_each_prediction_beside_its_sentence(work, tmp_path, capsys):
@@ -205,6 +204,7 @@ def test_a_base_whose_weights_changed_since_the_run_is_refused(work, tmp_path, c
     for name in ("config.json", "adapter_config.json"):
         path = tmp_path / "LoRA" / name
         path.write_text(path.read_text().replace(str(work / "model"), str(tmp_path / "model")))
+    toy.reseal(tmp_path / "LoRA")
     arguments = {"eval": ("eval", tmp_path / "LoRA", "--data", work / "cola" / "in_domain_dev.tsv"),
                  "gen": ("gen", "12345", "--adapter", tmp_path / "LoRA", "--max-new-tokens", 2)}[command]
     assert toy.main(*arguments) == 2
@@ -213,7 +213,8 @@ def test_a_base_whose_weights_changed_since_the_run_is_refused(work, tmp_path, c
 
 def test_eval_of_a_distillation_run_repeats_its_summary(work, distilled, capsys):
     assert toy.main("eval", distilled[0], "--data", work / "cola" / "in_domain_dev.tsv", "--json") == 0
-    expected = read_json(distilled[0] / "summary.json")["student"]["validation"]["in_domain"]
+    student = read_json(distilled[0] / "summary.json")["student"]
+    expected = {**student["validation"]["in_domain"], "by_class": student["by_class"]["in_domain"]}
     assert json.loads(capsys.readouterr().out) == expected
 
 
@@ -286,7 +287,7 @@ def test_with_alpha_0_the_student_is_the_control(work, tmp_path, quick):
 def interrupt(work, out, monkeypatch, *more, steps=7):
     """A LoRA run that is asked to stop after some steps."""
     calls = []
-    monkeypatch.setattr("run._stop_on_signals", lambda: lambda: calls.append(1) or (15 if len(calls) == steps else None))
+    monkeypatch.setattr("signals.received", lambda: calls.append(1) or (15 if len(calls) == steps else None))
     assert lora(work, out, *more) == 143
     monkeypatch.undo()
 
@@ -325,6 +326,24 @@ def test_an_unfinished_run_needs_resume_and_then_ends_in_the_same_bytes(work, tm
     assert {name for name in after if "tensorboard" not in name} == {name for name in whole if "tensorboard" not in name}
 
 
+def test_a_run_stopped_while_plotting_leaves_no_half_plot_and_resume_draws_them(work, tmp_path, monkeypatch, capsys):
+    def half(self, path, **_):
+        path.write_bytes(b"half a plot")
+        raise Interrupted(15)
+
+    monkeypatch.setattr(report_utils.Figure, "savefig", half)
+    more = ("--plots", tmp_path / "plots")
+    assert lora(work, tmp_path / "run", *more) == 143
+    assert "run.py: stopped; continue with: python run.py LoRA 12345" in capsys.readouterr().err.splitlines()[-1]
+    assert toy.tree(tmp_path / "plots") == {}
+    monkeypatch.undo()
+    before = toy.tree(tmp_path / "run")
+    assert "summary.json" in before
+    assert lora(work, tmp_path / "run", "--resume", *more) == 0
+    assert toy.tree(tmp_path / "run") == before and len(toy.tree(tmp_path / "plots")) == 8
+    assert lora(work, tmp_path / "run", "--resume", *more) == 2  # nothing is left to do
+
+
 @pytest.mark.parametrize("option, value", [("--lr", 0.02), ("--epochs", 4), ("--rank", 4), ("--targets", "q"),
                                            ("--batch-size", 4), ("--weight-decay", 0.5), ("--limit", 30)])
 def test_a_resume_with_another_option_is_refused_by_its_name(work, tmp_path_factory, capsys, option, value):
@@ -353,7 +372,7 @@ def test_a_resume_with_changed_data_is_refused_by_the_files_name(work, tmp_path,
 
 def stop_distil(work, out, teacher, monkeypatch, steps):
     calls = []
-    monkeypatch.setattr("run._stop_on_signals", lambda: lambda: calls.append(1) or (15 if len(calls) == steps else None))
+    monkeypatch.setattr("signals.received", lambda: calls.append(1) or (15 if len(calls) == steps else None))
     assert toy.main("distil", "12345", "--teacher", teacher, "--out", out, "--plots", work / "plots", *SMALL) == 143
     monkeypatch.undo()
 
@@ -417,5 +436,5 @@ def test_reading_a_folder_that_is_no_finished_run_says_what_makes_one(tmp_path):
     with pytest.raises(UserError, match="the run is not finished; its command with --resume continues it"):
         experiments.read_run(tmp_path, "LoRA")
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match="config.json: not written by a run"):
+    with pytest.warns(match="has no SHA256SUMS"), pytest.raises(UserError, match="config.json: not written by a run"):
         experiments.read_run(tmp_path, "LoRA")

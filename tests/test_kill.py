@@ -32,3 +32,18 @@ def test_a_run_asked_to_stop_saves_names_the_resume_command_and_ends_in_the_same
     assert stopped["stderr"].startswith("run.py: stopped; continue with: python run.py LoRA 12345 --model ")
     assert stopped["stderr"].endswith(" --resume")
     assert stopped["failures"] == []
+
+
+@pytest.mark.parametrize("phase, says", [
+    ("loading", "before anything was trained"), ("keeping", "before anything was trained"),
+    ("teacher", "before anything was trained"), ("validation", "continue with: "), ("plotting", "continue with: ")])
+def test_a_run_that_is_busy_elsewhere_stops_promptly_and_can_be_resumed(result, phase, says):
+    stopped = result["busy"][phase]
+    assert stopped["status"] in (130, 143) and stopped["seconds"] < 3
+    assert stopped["stderr"].startswith("run.py: stopped") and says in stopped["stderr"]
+    assert stopped["failures"] == []
+
+
+def test_a_second_signal_ends_a_long_step_at_once(result):
+    assert result["twice"]["waits"] is True
+    assert result["twice"]["status"] == 130 and result["twice"]["seconds"] < 3

@@ -14,10 +14,11 @@ import torch
 from test_compare import until
 
 import experiments
+import signals
 import sweep
 import toy
 from files import read_json
-from train_utils import Diverged, Interrupted
+from train_utils import Diverged
 
 torch.set_num_threads(1)
 RUN = Path(sweep.__file__).parent / "run.py"
@@ -48,19 +49,19 @@ def made_up(monkeypatch):
     """Fine-tunings that train nothing: MCC rises over the epochs to one that follows from the rate. Holds their options."""
     ran = []
 
-    def finetune(options, say=print, stop=lambda: None, on_epoch=lambda history: None):
+    def finetune(options, say=print, stop=lambda: None, on_epoch=None):
         ran.append(options)
-        if received := stop():
-            raise Interrupted(received)
+        if len(ran) == 2 and ran[0] == "stop at the second":
+            raise signals.Interrupted(15)
         if options.train.lr > 1:
             raise Diverged("loss nan")
+        counts = {"total": 1000, "trainable": 10 * options.lora.rank}
         history, top = [], 1 - abs(np.log10(options.train.lr) + 3) / 4
         for epoch in range(1, options.train.epochs + 1):
             scores = {"mcc": top * epoch / options.train.epochs, "accuracy": 0.7, "majority_accuracy": 0.6}
             history.append({"epoch": epoch, "validation": {"in_domain": scores}})
-            on_epoch(history)
+            on_epoch(history, counts)
         (options.out / "adapter_model.safetensors").write_bytes(b"weights")
-        _, counts = experiments.check(options)
         return {"parameters": counts, "best_epoch": epoch, "validation": history[-1]["validation"], "train": {"seconds": 1}}
     monkeypatch.setattr(experiments, "finetune", finetune)
     return ran
@@ -181,16 +182,15 @@ def test_a_killed_sweep_goes_on_with_the_trial_it_was_killed_in(work, tmp_path):
     assert (tmp_path / "s" / "trial-00000" / "summary.json").read_bytes() == first and not second.exists()
 
 
-def test_a_stopped_sweep_names_the_command_that_goes_on_with_the_same_values(work, tmp_path, made_up, monkeypatch, capsys):
-    monkeypatch.setattr("run._stop_on_signals", lambda: lambda: 15 if len(made_up) == 2 else None)
+def test_a_stopped_sweep_names_the_command_that_goes_on_with_the_same_values(work, tmp_path, made_up, capsys):
     more = ("--search", "lr=1e-4..1e-2", "--trials", 3, "--no-prune")
+    made_up.append("stop at the second")
     assert call(work, tmp_path / "s", *more) == 143
     assert "stopped; continue with: python run.py sweep 12345" in capsys.readouterr().err.splitlines()[-1]
-    stopped = made_up[1].train.lr
-    made_up.append(None)
+    stopped = made_up[-1].train.lr
     assert call(work, tmp_path / "s", *more) == 0
     found = trials(tmp_path / "s")
-    assert [t["state"] for t in found] == ["complete", "interrupted", "complete", "complete"]
+    assert [t["state"] for t in found] == ["interrupted", "complete", "complete", "complete"]
     assert [t["params"]["lr"] for t in found].count(stopped) == 2 and found[3]["params"]["lr"] == stopped
 
 
@@ -224,7 +224,7 @@ def test_a_trial_that_another_machine_runs_is_left_to_it_and_a_surplus_one_is_no
     assert [(t["number"], t["state"]) for t in trials(tmp_path / "a")] == [(0, "complete"), (1, "running"), (2, "complete")]
     assert elsewhere.number == 1 and [run.lora.rank for run in made_up] == [1, 3]
     with pytest.raises(sweep._Surplus):
-        sweep.Trial(None, study, "in_domain", lambda: None)(study.ask())
+        sweep.Trial(None, study, "in_domain")(study.ask())
 
 
 @pytest.mark.parametrize("more, named", [(("--search", "rank=1,2"), "--search: lr=1e-3,1e-2, now lr=1e-3,1e-2,rank=1,2"),
@@ -272,7 +272,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(work, tmp_path, monkeypatc
 
 def test_a_password_is_not_written_down(work, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "sweep", "12345", "--storage", "postgresql://me:secret@host/db"])
-    task, _ = experiments.check(experiments.RunOptions("LoRA", "12345", str(work / "model"), "cola", str(work / "cola"),
+    task = experiments.check(experiments.RunOptions("LoRA", "12345", str(work / "model"), "cola", str(work / "cola"),
                                                        tmp_path, experiments.TrainOptions(1)))
     command = json.dumps(experiments.provenance({}, task)["command"])
     assert "postgresql://me:***@host/db" in command and "secret" not in command

@@ -1,0 +1,55 @@
+"""SIGINT and SIGTERM: at once outside a training step, after the step within it.
+
+    signals.install()
+    with signals.deferred():   # nothing is interrupted in here; at its end `Interrupted` is raised
+        ...
+"""
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import contextmanager
+
+_received: list[int] = []
+_deferring = 0
+
+
+class Interrupted(KeyboardInterrupt):
+    """Somebody asked the process to stop. No Exception: a library's `except Exception` must not swallow it."""
+
+    def __init__(self, number: int):
+        super().__init__(f"signal {number}")
+        self.signal = number
+
+
+def install() -> None:
+    """Handles both signals from now on. A second one ends the process at once."""
+    _received.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _handle)
+
+
+def _handle(number: int, frame) -> None:
+    if _received:
+        os._exit(128 + number)
+    _received.append(number)
+    if not _deferring:
+        raise Interrupted(number)
+
+
+def received() -> int | None:
+    """The signal that arrived, if one did."""
+    return _received[0] if _received else None
+
+
+@contextmanager
+def deferred():
+    """What stands in this context is finished first, then `Interrupted` is raised if a signal has arrived."""
+    global _deferring
+    _deferring += 1
+    try:
+        yield
+    finally:
+        _deferring -= 1
+    if _received and not _deferring:
+        raise Interrupted(_received[0])
