@@ -262,7 +262,7 @@ def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrai
     """The backbone of `--model` under a fresh head; for a decoder also the language model that shares it."""
     config = load_config(name)
     if is_decoder(config):
-        lm = load_causal_lm(name)
+        lm = load_causal_lm(name, config)
         return TextClassifier.from_causal_lm(lm, num_labels), lm
     config.num_labels = num_labels
     net = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32)

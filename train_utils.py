@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from sklearn.metrics import accuracy_score, matthews_corrcoef
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -112,6 +111,8 @@ def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
     """n, mean cross-entropy (nats), accuracy, MCC, and the accuracy of always saying the commonest label."""
+    from sklearn.metrics import accuracy_score, matthews_corrcoef  # late: a run's first step does not wait for it
+
     truth, predictions = labels.numpy(), logits.argmax(-1).numpy()
     return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
             "accuracy": float(accuracy_score(truth, predictions)),
@@ -305,6 +306,8 @@ def _count(progress: Progress, loss: float, logits: Tensor, batch: Batch) -> Non
 
 
 def _train_scores(progress: Progress) -> dict[str, float]:
+    from sklearn.metrics import matthews_corrcoef
+
     sums, cells = progress.sums, [(i, j, count) for i, row in enumerate(progress.confusion)
                                   for j, count in enumerate(row) if count]
     labels, predictions, weights = zip(*cells, strict=True)
