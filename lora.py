@@ -171,21 +171,21 @@ class GELU:
         if x.is_cuda:
             return F.gelu(x, approximate="tanh")
         y = torch.empty_like(x)
-        for x, part in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
-            torch.mul(x, x, out=part)
-            part.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(x).sigmoid_().mul_(x)
+        for some, out in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
+            torch.mul(some, some, out=out)
+            out.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(some).sigmoid_().mul_(some)
         return y
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         if x.is_cuda:
             return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
         y, dx = torch.empty_like(x), torch.empty_like(x)
-        for x, grad, y_part, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
-            torch.mul(x, x, out=d)
-            s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(x).sigmoid_()
-            torch.mul(x, s, out=y_part)
-            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(y_part)  # y times the slope of the sigmoid's argument
-            d.addcmul_(d, s, value=-1).add_(s).mul_(grad)  # dy/dx = s + y (1 - s) slope
+        for some, g, out, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
+            torch.mul(some, some, out=d)
+            s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(some).sigmoid_()
+            torch.mul(some, s, out=out)
+            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(out)  # y times the slope of the sigmoid's argument
+            d.addcmul_(d, s, value=-1).add_(s).mul_(g)  # dy/dx = s + y (1 - s) slope
         return y, dx
 
 

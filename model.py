@@ -1,9 +1,9 @@
-"""LoRALinear and its injection; backbones from `transformers` with a classification head; DistilRNN.
+"""LoRA's injection; backbones from `transformers` with a classification head; DistilRNN.
 
     python -c "import model; print(model.load_classifier('tiny', num_labels=2)[0])"
 
-Backbones are the library's own. This file adds what the library does not have: a lean LoRA layer, the
-roles (q, k, v, o, mlp) that name a backbone's projections, and the small student.
+Backbones are the library's own, their blocks under `fused.py`'s classes. This file adds what the library does
+not have: the roles (q, k, v, o, mlp) that name a backbone's projections, and the small student.
 """
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import re
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
