@@ -24,7 +24,8 @@ def pairs() -> dict:
     layer, rms = norm_of(nn.LayerNorm), norm_of(LlamaRMSNorm)
     exact_rms = lambda x: rms.weight * x * (x.square().mean(-1, keepdim=True) + rms.variance_epsilon).rsqrt()  # noqa: E731
     return {"LayerNorm": (LayerNorm(layer), layer), "RMSNorm": (RMSNorm(rms), exact_rms),
-            "GELU": (GELU(), ACT2FN["gelu_new"]), "ExactGELU": (ExactGELU(), F.gelu), "SwiGLU": (SwiGLU(), lambda x: F.silu(x[:, :4]) * x[:, 4:])}
+            "GELU": (GELU(), ACT2FN["gelu_new"]), "ExactGELU": (ExactGELU(), F.gelu),
+            "SwiGLU": (SwiGLU(), lambda x: F.silu(x[:, :4]) * x[:, 4:])}
 
 
 @pytest.mark.parametrize("name", pairs())
