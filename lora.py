@@ -171,21 +171,21 @@ class GELU:
         if x.is_cuda:
             return F.gelu(x, approximate="tanh")
         y = torch.empty_like(x)
-        for x, part in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
-            torch.mul(x, x, out=part)
-            part.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(x).sigmoid_().mul_(x)
+        for some, out in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
+            torch.mul(some, some, out=out)
+            out.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(some).sigmoid_().mul_(some)
         return y
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         if x.is_cuda:
             return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
         y, dx = torch.empty_like(x), torch.empty_like(x)
-        for x, grad, y_part, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
-            torch.mul(x, x, out=d)
-            s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(x).sigmoid_()
-            torch.mul(x, s, out=y_part)
-            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(y_part)  # y times the slope of the sigmoid's argument
-            d.addcmul_(d, s, value=-1).add_(s).mul_(grad)  # dy/dx = s + y (1 - s) slope
+        for some, g, out, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
+            torch.mul(some, some, out=d)
+            s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(some).sigmoid_()
+            torch.mul(some, s, out=out)
+            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(out)  # y times the slope of the sigmoid's argument
+            d.addcmul_(d, s, value=-1).add_(s).mul_(g)  # dy/dx = s + y (1 - s) slope
         return y, dx
 
 
@@ -233,36 +233,48 @@ class _Before(torch.autograd.Function):
 # ---------------------------------------------------------------- the product
 
 class _Product(torch.autograd.Function):
-    """y W^T + b + scaling (y A^T) B^T with y = before(x), for a W that never trains; A and B may be None.
+    """y W^T + b + scaling (y A^T) B^T with y = before(x), for Ws that never train; A and B may be None.
 
     Keeps x and the narrow y A^T for the backward pass, computes y again there, and adds each update in
     place, so that no second (rows, features) tensor is written in either direction. Where W is bfloat16 and
-    x is not, only the product with W runs in bfloat16.
+    x is not, only the products with W run in bfloat16.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None,
-                scaling: float, before) -> Tensor:
+    def forward(ctx, x: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, before,
+                weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
         y = x if before is None else before(x)  # (rows, in)
-        out = F.linear(y.to(weight.dtype), weight, bias).to(x.dtype)  # (rows, out)
-        h = None
+        rough = y.to(weights[0].dtype)
+        if len(weights) == 1:
+            out = F.linear(rough, weights[0], biases[0])  # (rows, out)
+        else:  # side by side in one tensor
+            out = rough.new_empty(len(x), sum(map(len, weights)))
+            for weight, bias, part in zip(weights, biases, out.split(list(map(len, weights)), 1), strict=True):
+                torch.mm(rough, weight.t(), out=part)
+                if bias is not None:
+                    part.add_(bias)
+        out, h = out.to(x.dtype), None
         if A is not None:
             h = torch.mm(y, A.t())  # (rows, rank)
             out.addmm_(h, B.t(), alpha=scaling)
-        ctx.save_for_backward(None if A is None and before is None else x, h, weight, A, B)
+        ctx.save_for_backward(None if A is None and before is None else x, h, A, B, *weights)
         ctx.scaling, ctx.before = scaling, before
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, weight, A, B = ctx.saved_tensors
+        x, h, A, B, *weights = ctx.saved_tensors
         grad_x = grad_A = grad_B = grad_h = None
         if A is not None:
             grad_h = torch.mm(grad, B).mul_(ctx.scaling)  # (rows, rank)
             # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
             grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling).t()
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad.to(weight.dtype), weight).to(grad.dtype)  # of y
+            first, *others = zip(grad.to(weights[0].dtype).split(list(map(len, weights)), 1), weights, strict=True)
+            grad_x = torch.mm(*first)  # of y
+            for part in others:
+                grad_x.addmm_(*part)
+            grad_x = grad_x.to(grad.dtype)
             if A is not None:
                 grad_x.addmm_(grad_h, A)
             if ctx.before is not None:
@@ -271,7 +283,7 @@ class _Product(torch.autograd.Function):
             x = ctx.before(x)
         if A is not None:
             grad_A = torch.mm(grad_h.t(), x)
-        return grad_x, None, None, grad_A, grad_B, None, None
+        return grad_x, grad_A, grad_B, None, None, None, None
 
 
 def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = slice(None)) -> Tensor:
@@ -281,7 +293,7 @@ def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = s
         linears: each an `nn.Linear`, a `Conv1D` or a `LoRALinear`, frozen.
         x: (rows, in).
         before: what stands between x and the layers, one of the classes above.
-        outputs: computes these outputs only.
+        outputs: of a single layer, computes these outputs only.
 
     Raises:
         RuntimeError: a weight requires a gradient, which it would not get here.
@@ -292,42 +304,17 @@ def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = s
         parts = [layer(y) if isinstance(layer, LoRALinear) else product([layer], y) for layer in linears]
         return torch.cat(parts, -1)[:, outputs]
     bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
-    weight, bias = _side_by_side(bases)
-    A = B = None
+    for base in bases:
+        if base.weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{base}: its weight requires a gradient; product() is for frozen layers")
+    weights, biases, A, B = [weight_of(base) for base in bases], [base.bias for base in bases], None, None
+    if outputs != slice(None):
+        weights, biases = [weights[0][outputs]], [None if biases[0] is None else biases[0][outputs]]
     if layers:
-        A, B = layers[0].lora_A, layers[0].block_B()
-        if len(linears) > 1:
+        A, B = layers[0].lora_A, layers[0].block_B()[outputs]
+        if len(linears) > 1:  # one LoRA of the summed rank
             A = torch.cat([layer.lora_A for layer in layers])
-            B = torch.block_diag(*[linear.block_B() if linear in layers else A.new_zeros(len(weight_of(base)), 0)
-                                   for linear, base in zip(linears, bases, strict=True)])
-        A, B = A.to(x.dtype), B[outputs].to(x.dtype)
-    return _Product.apply(x, weight[outputs], None if bias is None else bias[outputs], A, B,
-                          layers[0].scaling if layers else 1.0, before)
-
-
-def _side_by_side(linears: list[nn.Linear | Conv1D]) -> tuple[Tensor, Tensor | None]:
-    """Weights (sum of outputs, in) and biases of layers as one tensor each, which the layers' own are views of."""
-    for linear in linears:
-        if linear.weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{linear}: its weight requires a gradient; product() is for frozen layers")
-    if len(linears) == 1:
-        return weight_of(linears[0]), linears[0].bias
-    weight = _joined([linear.weight for linear in linears])
-    return weight, None if linears[0].bias is None else _joined([linear.bias for linear in linears])
-
-
-def _joined(parts: list[nn.Parameter]) -> Tensor:
-    """The tensor of which the parts are neighbouring views; they are made so where they are not (yet)."""
-    first, end = parts[0], parts[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
-    for part in parts:
-        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage or part.dtype != first.dtype:
-            break
-        end += part.numel() * part.element_size()
-    else:
-        return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-    with torch.inference_mode(False), torch.no_grad():
-        whole = torch.cat([part.detach() for part in parts])
-        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-            part.data = view
-    return whole
+            B = torch.block_diag(*[linear.block_B() if linear in layers else A.new_zeros(len(weight), 0)
+                                   for linear, weight in zip(linears, weights, strict=True)])
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    return _Product.apply(x, A, B, layers[0].scaling if layers else 1.0, before, weights, biases)

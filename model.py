@@ -1,9 +1,9 @@
-"""LoRALinear and its injection; backbones from `transformers` with a classification head; DistilRNN.
+"""LoRA's injection; backbones from `transformers` with a classification head; DistilRNN.
 
     python -c "import model; print(model.load_classifier('tiny', num_labels=2)[0])"
 
-Backbones are the library's own. This file adds what the library does not have: a lean LoRA layer, the
-roles (q, k, v, o, mlp) that name a backbone's projections, and the small student.
+Backbones are the library's own, their blocks under `fused.py`'s classes. This file adds what the library does
+not have: the roles (q, k, v, o, mlp) that name a backbone's projections, and the small student.
 """
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrai
     """The backbone of `--model` under a fresh head; for a decoder also the language model that shares it."""
     config = load_config(name)
     if is_decoder(config):
-        lm = load_causal_lm(name)
+        lm = load_causal_lm(name, config)
         return TextClassifier.from_causal_lm(lm, num_labels), lm
     config.num_labels = num_labels
     verbosity = transformers_logging.get_verbosity()

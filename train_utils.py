@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -109,6 +108,8 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
 
     Macro-F1 is over all classes that the logits know; one that is neither there nor predicted counts 0.
     """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # late: the first step does not wait for it
+
     truth, predictions, classes = labels.numpy(), logits.argmax(-1).numpy(), range(logits.shape[1])
     return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
             "accuracy": float(accuracy_score(truth, predictions)),
@@ -119,6 +120,8 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
 
 def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
     """The confusion matrix [label][prediction]."""
+    from sklearn.metrics import confusion_matrix
+
     return confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
 
 
@@ -325,6 +328,8 @@ def _count(progress: Progress, loss: float, logits: Tensor, batch: Batch) -> Non
 
 
 def _train_scores(progress: Progress) -> dict[str, float]:
+    from sklearn.metrics import matthews_corrcoef
+
     sums, cells = progress.sums, [(i, j, count) for i, row in enumerate(progress.confusion)
                                   for j, count in enumerate(row) if count]
     labels, predictions, weights = zip(*cells, strict=True)

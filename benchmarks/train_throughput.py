@@ -119,13 +119,17 @@ class Ours(Side):
 
 
 class Products(Ours):
-    """Forward x W^T and backward grad W of each adapted layer, in the model's order, so that weights come cold."""
+    """Forward x W^T and backward grad W of each adapted layer, in the model's order, so that weights come cold.
+
+    Of every token in every layer, as the library computes them; `ours` needs fewer (see fused.py).
+    """
 
     def build(self):
         classifier = super().build().train()
         self.weights: list[tuple[Tensor, bool]] = []  # W (out, in), and whether the layer below wants a gradient
         hooks = [layer.register_forward_pre_hook(self._note) for layer in lora_layers(classifier.net).values()]
         batch = self.batches[0]
+        classifier.known = False  # the library's way, on which every layer is called for every token
         classifier(batch.input_ids, batch.attention_mask)
         for hook in hooks:
             hook.remove()
