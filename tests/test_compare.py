@@ -192,6 +192,28 @@ def test_real_runs_become_a_table_a_plot_and_run_folders_that_eval_scores(work, 
     assert len(list((tmp_path / "plots").iterdir())) == 2  # the runs drew none
 
 
+def test_options_of_a_table_are_common_or_an_entrys_own(work, tmp_path, same_process, capsys):
+    rows_of = toy.toy_rows(60, seed=3)
+    for name, part in (("train.csv", rows_of[:40]), ("dev.csv", rows_of[40:])):
+        (tmp_path / name).write_text("said,more,size,kind\n" + "".join(
+            f"{text},again,{len(text)},{'yes' if label else 'no'}\n" for text, label in part))
+    assert toy.main("compare", "12345", "--model", work / "model", "--data", tmp_path / "train.csv", "--eval-split",
+                    tmp_path / "dev.csv", "--text-column", "said,more", "--label-column", "kind", "--methods", "lora",
+                    "--set", "numbers:method=features,feature-columns=size", "--set",
+                    "both:feature-columns=size,text-column=said", "--seeds", "1", "--epochs", "1", "--lr", "1e-3", "--out",
+                    tmp_path / "c", "--no-plots") == 0
+    options = {row["entry"]: read_json(tmp_path / "c" / f"{row['entry']}-lr0.001-12345" / "config.json")["options"]
+               for row in read_json(tmp_path / "c" / "compare.json")["entries"]}
+    assert {name: (o["method"], o["text_column"], o["feature_columns"]) for name, o in options.items()} == {
+        "lora": ("lora", ["said", "more"], []), "numbers": ("features", ["said", "more"], ["size"]),
+        "both": ("lora", ["said"], ["size"])}
+    found = rows(tmp_path / "c")
+    assert found["numbers"]["parameters"]["trainable"] < found["lora"]["parameters"]["trainable"] < (
+        found["both"]["parameters"]["trainable"])
+    said = capsys.readouterr().out
+    assert "macro-F1" in said and "is the one reported: its figures flatter a little" in said
+
+
 # ---------------------------------------------------------------- going on
 
 def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work, tmp_path, same_process):
