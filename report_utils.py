@@ -37,8 +37,8 @@ SET_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", BLACK)
 PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
 
 NOT_RUN = rb"\emph{not run}"
-TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results", "distil_size",
-          "distil_epochs", "distil_options", "distil_provenance")
+TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results",
+          "distil_size", "distil_epochs", "distil_options", "distil_provenance")
 STUDIES = ("compare", "sweep")  # many runs each: a table <study>_results and a figure, where there is one
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
 LATEX = {
