@@ -128,11 +128,11 @@ def study_folder(out: Path, config: dict, overwrite: bool):
     except OSError as error:
         raise UserError(f"{folder}: the output folder cannot be written to ({error.strerror})") from None
     try:
-        if overwrite:
-            for name in ("config.json", "compare.json", "compare.tex"):
-                (folder / name).unlink(missing_ok=True)
-            for log in folder.glob("*/log.txt"):  # the runs' folders, and nothing else that may lie here
+        if overwrite and (folder / "config.json").exists():
+            for log in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]/log.txt"):  # its runs, and nothing else that may lie here
                 shutil.rmtree(log.parent)
+            for name in ("compare.json", "compare.tex", "config.json"):
+                (folder / name).unlink(missing_ok=True)
         if (folder / "config.json").exists():
             same_settings(read_json(folder / "config.json"), config, folder)
         else:

@@ -519,8 +519,11 @@ def compare_notes(compare: Record) -> list[str]:
         " by its MCC")
     split = (f"The {_said(main)} split chose {chose}; {_said(others[0])} took part in no choice." if others else
              f"The {_said(main)} split chose {chose}, and is the one reported: its figures flatter a little.")
-    edge = [f"{entry['entry']} ({entry['learning_rate']:g})" for entry in compare["entries"] if len(entry["tried"]) > 2
-            and entry["learning_rate"] in (entry["tried"][0]["learning_rate"], entry["tried"][-1]["learning_rate"])]
+    edge = []
+    for entry in compare["entries"]:
+        rates = sorted(run["learning_rate"] for run in entry["tried"] if run["learning_rate"] is not None)
+        if len(rates) > 2 and entry["learning_rate"] in (rates[0], rates[-1]):
+            edge.append(f"{entry['entry']} ({entry['learning_rate']:g})")
     return [(f"Mean \u00b1 sample standard deviation over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]})."
              if len(seeds) > 1 else f"One seed ({seeds[0]})."), split,
             "Seconds an epoch are of training alone; where frozen results are kept, one pass over the data comes first.",

@@ -201,6 +201,8 @@ def requeue_dead(study: optuna.Study, out: Path) -> None:
         if not folder.is_dir():
             continue
         with suppress(filelock.Timeout), filelock.FileLock(folder / LOCK, timeout=0):
+            if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
+                continue  # another process was faster
             study.tell(trial.number, state=TrialState.FAIL)
             requeue(study, trial)
             shutil.rmtree(folder)
@@ -250,8 +252,11 @@ class Trial:
         with filelock.FileLock(folder / LOCK, timeout=0):
             try:
                 return self.run(trial, self.options.make(values, folder))
-            except signals.Interrupted:
+            except optuna.TrialPruned:
+                raise
+            except BaseException:  # a signal, a full disk: the next start does it again
                 requeue(self.study, self.study.trials[trial.number])
+                shutil.rmtree(folder)
                 raise
 
     def suggest(self, trial: optuna.Trial) -> dict:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import report_utils
 import signals
 import toy
 from files import read_json
+from runs import without_times
 
 torch.set_num_threads(1)
 RUN = Path(compare.__file__).parent / "run.py"
@@ -192,12 +194,34 @@ def test_real_runs_become_a_table_a_plot_and_run_folders_that_eval_scores(work, 
     assert len(list((tmp_path / "plots").iterdir())) == 2  # the runs drew none
 
 
+def test_options_of_a_table_are_common_or_an_entrys_own(work, tmp_path, same_process, capsys):
+    rows_of = toy.toy_rows(60, seed=3)
+    for name, part in (("train.csv", rows_of[:40]), ("dev.csv", rows_of[40:])):
+        (tmp_path / name).write_text("said,more,size,kind\n" + "".join(
+            f"{text},again,{len(text)},{'yes' if label else 'no'}\n" for text, label in part))
+    assert toy.main("compare", "12345", "--model", work / "model", "--data", tmp_path / "train.csv", "--eval-split",
+                    tmp_path / "dev.csv", "--text-column", "said,more", "--label-column", "kind", "--methods", "lora",
+                    "--set", "numbers:method=features,feature-columns=size", "--set",
+                    "both:feature-columns=size,text-column=said", "--seeds", "1", "--epochs", "1", "--lr", "1e-3", "--out",
+                    tmp_path / "c", "--no-plots") == 0
+    options = {row["entry"]: read_json(tmp_path / "c" / f"{row['entry']}-lr0.001-12345" / "config.json")["options"]
+               for row in read_json(tmp_path / "c" / "compare.json")["entries"]}
+    assert {name: (o["method"], o["text_column"], o["feature_columns"]) for name, o in options.items()} == {
+        "lora": ("lora", ["said", "more"], []), "numbers": ("features", ["said", "more"], ["size"]),
+        "both": ("lora", ["said"], ["size"])}
+    found = rows(tmp_path / "c")
+    assert found["numbers"]["parameters"]["trainable"] < found["lora"]["parameters"]["trainable"] < (
+        found["both"]["parameters"]["trainable"])
+    said = capsys.readouterr().out
+    assert "macro-F1" in said and "is the one reported: its figures flatter a little" in said
+
+
 # ---------------------------------------------------------------- going on
 
 def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work, tmp_path, same_process):
     """Real processes: the comparison is killed while its second run trains, and its child goes with it."""
     toy.write_cola(tmp_path / "cola", train=240)
-    common = ["--model", str(work / "model"), "--data", str(tmp_path / "cola"), "--epochs", "10", "--batch-size", "8",
+    common = ["--model", str(work / "model"), "--data", str(tmp_path / "cola"), "--epochs", "8", "--batch-size", "8",
               "--no-plots", "--dropout", "0.1"]
     words = ["compare", "12345", "--methods", "lora", "--seeds", "2", *common]
     first, second = (tmp_path / "killed" / f"lora-lr0.0004-{seed}" for seed in ("12345", "12346"))
@@ -214,11 +238,11 @@ def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work
     kept = (first / "summary.json").stat().st_mtime_ns
     assert toy.main(*words, "--out", tmp_path / "killed") == 0
     assert (first / "summary.json").stat().st_mtime_ns == kept
-    assert toy.main(*words, "--out", tmp_path / "whole") == 0
-    results = [rows(tmp_path / name)["lora"] for name in ("killed", "whole")]
-    assert results[0]["best"] == results[1]["best"] and results[0]["last"] == results[1]["last"]
-    weights = [(tmp_path / name / second.name / "adapter_model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert toy.main("LoRA", "12346", *common, "--out", tmp_path / "whole") == 0
+    assert without_times(read_json(second / "summary.json")) == without_times(read_json(tmp_path / "whole" / "summary.json"))
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (second, tmp_path / "whole")]
     assert weights[0] == weights[1]
+    assert rows(tmp_path / "killed")["lora"]["seeds"] == ["12345", "12346"]
 
 
 def until(condition, limit: float = 60) -> None:
@@ -257,22 +281,25 @@ def test_a_real_child_that_fails_leaves_its_words_in_the_log(tmp_path):
     assert "expected exactly five digits" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_child_is_asked_to_stop_and_waited_for(tmp_path):
+def test_a_child_is_asked_to_stop_and_waited_for(tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143)))\n"
         "print('began', flush=True)\ntime.sleep(60)\n")
-    log = tmp_path / "log.txt"
-    parent = subprocess.Popen([sys.executable, "-c", f"""if True:
-        import compare, pathlib, signals
-        signals.install()
-        compare.RUN = pathlib.Path({str(tmp_path / "child.py")!r})
-        try:
-            compare.run_child([], pathlib.Path({str(log)!r}))
-        except signals.Interrupted as error:
-            raise SystemExit(100 + error.signal)"""], cwd=RUN.parent)
-    until(lambda: log.exists() and "began" in log.read_text())
-    parent.send_signal(signal.SIGINT)
-    assert parent.wait() == 100 + signal.SIGINT
+    monkeypatch.setattr(compare, "RUN", tmp_path / "child.py")
+    log, handlers = tmp_path / "log.txt", {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt():
+        until(lambda: log.exists() and "began" in log.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+    signals.install()
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(signals.Interrupted):
+            compare.run_child([], log)
+    finally:
+        signals._received.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert log.read_text() == "began\nsaved\n"
 
 

@@ -64,14 +64,15 @@ def test_help_answers_in_under_half_a_second():
 
 
 def test_help_and_a_wrong_option_import_nothing_heavy():
-    code = ("import sys, run\nfor argv in (['--help'], ['LoRA', '--help'], ['distil', '1234'], ['LoRA', '12345', '--x']):\n"
+    code = ("import sys, run\n"
+            "for argv in (['--help'], ['LoRA', '--help'], ['sweep', '--help'], ['distil', '1'], ['LoRA', '12345', '--x']):\n"
             "    try: run.main(argv)\n    except SystemExit: pass\n"
             "print('HEAVY', sorted({'torch', 'transformers', 'numpy', 'datasets', 'matplotlib'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
-@pytest.mark.parametrize("mode", ["gen", "LoRA", "distil", "eval", "repeat", "report", "submit"])
+@pytest.mark.parametrize("mode", ["gen", "LoRA", "distil", "compare", "sweep", "eval", "repeat", "report", "submit"])
 def test_every_mode_has_a_help_of_its_own(mode, capsys):
     assert toy.main(mode, "--help") == 0
     assert f"usage: run.py {mode}" in capsys.readouterr().out
