@@ -76,6 +76,14 @@ _positive = _number(float, 1e-30, 1e30, "a number above 0")
 _not_negative = _number(float, 0, 1e30, "a number of at least 0")
 
 
+def _save_every(text: str) -> dict:
+    """An argparse type: minutes (a bare number, or 10min) or steps (50steps), as TrainOptions has them."""
+    what = "minutes, such as 10 or 10min, or steps, such as 50steps"
+    if text.endswith("steps"):
+        return {"save_steps": _number(int, 1, 10 ** 9, what)(text.removesuffix("steps"))}
+    return {"save_every": _number(float, 1e-30, 1e30, what)(text.removesuffix("min"))}
+
+
 def _sr(text: str) -> str:
     if not re.fullmatch("[0-9]{5}", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected exactly five digits, such as 12345")
@@ -191,7 +199,10 @@ def _training_options(parser: Parser, mode: str) -> None:
     parser.add_argument("--patience", type=_count, help="stop after so many epochs without a better one")
     parser.add_argument("--max-length", type=_count, help="tokens; the model's context if not given")
     parser.add_argument("--limit", type=_count, help="first rows of each split only: a quick look")
-    parser.add_argument("--save-every", type=_positive, default=10.0, help="minutes between checkpoints in an epoch")
+    parser.add_argument("--save-every", type=_save_every, default="10min", metavar="Nmin|Nsteps",
+                        help="minutes, or optimiser steps, between checkpoints in an epoch")
+    parser.add_argument("--anomaly", action="store_true",
+                        help="name the first module that computes something not finite; several times slower")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in the folder")
     parser.add_argument("--deterministic", action="store_true", help="deterministic kernels on a GPU too")
@@ -260,8 +271,8 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
     from train_utils import TrainOptions
 
     names = ("epochs", "batch_size", "batch_tokens", "lr", "weight_decay", "warmup", "schedule", "clip", "accumulate",
-             "label_smoothing", "patience", "save_every", "head_lr", "precision", "compile")
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+             "label_smoothing", "patience", "head_lr", "precision", "compile", "anomaly")
+    values = {**{name: getattr(args, name) for name in names if hasattr(args, name)}, **args.save_every}
     values["epochs"] = args.epochs or _default(EPOCHS[mode], task)
     values["lr"] = args.lr or _default(LEARNING_RATE[mode], task)
     train = TrainOptions(seed=int(args.sr), **values)

@@ -34,7 +34,7 @@ from train_utils import CHECKPOINT, TrainOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # no two runs share them
-FREE = ("keep", "keep_memory", "save_every")  # change no result: a resumed run may have others
+FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly")  # change no result: a resumed run may have others
 
 
 @dataclass(frozen=True)
