@@ -13,11 +13,13 @@ import functools
 import random
 import tempfile
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import tables
 from files import UserError, sha256
+from tables import Split, Table, TableOptions
 
 if TYPE_CHECKING:
     import torch
@@ -26,19 +28,18 @@ COLA_FILES = {"train": "in_domain_train.tsv", "in_domain": "in_domain_dev.tsv", 
 # GLUE's CoLA validation set is the two public development files, one after the other.
 GLUE_IN_DOMAIN_ROWS, GLUE_VALIDATION_ROWS = 527, 1043
 GLUE_REPOSITORY = "nyu-mll/glue"
-TASKS = ("cola", "tiny")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Labelled sentences, in file order."""
-
-    sentences: list[str]
-    labels: list[int]
-    sources: list[str] = field(default_factory=list)  # CoLA's source code: the publication, or the phenomenon
-
-    def __len__(self) -> int:
-        return len(self.labels)
+COLA_CLASSES = ("0", "1")
+DEFAULT_COLUMNS = TableOptions()
+# Public data sets on the Hub: repository, and the file of each split.
+HUB_TABLES = {
+    "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes",
+                        {"train": "train.parquet", "validation": "validation.parquet"}),
+    "imdb": ("stanfordnlp/imdb", {"train": "plain_text/train-00000-of-00001.parquet",
+                                  "test": "plain_text/test-00000-of-00001.parquet"}),
+}
+# The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
+BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
+TASKS = ("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,26 @@ class Task:
     train: Split
     dev: dict[str, Split]
     files: dict[str, str]
-    num_labels: int = 2
+    classes: tuple[str, ...] = COLA_CLASSES  # their names; a label is an index into them
+    missing: dict[str, int] = field(default_factory=dict)  # training rows without a value, by feature
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.classes)
 
     def limit(self, rows: int) -> Task:
-        """The same task with the first `rows` rows of each split: a quick look.
+        """The same task with `rows` rows of each split, evenly spaced (files are often sorted by label): a quick look.
 
         Raises:
-            UserError: if the shortened training split has one class only.
+            UserError: if the shortened training split lacks a class, or a feature has no value in it.
         """
-        dev = {name: _head(split, rows) for name, split in self.dev.items()}
-        return Task(self.name, _two_classes(_head(self.train, rows), f"the first {rows} training rows"), dev, self.files)
+        train, *shortened = (split.take([i * len(split) // rows for i in range(rows)] if rows < len(split) else
+                                        range(len(split))) for split in (self.train, *self.dev.values()))
+        dev, where = dict(zip(self.dev, shortened, strict=True)), f"the {rows} training rows"
+        lacking = [name for label, name in enumerate(self.classes) if label not in set(train.labels)]
+        if lacking:
+            raise UserError(f"--limit {rows}: {where} have no example of class {lacking[0]}")
+        return replace(self, train=train, dev=dev, missing=tables.check_features(train, tuple(self.missing), where))
 
 
 @dataclass
@@ -71,14 +82,17 @@ class Batch:
     rows: torch.Tensor  # (B,) int64: each sentence's row in its split
     tokens: int  # real tokens, pads not counted
     kept: torch.Tensor | None = None  # what the frozen part of a classifier makes of it, computed once (frozen.py)
+    features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
-        kept = None if self.kept is None else self.kept.to(device, non_blocking=True)
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, kept)
+        more = (None if t is None else t.to(device, non_blocking=True) for t in (self.kept, self.features))
+        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, *more)
 
-    def inputs(self) -> tuple[torch.Tensor, ...]:
+    def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """What a model's forward pass takes."""
+        if self.features is not None:
+            return self.input_ids, self.attention_mask, self.kept, self.features
         return (self.input_ids, self.attention_mask) + (() if self.kept is None else (self.kept,))
 
 
@@ -120,29 +134,95 @@ def read_cola_tsv(path: Path | str) -> Split:
     return split
 
 
-def load_task(name: str, data: Path | str | None = None) -> Task:
+def load_task(name: str, data: Path | str | None = None, options: TableOptions = DEFAULT_COLUMNS, separator: str = " "
+              ) -> Task:
     """Loads a task by name.
 
     Args:
-        name: `cola` (from the folder `data`, else GLUE's CoLA from the Hugging Face Hub) or `tiny`.
-        data: folder with CoLA's three public TSV files.
+        name: `cola`, `rotten_tomatoes` and `imdb` (from `data`, else from the Hugging Face Hub), `buzzer` and
+            `csv` (from `data`), or `tiny`.
+        data: for `cola` the folder with its three public TSV files; else a table or a folder of tables.
+        options: which columns are what; not for `cola` and `tiny`.
+        separator: what joins several text columns: the tokenizer's.
 
     Raises:
-        UserError: unknown task, missing or malformed files, a training split with one class only, or
-            a Hub that cannot be reached.
+        UserError: unknown task, missing or malformed files, a class without an example, or a Hub that
+            cannot be reached.
     """
     if name not in TASKS:
         raise UserError(f"--task {name}: unknown; expected one of {', '.join(TASKS)}")
+    if name in ("cola", "tiny"):
+        given = [f.name for f in fields(options) if f.name != "truncate" and getattr(options, f.name) != f.default]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')}: not for --task {name}, whose format is fixed; --task csv "
+                            "takes tables of any columns")
+        if data is not None:
+            return _cola_folder(name, Path(data))
+        return _tiny() if name == "tiny" else _glue_cola()
     if data is not None:
-        return _cola_folder(name, Path(data))
-    if name == "tiny":
-        import tiny
+        return _tables(name, Path(data), options, separator)
+    if name not in HUB_TABLES:
+        raise UserError(f"--task {name}: needs --data, a folder with train and validation files or one file "
+                        f"({', '.join(tables.SUFFIXES)})")
+    if options.eval_split is not None:
+        raise UserError(f"--eval-split: with the Hub's {name} the split is {list(HUB_TABLES[name][1])[1]}; give --data")
+    repository, names = HUB_TABLES[name]
+    paths = {split: _hub_file(name, repository, file) for split, file in names.items()}
+    train = paths.pop("train")
+    return _table_task(name, train, paths, options, separator,
+                       {f"{repository}/{names[split]}": path for split, path in {"train": train, **paths}.items()})
 
-        with tempfile.TemporaryDirectory() as folder:
-            tiny.write_tiny_task(Path(folder))
-            task = _cola_folder(name, Path(folder))
-        return Task(name, task.train, task.dev, {f"tiny/{Path(p).name}": digest for p, digest in task.files.items()})
-    return _glue_cola()
+
+def read_rows(path: Path | str, task: str, options: TableOptions, separator: str, classes: list[str]) -> Split:
+    """A labelled file in the format of a task, for scoring.
+
+    Raises:
+        UserError: see `read_cola_tsv` and `tables.read_split`.
+    """
+    if task in ("cola", "tiny"):
+        return read_cola_tsv(path)
+    table, options = _read(task, Path(path), options)
+    return tables.read_split(table, options, separator, classes)[0]
+
+
+def _read(task: str, path: Path, options: TableOptions) -> tuple[Table, TableOptions]:
+    """A table in the format of a task, and the options with the task's own defaults in them."""
+    if task != "buzzer":
+        return tables.read_table(path), options
+    if options.template is None and not options.text_column:
+        options = replace(options, template=BUZZER_TEMPLATE)
+    return tables.read_one_hot_jsonl(path), options
+
+
+def _tables(name: str, data: Path, options: TableOptions, separator: str) -> Task:
+    """A task from a file, or from a folder with one file for each split."""
+    train, others = tables.split_files(data, options.eval_split)
+    return _table_task(name, train, others, options, separator,
+                       {str(path): path for path in (train, *(others.values() if isinstance(others, dict) else ()))})
+
+
+def _table_task(name: str, train: Path, others: dict[str, Path] | float, options: TableOptions, separator: str,
+                files: dict[str, Path]) -> Task:
+    """A task from its training file and the evaluation files (or the share of the training rows set aside)."""
+    table, options = _read(name, train, options)
+    split, classes = tables.read_split(table, options, separator)
+    if isinstance(others, dict):
+        dev = {key: tables.read_split(_read(name, path, options)[0], options, separator, classes)[0]
+               for key, path in others.items()}
+    else:
+        split, held_out = tables.set_aside(split, others, str(train))
+        dev = {"held_out": held_out}
+    missing = tables.check_features(split, options.feature_columns, str(train))
+    return Task(name, split, dev, {key: sha256(path) for key, path in files.items()}, tuple(classes), missing)
+
+
+def _tiny() -> Task:
+    import tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.write_tiny_task(Path(folder))
+        task = _cola_folder("tiny", Path(folder))
+    return replace(task, files={f"tiny/{Path(path).name}": digest for path, digest in task.files.items()})
 
 
 def _cola_folder(name: str, folder: Path) -> Task:
@@ -168,35 +248,33 @@ def hub_unreachable() -> bool:
         return True
 
 
-def _glue_cola() -> Task:
-    from datasets import Dataset
+def _hub_file(task: str, repository: str, file: str) -> Path:
+    """A file of a data set on the Hub, from its cache where it is there."""
     from huggingface_hub import hf_hub_download
 
+    try:
+        return Path(hf_hub_download(repository, file, repo_type="dataset", local_files_only=hub_unreachable()))
+    except (OSError, ValueError) as error:  # offline and not cached, or no such file
+        expected = f"DIR with {', '.join(COLA_FILES.values())}" if task == "cola" else "a folder with its files"
+        raise UserError(f"--task {task}: {repository} is not cached and the Hugging Face Hub cannot be reached "
+                        f"({type(error).__name__}); give --data {expected}") from None
+
+
+def _glue_cola() -> Task:
     splits, files = {}, {}
     for split in ("train", "validation"):
         file = f"cola/{split}-00000-of-00001.parquet"
-        try:
-            path = hf_hub_download(GLUE_REPOSITORY, file, repo_type="dataset", local_files_only=hub_unreachable())
-        except (OSError, ValueError) as error:  # offline and not cached, or no such file
-            raise UserError(f"--task cola: {GLUE_REPOSITORY} is not cached and the Hugging Face Hub cannot be reached "
-                            f"({type(error).__name__}); give --data DIR with {', '.join(COLA_FILES.values())}") from None
-        rows = Dataset.from_parquet(path, keep_in_memory=True)
-        splits[split] = Split(list(rows["sentence"]), list(rows["label"]), ["glue"] * len(rows))
+        path = _hub_file("cola", GLUE_REPOSITORY, file)
+        rows = tables.read_table(path).columns
+        splits[split] = Split(rows["sentence"], rows["label"], ["glue"] * len(rows["label"]))
         files[f"{GLUE_REPOSITORY}/{file}"] = sha256(path)
     both = splits["validation"]
     if len(both) != GLUE_VALIDATION_ROWS:
         raise UserError(f"{GLUE_REPOSITORY}: {len(both)} validation rows; expected {GLUE_VALIDATION_ROWS}, of which "
                         f"the first {GLUE_IN_DOMAIN_ROWS} are in-domain")
-    dev = {"in_domain": _slice(both, 0, GLUE_IN_DOMAIN_ROWS), "out_of_domain": _slice(both, GLUE_IN_DOMAIN_ROWS, None)}
+    dev = {"in_domain": both.take(range(GLUE_IN_DOMAIN_ROWS)),
+           "out_of_domain": both.take(range(GLUE_IN_DOMAIN_ROWS, GLUE_VALIDATION_ROWS))}
     return Task("cola", _two_classes(splits["train"], GLUE_REPOSITORY), dev, files)
-
-
-def _slice(split: Split, start: int, stop: int | None) -> Split:
-    return Split(split.sentences[start:stop], split.labels[start:stop], split.sources[start:stop])
-
-
-def _head(split: Split, rows: int) -> Split:
-    return _slice(split, 0, rows)
 
 
 def _two_classes(split: Split, where: str) -> Split:
@@ -207,23 +285,41 @@ def _two_classes(split: Split, where: str) -> Split:
 
 # ---------------------------------------------------------------- token ids
 
-def encode(tokenizer, sentences: list[str], max_length: int) -> list[list[int]]:
+def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "tail") -> list[list[int]]:
     """Token ids of each sentence, cut to `max_length` tokens with one warning that counts the cut ones.
 
+    Args:
+        truncate: what of a sentence too long is cut: its `head` (the end of a review holds the verdict),
+            its `tail`, or its `middle`. The tokenizer's own special tokens at both ends stay.
+
     Raises:
-        UserError: a sentence of which the tokenizer makes no token at all.
+        UserError: a sentence of which the tokenizer makes no token at all, or no room for any.
     """
-    ids = tokenizer(sentences, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+    encoded = tokenizer(sentences, add_special_tokens=True, truncation=False, verbose=False,
+                        return_special_tokens_mask=True)
+    ids, cut = encoded["input_ids"], 0
     for row, tokens in enumerate(ids):
         if not tokens:
             raise UserError(f"row {row + 1}: the tokenizer makes no token of {sentences[row]!r}")
-    cut = sum(len(tokens) > max_length for tokens in ids)
+        if len(tokens) > max_length:
+            ids[row] = _cut(tokens, encoded["special_tokens_mask"][row], max_length, truncate)
+            cut += 1
     if cut:
-        warnings.warn(f"{cut} of {len(ids)} sentences are longer than {max_length} tokens and were truncated",
-                      stacklevel=2)
-        # Re-encoding lets the tokenizer keep its closing special token ([SEP]) where it has one.
-        ids = tokenizer(sentences, add_special_tokens=True, truncation=True, max_length=max_length)["input_ids"]
+        warnings.warn(f"{cut} of {len(ids)} sentences are longer than {max_length} tokens and were truncated "
+                      f"({truncate} cut)", stacklevel=2)
     return ids
+
+
+def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) -> list[int]:
+    """One sentence's tokens cut to `max_length`, special tokens at both ends kept."""
+    opening = special.index(0) if 0 in special else len(tokens)
+    closing = special[::-1].index(0) if 0 in special else 0
+    room = max_length - opening - closing
+    if room < 1:
+        raise UserError(f"--max-length {max_length}: no room for a token beside the tokenizer's {opening + closing} own")
+    body = tokens[opening:len(tokens) - closing]
+    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]  # tokens kept from the front
+    return tokens[:opening] + body[:first] + body[len(body) - (room - first):] + tokens[len(tokens) - closing:]
 
 
 # ---------------------------------------------------------------- batches
@@ -254,7 +350,8 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
     return batches + [current] if current else batches
 
 
-def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: int) -> Batch:
+def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: int,
+            features: list[list[float]] | None = None) -> Batch:
     """Right-pads the given rows into one `Batch`."""
     import torch
 
@@ -264,18 +361,19 @@ def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: in
     for i, row in enumerate(rows):
         input_ids[i, :len(ids[row])] = torch.tensor(ids[row])
         attention_mask[i, :len(ids[row])] = 1
+    numbers = torch.tensor([features[row] for row in rows], dtype=torch.float64) if features else None
     return Batch(input_ids, attention_mask, torch.tensor([labels[row] for row in rows]), torch.tensor(rows),
-                 sum(len(ids[row]) for row in rows))
+                 sum(len(ids[row]) for row in rows), features=numbers)
 
 
 def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed: int,
-                 batch_tokens: int | None = None) -> list[Batch]:
+                 batch_tokens: int | None = None, truncate: str = "tail") -> list[Batch]:
     """A split as length-bucketed batches, tokenised and padded once for the whole run."""
-    ids = encode(tokenizer, split.sentences, max_length)
+    ids = encode(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     buckets = bucket_by_length([len(tokens) for tokens in ids], batch_size, seed, batch_tokens)
-    return [collate(ids, split.labels, rows, pad_id) for rows in buckets]
+    return [collate(ids, split.labels, rows, pad_id, split.features) for rows in buckets]
 
 
 def epoch_order(batches: int, seed: int, epoch: int) -> list[int]:

@@ -25,10 +25,11 @@ import train_utils
 from backbones import load_config, load_tokenizer, max_length_of
 from data_utils import Batch, Task
 from files import UserError, read_json, sha256, write_file, write_json
-from model import (DistilRNN, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora, load_classifier,
-                   lora_layers, student_config)
-from runs import (Recorder, RunOptions, as_json, device, finish, provenance, read_run, run_folder, settings_of,
-                  warn_of_changed_data)
+from model import (DistilRNN, FeatureHead, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora,
+                   load_classifier, lora_layers, student_config)
+from runs import (Recorder, RunOptions, as_json, device, finish, provenance, read_run, rebuild, run_folder,
+                  settings_of, warn_of_changed_data)
+from tables import TableOptions
 from train_utils import TrainOptions
 
 SANITY_PROMPT, SANITY_TOKENS = "The", 12
@@ -66,7 +67,7 @@ def choose(model: str | None, task: str | None, data: str | None, notice: Callab
     if model is None and task == "tiny" and data is None:
         return "tiny", task, None
     if model is not None or task is not None or data is not None:
-        return model or DEFAULT_MODEL, task or ("tiny" if model == "tiny" and data is None else DEFAULT_TASK), data
+        return model or DEFAULT_MODEL, task or _task_of(model, data), data
     try:
         load_config(DEFAULT_MODEL)
         if need_task:
@@ -77,6 +78,15 @@ def choose(model: str | None, task: str | None, data: str | None, notice: Callab
         used = "--model tiny --task tiny" if need_task else "--model tiny"
         notice(f"NOTICE: the Hugging Face Hub cannot be reached and {what} not cached; using the embedded {used} instead")
         return "tiny", "tiny", None
+
+
+def _task_of(model: str | None, data: str | None) -> str:
+    """The task that somebody means who named none: by what lies under --data."""
+    if data is None:
+        return "tiny" if model == "tiny" else DEFAULT_TASK
+    folder = Path(data)
+    is_cola = any((folder / name).exists() for name in data_utils.COLA_FILES.values())
+    return "csv" if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not is_cola else DEFAULT_TASK
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -90,9 +100,21 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def _batches(task: Task, tokenizer, max_length: int, options: TrainOptions) -> tuple[list[Batch], dict[str, list[Batch]]]:
+def separator_of(tokenizer) -> str:
+    """What joins several text columns: the tokenizer's separator, or its end-of-text mark where it has none."""
+    mark = tokenizer.sep_token or tokenizer.eos_token
+    return f" {mark} " if mark else " "
+
+
+def _load_task(options: RunOptions, tokenizer) -> Task:
+    task = data_utils.load_task(options.task, options.data, options.table, separator_of(tokenizer))
+    return task.limit(options.limit) if options.limit else task
+
+
+def _batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str
+             ) -> tuple[list[Batch], dict[str, list[Batch]]]:
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
-                                            options.batch_tokens))
+                                            options.batch_tokens, truncate))
             for split, rows in {"": task.train, **task.dev}.items()]
     return make[0][1], dict(make[1:])
 
@@ -109,12 +131,13 @@ def _training_summary(progress: train_utils.Progress, batches: list[Batch]) -> d
             "padding_percent": data_utils.padding_percent(batches), "peak_memory_bytes": memory.peak_memory_bytes()}
 
 
-def _result(progress: train_utils.Progress) -> dict:
-    """Best and last epoch, alike."""
-    lines = {line["epoch"]: line["validation"] for line in progress.history}
-    last = max(lines)
-    return {"best_epoch": progress.best_epoch, "validation": lines[progress.best_epoch],
-            "last_epoch": last, "last_validation": lines[last]}
+def _result(best_epoch: int, history: list[dict], classes: tuple[str, ...]) -> dict:
+    """Best and last epoch, alike; the best one by class too."""
+    best, last = next(line for line in history if line["epoch"] == best_epoch), history[-1]
+    by_class = {split: {"confusion": matrix, "per_class": train_utils.per_class(matrix, classes)}
+                for split, matrix in best["confusion"].items()}
+    return {"best_epoch": best_epoch, "validation": best["validation"], "by_class": by_class,
+            "last_epoch": last["epoch"], "last_validation": last["validation"]}
 
 
 def parameter_table(counts: dict) -> str:
@@ -142,6 +165,9 @@ def adapt(classifier: TextClassifier, method: str, lora: LoRAOptions) -> None:
         inject_lora(classifier.net, lora)
     elif method == "head":
         classifier.net.base_model.requires_grad_(False)
+    elif method == "features":
+        classifier.net.requires_grad_(False)
+        classifier.reads_text = False
     elif method == "none":
         classifier.requires_grad_(False)
 
@@ -173,18 +199,25 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
         train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
     seed_everything(int(options.sr), options.deterministic)
-    task = data_utils.load_task(options.task, options.data)
-    task = task.limit(options.limit) if options.limit else task
     tokenizer = load_tokenizer(options.model)
+    task = _load_task(options, tokenizer)
+    if options.method == "features" and not task.train.features:
+        raise UserError("--method features: needs --feature-columns")
     classifier, lm = load_classifier(options.model, task.num_labels)
     max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
     base = frozen.weights_digest(classifier.net.base_model)
     before = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS) if lm is not None else None
     torch.manual_seed(int(options.sr))  # again: A must not depend on what loading drew
     adapt(classifier, options.method, options.lora)
+    if task.train.features:
+        classifier.feature_head = FeatureHead(torch.tensor(task.train.features, dtype=torch.float64), task.num_labels)
+        classifier.feature_head.requires_grad_(options.method != "none")
     counts = count_parameters(classifier)
-    say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences\n"
-        f"{parameter_table(counts)}")
+    say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, classes "
+        f"{', '.join(task.classes[:10])}{', ...' if task.num_labels > 10 else ''}\n{parameter_table(counts)}")
+    for name, rows in task.missing.items():
+        if rows:
+            say(f"  feature {name}: no value in {rows:,} of {len(task.train):,} training rows; the mean stands in, marked")
     sanity = None
     if lm is not None and options.method == "lora":
         after = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS)
@@ -192,19 +225,20 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
             raise RuntimeError(f"a fresh adapter changed the generated text: {before!r} became {after!r}")
         sanity = {"prompt": SANITY_PROMPT, "text": after, "equal_to_base": True}
         say(f"  sanity: greedy text after injection equals the base model's: {after!r}")
-    batches, dev = _batches(task, tokenizer, max_length, options.train)
+    batches, dev = _batches(task, tokenizer, max_length, options.train, options.table.truncate)
     to_precision(classifier, options.train.precision)
     classifier.to(device())
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": max_length}
-    with run_folder(options, {**provenance(as_json(settings), task), "base_sha256": base}) as folder:
+    record_config = {**provenance(as_json(settings), task), "base_sha256": base, "classes": list(task.classes)}
+    with run_folder(options, record_config) as folder:
         record = Recorder(folder, say)
         if options.method == "none":
             progress = train_utils.Progress(best_epoch=0, history=[])
-            validation = train_utils.validate(classifier, dev)
-            result = {"best_epoch": 0, "validation": validation, "last_epoch": 0, "last_validation": validation}
+            validation, matrices = train_utils.validate(classifier, dev)
+            result = _result(0, [{"epoch": 0, "validation": validation, "confusion": matrices}], task.classes)
         else:
             prefix = frozen.FrozenPrefix(classifier)
-            if options.keep and prefix.lowest > 0:
+            if options.keep and prefix.lowest > 0 and classifier.reads_text:
                 start, used = time.perf_counter(), 0
                 for split in (batches, *dev.values()):
                     used = prefix.keep(split, folder, int(options.keep_memory * 2 ** 30), used)
@@ -213,24 +247,31 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
             progress = train_utils.fit(classifier, batches, dev, train_utils.cross_entropy(options.train.label_smoothing),
                                        options.train, folder=folder, resume=options.resume, select=_select(task),
                                        on_epoch=record, stop=stop)
-            result = _result(progress)
+            result = _result(progress.best_epoch, progress.history, task.classes)
         save_trained(classifier, options.method, folder, options.model)
         summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": task.name,
-                   "method": options.method, "parameters": counts, **result,
+                   "method": options.method, "classes": list(task.classes), "parameters": counts, **result,
                    "train": _training_summary(progress, batches), "sanity": sanity}
         finish(folder, summary)
     return summary
 
 
 def save_trained(classifier: TextClassifier, method: str, folder: Path, base: str) -> None:
-    """Writes what was trained: an adapter with its head in PEFT's layout, else the trained tensors by name."""
+    """Writes what was trained: an adapter with its head in PEFT's layout, else the trained tensors by name.
+
+    A feature head, of which PEFT knows nothing, goes into a file of its own.
+    """
+    def write(name: str, tensors: dict[str, Tensor]) -> None:
+        write_file(folder / name, save({n: t.cpu().contiguous() for n, t in tensors.items()}))
+
     if method == "lora":
         adapters.save_adapter(classifier, folder, base)
-    else:
-        kept = classifier.state_dict() if method == "full" else {
-            name: value for name, value in classifier.state_dict().items()
-            if name.startswith(tuple(f"net.{head}." for head in classifier.head_names()))}
-        write_file(folder / "trained.safetensors", save({n: t.cpu().contiguous() for n, t in kept.items()}))
+    elif method != "features":
+        state = classifier.net.state_dict(prefix="net.")
+        heads = tuple(f"net.{head}." for head in classifier.head_names())
+        write("trained.safetensors", {n: t for n, t in state.items() if method == "full" or n.startswith(heads)})
+    if classifier.feature_head is not None:
+        write("features.safetensors", classifier.feature_head.state_dict())
 
 
 # ---------------------------------------------------------------- what a run left behind
@@ -243,19 +284,28 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
     """
     config, _ = read_run(folder, "LoRA")
     options = config["options"]
-    classifier, _ = load_classifier(options["model"], options.get("num_labels", 2))
+    classifier, _ = load_classifier(options["model"], len(config.get("classes", data_utils.COLA_CLASSES)))
     classifier.full = options["method"] == "full"
     if config.get("base_sha256") not in (None, frozen.weights_digest(classifier.net.base_model)):
         raise UserError(f"{folder}: adapter for another base: the weights of {options['model']} are not those that the "
                         "run was trained on")
+    classifier.reads_text = options["method"] != "features"
     if options["method"] == "lora":
         adapters.load_adapter(classifier.net, folder)
-    else:
+    elif classifier.reads_text:
         state = adapters.load_tensors(Path(folder) / "trained.safetensors")
         own = classifier.state_dict()
         if any(name not in own or own[name].shape != value.shape for name, value in state.items()):
             raise UserError(f"{Path(folder) / 'trained.safetensors'}: made for another model")
         classifier.load_state_dict(state, strict=False)
+    if options.get("feature_columns"):
+        state, path = adapters.load_tensors(Path(folder) / "features.safetensors"), Path(folder) / "features.safetensors"
+        classifier.feature_head = FeatureHead(torch.zeros(1, len(options["feature_columns"]), dtype=torch.float64),
+                                              len(config["classes"]))
+        try:
+            classifier.feature_head.load_state_dict(state)
+        except RuntimeError:
+            raise UserError(f"{path}: made for other features") from None
     to_precision(classifier.requires_grad_(False), options["precision"])
     return classifier.to(device()).eval(), load_tokenizer(options["model"]), options
 
@@ -283,24 +333,32 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
 
     Args:
         folder: of a finished LoRA or distillation run.
-        data: CoLA's TSV format.
+        data: in the format of the run's task, with the run's columns.
         predictions: if given, a TSV of sentence, label, prediction and probability (of the prediction).
 
     Returns:
-        n, loss, accuracy, mcc, majority_accuracy.
+        n, loss, accuracy, mcc, macro_f1, majority_accuracy, by_class {confusion, per_class}.
     """
     config, summary = read_run(folder)
-    split = data_utils.read_cola_tsv(data)
     warn_of_changed_data(config, data)
     model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)
-    batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"])
+    classes = config.get("classes", data_utils.COLA_CLASSES)
+    split = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
+    if summary["mode"] == "distil":
+        split = replace(split, features=[])  # the student reads text alone
+    batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"],
+                                      truncate=options.get("truncate", "tail"))
     logits = train_utils.predict(model, batches)
     if predictions is not None:
         probability, chosen = logits.softmax(-1).max(-1)
         rows = zip(split.sentences, split.labels, chosen.tolist(), probability.tolist(), strict=True)
         write_file(predictions, "sentence\tlabel\tprediction\tprobability\n" + "".join(
-            f"{sentence}\t{label}\t{prediction}\t{p:.6f}\n" for sentence, label, prediction, p in rows))
-    return train_utils.scores(logits, torch.tensor(split.labels))
+            f"{' '.join(sentence.split())}\t{classes[label]}\t{classes[prediction]}\t{p:.6f}\n"
+            for sentence, label, prediction, p in rows))
+    answer = logits, torch.tensor(split.labels)
+    matrix = train_utils.confusion(*answer)
+    return {**train_utils.scores(*answer),
+            "by_class": {"confusion": matrix, "per_class": train_utils.per_class(matrix, classes)}}
 
 
 # ---------------------------------------------------------------- distillation
@@ -356,10 +414,9 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
     teacher, tokenizer, teacher_run = load_finetuned(distil_options.teacher)
     options = replace(options, model=teacher_run["model"], task=options.task or teacher_run["task"],
                       data=options.data or teacher_run["data"], limit=options.limit or teacher_run["limit"],
-                      max_length=options.max_length or teacher_run["max_length"])
-    task = data_utils.load_task(options.task, options.data)
-    task = task.limit(options.limit) if options.limit else task
-    batches, dev = _batches(task, tokenizer, options.max_length, options.train)
+                      max_length=options.max_length or teacher_run["max_length"], table=rebuild(TableOptions, teacher_run))
+    task = _load_task(options, tokenizer)
+    batches, dev = _batches(task, tokenizer, options.max_length, options.train, options.table.truncate)
     teacher_parameters = count_parameters(teacher)["total"]
     config = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, **{
         name: getattr(distil_options, name)
@@ -367,7 +424,7 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
     settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **config.as_dict(),
                 "max_length": options.max_length}
     record_config = {**provenance(as_json(settings), task), "architecture": config.as_dict(),
-                     "teacher_files": {path.name: sha256(path)
+                     "classes": list(task.classes), "teacher_files": {path.name: sha256(path)
                                        for path in sorted(Path(distil_options.teacher).glob("*.safetensors"))}}
     with run_folder(options, record_config) as folder:
         say(f"distilling {distil_options.teacher} ({teacher_parameters:,} parameters) into a student "
@@ -376,30 +433,37 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
         kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha,
                                       options.train.label_smoothing)
         objectives = {"student": kd, "scratch": train_utils.cross_entropy(options.train.label_smoothing)}
+        texts, dev_texts = _texts_only(batches), {split: _texts_only(rows) for split, rows in dev.items()}
         record, results = Recorder(folder, say), {}
         for phase, objective in objectives.items():
             say("student with KD" if phase == "student" else "the same student without the teacher")
             torch.manual_seed(int(options.sr))  # the same initial weights and dropout for both
             model = DistilRNN(config).to(device())
             progress = train_utils.fit(
-                model, batches, dev, objective, options.train, folder=folder, resume=options.resume, name=f"{phase}.",
+                model, texts, dev_texts, objective, options.train, folder=folder, resume=options.resume, name=f"{phase}.",
                 select=_select(task), stop=stop, on_epoch=lambda history, phase=phase: record(history, phase))
             write_file(folder / f"{phase}.safetensors", save({n: t.cpu() for n, t in model.state_dict().items()}))
-            results[phase] = {"parameters": config.parameters(), **_result(progress),
-                              "sentences_per_second": sentences_per_second(model.eval(), dev),
+            results[phase] = {"parameters": config.parameters(),
+                              **_result(progress.best_epoch, progress.history, task.classes),
+                              "sentences_per_second": sentences_per_second(model.eval(), dev_texts),
                               "train": _training_summary(progress, batches)}
             if phase == "student":
                 final_loss = progress.history[progress.best_epoch - 1]["train"]["loss"]
         write_json(folder / "student_config.json", config.as_dict())
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": task.name,
                    "teacher": {"run": str(distil_options.teacher), "parameters": teacher_parameters,
-                               "validation": train_utils.validate(teacher, dev),
+                               "validation": train_utils.validate(teacher, dev)[0],
                                "sentences_per_second": sentences_per_second(teacher, dev, passes=1)},
                    **results, "distillation": {"temperature": distil_options.temperature,
                                                "alpha": distil_options.kd_alpha, "loss": final_loss},
                    "train": results["student"]["train"]}
         finish(folder, summary)
     return summary
+
+
+def _texts_only(batches: list[Batch]) -> list[Batch]:
+    """The batches without numeric features: the student reads text alone."""
+    return [replace(batch, features=None) for batch in batches]
 
 
 def comparison_table(summary: dict) -> str:

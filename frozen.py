@@ -88,7 +88,7 @@ class FrozenPrefix:
                 return self._pooled(input_ids, mask)
             hook = self.blocks[self.lowest].register_forward_pre_hook(_stop, with_kwargs=True)
             try:
-                self.classifier(input_ids, mask)
+                self.classifier.text_logits(input_ids, mask)
             except _Reached as reached:
                 return reached.hidden
             finally:
@@ -145,9 +145,10 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def batches_digest(batches: list[Batch]) -> str:
-    """SHA-256 over the token ids and rows of the batches: the data as this tokenizer reads it."""
+    """SHA-256 over the token ids, rows and features of the batches: the data as this tokenizer reads it."""
     digest = hashlib.sha256()
     for batch in batches:
-        for tensor in (batch.input_ids, batch.attention_mask, batch.rows):
+        features = () if batch.features is None else (batch.features,)
+        for tensor in (batch.input_ids, batch.attention_mask, batch.rows, *features):
             digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

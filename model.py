@@ -11,6 +11,7 @@ import copy
 import fnmatch
 import math
 import re
+import warnings
 from dataclasses import asdict, dataclass
 
 import torch
@@ -306,6 +307,8 @@ class TextClassifier(nn.Module):
     def __init__(self, net: PreTrainedModel):
         super().__init__()
         self.net = net
+        self.feature_head: FeatureHead | None = None  # reads numbers beside the text, where there are any
+        self.reads_text = True  # or the features alone
         self.decoder = hasattr(net, "score")
         self.full = False  # whether the backbone itself is trained
         self.prefix = None  # a frozen.FrozenPrefix, where frozen results are kept
@@ -347,14 +350,23 @@ class TextClassifier(nn.Module):
         last = attention_mask.sum(1) - 1
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, kept: Tensor | None = None,
+                features: Tensor | None = None) -> Tensor:
         """Logits (B, labels) of token ids (B, T).
 
         Args:
             input_ids: (B, T), right-padded.
             attention_mask: (B, T), 1 for a real token.
             kept: what `self.prefix` computed of this batch; the frozen part is not run then.
+            features: (B, F) numbers for the feature head, NaN where one is missing.
         """
+        if self.feature_head is None:
+            return self.text_logits(input_ids, attention_mask, kept)
+        logits = self.feature_head(features)
+        return logits + self.text_logits(input_ids, attention_mask, kept) if self.reads_text else logits
+
+    def text_logits(self, input_ids: Tensor, attention_mask: Tensor, kept: Tensor | None = None) -> Tensor:
+        """What the text alone says, (B, labels)."""
         if self.prefix is not None:
             self.prefix.kept = kept
         try:
@@ -368,6 +380,41 @@ class TextClassifier(nn.Module):
                 self.prefix.kept = None
 
 
+class FeatureHead(nn.Module):
+    """What numeric features add to the logits: standardised, missing values marked, one hidden layer.
+
+    Mean and standard deviation are those of the training rows and are saved with the weights. A missing
+    value stands at the mean and raises a mark of its own. The last layer starts at zero, so that a
+    fresh head changes nothing.
+
+    Args:
+        features: (N, F) float64, the training rows, NaN where a value is missing.
+        num_labels: classes.
+        hidden_size: of the hidden layer.
+    """
+
+    def __init__(self, features: Tensor, num_labels: int, hidden_size: int = 32):
+        super().__init__()
+        there = ~features.isnan()
+        count = there.sum(0).clamp(min=1)
+        mean = features.nan_to_num().sum(0) / count
+        deviation = ((features - mean).nan_to_num().square().sum(0) / count).sqrt()
+        self.register_buffer("mean", mean)
+        # A constant feature says nothing; dividing it by 1 leaves it at zero.
+        self.register_buffer("deviation", torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        self.hidden = nn.Linear(2 * features.shape[1], hidden_size)
+        self.out = nn.Linear(hidden_size, num_labels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def standardise(self, features: Tensor) -> Tensor:  # (B, F) -> (B, F) float32
+        return ((features - self.mean) / self.deviation).nan_to_num(nan=0.0).float()
+
+    def forward(self, features: Tensor) -> Tensor:  # (B, F) -> (B, labels)
+        numbers = torch.cat([self.standardise(features), features.isnan().float()], -1)
+        return self.out(F.gelu(self.hidden(numbers)))
+
+
 def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrainedModel | None]:
     """The backbone of `--model` under a fresh head; for a decoder also the language model that shares it."""
     config = load_config(name)
@@ -375,7 +422,17 @@ def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrai
         lm = load_causal_lm(name)
         return TextClassifier.from_causal_lm(lm, num_labels), lm
     config.num_labels = num_labels
-    net = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its table of missing weights; the head's, which is fresh, ought to be
+    try:
+        net, info = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32,
+                                    output_loading_info=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    lacking = sorted(key for key in info["missing_keys"] if key.startswith(net.base_model_prefix + "."))
+    if lacking:
+        warnings.warn(f"--model {name}: {len(lacking)} weights of the backbone are not in its files and start at random: "
+                      f"{', '.join(lacking[:4])}", stacklevel=2)
     return TextClassifier(net), None
 
 

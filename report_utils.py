@@ -28,13 +28,15 @@ from matplotlib.ticker import MaxNLocator
 QUANTITIES = {"loss": ("cross-entropy loss (nats)", "cross_entropy", "loss", 1),
               "accuracy": ("accuracy (%)", "accuracy", "accuracy", 100),
               "mcc": ("Matthews correlation", "mcc", "mcc", 1)}
+METHODS = {"lora": "LoRA", "full": "full fine-tuning", "head": "head alone", "features": "features alone",
+           "none": "untrained head"}
 PHASES = {"student": "student, KD", "scratch": "student, no teacher"}
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLACK, BLUE, VERMILLION, GREEN, PURPLE, GREY = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
 PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
 
 NOT_RUN = rb"\emph{not run}"
-TABLES = ("lora_results", "lora_epochs", "lora_options", "lora_provenance", "distil_results", "distil_size",
+TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results", "distil_size",
           "distil_epochs", "distil_options", "distil_provenance")
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
 LATEX = {
@@ -195,19 +197,64 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
     return figure
 
 
+def _by_class(summary: Record) -> tuple[str, Record]:
+    """The split that the best epoch was chosen on, and that epoch's scores by class there (the student's, of two)."""
+    scores = (summary.section("student") if summary["mode"] == "distil" else summary).section("by_class")
+    split = _main_split(scores)
+    return split, scores.section(split)
+
+
+def confusion(summary: Record) -> Figure:
+    """How often each class was taken for which, in rows and as a share of each true class."""
+    split, scores = _by_class(summary)
+    matrix, classes = scores["confusion"], list(scores.section("per_class"))
+    if not (isinstance(matrix, list) and len(matrix) == len(classes)
+            and all(isinstance(row, list) and len(row) == len(classes) for row in matrix)
+            and all(isinstance(count, int) for row in matrix for count in row)):
+        raise ReportError(f"{scores.source}: 'confusion' must have a row and a column of counts for each class")
+    shares = [[count / (sum(row) or 1) for count in row] for row in matrix]
+    size = min(9.0, 3.2 + 0.55 * len(classes))
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow([[100 * share for share in row] for row in shares], cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
+    if len(classes) <= 12:
+        for i, row in enumerate(matrix):
+            for j, count in enumerate(row):
+                axes.text(j, i, f"{count:,}\n{100 * shares[i][j]:.1f} %", ha="center", va="center", fontsize="small",
+                          color="white" if shares[i][j] > 0.6 else BLACK)
+    if len(classes) <= 40:
+        names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) * len(names) < 40 else 60,
+                        ha="center" if max(map(len, names)) * len(names) < 40 else "right")
+        axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{_said(split)}, n = {sum(map(sum, matrix)):,}")
+    return figure
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes a figure as `.png` (200 dpi) and `.pdf`; the same figure, the same bytes."""
+    written = []
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        written.append(stem.with_name(f"{stem.name}.{kind}"))
+        with _replacing(written[-1]) as temporary:
+            figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+    return written
+
+
 def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
-    """Draws a run's loss, accuracy and MCC as `<mode>-<SR>_<quantity>.png` (200 dpi) and `.pdf`; the same bytes again.
+    """Draws a run's loss, accuracy, MCC and confusion matrix as `<mode>-<SR>_<quantity>.png` and `.pdf`.
 
     Raises ReportError where a file of the run is missing or malformed.
     """
-    summary, metrics, written = read_json(run_dir / "summary.json"), read_metrics(run_dir / "metrics.jsonl"), []
-    for quantity in QUANTITIES:
-        figure = curves(metrics, summary, quantity)
-        for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-            written.append(plots_dir / f"{summary['mode']}-{summary['sr']}_{quantity}.{kind}")
-            with _replacing(written[-1]) as temporary:
-                figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
-    return written
+    summary, path = read_json(run_dir / "summary.json"), run_dir / "metrics.jsonl"
+    metrics = read_metrics(path) if path.exists() or summary.get("method") != "none" else []  # "none" trains nothing
+    figures = {quantity: curves(metrics, summary, quantity) for quantity in QUANTITIES if metrics}
+    if "by_class" in summary or "by_class" in summary.get("student", {}):
+        figures["confusion"] = confusion(summary)
+    return [path for quantity, figure in figures.items()
+            for path in save_figure(figure, plots_dir / f"{summary['mode']}-{summary['sr']}_{quantity}")]
 
 
 # ---------------------------------------------------------------- tables
@@ -323,11 +370,22 @@ def _config_tables(config: Record, prefix: str) -> dict[str, str]:
             f"{prefix}_provenance": _tabular("@{}lL{13.2cm}@{}", "what & value", rows)}
 
 
+def _classes(summary: Record) -> str:
+    """Precision, recall and F1 of each class at the best epoch."""
+    scores = _by_class(summary)[1].section("per_class")
+    keys = ("n", "precision", "recall", "f1")
+    rows = [[breakable(name)] + [shown("mcc" if key != "n" else key, scores.section(name).number(key)) for key in keys]
+            for name in scores]
+    return _tabular("lrrrr", "class & rows & precision & recall & F1", rows)
+
+
 def _lora_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
-    """A LoRA run's own table, and its result on the split that chose the epoch."""
+    """A LoRA run's own tables, and its result on the split that chose the epoch."""
     split = _main_split(summary.section("validation"))
-    return ({"lora_results": _results({"LoRA": summary})},
-            {"chosen": summary["validation"].section(split) | {"split": _said(split)}})
+    tables = {"lora_results": _results({METHODS.get(summary["method"], summary["method"]): summary})}
+    if "by_class" in summary:
+        tables["lora_classes"] = _classes(summary)
+    return tables, {"chosen": summary["validation"].section(split) | {"split": _said(split)}}
 
 
 def _distil_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
@@ -365,9 +423,11 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
             continue
         summary, config = read_json(run_dir / "summary.json"), read_json(run_dir / "config.json")
         tables, derived = own(summary)
-        tables[f"{prefix}_epochs"] = _epochs(read_metrics(run_dir / "metrics.jsonl"))
+        if summary.get("method") != "none":  # which trains nothing
+            tables[f"{prefix}_epochs"] = _epochs(read_metrics(run_dir / "metrics.jsonl"))
         tables |= _config_tables(config, prefix)
-        numbers |= dict(_flatten(prefix, summary)) | dict(_flatten(prefix, derived))
+        plain_numbers = {key: value for key, value in summary.items() if key != "by_class"}  # that one has its table
+        numbers |= dict(_flatten(prefix, plain_numbers)) | dict(_flatten(prefix, derived))
         files |= {f"{name}.tex": table.encode() for name, table in tables.items()}
         files |= {f"{mode}_{path.stem.rpartition('_')[2]}.pdf": path.read_bytes()
                   for path in plot_run(run_dir, plots_dir) if path.suffix == ".pdf"}

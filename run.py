@@ -119,8 +119,9 @@ def build_parser() -> Parser:
     lora = mode("LoRA", "inject LoRA into a backbone and fine-tune it on a task")
     lora.add_argument("--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a local "
                                       "folder or GGUF file, smollm2, or tiny")
-    lora.add_argument("--method", choices=("lora", "full", "head", "none"), default="lora",
-                      help="train LoRA and the head, everything, the head alone, or nothing")
+    lora.add_argument("--method", choices=("lora", "full", "head", "features", "none"), default="lora",
+                      help="train LoRA and the head, everything, the head alone, a head that reads the features and no "
+                           "text, or nothing")
     lora.add_argument("--rank", type=int, default=8, help="of each update")
     lora.add_argument("--alpha", type=_positive, default=16.0, help="the update is scaled by alpha / rank")
     lora.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.0,
@@ -128,6 +129,7 @@ def build_parser() -> Parser:
     lora.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
     lora.add_argument("--targets", default="q,k,v,o,mlp", help="roles (q,k,v,o,mlp) or module-name patterns")
     lora.add_argument("--layers", help="blocks to adapt, such as 0-11; all if not given")
+    _table_options(lora)
     _training_options(lora, "LoRA")
     lora.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
     lora.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
@@ -180,10 +182,34 @@ def _defaults_text(table: dict) -> str:
     return ", ".join(f"{value:g}" + (f" for --task {task}" if task else " otherwise") for task, value in table.items())
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """An argparse type: names separated by commas."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected names separated by commas")
+    return names
+
+
+def _table_options(parser: Parser) -> None:
+    """What the columns of a table mean."""
+    parser.add_argument("--text-column", type=_names, default=(), metavar="A,B",
+                        help="joined by the tokenizer's separator; text, sentence or review if not given")
+    parser.add_argument("--template", metavar="TEXT", help='instead: column names in braces, "Q: {question} A: {guess}"')
+    parser.add_argument("--label-column", default="label", help="strings, booleans or whole numbers; any number of classes")
+    parser.add_argument("--eval-split", metavar="NAME|FILE|SHARE",
+                        help="validation, dev or eval if --data has it, else 0.1 of the training rows")
+    parser.add_argument("--feature-columns", type=_names, default=(), metavar="A,B",
+                        help="numbers that the head reads beside the text")
+    parser.add_argument("--truncate", choices=("head", "tail", "middle"), default="tail",
+                        help="the part of a text longer than --max-length that is cut")
+
+
 def _training_options(parser: Parser, mode: str) -> None:
     """What every training has."""
-    parser.add_argument("--task", choices=("cola", "tiny"), help="cola, unless the embedded default is used")
-    parser.add_argument("--data", metavar="DIR", help="folder with the task's files; the Hub's if not given")
+    parser.add_argument("--task", choices=("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny"),
+                        help="csv: any table; cola if not given, unless --data holds tables or the embedded default is used")
+    parser.add_argument("--data", metavar="DIR|FILE", help="folder with the task's files, or a CSV, TSV, JSONL or Parquet "
+                                                           "file; the Hub's if not given")
     parser.add_argument("--out", type=Path, help="the run's folder; runs/MODE-SR if not given")
     parser.add_argument("--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
     parser.add_argument("--batch-size", type=_count, default=32, help="sentences in a batch")
@@ -198,7 +224,7 @@ def _training_options(parser: Parser, mode: str) -> None:
     parser.add_argument("--label-smoothing", type=_share, default=0.0, help="share of the label spread over all classes")
     parser.add_argument("--patience", type=_count, help="stop after so many epochs without a better one")
     parser.add_argument("--max-length", type=_count, help="tokens; the model's context if not given")
-    parser.add_argument("--limit", type=_count, help="first rows of each split only: a quick look")
+    parser.add_argument("--limit", type=_count, help="so many rows of each split, evenly spaced: a quick look")
     parser.add_argument("--save-every", type=_save_every, default="10min", metavar="Nmin|Nsteps",
                         help="minutes, or optimiser steps, between checkpoints in an epoch")
     parser.add_argument("--anomaly", action="store_true",
@@ -294,8 +320,7 @@ def _train(args, options, start) -> int:
     try:
         if not (args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
-        curves = (options.out / "metrics.jsonl").exists()  # --method none trains nothing
-        plots = report_utils.plot_run(options.out, make_folder(args.plots)) if curves else []
+        plots = report_utils.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
@@ -314,7 +339,7 @@ def _only_plots_missing(options, plots: Path) -> bool:
 
     finished = all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl"))
     return finished and not all((plots / f"{options.mode}-{options.sr}_{quantity}.{kind}").exists()
-                                for quantity in report_utils.QUANTITIES for kind in ("png", "pdf"))
+                                for quantity in (*report_utils.QUANTITIES, "confusion") for kind in ("png", "pdf"))
 
 
 def finetune(args) -> int:
@@ -322,12 +347,14 @@ def finetune(args) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import experiments
     from model import LoRAOptions
+    from tables import TableOptions
 
     model, task, data = experiments.choose(args.model, args.task, args.data, _note)
     targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
     options = _run_options(args, "LoRA", model, task, data, method=args.method, keep=not args.no_keep,
                            keep_memory=args.keep_memory, lora=LoRAOptions(
-        args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers))
+        args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers), table=TableOptions(
+        args.text_column, args.label_column, args.template, args.eval_split, args.feature_columns, args.truncate))
 
     def start(stop):
         summary = experiments.finetune(options, stop=stop)
@@ -374,7 +401,7 @@ def evaluate(args) -> None:
         print(json.dumps(result))
     else:
         print(f"{args.data}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
-              f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}")
+              f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
 
 
 def repeat(args) -> int:

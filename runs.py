@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_type_hints
@@ -30,6 +30,7 @@ from data_utils import Task
 from files import (SUMS, UserError, check_sums, json_text, make_folder, read_json, remove_temporaries, sha256, write_file,
                    write_json, write_sums)
 from model import LoRAOptions
+from tables import TableOptions
 from train_utils import CHECKPOINT, TrainOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
@@ -50,10 +51,11 @@ class RunOptions:
     train: TrainOptions
     method: str = "lora"  # lora, full, head or none
     lora: LoRAOptions = LoRAOptions()
+    table: TableOptions = TableOptions()
     keep: bool = True  # keep what the frozen blocks below the lowest trained one compute
     keep_memory: float = 2.0  # GiB of it in memory; the rest is memory-mapped
     max_length: int | None = None  # tokens; the model's context if None
-    limit: int | None = None  # first rows of each split only
+    limit: int | None = None  # so many rows of each split only
     resume: bool = False
     overwrite: bool = False
     deterministic: bool = False
@@ -78,9 +80,11 @@ def provenance(options: dict, task: Task) -> dict:
 
 
 def settings_of(options: RunOptions) -> dict:
-    """What config.json records of these options; nested ones (train, lora) stand beside them, by their own names."""
-    return {field.name: getattr(options, field.name) for field in fields(options)
-            if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora")}
+    """What config.json records of these options; nested ones stand beside them, by their own names (train, lora: where
+    the mode uses them)."""
+    return {**{field.name: getattr(options, field.name) for field in fields(options)
+               if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora", "table")},
+            **asdict(options.table)}
 
 
 def rebuild(cls: type, values: dict, **given):

@@ -14,11 +14,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -108,12 +109,32 @@ def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
-    """n, mean cross-entropy (nats), accuracy, MCC, and the accuracy of always saying the commonest label."""
-    truth, predictions = labels.numpy(), logits.argmax(-1).numpy()
+    """n, mean cross-entropy (nats), accuracy, MCC, macro-F1, and the accuracy of always saying the commonest label.
+
+    Macro-F1 is over all classes that the logits know; one that is neither there nor predicted counts 0.
+    """
+    truth, predictions, classes = labels.numpy(), logits.argmax(-1).numpy(), range(logits.shape[1])
     return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
             "accuracy": float(accuracy_score(truth, predictions)),
             "mcc": float(matthews_corrcoef(truth, predictions)),
+            "macro_f1": float(f1_score(truth, predictions, labels=classes, average="macro", zero_division=0)),
             "majority_accuracy": float(torch.bincount(labels).max()) / len(labels)}
+
+
+def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
+    """The confusion matrix [label][prediction]."""
+    return confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
+
+
+def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict[str, int | float]]:
+    """Precision, recall and F1 of each class by name, and n, its rows, from a confusion matrix; a share of nothing is 0."""
+    counts, result = np.array(matrix), {}
+    for i, name in enumerate(names):
+        hits, said, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
+        result[name] = {"n": int(there), "precision": float(hits / said) if said else 0.0,
+                        "recall": float(hits / there) if there else 0.0,
+                        "f1": float(2 * hits / (said + there)) if said + there else 0.0}
+    return result
 
 
 @torch.inference_mode()
@@ -138,14 +159,13 @@ def labels_of(batches: list[Batch]) -> Tensor:
     return labels
 
 
-def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> dict[str, dict]:
-    """Scores of every development split and, where there are several, of `all` of them together."""
-    logits = {name: predict(model, batches) for name, batches in dev.items()}
-    labels = {name: labels_of(batches) for name, batches in dev.items()}
-    result = {name: scores(logits[name], labels[name]) for name in dev}
+def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, dict], dict[str, list]]:
+    """Scores and confusion matrix of every development split and, where there are several, of `all` of them together."""
+    answers = {name: (predict(model, batches), labels_of(batches)) for name, batches in dev.items()}
     if len(dev) > 1:
-        result["all"] = scores(torch.cat(list(logits.values())), torch.cat(list(labels.values())))
-    return result
+        answers["all"] = tuple(torch.cat(parts) for parts in zip(*answers.values(), strict=True))
+    return ({name: scores(*answer) for name, answer in answers.items()},
+            {name: confusion(*answer) for name, answer in answers.items()})
 
 
 # ---------------------------------------------------------------- the loop
@@ -166,7 +186,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW; no decay on vectors (biases, norms), and a rate of its own for the head if asked."""
-    head = tuple(f"net.{name}." for name in model.head_names()) if hasattr(model, "head_names") else ()
+    head = (*(f"net.{name}." for name in model.head_names()), "feature_head.") if hasattr(model, "head_names") else ()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trainable(model).items():
         lr = options.head_lr if options.head_lr is not None and name.startswith(head or " ") else options.lr
@@ -211,7 +231,7 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
         try:
             with anomaly.watching(model) if options.anomaly else nullcontext():
                 _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
-                validation = validate(model, dev)
+                validation, matrices = validate(model, dev)
         except anomaly.NotFinite as found:
             raise Diverged(_where(str(found), progress, optimizer, options)) from None
         except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
@@ -220,6 +240,7 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
             raise
         with deferred():
             line = {"epoch": progress.epoch, "train": _train_scores(progress), "validation": validation,
+                    "confusion": matrices,
                     # By formula: a run resumed after the epoch's last step has set no rate of its own.
                     "learning_rate": optimizer.param_groups[0]["peak"] * learning_rate_factor(
                         progress.step - 1, total, options.warmup, options.schedule),

@@ -30,7 +30,8 @@ class WordTokenizer:
 
     def __call__(self, sentences, truncation=False, max_length=None, **_):
         ids = [[len(word) for word in sentence.split(" ") if word] for sentence in sentences]
-        return {"input_ids": [tokens[:max_length] for tokens in ids] if truncation else ids}
+        ids = [tokens[:max_length] for tokens in ids] if truncation else ids
+        return {"input_ids": ids, "special_tokens_mask": [[0] * len(tokens) for tokens in ids]}
 
 
 def words_of(lengths: list[int]) -> list[str]:
@@ -106,17 +107,20 @@ def test_a_training_split_of_one_class_is_refused_but_a_development_split_may_be
         load_task("cola", tmp_path)
 
 
-def test_a_limit_takes_the_first_rows_and_still_needs_both_classes(tmp_path):
+def test_a_limit_takes_evenly_spaced_rows_and_still_needs_every_class(tmp_path):
     toy.write_cola(tmp_path)
-    (tmp_path / "in_domain_train.tsv").write_bytes(GOOD * 3 + b"s\t0\t*\tBad.\n")
-    limited = load_task("cola", tmp_path).limit(4)
+    (tmp_path / "in_domain_train.tsv").write_bytes(GOOD * 5 + b"s\t0\t*\tBad.\n" * 3)
+    task = load_task("cola", tmp_path)
+    limited = task.limit(4)
     assert limited.train.labels == [1, 1, 1, 0] and len(limited.dev["in_domain"]) == 4
-    with pytest.raises(UserError, match="the first 3 training rows: every label is 1"):
-        load_task("cola", tmp_path).limit(3)
+    assert limited.dev["in_domain"].sentences == task.dev["in_domain"].sentences[::3]
+    assert task.limit(100).train == task.train
+    with pytest.raises(UserError, match="--limit 1: the 1 training rows have no example of class 0"):
+        task.limit(1)
 
 
 def test_an_unknown_task_or_folder_says_what_was_expected(tmp_path):
-    with pytest.raises(UserError, match="--task colla: unknown; expected one of cola, tiny"):
+    with pytest.raises(UserError, match="--task colla: unknown; expected one of cola, rotten_tomatoes, imdb, buzzer, csv, "):
         load_task("colla", tmp_path)
     with pytest.raises(UserError, match="not a folder; expected one with in_domain_train.tsv"):
         load_task("cola", tmp_path / "missing")
@@ -129,7 +133,7 @@ def test_truncation_keeps_the_beginning_and_warns_once_with_the_count():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ids = encode(WordTokenizer(), sentences, max_length=5)
-    assert [str(w.message) for w in caught] == ["2 of 4 sentences are longer than 5 tokens and were truncated"]
+    assert [str(w.message) for w in caught] == ["2 of 4 sentences are longer than 5 tokens and were truncated (tail cut)"]
     assert ids == [tokens[:5] for tokens in WordTokenizer()(sentences)["input_ids"]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -19,7 +19,7 @@ from runs import without_times
 from signals import Interrupted
 
 torch.set_num_threads(1)
-SCORES = {"n", "loss", "accuracy", "mcc", "majority_accuracy"}
+SCORES = {"n", "loss", "accuracy", "mcc", "macro_f1", "majority_accuracy"}
 TRAIN = {"epochs", "steps", "seconds", "tokens", "tokens_per_second", "padding_percent", "peak_memory_bytes"}
 SPLITS = {"in_domain": 12, "out_of_domain": 12, "all": 24}
 SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8)
@@ -120,7 +120,7 @@ def test_its_metrics_have_a_line_an_epoch_and_tensorboard_the_same_scalars(work)
     lines = lines_of(work / "LoRA")
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     for line in lines:
-        assert set(line) == {"epoch", "train", "validation", "learning_rate", "seconds", "tokens"}
+        assert set(line) == {"epoch", "train", "validation", "confusion", "learning_rate", "seconds", "tokens"}
         assert set(line["train"]) >= {"loss", "accuracy", "mcc"}
         assert set(line["validation"]) == set(SPLITS)
     events = EventAccumulator(str(work / "LoRA" / "tensorboard")).Reload()
@@ -167,7 +167,9 @@ def test_every_method_leaves_a_run_that_eval_scores_alike(work, tmp_path, capsys
     assert sum(value.numel() for value in kept.values()) == (total if method == "full" else head)
     capsys.readouterr()
     assert toy.main("eval", tmp_path / "run", "--data", work / "cola" / "in_domain_dev.tsv", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == summary["validation"]["in_domain"]
+    result = json.loads(capsys.readouterr().out)
+    assert result.pop("by_class") == summary["by_class"]["in_domain"]
+    assert result == summary["validation"]["in_domain"]
 
 
 # ---------------------------------------------------------------- eval
@@ -176,8 +178,10 @@ def test_every_method_leaves_a_run_that_eval_scores_alike(work, tmp_path, capsys
 def test_eval_of_a_lora_run_repeats_its_summary(work, capsys, split):
     assert toy.main("eval", work / "LoRA", "--data", work / "cola" / f"{split}_dev.tsv", "--json") == 0
     result = json.loads(capsys.readouterr().out)
+    summary = read_json(work / "LoRA" / "summary.json")
+    assert result.pop("by_class") == summary["by_class"][split]
     assert set(result) == SCORES
-    assert result == read_json(work / "LoRA" / "summary.json")["validation"][split]
+    assert result == summary["validation"][split]
 
 
 def test_eval_writes_each_prediction_beside_its_sentence(work, tmp_path, capsys):
@@ -209,7 +213,8 @@ def test_a_base_whose_weights_changed_since_the_run_is_refused(work, tmp_path, c
 
 def test_eval_of_a_distillation_run_repeats_its_summary(work, distilled, capsys):
     assert toy.main("eval", distilled[0], "--data", work / "cola" / "in_domain_dev.tsv", "--json") == 0
-    expected = read_json(distilled[0] / "summary.json")["student"]["validation"]["in_domain"]
+    student = read_json(distilled[0] / "summary.json")["student"]
+    expected = {**student["validation"]["in_domain"], "by_class": student["by_class"]["in_domain"]}
     assert json.loads(capsys.readouterr().out) == expected
 
 
@@ -335,7 +340,7 @@ def test_a_run_stopped_while_plotting_leaves_no_half_plot_and_resume_draws_them(
     before = toy.tree(tmp_path / "run")
     assert "summary.json" in before
     assert lora(work, tmp_path / "run", "--resume", *more) == 0
-    assert toy.tree(tmp_path / "run") == before and len(toy.tree(tmp_path / "plots")) == 6
+    assert toy.tree(tmp_path / "run") == before and len(toy.tree(tmp_path / "plots")) == 8
     assert lora(work, tmp_path / "run", "--resume", *more) == 2  # nothing is left to do
 
 

@@ -186,7 +186,7 @@ def test_cola_comes_from_the_hub_and_is_split_where_the_public_files_meet(hub_fo
 
 @pytest.mark.parametrize("rows", [1042, 1044, 527])
 def test_a_glue_validation_set_of_another_size_is_refused(tmp_path, monkeypatch, rows):
-    files = {"train": parquet(tmp_path / "train", 20), "validation": parquet(tmp_path / "validation", rows)}
+    files = {"train": parquet(tmp_path / "train.parquet", 20), "validation": parquet(tmp_path / "validation.parquet", rows)}
     monkeypatch.setattr(huggingface_hub, "hf_hub_download",
                         lambda repository, file, **_: str(files[file.split("/")[1].split("-")[0]]))
     with pytest.raises(UserError, match=f"^nyu-mll/glue: {rows} validation rows; expected 1043, of which the first 527 are"):

@@ -17,9 +17,9 @@ import train_utils
 from data_utils import bucket_by_length, collate
 from files import UserError
 from signals import Interrupted
-from train_utils import (Diverged, Progress, TrainOptions, cross_entropy, distillation, fit, kd_loss,
-                         labels_of, learning_rate_factor, load_checkpoint, make_optimizer, predict, save_checkpoint,
-                         scores, trainable, validate)
+from train_utils import (Diverged, Progress, TrainOptions, confusion, cross_entropy, distillation, fit, kd_loss,
+                         labels_of, learning_rate_factor, load_checkpoint, make_optimizer, per_class, predict,
+                         save_checkpoint, scores, trainable, validate)
 
 torch.set_num_threads(1)
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -206,11 +206,26 @@ def test_predict_keeps_the_splits_order():
 
 def test_all_is_the_score_of_both_splits_together():
     model, dev = ToyModel(3), toy_dev()
-    result = validate(model, dev)
+    result, matrices = validate(model, dev)
     together = scores(torch.cat([predict(model, split) for split in dev.values()]),
                       torch.cat([labels_of(split) for split in dev.values()]))
     assert result["all"] == together and result["all"]["n"] == 20
-    assert set(validate(model, {"only": dev["in_domain"]})) == {"only"}
+    assert (np.array(matrices["in_domain"]) + np.array(matrices["out_of_domain"]) == np.array(matrices["all"])).all()
+    assert np.trace(np.array(matrices["all"])) / 20 == pytest.approx(together["accuracy"])
+    assert set(validate(model, {"only": dev["in_domain"]})[0]) == {"only"}
+
+
+@FAST
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+def test_scores_by_class_are_scikit_learns(pairs):
+    """A class that is never there or never predicted counts 0, also in macro-F1."""
+    truth, predicted = (torch.tensor(values) for values in zip(*pairs, strict=True))
+    logits = torch.nn.functional.one_hot(predicted, 4).float()
+    result = per_class(confusion(logits, truth), ("a", "b", "c", "d"))
+    expected = metrics.precision_recall_fscore_support(truth, predicted, labels=range(4), zero_division=0)
+    for key, values in zip(("precision", "recall", "f1", "n"), expected, strict=True):
+        assert [row[key] for row in result.values()] == pytest.approx(list(values))
+    assert scores(logits, truth)["macro_f1"] == pytest.approx(np.mean(expected[2]))
 
 
 # ---------------------------------------------------------------- the schedule and the optimiser
@@ -340,7 +355,7 @@ def scripted(monkeypatch, in_domain: list[tuple[float, float]]):
     """Replaces validation by given (MCC, loss) pairs; another split is best in epoch 1."""
     results = iter([{"in_domain": {"mcc": mcc, "loss": loss}, "out_of_domain": {"mcc": -epoch, "loss": epoch}}
                     for epoch, (mcc, loss) in enumerate(in_domain)])
-    monkeypatch.setattr(train_utils, "validate", lambda *_: next(results))
+    monkeypatch.setattr(train_utils, "validate", lambda *_: (next(results), {}))
 
 
 def test_the_best_epoch_is_the_select_splits_by_mcc_then_loss_and_its_weights_stay(monkeypatch):
