@@ -265,7 +265,27 @@ def _call(args) -> int:
                 "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
         _complain(error)
-        return 2
+    except OSError as error:
+        _complain(f"{error.filename or 'a file or connection'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        import memory
+
+        if not memory.exhausted(error):
+            raise
+        _complain(f"out of memory{_less_memory(args)}")
+    return 2
+
+
+def _less_memory(args) -> str:
+    """What to try where memory ran out."""
+    size, tokens = getattr(args, "batch_size", None), getattr(args, "batch_tokens", None)
+    if tokens:
+        less = f" with --batch-tokens {tokens}; try --batch-tokens {max(1, tokens // 2)}"
+    elif size and size > 1:
+        less = f" with --batch-size {size}; try --batch-size {size // 2}"
+    else:
+        return f"{' with --batch-size 1' if size else ''}; try a smaller --max-length, or a smaller model"
+    return less + f" --accumulate {2 * args.accumulate}, which is the same step, and --overwrite; checkpoints are kept"
 
 
 def _note(text: str) -> None:

@@ -8,12 +8,15 @@ TensorBoard's; they are checked whenever a run is read or resumed.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,7 +27,9 @@ from typing import get_type_hints
 
 import filelock
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data_utils import Task
 from files import (SUMS, UserError, check_sums, json_text, make_folder, read_json, remove_temporaries, sha256, write_file,
@@ -221,7 +226,7 @@ class Recorder:
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder, self.say, self.lines = folder, say, []
-        self.writer = None
+        self.events = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
 
     def __call__(self, history: list[dict], phase: str | None = None) -> None:
         """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
@@ -230,16 +235,27 @@ class Recorder:
         write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         if not history:
             return
-        if self.writer is None:
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        line = history[-1]
-        for split, values in {"train": line["train"], **line["validation"]}.items():
-            for key in ("loss", "accuracy", "mcc"):
-                self.writer.add_scalar(f"{phase + '/' if phase else ''}{split}/{key}", values[key], line["epoch"])
-        self.writer.add_scalar(f"{phase + '/' if phase else ''}learning_rate", line["learning_rate"], line["epoch"])
-        self.writer.flush()
+        line, prefix = history[-1], f"{phase}/" if phase else ""
+        self._scalars(line["epoch"], {f"{prefix}learning_rate": line["learning_rate"], **{
+            f"{prefix}{split}/{key}": values[key] for split, values in {"train": line["train"], **line["validation"]}.items()
+            for key in ("loss", "accuracy", "mcc")}})
         self.say(f"  epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, " + ", ".join(
             f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" for split, v in line["validation"].items()))
+
+    def _scalars(self, epoch: int, values: dict[str, float]) -> None:
+        """Appends an epoch to TensorBoard's file: its own writer is a thread, which fails unseen on a full disk."""
+        new, records = not self.events.exists(), io.BytesIO()
+        events = [Event(file_version="brain.Event:2", wall_time=time.time())] if new else []
+        events += [Event(wall_time=time.time(), step=epoch, summary=Summary(
+            value=[Summary.Value(tag=tag, simple_value=value)])) for tag, value in values.items()]
+        for event in events:
+            RecordWriter(records).write(event.SerializeToString())
+        try:
+            self.events.parent.mkdir(exist_ok=True)
+            with open(self.events, "ab") as file:
+                file.write(records.getvalue())
+        except OSError as error:
+            raise UserError(f"{self.events}: cannot be written ({error.strerror})") from None
 
 
 def finish(folder: Path, summary: dict) -> None:
