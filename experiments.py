@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 import adapters
 import data_utils
 import frozen
 import memory
 import train_utils
-from backbones import load_config, load_tokenizer, max_length_of
+from backbones import is_decoder, load_config, load_tokenizer, max_length_of
 from data_utils import Batch, Task
 from files import UserError, read_json, sha256, write_file, write_json
 from model import (DistilRNN, FeatureHead, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora,
@@ -119,9 +120,9 @@ def _batches(task: Task, tokenizer, max_length: int, options: TrainOptions, trun
     return make[0][1], dict(make[1:])
 
 
-def _select(task: Task) -> str:
-    """The split whose MCC chooses the best epoch: in-domain where there is one."""
-    return "in_domain" if "in_domain" in task.dev else next(iter(task.dev))
+def selection_split(splits) -> str:
+    """The split (by name, of the task or of its scores) whose MCC chooses the best epoch: in-domain where there is one."""
+    return "in_domain" if "in_domain" in splits else next(iter(splits))
 
 
 def _training_summary(progress: train_utils.Progress, batches: list[Batch]) -> dict:
@@ -245,7 +246,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
                 say(f"  kept what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
                     f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
             progress = train_utils.fit(classifier, batches, dev, train_utils.cross_entropy(options.train.label_smoothing),
-                                       options.train, folder=folder, resume=options.resume, select=_select(task),
+                                       options.train, folder=folder, resume=options.resume, select=selection_split(task.dev),
                                        on_epoch=record, stop=stop)
             result = _result(progress.best_epoch, progress.history, task.classes)
         save_trained(classifier, options.method, folder, options.model)
@@ -254,6 +255,18 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
                    "train": _training_summary(progress, batches), "sanity": sanity}
         finish(folder, summary)
     return summary
+
+
+def check(options: RunOptions) -> Task:
+    """Raises what `finetune` would of a task, model, target, layer or rank, without loading weights; returns the task."""
+    task = _load_task(options, load_tokenizer(options.model))
+    config = load_config(options.model)
+    is_decoder(config)  # or says that there is no classifier of that kind
+    config.num_labels = task.num_labels
+    with torch.device("meta"):
+        classifier = TextClassifier(AutoModelForSequenceClassification.from_config(config))
+        adapt(classifier, options.method, options.lora)
+    return task
 
 
 def save_trained(classifier: TextClassifier, method: str, folder: Path, base: str) -> None:
@@ -441,7 +454,7 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
             model = DistilRNN(config).to(device())
             progress = train_utils.fit(
                 model, texts, dev_texts, objective, options.train, folder=folder, resume=options.resume, name=f"{phase}.",
-                select=_select(task), stop=stop, on_epoch=lambda history, phase=phase: record(history, phase))
+                select=selection_split(task.dev), stop=stop, on_epoch=lambda history, phase=phase: record(history, phase))
             write_file(folder / f"{phase}.safetensors", save({n: t.cpu() for n, t in model.state_dict().items()}))
             results[phase] = {"parameters": config.parameters(),
                               **_result(progress.best_epoch, progress.history, task.classes),

@@ -101,7 +101,7 @@ class FrozenPrefix:
     def _pooled(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         if self.classifier.decoder:
             return self.classifier.pool(input_ids, mask).unsqueeze(1)
-        output = self.backbone(input_ids=input_ids, attention_mask=None if bool(mask.all()) else mask)
+        output = self.backbone(**self.classifier.encoder_inputs(input_ids, mask))
         pooler = getattr(output, "pooler_output", None)
         first = output.last_hidden_state[:, 0]
         return torch.stack([first] if pooler is None else [first, pooler], 1)

@@ -23,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from backbones import from_pretrained, is_decoder, load_causal_lm, load_config
 from files import UserError
+from fused import fuse, rows_of
+from lora import LoRALinear, weight_of
 
 # Loading weights shows a bar only where it takes a while: an error after it stays one line.
 transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{"delay": 2, **kwargs}))
@@ -44,133 +46,6 @@ FUSED_QKV = "attn.c_attn"
 
 
 # ---------------------------------------------------------------- LoRA
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained low-rank update: y = W x + b + scaling * B A x.
-
-    LoRA, Hu et al. 2021, equation 3; scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
-    (Kalajdzievski 2023). A starts random (Kaiming uniform, a = sqrt(5)), B at zero, so that a fresh
-    adapter changes nothing.
-
-    With `slices`, each (start, stop) range of the outputs gets an A and a B of its own and the other
-    outputs stay as they are: GPT-2's fused c_attn adapted in q and v only, say. The As are stacked and
-    the Bs form one block matrix, which is one LoRA of the summed rank.
-
-    Args:
-        base: `nn.Linear`, or GPT-2's `Conv1D`, which stores W transposed; frozen here.
-        rank: rank of each update.
-        alpha: numerator of the scaling.
-        dropout: probability with which an input of A is zeroed in training.
-        rslora: scale by alpha / sqrt(rank).
-        slices: output ranges to adapt; all outputs if None.
-    """
-
-    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
-                 slices: list[tuple[int, int]] | None = None):
-        super().__init__()
-        weight = _weight(base)
-        self.out_features, self.in_features = weight.shape
-        self.slices = slices or [(0, self.out_features)]
-        self.base = base.requires_grad_(False)
-        self.rank, self.alpha, self.rslora = rank, alpha, rslora
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.dropout = nn.Dropout(dropout)
-        # Adapters stay float32 where the frozen weights are bfloat16: their updates are too small for it.
-        self.lora_A = nn.Parameter(torch.empty(rank * len(self.slices), self.in_features, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(sum(stop - start for start, stop in self.slices), rank,
-                                               device=weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.merged = False
-
-    def block_B(self) -> Tensor:
-        """B over all outputs, (out_features, rank * slices): block by block where there are slices."""
-        if self.slices == [(0, self.out_features)]:
-            return self.lora_B
-        block = self.lora_B.new_zeros(self.out_features, self.lora_A.shape[0])
-        row = 0
-        for i, (start, stop) in enumerate(self.slices):
-            block[start:stop, i * self.rank:(i + 1) * self.rank] = self.lora_B[row:row + stop - start]
-            row += stop - start
-        return block
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        if self.merged:
-            return self.base(x.to(self.base.weight.dtype)).to(x.dtype)
-        rows = x.reshape(-1, self.in_features)
-        A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
-        if self.dropout.p > 0 and self.training:  # W and A see different inputs
-            weight = _weight(self.base)
-            y = F.linear(rows.to(weight.dtype), weight, self.base.bias).to(x.dtype)
-            y = torch.addmm(y, F.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
-        else:
-            y = _LoRAProduct.apply(rows, _weight(self.base), self.base.bias, A, B, self.scaling)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def delta(self) -> Tensor:
-        """The update of W, (out_features, in_features), in float32."""
-        return self.scaling * (self.block_B().float() @ self.lora_A.float())
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Adds the update to the frozen weight; a second call does nothing.
-
-        Raises:
-            ValueError: the update is not finite; the weight is left as it was.
-        """
-        self._shift(merge=True)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Takes the update out of the frozen weight again."""
-        self._shift(merge=False)
-
-    def _shift(self, merge: bool) -> None:
-        if self.merged == merge:
-            return
-        delta = self.delta()
-        if not torch.isfinite(delta).all():
-            raise ValueError("the adapter holds values that are not finite; nothing was merged")
-        weight = _weight(self.base)
-        weight.add_(delta.to(weight.dtype), alpha=1 if merge else -1)
-        self.merged = merge
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling}, slices={self.slices}"
-
-
-class _LoRAProduct(torch.autograd.Function):
-    """x W^T + b + scaling (x A^T) B^T, for a W that never trains.
-
-    Keeps what the backward pass needs (x and the narrow x A^T) and adds each update in place, so that
-    no second (rows, features) tensor is written in either direction. Where W is bfloat16 and x is not,
-    only the product with W runs in bfloat16.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        y = F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)  # (rows, out)
-        h = torch.mm(x, A.t())  # (rows, rank)
-        ctx.save_for_backward(x, h, weight, A, B)
-        ctx.scaling = scaling
-        return y.addmm_(h, B.t(), alpha=scaling)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, weight, A, B = ctx.saved_tensors
-        grad_h = torch.mm(grad, B).mul_(ctx.scaling)  # (rows, rank)
-        # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
-        grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling).t()
-        grad_A = torch.mm(grad_h.t(), x)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad.to(weight.dtype), weight).to(grad.dtype).addmm_(grad_h, A)
-        return grad_x, None, None, grad_A, grad_B, None
-
-
-def _weight(linear: nn.Linear | Conv1D) -> Tensor:
-    """The weight as (out_features, in_features), a view where it is stored transposed."""
-    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
-
 
 @dataclass(frozen=True)
 class LoRAOptions:
@@ -264,7 +139,7 @@ def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
     targets = find_targets(backbone, options.targets)
     layers = parse_layers(options.layers, len(blocks))
     for name in targets:
-        outputs, inputs = _weight(blocks[0].get_submodule(name)).shape
+        outputs, inputs = weight_of(blocks[0].get_submodule(name)).shape
         if not 1 <= options.rank <= min(inputs, outputs):
             raise UserError(f"--rank {options.rank}: expected 1 to {min(inputs, outputs)} for {name} ({inputs} x {outputs})")
     backbone.requires_grad_(False)
@@ -274,7 +149,7 @@ def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
             base = blocks[layer].get_submodule(name)
             slices = None
             if name == FUSED_QKV and roles and roles < {"q", "k", "v"}:
-                third = _weight(base).shape[0] // 3
+                third = weight_of(base).shape[0] // 3
                 slices = [(i * third, (i + 1) * third) for i, role in enumerate("qkv") if role in roles]
             lora = LoRALinear(base, options.rank, options.alpha, options.dropout, options.rslora, slices)
             blocks[layer].set_submodule(name, lora)
@@ -301,7 +176,8 @@ class TextClassifier(nn.Module):
 
     `net` is the library's own class (GPT2ForSequenceClassification, ...), so parameter names are those
     of its checkpoints and of PEFT's adapters. A decoder is pooled at the last real token, and needs no
-    attention mask: with right padding and causal attention no real token ever sees a pad.
+    attention mask: with right padding and causal attention no real token ever sees a pad. Where the blocks
+    are of a known kind (`fused`) they compute for the pooled token alone what it alone needs.
     """
 
     def __init__(self, net: PreTrainedModel):
@@ -312,6 +188,7 @@ class TextClassifier(nn.Module):
         self.decoder = hasattr(net, "score")
         self.full = False  # whether the backbone itself is trained
         self.prefix = None  # a frozen.FrozenPrefix, where frozen results are kept
+        self.known = fuse(net.base_model)
 
     @classmethod
     def from_causal_lm(cls, lm: PreTrainedModel, num_labels: int) -> TextClassifier:
@@ -344,8 +221,22 @@ class TextClassifier(nn.Module):
                 layer.train(mode)
         return self
 
+    def fused(self) -> bool:
+        """Whether the blocks may go their shorter way, which has no gradients for the backbone's own weights."""
+        trained = torch.is_grad_enabled() and next(self.net.base_model.parameters()).requires_grad
+        return self.known and not self.full and not trained
+
+    def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
+        """What an encoder is called with: no mask where it would mask nothing."""
+        mask = None if bool(attention_mask.all()) else attention_mask
+        return {"input_ids": input_ids, "attention_mask": mask, **({"pooled": True} if self.fused() else {})}
+
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, C)
         """A decoder's hidden state at the last real token."""
+        if self.fused():
+            rows = rows_of(input_ids, attention_mask)
+            return self.net.base_model(input_ids=rows.ids, position_ids=rows.positions, use_cache=False,
+                                       rows=rows).last_hidden_state[:, 0]
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
         last = attention_mask.sum(1) - 1
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
@@ -371,8 +262,7 @@ class TextClassifier(nn.Module):
             self.prefix.kept = kept
         try:
             if not self.decoder:
-                mask = None if bool(attention_mask.all()) else attention_mask
-                return self.net(input_ids=input_ids, attention_mask=mask).logits.float()
+                return self.net(**self.encoder_inputs(input_ids, attention_mask)).logits.float()
             pooled = kept[:, 0] if kept is not None and self.prefix.head_only else self.pool(input_ids, attention_mask)
             return self.net.score(pooled.to(self.net.score.weight.dtype)).float()
         finally:

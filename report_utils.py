@@ -36,8 +36,9 @@ BLACK, BLUE, VERMILLION, GREEN, PURPLE, GREY = "#222222", "#0072B2", "#D55E00", 
 PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
 
 NOT_RUN = rb"\emph{not run}"
-TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results", "distil_size",
-          "distil_epochs", "distil_options", "distil_provenance")
+TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results",
+          "distil_size", "distil_epochs", "distil_options", "distil_provenance")
+STUDIES = ("compare",)  # many runs each: a table <study>_results and a figure, where there is one
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
@@ -310,14 +311,15 @@ def _tabular(columns: str, head: str, rows: list[list[str]], environment: str = 
             f"\\end{{{environment}}}\n")
 
 
-def _grouped(before: list[str], groups: dict[str, list[str]]) -> str:
+def _grouped(before: list[str], groups: dict[str, list[str]], after: list[str] | None = None) -> str:
     """A head of two lines: the groups' names with a rule below each, then every column's name."""
     above, rules, column = [""] * len(before), "", len(before) + 1
     for name, names in groups.items():
         above.append(rf"\multicolumn{{{len(names)}}}{{c}}{{{escape(_said(name))}}}")
         rules += rf"\cmidrule(lr){{{column}-{column + len(names) - 1}}}"
         column += len(names)
-    return " & ".join(above) + f" \\\\ {rules}\n" + " & ".join(before + sum(groups.values(), []))
+    above += [""] * len(after or [])
+    return " & ".join(above) + f" \\\\ {rules}\n" + " & ".join(before + sum(groups.values(), []) + (after or []))
 
 
 def _epochs(metrics: list[Record]) -> str:
@@ -409,7 +411,7 @@ def _distil_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
 
 
 def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> list[Path]:
-    r"""Writes report/results/ from the two runs of `sr`: numbers.tex, tables, figures. Nothing older stays there.
+    r"""Writes report/results/ from the runs and studies of `sr`: numbers.tex, tables, figures. Nothing older stays there.
 
     numbers.tex holds a \setresult{key}{value} per number, which main.tex prints with \result{key}; a key that is
     not there prints "not run", and the tables of a missing run say the same.
@@ -431,6 +433,14 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
         files |= {f"{name}.tex": table.encode() for name, table in tables.items()}
         files |= {f"{mode}_{path.stem.rpartition('_')[2]}.pdf": path.read_bytes()
                   for path in plot_run(run_dir, plots_dir) if path.suffix == ".pdf"}
+    for mode in STUDIES:
+        path = runs_dir / f"{mode}-{sr}" / f"{mode}.json"
+        if path.is_file():
+            study, (latex, notes) = read_json(path), STUDY_TABLES[mode]
+            files[f"{mode}_results.tex"] = latex(study).encode()
+            files[f"{mode}.pdf"] = next(p for p in plot_study(path, plots_dir) if p.suffix == ".pdf").read_bytes()
+            numbers |= {f"{mode}.{key}": breakable(study[key]) for key in ("model", "task", "command")}
+            numbers[f"{mode}.notes"] = escape(" ".join(notes(study)))
     files["numbers.tex"] = "".join(f"\\setresult{{{key}}}{{{value}}}\n" for key, value in numbers.items()).encode()
     results = report_dir / "results"
     for name, content in files.items():
@@ -441,6 +451,172 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
     return [results / name for name in files]
 
 
+# ---------------------------------------------------------------- comparisons
+
+def _spread(spread: Record, key: str) -> str:
+    """Mean and, where there are several seeds, sample standard deviation."""
+    factor, digits = (100, 1) if key == "accuracy" else (1, 3)
+    mean, sd = factor * spread.number("mean"), factor * spread.number("sd")
+    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" \u00b1 {sd:.{digits}f}")
+
+
+def _shown_splits(splits: list[str]) -> list[str]:
+    """`all` is in- and out-of-domain together, and in a wide table one too many."""
+    return [split for split in splits if split != "all"]
+
+
+def _scores_of(entries: list[Record]) -> dict[str, str]:
+    """Key -> name of the scores that a comparison has."""
+    names = {"accuracy": "acc. %", "mcc": "MCC", "macro_f1": "macro-F1"}
+    return {key: name for key, name in names.items() if all(
+        key in scores for entry in entries for scores in entry.section("best").values())}
+
+
+def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list[str], list[list[str]]]:
+    """A comparison as plain text cells.
+
+    Returns:
+        the columns before the scores, the scores of each split, the columns after them, and the rows: the majority
+        class, then the best and the last epoch of each entry.
+    """
+    done = [entry for entry in compare["entries"] if "best" in entry]
+    if not done:
+        raise ReportError(f"{compare.source}: every run diverged; lower --lr-grid")
+    splits, scores = _shown_splits(compare.section("selection")["splits"]), _scores_of(done)
+    majority = done[0].section("majority_accuracy")
+    rows = [["majority class", "", "", "", ""] + [
+        {"accuracy": f"{100 * majority.number(split):.1f}", "mcc": "0"}.get(key, "") for split in splits for key in scores]
+        + [""] * 3]
+    for entry in compare["entries"]:
+        name, seeds = entry["entry"], len(entry["seeds"])
+        if entry not in done:
+            rows.append([name, "", "", "", "diverged"] + [""] * (len(splits) * len(scores) + 3))
+            continue
+        counts, rate = entry.section("parameters"), entry["learning_rate"]
+        size = [f"{counts.number('trainable'):,.0f}", f"{counts.number('trainable_percent'):.3g}",
+                "" if rate is None else f"{rate:g}"]
+        cost = [f"{entry.number('seconds_per_epoch'):.3g}", f"{entry.number('peak_memory_bytes') / 2 ** 20:,.0f}",
+                f"{entry.number('size_bytes') / 1e6:.3g}"]
+        few = f" ({seeds} of {len(compare['seeds'])} seeds)" if seeds < len(compare["seeds"]) else ""
+        for which in ("best",) if rate is None else ("best", "last"):
+            epoch = "untrained" if rate is None else f"{which} ({entry.section(which + '_epoch').number('mean'):.3g})"
+            values = [_spread(entry.section(which).section(split).section(key), key) for split in splits for key in scores]
+            first = which == "best"
+            rows.append([name + few if first else ""] + (size if first else [""] * 3) + [epoch] + values
+                        + (cost if first else [""] * 3))
+    return (["entry", "trained", "%", "lr", "epoch"], {split: list(scores.values()) for split in splits},
+            ["s/epoch", "peak MiB", "MB on disk"], rows)
+
+
+def compare_notes(compare: Record) -> list[str]:
+    """What a reader must know beside the table."""
+    selection, seeds = compare.section("selection"), compare["seeds"]
+    main = selection["split"]
+    others = [split for split in _shown_splits(selection["splits"]) if split != main]
+    tried = max(len(entry["tried"]) for entry in compare["entries"])
+    chose = ("the epoch" if tried == 1 else f"the epoch, and the learning rate (of {tried}, on the first seed)") + (
+        " by its MCC")
+    split = (f"The {_said(main)} split chose {chose}; {_said(others[0])} took part in no choice." if others else
+             f"The {_said(main)} split chose {chose}, and is the one reported: its figures flatter a little.")
+    edge = [f"{entry['entry']} ({entry['learning_rate']:g})" for entry in compare["entries"] if len(entry["tried"]) > 2
+            and entry["learning_rate"] in (entry["tried"][0]["learning_rate"], entry["tried"][-1]["learning_rate"])]
+    return [(f"Mean \u00b1 sample standard deviation over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]})."
+             if len(seeds) > 1 else f"One seed ({seeds[0]})."), split,
+            "Seconds an epoch are of training alone; where frozen results are kept, one pass over the data comes first.",
+            *([f"Chosen at the edge of the grid: {', '.join(edge)}; a wider grid may do better."] if edge else [])]
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows as lines of text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
+                                                   ]).rstrip() for row in rows]
+
+
+def compare_text(compare: Record) -> str:
+    """The table of a comparison for the terminal."""
+    before, groups, after, rows = compare_rows(compare)
+    above = [""] * len(before) + [_said(split) if i == 0 else "" for split, names in groups.items()
+                                  for i in range(len(names))] + [""] * len(after)
+    head = before + sum(groups.values(), []) + after
+    return "\n".join([f"{compare['model']} on {compare['task']}", *aligned([above, head, *rows]), *compare_notes(compare)])
+
+
+def compare_latex(compare: Record) -> str:
+    """The table of a comparison for the report."""
+    before, groups, after, rows = compare_rows(compare)
+    head = _grouped(list(map(escape, before)), {split: list(map(escape, names)) for split, names in groups.items()},
+                    list(map(escape, after)))
+    scores = sum(map(len, groups.values()))
+    return _tabular("lrrrl" + "r" * (scores + len(after)), head, [[_latex(cell) for cell in row] for row in rows])
+
+
+def _latex(cell: str) -> str:
+    """A plain cell as LaTeX: a number's minus is no hyphen."""
+    return re.sub(r"^-(?=\d)", "$-$", escape(cell))
+
+
+def compare_figure(compare: Record) -> Figure:
+    """Accuracy of the best epoch against trained parameters, with the majority class as a dashed line."""
+    done = sorted((entry for entry in compare["entries"] if "best" in entry),
+                  key=lambda entry: entry.section("parameters").number("trainable"))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    x = [entry.section("parameters").number("trainable") for entry in done]
+    main = compare.section("selection")["split"]
+    splits = sorted(_shown_splits(compare.section("selection")["splits"]), key=lambda split: split != main)
+    for split, colour, marker in zip(splits, (BLUE, VERMILLION, PURPLE), "osD", strict=False):
+        spreads = [entry.section("best").section(split).section("accuracy") for entry in done]
+        y = [100 * spread.number("mean") for spread in spreads]
+        sd = [0 if math.isnan(spread.number("sd")) else 100 * spread.number("sd") for spread in spreads]
+        axes.errorbar(x, y, yerr=sd, fmt=marker, color=colour, ms=6, capsize=4, label=_said(split),
+                      zorder=3 if split == main else 2, markerfacecolor=colour if split == main else "white")
+        level = 100 * done[0].section("majority_accuracy").number(split)
+        axes.axhline(level, color=colour, linestyle="--", linewidth=1, alpha=0.7,
+                     label=f"majority class, {_said(split)} ({level:.1f} %)")
+    _label_points(axes, x, [100 * entry.section("best").section(main).section("accuracy").number("mean")
+                            for entry in done], [str(entry["entry"]) for entry in done])
+    _parameter_axis(axes, x)
+    seeds = len(compare["seeds"])
+    axes.set_ylabel("accuracy (%), best epoch" + (f"\nmean and sd of {seeds} seeds" if seeds > 1 else ""))
+    axes.set_title(f"{compare['model']} on {compare['task']} (SR {compare['sr']})".replace("$", r"\$"))
+    axes.margins(x=0.08, y=0.12)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    return figure
+
+
+def _label_points(axes, x: list[float], y: list[float], names: list[str]) -> None:
+    """A name above each point; where neighbours stand close in x, above and below in turn."""
+    for i, (at, value, name) in enumerate(zip(x, y, names, strict=True)):
+        below = i % 2 == 1 and (at < 4 * max(x[i - 1], 1))
+        axes.annotate(name.replace("$", r"\$"), (at, value), xytext=(7, -13 if below else 7), textcoords="offset points",
+                      fontsize="small", color=BLACK)
+
+
+def _parameter_axis(axes, x: list[float]) -> None:
+    """Trained parameters on a logarithmic axis; a model that trains nothing stands at its 0."""
+    if min(x) > 0:
+        axes.set_xscale("log")
+    else:
+        smallest = min((value for value in x if value > 0), default=1)
+        axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)), linscale=0.5)
+        axes.axvline(0, color=GREY, linewidth=0.5)
+    axes.set_xlabel("trained parameters")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_study(path: Path, plots_dir: Path) -> list[Path]:
+    """Draws a comparison (compare.json) or a sweep (sweep.json) as `<mode>-<SR>.png` and `.pdf`; the same bytes again."""
+    study = read_json(path)
+    figure = {"compare": compare_figure}[study["mode"]](study)
+    return save_figure(figure, plots_dir / f"{study['mode']}-{study['sr']}")
+
+
+STUDY_TABLES = {"compare": (compare_latex, compare_notes)}
+
+
 # ---------------------------------------------------------------- the PDF and the hand-in
 
 def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> Path:
@@ -448,7 +624,7 @@ def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> 
 
     Raises ReportError: no run of `sr`, a malformed file, latexmk is missing, or LaTeX failed (its log is then kept).
     """
-    if not any((runs_dir / f"{mode}-{sr}").is_dir() for mode in ("LoRA", "distil")):
+    if not any((runs_dir / f"{mode}-{sr}").is_dir() for mode in ("LoRA", "distil", *STUDIES)):
         raise ReportError(f"{runs_dir}: no run of {sr}; first `python run.py LoRA {sr}` or `python run.py distil {sr}`")
     if not (latexmk := shutil.which("latexmk")):
         raise ReportError(f"latexmk not found; on Debian: apt install {DEBIAN}")

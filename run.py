@@ -3,6 +3,7 @@
     python run.py gen 12345        generate text
     python run.py LoRA 12345       inject LoRA into a backbone and fine-tune it on a task
     python run.py distil 12345     distil that run into a small RNN, and train the RNN alone beside it
+    python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
     python run.py eval RUN_DIR --data FILE
     python run.py repeat RUN_DIR   repeat a run from its config.json and compare
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
@@ -26,8 +27,13 @@ from pathlib import Path
 
 # The embedded task's model is small: it wants more epochs and a higher rate than a pretrained one.
 EPOCHS = {"LoRA": {"tiny": 12, "": 3}, "distil": {"tiny": 30, "": 15}}
-LEARNING_RATE = {"LoRA": {"tiny": 2e-3, "": 4e-4}, "distil": {"": 3e-3}}
-MODES = ("gen", "LoRA", "distil", "eval", "repeat", "report", "submit")
+# By method: what is pretrained wants small steps, what starts from nothing large ones.
+LEARNING_RATE = {"lora": {"tiny": 2e-3, "": 4e-4}, "full": {"tiny": 5e-4, "": 5e-5}, "head": {"tiny": 1e-2, "": 1e-3},
+                 "features": {"": 1e-3}, "none": {"": 4e-4}, "distil": {"": 3e-3}}
+MODES = ("gen", "LoRA", "distil", "compare", "eval", "repeat", "report", "submit")
+METHODS = ("lora", "full", "head", "features", "none")
+# What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
+COMMON = ("help", "sr", "task", "data", "limit", "out", "plots", "no_plots", "save_every", "resume", "overwrite")
 
 
 def _complain(message) -> None:
@@ -84,6 +90,25 @@ def _save_every(text: str) -> dict:
     return {"save_every": _number(float, 1e-30, 1e30, what)(text.removesuffix("min"))}
 
 
+def _one_of(words):
+    """An argparse type: one of these words."""
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(words)}")
+        return text
+    return parse
+
+
+def _list(kind):
+    """An argparse type: values with commas between them, each once."""
+    def parse(text: str) -> list:
+        values = [kind(part.strip()) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r}: a value is given twice")
+        return values
+    return parse
+
+
 def _sr(text: str) -> str:
     if not re.fullmatch("[0-9]{5}", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected exactly five digits, such as 12345")
@@ -95,9 +120,9 @@ def build_parser() -> Parser:
                     formatter_class=Help, allow_abbrev=False)
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE", parser_class=Parser)
 
-    def mode(name: str, text: str, sr: bool = True) -> Parser:
+    def mode(name: str, text: str, sr: bool = True, epilog: str | None = None) -> Parser:
         sub = modes.add_parser(name, help=text, description=text, allow_abbrev=False,
-                               formatter_class=Help)
+                               formatter_class=Help, epilog=epilog)
         if sr:
             sub.add_argument("sr", metavar="SR", type=_sr, help="five digits: the seed, and the run's name")
         return sub
@@ -117,27 +142,7 @@ def build_parser() -> Parser:
     gen.add_argument("--adapter", type=Path, help="folder of a saved LoRA adapter")
 
     lora = mode("LoRA", "inject LoRA into a backbone and fine-tune it on a task")
-    lora.add_argument("--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a local "
-                                      "folder or GGUF file, smollm2, or tiny")
-    lora.add_argument("--method", choices=("lora", "full", "head", "features", "none"), default="lora",
-                      help="train LoRA and the head, everything, the head alone, a head that reads the features and no "
-                           "text, or nothing")
-    lora.add_argument("--rank", type=int, default=8, help="of each update")
-    lora.add_argument("--alpha", type=_positive, default=16.0, help="the update is scaled by alpha / rank")
-    lora.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.0,
-                      help="on the inputs of A")
-    lora.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
-    lora.add_argument("--targets", default="q,k,v,o,mlp", help="roles (q,k,v,o,mlp) or module-name patterns")
-    lora.add_argument("--layers", help="blocks to adapt, such as 0-11; all if not given")
-    _table_options(lora)
-    _training_options(lora, "LoRA")
-    lora.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
-    lora.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                      help="of the frozen weights; what trains stays float32")
-    lora.add_argument("--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
-    lora.add_argument("--keep-memory", type=_not_negative, default=2.0, metavar="GIB",
-                      help="of their results in memory; the rest is memory-mapped")
-    lora.add_argument("--compile", action="store_true", help="torch.compile")
+    _lora_options(lora)
 
     distil = mode("distil", "distil a LoRA run into a small RNN, and train the RNN alone beside it")
     distil.add_argument("--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given")
@@ -151,6 +156,20 @@ def build_parser() -> Parser:
     distil.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.3,
                         help="on embeddings and on the pooled vector")
     _training_options(distil, "distil")
+
+    compare = mode("compare", "compare methods on one task: the same seeds, budget and learning rates for each",
+                   epilog="Each entry's learning rate is chosen on the first seed, by the best epoch's MCC. The same "
+                          "command started again goes on with what is missing.")
+    compare.add_argument("--methods", type=_list(_one_of(METHODS)), default="none,head,lora,full",
+                         metavar="METHOD[,...]", help="an entry each")
+    compare.add_argument("--set", action="append", default=[], metavar="NAME:OPTION=VALUE[,...]",
+                         help="one more entry, with options of LoRA's: r2:method=lora,rank=2,targets=q+v "
+                              "(+ stands for the comma within targets and layers); may be given several times")
+    compare.add_argument("--seeds", type=_number(int, 1, 1000, "a whole number from 1 to 1000"), default=3,
+                         help="how many: SR, SR + 1, ...; 00000 follows 99999")
+    compare.add_argument("--lr-grid", type=_list(_positive), metavar="LR[,...]",
+                         help="learning rates that each entry chooses from; --lr if not given, or each method's default")
+    _lora_options(compare, method=False)
 
     evaluate = mode("eval", "score a saved run on a labelled file", sr=False)
     evaluate.add_argument("run", metavar="RUN_DIR", type=Path)
@@ -167,7 +186,7 @@ def build_parser() -> Parser:
     submit = mode("submit", "zip code, plots and the PDF, without data and caches")
     submit.add_argument("--first-name", required=True)
     submit.add_argument("--last-name", required=True)
-    for sub in (report, submit, lora, distil):
+    for sub in (report, submit, distil):
         sub.add_argument("--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
     for sub in (report, submit):
         sub.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs")
@@ -204,6 +223,34 @@ def _table_options(parser: Parser) -> None:
                         help="the part of a text longer than --max-length that is cut")
 
 
+def _lora_options(parser: Parser, method: bool = True) -> None:
+    """What a fine-tuning has; `compare` (whose entries have a method each) and `sweep` take the same."""
+    parser.add_argument("--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a local "
+                                        "folder or GGUF file, smollm2, or tiny")
+    if method:
+        parser.add_argument("--method", choices=METHODS, default="lora",
+                            help="train LoRA and the head, everything, the head alone, a head that reads the features and "
+                                 "no text, or nothing")
+    parser.add_argument("--rank", type=int, default=8, help="of each update")
+    parser.add_argument("--alpha", type=_positive, default=16.0, help="the update is scaled by alpha / rank")
+    parser.add_argument("--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=0.0,
+                        help="on the inputs of A")
+    parser.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
+    parser.add_argument("--targets", default="q,k,v,o,mlp", help="roles (q,k,v,o,mlp) or module-name patterns")
+    parser.add_argument("--layers", help="blocks to adapt, such as 0-11; all if not given")
+    _table_options(parser)
+    _training_options(parser, "LoRA")
+    parser.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                        help="of the frozen weights; what trains stays float32")
+    parser.add_argument("--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
+    parser.add_argument("--keep-memory", type=_not_negative, default=2.0, metavar="GIB",
+                        help="of their results in memory; the rest is memory-mapped")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
+    parser.add_argument("--no-plots", action="store_true", help="draw none")
+
+
 def _training_options(parser: Parser, mode: str) -> None:
     """What every training has."""
     parser.add_argument("--task", choices=("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny"),
@@ -214,7 +261,9 @@ def _training_options(parser: Parser, mode: str) -> None:
     parser.add_argument("--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
     parser.add_argument("--batch-size", type=_count, default=32, help="sentences in a batch")
     parser.add_argument("--batch-tokens", type=_count, help="instead of --batch-size: tokens in a batch, pads included")
-    parser.add_argument("--lr", type=_positive, help=_defaults_text(LEARNING_RATE[mode]))
+    parser.add_argument("--lr", type=_positive, help="; ".join(
+        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (("lora", "full", "head") if mode == "LoRA"
+                                                                            else (mode,))))
     parser.add_argument("--weight-decay", type=_not_negative, default=0.01, help="not on biases and norms")
     parser.add_argument("--warmup", type=_share, default=0.06, help="share of the steps")
     parser.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
@@ -261,8 +310,8 @@ def _call(args) -> int:
     from report_utils import ReportError
 
     try:
-        return {"gen": generate, "LoRA": finetune, "distil": distil, "eval": evaluate, "repeat": repeat,
-                "report": report, "submit": submit}[args.mode](args) or 0
+        return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "eval": evaluate,
+                "repeat": repeat, "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
         _complain(error)
     except OSError as error:
@@ -320,7 +369,7 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
              "label_smoothing", "patience", "head_lr", "precision", "compile", "anomaly")
     values = {**{name: getattr(args, name) for name in names if hasattr(args, name)}, **args.save_every}
     values["epochs"] = args.epochs or _default(EPOCHS[mode], task)
-    values["lr"] = args.lr or _default(LEARNING_RATE[mode], task)
+    values["lr"] = args.lr or _default(LEARNING_RATE[getattr(args, "method", mode)], task)
     train = TrainOptions(seed=int(args.sr), **values)
     return RunOptions(mode=mode, sr=args.sr, model=model, task=task, data=data, train=train,
                       out=args.out or Path("runs") / f"{mode}-{args.sr}", max_length=args.max_length, limit=args.limit,
@@ -340,7 +389,7 @@ def _train(args, options, start) -> int:
     try:
         if not (args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
-        plots = report_utils.plot_run(options.out, make_folder(args.plots))
+        plots = [] if getattr(args, "no_plots", False) else report_utils.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
@@ -362,19 +411,26 @@ def _only_plots_missing(options, plots: Path) -> bool:
                                 for quantity in (*report_utils.QUANTITIES, "confusion") for kind in ("png", "pdf"))
 
 
-def finetune(args) -> int:
-    """`LoRA`: fine-tunes and prints the result."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _finetune_options(args):
+    """A fine-tuning's options, with the model, task and data that are used where none were named."""
     import experiments
     from model import LoRAOptions
     from tables import TableOptions
 
     model, task, data = experiments.choose(args.model, args.task, args.data, _note)
     targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
-    options = _run_options(args, "LoRA", model, task, data, method=args.method, keep=not args.no_keep,
-                           keep_memory=args.keep_memory, lora=LoRAOptions(
+    return _run_options(args, "LoRA", model, task, data, method=args.method, keep=not args.no_keep,
+                        keep_memory=args.keep_memory, lora=LoRAOptions(
         args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers), table=TableOptions(
         args.text_column, args.label_column, args.template, args.eval_split, args.feature_columns, args.truncate))
+
+
+def finetune(args) -> int:
+    """`LoRA`: fine-tunes and prints the result."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import experiments
+
+    options = _finetune_options(args)
 
     def start(stop):
         summary = experiments.finetune(options, stop=stop)
@@ -388,6 +444,134 @@ def finetune(args) -> int:
               f"{train['peak_memory_bytes'] / 2 ** 20:.0f} MiB peak memory")
         return summary
     return _train(args, options, start)
+
+
+class Variant(Parser):
+    """Parses the options of one entry or trial; errors name the option that they came in."""
+
+    def __init__(self, where: str):
+        super().__init__(prog=where, allow_abbrev=False, add_help=False)
+        self.where = where
+        self.add_argument("sr", type=_sr)
+        _lora_options(self)
+
+    def error(self, message: str):
+        from files import UserError
+
+        raise UserError(f"{self.where}: {message}")
+
+    def words(self, args, changes: dict[str, str]) -> list[str]:
+        """What of `args` is no default, with `changes` (option -> value as written), as words of a command line."""
+        words = []
+        for action in self._actions:
+            value = getattr(args, action.dest, action.default)
+            if not action.option_strings or action.dest in changes or value == action.default or (
+                    action.dest in ("out", "plots", "no_plots", "resume", "overwrite", "lr")):
+                continue
+            option = action.option_strings[-1]
+            if action.nargs == 0:
+                words.append(option)
+            elif isinstance(action, argparse._AppendAction):
+                words += [f"{option}={item}" for item in value]
+            elif isinstance(value, (list, tuple)):
+                words += [option, *map(str, value)] if action.nargs else [f"{option}={','.join(map(str, value))}"]
+            else:
+                words.append(f"{option}={value}")
+        for dest, value in changes.items():
+            action = self.option(dest)
+            option = action.option_strings[-1]
+            if dest in ("targets", "layers"):  # the comma stands between options, or between choices
+                value = "" if value == "all" else value.replace("+", ",")
+            if action.nargs == 0 and value not in ("yes", "no"):
+                self.error(f"{dest}={value}: expected yes or no")
+            words += ([option] if value == "yes" else []) if action.nargs == 0 else [f"{option}={value}"] if value else []
+        return words
+
+    def option(self, name: str):
+        """The option `name`, dashes or underscores in it alike."""
+        known = {action.dest: action for action in self._actions if action.option_strings}
+        if name not in known:
+            self.error(f"unknown option {name}{_closest(name, known)}")
+        return known[name]
+
+
+def _entry(args, name: str, changes: dict[str, str], where: str):
+    """An entry of a comparison: the common options with its own changes."""
+    from compare import Entry
+
+    parser = Variant(where)
+    for option in changes:
+        if option in (*COMMON, "lr", "epochs", "batch_size", "batch_tokens", "accumulate", "patience"):
+            parser.error(f"{option} is the same for every entry; give it as --{option.replace('_', '-')}")
+        parser.option(option)
+    words = parser.words(args, changes)
+    parsed = parser.parse_args([args.sr, *words])
+    parsed.lr = args.lr
+    options = _finetune_options(parsed)
+    rates = [] if options.method == "none" else args.lr_grid or [options.train.lr]
+    return Entry(name, words, options, rates)
+
+
+def _entries(args) -> list:
+    """--methods and --set as entries."""
+    from files import UserError
+
+    entries = [_entry(args, method, {"method": method}, f"--methods {method}") for method in args.methods]
+    for text in args.set:
+        name, colon, rest = text.partition(":")
+        # A comma begins an option only where a name and = follow.
+        pairs = [pair.partition("=") for pair in re.split(r",(?=[\w-]+=)", rest)]
+        if not colon or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name) or not all(
+                option and equals and value for option, equals, value in pairs):
+            raise UserError(f"--set {text}: expected NAME:OPTION=VALUE[,OPTION=VALUE...] with a NAME of letters, digits "
+                            "and _.+-, such as r2:method=lora,rank=2,targets=q+v")
+        changes = {option.replace("-", "_"): value for option, _, value in pairs}
+        if len(changes) < len(pairs):
+            raise UserError(f"--set {text}: an option is given twice")
+        entries.append(_entry(args, name, changes, f"--set {name}"))
+    names = [entry.name for entry in entries]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"entry {twice}: --methods and --set name it twice; expected a name for each entry")
+    return entries
+
+
+def _settings(args, *common: str) -> dict:
+    """Every option of a comparison or sweep, but for where results go and whether to begin anew."""
+    from runs import as_json
+
+    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", *common)
+    return as_json({name: value for name, value in vars(args).items() if name not in skipped})
+
+
+def compare(args) -> int:
+    """`compare`: runs what is missing of a comparison, and prints and draws it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import compare as comparison
+    import experiments
+
+    args.model, args.task, args.data = experiments.choose(args.model, args.task, args.data, _note)
+    args.epochs = args.epochs or _default(EPOCHS["LoRA"], args.task)
+    options = comparison.CompareOptions(args.sr, _entries(args), args.seeds, args.out or Path(f"runs/compare-{args.sr}"),
+                                        _settings(args), args.overwrite)
+    return _study(args, options, lambda stop: comparison.compare(options, stop=stop))
+
+
+def _study(args, options, start) -> int:
+    """Runs a comparison or a sweep, draws it and turns its ways of ending into exit statuses."""
+    import report_utils
+    import signals
+    from files import check_folder, make_folder
+
+    check_folder(args.plots)
+    try:
+        start(signals.received)
+    except signals.Interrupted as error:
+        _note("run.py: stopped; continue with: python run.py "
+              + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
+        return 128 + error.signal
+    plots = [] if args.no_plots else report_utils.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
+    print(f"{args.mode}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+    return 0
 
 
 def distil(args) -> int:

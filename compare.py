@@ -1,0 +1,285 @@
+"""Methods compared on one task: the same seeds, the same budget and the same learning rates to choose from.
+
+    python run.py compare 12345 --methods none,head,lora,full --seeds 3 --lr-grid 1e-4,3e-4,1e-3
+
+Each entry's learning rate is the one whose best epoch has the highest MCC (of equals, the lowest loss) on the
+selection split, with the first seed; the other seeds run at that rate alone. Every run is `run.py LoRA` in a
+process of its own, one after the other, for the peak memory of a process never falls again. It leaves an
+ordinary run folder in `runs/compare-SR/`, so that a comparison started again keeps what is finished.
+"""
+from __future__ import annotations
+
+import ctypes
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+from tqdm import tqdm
+
+import experiments
+import report_utils
+from files import UserError, make_folder, read_json, write_file, write_json
+from runs import RunOptions, provenance, read_run
+from signals import Interrupted, deferred
+
+RUN = Path(__file__).parent / "run.py"
+PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: between fork and exec there is no time for it
+DIVERGED = 3  # run.py's exit status where a loss is not finite
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison."""
+
+    name: str
+    words: list[str]  # the options of its runs on the command line, but for --lr and --out
+    options: RunOptions  # the same, parsed
+    rates: list[float]  # learning rates to choose from; none for a method that trains nothing
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared, and where it goes."""
+
+    sr: str
+    entries: list[Entry]
+    seeds: int
+    out: Path
+    settings: dict  # every option as resolved: a comparison goes on only under the same ones
+    overwrite: bool = False
+
+
+def seeds_of(sr: str, count: int) -> list[str]:
+    """SR, SR + 1, ...: five digits each; 00000 follows 99999."""
+    return [f"{(int(sr) + i) % 100_000:05d}" for i in range(count)]
+
+
+def compare(options: CompareOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
+            ) -> dict:
+    """Runs what is missing of the comparison and writes compare.json and compare.tex.
+
+    Returns:
+        What is in compare.json.
+
+    Raises:
+        UserError: bad input, before anything is written; other options than the folder's; a run that failed.
+        signals.Interrupted: asked to stop; the run at work has saved its state.
+    """
+    task = [check(entry) for entry in options.entries][0]
+    seeds = seeds_of(options.sr, options.seeds)
+    plan = {entry.name: [(seeds[0], rate) for rate in entry.rates or [None]] for entry in options.entries}
+    total = sum(len(runs) + len(seeds) - 1 for runs in plan.values())
+    record = provenance(options.settings, task)
+    rows, runs = [], []
+    with study_folder(options.out, record, options.overwrite) as folder, tqdm(
+            total=total, unit="run", desc="compare", dynamic_ncols=True) as bar:
+
+        def run(entry: Entry, seed: str, rate: float | None) -> dict:
+            name = "-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed])
+            bar.set_postfix_str(name)
+            summary = finished_run(entry, seed, rate, folder / name, stop)
+            runs.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
+                         "status": "finished" if summary else "diverged", "summary": summary})
+            bar.update()
+            return runs[-1]
+
+        for entry in options.entries:
+            tried = [run(entry, *first) for first in plan[entry.name]]
+            chosen = choose_rate(tried)
+            others = [run(entry, seed, chosen["learning_rate"]) for seed in seeds[1:]] if chosen else []
+            bar.update(0 if chosen else len(seeds) - 1)
+            rows.append(aggregate(entry, tried, [r for r in [chosen, *others] if r and r["summary"]], folder))
+        result = {"mode": "compare", "sr": options.sr, "model": options.entries[0].options.model, "task": task.name,
+                  "seeds": seeds, "selection": selection(runs), **record, "entries": rows, "runs": runs}
+        write_json(folder / "compare.json", result)
+        write_file(folder / "compare.tex", report_utils.compare_latex(report_utils.read_json(folder / "compare.json")))
+    say(report_utils.compare_text(report_utils.read_json(options.out / "compare.json")))
+    return result
+
+
+def check(entry: Entry):
+    """The entry's task; what is wrong with one of its options is told with its name."""
+    try:
+        return experiments.check(entry.options)
+    except UserError as error:
+        raise UserError(f"entry {entry.name}: {error}" if str(error).startswith("--") else str(error)) from None
+
+
+# ---------------------------------------------------------------- the folder
+
+@contextmanager
+def study_folder(out: Path, config: dict, overwrite: bool):
+    """The comparison's folder, held by this process alone; its config.json is what it began with.
+
+    Raises:
+        UserError: other options or data than it began with, another process at work there.
+    """
+    folder = make_folder(out)
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is working on this comparison") from None
+    except OSError as error:
+        raise UserError(f"{folder}: the output folder cannot be written to ({error.strerror})") from None
+    try:
+        if overwrite:
+            for name in ("config.json", "compare.json", "compare.tex"):
+                (folder / name).unlink(missing_ok=True)
+            for log in folder.glob("*/log.txt"):  # the runs' folders, and nothing else that may lie here
+                shutil.rmtree(log.parent)
+        if (folder / "config.json").exists():
+            same_settings(read_json(folder / "config.json"), config, folder)
+        else:
+            write_json(folder / "config.json", config)
+        yield folder
+    finally:
+        lock.release()
+
+
+def same_settings(before: dict, now: dict, what: Path | str) -> None:
+    """Refuses to go on under other options, or with other data, than something began with."""
+    old, new = before.get("options", {}), now["options"]
+    for name in [*new, *(name for name in old if name not in new)]:
+        if old.get(name) != new.get(name):
+            raise UserError(f"{what}: began with another --{name.replace('_', '-')}: {_said(old.get(name))}, now "
+                            f"{_said(new.get(name))}; choose another SR or --out, or pass --overwrite")
+    for path in now["data_files"].keys() | before.get("data_files", {}).keys():
+        if now["data_files"].get(path) != before.get("data_files", {}).get(path):
+            raise UserError(f"{what}: began with other data: {path} is not the file it began with; choose another SR or "
+                            "--out, or pass --overwrite")
+
+
+def _said(value) -> str:
+    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# ---------------------------------------------------------------- one run
+
+def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path, stop: Callable[[], int | None]) -> dict | None:
+    """The summary of a run, which is started or resumed if it is not finished; None if it diverged.
+
+    Raises:
+        UserError: the run failed; names its log.
+        Interrupted: asked to stop.
+    """
+    diverged = folder / "diverged.txt"  # or a comparison started again would try the same once more
+    if not (folder / "summary.json").exists() and not diverged.exists():
+        make_folder(folder)
+        _wait_for_orphan(folder, stop)
+    if not (folder / "summary.json").exists() and not diverged.exists():
+        words = ["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"]), f"--out={folder}", "--resume",
+                 "--no-plots"]
+        status = run_child(words, folder / "log.txt", stop)
+        if received := stop():
+            raise Interrupted(received)
+        last = next((line for line in reversed((folder / "log.txt").read_text(errors="replace").splitlines())
+                     if line.strip()), "no output")
+        if status == DIVERGED:
+            write_file(diverged, last + "\n")
+        elif status:
+            how = f"exit status {status}" if status > 0 else f"signal {-status}"
+            raise UserError(f"{folder.name}: the run failed ({how}: {last}); see {folder / 'log.txt'}")
+    return None if diverged.exists() else {**read_run(folder, "LoRA")[1], "size_bytes": size_on_disk(folder)}
+
+
+def run_child(words: list[str], log: Path, stop: Callable[[], int | None]) -> int:
+    """`python run.py WORDS` in a process of its own, its output in `log`; the exit status, negative for a signal.
+
+    Asked to stop, it asks the child, which saves its state first. The child has a session of its own, or a
+    Ctrl-C would reach it twice, which ends it at once.
+    """
+    with open(log, "ab") as output, deferred():
+        child = subprocess.Popen([sys.executable, str(RUN), *words], stdin=subprocess.DEVNULL, stdout=output,
+                                 stderr=output, preexec_fn=_end_with_parent, start_new_session=True)
+        asked = False
+        while True:
+            try:
+                return child.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                if stop() and not asked:
+                    asked = True
+                    child.send_signal(signal.SIGTERM)
+
+
+def _end_with_parent() -> None:
+    """Linux: lets the kernel send SIGTERM to the child, which then saves its state, when this process is killed."""
+    if PRCTL:
+        PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of sys/prctl.h
+
+
+def _wait_for_orphan(folder: Path, stop: Callable[[], int | None]) -> None:
+    """Waits for the child of a killed comparison, which may still hold the run's folder."""
+    while True:
+        with suppress(filelock.Timeout), filelock.FileLock(folder / ".lock", timeout=0.2):
+            return
+        if received := stop():
+            raise Interrupted(received)
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the weights that a finished run saved."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+# ---------------------------------------------------------------- many runs
+
+def score(summary: dict) -> tuple[float, float]:
+    """What chooses a learning rate: as an epoch is chosen, MCC on the selection split, then the lowest loss."""
+    values = summary["validation"][experiments.selection_split(summary["validation"])]
+    return values["mcc"], -values["loss"]
+
+
+def choose_rate(tried: list[dict]) -> dict | None:
+    """The run with the best score; None if every one diverged."""
+    return max((run for run in tried if run["summary"]), key=lambda run: score(run["summary"]), default=None)
+
+
+def selection(runs: list[dict]) -> dict | None:
+    """By what learning rate and epoch were chosen."""
+    done = next((run["summary"] for run in runs if run["summary"]), None)
+    return done and {"split": experiments.selection_split(done["validation"]), "splits": list(done["validation"]),
+                     "score": "mcc", "learning_rate": "first seed", "epoch": "every seed"}
+
+
+def spread(values: list[float]) -> dict:
+    """Mean and sample standard deviation (n - 1), which a single value does not have."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None,
+            "values": values}
+
+
+def aggregate(entry: Entry, tried: list[dict], kept: list[dict], folder: Path) -> dict:
+    """One row: means over the seeds at the chosen learning rate.
+
+    Args:
+        tried: the first seed's run at every learning rate.
+        kept: the runs at the chosen one that did not diverge; none if every learning rate diverged.
+    """
+    row = {"entry": entry.name, "method": entry.options.method, "model": entry.options.model, "words": entry.words,
+           "tried": [{"learning_rate": run["learning_rate"],
+                      "mcc": score(run["summary"])[0] if run["summary"] else None} for run in tried],
+           "learning_rate": kept[0]["learning_rate"] if kept else None, "seeds": [run["seed"] for run in kept]}
+    if not kept:
+        return row
+    summaries = [run["summary"] for run in kept]
+    counts = summaries[0]["parameters"]
+    row["parameters"] = {**counts, "trainable_percent": 100 * counts["trainable"] / counts["total"]}
+    for which, key in (("best", "validation"), ("last", "last_validation")):
+        row[which] = {split: {
+            name: spread([summary[key][split][name] for summary in summaries])
+            for name in ("accuracy", "mcc", "macro_f1") if all(name in summary[key][split] for summary in summaries)}
+            for split in summaries[0][key]}
+        row[which + "_epoch"] = spread([summary[which + "_epoch"] for summary in summaries])
+    row["majority_accuracy"] = {split: values["majority_accuracy"] for split, values in summaries[0]["validation"].items()}
+    trains = [summary["train"] for summary in summaries]
+    row["seconds_per_epoch"] = statistics.fmean(train["seconds"] / max(1, train["epochs"]) for train in trains)
+    row["peak_memory_bytes"] = max(train["peak_memory_bytes"] for train in trains)
+    row["size_bytes"] = max(summary["size_bytes"] for summary in summaries)
+    return row

@@ -1,0 +1,333 @@
+"""LoRALinear, and the one product that every frozen layer of a training step goes through.
+
+    product([q_proj, k_proj, v_proj], x, RMSNorm(norm))    # (rows, C) -> (rows, q + k + v)
+
+A training step with LoRA keeps for its backward pass far more than it trains. `product` keeps little: what
+stands before a frozen layer (a norm, an activation) is cheap, so it is computed again in the backward pass
+instead of being kept, and layers that read the same input are one product.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained low-rank update: y = W x + b + scaling * B A x.
+
+    LoRA, Hu et al. 2021, equation 3; scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    (Kalajdzievski 2023). A starts random (Kaiming uniform, a = sqrt(5)), B at zero, so that a fresh
+    adapter changes nothing.
+
+    With `slices`, each (start, stop) range of the outputs gets an A and a B of its own and the other
+    outputs stay as they are: GPT-2's fused c_attn adapted in q and v only, say. The As are stacked and
+    the Bs form one block matrix, which is one LoRA of the summed rank.
+
+    Args:
+        base: `nn.Linear`, or GPT-2's `Conv1D`, which stores W transposed; frozen here.
+        rank: rank of each update.
+        alpha: numerator of the scaling.
+        dropout: probability with which an input of A is zeroed in training.
+        rslora: scale by alpha / sqrt(rank).
+        slices: output ranges to adapt; all outputs if None.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
+                 slices: list[tuple[int, int]] | None = None):
+        super().__init__()
+        weight = weight_of(base)
+        self.out_features, self.in_features = weight.shape
+        self.slices = slices or [(0, self.out_features)]
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        # Adapters stay float32 where the frozen weights are bfloat16: their updates are too small for it.
+        self.lora_A = nn.Parameter(torch.empty(rank * len(self.slices), self.in_features, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(sum(stop - start for start, stop in self.slices), rank,
+                                               device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.merged = False
+
+    def block_B(self) -> Tensor:
+        """B over all outputs, (out_features, rank * slices): block by block where there are slices."""
+        if self.slices == [(0, self.out_features)]:
+            return self.lora_B
+        block = self.lora_B.new_zeros(self.out_features, self.lora_A.shape[0])
+        row = 0
+        for i, (start, stop) in enumerate(self.slices):
+            block[start:stop, i * self.rank:(i + 1) * self.rank] = self.lora_B[row:row + stop - start]
+            row += stop - start
+        return block
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        rows = x.reshape(-1, self.in_features)
+        if self.dropout.p > 0 and self.training and not self.merged:  # W and A see different inputs
+            weight = weight_of(self.base)
+            y = F.linear(rows.to(weight.dtype), weight, self.base.bias).to(x.dtype)
+            A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
+            y = torch.addmm(y, F.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
+        else:
+            y = product([self], rows)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def delta(self) -> Tensor:
+        """The update of W, (out_features, in_features), in float32."""
+        return self.scaling * (self.block_B().float() @ self.lora_A.float())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the update to the frozen weight; a second call does nothing.
+
+        Raises:
+            ValueError: the update is not finite; the weight is left as it was.
+        """
+        self._shift(merge=True)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the update out of the frozen weight again."""
+        self._shift(merge=False)
+
+    def _shift(self, merge: bool) -> None:
+        if self.merged == merge:
+            return
+        delta = self.delta()
+        if not torch.isfinite(delta).all():
+            raise ValueError("the adapter holds values that are not finite; nothing was merged")
+        weight = weight_of(self.base)
+        weight.add_(delta.to(weight.dtype), alpha=1 if merge else -1)
+        self.merged = merge
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling}, slices={self.slices}"
+
+
+def weight_of(linear: nn.Linear | Conv1D) -> Tensor:
+    """The weight as (out_features, in_features), a view where it is stored transposed."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+
+
+# ---------------------------------------------------------------- what stands before a frozen layer
+
+# Each is called with x and gives the layer's input y. `backward` computes y again from x and returns it with
+# the gradient of x. Their own weights are frozen.
+
+class LayerNorm:
+    """`nn.LayerNorm`."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        self.norm = norm
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._normalised(x)[0]
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = self._normalised(x)
+        return y, torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, rstd, self.norm.weight, self.norm.bias, [True, False, False])[0]
+
+
+class RMSNorm:
+    """Llama's: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
+
+    def __init__(self, norm: nn.Module):
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x / rms and 1 / rms."""
+        x = x.float() if x.dtype == torch.bfloat16 else x
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return x * r, r
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._normalised(x)[0].mul_(self.weight).to(x.dtype)
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
+        g = grad * self.weight
+        mean = torch.linalg.vecdot(g, u).div_(x.shape[-1]).unsqueeze_(-1)
+        dx = g.addcmul_(u, mean.neg_()).mul_(r)
+        return u.mul_(self.weight).to(x.dtype), dx.to(x.dtype)
+
+
+class GELU:
+    """GELU's tanh form (`gelu_new`, `gelu_pytorch_tanh`), as x sigmoid(2 K (x + C x³)).
+
+    On a CPU some rows at a time, so that they stay in the cache from one operation to the next: forward and
+    both results of backward take as long together as PyTorch's kernels take for forward and gradient.
+    """
+
+    K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return F.gelu(x, approximate="tanh")
+        y = torch.empty_like(x)
+        for x, part in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
+            torch.mul(x, x, out=part)
+            part.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(x).sigmoid_().mul_(x)
+        return y
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if x.is_cuda:
+            return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        y, dx = torch.empty_like(x), torch.empty_like(x)
+        for x, grad, y_part, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
+            torch.mul(x, x, out=d)
+            s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(x).sigmoid_()
+            torch.mul(x, s, out=y_part)
+            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(y_part)  # y times the slope of the sigmoid's argument
+            d.addcmul_(d, s, value=-1).add_(s).mul_(grad)  # dy/dx = s + y (1 - s) slope
+        return y, dx
+
+
+class ExactGELU:
+    """GELU with the error function."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
+
+
+class SwiGLU:
+    """silu(gate) * up, of gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        d_gate, d_up = dx.chunk(2, -1)
+        y = F.silu(gate)
+        torch.mul(grad, y, out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return y.mul_(up), dx
+
+
+class _Before(torch.autograd.Function):
+    """One of the above by itself."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, before) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.before = before
+        return before(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.before.backward(*ctx.saved_tensors, grad)[1], None
+
+
+# ---------------------------------------------------------------- the product
+
+class _Product(torch.autograd.Function):
+    """y W^T + b + scaling (y A^T) B^T with y = before(x), for a W that never trains; A and B may be None.
+
+    Keeps x and the narrow y A^T for the backward pass, computes y again there, and adds each update in
+    place, so that no second (rows, features) tensor is written in either direction. Where W is bfloat16 and
+    x is not, only the product with W runs in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None, B: Tensor | None,
+                scaling: float, before) -> Tensor:
+        y = x if before is None else before(x)  # (rows, in)
+        out = F.linear(y.to(weight.dtype), weight, bias).to(x.dtype)  # (rows, out)
+        h = None
+        if A is not None:
+            h = torch.mm(y, A.t())  # (rows, rank)
+            out.addmm_(h, B.t(), alpha=scaling)
+        ctx.save_for_backward(None if A is None and before is None else x, h, weight, A, B)
+        ctx.scaling, ctx.before = scaling, before
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, weight, A, B = ctx.saved_tensors
+        grad_x = grad_A = grad_B = grad_h = None
+        if A is not None:
+            grad_h = torch.mm(grad, B).mul_(ctx.scaling)  # (rows, rank)
+            # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
+            grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling).t()
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad.to(weight.dtype), weight).to(grad.dtype)  # of y
+            if A is not None:
+                grad_x.addmm_(grad_h, A)
+            if ctx.before is not None:
+                x, grad_x = ctx.before.backward(x, grad_x)
+        elif ctx.before is not None:
+            x = ctx.before(x)
+        if A is not None:
+            grad_A = torch.mm(grad_h.t(), x)
+        return grad_x, None, None, grad_A, grad_B, None, None
+
+
+def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = slice(None)) -> Tensor:
+    """The outputs of layers that read the same input, side by side: (rows, in) -> (rows, sum of their outputs).
+
+    Args:
+        linears: each an `nn.Linear`, a `Conv1D` or a `LoRALinear`, frozen.
+        x: (rows, in).
+        before: what stands between x and the layers, one of the classes above.
+        outputs: computes these outputs only.
+
+    Raises:
+        RuntimeError: a weight requires a gradient, which it would not get here.
+    """
+    layers = [layer for layer in linears if isinstance(layer, LoRALinear) and not layer.merged]
+    if any(layer.dropout.p > 0 and layer.training for layer in layers) or len({la.scaling for la in layers}) > 1:
+        y = x if before is None else _Before.apply(x, before)
+        parts = [layer(y) if isinstance(layer, LoRALinear) else product([layer], y) for layer in linears]
+        return torch.cat(parts, -1)[:, outputs]
+    bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
+    weight, bias = _side_by_side(bases)
+    A = B = None
+    if layers:
+        A, B = layers[0].lora_A, layers[0].block_B()
+        if len(linears) > 1:
+            A = torch.cat([layer.lora_A for layer in layers])
+            B = torch.block_diag(*[linear.block_B() if linear in layers else A.new_zeros(len(weight_of(base)), 0)
+                                   for linear, base in zip(linears, bases, strict=True)])
+        A, B = A.to(x.dtype), B[outputs].to(x.dtype)
+    return _Product.apply(x, weight[outputs], None if bias is None else bias[outputs], A, B,
+                          layers[0].scaling if layers else 1.0, before)
+
+
+def _side_by_side(linears: list[nn.Linear | Conv1D]) -> tuple[Tensor, Tensor | None]:
+    """Weights (sum of outputs, in) and biases of layers as one tensor each, which the layers' own are views of."""
+    for linear in linears:
+        if linear.weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{linear}: its weight requires a gradient; product() is for frozen layers")
+    if len(linears) == 1:
+        return weight_of(linears[0]), linears[0].bias
+    weight = _joined([linear.weight for linear in linears])
+    return weight, None if linears[0].bias is None else _joined([linear.bias for linear in linears])
+
+
+def _joined(parts: list[nn.Parameter]) -> Tensor:
+    """The tensor of which the parts are neighbouring views; they are made so where they are not (yet)."""
+    first, end = parts[0], parts[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage or part.dtype != first.dtype:
+            break
+        end += part.numel() * part.element_size()
+    else:
+        return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.cat([part.detach() for part in parts])
+        for part, view in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = view
+    return whole
