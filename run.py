@@ -82,8 +82,14 @@ _positive = _number(float, 1e-30, 1e30, "a number above 0")
 _not_negative = _number(float, 0, 1e30, "a number of at least 0")
 
 
-def _save_every(text: str) -> dict:
-    """An argparse type: minutes (a bare number, or 10min) or steps (50steps), as TrainOptions has them."""
+def _save_every(text: str) -> str:
+    """An argparse type: minutes (a bare number, or 10min) or steps (50steps)."""
+    _saving(text)
+    return text
+
+
+def _saving(text: str) -> dict:
+    """`--save-every` as TrainOptions has it."""
     what = "minutes, such as 10 or 10min, or steps, such as 50steps"
     if text.endswith("steps"):
         return {"save_steps": _number(int, 1, 10 ** 9, what)(text.removesuffix("steps"))}
@@ -367,7 +373,7 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
 
     names = ("epochs", "batch_size", "batch_tokens", "lr", "weight_decay", "warmup", "schedule", "clip", "accumulate",
              "label_smoothing", "patience", "head_lr", "precision", "compile", "anomaly")
-    values = {**{name: getattr(args, name) for name in names if hasattr(args, name)}, **args.save_every}
+    values = {**{name: getattr(args, name) for name in names if hasattr(args, name)}, **_saving(args.save_every)}
     values["epochs"] = args.epochs or _default(EPOCHS[mode], task)
     values["lr"] = args.lr or _default(LEARNING_RATE[getattr(args, "method", mode)], task)
     train = TrainOptions(seed=int(args.sr), **values)

@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_type_hints
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import filelock
 import torch
@@ -96,7 +97,7 @@ def rebuild(cls: type, values: dict, **given):
     """An options object from what config.json recorded: the way back from `settings_of` and `as_json`.
 
     Raises:
-        UserError: an option without a default was not recorded.
+        UserError: an option without a default was not recorded, or one is of another type than it has.
     """
     kinds, made = get_type_hints(cls), dict(given)
     for field in fields(cls):
@@ -107,12 +108,25 @@ def rebuild(cls: type, values: dict, **given):
             made[field.name] = rebuild(kind, values)
         elif field.name in values:
             value = values[field.name]
+            if not _is(kind, value):
+                raise UserError(f"config.json: {field.name} is {json.dumps(value)[:60]}; expected {field.type}")
             value = tuple(value) if isinstance(value, list) else value
             made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
     try:
         return cls(**made)
     except TypeError as error:
         raise UserError(f"config.json does not record every option ({error})") from None
+
+
+def _is(kind, value) -> bool:
+    """Whether a JSON value can stand for an option of this type."""
+    if isinstance(kind, UnionType):
+        return any(_is(one, value) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is(get_args(kind)[0], item) for item in value)
+    if kind in (int, float, bool):  # in JSON, a whole number serves for either
+        return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, {Path: str | Path, str: str, NoneType: NoneType}.get(kind, object))
 
 
 def without_times(value):
@@ -286,10 +300,27 @@ def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
     if not check_sums(folder):
         warnings.warn(f"{folder}: has no {SUMS}; whether its files are whole is not known", stacklevel=2)
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    missing = [key for key in ("model", "task", "method", "max_length", "precision")
-               if key not in config.get("options", {})] if summary.get("mode") == "LoRA" else []
-    if summary.get("mode") not in ("LoRA", "distil") or missing:
-        raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(missing) or 'no mode'} missing)")
+    wrong = [] if summary.get("mode") in ("LoRA", "distil") else ["no mode"]
+    options = config.get("options")
+    if not isinstance(options, dict):
+        wrong.append("no options")
+    else:
+        needed = ("model", "task", "method", "max_length", "batch_size", "precision")
+        wrong += [f"{key} missing" for key in needed if options.get(key) is None]
+    classes, files = config.get("classes", ["0", "1"]), config.get("data_files", {})
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        wrong.append("classes are not two names or more")
+    if not isinstance(files, dict):
+        wrong.append("data_files is not an object")
+    if not wrong:
+        try:
+            rebuild(RunOptions, options, out=folder)
+        except UserError as error:
+            wrong.append(str(error))
+        if not wrong and min(options["max_length"], options["batch_size"]) < 1:
+            wrong.append("max_length or batch_size is below 1")
+    if wrong:
+        raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(wrong)})")
     if mode and summary["mode"] != mode:
         raise UserError(f"{folder}: a {summary['mode']} run; {make}")
     return config, summary

@@ -73,6 +73,8 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     import train_utils
     from model import load_classifier
 
+    dev = base / "cola/out_of_domain_dev.tsv"
+
     def adapter():
         return adapters.load_adapter(load_classifier(str(base / "model"), 2)[0].net, base / "lora")
 
@@ -92,12 +94,12 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
         "adapter_config.json": (base / "lora/adapter_config.json", adapter),
         "adapter_model.safetensors": (base / "lora/adapter_model.safetensors", adapter),
         "gen --adapter": (base / "lora/adapter_config.json", lambda: generation.base_model(base / "lora")),
-        "LoRA config.json": (base / "lora/config.json", lambda: experiments.load_finetuned(base / "lora")),
+        "LoRA config.json": (base / "lora/config.json", lambda: experiments.evaluate_run(base / "lora", dev)),
         "LoRA summary.json": (base / "lora/summary.json", lambda: runs.read_run(base / "lora", "LoRA")),
         "trained.safetensors": (base / "head/trained.safetensors", lambda: experiments.load_finetuned(base / "head")),
         "student_config.json": (base / "distil/student_config.json", lambda: experiments.load_student(base / "distil")),
         "student.safetensors": (base / "distil/student.safetensors", lambda: experiments.load_student(base / "distil")),
-        "distil config.json": (base / "distil/config.json", lambda: experiments.load_student(base / "distil")),
+        "distil config.json": (base / "distil/config.json", lambda: experiments.evaluate_run(base / "distil", dev)),
         "teacher_logits": (base / "distil/teacher_logits.safetensors",
                            lambda: train_utils.load_checked(base / "distil/teacher_logits.safetensors")),
         "SHA256SUMS": (base / "sums/SHA256SUMS", lambda: files.check_sums(base / "sums")),
