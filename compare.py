@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,6 @@ import experiments
 import report_utils
 from files import UserError, make_folder, read_json, write_file, write_json
 from runs import RunOptions, provenance, read_run
-from signals import Interrupted, deferred
 
 RUN = Path(__file__).parent / "run.py"
 PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: between fork and exec there is no time for it
@@ -61,8 +60,7 @@ def seeds_of(sr: str, count: int) -> list[str]:
     return [f"{(int(sr) + i) % 100_000:05d}" for i in range(count)]
 
 
-def compare(options: CompareOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
-            ) -> dict:
+def compare(options: CompareOptions, say: Callable[[str], None] = print) -> dict:
     """Runs what is missing of the comparison and writes compare.json and compare.tex.
 
     Returns:
@@ -84,7 +82,7 @@ def compare(options: CompareOptions, say: Callable[[str], None] = print, stop: C
         def run(entry: Entry, seed: str, rate: float | None) -> dict:
             name = "-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed])
             bar.set_postfix_str(name)
-            summary = finished_run(entry, seed, rate, folder / name, stop)
+            summary = finished_run(entry, seed, rate, folder / name)
             runs.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
                          "status": "finished" if summary else "diverged", "summary": summary})
             bar.update()
@@ -163,23 +161,21 @@ def _said(value) -> str:
 
 # ---------------------------------------------------------------- one run
 
-def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path, stop: Callable[[], int | None]) -> dict | None:
+def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path) -> dict | None:
     """The summary of a run, which is started or resumed if it is not finished; None if it diverged.
 
     Raises:
         UserError: the run failed; names its log.
-        Interrupted: asked to stop.
     """
     diverged = folder / "diverged.txt"  # or a comparison started again would try the same once more
     if not (folder / "summary.json").exists() and not diverged.exists():
         make_folder(folder)
-        _wait_for_orphan(folder, stop)
+        with filelock.FileLock(folder / ".lock"):
+            pass  # the child of a killed comparison may still be at work here: now it has ended
     if not (folder / "summary.json").exists() and not diverged.exists():
         words = ["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"]), f"--out={folder}", "--resume",
                  "--no-plots"]
-        status = run_child(words, folder / "log.txt", stop)
-        if received := stop():
-            raise Interrupted(received)
+        status = run_child(words, folder / "log.txt")
         last = next((line for line in reversed((folder / "log.txt").read_text(errors="replace").splitlines())
                      if line.strip()), "no output")
         if status == DIVERGED:
@@ -190,38 +186,27 @@ def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path, stop
     return None if diverged.exists() else {**read_run(folder, "LoRA")[1], "size_bytes": size_on_disk(folder)}
 
 
-def run_child(words: list[str], log: Path, stop: Callable[[], int | None]) -> int:
+def run_child(words: list[str], log: Path) -> int:
     """`python run.py WORDS` in a process of its own, its output in `log`; the exit status, negative for a signal.
 
-    Asked to stop, it asks the child, which saves its state first. The child has a session of its own, or a
-    Ctrl-C would reach it twice, which ends it at once.
+    Interrupted, it asks the child to stop and waits until that has saved its state. The child is in a process group of
+    its own: Ctrl-C would reach it too, and a second signal ends it at once.
     """
-    with open(log, "ab") as output, deferred():
+    with open(log, "ab") as output:
         child = subprocess.Popen([sys.executable, str(RUN), *words], stdin=subprocess.DEVNULL, stdout=output,
-                                 stderr=output, preexec_fn=_end_with_parent, start_new_session=True)
-        asked = False
-        while True:
-            try:
-                return child.wait(timeout=0.1)
-            except subprocess.TimeoutExpired:
-                if stop() and not asked:
-                    asked = True
-                    child.send_signal(signal.SIGTERM)
+                                 stderr=output, preexec_fn=_end_with_parent, process_group=0)
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            raise
 
 
 def _end_with_parent() -> None:
     """Linux: lets the kernel send SIGTERM to the child, which then saves its state, when this process is killed."""
     if PRCTL:
         PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of sys/prctl.h
-
-
-def _wait_for_orphan(folder: Path, stop: Callable[[], int | None]) -> None:
-    """Waits for the child of a killed comparison, which may still hold the run's folder."""
-    while True:
-        with suppress(filelock.Timeout), filelock.FileLock(folder / ".lock", timeout=0.2):
-            return
-        if received := stop():
-            raise Interrupted(received)
 
 
 def size_on_disk(folder: Path) -> int:

@@ -109,6 +109,8 @@ def separator_of(tokenizer) -> str:
 
 def _load_task(options: RunOptions, tokenizer) -> Task:
     task = data_utils.load_task(options.task, options.data, options.table, separator_of(tokenizer))
+    if options.method == "features" and not task.train.features:
+        raise UserError("--method features: needs --feature-columns")
     return task.limit(options.limit) if options.limit else task
 
 
@@ -188,9 +190,14 @@ def to_precision(classifier: TextClassifier, precision: str) -> None:
                 p.data = p.data.bfloat16()
 
 
-def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
-             ) -> dict:
+def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None,
+             on_epoch: Callable[[list[dict], dict], None] = lambda history, counts: None) -> dict:
     """Fine-tunes a classifier and writes the run's folder.
+
+    Args:
+        stop: asked after each step; a signal number ends the run, which can be resumed.
+        on_epoch: called after each epoch with the lines of metrics.jsonl so far and the parameters' counts; what it
+            raises ends the run.
 
     Returns:
         The summary, as in summary.json.
@@ -202,8 +209,6 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
     seed_everything(int(options.sr), options.deterministic)
     tokenizer = load_tokenizer(options.model)
     task = _load_task(options, tokenizer)
-    if options.method == "features" and not task.train.features:
-        raise UserError("--method features: needs --feature-columns")
     classifier, lm = load_classifier(options.model, task.num_labels)
     max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
     base = frozen.weights_digest(classifier.net.base_model)
@@ -247,7 +252,8 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
                     f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
             progress = train_utils.fit(classifier, batches, dev, train_utils.cross_entropy(options.train.label_smoothing),
                                        options.train, folder=folder, resume=options.resume, select=selection_split(task.dev),
-                                       on_epoch=record, stop=stop)
+                                       on_epoch=lambda history: (record(history), on_epoch(history, counts)),
+                                       stop=stop)
             result = _result(progress.best_epoch, progress.history, task.classes)
         save_trained(classifier, options.method, folder, options.model)
         summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": task.name,
@@ -259,13 +265,13 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
 
 def check(options: RunOptions) -> Task:
     """Raises what `finetune` would of a task, model, target, layer or rank, without loading weights; returns the task."""
-    task = _load_task(options, load_tokenizer(options.model))
     config = load_config(options.model)
     is_decoder(config)  # or says that there is no classifier of that kind
+    task = _load_task(options, load_tokenizer(options.model))
     config.num_labels = task.num_labels
     with torch.device("meta"):
         classifier = TextClassifier(AutoModelForSequenceClassification.from_config(config))
-        adapt(classifier, options.method, options.lora)
+    adapt(classifier, options.method, options.lora)
     return task
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,6 +101,11 @@ def check_folder(path: Path | str) -> None:
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the output folder cannot be made ({nearest} is not a folder that can be written to)")
+
+
+def without_password(text: str) -> str:
+    """`text` with the password of every URL in it hidden."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def sha256(path: Path | str) -> str:

@@ -106,7 +106,9 @@ def find_targets(backbone: nn.Module, targets: tuple[str, ...]) -> dict[str, set
     for target in targets:
         if target in ROLES and table is None:
             if set(targets) >= set(ROLES):
-                return dict.fromkeys(linears)  # an unknown architecture: every linear layer in its blocks
+                warnings.warn(f"the roles of a {backbone.config.model_type} model are not known here; every linear layer of "
+                              f"its blocks is adapted: {', '.join(linears)}", stacklevel=2)
+                return dict.fromkeys(linears)
             raise UserError(f"--targets {target}: the roles of a {backbone.config.model_type} model are not known here; "
                             f"name its modules instead: {', '.join(linears)}")
         if target in ROLES:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 # quantity -> (name of its axis, key in "train", key in "validation", factor). The training loss drawn is the
 # cross-entropy, not the objective: with KD the objective holds the teacher's part too, and could not be compared.
@@ -33,12 +33,13 @@ METHODS = {"lora": "LoRA", "full": "full fine-tuning", "head": "head alone", "fe
 PHASES = {"student": "student, KD", "scratch": "student, no teacher"}
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLACK, BLUE, VERMILLION, GREEN, PURPLE, GREY = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+SET_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", BLACK)
 PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
 
 NOT_RUN = rb"\emph{not run}"
 TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results",
           "distil_size", "distil_epochs", "distil_options", "distil_provenance")
-STUDIES = ("compare",)  # many runs each: a table <study>_results and a figure, where there is one
+STUDIES = ("compare", "sweep")  # many runs each: a table <study>_results and a figure, where there is one
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
@@ -581,7 +582,7 @@ def compare_figure(compare: Record) -> Figure:
     seeds = len(compare["seeds"])
     axes.set_ylabel("accuracy (%), best epoch" + (f"\nmean and sd of {seeds} seeds" if seeds > 1 else ""))
     axes.set_title(f"{compare['model']} on {compare['task']} (SR {compare['sr']})".replace("$", r"\$"))
-    axes.margins(x=0.08, y=0.12)
+    axes.margins(y=0.12)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     return figure
 
@@ -591,17 +592,26 @@ def _label_points(axes, x: list[float], y: list[float], names: list[str]) -> Non
     for i, (at, value, name) in enumerate(zip(x, y, names, strict=True)):
         below = i % 2 == 1 and (at < 4 * max(x[i - 1], 1))
         axes.annotate(name.replace("$", r"\$"), (at, value), xytext=(7, -13 if below else 7), textcoords="offset points",
-                      fontsize="small", color=BLACK)
+                      fontsize="small", color=BLACK, bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.7})
 
 
 def _parameter_axis(axes, x: list[float]) -> None:
     """Trained parameters on a logarithmic axis; a model that trains nothing stands at its 0."""
+    low, high = min((value for value in x if value > 0), default=1), max(*x, 1)
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [step * 10 ** power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+             for step in steps]
     if min(x) > 0:
         axes.set_xscale("log")
+        axes.set_xlim(low / 1.5, high * 1.5)
     else:
-        smallest = min((value for value in x if value > 0), default=1)
-        axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(smallest)), linscale=0.5)
+        axes.set_xscale("symlog", linthresh=ticks[0], linscale=0.5)
         axes.axvline(0, color=GREY, linewidth=0.5)
+        axes.set_xlim(-ticks[0] / 2, high * 2)
+        ticks = [0, *ticks]
+    axes.set_xticks([tick for tick in ticks if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("trained parameters")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -610,11 +620,118 @@ def _parameter_axis(axes, x: list[float]) -> None:
 def plot_study(path: Path, plots_dir: Path) -> list[Path]:
     """Draws a comparison (compare.json) or a sweep (sweep.json) as `<mode>-<SR>.png` and `.pdf`; the same bytes again."""
     study = read_json(path)
-    figure = {"compare": compare_figure}[study["mode"]](study)
+    figure = {"compare": compare_figure, "sweep": sweep_figure}[study["mode"]](study)
     return save_figure(figure, plots_dir / f"{study['mode']}-{study['sr']}")
 
 
-STUDY_TABLES = {"compare": (compare_latex, compare_notes)}
+# ---------------------------------------------------------------- sweeps
+
+def sweep_rows(sweep: Record, most: int = 10) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, as plain text cells, of a sweep's best trials."""
+    split, options = sweep.section("selection")["split"], list(sweep.section("search"))
+    complete = sorted((trial for trial in sweep["trials"] if trial["state"] == "complete"),
+                      key=lambda trial: (-trial.number("score"), trial.section("parameters").number("trainable")))
+    rows = []
+    for trial in complete[:most]:
+        counts, values = trial.section("parameters"), trial.section("params")
+        trained, accuracy = counts.number("trainable"), trial.section("validation").section(split).number("accuracy")
+        rows.append([str(trial["number"]), f"{trial.number('score'):.3f}", f"{100 * accuracy:.1f}", f"{trained:,.0f}",
+                     f"{100 * trained / counts.number('total'):.3g}", f"{trial.number('best_epoch'):g}"]
+                    + [f"{values[name]:.3g}" if isinstance(values[name], float) else str(values[name]) for name in options])
+    return ["trial", "MCC", "acc. %", "trained", "%", "epoch"] + options, rows
+
+
+def sweep_notes(sweep: Record) -> list[str]:
+    """What a reader must know beside the table."""
+    states = [trial["state"] for trial in sweep["trials"]]
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    split = _said(sweep.section("selection")["split"])
+    notes = [f"{len(states)} trials with one seed ({sweep['sr']}): {', '.join(counts)}.",
+             f"A trial's score is its best epoch's MCC on the {split} split, by which the best trial is chosen too: its "
+             "figures flatter."]
+    if majority := _sweep_majority(sweep):
+        notes.append(f"The majority class has an accuracy of {100 * majority:.1f} % and MCC 0.")
+    if sweep["importance"]:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in sweep["importance"].items())
+        notes.append(f"Share of the scores' variance that each option explains (fANOVA): {shares}.")
+    return notes
+
+
+def _sweep_majority(sweep: Record) -> float | None:
+    split = sweep.section("selection")["split"]
+    return next((trial.section("validation").section(split).number("majority_accuracy") for trial in sweep["trials"]
+                 if trial["validation"]), None)
+
+
+def sweep_text(sweep: Record) -> str:
+    """A sweep's best trials for the terminal."""
+    head, rows = sweep_rows(sweep)
+    return "\n".join([f"{sweep['model']} on {sweep['task']}: the best trials", *aligned([head, *rows]), *sweep_notes(sweep)])
+
+
+def sweep_latex(sweep: Record) -> str:
+    """A sweep's best trials for the report."""
+    head, rows = sweep_rows(sweep)
+    return _tabular("r" * len(head), " & ".join(map(escape, head)), [[_latex(cell) for cell in row] for row in rows])
+
+
+def sweep_figure(sweep: Record) -> Figure:
+    """Score against trained parameters, each option's importance, and the mean score of each set of roles or layers."""
+    trials = [trial for trial in sweep["trials"] if trial["parameters"] and trial["score"] is not None]
+    if not trials:
+        raise ReportError(f"{sweep.source}: no trial has a score")
+    search, importance = sweep.section("search"), sweep["importance"] or {}
+    sets = [name for name in ("targets", "layers") if name in sweep.section("means")]
+    panels = ([importance] if importance else []) + sets
+    figure = Figure(figsize=(10 if panels else 7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(max(1, len(panels)), 2 if panels else 1, width_ratios=[1.7, 1] if panels else None)
+    axes = figure.add_subplot(grid[:, 0])
+    colour_of = sets[0] if sets else None
+    choices = search[colour_of] if colour_of else [None]
+    for i, choice in enumerate(choices):
+        own = [trial for trial in trials if colour_of is None or trial.section("params")[colour_of] == choice]
+        colour, label = SET_COLOURS[i % len(SET_COLOURS)], "trial" if choice is None else f"{colour_of} {choice}"
+        for states, look in ((("complete",), {"color": colour, "label": label}),
+                             (("pruned", "diverged"), {"facecolors": "none", "edgecolors": colour})):
+            points = [(trial.section("parameters").number("trainable"), trial.number("score")) for trial in own
+                      if trial["state"] in states]
+            axes.scatter(*zip(*points, strict=True) if points else ([], []), s=30, **look)
+    if any(trial["state"] in ("pruned", "diverged") for trial in trials):
+        axes.scatter([], [], facecolors="none", edgecolors=GREY, label="pruned: best until then")
+    for trial in trials:
+        if trial["number"] == sweep["best"]:
+            axes.plot([trial.section("parameters").number("trainable")], [trial.number("score")], "*", color=BLACK, ms=15,
+                      markerfacecolor="none", label=f"best: trial {trial['number']} ({trial.number('score'):.3f})")
+    axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="majority class (0)")
+    _parameter_axis(axes, [trial.section("parameters").number("trainable") for trial in trials])
+    axes.set_ylabel(f"MCC, best epoch, {_said(sweep.section('selection')['split'])}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize="small", frameon=False)
+    for i, panel in enumerate(panels):
+        side = figure.add_subplot(grid[i, 1])
+        if panel is importance:
+            _bars(side, list(importance), list(importance.values()))
+            side.set_xlabel("importance (share of variance, fANOVA)")
+        else:
+            _bars(side, [f"{row['value']} (n={row['n']})" for row in sweep.section("means")[panel]],
+                  [row.number("mean") for row in sweep.section("means")[panel]],
+                  [row.number("sd") for row in sweep.section("means")[panel]])
+            side.set_xlabel(f"mean MCC by {panel}, sd (n complete trials)")
+    figure.suptitle(f"{sweep['model']} on {sweep['task']} (SR {sweep['sr']})".replace("$", r"\$"))
+    return figure
+
+
+def _bars(axes, names: list[str], values: list[float], sd: list[float] | None = None) -> None:
+    """Horizontal bars, the first on top."""
+    axes.barh(range(len(names)), [0 if math.isnan(value) else value for value in values], color=BLUE, height=0.6,
+              xerr=sd, capsize=3)
+    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names], fontsize="small")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+STUDY_TABLES = {"compare": (compare_latex, compare_notes), "sweep": (sweep_latex, sweep_notes)}
 
 
 # ---------------------------------------------------------------- the PDF and the hand-in

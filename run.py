@@ -4,6 +4,7 @@
     python run.py LoRA 12345       inject LoRA into a backbone and fine-tune it on a task
     python run.py distil 12345     distil that run into a small RNN, and train the RNN alone beside it
     python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
+    python run.py sweep 12345      search rank, targets, layers, learning rate ...
     python run.py eval RUN_DIR --data FILE
     python run.py repeat RUN_DIR   repeat a run from its config.json and compare
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
@@ -29,11 +30,12 @@ from pathlib import Path
 EPOCHS = {"LoRA": {"tiny": 12, "": 3}, "distil": {"tiny": 30, "": 15}}
 # By method: what is pretrained wants small steps, what starts from nothing large ones.
 LEARNING_RATE = {"lora": {"tiny": 2e-3, "": 4e-4}, "full": {"tiny": 5e-4, "": 5e-5}, "head": {"tiny": 1e-2, "": 1e-3},
-                 "features": {"": 1e-3}, "none": {"": 4e-4}, "distil": {"": 3e-3}}
-MODES = ("gen", "LoRA", "distil", "compare", "eval", "repeat", "report", "submit")
+                 "features": {"": 3e-3}, "none": {"": 4e-4}, "distil": {"": 3e-3}}
+MODES = ("gen", "LoRA", "distil", "compare", "sweep", "eval", "repeat", "report", "submit")
 METHODS = ("lora", "full", "head", "features", "none")
 # What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
-COMMON = ("help", "sr", "task", "data", "limit", "out", "plots", "no_plots", "save_every", "resume", "overwrite")
+COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",
+          "save_every", "resume", "overwrite")
 
 
 def _complain(message) -> None:
@@ -177,6 +179,21 @@ def build_parser() -> Parser:
                          help="learning rates that each entry chooses from; --lr if not given, or each method's default")
     _lora_options(compare, method=False)
 
+    sweep = mode("sweep", "search rank, targets, layers, learning rate ... with Optuna",
+                 epilog="A trial's score is its best epoch's MCC. The same command started again, or elsewhere with the "
+                        "same --storage, goes on with the trials that wait.")
+    sweep.add_argument("--search", action="append", required=True, metavar="OPTION=VALUES",
+                       help="choices, rank=1,2,4 or targets=q+v,q+k+v+o,all (+ stands for the comma within targets and "
+                            "layers), or a range, lr=1e-4..1e-3 or alpha=1..64:log (rates are searched on a logarithmic "
+                            "scale, others on a linear one unless :log follows); several times for several options")
+    sweep.add_argument("--sampler", choices=("tpe", "random", "grid"), default="tpe", help="grid: every combination, once")
+    sweep.add_argument("--trials", type=_count, help="of all processes together; 20, or the whole grid, if not given")
+    sweep.add_argument("--storage", metavar="URL", help="a database that several processes share, such as "
+                                                        "postgresql://HOST/DB; study.db in the folder if not given")
+    sweep.add_argument("--no-prune", action="store_true",
+                       help="let hopeless trials run to the end (pruned: below the median of the others' scores by then)")
+    _lora_options(sweep)
+
     evaluate = mode("eval", "score a saved run on a labelled file", sr=False)
     evaluate.add_argument("run", metavar="RUN_DIR", type=Path)
     evaluate.add_argument("--data", type=Path, required=True, metavar="FILE", help="in the format of the run's task")
@@ -207,28 +224,6 @@ def _defaults_text(table: dict) -> str:
     return ", ".join(f"{value:g}" + (f" for --task {task}" if task else " otherwise") for task, value in table.items())
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """An argparse type: names separated by commas."""
-    names = tuple(part.strip() for part in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected names separated by commas")
-    return names
-
-
-def _table_options(parser: Parser) -> None:
-    """What the columns of a table mean."""
-    parser.add_argument("--text-column", type=_names, default=(), metavar="A,B",
-                        help="joined by the tokenizer's separator; text, sentence or review if not given")
-    parser.add_argument("--template", metavar="TEXT", help='instead: column names in braces, "Q: {question} A: {guess}"')
-    parser.add_argument("--label-column", default="label", help="strings, booleans or whole numbers; any number of classes")
-    parser.add_argument("--eval-split", metavar="NAME|FILE|SHARE",
-                        help="validation, dev or eval if --data has it, else 0.1 of the training rows")
-    parser.add_argument("--feature-columns", type=_names, default=(), metavar="A,B",
-                        help="numbers that the head reads beside the text")
-    parser.add_argument("--truncate", choices=("head", "tail", "middle"), default="tail",
-                        help="the part of a text longer than --max-length that is cut")
-
-
 def _lora_options(parser: Parser, method: bool = True) -> None:
     """What a fine-tuning has; `compare` (whose entries have a method each) and `sweep` take the same."""
     parser.add_argument("--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a local "
@@ -257,6 +252,28 @@ def _lora_options(parser: Parser, method: bool = True) -> None:
     parser.add_argument("--no-plots", action="store_true", help="draw none")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """An argparse type: names separated by commas."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected names separated by commas")
+    return names
+
+
+def _table_options(parser: Parser) -> None:
+    """What the columns of a table mean."""
+    parser.add_argument("--text-column", type=_names, default=(), metavar="A,B",
+                        help="joined by the tokenizer's separator; text, sentence or review if not given")
+    parser.add_argument("--template", metavar="TEXT", help='instead: column names in braces, "Q: {question} A: {guess}"')
+    parser.add_argument("--label-column", default="label", help="strings, booleans or whole numbers; any number of classes")
+    parser.add_argument("--eval-split", metavar="NAME|FILE|SHARE",
+                        help="validation, dev or eval if --data has it, else 0.1 of the training rows")
+    parser.add_argument("--feature-columns", type=_names, default=(), metavar="A,B",
+                        help="numbers that the head reads beside the text")
+    parser.add_argument("--truncate", choices=("head", "tail", "middle"), default="tail",
+                        help="the part of a text longer than --max-length that is cut")
+
+
 def _training_options(parser: Parser, mode: str) -> None:
     """What every training has."""
     parser.add_argument("--task", choices=("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny"),
@@ -268,8 +285,7 @@ def _training_options(parser: Parser, mode: str) -> None:
     parser.add_argument("--batch-size", type=_count, default=32, help="sentences in a batch")
     parser.add_argument("--batch-tokens", type=_count, help="instead of --batch-size: tokens in a batch, pads included")
     parser.add_argument("--lr", type=_positive, help="; ".join(
-        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (("lora", "full", "head") if mode == "LoRA"
-                                                                            else (mode,))))
+        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (METHODS[:-1] if mode == "LoRA" else (mode,))))
     parser.add_argument("--weight-decay", type=_not_negative, default=0.01, help="not on biases and norms")
     parser.add_argument("--warmup", type=_share, default=0.06, help="share of the steps")
     parser.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
@@ -316,8 +332,8 @@ def _call(args) -> int:
     from report_utils import ReportError
 
     try:
-        return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "eval": evaluate,
-                "repeat": repeat, "report": report, "submit": submit}[args.mode](args) or 0
+        return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep,
+                "eval": evaluate, "repeat": repeat, "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
         _complain(error)
     except OSError as error:
@@ -393,9 +409,10 @@ def _train(args, options, start) -> int:
     again = "python run.py " + shlex.join(
         [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
     try:
-        if not (args.resume and _only_plots_missing(options, args.plots)):
+        no_plots = getattr(args, "no_plots", False)
+        if no_plots or not (args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
-        plots = [] if getattr(args, "no_plots", False) else report_utils.plot_run(options.out, make_folder(args.plots))
+        plots = [] if no_plots else report_utils.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
@@ -425,10 +442,11 @@ def _finetune_options(args):
 
     model, task, data = experiments.choose(args.model, args.task, args.data, _note)
     targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
+    lora = LoRAOptions(args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers)
+    table = TableOptions(args.text_column, args.label_column, args.template, args.eval_split, args.feature_columns,
+                         args.truncate)
     return _run_options(args, "LoRA", model, task, data, method=args.method, keep=not args.no_keep,
-                        keep_memory=args.keep_memory, lora=LoRAOptions(
-        args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers), table=TableOptions(
-        args.text_column, args.label_column, args.template, args.eval_split, args.feature_columns, args.truncate))
+                        keep_memory=args.keep_memory, lora=lora, table=table)
 
 
 def finetune(args) -> int:
@@ -541,11 +559,11 @@ def _entries(args) -> list:
     return entries
 
 
-def _settings(args, *common: str) -> dict:
-    """Every option of a comparison or sweep, but for where results go and whether to begin anew."""
-    from runs import as_json
+def _settings(args, *more: str) -> dict:
+    """Every option of a comparison or sweep that may change its results."""
+    from runs import FREE, as_json
 
-    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", *common)
+    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", *FREE, *more)
     return as_json({name: value for name, value in vars(args).items() if name not in skipped})
 
 
@@ -559,23 +577,86 @@ def compare(args) -> int:
     args.epochs = args.epochs or _default(EPOCHS["LoRA"], args.task)
     options = comparison.CompareOptions(args.sr, _entries(args), args.seeds, args.out or Path(f"runs/compare-{args.sr}"),
                                         _settings(args), args.overwrite)
-    return _study(args, options, lambda stop: comparison.compare(options, stop=stop))
+    return _study(args, options, lambda: comparison.compare(options))
+
+
+def _search(args) -> dict:
+    """--search as option -> list of choices, or a range."""
+    from files import UserError
+    from sweep import Range
+
+    search = {}
+    for text in args.search:
+        name, equals, rest = text.partition("=")
+        parser, name = Variant(f"--search {text}"), name.replace("-", "_")
+        if not equals or not rest:
+            raise UserError(f"--search {text}: expected OPTION=VALUES, such as rank=1,2,4 or lr=1e-4..1e-3")
+        if name in (*COMMON, "model", "deterministic"):
+            parser.error(f"{name} is the same for every trial")
+        if name in search:
+            parser.error(f"{name} is searched twice")
+        option = parser.option(name)
+        if match := re.fullmatch(r"([^,]+?)\.\.([^,]+?)(?::(log|linear))?", rest):
+            low, high = (_value(parser, args, name, end) for end in match.groups()[:2])
+            log = (match[3] or ("log" if name in ("lr", "head_lr") else "linear")) == "log"
+            if option.nargs == 0 or not isinstance(low, (int, float)) or not low < high or (log and low <= 0):
+                parser.error("expected a range LOW..HIGH of numbers, LOW below HIGH" + (" and above 0" if log else ""))
+            if args.sampler == "grid":
+                parser.error("a grid needs choices, such as 1,2,4, not a range")
+            search[name] = Range(low, high, log)
+        else:
+            search[name] = [_value(parser, args, name, part) for part in rest.split(",")]
+            if len(set(search[name])) < len(search[name]):
+                parser.error("a value is given twice")
+    return search
+
+
+def _value(parser: Variant, args, name: str, text: str):
+    """A searched value as a number where the option is one, else as written; refused where the option would refuse it."""
+    if not text:
+        parser.error("a value is empty")
+    parsed = getattr(parser.parse_args([args.sr, *parser.words(args, {name: text})]), name)
+    return parsed if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) else text
+
+
+def sweep(args) -> int:
+    """`sweep`: runs the trials that wait, and prints and draws the study."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import dataclasses
+
+    import experiments
+    import sweep as search
+
+    args.model, args.task, args.data = experiments.choose(args.model, args.task, args.data, _note)
+    args.epochs = args.epochs or _default(EPOCHS["LoRA"], args.task)
+    ranges = _search(args)
+
+    def make(values: dict, folder: Path):
+        parser = Variant("sweep")
+        parsed = parser.parse_args([args.sr, *parser.words(args, {name: str(value) for name, value in values.items()})])
+        parsed.lr = values.get("lr") or args.lr
+        return dataclasses.replace(_finetune_options(parsed), out=folder, overwrite=True)
+
+    options = search.SweepOptions(args.sr, ranges, make, args.sampler, args.trials, not args.no_prune, args.storage,
+                                  args.out or Path(f"runs/sweep-{args.sr}"), _settings(args, "trials", "storage"),
+                                  args.overwrite)
+    return _study(args, options, lambda: search.sweep(options))
 
 
 def _study(args, options, start) -> int:
     """Runs a comparison or a sweep, draws it and turns its ways of ending into exit statuses."""
     import report_utils
-    import signals
     from files import check_folder, make_folder
+    from signals import Interrupted
 
     check_folder(args.plots)
     try:
-        start(signals.received)
-    except signals.Interrupted as error:
+        start()
+        plots = [] if args.no_plots else report_utils.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
+    except Interrupted as error:
         _note("run.py: stopped; continue with: python run.py "
               + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
         return 128 + error.signal
-    plots = [] if args.no_plots else report_utils.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
     print(f"{args.mode}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
     return 0
 

@@ -33,8 +33,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data_utils import Task
-from files import (SUMS, UserError, check_sums, json_text, make_folder, read_json, remove_temporaries, sha256, write_file,
-                   write_json, write_sums)
+from files import (SUMS, UserError, check_sums, json_text, make_folder, read_json, remove_temporaries, sha256,
+                   without_password, write_file, write_json, write_sums)
 from model import LoRAOptions
 from tables import TableOptions
 from train_utils import CHECKPOINT, TrainOptions
@@ -80,7 +80,8 @@ def provenance(options: dict, task: Task) -> dict:
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"command": "python run.py " + shlex.join(sys.argv[1:]), "options": options,
+    command = without_password("python run.py " + shlex.join(sys.argv[1:]))
+    return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": task.files}
 

@@ -61,6 +61,7 @@ class Table:
 
     path: Path
     columns: dict[str, list]
+    names: dict[str, list[str]] = field(default_factory=dict)  # of the classes that a column's numbers stand for
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -100,14 +101,14 @@ def read_table(path: Path | str) -> Table:
         raise UserError(f"{path}: the file is empty; expected a {kind} file with rows")
     if (start[:4] == b"PAR1") != (kind == "Parquet"):
         raise UserError(f"{path}: {'' if kind == 'Parquet' else 'a Parquet file, '}not the {kind} file its ending says")
-    columns = _read(path, kind, _header(path, kind, start) if kind in ("CSV", "TSV") else None)
-    if not columns or not next(iter(columns.values())):
+    table = _read(path, kind, _header(path, kind, start) if kind in ("CSV", "TSV") else None)
+    if not table.columns or not len(table):
         raise UserError(f"{path}: no rows in it; expected a {kind} file with rows")
-    return Table(path, columns)
+    return table
 
 
-def _read(path: Path, kind: str, header: list[str] | None) -> dict[str, list]:
-    """The columns of a file, through `datasets`; its cache is a folder that goes at once."""
+def _read(path: Path, kind: str, header: list[str] | None) -> Table:
+    """A file's columns, through `datasets`; its cache is a folder that goes at once."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -121,11 +122,13 @@ def _read(path: Path, kind: str, header: list[str] | None) -> dict[str, list]:
         read = datasets.Dataset.from_parquet
     try:
         with tempfile.TemporaryDirectory() as cache:
-            return read(str(path), cache_dir=cache, keep_in_memory=True, **arguments)[:]
+            rows = read(str(path), cache_dir=cache, keep_in_memory=True, **arguments)
+            return Table(path, rows[:], {name: feature.names for name, feature in rows.features.items()
+                                         if isinstance(feature, datasets.ClassLabel)})
     except Exception as error:  # pandas', pyarrow's and its own classes, of which it wraps some
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
-            return {}
+            return Table(path, {})
         said = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
         raise UserError(f"{path}: not a readable {kind} file ({said})") from None
 
@@ -249,6 +252,8 @@ def labels_of(table: Table, column: str) -> list[str]:
             kind, name = "boolean", str(value).lower()
         elif isinstance(value, (int, float)) and value == int(value):
             kind, name = "whole number", str(int(value))
+            if column in table.names and 0 <= value < len(table.names[column]):
+                name = table.names[column][int(value)]
         elif isinstance(value, str):
             looks = re.fullmatch(r"\s*[+-]?\d+\s*", value) is not None
             kind, name = ("whole number", str(int(value))) if looks else ("text", value.strip())
@@ -312,7 +317,11 @@ def read_split(table: Table, options: TableOptions, separator: str, classes: lis
     """
     texts, names = texts_of(table, options, separator), labels_of(table, options.label_column)
     if classes is None:
-        classes = classes_of(names, f"{table.path}, column {options.label_column}")
+        where = f"{table.path}, column {options.label_column}"
+        classes = classes_of(names, where)
+        unused = [name for name in table.names.get(options.label_column, []) if name not in classes]
+        if unused:
+            raise UserError(f"{where}: class {unused[0]} has no example; every class needs one")
     index = {name: number for number, name in enumerate(classes)}
     for row, name in enumerate(names, 1):
         if name not in index:

@@ -4,7 +4,8 @@ import torch
 
 from benchmarks.common import (Report, alternate, figure, padding_percent, paired_ratios, spread_sample, summary, table,
                                thinned)
-from data_utils import Split
+from benchmarks.features_reference import reference
+from data_utils import Split, Task
 
 
 def test_summary_is_median_and_spread():
@@ -81,3 +82,12 @@ def test_a_target_is_met_by_its_median():
     assert [(target["target"], target["met"]) for target in report.targets] == [
         (">= 3", True), (">= 3", False), ("<= 0.8", True), ("<= 0.8", False)]
     assert "NOT met" in report.text() and "2.9" in report.text()
+
+
+def test_the_reference_of_features_alone_reads_what_a_run_reads():
+    """Separable by one number; a missing value is no mistake."""
+    values = [float(i) for i in range(-20, 20)]
+    rows = Split(["text"] * 40, [int(x > 0) for x in values], [], [[x, 0.0] for x in values])
+    rows.features[3][1] = float("nan")
+    result = reference(Task("csv", rows, {"dev": rows.take(range(10, 30))}, {}))
+    assert result["dev"]["n"] == 20 and result["dev"]["accuracy"] >= 0.95 and result["dev"]["majority_accuracy"] == 0.55

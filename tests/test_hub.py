@@ -191,3 +191,32 @@ def test_a_glue_validation_set_of_another_size_is_refused(tmp_path, monkeypatch,
                         lambda repository, file, **_: str(files[file.split("/")[1].split("-")[0]]))
     with pytest.raises(UserError, match=f"^nyu-mll/glue: {rows} validation rows; expected 1043, of which the first 527 are"):
         data_utils.load_task("cola")
+
+
+REVIEWS = """
+import data_utils
+task = data_utils.load_task("rotten_tomatoes")
+print(len(task.train), {name: (len(split), split.sentences[1]) for name, split in task.dev.items()}, task.classes)
+print(sorted(task.files))
+try:
+    data_utils.load_task("imdb")
+except data_utils.UserError as error:
+    print("error", error)
+"""
+
+
+def test_reviews_come_from_the_hub_and_what_it_lacks_is_one_line(tmp_path):
+    folder = tmp_path / "hub/datasets/cornell-movie-review-data/rotten_tomatoes"
+    folder.mkdir(parents=True)
+    for split, rows in (("train", 12), ("validation", 6)):
+        table = pyarrow.table({"text": [f"{split} review {row}" for row in range(rows)], "label": [
+            row % 2 for row in range(rows)]})
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    with Hub(tmp_path / "hub") as hub:
+        done, _ = python("-c", REVIEWS, home=tmp_path / "home", endpoint=hub.endpoint)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "12 {'validation': (6, 'validation review 1')} ('0', '1')"
+    repository = "cornell-movie-review-data/rotten_tomatoes"
+    assert lines[1] == str([f"{repository}/{split}.parquet" for split in ("train", "validation")])
+    assert lines[2].startswith("error --task imdb: stanfordnlp/imdb") and len(lines) == 3

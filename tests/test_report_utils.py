@@ -75,11 +75,57 @@ def distil_run(runs: Path, epochs: int = 4) -> Path:
     return write_run(runs / f"distil-{SR}", summary, metrics, architecture={"cell": "lstm", "hidden_size": 128})
 
 
+def spread(mean: float, sd: float | None = 0.01) -> dict:
+    return {"mean": mean, "sd": sd, "values": [mean - 0.01, mean + 0.01] if sd else [mean]}
+
+
+def study(runs: Path, mode: str, content: dict) -> Path:
+    """A comparison or a sweep."""
+    path = runs / f"{mode}-{SR}" / f"{mode}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"mode": mode, "sr": SR, "model": "gpt2", "task": "cola", "options": {},
+                                "command": f"python run.py {mode} {SR}"} | content))
+    return path
+
+
+def entry_row(name: str, trainable: int, accuracy: float, rate: float | None = 4e-4, splits=COLA, sd=0.01, **more) -> dict:
+    scores = {split: {"accuracy": spread(accuracy - i / 20, sd), "mcc": spread(accuracy - 0.6, sd)}
+              for i, split in enumerate(splits)}
+    return {"entry": name, "tried": [{"learning_rate": rate, "mcc": 0.2}], "learning_rate": rate,
+            "seeds": ["12345", "12346"],
+            "parameters": {"total": 1000000, "trainable": trainable, "trainable_percent": trainable / 10000},
+            "best": scores, "last": scores, "best_epoch": spread(2.5), "last_epoch": spread(3), "seconds_per_epoch": 12.345,
+            "majority_accuracy": {split: 0.6926 - i / 100 for i, split in enumerate(splits)},
+            "peak_memory_bytes": 600 * 2 ** 20, "size_bytes": 4567890} | more
+
+
+def comparison(runs: Path, splits=COLA, **changes) -> Path:
+    rows = [entry_row("none", 0, 0.3, None, splits), entry_row("lora", 123456, 0.8123, splits=splits),
+            entry_row("r_2", 1234, 0.55, splits=splits), {"entry": "full", "tried": [{"learning_rate": 1, "mcc": None}],
+                                                          "learning_rate": None, "seeds": []}]
+    return study(runs, "compare", {"seeds": ["12345", "12346"], "entries": rows, "selection": {
+        "split": splits[0], "splits": list(splits)}} | changes)
+
+
+def search(runs: Path, **changes) -> Path:
+    trials = [{"number": i, "state": "complete" if i < 3 else "pruned",
+               "params": {"targets": targets, "lr": 0.001 * (i + 1)},
+               "score": 0.5 - i / 10 if i < 4 else -0.1, "best_epoch": 2, "same_as": None, "diverged": None,
+               "parameters": {"total": 1000000, "trainable": 1000 * (i + 1)},
+               "validation": {"in_domain": validation(0.5)["in_domain"]} if i < 3 else None}
+              for i, targets in enumerate(["q+v", "all", "q+v", "all", "all"])]
+    means = {"targets": [{"value": "q+v", "n": 2, "mean": 0.4, "sd": 0.14},
+                         {"value": "all", "n": 1, "mean": 0.4, "sd": None}]}
+    return study(runs, "sweep", {"search": {"targets": ["q+v", "all"], "lr": {"low": 0.001, "high": 0.01, "log": True}},
+                                 "selection": {"split": "in_domain"}, "trials": trials, "best": 0, "means": means,
+                                 "importance": {"targets": 0.25, "lr": 0.75}} | changes)
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> Path:
-    """A folder with both runs, their plots and report/results/; not to be changed."""
+    """A folder with both runs, a comparison, a sweep, their plots and report/results/; not to be changed."""
     root = tmp_path_factory.mktemp("both")
-    lora_run(root / "runs"), distil_run(root / "runs")
+    lora_run(root / "runs"), distil_run(root / "runs"), comparison(root / "runs"), search(root / "runs")
     written = report_utils.write_report_results(SR, root / "runs", root / "plots", root / "report")
     assert sorted(written) == sorted((root / "report" / "results").iterdir())
     return root
@@ -238,11 +284,10 @@ def test_results_hold_the_numbers_of_the_runs(both):
 
 def test_every_number_of_the_report_comes_from_a_run(both):
     text = (REPORT / "main.tex").read_text().partition(r"\begin{document}")[2]
-    asked = {key for key in re.findall(r"\\result\{([^}#]*)\}", text)
-             if not key.startswith(tuple(f"{study}." for study in report_utils.STUDIES))}  # only where there is one
+    asked = set(re.findall(r"\\result\{([^}#]*)\}", text))
     assert len(asked) > 30 and asked <= set(numbers(both / "report" / "results"))
     tables = set(re.findall(r"\\(?:resulttable|longresult|fullresult)\{(\w+)\}", text))
-    assert tables == {*report_utils.TABLES, *(f"{study}_results" for study in report_utils.STUDIES)}
+    assert tables == {*report_utils.TABLES, *(f"{mode}_results" for mode in report_utils.STUDIES)}
 
 
 def test_a_missing_run_says_not_run_and_nothing_stale_stays(both, tmp_path):
@@ -253,6 +298,91 @@ def test_a_missing_run_says_not_run_and_nothing_stale_stays(both, tmp_path):
     assert "not run" in (results / "distil_results.tex").read_text()
     assert "not run" not in (results / "lora_results.tex").read_text()
     assert not list(results.glob("distil_*.pdf")) and not any(key.startswith("distil") for key in numbers(results))
+    assert not [path.name for path in results.iterdir() if path.name.startswith(report_utils.STUDIES)]
+
+
+# ---------------------------------------------------------------- comparisons and sweeps
+
+def test_a_comparisons_table_holds_its_numbers(both):
+    table = (both / "report" / "results" / "compare_results.tex").read_text()
+    assert "majority class &  &  &  &  & 69.3 & 0 & 68.3 & 0 &  &  &  \\\\" in table
+    assert ("lora & 123,456 & 12.3 & 0.0004 & best (2.5) & 81.2 \u00b1 1.0 & 0.212 \u00b1 0.010 & 76.2 \u00b1 1.0 & "
+            "0.212 \u00b1 0.010 & 12.3 & 600 & 4.57 \\\\") in table
+    assert "none & 0 & 0 &  & untrained & 30.0 \u00b1 1.0 & $-$0.300 \u00b1 0.010" in table  # a minus, no hyphen
+    assert r"r\_2 & 1,234" in table and "full &  &  &  & diverged &" in table
+    text = report_utils.compare_text(report_utils.read_json(both / "runs" / f"compare-{SR}" / "compare.json"))
+    assert "lora            123,456   12.3  0.0004  best (2.5)  81.2 \u00b1 1.0   0.212 \u00b1 0.010" in text
+
+
+def test_a_comparison_with_one_seed_or_one_split_says_so(tmp_path):
+    rows = [entry_row("lora", 100, 0.8, splits=("validation",), sd=None, seeds=["12345"])]
+    path = comparison(tmp_path, ("validation",), entries=rows, seeds=["12345"])
+    text = report_utils.compare_text(report_utils.read_json(path))
+    assert "One seed (12345)." in text and "\u00b1" not in text.splitlines()[4]
+    assert "The validation split chose the epoch by its MCC, and is the one reported" in text
+
+
+def test_a_rate_at_the_edge_of_the_grid_is_told(tmp_path):
+    tried = [{"learning_rate": rate, "mcc": 0.1} for rate in (1e-4, 4e-4, 1e-3)]
+    rows = [entry_row("mid", 1, 0.8, tried=tried), entry_row("low", 1, 0.8, tried=tried, learning_rate=1e-4)]
+    notes = report_utils.compare_notes(report_utils.read_json(comparison(tmp_path, entries=rows)))
+    assert notes[-1] == "Chosen at the edge of the grid: low (0.0001); a wider grid may do better."
+
+
+def test_a_comparisons_plot_has_points_error_bars_names_and_the_majority_class(both):
+    figure = report_utils.compare_figure(report_utils.read_json(both / "runs" / f"compare-{SR}" / "compare.json"))
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "symlog" and axes.get_xlabel() == "trained parameters"  # for `none` trains nothing
+    points = axes.containers[0].lines[0]
+    assert list(points.get_xdata()) == [0, 1234, 123456] and list(points.get_ydata()) == pytest.approx([30, 55, 81.23])
+    bars = axes.containers[0].lines[2][0].get_segments()
+    assert bars[2][:, 1] == pytest.approx([80.23, 82.23])
+    assert {text.get_text() for text in axes.texts} == {"none", "r_2", "lora"}
+    dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == pytest.approx([69.26, 68.26])
+    assert "gpt2 on cola" in axes.get_title()
+
+
+def test_a_sweeps_table_has_the_best_trials_first(both):
+    table = (both / "report" / "results" / "sweep_results.tex").read_text().splitlines()
+    assert table[2] == r"trial & MCC & acc. \% & trained & \% & epoch & targets & lr \\"
+    assert table[4:7] == [r"0 & 0.500 & 80.7 & 1,000 & 0.1 & 2 & q+v & 0.001 \\",
+                          r"1 & 0.400 & 80.7 & 2,000 & 0.2 & 2 & all & 0.002 \\",
+                          r"2 & 0.300 & 80.7 & 3,000 & 0.3 & 2 & q+v & 0.003 \\"]
+    notes = " ".join(report_utils.sweep_notes(report_utils.read_json(both / "runs" / f"sweep-{SR}" / "sweep.json")))
+    assert "5 trials with one seed (12345): 3 complete, 2 pruned." in notes and "targets 0.25, lr 0.75" in notes
+
+
+def test_a_sweeps_plot_has_every_trial_its_importances_and_the_means_by_role_set(both):
+    figure = report_utils.sweep_figure(report_utils.read_json(both / "runs" / f"sweep-{SR}" / "sweep.json"))
+    scatter, importance, means = figure.axes
+    drawn = {tuple(point) for collection in scatter.collections for point in collection.get_offsets().tolist()}
+    assert drawn == {(1000, 0.5), (2000, 0.4), (3000, 0.3), (4000, 0.2), (5000, -0.1)}
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[:2] == ["targets q+v", "targets all"] and "best: trial 0 (0.500)" in names
+    assert [bar.get_width() for bar in importance.patches] == [0.25, 0.75]
+    assert [label.get_text() for label in means.get_yticklabels()] == ["q+v (n=2)", "all (n=1)"]
+
+
+def test_a_sweep_without_choices_or_importance_has_one_panel(tmp_path):
+    path = search(tmp_path, importance=None, means={})
+    assert len(report_utils.sweep_figure(report_utils.read_json(path)).axes) == 1
+
+
+@pytest.mark.parametrize("mode", report_utils.STUDIES)
+def test_a_studys_plot_is_the_same_bytes_again(both, tmp_path, mode):
+    path = both / "runs" / f"{mode}-{SR}" / f"{mode}.json"
+    one, two = (report_utils.plot_study(path, tmp_path / name) for name in ("one", "two"))
+    assert [p.name for p in one] == [f"{mode}-{SR}.png", f"{mode}-{SR}.pdf"]
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+def test_a_study_in_which_nothing_succeeded_is_told_in_one_line(tmp_path):
+    rows = [{"entry": "lora", "tried": [], "learning_rate": None, "seeds": []}]
+    with pytest.raises(ReportError, match="compare.json: every run diverged"):
+        report_utils.compare_text(report_utils.read_json(comparison(tmp_path, entries=rows)))
+    with pytest.raises(ReportError, match="sweep.json: no trial has a score"):
+        report_utils.plot_study(search(tmp_path, trials=[]), tmp_path)
 
 
 # ---------------------------------------------------------------- errors
@@ -311,6 +441,7 @@ def test_the_report_builds_from_runs_with_hostile_strings(tmp_path):
     every = "".join(map(chr, [*range(32, 127), *range(0xa1, 0x100)])) + "\n\u4e2d\U0001f600 -- << ?` [x] \\end{x}"
     lora_run(tmp_path / "runs", model=every[:95], sanity={"prompt": "*", "text": every, "equal_to_base": True})
     distil_run(tmp_path / "runs")
+    comparison(tmp_path / "runs", model=every[:95]), search(tmp_path / "runs", task=every[:95])
     report = tmp_path / "a folder" / "report"
     report.mkdir(parents=True)
     shutil.copy(REPORT / "main.tex", report)

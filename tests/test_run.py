@@ -113,7 +113,7 @@ def test_a_mistyped_option_is_answered_with_the_closest(refused, mode, option, e
 
 
 def test_words_that_are_close_to_nothing_are_answered_with_what_there_is(refused):
-    assert "unknown mode xyz; expected one of gen, LoRA, distil, compare, eval, " in refused("xyz", "12345")
+    assert "unknown mode xyz; expected one of gen, LoRA, distil, compare, sweep, eval, " in refused("xyz", "12345")
     assert "unknown option --000000; expected one of -h, --help" in refused("gen", "12345", "--000000")
 
 

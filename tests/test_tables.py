@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -136,6 +137,17 @@ def test_classes_are_ordered_by_what_they_are():
     assert classes_of(["10", "9", "10", "-1"], "x") == ["-1", "9", "10"]
     assert classes_of(["true", "false"], "x") == ["false", "true"]
     assert classes_of(["sad", "glad", "mad"], "x") == ["glad", "mad", "sad"]
+
+
+def test_a_parquet_files_own_class_names_are_kept(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    for labels, path in (([1, 0, 1], tmp_path / "rows.parquet"), ([1, 1, 1], tmp_path / "one.parquet")):
+        datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": labels}, features).to_parquet(path)
+    split, classes = read_split(read_table(tmp_path / "rows.parquet"), TableOptions(), " ")
+    assert (split.labels, classes) == ([1, 0, 1], ["neg", "pos"])
+    assert read_table(tmp_path / "rows.parquet").columns["label"] == [1, 0, 1]
+    with pytest.raises(UserError, match="every label is pos"):
+        read_split(read_table(tmp_path / "one.parquet"), TableOptions(), " ")
 
 
 def test_booleans_and_numbers_are_the_same_labels_in_every_format(tmp_path):
