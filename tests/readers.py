@@ -83,7 +83,7 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
                                    report_utils.read_json(base / "lora/summary.json"), "mcc")
 
     def rebuilt():
-        return runs.rebuild(runs.RunOptions, files.read_json(base / "lora/config.json").get("options", {}), out=base)
+        return runs.rebuild(runs.RunOptions, runs.read_run(base / "lora")[0]["options"], out=base)
 
     return {
         "CoLA's TSV": (base / "cola/in_domain_dev.tsv", lambda: data_utils.load_task("cola", base / "cola")),
