@@ -1,11 +1,12 @@
 # make run     install what is needed, then gen, LoRA and distil
 # make test    install what is needed, then the test suite
+# make fuzz    damaged files by the thousand: none may end in a traceback
 # make report  tables, plots and the PDF of a run: make report SR=12345
 PYTHON ?= python3
 SR ?= 12345
 BIN := .venv/bin
 
-.PHONY: run test lint report clean
+.PHONY: run test fuzz lint report clean
 
 # The stamps name what is installed: a changed pin installs anew.
 .venv/run.stamp: requirements.txt
@@ -26,6 +27,10 @@ run: .venv/run.stamp
 	@if test -f runs/distil-$(SR)/summary.json; then echo "runs/distil-$(SR) is finished: kept"; \
 	else $(BIN)/python run.py distil $(SR) --resume; fi
 	@echo "The plots are in plots/, the numbers in runs/; make report SR=$(SR) makes the PDF."
+
+# Thousands of damaged files on every reader; `make test` tries a few hundred.
+fuzz: .venv/test.stamp
+	$(BIN)/python benchmarks/fuzz.py
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data_utils import Batch
+from files import UserError
 from model import TextClassifier, blocks_of
 
 
@@ -125,9 +126,16 @@ class FrozenPrefix:
             if used + size <= budget:
                 batch.kept, used = hidden.clone(), used + size
                 continue
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".kept-") as file:
-                batch.kept = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
-                batch.kept = batch.kept.view(hidden.shape).copy_(hidden)
+            try:
+                with tempfile.NamedTemporaryFile(dir=folder, prefix=".kept-") as file:
+                    # Written, not copied into a mapping of an empty file: on a full disk that would be a SIGBUS.
+                    file.write(hidden.contiguous().view(-1).view(torch.uint8).numpy())
+                    file.flush()
+                    batch.kept = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+            except OSError as error:
+                raise UserError(f"{folder or tempfile.gettempdir()}: no room to keep what frozen blocks compute "
+                                f"({error.strerror}); give more --keep-memory, or --no-keep") from None
+            batch.kept = batch.kept.view(hidden.shape)
         return used
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import resource
 
 
@@ -27,3 +28,11 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, a GPU's or that of PyTorch's allocator for the CPU."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or isinstance(error, RuntimeError) and bool(
+        re.search("can't allocate memory|not enough memory|out of memory|bad_alloc", str(error)))

@@ -84,6 +84,20 @@ _positive = _number(float, 1e-30, 1e30, "a number above 0")
 _not_negative = _number(float, 0, 1e30, "a number of at least 0")
 
 
+def _save_every(text: str) -> str:
+    """An argparse type: minutes (a bare number, or 10min) or steps (50steps)."""
+    _saving(text)
+    return text
+
+
+def _saving(text: str) -> dict:
+    """`--save-every` as TrainOptions has it."""
+    what = "minutes, such as 10 or 10min, or steps, such as 50steps"
+    if text.endswith("steps"):
+        return {"save_steps": _number(int, 1, 10 ** 9, what)(text.removesuffix("steps"))}
+    return {"save_every": _number(float, 1e-30, 1e30, what)(text.removesuffix("min"))}
+
+
 def _one_of(words):
     """An argparse type: one of these words."""
     def parse(text: str) -> str:
@@ -282,7 +296,10 @@ def _training_options(parser: Parser, mode: str) -> None:
     parser.add_argument("--patience", type=_count, help="stop after so many epochs without a better one")
     parser.add_argument("--max-length", type=_count, help="tokens; the model's context if not given")
     parser.add_argument("--limit", type=_count, help="so many rows of each split, evenly spaced: a quick look")
-    parser.add_argument("--save-every", type=_positive, default=10.0, help="minutes between checkpoints in an epoch")
+    parser.add_argument("--save-every", type=_save_every, default="10min", metavar="Nmin|Nsteps",
+                        help="minutes, or optimiser steps, between checkpoints in an epoch")
+    parser.add_argument("--anomaly", action="store_true",
+                        help="name the first module that computes something not finite; several times slower")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in the folder")
     parser.add_argument("--deterministic", action="store_true", help="deterministic kernels on a GPU too")
@@ -319,7 +336,27 @@ def _call(args) -> int:
                 "eval": evaluate, "repeat": repeat, "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
         _complain(error)
-        return 2
+    except OSError as error:
+        _complain(f"{error.filename or 'a file or connection'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        import memory
+
+        if not memory.exhausted(error):
+            raise
+        _complain(f"out of memory{_less_memory(args)}")
+    return 2
+
+
+def _less_memory(args) -> str:
+    """What to try where memory ran out."""
+    size, tokens = getattr(args, "batch_size", None), getattr(args, "batch_tokens", None)
+    if tokens:
+        less = f" with --batch-tokens {tokens}; try --batch-tokens {max(1, tokens // 2)}"
+    elif size and size > 1:
+        less = f" with --batch-size {size}; try --batch-size {size // 2}"
+    else:
+        return f"{' with --batch-size 1' if size else ''}; try a smaller --max-length, or a smaller model"
+    return less + f" --accumulate {2 * args.accumulate}, which is the same step, and --overwrite; checkpoints are kept"
 
 
 def _note(text: str) -> None:
@@ -351,8 +388,8 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
     from train_utils import TrainOptions
 
     names = ("epochs", "batch_size", "batch_tokens", "lr", "weight_decay", "warmup", "schedule", "clip", "accumulate",
-             "label_smoothing", "patience", "save_every", "head_lr", "precision", "compile")
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+             "label_smoothing", "patience", "head_lr", "precision", "compile", "anomaly")
+    values = {**{name: getattr(args, name) for name in names if hasattr(args, name)}, **_saving(args.save_every)}
     values["epochs"] = args.epochs or _default(EPOCHS[mode], task)
     values["lr"] = args.lr or _default(LEARNING_RATE[getattr(args, "method", mode)], task)
     train = TrainOptions(seed=int(args.sr), **values)

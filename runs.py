@@ -8,23 +8,29 @@ TensorBoard's; they are checked whenever a run is read or resumed.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_type_hints
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import filelock
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data_utils import Task
 from files import (SUMS, UserError, check_sums, json_text, make_folder, read_json, remove_temporaries, sha256,
@@ -35,7 +41,7 @@ from train_utils import CHECKPOINT, TrainOptions
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # no two runs share them
-FREE = ("keep", "keep_memory", "save_every")  # change no result: a resumed run may have others
+FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly")  # change no result: a resumed run may have others
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def rebuild(cls: type, values: dict, **given):
     """An options object from what config.json recorded: the way back from `settings_of` and `as_json`.
 
     Raises:
-        UserError: an option without a default was not recorded.
+        UserError: an option without a default was not recorded, or one is of another type than it has.
     """
     kinds, made = get_type_hints(cls), dict(given)
     for field in fields(cls):
@@ -103,12 +109,25 @@ def rebuild(cls: type, values: dict, **given):
             made[field.name] = rebuild(kind, values)
         elif field.name in values:
             value = values[field.name]
+            if not _is(kind, value):
+                raise UserError(f"config.json: {field.name} is {json.dumps(value)[:60]}; expected {field.type}")
             value = tuple(value) if isinstance(value, list) else value
             made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
     try:
         return cls(**made)
     except TypeError as error:
         raise UserError(f"config.json does not record every option ({error})") from None
+
+
+def _is(kind, value) -> bool:
+    """Whether a JSON value can stand for an option of this type."""
+    if isinstance(kind, UnionType):
+        return any(_is(one, value) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is(get_args(kind)[0], item) for item in value)
+    if kind in (int, float, bool):  # in JSON, a whole number serves for either
+        return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, {Path: str | Path, str: str, NoneType: NoneType}.get(kind, object))
 
 
 def without_times(value):
@@ -222,7 +241,7 @@ class Recorder:
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder, self.say, self.lines = folder, say, []
-        self.writer = None
+        self.events = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
 
     def __call__(self, history: list[dict], phase: str | None = None) -> None:
         """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
@@ -231,16 +250,27 @@ class Recorder:
         write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         if not history:
             return
-        if self.writer is None:
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        line = history[-1]
-        for split, values in {"train": line["train"], **line["validation"]}.items():
-            for key in ("loss", "accuracy", "mcc"):
-                self.writer.add_scalar(f"{phase + '/' if phase else ''}{split}/{key}", values[key], line["epoch"])
-        self.writer.add_scalar(f"{phase + '/' if phase else ''}learning_rate", line["learning_rate"], line["epoch"])
-        self.writer.flush()
+        line, prefix = history[-1], f"{phase}/" if phase else ""
+        self._scalars(line["epoch"], {f"{prefix}learning_rate": line["learning_rate"], **{
+            f"{prefix}{split}/{key}": values[key] for split, values in {"train": line["train"], **line["validation"]}.items()
+            for key in ("loss", "accuracy", "mcc")}})
         self.say(f"  epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, " + ", ".join(
             f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" for split, v in line["validation"].items()))
+
+    def _scalars(self, epoch: int, values: dict[str, float]) -> None:
+        """Appends an epoch to TensorBoard's file: its own writer is a thread, which fails unseen on a full disk."""
+        new, records = not self.events.exists(), io.BytesIO()
+        events = [Event(file_version="brain.Event:2", wall_time=time.time())] if new else []
+        events += [Event(wall_time=time.time(), step=epoch, summary=Summary(
+            value=[Summary.Value(tag=tag, simple_value=value)])) for tag, value in values.items()]
+        for event in events:
+            RecordWriter(records).write(event.SerializeToString())
+        try:
+            self.events.parent.mkdir(exist_ok=True)
+            with open(self.events, "ab") as file:
+                file.write(records.getvalue())
+        except OSError as error:
+            raise UserError(f"{self.events}: cannot be written ({error.strerror})") from None
 
 
 def finish(folder: Path, summary: dict) -> None:
@@ -271,10 +301,27 @@ def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
     if not check_sums(folder):
         warnings.warn(f"{folder}: has no {SUMS}; whether its files are whole is not known", stacklevel=2)
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    missing = [key for key in ("model", "task", "method", "max_length", "precision")
-               if key not in config.get("options", {})] if summary.get("mode") == "LoRA" else []
-    if summary.get("mode") not in ("LoRA", "distil") or missing:
-        raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(missing) or 'no mode'} missing)")
+    wrong = [] if summary.get("mode") in ("LoRA", "distil") else ["no mode"]
+    options = config.get("options")
+    if not isinstance(options, dict):
+        wrong.append("no options")
+    else:
+        needed = ("model", "task", "method", "max_length", "batch_size", "precision")
+        wrong += [f"{key} missing" for key in needed if options.get(key) is None]
+    classes, files = config.get("classes", ["0", "1"]), config.get("data_files", {})
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        wrong.append("classes are not two names or more")
+    if not isinstance(files, dict):
+        wrong.append("data_files is not an object")
+    if not wrong:
+        try:
+            rebuild(RunOptions, options, out=folder)
+        except UserError as error:
+            wrong.append(str(error))
+        if not wrong and min(options["max_length"], options["batch_size"]) < 1:
+            wrong.append("max_length or batch_size is below 1")
+    if wrong:
+        raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(wrong)})")
     if mode and summary["mode"] != mode:
         raise UserError(f"{folder}: a {summary['mode']} run; {make}")
     return config, summary

@@ -108,18 +108,20 @@ def read_table(path: Path | str) -> Table:
 
 
 def _read(path: Path, kind: str, header: list[str] | None) -> Table:
-    """A file's columns, through `datasets`; its cache is a folder that goes at once."""
+    """A file's columns; those of CSV and Parquet through `datasets`, whose cache is a folder that goes at once."""
+    if kind == "JSON Lines":
+        rows = _json_lines(path)
+        names = dict.fromkeys(key for row in rows for key in row)
+        return Table(path, {name: [row.get(name) for row in rows] for name in names})
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is raised as well, and said once
-    arguments, read = {}, datasets.Dataset.from_json
+    arguments, read = {}, datasets.Dataset.from_parquet
     if header is not None:
         read = datasets.Dataset.from_csv
         arguments = {"sep": "," if kind == "CSV" else "\t", "keep_default_na": False, "encoding_errors": "strict",
                      "features": datasets.Features({name: datasets.Value("string") for name in header})}
-    elif kind == "Parquet":
-        read = datasets.Dataset.from_parquet
     try:
         with tempfile.TemporaryDirectory() as cache:
             rows = read(str(path), cache_dir=cache, keep_in_memory=True, **arguments)
@@ -182,12 +184,25 @@ def read_one_hot_jsonl(path: Path | str) -> Table:
     Raises:
         UserError: unreadable, empty, or a line that is no JSON object.
     """
+    rows = _json_lines(Path(path))
+    if not any(rows):
+        raise UserError(f"{path}: no rows in it; expected a JSON Lines file with rows")
+    return one_hot_columns(Path(path), rows)
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """The objects of a JSON Lines file, blank lines left out.
+
+    Not through `datasets`, whose reader (pyarrow's) dies of a segmentation fault where the first line is `null`.
+    """
     try:
-        lines = Path(path).read_bytes().splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a JSON Lines file") from None
     rows = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -195,9 +210,7 @@ def read_one_hot_jsonl(path: Path | str) -> Table:
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object; expected a JSON Lines file")
         rows.append(row)
-    if not rows or not any(rows):
-        raise UserError(f"{path}: no rows in it; expected a JSON Lines file with rows")
-    return one_hot_columns(Path(path), rows)
+    return rows
 
 
 # ---------------------------------------------------------------- columns

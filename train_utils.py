@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import anomaly
 from data_utils import Batch, epoch_order
 from files import UserError, write_file
 from signals import Interrupted, deferred
@@ -53,6 +55,8 @@ class TrainOptions:
     precision: str = "fp32"  # fp32 or bf16
     compile: bool = False  # torch.compile
     save_every: float = 10.0  # minutes between checkpoints inside an epoch
+    save_steps: int | None = None  # instead: optimiser steps between them
+    anomaly: bool = False  # name the first module that computes something not finite
 
 
 @dataclass
@@ -223,13 +227,16 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
     if path and resume and path.exists():
         progress, best = load_checkpoint(path, model, optimizer)
         on_epoch(progress.history)
-    if options.compile:
+    if options.compile and not options.anomaly:  # whose hooks need the modules one by one
         model.compile(dynamic=True)
     total = options.epochs * math.ceil(len(batches) / options.accumulate)
     while not progress.finished and progress.epoch <= options.epochs:
         try:
-            _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
-            validation, matrices = validate(model, dev)
+            with anomaly.watching(model) if options.anomaly else nullcontext():
+                _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
+                validation, matrices = validate(model, dev)
+        except anomaly.NotFinite as found:
+            raise Diverged(_where(str(found), progress, optimizer, options)) from None
         except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
             if path:
                 save_checkpoint(path, model, optimizer, progress, best)
@@ -284,13 +291,14 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
                     logits = model(*batch.inputs())
                 loss = objective(logits.float(), batch)
                 if not math.isfinite(value := loss.item()):
-                    raise Diverged(_where(f"loss {value}", progress, optimizer))
+                    raise Diverged(_where(f"loss {value}", progress, optimizer, options))
                 # Weighted by rows, so that accumulation equals one large batch.
                 (loss * (len(batch.rows) / rows)).backward()
                 _count(progress, value, logits.detach().float(), batch)
             norm = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
             if not math.isfinite(norm):
-                raise Diverged(_where(f"gradient norm {norm}", progress, optimizer))
+                bad = next(key for key, p in trainable(model).items() if p.grad is not None and not anomaly.finite(p.grad))
+                raise Diverged(_where(f"gradient norm {norm}, {bad}'s first", progress, optimizer, options))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progress.group += 1
@@ -303,14 +311,16 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
                                 f"{sums['tokens'] / sums['seconds']:.0f} tokens/s", refresh=False)
             if signal := stop():
                 raise Interrupted(signal)
-            if path and now - saved > 60 * options.save_every:
+            if path and (progress.step % options.save_steps == 0 if options.save_steps else
+                         now - saved > 60 * options.save_every):
                 save_checkpoint(path, model, optimizer, progress, best)
                 saved = time.perf_counter()
 
 
-def _where(what: str, progress: Progress, optimizer) -> str:
+def _where(what: str, progress: Progress, optimizer, options: TrainOptions) -> str:
     return (f"{what} at step {progress.step + 1} (epoch {progress.epoch}), learning rate "
-            f"{optimizer.param_groups[0]['lr']:.3g}; lower --lr, or find the operation with --anomaly")
+            f"{optimizer.param_groups[0]['lr']:.3g}; lower --lr" +
+            ("" if options.anomaly else ", or find the operation with --anomaly"))
 
 
 def _count(progress: Progress, loss: float, logits: Tensor, batch: Batch) -> None:

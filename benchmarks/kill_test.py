@@ -60,22 +60,14 @@ def fork(work: Path, function: Callable[[], int]) -> int:
         os._exit(status)
 
 
-def start(arguments: list[str], work: Path, busy: tuple[str, str] | None = None) -> int:
-    """Forks `python run.py ARGUMENTS`; returns its process id.
-
-    Args:
-        busy: module and function that, when called, makes the file `busy` and then takes a minute.
-    """
+def start(arguments: list[str], work: Path, prepare: Callable[[], None] = lambda: None) -> int:
+    """Forks `python run.py ARGUMENTS`, after `prepare()`; returns its process id."""
     def call() -> int:
         import report_utils
         import run
 
         report_utils.plot_run = lambda *_: []
-        if busy:
-            def slow(*_, **__):
-                (work / "busy").touch()
-                time.sleep(60)
-            setattr(sys.modules[busy[0]], busy[1], slow)
+        prepare()
         sys.argv = ["run.py", *arguments]
         return run.main()
     return fork(work, call)
@@ -177,6 +169,14 @@ def signal_and_resume(work: Path, number: signal.Signals, expected: dict) -> dic
             "failures": difference(out, expected) if again == 0 else [f"the resumed run ended with {again}"]}
 
 
+def busy(work: Path, module: str, function: str) -> Callable[[], None]:
+    """Lets a function, when called, make the file `busy` and then take a minute."""
+    def slow(*_, **__):
+        (work / "busy").touch()
+        time.sleep(60)
+    return lambda: setattr(sys.modules[module], function, slow)
+
+
 def stop_while_busy(work: Path, phase: str, number: signal.Signals, expected: dict) -> dict:
     """Asks a run to stop while it is busy with something else than steps, and resumes it.
 
@@ -190,7 +190,7 @@ def stop_while_busy(work: Path, phase: str, number: signal.Signals, expected: di
                 "--epochs", "1", "--embedding-size", "4", "--hidden-size", "4"]
     else:
         line = [*command(work, out), *more]
-    child = start(line, work, (module, function))
+    child = start(line, work, busy(work, module, function))
     limit = time.monotonic() + 60
     while not (work / "busy").exists() and time.monotonic() < limit:
         time.sleep(0.005)
@@ -209,7 +209,7 @@ def stop_while_busy(work: Path, phase: str, number: signal.Signals, expected: di
 
 def signal_twice(work: Path) -> dict:
     """A second signal ends a run at once, though the step that is running takes long."""
-    child = start(command(work, work / "twice"), work, ("torch.nn.utils", "clip_grad_norm_"))
+    child = start(command(work, work / "twice"), work, busy(work, "torch.nn.utils", "clip_grad_norm_"))
     limit = time.monotonic() + 60
     while not (work / "busy").exists() and time.monotonic() < limit:
         time.sleep(0.005)

@@ -63,8 +63,9 @@ def made_up(monkeypatch):
         scores = {"n": 12, "loss": 0.5, "accuracy": 0.7 + mcc / 10, "mcc": mcc, "majority_accuracy": 0.6}
         folder = Path(option(words, "out"))
         (folder / "weights.safetensors").write_bytes(bytes(100 + int(seed == "00000")))
-        (folder / "config.json").write_text(json.dumps({"options": dict.fromkeys(
-            ("model", "task", "method", "max_length", "precision"))}))
+        (folder / "config.json").write_text(json.dumps({"options": {
+            "mode": "LoRA", "sr": seed, "seed": int(seed), "model": "m", "task": "cola", "data": None, "method": method,
+            "max_length": 8, "batch_size": 8, "precision": "fp32"}}))
         (folder / "summary.json").write_text(json.dumps({
             "mode": "LoRA", "best_epoch": 2, "last_epoch": 3, "parameters": {"total": 200, "trainable": 50},
             "validation": {"in_domain": scores, "out_of_domain": scores | {"accuracy": 0.61}},

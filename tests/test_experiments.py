@@ -438,3 +438,12 @@ def test_reading_a_folder_that_is_no_finished_run_says_what_makes_one(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     with pytest.warns(match="has no SHA256SUMS"), pytest.raises(UserError, match="config.json: not written by a run"):
         experiments.read_run(tmp_path, "LoRA")
+
+
+@pytest.mark.parametrize("every, steps", [("2steps", [2, 4, 5, 6, 8, 10, 10]), ("1000min", [5, 10]), ("1000", [5, 10])])
+def test_checkpoints_are_saved_each_epoch_and_every_so_many_steps_or_minutes(work, tmp_path, monkeypatch, quick, every,
+                                                                            steps):
+    saved, save = [], train_utils.save_checkpoint
+    monkeypatch.setattr(train_utils, "save_checkpoint", lambda *args: (saved.append(args[3].step), save(*args)))
+    assert lora(work, tmp_path / "run", "--epochs", 2, "--save-every", every) == 0
+    assert saved == steps  # five steps an epoch

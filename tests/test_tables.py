@@ -88,7 +88,8 @@ def test_any_bytes_give_a_table_or_one_line(tmp_path, content, ending):
     ("csv", b"PAR1\x15\x04", "a Parquet file, not the CSV file its ending says"),
     ("parquet", b"text,label\na,1\n", "not the Parquet file its ending says"),
     ("parquet", b"PAR1 broken", "not a readable Parquet file"),
-    ("jsonl", b"text,label\na,1\n", "not a readable JSON Lines file"),
+    ("jsonl", b"text,label\na,1\n", "line 1: not a JSON object; expected a JSON Lines file"),
+    ("jsonl", b'null\n{"text": "a", "label": 1}\n', "line 1: not a JSON object"),  # pyarrow's reader dies of this
     ("csv", b"text,label\na,1\nb,0,3\n", "not a readable CSV file .*Expected 2 fields in line 3, saw 3"),
     ("csv", b'text,label\n"a,1\nb,0\n', "not a readable CSV file .*EOF inside string"),
     ("csv", b"text,label\n\xff\xfe,1\n", "not UTF-8"),

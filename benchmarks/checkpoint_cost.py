@@ -1,0 +1,83 @@
+"""What share of a training its checkpoints cost, at the defaults: one after each epoch and every ten minutes.
+
+    python benchmarks/checkpoint_cost.py
+
+A few optimiser steps give the time of a step, a few checkpoints of the trained state (with its best epoch so far) the
+time of a save, flushed to disk. The share is that of a default run on CoLA, extrapolated: its steps in an epoch times
+the step's time, one save an epoch and one every ten minutes. The toy is so small that its epoch takes a second: its
+share is the worst case. Prints the target, at most 2 %, beside it.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "tests")]
+
+import data_utils  # noqa: E402 (needs the path above)
+import experiments  # noqa: E402
+import tiny  # noqa: E402
+import toy  # noqa: E402
+import train_utils  # noqa: E402
+from backbones import load_tokenizer  # noqa: E402
+from benchmarks import common  # noqa: E402
+from model import LoRAOptions, load_classifier  # noqa: E402
+
+OPTIONS = train_utils.TrainOptions(seed=1)
+
+
+def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
+          ) -> tuple[list[float], list[float], int, int]:
+    """Seconds of each step and of each save, bytes of a checkpoint, and the optimiser steps of an epoch."""
+    experiments.seed_everything(1)
+    classifier, _ = load_classifier(model, task.num_labels)
+    experiments.adapt(classifier, "lora", LoRAOptions())
+    classifier.to(common.device())
+    batches = data_utils.make_batches(task.train, load_tokenizer(model), common.MAX_LENGTH, OPTIONS.batch_size, 1)
+    chosen = [batches[i] for i in common.spread_sample(steps + 1, len(batches), 1)]
+    optimizer, objective = train_utils.make_optimizer(classifier, OPTIONS), train_utils.cross_entropy()
+    seconds = []
+    classifier.train()
+    for batch in chosen:
+        start = time.perf_counter()
+        batch = batch.to(common.device())
+        objective(classifier(*batch.inputs()).float(), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        common.synchronize()
+        seconds.append(time.perf_counter() - start)
+    best = {name: p.detach().cpu().clone() for name, p in train_utils.trainable(classifier).items()}
+    path, taken = work / f"{Path(model).name}.safetensors", []
+    for _ in range(saves + 1):
+        start = time.perf_counter()
+        train_utils.save_checkpoint(path, classifier, optimizer, train_utils.Progress(), best)
+        taken.append(time.perf_counter() - start)
+    return seconds[1:], taken[1:], path.stat().st_size, len(batches)  # the first of each warms up
+
+
+def benchmark(args: argparse.Namespace, work: Path) -> common.Report:
+    report = common.Report()
+    toy.write_model(work / "toy")
+    tiny.STEPS = 30  # a tiny model that learned little: its weights have no say in the figures
+    made = str(tiny.tiny_model_folder(work))
+    cases = {"toy (32 channels), CoLA": (str(work / "toy"), args.task),
+             "tiny, --task tiny": (made, data_utils.load_task("tiny")),
+             "SmolLM2-135M, CoLA": ("smollm2", args.task)}
+    for name, (model, task) in cases.items():
+        steps, saves, size, epoch = costs(model, task, work, 4 if args.quick else 20, 3 if args.quick else 10)
+        report.measure(f"{name}: a step", [1000 * value for value in steps], "ms")
+        report.measure(f"{name}: a checkpoint ({size / 2 ** 20:.1f} MiB)", [1000 * value for value in saves], "ms")
+        seconds = epoch * sum(steps) / len(steps)
+        report.measure(f"{name}: an epoch of {epoch} steps, extrapolated", [seconds], "s")
+        number = 1 + math.floor(seconds / (60 * OPTIONS.save_every))
+        report.target(f"{name}: share of {number} checkpoint(s) an epoch",
+                      [100 * number * value / (seconds + number * value) for value in saves], 2.0, "%", at_most=True)
+        print(name, file=sys.stderr, flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(__doc__, benchmark))
