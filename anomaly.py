@@ -37,7 +37,7 @@ def finite(value) -> bool:
 
 @contextmanager
 def watching(model: nn.Module):
-    """Checks every module's output and its gradient; several times slower.
+    """Checks every module's output and its gradient; several times slower. A fused block (fused.py) is one module.
 
     Raises:
         NotFinite: within the context, from a forward or backward pass.

@@ -10,7 +10,7 @@ import report_utils
 import toy
 from anomaly import NotFinite, watching
 
-NAME = "net.transformer.h.1.mlp.c_proj"
+NAME, BLOCK = "net.transformer.h.1.mlp.c_proj", "net.transformer.h.1"
 
 
 class NaNBackward(torch.autograd.Function):
@@ -38,8 +38,15 @@ class Broken(nn.Module):
         return self.breaking(self.inner(x))
 
 
-def broken(breaking):
+def plain():
+    """A classifier whose modules are called one by one; fused blocks (fused.py) are named as a whole."""
     classifier = adapted("gpt2")
+    classifier.known = False
+    return classifier
+
+
+def broken(breaking):
+    classifier = plain()
     classifier.set_submodule(NAME, Broken(classifier.get_submodule(NAME), breaking))
     return classifier
 
@@ -72,7 +79,7 @@ def test_the_innermost_module_with_a_bad_output_is_named(value):
 
 
 def test_a_bad_parameter_is_named():
-    classifier = adapted("gpt2")
+    classifier = plain()
     with torch.no_grad():
         classifier.get_submodule(NAME).lora_B[0, 0] = float("inf")
     with pytest.raises(NotFinite, match=f"{NAME} .LoRALinear. is not finite; its parameter lora_B is not"):
@@ -88,7 +95,7 @@ def test_a_bad_gradient_is_named_with_its_operation():
 
 
 def test_an_infinite_gradient_is_named_though_autograd_lets_it_pass():
-    classifier = adapted("gpt2")
+    classifier = plain()
     classifier.set_submodule(NAME, Broken(classifier.get_submodule(NAME), lambda x: InfBackward.apply(x + 0)))
     with pytest.raises(NotFinite, match=f"gradient of {NAME}.inner's output is not finite|InfBackwardBackward made it"):
         with watching(classifier):
@@ -103,7 +110,7 @@ def test_other_errors_pass():
 
 @pytest.mark.parametrize("more, says, hint", [
     ((), "loss nan at step ", "lower --lr, or find the operation with --anomaly"),
-    (("--anomaly",), f"the output of {NAME} (LoRALinear) is not finite at step ", "lower --lr")])
+    (("--anomaly",), f"the output of {BLOCK} (", "lower --lr")])
 def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch, capsys, more, says, hint):
     """The second epoch's first step multiplies by NaN; a resume with --anomaly finds it from the checkpoint."""
     monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
@@ -113,10 +120,14 @@ def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch
 
     def adapt_and_break(classifier, *args):
         adapt(classifier, *args)
-        calls, module = [], classifier.get_submodule(NAME)
+        calls, module = [], classifier.get_submodule(BLOCK)
         forward = module.forward
-        module.forward = lambda x: forward(x) * (
-            float("nan") if torch.is_grad_enabled() and (calls.append(1) or len(calls) == 6) else 1)
+
+        def sixth_is_nan(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            nan = torch.is_grad_enabled() and (calls.append(1) or len(calls) == 6)
+            return output * float("nan") if nan else output
+        module.forward = sixth_is_nan
 
     line = ("LoRA", "12345", "--model", tmp_path / "model", "--data", tmp_path / "cola", "--out", tmp_path / "run",
             "--plots", tmp_path, "--batch-size", 8, "--epochs", 2)
