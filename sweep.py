@@ -90,7 +90,10 @@ def sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict:
         with tqdm(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
                   dynamic_ncols=True) as bar:
             while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                study.optimize(trial, n_trials=1, catch=(_Surplus,))
+                try:
+                    study.optimize(trial, n_trials=1, catch=(_Surplus,))
+                finally:
+                    trial.release()
                 keep_best(study, options.out)
                 bar.n = len(_done(study))
                 bar.set_postfix_str(f"best MCC {max((t.value for t in _done(study) if t.value is not None), default=0):.3f}")
@@ -235,6 +238,13 @@ class Trial:
 
     def __init__(self, options: SweepOptions, study: optuna.Study, split: str):
         self.options, self.study, self.split = options, study, split
+        self.lock: filelock.FileLock | None = None  # of the folder of the trial at work
+
+    def release(self) -> None:
+        """Gives the folder free: not before the study knows the outcome, or another process would take it for dead."""
+        if self.lock:
+            self.lock.release()
+            self.lock = None
 
     def __call__(self, trial: optuna.Trial) -> float:
         if "slot" not in trial.user_attrs:
@@ -249,15 +259,16 @@ class Trial:
             return same.value
         folder = trial_folder(self.options.out, trial.number)
         make_folder(folder)
-        with filelock.FileLock(folder / LOCK, timeout=0):
-            try:
-                return self.run(trial, self.options.make(values, folder))
-            except optuna.TrialPruned:
-                raise
-            except BaseException:  # a signal, a full disk: the next start does it again
-                requeue(self.study, self.study.trials[trial.number])
-                shutil.rmtree(folder)
-                raise
+        self.lock = filelock.FileLock(folder / LOCK, timeout=0)
+        self.lock.acquire()
+        try:
+            return self.run(trial, self.options.make(values, folder))
+        except optuna.TrialPruned:
+            raise
+        except BaseException:  # a signal, a full disk: the next start does it again
+            requeue(self.study, self.study.trials[trial.number])
+            shutil.rmtree(folder)
+            raise
 
     def suggest(self, trial: optuna.Trial) -> dict:
         """The trial's value of every searched option.
