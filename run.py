@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
 def _call(args) -> int:
     """Runs the chosen mode; what the user can mend is one line and exit status 2."""
     from files import UserError
-    from report_utils import ReportError
+    from records import ReportError
 
     try:
         return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep,
@@ -400,7 +400,7 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
 
 def _train(args, options, start) -> int:
     """Runs a training, plots it and turns its ways of ending into exit statuses."""
-    import report_utils
+    import figures
     import signals
     from files import check_folder, make_folder
     from train_utils import Diverged
@@ -412,7 +412,7 @@ def _train(args, options, start) -> int:
         no_plots = getattr(args, "no_plots", False)
         if no_plots or not (args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
-        plots = [] if no_plots else report_utils.plot_run(options.out, make_folder(args.plots))
+        plots = [] if no_plots else figures.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
@@ -427,11 +427,11 @@ def _train(args, options, start) -> int:
 
 def _only_plots_missing(options, plots: Path) -> bool:
     """Whether the run is finished and was stopped before its plots were."""
-    import report_utils
+    import figures
 
     finished = all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl"))
     return finished and not all((plots / f"{options.mode}-{options.sr}_{quantity}.{kind}").exists()
-                                for quantity in (*report_utils.QUANTITIES, "confusion") for kind in ("png", "pdf"))
+                                for quantity in (*figures.QUANTITIES, "confusion") for kind in ("png", "pdf"))
 
 
 def _finetune_options(args):
@@ -645,14 +645,14 @@ def sweep(args) -> int:
 
 def _study(args, options, start) -> int:
     """Runs a comparison or a sweep, draws it and turns its ways of ending into exit statuses."""
-    import report_utils
+    import figures
     from files import check_folder, make_folder
     from signals import Interrupted
 
     check_folder(args.plots)
     try:
         start()
-        plots = [] if args.no_plots else report_utils.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
+        plots = [] if args.no_plots else figures.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
     except Interrupted as error:
         _note("run.py: stopped; continue with: python run.py "
               + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
