@@ -24,6 +24,7 @@ import filelock
 from tqdm import tqdm
 
 import experiments
+import records
 import report_utils
 from files import UserError, make_folder, read_json, write_file, write_json
 from runs import RunOptions, provenance, read_run
@@ -97,8 +98,8 @@ def compare(options: CompareOptions, say: Callable[[str], None] = print) -> dict
         result = {"mode": "compare", "sr": options.sr, "model": options.entries[0].options.model, "task": task.name,
                   "seeds": seeds, "selection": selection(runs), **record, "entries": rows, "runs": runs}
         write_json(folder / "compare.json", result)
-        write_file(folder / "compare.tex", report_utils.compare_latex(report_utils.read_json(folder / "compare.json")))
-    say(report_utils.compare_text(report_utils.read_json(options.out / "compare.json")))
+        write_file(folder / "compare.tex", report_utils.compare_latex(records.read_json(folder / "compare.json")))
+    say(report_utils.compare_text(records.read_json(options.out / "compare.json")))
     return result
 
 

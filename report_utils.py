@@ -1,13 +1,12 @@
-"""What a run left in runs/ -> curves in plots/, tables and the PDF in report/, the zip to hand in.
+"""What a run left in runs/ -> tables, figures and the PDF in report/, the zip to hand in.
 
     python run.py report 12345      # plots/*-12345_*, report/results/, report/Report_12345.pdf
     python run.py submit 12345 ...  # Asst2_<first>_<last>_12345.zip
 
-It reads files only and imports none of the project's other modules, so that a figure or a table
-cannot show anything but what a run wrote down: `config.json`, `metrics.jsonl`, `summary.json`.
+It reads files only and imports none of the project's other modules but figures.py and records.py, so that a
+table cannot show anything but what a run wrote down: `config.json`, `metrics.jsonl`, `summary.json`.
 """
 
-import json
 import math
 import os
 import re
@@ -16,26 +15,14 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+import figures
+from records import (PHASES, Record, ReportError, by_class, main_split, read_json, read_metrics, replacing, shown_splits,
+                     spoken)
 
-# quantity -> (name of its axis, key in "train", key in "validation", factor). The training loss drawn is the
-# cross-entropy, not the objective: with KD the objective holds the teacher's part too, and could not be compared.
-QUANTITIES = {"loss": ("cross-entropy loss (nats)", "cross_entropy", "loss", 1),
-              "accuracy": ("accuracy (%)", "accuracy", "accuracy", 100),
-              "mcc": ("Matthews correlation", "mcc", "mcc", 1)}
 METHODS = {"lora": "LoRA", "full": "full fine-tuning", "head": "head alone", "features": "features alone",
            "none": "untrained head"}
-PHASES = {"student": "student, KD", "scratch": "student, no teacher"}
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-BLACK, BLUE, VERMILLION, GREEN, PURPLE, GREY = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
-SET_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", BLACK)
-PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
-
 NOT_RUN = rb"\emph{not run}"
 TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results",
           "distil_size", "distil_epochs", "distil_options", "distil_provenance")
@@ -49,214 +36,6 @@ LATEX = {
 SUBMITTED = ("*.py", "tests/**/*.py", "benchmarks/**/*.py", "benchmarks/**/*.sh", "benchmarks/**/*.md",
              "requirements*.txt", "Makefile", "README.md", "LICENSE", "pyproject.toml", ".ci/run",
              "report/main.tex", "report/results/*.tex", "report/results/*.pdf")
-
-
-class ReportError(ValueError):
-    """What the user can put right, in one line: a run's file, a missing program, a name."""
-
-
-class Record(dict):
-    """A JSON object that knows its file, so that a missing or wrong field is reported with it."""
-
-    def __init__(self, fields: dict, source: str) -> None:
-        super().__init__(fields)
-        self.source = source
-
-    def __missing__(self, key: str) -> None:
-        raise ReportError(f"{self.source}: {key!r} is missing")
-
-    def section(self, key: str) -> "Record":
-        """The object under `key`."""
-        if not isinstance(self[key], Record):
-            raise ReportError(f"{self.source}: {key!r} must be an object, not {json.dumps(self[key])[:60]}")
-        return self[key]
-
-    def number(self, key: str) -> float:
-        """The number under `key`; null (JSON has no NaN) is NaN."""
-        value = self[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ReportError(f"{self.source}: {key!r} must be a number, not {json.dumps(value)[:60]}")
-        return math.nan if value is None else value
-
-
-def _records(path: Path, by_line: bool) -> list[Record]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ReportError(f"{path}: {error.strerror} (has the run finished?)") from None
-    records = []
-    for number, text in enumerate(content.splitlines() if by_line else [content], start=1):
-        source = f"{path}, line {number}" if by_line else str(path)
-        try:
-            record = json.loads(text, object_hook=lambda fields, source=source: Record(fields, source))
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise ReportError(f"{source}: not valid JSON ({error})") from None
-        if not isinstance(record, Record):
-            raise ReportError(f"{source}: must be a JSON object, not {json.dumps(record)[:60]}")
-        records.append(record)
-    return records
-
-
-def read_json(path: Path) -> Record:
-    """The JSON object in a file. Raises ReportError naming the file where it is missing or malformed."""
-    return _records(path, by_line=False)[0]
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """The epochs of `metrics.jsonl`, as written. Raises ReportError naming file and line."""
-    if not (epochs := _records(path, by_line=True)):
-        raise ReportError(f"{path}: no epoch in it")
-    return epochs
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to, renamed to `path` at the end: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _main_split(validation: Record) -> str:
-    """The split by which the best epoch is chosen: CoLA's in-domain one, or a task's only (first) one."""
-    if not validation:
-        raise ReportError(f"{validation.source}: 'validation' has no split")
-    return "in_domain" if "in_domain" in validation else next(iter(validation))
-
-
-def _said(split: str) -> str:
-    return split.replace("_", "-")
-
-
-# ---------------------------------------------------------------- curves
-
-def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
-    """One quantity over the epochs: training and validation, best epoch marked, baselines as horizontal lines.
-
-    Args:
-        metrics: the rows of `metrics.jsonl`; a distillation's carry "phase", and both students are drawn.
-        summary: `summary.json`.
-        quantity: "loss" (nats), "accuracy" (drawn in percent) or "mcc".
-    """
-    axis_name, train_key, key, factor = QUANTITIES[quantity]
-    distil, first = summary["mode"] == "distil", metrics[0].section("validation")
-    main = _main_split(first)
-    # `all` is in- and out-of-domain together: a third line between the two would say nothing new.
-    splits = [main] + [split for split in first if split not in (main, "all")]
-    styles = dict(zip(splits, ["-", "--", "-."], strict=False))
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-
-    def label(name: str, value: float) -> str:
-        return f"{name} ({value:.1f} %)" if quantity == "accuracy" else f"{name} ({value:.3f})"
-
-    def level(name: str, validation: Record, source: str, **look) -> None:
-        for split in [split for split in styles if split in validation]:
-            value = factor * validation.section(split).number(source)
-            axes.axhline(value, linestyle=styles[split], label=label(f"{name}, {_said(split)}", value), **look)
-
-    for phase in dict.fromkeys(row.get("phase", "") for row in metrics):
-        rows = [row for row in metrics if row.get("phase", "") == phase]
-        epochs = [row.number("epoch") for row in rows]
-        colour, marker = PHASE_LOOKS.get(phase, (BLUE, "o"))
-        before = f"{PHASES.get(phase, phase)}: " if phase else ""
-        train = [factor * row.section("train").number(train_key) for row in rows]
-        axes.plot(epochs, train, ":", color=colour if phase else BLACK, marker=marker, ms=3, label=before + "train")
-        for split, other in zip(styles, (BLUE, VERMILLION, PURPLE), strict=False):
-            values = [factor * row.section("validation").section(split).number(key) for row in rows]
-            axes.plot(epochs, values, linestyle=styles[split], color=colour if phase else other, marker=marker, ms=4,
-                      label=before + (split if split == "validation" else f"validation, {_said(split)}"))
-            if split == main:
-                best = (summary.section(phase) if phase else summary).number("best_epoch")
-                if best not in epochs:
-                    raise ReportError(f"{summary.source}: 'best_epoch' is {best:g}, which metrics.jsonl does not have")
-                value = values[epochs.index(best)]
-                axes.axvline(best, color=colour, linewidth=1, alpha=0.4)
-                axes.plot([best], [value], "*", color=colour, ms=13, markeredgecolor="white", zorder=5,
-                          label=label(f"{before}best epoch {best:g}", value))
-    if distil:
-        level("teacher", summary.section("teacher").section("validation"), key, color=GREEN)
-    if quantity == "accuracy":
-        styles = dict(zip(splits, ["--", (0, (1, 2))], strict=False))
-        level("majority class", first, "majority_accuracy", color=GREY, linewidth=1)
-    if quantity == "mcc":
-        axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="majority class (0)")
-    how = "distilled" if distil else str(summary["method"]).replace("lora", "LoRA")
-    # An unescaped $ would start matplotlib's mathematics.
-    axes.set_title(f"{summary['model']}, {how}, on {summary['task']} (SR {summary['sr']})".replace("$", r"\$"))
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(axis_name + ("\nwith the labels, no KD term" if distil and quantity == "loss" else ""))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(min(row["epoch"] for row in metrics) - 0.5, max(row["epoch"] for row in metrics) + 0.5)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
-    return figure
-
-
-def _by_class(summary: Record) -> tuple[str, Record]:
-    """The split that the best epoch was chosen on, and that epoch's scores by class there (the student's, of two)."""
-    scores = (summary.section("student") if summary["mode"] == "distil" else summary).section("by_class")
-    split = _main_split(scores)
-    return split, scores.section(split)
-
-
-def confusion(summary: Record) -> Figure:
-    """How often each class was taken for which, in rows and as a share of each true class."""
-    split, scores = _by_class(summary)
-    matrix, classes = scores["confusion"], list(scores.section("per_class"))
-    if not (isinstance(matrix, list) and len(matrix) == len(classes)
-            and all(isinstance(row, list) and len(row) == len(classes) for row in matrix)
-            and all(isinstance(count, int) for row in matrix for count in row)):
-        raise ReportError(f"{scores.source}: 'confusion' must have a row and a column of counts for each class")
-    shares = [[count / (sum(row) or 1) for count in row] for row in matrix]
-    size = min(9.0, 3.2 + 0.55 * len(classes))
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow([[100 * share for share in row] for row in shares], cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
-    if len(classes) <= 12:
-        for i, row in enumerate(matrix):
-            for j, count in enumerate(row):
-                axes.text(j, i, f"{count:,}\n{100 * shares[i][j]:.1f} %", ha="center", va="center", fontsize="small",
-                          color="white" if shares[i][j] > 0.6 else BLACK)
-    if len(classes) <= 40:
-        names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
-        axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) * len(names) < 40 else 60,
-                        ha="center" if max(map(len, names)) * len(names) < 40 else "right")
-        axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"{_said(split)}, n = {sum(map(sum, matrix)):,}")
-    return figure
-
-
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Writes a figure as `.png` (200 dpi) and `.pdf`; the same figure, the same bytes."""
-    written = []
-    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        written.append(stem.with_name(f"{stem.name}.{kind}"))
-        with _replacing(written[-1]) as temporary:
-            figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
-    return written
-
-
-def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
-    """Draws a run's loss, accuracy, MCC and confusion matrix as `<mode>-<SR>_<quantity>.png` and `.pdf`.
-
-    Raises ReportError where a file of the run is missing or malformed.
-    """
-    summary, path = read_json(run_dir / "summary.json"), run_dir / "metrics.jsonl"
-    metrics = read_metrics(path) if path.exists() or summary.get("method") != "none" else []  # "none" trains nothing
-    figures = {quantity: curves(metrics, summary, quantity) for quantity in QUANTITIES if metrics}
-    if "by_class" in summary or "by_class" in summary.get("student", {}):
-        figures["confusion"] = confusion(summary)
-    return [path for quantity, figure in figures.items()
-            for path in save_figure(figure, plots_dir / f"{summary['mode']}-{summary['sr']}_{quantity}")]
 
 
 # ---------------------------------------------------------------- tables
@@ -316,7 +95,7 @@ def _grouped(before: list[str], groups: dict[str, list[str]], after: list[str] |
     """A head of two lines: the groups' names with a rule below each, then every column's name."""
     above, rules, column = [""] * len(before), "", len(before) + 1
     for name, names in groups.items():
-        above.append(rf"\multicolumn{{{len(names)}}}{{c}}{{{escape(_said(name))}}}")
+        above.append(rf"\multicolumn{{{len(names)}}}{{c}}{{{escape(spoken(name))}}}")
         rules += rf"\cmidrule(lr){{{column}-{column + len(names) - 1}}}"
         column += len(names)
     above += [""] * len(after or [])
@@ -375,7 +154,7 @@ def _config_tables(config: Record, prefix: str) -> dict[str, str]:
 
 def _classes(summary: Record) -> str:
     """Precision, recall and F1 of each class at the best epoch."""
-    scores = _by_class(summary)[1].section("per_class")
+    scores = by_class(summary)[1].section("per_class")
     keys = ("n", "precision", "recall", "f1")
     rows = [[breakable(name)] + [shown("mcc" if key != "n" else key, scores.section(name).number(key)) for key in keys]
             for name in scores]
@@ -384,19 +163,19 @@ def _classes(summary: Record) -> str:
 
 def _lora_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
     """A LoRA run's own tables, and its result on the split that chose the epoch."""
-    split = _main_split(summary.section("validation"))
+    split = main_split(summary.section("validation"))
     tables = {"lora_results": _results({METHODS.get(summary["method"], summary["method"]): summary})}
     if "by_class" in summary:
         tables["lora_classes"] = _classes(summary)
-    return tables, {"chosen": summary["validation"].section(split) | {"split": _said(split)}}
+    return tables, {"chosen": summary["validation"].section(split) | {"split": spoken(split)}}
 
 
 def _distil_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
     """A distillation's own tables (accuracy and MCC; size and speed) and its derived numbers."""
     models = {key: summary.section(key) for key in ("teacher", *PHASES)}
     teacher = models["teacher"]
-    split = _main_split(teacher.section("validation"))
-    numbers, sizes = {"chosen": {"split": _said(split)}}, []
+    split = main_split(teacher.section("validation"))
+    numbers, sizes = {"chosen": {"split": spoken(split)}}, []
     for key, model in models.items():
         size, speed = model.number("parameters"), model.number("sentences_per_second")
         smaller = round(teacher.number("parameters") / (size or math.nan), 1)
@@ -433,19 +212,19 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
         numbers |= dict(_flatten(prefix, plain_numbers)) | dict(_flatten(prefix, derived))
         files |= {f"{name}.tex": table.encode() for name, table in tables.items()}
         files |= {f"{mode}_{path.stem.rpartition('_')[2]}.pdf": path.read_bytes()
-                  for path in plot_run(run_dir, plots_dir) if path.suffix == ".pdf"}
+                  for path in figures.plot_run(run_dir, plots_dir) if path.suffix == ".pdf"}
     for mode in STUDIES:
         path = runs_dir / f"{mode}-{sr}" / f"{mode}.json"
         if path.is_file():
             study, (latex, notes) = read_json(path), STUDY_TABLES[mode]
             files[f"{mode}_results.tex"] = latex(study).encode()
-            files[f"{mode}.pdf"] = next(p for p in plot_study(path, plots_dir) if p.suffix == ".pdf").read_bytes()
+            files[f"{mode}.pdf"] = next(p for p in figures.plot_study(path, plots_dir) if p.suffix == ".pdf").read_bytes()
             numbers |= {f"{mode}.{key}": breakable(study[key]) for key in ("model", "task", "command")}
             numbers[f"{mode}.notes"] = escape(" ".join(notes(study)))
     files["numbers.tex"] = "".join(f"\\setresult{{{key}}}{{{value}}}\n" for key, value in numbers.items()).encode()
     results = report_dir / "results"
     for name, content in files.items():
-        with _replacing(results / name) as temporary:
+        with replacing(results / name) as temporary:
             temporary.write_bytes(content)
     for stale in set(results.iterdir()) - {results / name for name in files}:
         stale.unlink()
@@ -459,11 +238,6 @@ def _spread(spread: Record, key: str) -> str:
     factor, digits = (100, 1) if key == "accuracy" else (1, 3)
     mean, sd = factor * spread.number("mean"), factor * spread.number("sd")
     return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" \u00b1 {sd:.{digits}f}")
-
-
-def _shown_splits(splits: list[str]) -> list[str]:
-    """`all` is in- and out-of-domain together, and in a wide table one too many."""
-    return [split for split in splits if split != "all"]
 
 
 def _scores_of(entries: list[Record]) -> dict[str, str]:
@@ -483,7 +257,7 @@ def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list
     done = [entry for entry in compare["entries"] if "best" in entry]
     if not done:
         raise ReportError(f"{compare.source}: every run diverged; lower --lr-grid")
-    splits, scores = _shown_splits(compare.section("selection")["splits"]), _scores_of(done)
+    splits, scores = shown_splits(compare.section("selection")["splits"]), _scores_of(done)
     majority = done[0].section("majority_accuracy")
     rows = [["majority class", "", "", "", ""] + [
         {"accuracy": f"{100 * majority.number(split):.1f}", "mcc": "0"}.get(key, "") for split in splits for key in scores]
@@ -513,12 +287,12 @@ def compare_notes(compare: Record) -> list[str]:
     """What a reader must know beside the table."""
     selection, seeds = compare.section("selection"), compare["seeds"]
     main = selection["split"]
-    others = [split for split in _shown_splits(selection["splits"]) if split != main]
+    others = [split for split in shown_splits(selection["splits"]) if split != main]
     tried = max(len(entry["tried"]) for entry in compare["entries"])
     chose = ("the epoch" if tried == 1 else f"the epoch, and the learning rate (of {tried}, on the first seed)") + (
         " by its MCC")
-    split = (f"The {_said(main)} split chose {chose}; {_said(others[0])} took part in no choice." if others else
-             f"The {_said(main)} split chose {chose}, and is the one reported: its figures flatter a little.")
+    split = (f"The {spoken(main)} split chose {chose}; {spoken(others[0])} took part in no choice." if others else
+             f"The {spoken(main)} split chose {chose}, and is the one reported: its figures flatter a little.")
     edge = []
     for entry in compare["entries"]:
         rates = sorted(run["learning_rate"] for run in entry["tried"] if run["learning_rate"] is not None)
@@ -540,7 +314,7 @@ def aligned(rows: list[list[str]]) -> list[str]:
 def compare_text(compare: Record) -> str:
     """The table of a comparison for the terminal."""
     before, groups, after, rows = compare_rows(compare)
-    above = [""] * len(before) + [_said(split) if i == 0 else "" for split, names in groups.items()
+    above = [""] * len(before) + [spoken(split) if i == 0 else "" for split, names in groups.items()
                                   for i in range(len(names))] + [""] * len(after)
     head = before + sum(groups.values(), []) + after
     return "\n".join([f"{compare['model']} on {compare['task']}", *aligned([above, head, *rows]), *compare_notes(compare)])
@@ -558,73 +332,6 @@ def compare_latex(compare: Record) -> str:
 def _latex(cell: str) -> str:
     """A plain cell as LaTeX: a number's minus is no hyphen."""
     return re.sub(r"^-(?=\d)", "$-$", escape(cell))
-
-
-def compare_figure(compare: Record) -> Figure:
-    """Accuracy of the best epoch against trained parameters, with the majority class as a dashed line."""
-    done = sorted((entry for entry in compare["entries"] if "best" in entry),
-                  key=lambda entry: entry.section("parameters").number("trainable"))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    x = [entry.section("parameters").number("trainable") for entry in done]
-    main = compare.section("selection")["split"]
-    splits = sorted(_shown_splits(compare.section("selection")["splits"]), key=lambda split: split != main)
-    for split, colour, marker in zip(splits, (BLUE, VERMILLION, PURPLE), "osD", strict=False):
-        spreads = [entry.section("best").section(split).section("accuracy") for entry in done]
-        y = [100 * spread.number("mean") for spread in spreads]
-        sd = [0 if math.isnan(spread.number("sd")) else 100 * spread.number("sd") for spread in spreads]
-        axes.errorbar(x, y, yerr=sd, fmt=marker, color=colour, ms=6, capsize=4, label=_said(split),
-                      zorder=3 if split == main else 2, markerfacecolor=colour if split == main else "white")
-        level = 100 * done[0].section("majority_accuracy").number(split)
-        axes.axhline(level, color=colour, linestyle="--", linewidth=1, alpha=0.7,
-                     label=f"majority class, {_said(split)} ({level:.1f} %)")
-    _label_points(axes, x, [100 * entry.section("best").section(main).section("accuracy").number("mean")
-                            for entry in done], [str(entry["entry"]) for entry in done])
-    _parameter_axis(axes, x)
-    seeds = len(compare["seeds"])
-    axes.set_ylabel("accuracy (%), best epoch" + (f"\nmean and sd of {seeds} seeds" if seeds > 1 else ""))
-    axes.set_title(f"{compare['model']} on {compare['task']} (SR {compare['sr']})".replace("$", r"\$"))
-    axes.margins(y=0.12)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    return figure
-
-
-def _label_points(axes, x: list[float], y: list[float], names: list[str]) -> None:
-    """A name above each point; where neighbours stand close in x, above and below in turn."""
-    for i, (at, value, name) in enumerate(zip(x, y, names, strict=True)):
-        below = i % 2 == 1 and (at < 4 * max(x[i - 1], 1))
-        axes.annotate(name.replace("$", r"\$"), (at, value), xytext=(7, -13 if below else 7), textcoords="offset points",
-                      fontsize="small", color=BLACK, bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.7})
-
-
-def _parameter_axis(axes, x: list[float]) -> None:
-    """Trained parameters on a logarithmic axis; a model that trains nothing stands at its 0."""
-    low, high = min((value for value in x if value > 0), default=1), max(*x, 1)
-    steps = (1, 2, 5) if high < 100 * low else (1,)
-    ticks = [step * 10 ** power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-             for step in steps]
-    if min(x) > 0:
-        axes.set_xscale("log")
-        axes.set_xlim(low / 1.5, high * 1.5)
-    else:
-        axes.set_xscale("symlog", linthresh=ticks[0], linscale=0.5)
-        axes.axvline(0, color=GREY, linewidth=0.5)
-        axes.set_xlim(-ticks[0] / 2, high * 2)
-        ticks = [0, *ticks]
-    axes.set_xticks([tick for tick in ticks if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]])
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("trained parameters")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def plot_study(path: Path, plots_dir: Path) -> list[Path]:
-    """Draws a comparison (compare.json) or a sweep (sweep.json) as `<mode>-<SR>.png` and `.pdf`; the same bytes again."""
-    study = read_json(path)
-    figure = {"compare": compare_figure, "sweep": sweep_figure}[study["mode"]](study)
-    return save_figure(figure, plots_dir / f"{study['mode']}-{study['sr']}")
 
 
 # ---------------------------------------------------------------- sweeps
@@ -648,7 +355,7 @@ def sweep_notes(sweep: Record) -> list[str]:
     """What a reader must know beside the table."""
     states = [trial["state"] for trial in sweep["trials"]]
     counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
-    split = _said(sweep.section("selection")["split"])
+    split = spoken(sweep.section("selection")["split"])
     notes = [f"{len(states)} trials with one seed ({sweep['sr']}): {', '.join(counts)}.",
              f"A trial's score is its best epoch's MCC on the {split} split, by which the best trial is chosen too: its "
              "figures flatter."]
@@ -678,62 +385,6 @@ def sweep_latex(sweep: Record) -> str:
     return _tabular("r" * len(head), " & ".join(map(escape, head)), [[_latex(cell) for cell in row] for row in rows])
 
 
-def sweep_figure(sweep: Record) -> Figure:
-    """Score against trained parameters, each option's importance, and the mean score of each set of roles or layers."""
-    trials = [trial for trial in sweep["trials"] if trial["parameters"] and trial["score"] is not None]
-    if not trials:
-        raise ReportError(f"{sweep.source}: no trial has a score")
-    search, importance = sweep.section("search"), sweep["importance"] or {}
-    sets = [name for name in ("targets", "layers") if name in sweep.section("means")]
-    panels = ([importance] if importance else []) + sets
-    figure = Figure(figsize=(10 if panels else 7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(max(1, len(panels)), 2 if panels else 1, width_ratios=[1.7, 1] if panels else None)
-    axes = figure.add_subplot(grid[:, 0])
-    colour_of = sets[0] if sets else None
-    choices = search[colour_of] if colour_of else [None]
-    for i, choice in enumerate(choices):
-        own = [trial for trial in trials if colour_of is None or trial.section("params")[colour_of] == choice]
-        colour, label = SET_COLOURS[i % len(SET_COLOURS)], "trial" if choice is None else f"{colour_of} {choice}"
-        for states, look in ((("complete",), {"color": colour, "label": label}),
-                             (("pruned", "diverged"), {"facecolors": "none", "edgecolors": colour})):
-            points = [(trial.section("parameters").number("trainable"), trial.number("score")) for trial in own
-                      if trial["state"] in states]
-            axes.scatter(*zip(*points, strict=True) if points else ([], []), s=30, **look)
-    if any(trial["state"] in ("pruned", "diverged") for trial in trials):
-        axes.scatter([], [], facecolors="none", edgecolors=GREY, label="pruned: best until then")
-    for trial in trials:
-        if trial["number"] == sweep["best"]:
-            axes.plot([trial.section("parameters").number("trainable")], [trial.number("score")], "*", color=BLACK, ms=15,
-                      markerfacecolor="none", label=f"best: trial {trial['number']} ({trial.number('score'):.3f})")
-    axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="majority class (0)")
-    _parameter_axis(axes, [trial.section("parameters").number("trainable") for trial in trials])
-    axes.set_ylabel(f"MCC, best epoch, {_said(sweep.section('selection')['split'])}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize="small", frameon=False)
-    for i, panel in enumerate(panels):
-        side = figure.add_subplot(grid[i, 1])
-        if panel is importance:
-            _bars(side, list(importance), list(importance.values()))
-            side.set_xlabel("importance (share of variance, fANOVA)")
-        else:
-            _bars(side, [f"{row['value']} (n={row['n']})" for row in sweep.section("means")[panel]],
-                  [row.number("mean") for row in sweep.section("means")[panel]],
-                  [row.number("sd") for row in sweep.section("means")[panel]])
-            side.set_xlabel(f"mean MCC by {panel}, sd (n complete trials)")
-    figure.suptitle(f"{sweep['model']} on {sweep['task']} (SR {sweep['sr']})".replace("$", r"\$"))
-    return figure
-
-
-def _bars(axes, names: list[str], values: list[float], sd: list[float] | None = None) -> None:
-    """Horizontal bars, the first on top."""
-    axes.barh(range(len(names)), [0 if math.isnan(value) else value for value in values], color=BLUE, height=0.6,
-              xerr=sd, capsize=3)
-    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names], fontsize="small")
-    axes.invert_yaxis()
-    axes.grid(alpha=0.25, axis="x")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 STUDY_TABLES = {"compare": (compare_latex, compare_notes), "sweep": (sweep_latex, sweep_notes)}
 
 
@@ -760,7 +411,7 @@ def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> 
             said = re.search("^! .*", kept.read_text(errors="replace"), flags=re.MULTILINE)
             raise ReportError(f"{report_dir / 'main.tex'}: LaTeX failed: {said[0] if said else 'no error in its log'} "
                               f"(see {kept}; if a file was not found, on Debian: apt install {DEBIAN})")
-        with _replacing(report_dir / f"Report_{sr}.pdf") as temporary:
+        with replacing(report_dir / f"Report_{sr}.pdf") as temporary:
             shutil.copyfile(Path(build, "main.pdf"), temporary)
     return report_dir / f"Report_{sr}.pdf"
 
@@ -783,7 +434,7 @@ def make_submission(sr: str, first_name: str, last_name: str, root: Path) -> Pat
     patterns = [*SUBMITTED, f"plots/*-{sr}[_.]*", f"report/{pdf.name}"]
     files = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     top = f"Asst2_{first_name.strip()}_{last_name.strip()}_{sr}"
-    with _replacing(root / f"{top}.zip") as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with replacing(root / f"{top}.zip") as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for path in sorted(files):
             entry = zipfile.ZipInfo(f"{top}/{path.relative_to(root).as_posix()}", date_time=(1980, 1, 1, 0, 0, 0))
             entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3  # 3: Unix, whatever made it

@@ -26,6 +26,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 from tqdm import tqdm
 
 import experiments
+import records
 import report_utils
 import signals
 from compare import same_settings
@@ -102,7 +103,7 @@ def sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict:
                   "selection": {"split": experiments.selection_split(task.dev), "score": "mcc"}, **record,
                   **results(study, options)}
     write_json(options.out / "sweep.json", result)
-    written = report_utils.read_json(options.out / "sweep.json")
+    written = records.read_json(options.out / "sweep.json")
     write_file(options.out / "sweep.tex", report_utils.sweep_latex(written))
     say(report_utils.sweep_text(written))
     return result

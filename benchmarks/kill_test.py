@@ -31,7 +31,7 @@ FINAL = ("adapter_model.safetensors", "metrics.jsonl", "summary.json")
 # Where a run may be busy without taking steps: module, function, and the options that lead there.
 PHASES = {"loading": ("experiments", "load_classifier", ()), "keeping": ("frozen", "FrozenPrefix", ("--layers", "1")),
           "teacher": ("experiments", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
-          "plotting": ("report_utils", "plot_run", ())}
+          "plotting": ("figures", "plot_run", ())}
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 
 
@@ -63,10 +63,10 @@ def fork(work: Path, function: Callable[[], int]) -> int:
 def start(arguments: list[str], work: Path, prepare: Callable[[], None] = lambda: None) -> int:
     """Forks `python run.py ARGUMENTS`, after `prepare()`; returns its process id."""
     def call() -> int:
-        import report_utils
+        import figures
         import run
 
-        report_utils.plot_run = lambda *_: []
+        figures.plot_run = lambda *_: []
         prepare()
         sys.argv = ["run.py", *arguments]
         return run.main()
@@ -228,7 +228,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    import report_utils  # noqa: F401 (imported here, once, for the children)
+    import figures  # noqa: F401 (imported here, once, for the children)
     import run  # noqa: F401
     import signals  # noqa: F401
     import experiments  # noqa: F401 isort: skip

@@ -81,6 +81,13 @@ def logits_of(classifier: TextClassifier, batch=None) -> torch.Tensor:
     return classifier(*(batch or toy_batch()))
 
 
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """The message of an error, which has no line break."""
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
 def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer as GPT-2's, trained on three sentences."""
     bpe = Tokenizer(models.BPE())

@@ -83,7 +83,7 @@ def full_disk(work: Path, expected: dict) -> dict | None:
 
 
 def main() -> None:
-    import report_utils  # noqa: F401 (imported here, once, for the children)
+    import figures  # noqa: F401 (imported here, once, for the children)
     import run  # noqa: F401
     import experiments  # noqa: F401 isort: skip
 

@@ -31,7 +31,7 @@ def make(base: Path) -> Path:
     toy.write_cola(base / "cola")
     common = ("--plots", base / "plots", "--batch-size", 8, "--epochs", 2)
     lora = ("LoRA", "12345", "--model", base / "model", "--data", base / "cola", *common, "--out")
-    with mock.patch("report_utils.plot_run", lambda *_: []), contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch("figures.plot_run", lambda *_: []), contextlib.redirect_stdout(io.StringIO()):
         made = [toy.main(*lora, base / "lora"), toy.main(*lora, base / "head", "--method", "head"),
                 toy.main("distil", "12345", "--teacher", base / "lora", "--out", base / "distil", "--embedding-size", 4,
                          "--hidden-size", 4, *common)]
@@ -66,9 +66,10 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     import adapters
     import data_utils
     import experiments
+    import figures
     import files
     import generation
-    import report_utils
+    import records
     import runs
     import train_utils
     from model import load_classifier
@@ -79,8 +80,8 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
         return adapters.load_adapter(load_classifier(str(base / "model"), 2)[0].net, base / "lora")
 
     def drawn():
-        return report_utils.curves(report_utils.read_metrics(base / "lora/metrics.jsonl"),
-                                   report_utils.read_json(base / "lora/summary.json"), "mcc")
+        return figures.curves(records.read_metrics(base / "lora/metrics.jsonl"),
+                              records.read_json(base / "lora/summary.json"), "mcc")
 
     def rebuilt():
         return runs.rebuild(runs.RunOptions, runs.read_run(base / "lora")[0]["options"], out=base)
@@ -179,7 +180,7 @@ def attempt(path: Path, content: bytes, call: Callable[[], object]) -> None:
         Exception: whatever else the reader raised.
     """
     from files import UserError
-    from report_utils import ReportError
+    from records import ReportError
 
     def hangs(*_):
         raise TimeoutError(f"took more than {LIMIT} s")

@@ -6,7 +6,7 @@ from torch import nn
 
 import anomaly
 import experiments
-import report_utils
+import figures
 import toy
 from anomaly import NotFinite, watching
 
@@ -113,7 +113,7 @@ def test_other_errors_pass():
     (("--anomaly",), f"the output of {BLOCK} (", "lower --lr")])
 def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch, capsys, more, says, hint):
     """The second epoch's first step multiplies by NaN; a resume with --anomaly finds it from the checkpoint."""
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     toy.write_model(tmp_path / "model")
     toy.write_cola(tmp_path / "cola")
     adapt = experiments.adapt

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import compare
+import records
 import report_utils
 import signals
 import toy
@@ -165,8 +166,8 @@ def test_a_table_says_which_split_chose(work, tmp_path, made_up, capsys):
     said = capsys.readouterr().out
     assert "in-domain split chose the epoch, and the learning rate (of 3, on the first seed)" in said
     assert "out-of-domain took part in no choice" in said
-    lone = report_utils.Record(json.loads((tmp_path / "c" / "compare.json").read_text(), object_hook=lambda fields:
-                                          report_utils.Record(fields, "x")), "x")
+    lone = records.Record(json.loads((tmp_path / "c" / "compare.json").read_text(), object_hook=lambda fields:
+                                          records.Record(fields, "x")), "x")
     lone["selection"]["splits"] = ["in_domain"]
     assert "is the one reported: its figures flatter a little" in " ".join(report_utils.compare_notes(lone))
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import data_utils
 import experiments
-import report_utils
+import figures
 import toy
 import train_utils
 from files import UserError, read_json
@@ -48,7 +48,7 @@ def lora(work, out, *more) -> int:
 @pytest.fixture
 def quick(monkeypatch):
     """Without drawing plots."""
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def distilled(work):
     seen = {"teacher": [], "starts": []}
     predict, fit = train_utils.predict, train_utils.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_utils, "plot_run", lambda *_: [])
+        patch.setattr(figures, "plot_run", lambda *_: [])
         patch.setattr(train_utils, "predict", lambda model, batches: (
             None if isinstance(model, DistilRNN) else seen["teacher"].append(sum(len(b.rows) for b in batches)),
             predict(model, batches))[1])
@@ -317,7 +317,7 @@ def test_an_unfinished_run_needs_resume_and_then_ends_in_the_same_bytes(work, tm
     assert lora(work, tmp_path / "run") == 2
     assert "holds an unfinished run; --resume continues it, --overwrite starts anew" in capsys.readouterr().err
     assert toy.tree(tmp_path / "run") == before
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     assert lora(work, tmp_path / "run", "--resume") == 0
     after, whole = toy.tree(tmp_path / "run"), toy.tree(work / "LoRA")
     assert after["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
@@ -331,7 +331,7 @@ def test_a_run_stopped_while_plotting_leaves_no_half_plot_and_resume_draws_them(
         path.write_bytes(b"half a plot")
         raise Interrupted(15)
 
-    monkeypatch.setattr(report_utils.Figure, "savefig", half)
+    monkeypatch.setattr(figures.Figure, "savefig", half)
     more = ("--plots", tmp_path / "plots")
     assert lora(work, tmp_path / "run", *more) == 143
     assert "run.py: stopped; continue with: python run.py LoRA 12345" in capsys.readouterr().err.splitlines()[-1]
@@ -381,7 +381,7 @@ def stop_distil(work, out, teacher, monkeypatch, steps):
 def test_a_distillation_stopped_in_either_phase_and_resumed_ends_in_the_same_bytes(work, distilled, tmp_path, monkeypatch,
                                                                                   steps):
     stop_distil(work, tmp_path / "d", work / "LoRA", monkeypatch, steps)
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--out", tmp_path / "d", "--plots", tmp_path,
                     "--resume", *SMALL) == 0
     after, whole = toy.tree(tmp_path / "d"), toy.tree(distilled[0])
@@ -394,7 +394,7 @@ def test_a_distillation_stopped_in_either_phase_and_resumed_ends_in_the_same_byt
 def test_a_distillation_is_not_resumed_under_another_teacher(work, tmp_path, monkeypatch, capsys, quick):
     assert lora(work, tmp_path / "teacher") == 0
     stop_distil(work, tmp_path / "d", tmp_path / "teacher", monkeypatch, 3)
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     assert lora(work, tmp_path / "teacher", "--overwrite", "--rank", 2) == 0
     capsys.readouterr()
     assert toy.main("distil", "12345", "--teacher", tmp_path / "teacher", "--out", tmp_path / "d", "--plots", tmp_path,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, adapted, randomize_B, toy_batch, toy_net
 
 import experiments
-import report_utils
+import figures
 import toy
 import train_utils
 from data_utils import Batch
@@ -142,7 +142,7 @@ def work(tmp_path_factory):
 @pytest.mark.parametrize(("options", "file"), [(("--layers", "1-1", "--dropout", 0.2), "adapter_model.safetensors"),
                                                (("--method", "head"), "trained.safetensors")], ids=["layers", "head"])
 def test_a_run_that_keeps_ends_in_the_bytes_of_one_that_does_not(work, tmp_path, monkeypatch, options, file):
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     computed, found = {}, {}
     compute = FrozenPrefix.compute
     for name, keeping in (("kept", ()), ("mapped", ("--keep-memory", 0)), ("fresh", ("--no-keep",))):

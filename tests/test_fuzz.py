@@ -9,6 +9,7 @@ import pytest
 import adapters
 import experiments
 import readers
+import records
 import report_utils
 import toy
 from benchmarks import fuzz
@@ -90,7 +91,7 @@ def test_a_submission_holds_no_path_outside_its_folder(tmp_path):
     for first, last in (("..", "x"), ("../../x", "y"), ("/etc", "x"), ("a\x00b", "c"), ("a\\..\\b", "c")):
         try:
             path = report_utils.make_submission("12345", first, last, tmp_path / "root")
-        except report_utils.ReportError:
+        except records.ReportError:
             continue
         assert path.resolve().parent == (tmp_path / "root").resolve()
         for entry in zipfile.ZipFile(path).namelist():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import figures
 import memory
-import report_utils
 import toy
 import train_utils
 
@@ -87,7 +87,7 @@ def test_out_of_memory_is_one_line_that_names_the_batch_size_to_try(work, tmp_pa
                                                                      says):
     """In the fourth batch; the checkpoint of the step before stands."""
     calls = []
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     monkeypatch.setattr(train_utils, "cross_entropy", lambda smoothing: lambda logits, batch: (
         fails() if calls.append(1) or len(calls) == 4 else logits.square().mean()))
     assert toy.main("LoRA", "12345", "--model", work / "model", "--data", work / "cola", "--out", tmp_path / "run",

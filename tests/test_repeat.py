@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import experiments
+import figures
 import repeat
-import report_utils
 import runs
 import toy
 from files import UserError, read_json
@@ -30,7 +30,7 @@ def work(tmp_path_factory):
     toy.write_model(folder / "model")
     toy.write_cola(folder / "cola")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_utils, "plot_run", lambda *_: [])
+        patch.setattr(figures, "plot_run", lambda *_: [])
         assert lora(folder, folder / "lora", *ODD) == 0
         assert toy.main("distil", "12345", "--teacher", folder / "lora", "--out", folder / "distil", "--plots",
                         folder, *STUDENT) == 0
@@ -39,7 +39,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
 
 
 def lora(work, out, *more) -> int:

@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
+import figures
 import files
 import repeat
-import report_utils
 import toy
 from benchmarks import tamper_test
 from files import UserError
@@ -45,7 +45,7 @@ def test_every_file_of_every_kind_of_run_was_tampered_with(rows):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "student.safetensors"])
 def test_what_is_harmless_in_an_unfinished_run_is_written_anew(rows, work, tmp_path, name, monkeypatch):
     """A resume with the file destroyed ends as the finished run did."""
-    monkeypatch.setattr(report_utils, "plot_run", lambda *_: [])
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     shutil.copytree(work / "distil", tmp_path / "distil")
     (tmp_path / "distil" / name).write_bytes(b"rubbish")
     assert toy.main("distil", "12345", "--teacher", work / "runs/LoRA-12345", "--embedding-size", 4, "--hidden-size", 4,

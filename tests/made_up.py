@@ -1,0 +1,106 @@
+"""Runs, comparisons and sweeps made up, written as the contract has them, for test_figures.py and test_report_utils.py."""
+
+import json
+from pathlib import Path
+
+SR = "12345"
+COLA = ("in_domain", "out_of_domain", "all")
+HASH = "0123456789abcdef" * 4
+
+
+def validation(mcc: float, splits: tuple[str, ...] = COLA) -> dict:
+    return {split: {"n": 527, "loss": 0.5 + i / 10, "accuracy": 0.8065 - i / 20, "mcc": mcc - i / 10,
+                    "majority_accuracy": 0.6926 - i / 100} for i, split in enumerate(splits)}
+
+
+def epoch(number: int, splits: tuple[str, ...] = COLA, lift: float = 0.0, **more) -> dict:
+    train = {"loss": 0.9 / number, "cross_entropy": 0.6 / number, "accuracy": 0.7 + 0.02 * number, "mcc": 0.1 * number}
+    return {"epoch": number, "train": train, "validation": validation(lift + 0.1 * number - 0.01 * number**2, splits),
+            "learning_rate": 2e-4 / number, "seconds": 12.5, "tokens": 98765, **more}
+
+
+def write_run(folder: Path, summary: dict, metrics: list[dict], **config) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    (folder / "config.json").write_text(json.dumps({
+        "command": f"python run.py {summary['mode']} {SR} --data ../shared/data/cola_v1.1 --rank 8",
+        "options": {"rank": 8, "lr": 2e-05, "targets": ["q", "k", "v", "o", "mlp"], "layers": None, "rslora": False},
+        "versions": {"python": "3.11.7", "torch": "2.5.1+cpu"}, "git_commit": None,
+        "data_files": {"../shared/data/cola_v1.1/in_domain_train.tsv": HASH}, **config}))
+    return folder
+
+
+TRAIN = {"epochs": 4, "steps": 1072, "seconds": 1234.5678, "tokens": 345678, "tokens_per_second": 280.04,
+         "padding_percent": 1.257, "peak_memory_bytes": 1234567890}
+
+
+def lora_run(runs: Path, epochs: int = 4, splits: tuple[str, ...] = COLA, **changes) -> Path:
+    summary = {"mode": "LoRA", "sr": SR, "model": "gpt2", "task": "cola", "method": "lora",
+               "best_epoch": min(3, epochs),
+               "parameters": {"total": 125620992, "trainable": 1181184, "reduction_percent": 99.0597},
+               "validation": validation(0.5123, splits), "last_epoch": epochs, "train": TRAIN,
+               "last_validation": validation(0.4876, splits),
+               "sanity": {"prompt": "The cat", "text": "The cat sat_on 100% of\nthe mat", "equal_to_base": True}}
+    return write_run(runs / f"LoRA-{SR}", summary | changes, [epoch(n, splits) for n in range(1, epochs + 1)])
+
+
+def distil_run(runs: Path, epochs: int = 4) -> Path:
+    def student(mcc: float) -> dict:
+        return {"parameters": 5000000, "validation": validation(mcc), "best_epoch": 2, "last_epoch": epochs,
+                "last_validation": validation(mcc - 0.02), "sentences_per_second": 2100.0}
+
+    summary = {"mode": "distil", "sr": SR, "model": "gpt2", "task": "cola", "train": TRAIN,
+               "teacher": {"run": f"runs/LoRA-{SR}", "parameters": 125000000, "validation": validation(0.5123),
+                           "sentences_per_second": 70.0},
+               "student": student(0.3217), "scratch": student(0.2789),
+               "distillation": {"temperature": 4.0, "alpha": 0.9, "loss": 0.4321}}
+    metrics = [epoch(n, lift=lift, phase=phase) for phase, lift in (("student", 0.1), ("scratch", 0.0))
+               for n in range(1, epochs + 1)]
+    return write_run(runs / f"distil-{SR}", summary, metrics, architecture={"cell": "lstm", "hidden_size": 128})
+
+
+def spread(mean: float, sd: float | None = 0.01) -> dict:
+    return {"mean": mean, "sd": sd, "values": [mean - 0.01, mean + 0.01] if sd else [mean]}
+
+
+def study(runs: Path, mode: str, content: dict) -> Path:
+    """A comparison or a sweep."""
+    path = runs / f"{mode}-{SR}" / f"{mode}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"mode": mode, "sr": SR, "model": "gpt2", "task": "cola", "options": {},
+                                "command": f"python run.py {mode} {SR}"} | content))
+    return path
+
+
+def entry_row(name: str, trainable: int, accuracy: float, rate: float | None = 4e-4, splits=COLA, sd=0.01, **more) -> dict:
+    scores = {split: {"accuracy": spread(accuracy - i / 20, sd), "mcc": spread(accuracy - 0.6, sd)}
+              for i, split in enumerate(splits)}
+    return {"entry": name, "tried": [{"learning_rate": rate, "mcc": 0.2}], "learning_rate": rate,
+            "seeds": ["12345", "12346"],
+            "parameters": {"total": 1000000, "trainable": trainable, "trainable_percent": trainable / 10000},
+            "best": scores, "last": scores, "best_epoch": spread(2.5), "last_epoch": spread(3), "seconds_per_epoch": 12.345,
+            "majority_accuracy": {split: 0.6926 - i / 100 for i, split in enumerate(splits)},
+            "peak_memory_bytes": 600 * 2 ** 20, "size_bytes": 4567890} | more
+
+
+def comparison(runs: Path, splits=COLA, **changes) -> Path:
+    rows = [entry_row("none", 0, 0.3, None, splits), entry_row("lora", 123456, 0.8123, splits=splits),
+            entry_row("r_2", 1234, 0.55, splits=splits), {"entry": "full", "tried": [{"learning_rate": 1, "mcc": None}],
+                                                          "learning_rate": None, "seeds": []}]
+    return study(runs, "compare", {"seeds": ["12345", "12346"], "entries": rows, "selection": {
+        "split": splits[0], "splits": list(splits)}} | changes)
+
+
+def search(runs: Path, **changes) -> Path:
+    trials = [{"number": i, "state": "complete" if i < 3 else "pruned",
+               "params": {"targets": targets, "lr": 0.001 * (i + 1)},
+               "score": 0.5 - i / 10 if i < 4 else -0.1, "best_epoch": 2, "same_as": None, "diverged": None,
+               "parameters": {"total": 1000000, "trainable": 1000 * (i + 1)},
+               "validation": {"in_domain": validation(0.5)["in_domain"]} if i < 3 else None}
+              for i, targets in enumerate(["q+v", "all", "q+v", "all", "all"])]
+    means = {"targets": [{"value": "q+v", "n": 2, "mean": 0.4, "sd": 0.14},
+                         {"value": "all", "n": 1, "mean": 0.4, "sd": None}]}
+    return study(runs, "sweep", {"search": {"targets": ["q+v", "all"], "lr": {"low": 0.001, "high": 0.01, "log": True}},
+                                 "selection": {"split": "in_domain"}, "trials": trials, "best": 0, "means": means,
+                                 "importance": {"targets": 0.25, "lr": 0.75}} | changes)
