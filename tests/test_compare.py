@@ -247,7 +247,7 @@ def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work
     assert rows(tmp_path / "killed")["lora"]["seeds"] == ["12345", "12346"]
 
 
-def until(condition, limit: float = 60) -> None:
+def until(condition, limit: float = 300) -> None:
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end

@@ -203,7 +203,7 @@ def test_two_processes_share_a_study_by_its_url_and_do_each_trial_once(work, tmp
         processes.append(subprocess.Popen([sys.executable, str(RUN), *line], stderr=subprocess.PIPE, text=True,
                                           stdout=subprocess.DEVNULL))
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     study = optuna.load_study(study_name="sweep-12345", storage=url)
     done = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
