@@ -36,7 +36,8 @@ def tables(results: list[dict]) -> str:
                 unit = UNITS.get(row["unit"], f" {row['unit']}")
                 target = row.get("target", "").replace(">=", "≥").replace("<=", "≤")
                 met = {True: "yes", False: "no", None: ""}[row.get("met")]
-                text.append(f"| {row['what']} | {figure(row['median'])}{unit} | {figure(row['min'])} - {figure(row['max'])} | "
+                spread = f"{figure(row['min'])} - {figure(row['max'])}"
+                text.append(f"| {row['what']} | {figure(row['median'])}{unit} | {spread} | "
                             f"{target + unit if target else ''} | {met} |")
             text.append("")
     return "\n".join(text)
