@@ -227,11 +227,11 @@ def _parameter_axis(axes, x: list[float]) -> None:
              for step in steps]
     if min(x) > 0:
         axes.set_xscale("log")
-        axes.set_xlim(low / 1.5, high * 1.5)
+        axes.set_xlim(low / 1.5, high * max(1.5, (high / low) ** 0.12))  # room for the last point's name
     else:
         axes.set_xscale("symlog", linthresh=ticks[0], linscale=0.5)
         axes.axvline(0, color=GREY, linewidth=0.5)
-        axes.set_xlim(-ticks[0] / 2, high * 2)
+        axes.set_xlim(-ticks[0] / 2, high * max(2, (high / ticks[0]) ** 0.12))
         ticks = [0, *ticks]
     axes.set_xticks([tick for tick in ticks if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]])
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
