@@ -15,7 +15,7 @@ from data_utils import Split, bucket_by_length, collate, encode, epoch_order, lo
 from files import UserError, sha256
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-COLA = Path(os.environ.get("LORA_DISTIL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "cola")
+COLA = Path(os.environ.get("LORA_DISTIL_DATA") or Path(__file__).parents[2] / "shared" / "data") / "cola"
 # Anything that ends a line for str.splitlines but not in a file: kept inside a sentence.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\t\n\r") | st.sampled_from("\x0b\x0c\x1c\x85\u2028\u2029"))
 SENTENCES = TEXT.filter(str.strip)

@@ -16,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import data_utils
 import experiments
@@ -43,6 +44,17 @@ def write(path, rows):
             writer.writeheader()
             writer.writerows(rows)
     return path
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """A BERT-like tokenizer: [CLS] words [SEP], each word a token."""
+    words = "[PAD] [UNK] [CLS] [SEP] a film of many words that goes on and it is not good at all one two three four".split()
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                   sep_token="[SEP]")
 
 
 # ---------------------------------------------------------------- files
@@ -167,9 +179,9 @@ def test_text_columns_are_joined_or_put_into_the_template(tmp_path):
 
 
 def test_the_separator_is_the_tokenizers_own():
-    minilm = AutoTokenizer.from_pretrained(experiments.load_config("minilm")._name_or_path)
-    ids = minilm(f"who{experiments.separator_of(minilm)}me")["input_ids"]
-    assert ids == minilm("who", "me")["input_ids"]
+    tokenizer = words_tokenizer()
+    ids = tokenizer(f"it{experiments.separator_of(tokenizer)}is")["input_ids"]
+    assert ids == tokenizer("it", "is")["input_ids"] and tokenizer.sep_token_id in ids[1:-1]
 
 
 def test_a_label_that_training_lacks_is_refused(tmp_path):
@@ -235,7 +247,7 @@ def test_a_share_set_aside_divides_each_class_and_loses_no_row(labels, share):
 
 @pytest.mark.parametrize("truncate, side", [("tail", "right"), ("head", "left")])
 def test_truncation_at_either_side_is_the_tokenizers_own(truncate, side):
-    tokenizer = AutoTokenizer.from_pretrained(experiments.load_config("minilm")._name_or_path)
+    tokenizer = words_tokenizer()
     tokenizer.truncation_side = side
     sentences = ["a film of many words that goes on and on", "short", "it is not a good film at all"]
     expected = tokenizer(sentences, truncation=True, max_length=6)["input_ids"]
@@ -244,7 +256,7 @@ def test_truncation_at_either_side_is_the_tokenizers_own(truncate, side):
 
 
 def test_truncation_of_the_middle_keeps_both_ends():
-    tokenizer = AutoTokenizer.from_pretrained(experiments.load_config("minilm")._name_or_path)
+    tokenizer = words_tokenizer()
     (whole,) = tokenizer(["one two three four five six seven"])["input_ids"]
     with warnings.catch_warnings(record=True):
         (cut,) = encode(tokenizer, ["one two three four five six seven"], 7, "middle")
