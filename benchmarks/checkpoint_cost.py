@@ -22,7 +22,7 @@ import experiments  # noqa: E402
 import tiny  # noqa: E402
 import toy  # noqa: E402
 import train_utils  # noqa: E402
-from backbones import load_tokenizer  # noqa: E402
+from backbones import load_tokenizer, max_length_of  # noqa: E402
 from benchmarks import common  # noqa: E402
 from model import LoRAOptions, load_classifier  # noqa: E402
 
@@ -36,7 +36,8 @@ def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
     classifier, _ = load_classifier(model, task.num_labels)
     experiments.adapt(classifier, "lora", LoRAOptions())
     classifier.to(common.device())
-    batches = data_utils.make_batches(task.train, load_tokenizer(model), common.MAX_LENGTH, OPTIONS.batch_size, 1)
+    max_length = min(common.MAX_LENGTH, max_length_of(classifier.net.config))
+    batches = data_utils.make_batches(task.train, load_tokenizer(model), max_length, OPTIONS.batch_size, 1)
     chosen = [batches[i] for i in common.spread_sample(steps + 1, len(batches), 1)]
     optimizer, objective = train_utils.make_optimizer(classifier, OPTIONS), train_utils.cross_entropy()
     seconds = []
