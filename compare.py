@@ -26,7 +26,7 @@ from tqdm import tqdm
 import experiments
 import records
 import report_utils
-from files import UserError, make_folder, read_json, write_file, write_json
+from files import UserError, locked, make_folder, read_json, write_file, write_json
 from runs import RunOptions, provenance, read_run
 
 RUN = Path(__file__).parent / "run.py"
@@ -121,14 +121,7 @@ def study_folder(out: Path, config: dict, overwrite: bool):
         UserError: other options or data than it began with, another process at work there.
     """
     folder = make_folder(out)
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another process is working on this comparison") from None
-    except OSError as error:
-        raise UserError(f"{folder}: the output folder cannot be written to ({error.strerror})") from None
-    try:
+    with locked(folder, "comparison"):
         if overwrite and (folder / "config.json").exists():
             for log in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]/log.txt"):  # its runs, and nothing else that may lie here
                 shutil.rmtree(log.parent)
@@ -139,8 +132,6 @@ def study_folder(out: Path, config: dict, overwrite: bool):
         else:
             write_json(folder / "config.json", config)
         yield folder
-    finally:
-        lock.release()
 
 
 def same_settings(before: dict, now: dict, what: Path | str) -> None:

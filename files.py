@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import filelock
 
 SUMS = "SHA256SUMS"
 
@@ -89,6 +92,30 @@ def make_folder(path: Path | str) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the output folder cannot be written to")
     return path
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder for this process alone; the lock of a process that died does not count.
+
+    Args:
+        folder: existing folder; its `.lock` is the lock.
+        what: what is worked on there, for the error's text.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written to.
+    """
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is working on this {what}") from None
+    except OSError as error:
+        raise UserError(f"{folder}: the output folder cannot be written to ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_folder(path: Path | str) -> None:

@@ -26,14 +26,13 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
-import filelock
 import torch
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data_utils import Task
-from files import (SUMS, UserError, check_sums, json_text, make_folder, read_json, remove_temporaries, sha256,
+from files import (SUMS, UserError, check_sums, json_text, locked, make_folder, read_json, remove_temporaries, sha256,
                    without_password, write_file, write_json, write_sums)
 from model import LoRAOptions
 from tables import TableOptions
@@ -159,14 +158,7 @@ def run_folder(options: RunOptions, config: dict):
     if options.repeats:
         _same_options(options.repeats, config, "repeat")
     folder = make_folder(options.out)
-    try:
-        lock = filelock.FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another process is working on this run") from None
-    except OSError as error:
-        raise UserError(f"{folder}: the output folder cannot be written to ({error.strerror})") from None
-    try:
+    with locked(folder, "run"):
         if options.overwrite:
             _empty(folder)
         elif (folder / "summary.json").exists():
@@ -182,8 +174,6 @@ def run_folder(options: RunOptions, config: dict):
             write_json(folder / "config.json", config)
             write_sums(folder, {"config.json": sha256(folder / "config.json")})
         yield folder
-    finally:
-        lock.release()
 
 
 def _empty(folder: Path) -> None:
