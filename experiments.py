@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 import adapters
+import amx
 import data_utils
 import frozen
 import memory
@@ -26,6 +28,7 @@ import train_utils
 from backbones import is_decoder, load_config, load_tokenizer, max_length_of
 from data_utils import Batch, Task
 from files import UserError, read_json, sha256, write_file, write_json
+from lora import use_tiles
 from model import (DistilRNN, FeatureHead, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora,
                    load_classifier, lora_layers, student_config)
 from runs import (Recorder, RunOptions, as_json, device, finish, provenance, read_run, rebuild, run_folder,
@@ -181,12 +184,25 @@ def adapt(classifier: TextClassifier, method: str, lora: LoRAOptions) -> None:
 
 
 def to_precision(classifier: TextClassifier, precision: str) -> None:
-    """bf16: frozen weights become bfloat16, what trains stays float32.
+    """How the products with frozen weights are computed; what trains stays float32.
 
-    On a CPU that is the adapted projections alone, and activations stay float32: its matrix products
-    gain from bfloat16, its other operations lose.
+    bf16: frozen weights become bfloat16. On a CPU that is the adapted projections alone, and activations stay
+    float32: its matrix products gain from bfloat16, its other operations lose.
+
+    bf16x3: weights and activations stay float32, and a product with a frozen weight is three of bfloat16 (amx.py).
+
+    Raises:
+        UserError: bf16x3, and this machine cannot do it.
     """
-    if precision != "bf16" or classifier.full:
+    if precision == "fp32" or classifier.full:
+        return
+    if precision == "bf16x3":
+        if device().type != "cpu":
+            raise UserError("--precision bf16x3: is for CPUs; on a GPU use bf16 or fp32")
+        amx.load()
+        for module in classifier.net.base_model.modules():
+            if isinstance(module, nn.Linear | Conv1D) and not module.weight.requires_grad:
+                use_tiles(module)
         return
     adapted = [layer.base for layer in lora_layers(classifier.net).values()]
     for module in adapted if adapted and device().type == "cpu" else [classifier.net.base_model]:
@@ -336,7 +352,9 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
             classifier.feature_head.load_state_dict(state)
         except RuntimeError:
             raise UserError(f"{path}: made for other features") from None
-    to_precision(classifier.requires_grad_(False), options["precision"])
+    # bf16x3 is a way of computing float32: where it cannot be had, the plain way gives the same up to rounding.
+    plain = options["precision"] == "bf16x3" and (device().type != "cpu" or not amx.available())
+    to_precision(classifier.requires_grad_(False), "fp32" if plain else options["precision"])
     return classifier.to(device()).eval(), load_tokenizer(options["model"]), options
 
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import amx
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update: y = W x + b + scaling * B A x.
@@ -67,8 +69,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = x.reshape(-1, self.in_features)
         if self.dropout.p > 0 and self.training and not self.merged:  # W and A see different inputs
-            weight = weight_of(self.base)
-            y = F.linear(rows.to(weight.dtype), weight, self.base.bias).to(x.dtype)
+            y = product([self.base], rows)
             A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
             y = torch.addmm(y, F.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
         else:
@@ -115,7 +116,7 @@ def weight_of(linear: nn.Linear | Conv1D) -> Tensor:
 # ---------------------------------------------------------------- what stands before a frozen layer
 
 # Each is called with x and gives the layer's input y. `backward` computes y again from x and returns it with
-# the gradient of x. Their own weights are frozen.
+# the gradient of x. Their own weights are frozen. With `tiles`, those that amx.py has in one pass are computed there.
 
 class LayerNorm:
     """`nn.LayerNorm`."""
@@ -126,10 +127,10 @@ class LayerNorm:
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
         return self._normalised(x)[0]
 
-    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
         y, mean, rstd = self._normalised(x)
         return y, torch.ops.aten.native_layer_norm_backward(
             grad, x, x.shape[-1:], mean, rstd, self.norm.weight, self.norm.bias, [True, False, False])[0]
@@ -147,10 +148,14 @@ class RMSNorm:
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
         return x * r, r
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+        if tiles:
+            return amx.rms_norm(x, self.weight, self.eps)
         return self._normalised(x)[0].mul_(self.weight).to(x.dtype)
 
-    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+        if tiles:
+            return amx.rms_norm_backward(x, self.weight, self.eps, grad)
         u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
         g = grad * self.weight
         mean = torch.linalg.vecdot(g, u).div_(x.shape[-1]).unsqueeze_(-1)
@@ -167,7 +172,9 @@ class GELU:
 
     K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+        if tiles:
+            return amx.gelu(x)
         if x.is_cuda:
             return F.gelu(x, approximate="tanh")
         y = torch.empty_like(x)
@@ -176,7 +183,9 @@ class GELU:
             out.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(some).sigmoid_().mul_(some)
         return y
 
-    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+        if tiles:
+            return amx.gelu_backward(x, grad)
         if x.is_cuda:
             return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
         y, dx = torch.empty_like(x), torch.empty_like(x)
@@ -192,21 +201,25 @@ class GELU:
 class ExactGELU:
     """GELU with the error function."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
         return F.gelu(x)
 
-    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
         return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
 
 
 class SwiGLU:
     """silu(gate) * up, of gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+        if tiles:
+            return amx.swiglu(x)
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+        if tiles:
+            return amx.swiglu_backward(x, grad)
         gate, up = x.chunk(2, -1)
         dx = torch.empty_like(x)
         d_gate, d_up = dx.chunk(2, -1)
@@ -237,28 +250,35 @@ class _Product(torch.autograd.Function):
 
     Keeps x and the narrow y A^T for the backward pass, computes y again there, and adds each update in
     place, so that no second (rows, features) tensor is written in either direction. Where W is bfloat16 and
-    x is not, only the products with W run in bfloat16.
+    x is not, only the products with W run in bfloat16. With `tiles`, amx.py computes products and updates.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, before,
-                weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-        y = x if before is None else before(x)  # (rows, in)
+                weights: list[Tensor], biases: list[Tensor | None], tiles: bool) -> Tensor:
+        y = x if before is None else before(x, tiles)  # (rows, in)
+        h = None if A is None else torch.mm(y, A.t())  # (rows, rank)
+        ctx.save_for_backward(None if A is None and before is None else x, h, A, B, *weights)
+        ctx.scaling, ctx.before, ctx.tiles = scaling, before, tiles
+        sizes = list(map(len, weights))
+        if tiles:
+            out = y.new_empty(len(y), sum(sizes))
+            updates = [[]] * len(weights) if A is None else [[(h, part.t())] for part in (B * scaling).split(sizes)]
+            for weight, bias, update, part in zip(weights, biases, updates, out.split(sizes, 1), strict=True):
+                amx.matmul([(y, weight.t()), *update], bias, part)
+            return out
         rough = y.to(weights[0].dtype)
         if len(weights) == 1:
             out = F.linear(rough, weights[0], biases[0])  # (rows, out)
         else:  # side by side in one tensor
-            out = rough.new_empty(len(x), sum(map(len, weights)))
-            for weight, bias, part in zip(weights, biases, out.split(list(map(len, weights)), 1), strict=True):
+            out = rough.new_empty(len(x), sum(sizes))
+            for weight, bias, part in zip(weights, biases, out.split(sizes, 1), strict=True):
                 torch.mm(rough, weight.t(), out=part)
                 if bias is not None:
                     part.add_(bias)
-        out, h = out.to(x.dtype), None
+        out = out.to(x.dtype)
         if A is not None:
-            h = torch.mm(y, A.t())  # (rows, rank)
             out.addmm_(h, B.t(), alpha=scaling)
-        ctx.save_for_backward(None if A is None and before is None else x, h, A, B, *weights)
-        ctx.scaling, ctx.before = scaling, before
         return out
 
     @staticmethod
@@ -270,20 +290,28 @@ class _Product(torch.autograd.Function):
             # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
             grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling).t()
         if ctx.needs_input_grad[0]:
-            first, *others = zip(grad.to(weights[0].dtype).split(list(map(len, weights)), 1), weights, strict=True)
-            grad_x = torch.mm(*first)  # of y
-            for part in others:
-                grad_x.addmm_(*part)
-            grad_x = grad_x.to(grad.dtype)
-            if A is not None:
-                grad_x.addmm_(grad_h, A)
+            parts = list(zip(grad.to(weights[0].dtype).split(list(map(len, weights)), 1), weights, strict=True))
+            if ctx.tiles:
+                grad_x = amx.matmul(parts if A is None else [*parts, (grad_h, A)])  # of y
+            else:
+                grad_x = torch.mm(*parts[0])
+                for part in parts[1:]:
+                    grad_x.addmm_(*part)
+                grad_x = grad_x.to(grad.dtype)
+                if A is not None:
+                    grad_x.addmm_(grad_h, A)
             if ctx.before is not None:
-                x, grad_x = ctx.before.backward(x, grad_x)
+                x, grad_x = ctx.before.backward(x, grad_x, ctx.tiles)
         elif ctx.before is not None:
-            x = ctx.before(x)
+            x = ctx.before(x, ctx.tiles)
         if A is not None:
             grad_A = torch.mm(grad_h.t(), x)
-        return grad_x, grad_A, grad_B, None, None, None, None
+        return grad_x, grad_A, grad_B, None, None, None, None, None
+
+
+def use_tiles(linear: nn.Linear | Conv1D) -> None:
+    """Has `product` compute a frozen layer by amx.py, which must be loaded; only where the shape allows it."""
+    linear.tiles = all(size % amx.COLUMNS == 0 for size in linear.weight.shape)
 
 
 def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = slice(None)) -> Tensor:
@@ -317,4 +345,5 @@ def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = s
             B = torch.block_diag(*[linear.block_B() if linear in layers else A.new_zeros(len(weight), 0)
                                    for linear, weight in zip(linears, weights, strict=True)])
         A, B = A.to(x.dtype), B.to(x.dtype)
-    return _Product.apply(x, A, B, layers[0].scaling if layers else 1.0, before, weights, biases)
+    tiles = x.device.type == "cpu" and x.dtype == torch.float32 and all(getattr(base, "tiles", False) for base in bases)
+    return _Product.apply(x, A, B, layers[0].scaling if layers else 1.0, before, weights, biases, tiles)

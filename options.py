@@ -231,8 +231,8 @@ def _lora_options(parser: Parser, method: bool = True) -> None:
     _table_options(parser)
     _training_options(parser, "LoRA")
     parser.add_argument("--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                        help="of the frozen weights; what trains stays float32")
+    parser.add_argument("--precision", choices=("fp32", "bf16x3", "bf16"), default="fp32",
+                        help="of products with frozen weights; what trains stays float32")
     parser.add_argument("--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
     parser.add_argument("--keep-memory", type=_not_negative, default=2.0, metavar="GIB",
                         help="of their results in memory; the rest is memory-mapped")

@@ -6,11 +6,12 @@
 Pads are not counted as tokens. The sides, each in a process of its own, of which one computes at a time:
 
     ours          batches by length, TextClassifier, LoRALinear, train_utils.fit
+    ours-bf16x3   the same with --precision bf16x3 (amx.py), where the CPU has tiles
     peft-docs     PEFT and the Trainer as their documentation shows them: random order, dynamic padding,
                   the model's own activation and dropout, 0.1 on the inputs of A
     peft-best     PEFT on the very batches of `ours`, fused activation, no dropout, a bare loop, fused AdamW
     peft-trainer  (on a GPU) the same model as peft-best under the Trainer with group_by_length
-    products      the frozen matrix products of the same batches and nothing else: the machine's limit
+    products      the frozen matrix products of the same batches and nothing else: the limit, in one precision
 
 Every round takes the same sentences on all sides: one batch from each range of lengths. All adapt the
 same layers with the same rank, and start from the same weights, B non-zero.
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import adapters
+import amx
 import experiments
 import memory
 import train_utils
@@ -116,6 +118,15 @@ class Ours(Side):
     def run(self, numbers):
         return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.cross_entropy(),
                                     precision=self.args.precision, compile=self.args.compile)
+
+
+class OursBf16x3(Ours):
+    """With its precision from the start, so that it is held to the same loss as the others."""
+
+    def build(self):
+        classifier = super().build()
+        experiments.to_precision(classifier, "bf16x3")
+        return classifier
 
 
 class Products(Ours):
@@ -233,7 +244,16 @@ class PeftDocs(PeftTrainer):
     best = False
 
 
-SIDES = {"ours": Ours, "peft-docs": PeftDocs, "peft-best": PeftBest, "peft-trainer": PeftTrainer, "products": Products}
+SIDES = {"ours": Ours, "ours-bf16x3": OursBf16x3, "peft-docs": PeftDocs, "peft-best": PeftBest,
+         "peft-trainer": PeftTrainer, "products": Products}
+
+
+def sides(args: argparse.Namespace) -> list[str]:
+    """Those that this machine has, in this precision."""
+    left_out = set() if torch.cuda.is_available() else {"peft-trainer"}
+    if torch.cuda.is_available() or args.precision != "fp32" or not amx.available():
+        left_out.add("ours-bf16x3")
+    return [side for side in SIDES if side not in left_out]
 
 
 def reset_peak() -> int:
@@ -318,7 +338,8 @@ def measure_memory(report: Report, model: str, workers: dict[str, Worker], longe
             before, peaks[side] = worker("peak", longest)
             report.measure(f"{model}: peak memory, {side}", [peaks[side] / 2 ** 20], "MiB")
             report.measure(f"{model}: of it for the step, {side}", [(peaks[side] - before) / 2 ** 20], "MiB")
-    report.target(f"{model}: peak memory, ours / peft-best", [peaks["ours"] / peaks["peft-best"]], 0.8, at_most=True)
+    for ours in (side for side in peaks if side.startswith("ours")):
+        report.target(f"{model}: peak memory, {ours} / peft-best", [peaks[ours] / peaks["peft-best"]], 0.8, at_most=True)
 
 
 def measure_speed(report: Report, model: str, workers: dict[str, Worker], batches: list[Batch], quick: bool) -> None:
@@ -336,15 +357,16 @@ def measure_speed(report: Report, model: str, workers: dict[str, Worker], batche
     flop = [workers["products"]("flop_per_token") * sum(batches[i].input_ids.numel() for i in sample) / 1e9
             for sample in samples]
     report.measure(f"{model}: products", common.paired_ratios(flop, seconds["products"]), "GFLOP/s")
-    for side in workers:
-        ratios = common.paired_ratios(seconds[side], seconds["ours"])
-        goal = 3.0 if torch.cuda.is_available() and side == "peft-trainer" else MODELS[model].get(side)
-        if side == "products":
-            report.target(f"{model}: share of the products' limit", [100 * ratio for ratio in ratios], 90, "%")
-        elif goal:
-            report.target(f"{model}: ours / {side}", ratios, goal)
-        elif side != "ours":
-            report.measure(f"{model}: ours / {side}", ratios, "x")
+    for ours in (side for side in workers if side.startswith("ours")):
+        for side in workers:
+            ratios = common.paired_ratios(seconds[side], seconds[ours])
+            goal = 3.0 if torch.cuda.is_available() and side == "peft-trainer" else MODELS[model].get(side)
+            if side == "products":
+                report.target(f"{model}: {ours}, share of the products' limit", [100 * ratio for ratio in ratios], 90, "%")
+            elif goal:
+                report.target(f"{model}: {ours} / {side}", ratios, goal)
+            elif not side.startswith("ours"):
+                report.measure(f"{model}: {ours} / {side}", ratios, "x")
 
 
 def measure_model(report: Report, model: str, args: argparse.Namespace, work: Path) -> None:
@@ -352,18 +374,18 @@ def measure_model(report: Report, model: str, args: argparse.Namespace, work: Pa
     batches = common.batches_of(args.task.train, base, BATCH_SIZE)
     workers: dict[str, Worker] = {}
     try:
-        for side in SIDES:
-            if side != "peft-trainer" or torch.cuda.is_available():
-                workers[side] = Worker(side, args, base, adapter)
+        for side in sides(args):
+            workers[side] = Worker(side, args, base, adapter)
             if side == "ours":
                 workers[side]("save")  # PEFT's sides load it
         padded = next(i for i, batch in enumerate(batches[len(batches) // 2:], len(batches) // 2)
                       if batch.tokens < batch.input_ids.numel())
         found = {side: worker("check", padded) for side, worker in workers.items()}
         for side in [side for side in workers if side.startswith("peft")]:
-            (loss, norm), (their_loss, their_norm) = found["ours"], found[side]
-            report.check(f"{model}: loss of a batch, ours and {side}", abs(loss - their_loss), common.TOLERANCE)
-            report.check(f"{model}: gradient norm of A, relative, ours and {side}", abs(norm / their_norm - 1), 1e-3)
+            for ours in (side for side in workers if side.startswith("ours")):
+                (loss, norm), (their_loss, their_norm) = found[ours], found[side]
+                report.check(f"{model}: loss of a batch, {ours} and {side}", abs(loss - their_loss), common.TOLERANCE)
+                report.check(f"{model}: gradient norm of A, relative, {ours} and {side}", abs(norm / their_norm - 1), 1e-3)
         measure_padding(report, model, batches)
         measure_memory(report, model, workers, len(batches) - 1)
         measure_speed(report, model, workers, batches, args.quick)

@@ -1,0 +1,342 @@
+/* What a training step computes on a CPU with AMX tiles: see amx.py. Numbers are float32, rows contiguous.
+ *
+ * Products take each number as the sum of two bfloat16: a = ah + al with ah = bf16(a), al = bf16(a - ah), b
+ * likewise: 16 bits of the mantissa instead of 24. Then a b = ah bh + ah bl + al bh, and al bl, 2^-16 of it at most, is
+ * left out (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
+ * Computations"). Tiles multiply bfloat16 and add up in float32.
+ *
+ * A tile holds 16 rows of 16 pairs of bfloat16. TDPBF16PS is c[m][n] += a[m][i].first b[i][n].first + the same of the
+ * second, over i < 16, for 16 rows m and columns n. Here pair i is of k = i and k = i + 16, in a and in b: any order
+ * will do, and this one needs no shuffling.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define COLUMNS 32      /* of b that are packed and multiplied at a time */
+#define DEPTH 64        /* rows of b, likewise: 8 KiB, which stay in the nearest cache */
+#define NEAR (1 << 20)  /* bytes of packed a that stay in the second cache while b passes by */
+#define TILE 512        /* bfloat16 in a tile */
+#define BLOCK (2 * 16 * DEPTH) /* bfloat16 of 16 rows of a block of a: pairs of tiles, high and low */
+
+typedef uint16_t bf16;
+
+/* a (M, K) b (K, N), a term of the sum; b is stored as (N, K) if transposed. Rows lie lda and ldb numbers apart. */
+typedef struct { const float *a, *b; long K, lda, ldb, transposed; } Term;
+
+/* DEPTH rows or fewer of a term's b, with the columns of a that meet them. */
+typedef struct { const float *a, *b; long depth, lda, ldb, transposed; } Block;
+
+/* What b's columns are packed from next: lines of 16 numbers, fetched while others are multiplied. */
+typedef struct { const float *line; long column, width, ld, left; } Ahead;
+
+/* Asks Linux for the tiles; 0 if it grants them. */
+int request_tiles(void) {
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) != 0;
+}
+
+static void configure_tiles(void) {
+    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
+    for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
+    _tile_loadconfig(&config);
+}
+
+/* x0 and x1 in two bfloat16 each, high and low, in pairs: (x0[i], x1[i]) share the 32 bits of lane i. Rounds to
+ * nearest by adding half of the last bit that stays. */
+static inline void split(__m512 x0, __m512 x1, __m512i *high, __m512i *low) {
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
+    __m512i h0 = _mm512_add_epi32(_mm512_castps_si512(x0), half), h1 = _mm512_add_epi32(_mm512_castps_si512(x1), half);
+    h0 = _mm512_and_si512(h0, upper), h1 = _mm512_and_si512(h1, upper);
+    __m512i l0 = _mm512_castps_si512(_mm512_sub_ps(x0, _mm512_castsi512_ps(h0)));
+    __m512i l1 = _mm512_castps_si512(_mm512_sub_ps(x1, _mm512_castsi512_ps(h1)));
+    l0 = _mm512_add_epi32(l0, half), l1 = _mm512_and_si512(_mm512_add_epi32(l1, half), upper);
+    *high = _mm512_or_si512(_mm512_srli_epi32(h0, 16), h1);
+    *low = _mm512_or_si512(_mm512_srli_epi32(l0, 16), l1);
+}
+
+/* The first `left` of 16 numbers, zeros after them. */
+static inline __m512 load(const float *x, long left) {
+    return left >= 16 ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(left > 0 ? (1 << left) - 1 : 0, x);
+}
+
+/* `rows` of 16 rows of a block of a, for each 32 columns a tile of high and one of low parts. */
+static void pack_a(const Block *x, const float *a, long rows, bf16 *to) {
+    for (long k = 0; k < x->depth; k += 32, to += 2 * TILE)
+        for (long m = 0; m < 16; m++) {
+            __m512i high = _mm512_setzero_si512(), low = high;
+            const float *row = a + m * x->lda + k;
+            if (m < rows) split(load(row, x->depth - k), load(row + 16, x->depth - k - 16), &high, &low);
+            _mm512_store_si512(to + 32 * m, high);
+            _mm512_store_si512(to + 32 * m + TILE, low);
+        }
+}
+
+/* 32 rows of b, from row k on, at 32 columns: tiles of the high parts of 16 columns and of the next 16, then low. */
+static void pack_b(const Block *x, const float *b, long k, bf16 *to) {
+    for (long i = 0; i < 16; i++)
+        for (long n = 0; n < 2; n++) {
+            const float *row = b + (k + i) * x->ldb + 16 * n;
+            __m512i high, low;
+            split(load(row, k + i < x->depth ? 16 : 0), load(row + 16 * x->ldb, k + i + 16 < x->depth ? 16 : 0), &high, &low);
+            _mm512_store_si512(to + n * TILE + 32 * i, high);
+            _mm512_store_si512(to + (2 + n) * TILE + 32 * i, low);
+        }
+}
+
+/* Writes the transpose of a 16 x 16 matrix of 32-bit numbers. */
+static inline void transpose(__m512i r[16], bf16 *to) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512i even0 = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), even1 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        __m512i odd0 = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd), odd1 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+        _mm512_store_si512(to + 32 * i, _mm512_shuffle_i32x4(even0, even1, 0x88));
+        _mm512_store_si512(to + 32 * (i + 4), _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+        _mm512_store_si512(to + 32 * (i + 8), _mm512_shuffle_i32x4(even0, even1, 0xdd));
+        _mm512_store_si512(to + 32 * (i + 12), _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+    }
+}
+
+/* The same where b is stored transposed. */
+static void pack_transposed(const Block *x, const float *b, long k, bf16 *to) {
+    for (long n = 0; n < 2; n++) {
+        __m512i high[16], low[16];
+        for (long i = 0; i < 16; i++) {
+            const float *row = b + (16 * n + i) * x->ldb + k;
+            split(load(row, x->depth - k), load(row + 16, x->depth - k - 16), high + i, low + i);
+        }
+        transpose(high, to + n * TILE);
+        transpose(low, to + (2 + n) * TILE);
+    }
+}
+
+static inline void fetch(Ahead *next, long lines) {
+    for (next->left -= lines; lines > 0; lines--) {
+        _mm_prefetch((const char *)(next->line + next->column), _MM_HINT_T1);
+        if ((next->column += 16) >= next->width) next->column = 0, next->line += next->ld;
+    }
+}
+
+/* c (32 rows if two, else 16; 32 columns), from zero on if fresh, += a block of a, whose second 16 rows follow the
+ * first, times one of b. Small parts first. */
+static inline __attribute__((always_inline)) void multiply(const bf16 *a, const bf16 *b, long depth, float *c, int fresh,
+                                                           int two, Ahead *next, long lines) {
+    if (fresh) {
+        _tile_zero(0); _tile_zero(1);
+        if (two) { _tile_zero(2); _tile_zero(3); }
+    } else {
+        _tile_loadd(0, c, 128); _tile_loadd(1, c + 16, 128);
+        if (two) { _tile_loadd(2, c + 512, 128); _tile_loadd(3, c + 528, 128); }
+    }
+    for (long k = 0; k < depth; k += 32, a += 2 * TILE, b += 4 * TILE) {
+        _tile_loadd(4, a + TILE, 64); _tile_loadd(6, b, 64); _tile_loadd(7, b + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); /* low a, high b */
+        if (two) {
+            _tile_loadd(5, a + BLOCK + TILE, 64);
+            _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+        }
+        if (next->left > 0) fetch(next, lines);
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); /* high a, high b */
+        if (two) {
+            _tile_loadd(5, a + BLOCK, 64);
+            _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_loadd(6, b + 2 * TILE, 64); _tile_loadd(7, b + 3 * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); /* high a, low b */
+        if (two) { _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+    }
+    _tile_stored(0, c, 128); _tile_stored(1, c + 16, 128);
+    if (two) { _tile_stored(2, c + 512, 128); _tile_stored(3, c + 528, 128); }
+}
+
+/* c (M, N) = sum of the terms, plus bias (N) if there is one. N is a multiple of 32; rows of c lie ldc apart. What a
+ * row becomes depends on no other. Nonzero, and c as it was, where memory is short. */
+int matmul(const Term *terms, long count, const float *bias, float *c, long M, long N, long ldc, int threads) {
+    long tiles = (M + 15) / 16, blocks = 0, together = NEAR / (tiles * BLOCK * sizeof(bf16));
+    for (long i = 0; i < count; i++) blocks += (terms[i].K + DEPTH - 1) / DEPTH;
+    together = together < 1 ? 1 : together > blocks ? blocks : together;
+    Block *plan = malloc(blocks * sizeof(Block));
+    bf16 *packed = aligned_alloc(64, threads * together * tiles * BLOCK * sizeof(bf16));
+    float *sums = aligned_alloc(64, threads * tiles * 16 * COLUMNS * sizeof(float));
+    int failed = !plan || !packed || !sums;
+    if (failed) goto end;
+    Block *x = plan;
+    for (const Term *term = terms; term < terms + count; term++)
+        for (long k = 0; k < term->K; k += DEPTH)
+            *x++ = (Block){term->a + k, term->b + (term->transposed ? k : k * term->ldb),
+                           term->K - k < DEPTH ? term->K - k : DEPTH, term->lda, term->ldb, term->transposed};
+
+    #pragma omp parallel num_threads(threads)
+    {
+        configure_tiles();
+        bf16 panel[2 * DEPTH * COLUMNS] __attribute__((aligned(64)));
+        /* Each thread packs all of a for itself: what another core has just written is slow to read. */
+        bf16 *a = packed + omp_get_thread_num() * together * tiles * BLOCK;
+        float *sum = sums + omp_get_thread_num() * tiles * 16 * COLUMNS;
+        for (long start = 0; start < blocks; start += together) {
+            long stop = start + together < blocks ? start + together : blocks;
+            for (long j = start; j < stop; j++)
+                for (long t = 0; t < tiles; t++)
+                    pack_a(plan + j, plan[j].a + 16 * t * plan[j].lda, M - 16 * t, a + ((j - start) * tiles + t) * BLOCK);
+            #pragma omp for schedule(static) nowait
+            for (long n = 0; n < N; n += COLUMNS) {
+                if (start)
+                    for (long m = 0; m < M; m++)
+                        for (long i = 0; i < COLUMNS; i += 16)
+                            _mm512_store_ps(sum + m * COLUMNS + i, _mm512_loadu_ps(c + m * ldc + n + i));
+                for (long j = start; j < stop; j++) {
+                    const Block *now = plan + j, *then = plan + (j + 1 < stop ? j + 1 : start);
+                    const float *b = now->b + n * (now->transposed ? now->ldb : 1);
+                    for (long k = 0; k < now->depth; k += 32)
+                        if (now->transposed) pack_transposed(now, b, k, panel + k / 32 * 4 * TILE);
+                        else pack_b(now, b, k, panel + k / 32 * 4 * TILE);
+                    long column = n + (j + 1 < stop ? 0 : COLUMNS);
+                    const float *line = then->b + column * (then->transposed ? then->ldb : 1);
+                    long extra = ((uintptr_t)line & 63) / 4, rows = then->transposed ? COLUMNS : then->depth;
+                    Ahead next = {line - extra, 0, ((then->transposed ? then->depth : COLUMNS) + extra + 15) / 16 * 16, then->ldb, 0};
+                    if (column < N) next.left = rows * next.width / 16;
+                    long lines = next.left / ((now->depth + 31) / 32 * ((tiles + 1) / 2)) + 1;
+                    for (long t = 0; t < tiles; t += 2) {
+                        const bf16 *high = a + ((j - start) * tiles + t) * BLOCK;
+                        if (t + 1 < tiles) multiply(high, panel, now->depth, sum + t * 16 * COLUMNS, !j, 1, &next, lines);
+                        else multiply(high, panel, now->depth, sum + t * 16 * COLUMNS, !j, 0, &next, lines);
+                    }
+                }
+                for (long m = 0; m < M; m++)
+                    for (long i = 0; i < COLUMNS; i += 16) {
+                        __m512 y = _mm512_load_ps(sum + m * COLUMNS + i);
+                        if (bias && stop == blocks) y = _mm512_add_ps(y, _mm512_loadu_ps(bias + n + i));
+                        _mm512_storeu_ps(c + m * ldc + n + i, y);
+                    }
+            }
+        }
+        _tile_release();
+    }
+end:
+    free(plan), free(packed), free(sums);
+    return failed;
+}
+
+/* ---------------------------------------------------------------- what stands before a product: see lora.py
+ *
+ * Forward writes y. Backward is given x and the gradient of y; it writes y again and dx, the gradient of x. */
+
+static inline void store(float *y, __m512 v, long left) {
+    if (left >= 16) _mm512_storeu_ps(y, v);
+    else _mm512_mask_storeu_ps(y, (1 << left) - 1, v);
+}
+
+static inline __m512 number(float x) { return _mm512_set1_ps(x); }
+
+/* 1 / (1 + exp(-x)); exp(z) = 2^n exp(r) with z = n ln 2 + r, and the Taylor series of exp(r), |r| < 0.35. */
+static inline __m512 sigmoid(__m512 x) {
+    __m512 z = _mm512_max_ps(number(-87), _mm512_min_ps(number(87), _mm512_sub_ps(number(0), x))); /* keeps NaN */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(z, number(1.44269504f)), 0), p = number(1.f / 5040);
+    __m512 r = _mm512_fnmadd_ps(n, number(-2.12194440e-4f), _mm512_fnmadd_ps(n, number(0.693359375f), z));
+    const float factorials[] = {720, 120, 24, 6, 2, 1, 1};
+    for (int i = 0; i < 7; i++) p = _mm512_fmadd_ps(p, r, number(1 / factorials[i]));
+    return _mm512_div_ps(number(1), _mm512_add_ps(number(1), _mm512_scalef_ps(p, n)));
+}
+
+/* GELU's tanh form, y = x s with s = sigmoid(2 K (x + C x^3)). */
+#define K2 1.5957691216f
+#define C3 0.044715f
+
+void gelu(const float *x, float *y, long count, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i += 16) {
+        __m512 v = load(x + i, count - i), square = _mm512_mul_ps(v, v);
+        __m512 s = sigmoid(_mm512_mul_ps(v, _mm512_fmadd_ps(square, number(K2 * C3), number(K2))));
+        store(y + i, _mm512_mul_ps(v, s), count - i);
+    }
+}
+
+/* dy/dx = s + y (1 - s) slope, the slope of the sigmoid's argument. */
+void gelu_backward(const float *x, const float *grad, float *y, float *dx, long count, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i += 16) {
+        __m512 v = load(x + i, count - i), square = _mm512_mul_ps(v, v);
+        __m512 s = sigmoid(_mm512_mul_ps(v, _mm512_fmadd_ps(square, number(K2 * C3), number(K2))));
+        __m512 out = _mm512_mul_ps(v, s), slope = _mm512_fmadd_ps(square, number(3 * K2 * C3), number(K2));
+        __m512 d = _mm512_fmadd_ps(_mm512_fnmadd_ps(out, s, out), slope, s);
+        store(y + i, out, count - i);
+        store(dx + i, _mm512_mul_ps(d, load(grad + i, count - i)), count - i);
+    }
+}
+
+/* y (rows, n) = silu(gate) up, with x (rows, 2 n): gate and up side by side; silu(g) = g sigmoid(g). */
+void swiglu(const float *x, float *y, long rows, long n, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++)
+        for (long i = 0; i < n; i += 16) {
+            __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
+            store(y + m * n + i, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up), n - i);
+        }
+}
+
+void swiglu_backward(const float *x, const float *grad, float *y, float *dx, long rows, long n, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++)
+        for (long i = 0; i < n; i += 16) {
+            __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
+            __m512 g = load(grad + m * n + i, n - i), s = sigmoid(gate), silu = _mm512_mul_ps(gate, s);
+            __m512 slope = _mm512_add_ps(s, _mm512_fnmadd_ps(silu, s, silu)); /* s + silu (1 - s) */
+            store(y + m * n + i, _mm512_mul_ps(silu, up), n - i);
+            store(dx + 2 * m * n + i, _mm512_mul_ps(_mm512_mul_ps(g, up), slope), n - i);
+            store(dx + (2 * m + 1) * n + i, _mm512_mul_ps(g, silu), n - i);
+        }
+}
+
+/* 1 / sqrt(mean(x^2) + eps) */
+static inline float inverse_rms(const float *x, long n, float eps) {
+    __m512 sum = number(0);
+    for (long i = 0; i < n; i += 16) {
+        __m512 v = load(x + i, n - i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    return 1 / sqrtf(_mm512_reduce_add_ps(sum) / n + eps);
+}
+
+/* y = weight x / rms(x), over rows of n */
+void rms_norm(const float *x, const float *weight, float eps, float *y, long rows, long n, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++) {
+        __m512 r = number(inverse_rms(x + m * n, n, eps));
+        for (long i = 0; i < n; i += 16)
+            store(y + m * n + i, _mm512_mul_ps(_mm512_mul_ps(load(x + m * n + i, n - i), r), load(weight + i, n - i)), n - i);
+    }
+}
+
+/* dx = r (g - u mean(g u)) with r = 1 / rms(x), u = x r, g = grad weight */
+void rms_norm_backward(const float *x, const float *weight, float eps, const float *grad, float *y, float *dx, long rows,
+                       long n, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++) {
+        __m512 r = number(inverse_rms(x + m * n, n, eps)), sum = number(0);
+        for (long i = 0; i < n; i += 16) {
+            __m512 u = _mm512_mul_ps(load(x + m * n + i, n - i), r), w = load(weight + i, n - i);
+            sum = _mm512_fmadd_ps(_mm512_mul_ps(load(grad + m * n + i, n - i), w), u, sum);
+            store(y + m * n + i, _mm512_mul_ps(u, w), n - i);
+        }
+        __m512 mean = number(_mm512_reduce_add_ps(sum) / n);
+        for (long i = 0; i < n; i += 16) {
+            __m512 u = _mm512_mul_ps(load(x + m * n + i, n - i), r);
+            __m512 g = _mm512_mul_ps(load(grad + m * n + i, n - i), load(weight + i, n - i));
+            store(dx + m * n + i, _mm512_mul_ps(r, _mm512_fnmadd_ps(u, mean, g)), n - i);
+        }
+    }
+}

@@ -1,0 +1,174 @@
+"""float32 products by bfloat16 tiles, for CPUs that have them (AMX: Intel's Xeons since 2023), and what goes with them.
+
+    amx.load()                                       # compiles amx.c once; UserError where CPU or compiler are missing
+    amx.matmul([(x, weight.t()), (h, B.t())], bias)  # x W^T + h B^T + bias
+
+In a product each number is the sum of two bfloat16, which leaves 16 bits of mantissa where float32 has 24, TF32 11 and
+bfloat16 8. A row's outcome does not depend on the other rows. What stands before a product is float32 as ever, in one
+pass over the numbers where PyTorch takes several.
+"""
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from files import UserError
+
+OPTION = "--precision bf16x3"
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mamx-tile",
+         "-mamx-bf16")
+COLUMNS = 32  # a product has a multiple of them
+NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16"}  # in Linux's words
+
+
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+ARGUMENTS = {  # as in amx.c
+    "matmul": [POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, INT],
+    "gelu": [POINTER, POINTER, LONG, INT],
+    "gelu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, INT],
+    "swiglu": [POINTER, POINTER, LONG, LONG, INT],
+    "swiglu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT],
+    "rms_norm": [POINTER, POINTER, FLOAT, POINTER, LONG, LONG, INT],
+    "rms_norm_backward": [POINTER, POINTER, FLOAT, POINTER, POINTER, POINTER, LONG, LONG, INT],
+}
+
+
+class _Term(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p),
+                *((name, ctypes.c_long) for name in ("K", "lda", "ldb", "transposed"))]
+
+
+def flags_of_cpu() -> set[str]:
+    """What Linux says this CPU can do; nothing elsewhere."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """amx.c, compiled into the user's cache folder by the first run that asks for it.
+
+    Raises:
+        UserError: this CPU, system or compiler cannot do it.
+    """
+    if missing := sorted(NEEDED - flags_of_cpu()):
+        raise UserError(f"{OPTION}: this CPU has no {', '.join(missing)}; use fp32")
+    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, ("cc", "gcc", "clang")))[:1]
+    if not compiler:
+        raise UserError(f"{OPTION}: needs a C compiler (gcc or clang, or its name in CC); use fp32")
+    key = hashlib.sha256(repr((compiler, FLAGS)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    library = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-distil" / f"amx-{key}.so"
+    try:
+        if not library.exists():
+            _compile(compiler, library)
+        lib = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise UserError(f"{OPTION}: {error}") from None
+    for name, arguments in ARGUMENTS.items():
+        getattr(lib, name).argtypes = arguments
+    if lib.request_tiles():
+        raise UserError(f"{OPTION}: the system does not grant AMX tiles; use fp32")
+    return lib
+
+
+def _compile(compiler: list[str], library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # it appears whole or not at all
+        built = Path(folder) / library.name
+        result = subprocess.run([*compiler, *FLAGS, "-o", built, SOURCE], capture_output=True, text=True)
+        if result.returncode:
+            said = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
+            raise UserError(f"{OPTION}: {shlex.join(compiler)} does not compile {SOURCE.name}: {said}")
+        os.replace(built, library)
+
+
+def available() -> bool:
+    """Whether `load` succeeds."""
+    try:
+        load()
+    except UserError:
+        return False
+    return True
+
+
+def matmul(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """sum of a b over the terms, plus bias: (M, K) (K, N) each -> (M, N), all float32 on the CPU.
+
+    Args:
+        terms: K is any, N a multiple of 32; b may be the transpose of a contiguous matrix.
+        bias: (N,).
+        out: where the result goes, its rows contiguous.
+
+    Raises:
+        MemoryError: there is none for the packed numbers; `out` is as it was.
+    """
+    if out is None:
+        out = terms[0][0].new_empty(len(terms[0][0]), terms[0][1].shape[1])
+    pairs = [(a if a.stride(1) == 1 else a.contiguous(), b if 1 in b.stride() else b.contiguous()) for a, b in terms]
+    array = (_Term * len(pairs))()
+    for term, (a, b) in zip(array, pairs, strict=True):
+        transposed = b.stride(1) != 1
+        term.a, term.b, term.K, term.lda = a.data_ptr(), b.data_ptr(), a.shape[1], a.stride(0)
+        term.ldb, term.transposed = b.stride(1 if transposed else 0), transposed
+    if load().matmul(array, len(pairs), None if bias is None else bias.data_ptr(), out.data_ptr(), *out.shape,
+                     out.stride(0), torch.get_num_threads()):
+        raise MemoryError
+    return out
+
+
+# ---------------------------------------------------------------- what stands before a product
+
+# Forward gives y; backward, given x and the gradient of y, gives y again and the gradient of x.
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU's tanh form."""
+    x, y = x.contiguous(), torch.empty_like(x)
+    load().gelu(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
+    return y
+
+
+def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, grad, y, dx = x.contiguous(), grad.contiguous(), torch.empty_like(x), torch.empty_like(x)
+    load().gelu_backward(x.data_ptr(), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), x.numel(), torch.get_num_threads())
+    return y, dx
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, of gate and up side by side: (rows, 2 n) -> (rows, n)."""
+    x, y = x.contiguous(), x.new_empty(len(x), x.shape[1] // 2)
+    load().swiglu(x.data_ptr(), y.data_ptr(), *y.shape, torch.get_num_threads())
+    return y
+
+
+def swiglu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, grad, dx = x.contiguous(), grad.contiguous(), torch.empty_like(x)
+    y = torch.empty_like(grad)
+    load().swiglu_backward(x.data_ptr(), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), *y.shape, torch.get_num_threads())
+    return y, dx
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x²) + eps) of each row."""
+    x, y = x.contiguous(), torch.empty_like(x)
+    load().rms_norm(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), *x.shape, torch.get_num_threads())
+    return y
+
+
+def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, grad, y, dx = x.contiguous(), grad.contiguous(), torch.empty_like(x), torch.empty_like(x)
+    load().rms_norm_backward(x.data_ptr(), weight.data_ptr(), eps, grad.data_ptr(), y.data_ptr(), dx.data_ptr(), *x.shape,
+                             torch.get_num_threads())
+    return y, dx

@@ -1,0 +1,243 @@
+"""amx: products and what stands before them against float64; a classifier with tiles against the same without."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ARCHITECTURES, adapted, toy_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import amx
+import experiments
+from files import UserError
+from lora import GELU, RMSNorm, SwiGLU, product, use_tiles
+from train_utils import trainable
+
+needs_tiles = pytest.mark.skipif(not amx.available(), reason="no CPU with AMX, or no C compiler")
+# Of a number 2^-16 is lost, at most: twice in a product, and once more with the product of the low parts.
+BOUND = 3.1 * 2.0 ** -16
+
+
+def operands(M: int, K: int, N: int, transposed: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """a (M, K) and b (K, N) in larger matrices, so that rows lie apart and nothing is aligned."""
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(M, K + 5, generator=g)[:, 2:K + 2]
+    b = torch.randn(N, K + 2, generator=g)[:, 1:K + 1].t() if transposed else torch.randn(K, N + 3, generator=g)[:, 3:]
+    return a, b * 10.0 ** torch.randint(-3, 3, (1, N), generator=g)[:, :N] if not transposed else b
+
+
+@needs_tiles
+@settings(deadline=None, max_examples=60)
+@given(M=st.integers(1, 70), N=st.integers(1, 5).map(lambda n: 32 * n), bias=st.booleans(), seed=st.integers(0, 999),
+       terms=st.lists(st.tuples(st.integers(1, 200), st.booleans()), min_size=1, max_size=4))
+def test_a_product_is_that_of_numbers_with_16_bits(M, N, bias, seed, terms):
+    pairs = [operands(M, K, N, transposed, seed + i) for i, (K, transposed) in enumerate(terms)]
+    offset = torch.randn(N) if bias else None
+    around = torch.full((M, N + 7), 7.0)
+    amx.matmul(pairs, offset, around[:, 3:N + 3])
+    assert (around[:, :3] == 7).all() and (around[:, N + 3:] == 7).all()  # writes where it should, and there alone
+    expected = sum(a.double() @ b.double() for a, b in pairs) + (0 if offset is None else offset.double())
+    size = sum(a.double().abs() @ b.double().abs() for a, b in pairs) + (0 if offset is None else offset.double().abs())
+    assert ((around[:, 3:N + 3] - expected).abs() <= BOUND * size).all()
+
+
+@needs_tiles
+def test_it_is_not_bfloat16_nor_float32():
+    """The error is where 16 bits are: below a hundredth of bfloat16's, above float32's."""
+    torch.manual_seed(0)
+    a, b = torch.randn(64, 512), torch.randn(512, 64)
+    expected = a.double() @ b.double()
+    ours, fp32, bf16 = ((x.double() - expected).norm() / expected.norm() for x in (
+        amx.matmul([(a, b)]), a @ b, a.bfloat16() @ b.bfloat16()))
+    assert 5 * fp32 < ours < bf16 / 100
+
+
+@needs_tiles
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_rows_outcome_depends_on_no_other_row(transposed, threads):
+    """Not on how many there are either: 3,000 rows of 2,048 are packed in several parts, one is not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = operands(3000, 2048, 64, transposed, 0)
+        bias = torch.randn(64)
+        whole = amx.matmul([(a, b)], bias)
+        for rows in ([0], [2999], [5, 17, 1600], list(range(100, 141))):
+            assert torch.equal(amx.matmul([(a[rows], b)], bias), whole[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_tiles
+def test_what_is_not_finite_stays_so():
+    a, b = torch.ones(3, 32), torch.ones(32, 32)
+    a[1, 5] = float("nan")
+    b[7, 9] = float("inf")
+    out = amx.matmul([(a, b)])
+    assert out[1].isnan().all() and not out[:, 9].isfinite().any()
+    assert (out[[0, 2]][:, [n for n in range(32) if n != 9]] == 32).all()
+    assert amx.gelu(torch.tensor([[float("nan"), 1.0]])).isnan().tolist() == [[True, False]]
+
+
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def swiglu(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+WEIGHT = torch.linspace(-2, 2, 50)
+
+
+def rms_norm(x):
+    return F.rms_norm(x, x.shape[-1:], WEIGHT.to(x.dtype), 1e-5)
+
+
+@needs_tiles
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
+@pytest.mark.parametrize("function, ours, ours_backward", [
+    (gelu, amx.gelu, amx.gelu_backward), (swiglu, amx.swiglu, amx.swiglu_backward),
+    (rms_norm, lambda x: amx.rms_norm(x, WEIGHT, 1e-5), lambda x, grad: amx.rms_norm_backward(x, WEIGHT, 1e-5, grad))])
+def test_what_stands_before_is_its_formula_in_float64(function, ours, ours_backward, scale):
+    torch.manual_seed(1)
+    x = torch.randn(19, 50) * scale
+    wide = x.double().requires_grad_()
+    y = function(wide)
+    grad = torch.randn(y.shape)
+    y.backward(grad.double())
+    tolerance = {"atol": 1e-6 * max(1.0, float(y.detach().abs().max())), "rtol": 0}
+    torch.testing.assert_close(ours(x).double(), y.detach(), **tolerance)
+    again, dx = ours_backward(x, grad)
+    assert torch.equal(again, ours(x))
+    torch.testing.assert_close(dx.double(), wide.grad, atol=3e-6 * max(1.0, float(wide.grad.abs().max())), rtol=0)
+
+
+def in_float64(terms, bias=None, out=None):
+    """matmul's contract, for machines without tiles."""
+    y = (sum(a.double() @ b.double() for a, b in terms) + (0 if bias is None else bias.double())).float()
+    return y if out is None else out.copy_(y)
+
+
+@pytest.fixture(params=["tiles", "float64"])
+def matmul(request, monkeypatch):
+    if request.param == "tiles":
+        if not amx.available():
+            pytest.skip("no CPU with AMX, or no C compiler")
+        return
+    monkeypatch.setattr(amx, "matmul", in_float64)
+    monkeypatch.setattr(amx, "load", lambda: None)
+    for plain in (RMSNorm, GELU, SwiGLU):
+        monkeypatch.setattr(plain, "__call__", lambda self, x, tiles=False, call=plain.__call__: call(self, x))
+        monkeypatch.setattr(plain, "backward", lambda self, x, g, tiles=False, call=plain.backward: call(self, x, g))
+
+
+OPTIONS = [{}, {"targets": ("q", "v")}, {"layers": "1-1"}, {"dropout": 0.3}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_and_gradients_are_those_without_tiles(architecture, options, matmul, monkeypatch):
+    found, calls = [], []
+    counted = amx.matmul
+    monkeypatch.setattr(amx, "matmul", lambda *args: calls.append(args) or counted(*args))
+    for precision in ("fp32", "bf16x3"):
+        classifier = adapted(architecture, **options)
+        experiments.to_precision(classifier, precision)
+        torch.manual_seed(4)  # dropout's
+        logits = classifier(*toy_batch())
+        F.cross_entropy(logits, torch.tensor([0, 1, 1, 0])).backward()
+        found.append((logits.detach(), {name: p.grad for name, p in trainable(classifier).items()}))
+        assert bool(calls) == (precision == "bf16x3")
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=0)
+    for name, grad in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], grad, atol=1e-4 * max(1, float(grad.abs().max())), rtol=0, msg=name)
+
+
+def test_what_tiles_do_not_fit_is_computed_as_ever(monkeypatch):
+    monkeypatch.setattr(amx, "matmul", None)
+    for layer, x in ((nn.Linear(32, 33), torch.randn(2, 32)), (nn.Linear(48, 32), torch.randn(2, 48)),
+                     (nn.Linear(32, 32).double(), torch.randn(2, 32).double())):
+        use_tiles(layer.requires_grad_(False))
+        assert torch.equal(product([layer], x), layer(x))
+
+
+def test_a_full_run_has_no_frozen_product(monkeypatch):
+    monkeypatch.setattr(amx, "load", None)
+    classifier = copy.deepcopy(adapted("gpt2"))
+    classifier.full = True
+    experiments.to_precision(classifier, "bf16x3")
+    assert not any(hasattr(module, "tiles") for module in classifier.modules())
+
+
+# ---------------------------------------------------------------- where it cannot be had
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setattr(amx, "load", amx.load.__wrapped__)
+    monkeypatch.setattr(amx, "flags_of_cpu", lambda: amx.NEEDED)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_a_cpu_without_tiles_is_named(fresh, monkeypatch):
+    monkeypatch.setattr(amx, "flags_of_cpu", lambda: {"avx512_bf16", "sse"})
+    with pytest.raises(UserError, match="this CPU has no amx_bf16, amx_tile; use fp32"):
+        amx.load()
+    assert not (fresh / "cache").exists() and not amx.available()
+
+
+def test_no_compiler_is_named(fresh, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(amx.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="needs a C compiler"):
+        amx.load()
+
+
+@pytest.mark.parametrize("compiler, message", [("false", "false does not compile amx.c: no message"),
+                                               ("/nowhere/cc", "No such file or directory: '/nowhere/cc'")])
+def test_a_compiler_that_fails_is_named_and_nothing_stays(fresh, monkeypatch, compiler, message):
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(UserError, match=message):
+        amx.load()
+    assert not list((fresh / "cache" / "lora-distil").iterdir())
+
+
+@needs_tiles
+def test_compiles_once(fresh):
+    amx.load()
+    library, = (fresh / "cache" / "lora-distil").iterdir()
+    changed = library.stat().st_mtime_ns
+    amx.load()
+    assert library.stat().st_mtime_ns == changed
+
+
+def test_a_library_that_cannot_be_loaded_is_named(fresh, monkeypatch):
+    compiler = fresh / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho nothing > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(UserError, match=r"bf16x3: .*amx-\w+\.so"):
+        amx.load()
+
+
+def test_the_command_says_it_in_one_line(tmp_path, monkeypatch):
+    """Before anything is written; here by a compiler that is none, on CPUs that have tiles, else for want of these."""
+    result = subprocess.run(
+        [sys.executable, "run.py", "LoRA", "12345", "--precision", "bf16x3", "--limit", "50", "--out", tmp_path / "run"],
+        capture_output=True, text=True, env={**os.environ, "CC": "/nowhere/cc",
+                                             "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2 and not (tmp_path / "run").exists()
+    assert result.stderr.splitlines()[-1].startswith("run.py: --precision bf16x3: ") and "Traceback" not in result.stderr
+
+
+def test_both_languages_mean_the_same_columns():
+    assert f"#define COLUMNS {amx.COLUMNS} " in amx.SOURCE.read_text()
