@@ -355,15 +355,13 @@ def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: in
     """Right-pads the given rows into one `Batch`."""
     import torch
 
-    width = max(len(ids[row]) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        input_ids[i, :len(ids[row])] = torch.tensor(ids[row])
-        attention_mask[i, :len(ids[row])] = 1
+    lengths = [len(ids[row]) for row in rows]
+    width = max(lengths)
+    input_ids = torch.tensor([ids[row] + [pad_id] * (width - len(ids[row])) for row in rows])
+    attention_mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     numbers = torch.tensor([features[row] for row in rows], dtype=torch.float64) if features else None
     return Batch(input_ids, attention_mask, torch.tensor([labels[row] for row in rows]), torch.tensor(rows),
-                 sum(len(ids[row]) for row in rows), features=numbers)
+                 sum(lengths), features=numbers)
 
 
 def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed: int,
