@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -145,10 +149,38 @@ def _stop(module, args, kwargs):
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over every parameter and buffer, names included."""
-    digest = hashlib.sha256()
+    return _digest(_named_bytes(model))
+
+
+def digest_meanwhile(model: nn.Module) -> Future[str]:
+    """`weights_digest` of a model as it is now, computed beside what the caller goes on with: hashing holds no lock.
+
+    Until the result is there nothing may write to the weights; they may be wrapped, moved or given another type.
+    What goes wrong is raised by the future's `result()`. The end of the process does not wait for it.
+    """
+    future, pieces = Future(), list(_named_bytes(model))
+
+    def work() -> None:
+        try:
+            future.set_result(_digest(pieces))
+        except BaseException as error:
+            future.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def _named_bytes(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """Each parameter and buffer as its name, shape and type, and its bytes: a view where it is in memory already."""
     for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield (f"{name}{tuple(value.shape)}{value.dtype}",
+               value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _digest(pieces: Iterable[tuple[str, np.ndarray]]) -> str:
+    digest = hashlib.sha256()
+    for name, data in pieces:
+        digest.update(name.encode())
+        digest.update(data)
     return digest.hexdigest()
 
 

@@ -98,6 +98,41 @@ def test_its_summary_has_every_key_of_the_contract(work):
     assert summary["sanity"]["equal_to_base"] is True
 
 
+def test_a_fresh_adapter_that_changes_the_text_stops_the_run(work, tmp_path, monkeypatch):
+    adapt = experiments.adapt
+
+    def adapt_and_break(classifier, *args):
+        adapt(classifier, *args)
+        with torch.no_grad():
+            for p in classifier.net.base_model.parameters():
+                p.copy_(torch.randn_like(p))
+    monkeypatch.setattr(experiments, "adapt", adapt_and_break)
+    with pytest.raises(RuntimeError, match="a fresh adapter changed the generated text: 'The"):
+        lora(work, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_in_doubt_is_generated_again(work, tmp_path, monkeypatch, quick):
+    generated, greedy = [], experiments.greedy
+    monkeypatch.setattr(experiments, "greedy", lambda *args: (generated.append(1), greedy(*args))[1])
+    assert lora(work, tmp_path / "sure", "--epochs", 1) == 0 and len(generated) == 1
+    monkeypatch.setattr(experiments, "is_greedy", lambda *_: False)
+    assert lora(work, tmp_path / "doubt", "--epochs", 1) == 0 and len(generated) == 3
+    sure, doubt = (read_json(tmp_path / name / "summary.json")["sanity"] for name in ("sure", "doubt"))
+    assert sure == doubt == read_json(work / "LoRA" / "summary.json")["sanity"]
+
+
+def test_a_greedy_text_is_told_from_any_other(work):
+    lm, tokenizer = experiments.load_classifier(str(work / "model"), 2)[1], experiments.load_tokenizer(str(work / "model"))
+    prompt = len(tokenizer("The").input_ids)
+    ids = experiments.greedy(lm, tokenizer, "The", 8)
+    assert ids.shape[1] == prompt + 8 and experiments.is_greedy(lm, ids, prompt)
+    for at in range(prompt, prompt + 8):
+        other = ids.clone()
+        other[0, at] += 1 if other[0, at] == 0 else -1
+        assert not experiments.is_greedy(lm, other, prompt), at
+
+
 def test_its_trainable_parameters_are_the_files(work):
     """The adapter file holds what was trained and nothing of the frozen model."""
     tensors = load_file(work / "LoRA" / "adapter_model.safetensors")

@@ -1,5 +1,7 @@
 """Kept results equal fresh ones bit for bit, are not computed again, and never answer for something else."""
+import hashlib
 import random
+import threading
 
 import pytest
 import torch
@@ -8,12 +10,13 @@ from conftest import ARCHITECTURES, adapted, randomize_B, toy_batch, toy_net
 
 import experiments
 import figures
+import frozen
 import toy
 import train_utils
 from data_utils import Batch
-from files import read_json
-from frozen import FrozenPrefix, batches_digest, lowest_trained_block, weights_digest
-from model import TextClassifier, blocks_of
+from files import UserError, read_json
+from frozen import FrozenPrefix, batches_digest, digest_meanwhile, lowest_trained_block, weights_digest
+from model import LoRAOptions, TextClassifier, blocks_of, inject_lora
 
 LENGTHS = ((5, 9, 1, 12), (7, 7, 7, 7), (2, 3))  # the second batch has no pad and is run without a mask
 
@@ -172,6 +175,30 @@ def test_the_weights_digest_changes_with_any_weight_and_only_then():
         assert weights_digest(classifier) != before, name
         flat[at] = old
     assert weights_digest(classifier) == before
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_digest_made_meanwhile_is_the_formulas_whatever_is_injected_or_cast_in_between(architecture, monkeypatch):
+    net, expected, digest = toy_net(architecture), hashlib.sha256(), frozen._digest
+    for name, value in sorted(net.base_model.state_dict().items()):
+        expected.update(f"{name}{tuple(value.shape)}{value.dtype}".encode() + value.numpy().tobytes())
+    injected = threading.Event()
+    monkeypatch.setattr(frozen, "_digest", lambda pieces: digest(pieces) if injected.wait(60) else None)
+    future = digest_meanwhile(net.base_model)
+    inject_lora(net, LoRAOptions())
+    for p in net.parameters():
+        p.data = p.data.bfloat16()
+    injected.set()
+    assert future.result() == expected.hexdigest() != weights_digest(net.base_model)
+
+
+def test_what_goes_wrong_meanwhile_is_raised_with_the_result(monkeypatch):
+    def fails(pieces):
+        raise UserError("weights: gone")
+    monkeypatch.setattr(frozen, "_digest", fails)
+    future = digest_meanwhile(toy_net("gpt2"))
+    with pytest.raises(UserError, match="weights: gone"):
+        future.result()
 
 
 def test_the_batches_digest_changes_with_any_id_mask_or_row_and_only_then():
