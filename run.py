@@ -15,6 +15,7 @@ It parses (options.py), calls and prints. PyTorch is imported after parsing, so 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -55,6 +56,8 @@ def _call(args) -> int:
     from records import ReportError
 
     try:
+        if args.mode not in ("report", "submit"):  # they read files only
+            _import_libraries()
         return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep,
                 "eval": evaluate, "repeat": repeat, "report": report, "submit": submit}[args.mode](args) or 0
     except (UserError, ReportError) as error:
@@ -68,6 +71,23 @@ def _call(args) -> int:
             raise
         complain(f"out of memory{_less_memory(args)}")
     return 2
+
+
+def _import_libraries() -> None:
+    """Imports PyTorch, transformers and what stands on them, with the garbage collector off.
+
+    They make half a million objects, none of them garbage, and the collector would go through them again and
+    again: a fifth of the way to the first training step. Frozen, they are not looked at afterwards either.
+    """
+    if "experiments" in sys.modules:
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    gc.disable()
+    try:
+        import experiments  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _less_memory(args) -> str:
@@ -88,7 +108,6 @@ def _note(text: str) -> None:
 
 def generate(args) -> None:
     """`gen`: prints samples; the same SR, the same text."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tqdm import tqdm
 
     import experiments
@@ -123,7 +142,6 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
 
 def _train(args, options, start) -> int:
     """Runs a training, plots it and turns its ways of ending into exit statuses."""
-    import figures
     import signals
     from files import check_folder, make_folder
     from train_utils import Diverged
@@ -135,7 +153,11 @@ def _train(args, options, start) -> int:
         no_plots = getattr(args, "no_plots", False)
         if no_plots or not (args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
-        plots = [] if no_plots else figures.plot_run(options.out, make_folder(args.plots))
+        plots = []
+        if not no_plots:
+            import figures  # late: the first step does not wait for Matplotlib
+
+            plots = figures.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
         _note(f"run.py: {error}")
         return 3
@@ -174,7 +196,6 @@ def _finetune_options(args):
 
 def finetune(args) -> int:
     """`LoRA`: fine-tunes and prints the result."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import experiments
 
     options = _finetune_options(args)
@@ -243,7 +264,6 @@ def _settings(args, *more: str) -> dict:
 
 def compare(args) -> int:
     """`compare`: runs what is missing of a comparison, and prints and draws it."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import compare as comparison
     import experiments
 
@@ -295,7 +315,6 @@ def _value(parser: Variant, args, name: str, text: str):
 
 def sweep(args) -> int:
     """`sweep`: runs the trials that wait, and prints and draws the study."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import dataclasses
 
     import experiments
@@ -337,7 +356,6 @@ def _study(args, options, start) -> int:
 
 def distil(args) -> int:
     """`distil`: distils and prints teacher, student and control side by side."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import experiments
     from files import UserError
 
@@ -358,7 +376,6 @@ def distil(args) -> int:
 
 def evaluate(args) -> None:
     """`eval`: scores a saved run on a file."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import experiments
 
     result = experiments.evaluate_run(args.run, args.data, args.predictions)
@@ -371,7 +388,6 @@ def evaluate(args) -> None:
 
 def repeat(args) -> int:
     """`repeat`: runs it again and compares."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import repeat
     import signals
     from train_utils import Diverged

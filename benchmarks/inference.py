@@ -37,8 +37,13 @@ from model import DistilRNN, count_parameters, load_classifier, student_config
 BATCH_SIZE = 32
 FIRST_STEP = """
 import os, sys
-import run, train_utils
-train_utils.cross_entropy = lambda *_: lambda logits, batch: os._exit(0)
+import run
+finetune = run.finetune
+def until_the_loss(args):  # changed this late, so that the command itself imports what it needs
+    import train_utils
+    train_utils.cross_entropy = lambda *_: lambda logits, batch: os._exit(0)
+    return finetune(args)
+run.finetune = until_the_loss
 sys.exit(run.main(sys.argv[1:]) or 1)
 """
 BARE = """

@@ -12,7 +12,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import frozen
 import toy
+from files import UserError
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,32 @@ def test_help_and_a_wrong_option_import_nothing_heavy():
             "print('HEAVY', sorted({'torch', 'transformers', 'numpy', 'datasets', 'matplotlib'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_first_step_waits_for_nothing_that_it_does_not_need(work, tmp_path):
+    """Not for what an epoch's end needs; and the garbage collector rests while libraries are imported, no longer."""
+    code = ("import gc, os, sys, run\n"
+            "finetune = run.finetune\n"
+            "def until_the_loss(args):\n"
+            "    import train_utils\n"
+            "    def loss(*_):\n"
+            "        late = {'matplotlib', 'tensorboard', 'sklearn', 'datasets', 'optuna'} & set(sys.modules)\n"
+            "        print('HEAVY', sorted(late), gc.isenabled(), gc.get_freeze_count() > 100_000, flush=True)\n"
+            "        os._exit(0)\n"
+            "    train_utils.cross_entropy = lambda *_: loss\n"
+            "    return finetune(args)\n"
+            "run.finetune = until_the_loss\n"
+            "run.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", code, "LoRA", "12345", "--model", work / "model", "--data", work / "cola",
+                           "--out", tmp_path / "run", "--plots", tmp_path], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "HEAVY [] True True", done.stderr
+
+
+def test_an_error_beside_the_main_thread_is_refused_like_any_other(work, refused, monkeypatch):
+    def fails(pieces):
+        raise UserError("weights: gone")
+    monkeypatch.setattr(frozen, "_digest", fails)
+    assert refused("LoRA", "12345", "--model", work / "model", "--data", work / "cola") == "run.py: weights: gone"
 
 
 @pytest.mark.parametrize("mode", ["gen", "LoRA", "distil", "compare", "sweep", "eval", "repeat", "report", "submit"])
