@@ -63,6 +63,11 @@ static inline __m512 load(const float *x, long left) {
     return left >= 16 ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(left > 0 ? (1 << left) - 1 : 0, x);
 }
 
+static inline void store(float *y, __m512 v, long left) {
+    if (left >= 16) _mm512_storeu_ps(y, v);
+    else _mm512_mask_storeu_ps(y, (1 << left) - 1, v);
+}
+
 /* `rows` of 16 rows of a block of a, for each 32 columns a tile of high and one of low parts. */
 static void pack_a(const Block *x, const float *a, long rows, bf16 *to) {
     for (long k = 0; k < x->depth; k += 32, to += 2 * TILE)
@@ -75,13 +80,15 @@ static void pack_a(const Block *x, const float *a, long rows, bf16 *to) {
         }
 }
 
-/* 32 rows of b, from row k on, at 32 columns: tiles of the high parts of 16 columns and of the next 16, then low. */
-static void pack_b(const Block *x, const float *b, long k, bf16 *to) {
+/* 32 rows of b, from row k on, at 32 columns (fewer: zeros after them): tiles of the high parts of 16 columns and of
+ * the next 16, then low. */
+static void pack_b(const Block *x, const float *b, long k, long columns, bf16 *to) {
     for (long i = 0; i < 16; i++)
         for (long n = 0; n < 2; n++) {
             const float *row = b + (k + i) * x->ldb + 16 * n;
             __m512i high, low;
-            split(load(row, k + i < x->depth ? 16 : 0), load(row + 16 * x->ldb, k + i + 16 < x->depth ? 16 : 0), &high, &low);
+            split(load(row, k + i < x->depth ? columns - 16 * n : 0),
+                  load(row + 16 * x->ldb, k + i + 16 < x->depth ? columns - 16 * n : 0), &high, &low);
             _mm512_store_si512(to + n * TILE + 32 * i, high);
             _mm512_store_si512(to + (2 + n) * TILE + 32 * i, low);
         }
@@ -111,12 +118,13 @@ static inline void transpose(__m512i r[16], bf16 *to) {
 }
 
 /* The same where b is stored transposed. */
-static void pack_transposed(const Block *x, const float *b, long k, bf16 *to) {
+static void pack_transposed(const Block *x, const float *b, long k, long columns, bf16 *to) {
     for (long n = 0; n < 2; n++) {
         __m512i high[16], low[16];
         for (long i = 0; i < 16; i++) {
             const float *row = b + (16 * n + i) * x->ldb + k;
-            split(load(row, x->depth - k), load(row + 16, x->depth - k - 16), high + i, low + i);
+            long left = 16 * n + i < columns ? x->depth - k : 0;
+            split(load(row, left), load(row + 16, left - 16), high + i, low + i);
         }
         transpose(high, to + n * TILE);
         transpose(low, to + (2 + n) * TILE);
@@ -163,8 +171,8 @@ static inline __attribute__((always_inline)) void multiply(const bf16 *a, const 
     if (two) { _tile_stored(2, c + 512, 128); _tile_stored(3, c + 528, 128); }
 }
 
-/* c (M, N) = sum of the terms, plus bias (N) if there is one. N is a multiple of 32; rows of c lie ldc apart. What a
- * row becomes depends on no other. Nonzero, and c as it was, where memory is short. */
+/* c (M, N) = sum of the terms, plus bias (N) if there is one. Rows of c lie ldc apart. What a row becomes
+ * depends on no other. Nonzero, and c as it was, where memory is short. */
 int matmul(const Term *terms, long count, const float *bias, float *c, long M, long N, long ldc, int threads) {
     long tiles = (M + 15) / 16, blocks = 0, together = NEAR / (tiles * BLOCK * sizeof(bf16));
     for (long i = 0; i < count; i++) blocks += (terms[i].K + DEPTH - 1) / DEPTH;
@@ -194,16 +202,17 @@ int matmul(const Term *terms, long count, const float *bias, float *c, long M, l
                     pack_a(plan + j, plan[j].a + 16 * t * plan[j].lda, M - 16 * t, a + ((j - start) * tiles + t) * BLOCK);
             #pragma omp for schedule(static) nowait
             for (long n = 0; n < N; n += COLUMNS) {
+                long columns = N - n < COLUMNS ? N - n : COLUMNS;
                 if (start)
                     for (long m = 0; m < M; m++)
-                        for (long i = 0; i < COLUMNS; i += 16)
-                            _mm512_store_ps(sum + m * COLUMNS + i, _mm512_loadu_ps(c + m * ldc + n + i));
+                        for (long i = 0; i < columns; i += 16)
+                            _mm512_store_ps(sum + m * COLUMNS + i, load(c + m * ldc + n + i, columns - i));
                 for (long j = start; j < stop; j++) {
                     const Block *now = plan + j, *then = plan + (j + 1 < stop ? j + 1 : start);
                     const float *b = now->b + n * (now->transposed ? now->ldb : 1);
                     for (long k = 0; k < now->depth; k += 32)
-                        if (now->transposed) pack_transposed(now, b, k, panel + k / 32 * 4 * TILE);
-                        else pack_b(now, b, k, panel + k / 32 * 4 * TILE);
+                        if (now->transposed) pack_transposed(now, b, k, columns, panel + k / 32 * 4 * TILE);
+                        else pack_b(now, b, k, columns, panel + k / 32 * 4 * TILE);
                     long column = n + (j + 1 < stop ? 0 : COLUMNS);
                     const float *line = then->b + column * (then->transposed ? then->ldb : 1);
                     long extra = ((uintptr_t)line & 63) / 4, rows = then->transposed ? COLUMNS : then->depth;
@@ -217,10 +226,10 @@ int matmul(const Term *terms, long count, const float *bias, float *c, long M, l
                     }
                 }
                 for (long m = 0; m < M; m++)
-                    for (long i = 0; i < COLUMNS; i += 16) {
+                    for (long i = 0; i < columns; i += 16) {
                         __m512 y = _mm512_load_ps(sum + m * COLUMNS + i);
-                        if (bias && stop == blocks) y = _mm512_add_ps(y, _mm512_loadu_ps(bias + n + i));
-                        _mm512_storeu_ps(c + m * ldc + n + i, y);
+                        if (bias && stop == blocks) y = _mm512_add_ps(y, load(bias + n + i, columns - i));
+                        store(c + m * ldc + n + i, y, columns - i);
                     }
             }
         }
@@ -234,11 +243,6 @@ end:
 /* ---------------------------------------------------------------- what stands before a product: see lora.py
  *
  * Forward writes y. Backward is given x and the gradient of y; it writes y again and dx, the gradient of x. */
-
-static inline void store(float *y, __m512 v, long left) {
-    if (left >= 16) _mm512_storeu_ps(y, v);
-    else _mm512_mask_storeu_ps(y, (1 << left) - 1, v);
-}
 
 static inline __m512 number(float x) { return _mm512_set1_ps(x); }
 

@@ -28,7 +28,6 @@ OPTION = "--precision bf16x3"
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mamx-tile",
          "-mamx-bf16")
-COLUMNS = 32  # a product has a multiple of them
 NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16"}  # in Linux's words
 
 
@@ -108,7 +107,7 @@ def matmul(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, out: 
     """sum of a b over the terms, plus bias: (M, K) (K, N) each -> (M, N), all float32 on the CPU.
 
     Args:
-        terms: K is any, N a multiple of 32; b may be the transpose of a contiguous matrix.
+        terms: b may be the transpose of a contiguous matrix.
         bias: (N,).
         out: where the result goes, its rows contiguous.
 

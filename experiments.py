@@ -28,7 +28,6 @@ import train_utils
 from backbones import is_decoder, load_config, load_tokenizer, max_length_of
 from data_utils import Batch, Task
 from files import UserError, read_json, sha256, write_file, write_json
-from lora import use_tiles
 from model import (DistilRNN, FeatureHead, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora,
                    load_classifier, lora_layers, student_config)
 from runs import (Recorder, RunOptions, as_json, device, finish, provenance, read_run, rebuild, run_folder,
@@ -203,7 +202,7 @@ def to_precision(classifier: TextClassifier, precision: str) -> None:
         amx.load()
         for module in classifier.net.base_model.modules():
             if isinstance(module, nn.Linear | Conv1D) and not module.weight.requires_grad:
-                use_tiles(module)
+                module.tiles = True  # read by lora.product
         return
     adapted = [layer.base for layer in lora_layers(classifier.net).values()]
     for module in adapted if adapted and device().type == "cpu" else [classifier.net.base_model]:

@@ -309,11 +309,6 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_A, grad_B, None, None, None, None, None
 
 
-def use_tiles(linear: nn.Linear | Conv1D) -> None:
-    """Has `product` compute a frozen layer by amx.py, which must be loaded; only where the shape allows it."""
-    linear.tiles = all(size % amx.COLUMNS == 0 for size in linear.weight.shape)
-
-
 def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = slice(None)) -> Tensor:
     """The outputs of layers that read the same input, side by side: (rows, in) -> (rows, sum of their outputs).
 
