@@ -221,6 +221,11 @@ int matmul(const Term *terms, long count, const float *bias, float *c, long M, l
                     long lines = next.left / ((now->depth + 31) / 32 * ((tiles + 1) / 2)) + 1;
                     for (long t = 0; t < tiles; t += 2) {
                         const bf16 *high = a + ((j - start) * tiles + t) * BLOCK;
+                        if (j + 1 == stop) /* what is written next */
+                            for (long m = 16 * t; m < M && m < 16 * t + 32; m++) {
+                                __builtin_prefetch(c + m * ldc + n, 1);
+                                __builtin_prefetch(c + m * ldc + n + columns - 1, 1);
+                            }
                         if (t + 1 < tiles) multiply(high, panel, now->depth, sum + t * 16 * COLUMNS, !j, 1, &next, lines);
                         else multiply(high, panel, now->depth, sum + t * 16 * COLUMNS, !j, 0, &next, lines);
                     }
