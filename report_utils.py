@@ -33,7 +33,7 @@ LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}",
     '"': r"\textquotedbl{}", "[": "{[}", "]": "{]}", "*": "{*}",  # the last three: a row after \\ may start with them
 }
-SUBMITTED = ("*.py", "tests/**/*.py", "benchmarks/**/*.py", "benchmarks/**/*.sh", "benchmarks/**/*.md",
+SUBMITTED = ("*.py", "*.c", "tests/**/*.py", "benchmarks/**/*.py", "benchmarks/**/*.sh", "benchmarks/**/*.md",
              "requirements*.txt", "Makefile", "README.md", "LICENSE", "pyproject.toml", ".ci/run",
              "report/main.tex", "report/results/*.tex", "report/results/*.pdf")
 

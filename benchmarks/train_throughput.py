@@ -45,6 +45,8 @@ from data_utils import Batch, padding_percent
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier, lora_layers
 
 BATCH_SIZE = 16
+PARTS = {"mm": "products", "dot_product": "attention", "norm": "norms and activations", "silu": "norms and activations",
+         "sigmoid": "norms and activations"}  # PyTorch's operators, by what is in their names
 MODELS = {"gpt2": {"peft-docs": 3.0, "peft-best": 1.4}, "smollm2": {"peft-best": 1.8}}  # targets, against whom
 
 
@@ -118,6 +120,34 @@ class Ours(Side):
     def run(self, numbers):
         return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.cross_entropy(),
                                     precision=self.args.precision, compile=self.args.compile)
+
+
+    def profile(self, numbers: list[int]) -> dict[str, float]:
+        """Share of the operators' own time, in percent, on these batches: what the step's time goes into.
+
+        The profiler's own cost lies on every operator alike, so that many small ones seem dearer than they are.
+        """
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        def labelled(function, label):
+            def call(*values, **more):
+                with record_function(label):
+                    return function(*values, **more)
+            return call
+
+        plain = {name: getattr(amx, name) for name in amx.ARGUMENTS}
+        for name, function in plain.items():
+            setattr(amx, name, labelled(function, "products" if name == "matmul" else "norms and activations"))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            self.run(numbers)
+        for name, function in plain.items():
+            setattr(amx, name, function)
+        parts = dict.fromkeys(("products", "attention", "norms and activations", "the rest"), 0.0)
+        for event in profiler.key_averages():
+            part = event.key if event.key in parts else next((part for word, part in PARTS.items() if word in event.key),
+                                                             "the rest")
+            parts[part] += event.self_cpu_time_total
+        return {part: 100 * spent / sum(parts.values()) for part, spent in parts.items()}
 
 
 class OursBf16x3(Ours):
@@ -367,6 +397,9 @@ def measure_speed(report: Report, model: str, workers: dict[str, Worker], batche
                 report.target(f"{model}: {ours} / {side}", ratios, goal)
             elif not side.startswith("ours"):
                 report.measure(f"{model}: {ours} / {side}", ratios, "x")
+        if not torch.cuda.is_available():
+            for part, share in workers[ours]("profile", samples[0]).items():
+                report.measure(f"{model}: {ours}, {part}", [share], "% of the step")
 
 
 def measure_model(report: Report, model: str, args: argparse.Namespace, work: Path) -> None:

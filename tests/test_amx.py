@@ -76,6 +76,16 @@ def test_a_rows_outcome_depends_on_no_other_row(transposed, threads):
 
 
 @needs_tiles
+def test_the_number_of_threads_changes_nothing(monkeypatch):
+    a, b = operands(37, 700, 200, False, 0)
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(amx.matmul([(a, b)]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_tiles
 def test_what_is_not_finite_stays_so():
     a, b = torch.ones(3, 32), torch.ones(32, 32)
     a[1, 5] = float("nan")
