@@ -131,6 +131,14 @@ static void pack_transposed(const Block *x, const float *b, long k, long columns
     }
 }
 
+static Ahead ahead_of(const Block *x, long column, long N) {
+    const float *line = x->b + column * (x->transposed ? x->ldb : 1);
+    long before = ((uintptr_t)line & 63) / sizeof(float); /* where b is not aligned */
+    long width = (before + (x->transposed ? x->depth : COLUMNS) + 15) / 16 * 16;
+    long rows = column >= N ? 0 : x->transposed ? COLUMNS : x->depth;
+    return (Ahead){line - before, 0, width, x->ldb, rows * width / 16};
+}
+
 static inline void fetch(Ahead *next, long lines) {
     for (next->left -= lines; lines > 0; lines--) {
         _mm_prefetch((const char *)(next->line + next->column), _MM_HINT_T1);
@@ -174,6 +182,7 @@ static inline __attribute__((always_inline)) void multiply(const bf16 *a, const 
 /* c (M, N) = sum of the terms, plus bias (N) if there is one. Rows of c lie ldc apart. What a row becomes
  * depends on no other. Nonzero, and c as it was, where memory is short. */
 int matmul(const Term *terms, long count, const float *bias, float *c, long M, long N, long ldc, int threads) {
+    if (!M || !N) return 0;
     long tiles = (M + 15) / 16, blocks = 0, together = NEAR / (tiles * BLOCK * sizeof(bf16));
     for (long i = 0; i < count; i++) blocks += (terms[i].K + DEPTH - 1) / DEPTH;
     together = together < 1 ? 1 : together > blocks ? blocks : together;
@@ -208,16 +217,12 @@ int matmul(const Term *terms, long count, const float *bias, float *c, long M, l
                         for (long i = 0; i < columns; i += 16)
                             _mm512_store_ps(sum + m * COLUMNS + i, load(c + m * ldc + n + i, columns - i));
                 for (long j = start; j < stop; j++) {
-                    const Block *now = plan + j, *then = plan + (j + 1 < stop ? j + 1 : start);
+                    const Block *now = plan + j;
                     const float *b = now->b + n * (now->transposed ? now->ldb : 1);
                     for (long k = 0; k < now->depth; k += 32)
                         if (now->transposed) pack_transposed(now, b, k, columns, panel + k / 32 * 4 * TILE);
                         else pack_b(now, b, k, columns, panel + k / 32 * 4 * TILE);
-                    long column = n + (j + 1 < stop ? 0 : COLUMNS);
-                    const float *line = then->b + column * (then->transposed ? then->ldb : 1);
-                    long extra = ((uintptr_t)line & 63) / 4, rows = then->transposed ? COLUMNS : then->depth;
-                    Ahead next = {line - extra, 0, ((then->transposed ? then->depth : COLUMNS) + extra + 15) / 16 * 16, then->ldb, 0};
-                    if (column < N) next.left = rows * next.width / 16;
+                    Ahead next = ahead_of(plan + (j + 1 < stop ? j + 1 : start), n + (j + 1 < stop ? 0 : COLUMNS), N);
                     long lines = next.left / ((now->depth + 31) / 32 * ((tiles + 1) / 2)) + 1;
                     for (long t = 0; t < tiles; t += 2) {
                         const bf16 *high = a + ((j - start) * tiles + t) * BLOCK;

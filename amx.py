@@ -112,10 +112,13 @@ def matmul(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, out: 
         out: where the result goes, its rows contiguous.
 
     Raises:
+        ValueError: shapes that do not fit; addresses are all that amx.c is given.
         MemoryError: there is none for the packed numbers; `out` is as it was.
     """
     if out is None:
         out = terms[0][0].new_empty(len(terms[0][0]), terms[0][1].shape[1])
+    if any((len(a), a.shape[1], b.shape[1]) != (len(out), len(b), out.shape[1]) for a, b in terms):
+        raise ValueError(f"{[(tuple(a.shape), tuple(b.shape)) for a, b in terms]} do not give {tuple(out.shape)}")
     pairs = [(a if a.stride(1) == 1 else a.contiguous(), b if 1 in b.stride() else b.contiguous()) for a, b in terms]
     array = (_Term * len(pairs))()
     for term, (a, b) in zip(array, pairs, strict=True):

@@ -340,5 +340,6 @@ def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = s
             B = torch.block_diag(*[linear.block_B() if linear in layers else A.new_zeros(len(weight), 0)
                                    for linear, weight in zip(linears, weights, strict=True)])
         A, B = A.to(x.dtype), B.to(x.dtype)
-    tiles = x.device.type == "cpu" and x.dtype == torch.float32 and all(getattr(base, "tiles", False) for base in bases)
+    tiles = all(getattr(base, "tiles", False) for base in bases) and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, *weights))
     return _Product.apply(x, A, B, layers[0].scaling if layers else 1.0, before, weights, biases, tiles)

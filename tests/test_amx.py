@@ -34,7 +34,7 @@ def operands(M: int, K: int, N: int, transposed: bool, seed: int) -> tuple[torch
 
 @needs_tiles
 @settings(deadline=None, max_examples=60)
-@given(M=st.integers(1, 70), N=st.integers(1, 130), bias=st.booleans(), seed=st.integers(0, 999),
+@given(M=st.integers(0, 70), N=st.integers(0, 130), bias=st.booleans(), seed=st.integers(0, 999),
        terms=st.lists(st.tuples(st.integers(1, 200), st.booleans()), min_size=1, max_size=4))
 def test_a_product_is_that_of_numbers_with_16_bits(M, N, bias, seed, terms):
     pairs = [operands(M, K, N, transposed, seed + i) for i, (K, transposed) in enumerate(terms)]
@@ -73,6 +73,12 @@ def test_a_rows_outcome_depends_on_no_other_row(transposed, threads):
             assert torch.equal(amx.matmul([(a[rows], b)], bias), whole[rows])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3, 4, 5)], [(2, 3, 3, 5), (2, 4, 4, 6)], [(2, 3, 3, 5), (1, 4, 4, 5)]])
+def test_shapes_that_do_not_fit_are_refused(shapes):
+    with pytest.raises(ValueError, match=r"do not give \(2, 5\)"):
+        amx.matmul([(torch.zeros(M, K), torch.zeros(L, N)) for M, K, L, N in shapes])
 
 
 @needs_tiles
