@@ -1,0 +1,65 @@
+"""What --precision costs: a finished run's logits on its task's development sentences, in each precision.
+
+    python benchmarks/precision.py --run runs/LoRA-12345 --data DIR
+
+The same trained weights throughout, so that nothing differs but how products are computed; fp32 is what the others are
+held to. `bf16x3` is there where the CPU has tiles (amx.py).
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import common  # first: it sets the environment that libraries read when imported
+
+import torch
+from torch import Tensor
+
+import amx
+import data_utils
+import experiments
+from benchmarks.common import Report
+from files import UserError
+from runs import read_run
+
+
+@torch.no_grad()
+def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
+    """Logits (N, classes) of all development sentences."""
+    classifier, tokenizer, options = experiments.load_finetuned(run)
+    for module in classifier.modules():  # the run's own precision gives way
+        module.tiles = False
+    experiments.to_precision(classifier, precision)
+    logits = []
+    for split in task.dev.values():
+        for batch in data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], seed=1):
+            logits.append(classifier(*batch.to(common.device()).inputs()).float().cpu())
+    return torch.cat(logits)
+
+
+def benchmark(args: argparse.Namespace, work: Path) -> Report:
+    report = Report()
+    config, summary = read_run(args.run)
+    if summary["mode"] != "LoRA" or config["options"]["precision"] == "bf16":  # whose weights were rounded in training
+        raise UserError(f"{args.run}: needed is a LoRA run with --precision fp32 or bf16x3")
+    exact = logits_of(args.run, args.task, "fp32")
+    report.measure("sentences", [len(exact)], "")
+    report.measure("fp32: logits, root mean square", [float(exact.square().mean().sqrt())], "")
+    for precision in ("bf16x3", "bf16") if amx.available() and common.device().type == "cpu" else ("bf16",):
+        logits = logits_of(args.run, args.task, precision)
+        difference = logits - exact
+        report.measure(f"{precision}: their difference, root mean square", [float(difference.square().mean().sqrt())], "")
+        report.measure(f"{precision}: their difference, largest", [float(difference.abs().max())], "")
+        report.measure(f"{precision}: predictions that differ", [int((logits.argmax(1) != exact.argmax(1)).sum())], "")
+    return report
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a finished LoRA run on CoLA")
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(__doc__, benchmark, options))
