@@ -182,7 +182,7 @@ def run_child(words: list[str], log: Path) -> int:
     """`python run.py WORDS` in a process of its own, its output in `log`; the exit status, negative for a signal.
 
     Interrupted, it asks the child to stop and waits until that has saved its state. The child is in a process group of
-    its own: Ctrl-C would reach it too, and a second signal ends it at once.
+    its own: Ctrl-C would reach it too, and SIGINT after a signal ends it at once.
     """
     with open(log, "ab") as output:
         child = subprocess.Popen([sys.executable, str(RUN), *words], stdin=subprocess.DEVNULL, stdout=output,

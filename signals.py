@@ -23,15 +23,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 def install() -> None:
-    """Handles both signals from now on. A second one ends the process at once."""
+    """Handles both signals from now on. SIGINT after either ends the process at once.
+
+    SIGTERM again changes nothing: launchers repeat it, and Linux sends a parent's death signal once for every thread of
+    the parent that the child was handed to (PR_SET_PDEATHSIG of prctl(2)).
+    """
     _received.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _handle)
 
 
 def _handle(number: int, frame) -> None:
-    if _received:
+    if _received and number == signal.SIGINT:
         os._exit(128 + number)
+    if _received:
+        return
     _received.append(number)
     if not _deferring:
         raise Interrupted(number)

@@ -54,11 +54,27 @@ def test_an_error_inside_is_not_hidden_by_a_signal():
     assert signals._deferring == 0
 
 
-def test_a_second_signal_ends_the_process(monkeypatch):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_a_signal_ends_the_process(monkeypatch, first):
     ended = []
     monkeypatch.setattr(signals.os, "_exit", ended.append)
     with signals.deferred():
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), first)
         os.kill(os.getpid(), signal.SIGINT)
         signals._received.clear()
     assert ended == [130]
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_sigterm_after_a_signal_changes_nothing(monkeypatch, first):
+    """A killed parent's death may be told more than once; what is being saved then must be saved."""
+    monkeypatch.setattr(signals.os, "_exit", lambda status: pytest.fail(f"ended with {status}"))
+    done = []
+    with pytest.raises(signals.Interrupted) as stopped:
+        with signals.deferred():
+            os.kill(os.getpid(), first)
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("step")
+    os.kill(os.getpid(), signal.SIGTERM)
+    done.append("saved")
+    assert done == ["step", "saved"] and stopped.value.signal == first
