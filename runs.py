@@ -35,7 +35,6 @@ from data_utils import Task
 from files import (SUMS, UserError, check_sums, json_text, locked, make_folder, read_json, remove_temporaries, sha256,
                    without_password, write_file, write_json, write_sums)
 from model import LoRAOptions
-from signals import deferred
 from tables import TableOptions
 from train_utils import CHECKPOINT, TrainOptions
 
@@ -234,7 +233,6 @@ class Recorder:
         self.folder, self.say, self.lines = folder, say, []
         self.events = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
 
-    @deferred()  # a signal that arrives meanwhile ends the run after it
     def __call__(self, history: list[dict], phase: str | None = None) -> None:
         """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
         self.lines = [line for line in self.lines if line.get("phase") != phase]
