@@ -27,9 +27,6 @@ from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import torch
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from data_utils import Task
 from files import (SUMS, UserError, check_sums, json_text, locked, make_folder, read_json, remove_temporaries, sha256,
@@ -249,6 +246,10 @@ class Recorder:
 
     def _scalars(self, epoch: int, values: dict[str, float]) -> None:
         """Appends an epoch to TensorBoard's file: its own writer is a thread, which fails unseen on a full disk."""
+        from tensorboard.compat.proto.event_pb2 import Event  # late: the first step does not wait for it
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         new, records = not self.events.exists(), io.BytesIO()
         events = [Event(file_version="brain.Event:2", wall_time=time.time())] if new else []
         events += [Event(wall_time=time.time(), step=epoch, summary=Summary(
