@@ -256,14 +256,18 @@ end:
 
 static inline __m512 number(float x) { return _mm512_set1_ps(x); }
 
-/* 1 / (1 + exp(-x)); exp(z) = 2^n exp(r) with z = n ln 2 + r, and the Taylor series of exp(r), |r| < 0.35. */
-static inline __m512 sigmoid(__m512 x) {
-    __m512 z = _mm512_max_ps(number(-87), _mm512_min_ps(number(87), _mm512_sub_ps(number(0), x))); /* keeps NaN */
+/* 2^n exp(r) with z = n ln 2 + r, and the Taylor series of exp(r), |r| < 0.35. */
+static inline __m512 exponential(__m512 z) {
+    z = _mm512_max_ps(number(-87), _mm512_min_ps(number(87), z)); /* keeps NaN */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(z, number(1.44269504f)), 0), p = number(1.f / 5040);
     __m512 r = _mm512_fnmadd_ps(n, number(-2.12194440e-4f), _mm512_fnmadd_ps(n, number(0.693359375f), z));
     const float factorials[] = {720, 120, 24, 6, 2, 1, 1};
     for (int i = 0; i < 7; i++) p = _mm512_fmadd_ps(p, r, number(1 / factorials[i]));
-    return _mm512_div_ps(number(1), _mm512_add_ps(number(1), _mm512_scalef_ps(p, n)));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline __m512 sigmoid(__m512 x) {
+    return _mm512_div_ps(number(1), _mm512_add_ps(number(1), exponential(_mm512_sub_ps(number(0), x))));
 }
 
 /* GELU's tanh form, y = x s with s = sigmoid(2 K (x + C x^3)). */
@@ -353,4 +357,133 @@ void rms_norm_backward(const float *x, const float *weight, float eps, const flo
             store(dx + m * n + i, _mm512_mul_ps(r, _mm512_fnmadd_ps(u, mean, g)), n - i);
         }
     }
+}
+
+/* ---------------------------------------------------------------- attention to short chains of rows: see fused.py
+ *
+ * Token i attends to length[i] rows: chain[start[i]] and those that follow it there, the last of which is its own.
+ * q is (tokens, heads, size); k and v are (rows, groups, size), heads / groups heads sharing each. Rows lie ldq and
+ * ldk numbers apart. Where cos and sin (rows, size) are given, q and k are turned by their rows' angles first. */
+typedef struct {
+    const long *chain, *start, *length;
+    float *q, *k, *v;
+    const float *cos, *sin;
+    long tokens, rows, heads, groups, size, ldq, ldk;
+    float scale;
+} Attention;
+
+static inline float dot(const float *a, const float *b, long n) {
+    __m512 sum = number(0);
+    for (long i = 0; i < n; i += 16) sum = _mm512_fmadd_ps(load(a + i, n - i), load(b + i, n - i), sum);
+    return _mm512_reduce_add_ps(sum);
+}
+
+/* Channels i and i + size / 2 of a head are one complex number: turned by an angle, or back. */
+static void turn(float *x, const float *cos, const float *sin, float sign, long heads, long size) {
+    for (long half = size / 2; heads > 0; heads--, x += size)
+        for (long i = 0; i < half; i += 16) {
+            __m512 a = load(x + i, half - i), b = load(x + half + i, half - i);
+            __m512 c = load(cos + i, half - i), s = _mm512_mul_ps(number(sign), load(sin + i, half - i));
+            store(x + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), half - i);
+            store(x + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), half - i);
+        }
+}
+
+/* q and k, or their gradients, in place. */
+static void turn_all(const Attention *x, float *q, float *k, float sign, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < x->tokens + x->rows; i++) {
+        long row = i < x->tokens ? x->chain[x->start[i] + x->length[i] - 1] : i - x->tokens;
+        float *numbers = i < x->tokens ? q + i * x->ldq : k + row * x->ldk;
+        turn(numbers, x->cos + row * x->size, x->sin + row * x->size, sign, i < x->tokens ? x->heads : x->groups, x->size);
+    }
+}
+
+/* y (tokens, heads, size) = softmax(scale q k^T) v; lse (tokens, heads) is the logarithm of the softmax's denominator.
+ * Nonzero, and nothing done, where memory is short; `longest` bounds length. */
+int attend(const Attention *x, float *y, float *lse, long longest, int threads) {
+    long size = x->size, space = (longest + 15) / 16 * 16, shared = x->heads / x->groups;
+    float *weights = aligned_alloc(64, threads * space * sizeof(float));
+    if (!weights) return 1;
+    if (x->cos) turn_all(x, x->q, x->k, 1, threads);
+    #pragma omp parallel for num_threads(threads)
+    for (long task = 0; task < x->tokens * x->heads; task++) {
+        long i = task / x->heads, h = task % x->heads, count = x->length[i], column = h / shared * size;
+        const long *chain = x->chain + x->start[i];
+        float *weight = weights + omp_get_thread_num() * space, largest = -INFINITY, sum = 0;
+        for (long j = 0; j < count; j++) {
+            weight[j] = x->scale * dot(x->q + i * x->ldq + h * size, x->k + chain[j] * x->ldk + column, size);
+            largest = weight[j] > largest ? weight[j] : largest;
+        }
+        for (long j = 0; j < count; j += 16) {
+            __m512 e = exponential(_mm512_sub_ps(load(weight + j, count - j), number(largest)));
+            store(weight + j, e, count - j);
+            sum += _mm512_mask_reduce_add_ps(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1, e);
+        }
+        for (long n = 0; n < size; n += 16) {
+            __m512 total = number(0);
+            for (long j = 0; j < count; j++)
+                total = _mm512_fmadd_ps(number(weight[j]), load(x->v + chain[j] * x->ldk + column + n, size - n), total);
+            store(y + task * size + n, _mm512_div_ps(total, number(sum)), size - n);
+        }
+        lse[task] = largest + logf(sum);
+    }
+    free(weights);
+    return 0;
+}
+
+/* dq, dk and dv, laid out as q, k and v (which stay turned), from grad, the gradient of y. With p the softmax:
+ * dv = p^T grad, ds = p (grad v^T - sum(grad y)), dq = scale ds k, dk = scale ds^T q (Dao 2023, FlashAttention-2). */
+int attend_backward(const Attention *x, const float *y, const float *lse, const float *grad, float *dq, float *dk, float *dv,
+                    int threads) {
+    long size = x->size, heads = x->heads, shared = heads / x->groups, parts = (size + 15) / 16, pairs = 0;
+    long *offset = malloc(x->tokens * sizeof(long));
+    for (long i = 0; offset && i < x->tokens; i++) offset[i] = pairs * heads, pairs += x->length[i];
+    float *p = malloc(2 * pairs * heads * sizeof(float)), *ds = p + pairs * heads;
+    int failed = !offset || !p;
+    if (failed) goto end;
+
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for
+        for (long task = 0; task < x->tokens * heads; task++) {
+            long i = task / heads, h = task % heads, count = x->length[i], column = h / shared * size;
+            const long *chain = x->chain + x->start[i];
+            const float *q = x->q + i * x->ldq + h * size, *g = grad + task * size;
+            float *mine = p + offset[i] + h * count, *slope = ds + offset[i] + h * count, sum = dot(g, y + task * size, size);
+            for (long j = 0; j < count; j++) mine[j] = x->scale * dot(q, x->k + chain[j] * x->ldk + column, size);
+            for (long j = 0; j < count; j += 16)
+                store(mine + j, exponential(_mm512_sub_ps(load(mine + j, count - j), number(lse[task]))), count - j);
+            for (long j = 0; j < count; j++)
+                slope[j] = x->scale * mine[j] * (dot(g, x->v + chain[j] * x->ldk + column, size) - sum);
+            for (long n = 0; n < size; n += 16) {
+                __m512 total = number(0);
+                for (long j = 0; j < count; j++)
+                    total = _mm512_fmadd_ps(number(slope[j]), load(x->k + chain[j] * x->ldk + column + n, size - n), total);
+                store(dq + i * x->ldq + h * size + n, total, size - n);
+            }
+        }
+        #pragma omp for /* each task has 16 channels of dk and dv for itself */
+        for (long task = 0; task < x->groups * parts; task++) {
+            long g = task / parts, n = task % parts * 16, left = size - n, column = g * size + n;
+            for (long row = 0; row < x->rows; row++) {
+                store(dk + row * x->ldk + column, number(0), left);
+                store(dv + row * x->ldk + column, number(0), left);
+            }
+            for (long i = 0; i < x->tokens; i++)
+                for (long h = g * shared; h < (g + 1) * shared; h++) {
+                    __m512 q = load(x->q + i * x->ldq + h * size + n, left), dy = load(grad + (i * heads + h) * size + n, left);
+                    long count = x->length[i], first = offset[i] + h * count;
+                    for (long j = 0; j < count; j++) {
+                        long at = x->chain[x->start[i] + j] * x->ldk + column;
+                        store(dk + at, _mm512_fmadd_ps(number(ds[first + j]), q, load(dk + at, left)), left);
+                        store(dv + at, _mm512_fmadd_ps(number(p[first + j]), dy, load(dv + at, left)), left);
+                    }
+                }
+        }
+    }
+    if (x->cos) turn_all(x, dq, dk, -1, threads);
+end:
+    free(offset), free(p);
+    return failed;
 }

@@ -2,10 +2,11 @@
 
     amx.load()                                       # compiles amx.c once; UserError where CPU or compiler are missing
     amx.matmul([(x, weight.t()), (h, B.t())], bias)  # x W^T + h B^T + bias
+    amx.attend(q, k, v, chains, size, scale)         # softmax(scale q k^T) v
 
 In a product each number is the sum of two bfloat16, which leaves 16 bits of mantissa where float32 has 24, TF32 11 and
-bfloat16 8. A row's outcome does not depend on the other rows. What stands before a product is float32 as ever, in one
-pass over the numbers where PyTorch takes several.
+bfloat16 8. A row's outcome does not depend on the other rows. What stands before a product and attention is float32 as
+ever, in one pass over the numbers where PyTorch takes several.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,12 +42,18 @@ ARGUMENTS = {  # as in amx.c
     "swiglu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT],
     "rms_norm": [POINTER, POINTER, FLOAT, POINTER, LONG, LONG, INT],
     "rms_norm_backward": [POINTER, POINTER, FLOAT, POINTER, POINTER, POINTER, LONG, LONG, INT],
+    "attend": [POINTER, POINTER, POINTER, LONG, INT],
+    "attend_backward": [POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT],
 }
 
 
 class _Term(ctypes.Structure):
-    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p),
-                *((name, ctypes.c_long) for name in ("K", "lda", "ldb", "transposed"))]
+    _fields_ = [*((name, POINTER) for name in ("a", "b")), *((name, LONG) for name in ("K", "lda", "ldb", "transposed"))]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [*((name, POINTER) for name in ("chain", "start", "length", "q", "k", "v", "cos", "sin")),
+                *((name, LONG) for name in ("tokens", "rows", "heads", "groups", "size", "ldq", "ldk")), ("scale", FLOAT)]
 
 
 def flags_of_cpu() -> set[str]:
@@ -174,3 +182,68 @@ def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tu
     load().rms_norm_backward(x.data_ptr(), weight.data_ptr(), eps, grad.data_ptr(), y.data_ptr(), dx.data_ptr(), *x.shape,
                              torch.get_num_threads())
     return y, dx
+
+
+# ---------------------------------------------------------------- attention
+
+@dataclass(frozen=True)
+class Chains:
+    """The rows that each of N tokens attends to, all int64: `length[i]` of them, at `chain[start[i]]` and after it.
+
+    The last is the token's own.
+    """
+
+    chain: Tensor
+    start: Tensor  # (N,)
+    length: Tensor  # (N,)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
+           rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v over each token's chain, head by head.
+
+    Made for short chains: its time goes with the sum of their lengths, and long ones are better served by products.
+
+    Args:
+        q: (N, heads * size), float32, as k and v. Rows of each may lie apart; k's and v's by as much.
+        k: (rows, groups * size): so many heads in turn share a key.
+        v: as k.
+        rotary: cosine and sine (rows, size) of the rotary embedding: q and k are turned first, in place.
+
+    Returns:
+        y (N, heads * size), and (N, heads): what `attend_backward` wants.
+
+    Raises:
+        MemoryError
+    """
+    y, lse = q.new_empty(q.shape), q.new_empty(len(q), q.shape[1] // size)
+    if load().attend(_attention(q, k, v, chains, size, scale, rotary), y.data_ptr(), lse.data_ptr(), len(chains.chain),
+                     torch.get_num_threads()):
+        raise MemoryError
+    return y, lse
+
+
+def attend_backward(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
+                    rotary: tuple[Tensor, Tensor] | None, y: Tensor, lse: Tensor, grad: Tensor,
+                    out: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Writes the gradients of q, k and v as they were before they were turned.
+
+    Args:
+        q: as `attend` left it, like k.
+        grad: of y.
+        out: where the gradients go; their rows lie as q's, k's and v's.
+
+    Raises:
+        MemoryError
+    """
+    grad = grad.contiguous()
+    if load().attend_backward(_attention(q, k, v, chains, size, scale, rotary),
+                              *(t.data_ptr() for t in (y, lse, grad, *out)), torch.get_num_threads()):
+        raise MemoryError
+
+
+def _attention(q, k, v, chains, size, scale, rotary):
+    cos, sin = (None, None) if rotary is None else (t.data_ptr() for t in rotary)
+    return ctypes.byref(_Attention(
+        *(t.data_ptr() for t in (chains.chain, chains.start, chains.length, q, k, v)), cos, sin, len(q), len(k),
+        q.shape[1] // size, k.shape[1] // size, size, q.stride(0), k.stride(0), scale))

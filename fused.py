@@ -16,6 +16,7 @@ argument `rows` (or `pooled`) they are the library's in every respect. The outco
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,11 @@ from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAtt
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from lora import GELU, ExactGELU, LayerNorm, RMSNorm, SwiGLU, product
+import amx
+from lora import GELU, ExactGELU, LayerNorm, RMSNorm, SwiGLU, by_tiles, product
 
 ACTIVATIONS = {"gelu_new": GELU(), "gelu_pytorch_tanh": GELU(), "gelu": ExactGELU()}
+SHORT = 64  # tokens of a sentence up to which amx.attend is faster than PyTorch's products
 
 
 def fuse(backbone: nn.Module) -> bool:
@@ -66,6 +69,16 @@ class Rows:
     mask: Tensor | None  # (B, 1, 1, T) whether a token is real; None where all are
     shape: tuple[int, int]  # B, T
 
+    @cached_property
+    def chains(self) -> tuple[amx.Chains, amx.Chains]:
+        """What each row attends to, and what each sentence's last token does."""
+        B, T = self.shape
+        chain = torch.arange(B * T) if self.index is None else self.index
+        first = chain if self.first is None else self.first
+        length = self.positions[:, 0] + 1
+        return (amx.Chains(chain, first - first % T, length),
+                amx.Chains(chain, torch.arange(0, B * T, T), length[self.last]))
+
     def spread(self, x: Tensor) -> Tensor:  # (U, C) -> (B, T, C)
         return (x if self.index is None else x.index_select(0, self.index)).view(*self.shape, -1)
 
@@ -101,29 +114,74 @@ def rows_of(input_ids: Tensor, attention_mask: Tensor) -> Rows:
                 (B, T))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, size: int, scale: float, rows: Rows) -> Tensor:
-    """Causal attention with heads of `size` channels: q (B, T or 1, C), k and v (B, T, C of fewer heads) -> as q."""
+def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float, rows: Rows,
+           rotary: tuple[Tensor, Tensor] | None = None, tiles: bool = False) -> Tensor:
+    """Causal attention, y (U, C), or of each sentence's last token alone, (B, C).
+
+    Args:
+        q: (B, C) if it is of the last tokens, or queries, keys and values of all rows side by side. It and kv may be
+            written over.
+        kv: (U, keys and values side by side), or None: they are in q.
+        heads: how many of queries, and how many of keys: so many of the former in turn share a key.
+        size: channels of a head.
+        rotary: cosine and sine (U, size) of the rotary embedding, if the model has one.
+        tiles: whether amx.py may compute it.
+    """
+    C, K = heads[0] * size, heads[1] * size
+    if tiles and rows.shape[1] <= SHORT:
+        return _Attend.apply(q, kv, (C, K), size, scale, rows, rotary)
+    if rotary is not None:
+        q = _Rotate.apply(q, *(rotary if kv is None else (x[rows.last] for x in rotary)), C if kv is not None else C + K)
+        kv = None if kv is None else _Rotate.apply(kv, *rotary, K)
+    q, k, v = rows.spread(q).split([C, K, K], -1) if kv is None else (q.unsqueeze(1), *rows.spread(kv).split(K, -1))
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, size)
-    if q.shape[2] == k.shape[2]:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    else:  # the last token's: heads that share a key stand as so many queries of it
-        y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, size), k, v, rows.mask, scale=scale)
-        y = y.reshape(len(q), -1, 1, size)
-    return y.transpose(1, 2).flatten(2)
+    if kv is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=C != K)
+        return rows.gather(y.transpose(1, 2).flatten(2))
+    # Heads that share a key stand as so many queries of it.
+    y = F.scaled_dot_product_attention(q.reshape(len(q), heads[1], -1, size), k, v, rows.mask, scale=scale)
+    return y.reshape(len(q), C)
+
+
+class _Attend(torch.autograd.Function):
+    """The same by amx.py: each row once, and nothing spread out. Keeps what it is given and y."""
+
+    @staticmethod
+    def parts(q: Tensor, kv: Tensor | None, C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        return q.split([C, K, K], 1) if kv is None else (q, *kv.split(K, 1))
+
+    @staticmethod
+    def forward(ctx, q: Tensor, kv: Tensor | None, widths: tuple[int, int], size: int, scale: float, rows: Rows,
+                rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        ctx.widths, ctx.chains = widths, rows.chains[kv is not None]
+        ctx.how = size, scale, rotary
+        y, lse = amx.attend(*_Attend.parts(q, kv, *widths), ctx.chains, *ctx.how)
+        ctx.save_for_backward(q, kv, y, lse)  # turned by now; whoever computed them has no use for them
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, y, lse = ctx.saved_tensors
+        d_q, d_kv = torch.empty_like(q), None if kv is None else torch.empty_like(kv)
+        amx.attend_backward(*_Attend.parts(q, kv, *ctx.widths), ctx.chains, *ctx.how, y, lse, grad,
+                            _Attend.parts(d_q, d_kv, *ctx.widths))
+        return d_q, d_kv, None, None, None, None, None
 
 
 class RowsGPT2Attention(GPT2Attention):
     def forward(self, hidden_states, *args, rows: Rows | None = None, norm=None, last=False, **kwargs):
         if rows is None:
             return super().forward(hidden_states, *args, **kwargs)
-        C = self.embed_dim
+        C, kv = self.embed_dim, None
         if last:
-            q = product([self.c_attn], hidden_states[rows.last], LayerNorm(norm), slice(0, C)).unsqueeze(1)
-            k, v = rows.spread(product([self.c_attn], hidden_states, LayerNorm(norm), slice(C, None))).split(C, -1)
+            q = product([self.c_attn], hidden_states[rows.last], LayerNorm(norm), slice(0, C))
+            kv = product([self.c_attn], hidden_states, LayerNorm(norm), slice(C, None))
         else:
-            q, k, v = rows.spread(product([self.c_attn], hidden_states, LayerNorm(norm))).split(C, -1)
-        y = attend(q, k, v, self.head_dim, self.scaling, rows)
-        return product([self.c_proj], y.flatten(0, 1) if last else rows.gather(y))
+            q = product([self.c_attn], hidden_states, LayerNorm(norm))
+        heads = (self.num_heads, self.num_heads)
+        return product([self.c_proj], attend(q, kv, heads, self.head_dim, self.scaling, rows,
+                                             tiles=by_tiles([self.c_attn], q)))
 
 
 class RowsGPT2Block(GPT2Block):
@@ -172,20 +230,16 @@ class RowsLlamaAttention(LlamaAttention):
                 **kwargs):
         if rows is None:
             return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        D, before = self.head_dim, RMSNorm(norm)
-        cos, sin = (x.expand(len(rows.ids), -1, -1).squeeze(1) for x in position_embeddings)  # (U, D)
-        q_size, k_size = (self.config.num_attention_heads * D, self.config.num_key_value_heads * D)
+        before, kv = RMSNorm(norm), None
+        rotary = tuple(x.expand(len(rows.ids), -1, -1).squeeze(1).contiguous() for x in position_embeddings)  # (U, D) each
         if last:
             q = product([self.q_proj], hidden_states[rows.last], before)
-            q = _Rotate.apply(q, cos[rows.last], sin[rows.last], q_size).unsqueeze(1)
-            kv = _Rotate.apply(product([self.k_proj, self.v_proj], hidden_states, before), cos, sin, k_size)
-            k, v = rows.spread(kv).split(k_size, -1)
+            kv = product([self.k_proj, self.v_proj], hidden_states, before)
         else:
-            qkv = product([self.q_proj, self.k_proj, self.v_proj], hidden_states, before)
-            qkv = rows.spread(_Rotate.apply(qkv, cos, sin, q_size + k_size))
-            q, k, v = qkv.split([q_size, k_size, k_size], -1)
-        y = attend(q, k, v, D, self.scaling, rows)
-        return product([self.o_proj], y.flatten(0, 1) if last else rows.gather(y))
+            q = product([self.q_proj, self.k_proj, self.v_proj], hidden_states, before)
+        heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
+        return product([self.o_proj], attend(q, kv, heads, self.head_dim, self.scaling, rows, rotary,
+                                             by_tiles([self.q_proj], q)))
 
 
 class RowsLlamaLayer(LlamaDecoderLayer):

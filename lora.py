@@ -340,6 +340,11 @@ def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = s
             B = torch.block_diag(*[linear.block_B() if linear in layers else A.new_zeros(len(weight), 0)
                                    for linear, weight in zip(linears, weights, strict=True)])
         A, B = A.to(x.dtype), B.to(x.dtype)
-    tiles = all(getattr(base, "tiles", False) for base in bases) and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, *weights))
-    return _Product.apply(x, A, B, layers[0].scaling if layers else 1.0, before, weights, biases, tiles)
+    return _Product.apply(x, A, B, layers[0].scaling if layers else 1.0, before, weights, biases, by_tiles(linears, x))
+
+
+def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:
+    """Whether amx.py computes these layers' products with x, and what stands between them."""
+    bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
+    return all(getattr(base, "tiles", False) for base in bases) and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, *(base.weight for base in bases)))

@@ -15,6 +15,7 @@ from torch import nn
 
 import amx
 import experiments
+import fused
 from files import UserError
 from lora import GELU, RMSNorm, SwiGLU, product
 from train_utils import trainable
@@ -137,6 +138,100 @@ def test_what_stands_before_is_its_formula_in_float64(function, ours, ours_backw
     torch.testing.assert_close(dx.double(), wide.grad, atol=3e-6 * max(1.0, float(wide.grad.abs().max())), rtol=0)
 
 
+def chains_of(parents: list[int], starts_at: list[int]) -> amx.Chains:
+    """Of the rows `starts_at`, where row i comes after row parents[i] (itself: at the beginning)."""
+    chains = []
+    for row in starts_at:
+        chain = [row]
+        while parents[chain[0]] != chain[0]:
+            chain.insert(0, parents[chain[0]])
+        chains.append(chain)
+    start = [sum(map(len, chains[:i])) for i in range(len(chains))]
+    return amx.Chains(*map(torch.tensor, ([row for chain in chains for row in chain], start, [len(c) for c in chains])))
+
+
+def attention(q, k, v, chains, size, scale, angle):
+    """Attention by its formula, with rotary embedding as complex numbers: (N, heads * size)."""
+    def turned(x, rows):
+        if angle is None:
+            return x
+        a, b = x.unflatten(-1, (-1, 2, size // 2)).unbind(-2)
+        z = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)[rows].unsqueeze(1)
+        return torch.stack([z.real, z.imag], -2).flatten(1)
+    start, length = chains.start.tolist(), chains.length.tolist()
+    chain = [chains.chain[s:s + n].tolist() for s, n in zip(start, length, strict=True)]
+    q, k = turned(q, [rows[-1] for rows in chain]), turned(k, slice(None))
+    q, k, v = (x.unflatten(-1, (-1, size)) for x in (q, k, v))
+    shared = q.shape[1] // k.shape[1]
+    out = []
+    for i, rows in enumerate(chain):
+        keys, values = (x[rows].repeat_interleave(shared, 1) for x in (k, v))  # (length, heads, size)
+        weights = (scale * torch.einsum("hd,jhd->hj", q[i], keys)).softmax(-1)
+        out.append(torch.einsum("hj,jhd->hd", weights, values).flatten())
+    return torch.stack(out)
+
+
+@needs_tiles
+@settings(deadline=None, max_examples=60)
+@given(data=st.data(), heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (3, 1)]), size=st.sampled_from([2, 8, 22, 32, 64, 70]),
+       rotary=st.booleans(), apart=st.booleans(), seed=st.integers(0, 999))
+def test_attention_is_its_formula_in_float64(data, heads, size, rotary, apart, seed):
+    rows = data.draw(st.integers(1, 40))
+    parents = [data.draw(st.integers(max(0, row - 3), row)) for row in range(rows)]
+    tokens = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=9)) if apart else list(range(rows))
+    chains = chains_of(parents, tokens)
+    g = torch.Generator().manual_seed(seed)
+    widths = [n * size for n in (heads[0], heads[1], heads[1])]
+    angle = torch.randn(rows, size // 2, generator=g) if rotary else None
+    table = None if angle is None else (angle.cos().repeat(1, 2), angle.sin().repeat(1, 2))
+    if apart:  # queries for themselves, keys beside values
+        inputs = [torch.randn(len(tokens), widths[0], generator=g), *torch.randn(rows, 2 * widths[1], generator=g).split(
+            widths[1:], 1)]
+    else:
+        inputs = list(torch.randn(rows, sum(widths), generator=g).split(widths, 1))
+    wide = [x.double().requires_grad_() for x in inputs]
+    expected = attention(*wide, chains, size, 0.3, None if angle is None else angle.double())
+    grad = torch.randn(expected.shape, generator=g)
+    expected.backward(grad.double())
+    y, lse = amx.attend(*inputs, chains, size, 0.3, table)
+    torch.testing.assert_close(y.double(), expected.detach(), atol=1e-5, rtol=0)
+    out = ([torch.empty(len(tokens), widths[0]), *torch.empty(rows, 2 * widths[1]).split(widths[1:], 1)] if apart else
+           torch.empty(rows, sum(widths)).split(widths, 1))
+    amx.attend_backward(*inputs, chains, size, 0.3, table, y, lse, grad, out)
+    for ours, x in zip(out, wide, strict=True):
+        torch.testing.assert_close(ours.double(), x.grad, atol=2e-5 * max(1.0, float(x.grad.abs().max())), rtol=0)
+
+
+@needs_tiles
+def test_attention_does_not_depend_on_the_number_of_threads(monkeypatch):
+    torch.manual_seed(0)
+    chains, angle = chains_of([max(0, i - 1) for i in range(30)], list(range(30))), torch.randn(30, 16).repeat(1, 2)
+    qkv, grad, found = torch.randn(30, 10 * 32), torch.randn(30, 6 * 32), []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        q, k, v = qkv.clone().split([6 * 32, 2 * 32, 2 * 32], 1)
+        y, lse = amx.attend(q, k, v, chains, 32, 0.3, (angle.cos(), angle.sin()))
+        d = torch.empty_like(qkv)
+        amx.attend_backward(q, k, v, chains, 32, 0.3, (angle.cos(), angle.sin()), y, lse, grad,
+                            d.split([6 * 32, 2 * 32, 2 * 32], 1))
+        found.append((y, d))
+    for y, d in found[1:]:
+        assert torch.equal(y, found[0][0]) and torch.equal(d, found[0][1])
+
+
+@needs_tiles
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_long_sentences_go_to_pytorch_and_agree(architecture, monkeypatch):
+    found = []
+    for short in (0, 64):
+        monkeypatch.setattr(fused, "SHORT", short)
+        classifier = adapted(architecture)
+        experiments.to_precision(classifier, "bf16x3")
+        with torch.no_grad():
+            found.append(classifier(*toy_batch()))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
 def in_float64(terms, bias=None, out=None):
     """matmul's contract, for machines without tiles."""
     y = (sum(a.double() @ b.double() for a, b in terms) + (0 if bias is None else bias.double())).float()
@@ -151,6 +246,7 @@ def matmul(request, monkeypatch):
         return
     monkeypatch.setattr(amx, "matmul", in_float64)
     monkeypatch.setattr(amx, "load", lambda: None)
+    monkeypatch.setattr(fused, "SHORT", 0)
     for plain in (RMSNorm, GELU, SwiGLU):
         monkeypatch.setattr(plain, "__call__", lambda self, x, tiles=False, call=plain.__call__: call(self, x))
         monkeypatch.setattr(plain, "backward", lambda self, x, g, tiles=False, call=plain.backward: call(self, x, g))
