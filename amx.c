@@ -25,11 +25,27 @@
 
 typedef uint16_t bf16;
 
-/* a (M, K) b (K, N), a term of the sum; b is stored as (N, K) if transposed. Rows lie lda and ldb numbers apart. */
-typedef struct { const float *a, *b; long K, lda, ldb, transposed; } Term;
+/* A term of the sum is a (M, K) times b (K, N). The columns of the result are in parts, each with a b of its own for
+ * every term: weights of layers that read the same a. b is stored as (N, K) if transposed. Rows lie lda and ldb numbers
+ * apart. */
+typedef struct { const float *a; long K, lda; } Term;
+typedef struct { const float *b; long ldb, transposed; } Right;
+typedef struct { const float *bias; long N; } Part; /* bias (N) may be missing */
 
-/* DEPTH rows or fewer of a term's b, with the columns of a that meet them. */
-typedef struct { const float *a, *b; long depth, lda, ldb, transposed; } Block;
+/* DEPTH columns or fewer of a term's a, from k on, and the rows of b that meet them. */
+typedef struct { const float *a; long k, depth, lda; const Right *right; } Block;
+
+/* Columns of a part, from n on, and where they go. Every thread has its share of each part, `place` of it: the same that
+ * it then has in what follows the product (see `share`), for what another core has just written is slow to read. */
+typedef struct { float place; long part, n, columns; float *c; } Panel;
+
+static int by_place(const void *x, const void *y) {
+    const Panel *a = x, *b = y;
+    return a->place != b->place ? (a->place > b->place) - (a->place < b->place) : (a->part > b->part) - (a->part < b->part);
+}
+
+/* Those of b in one part. */
+typedef struct { const float *b; long depth, ld, transposed; } Rows;
 
 /* What b's columns are packed from next: lines of 16 numbers, fetched while others are multiplied. */
 typedef struct { const float *line; long column, width, ld, left; } Ahead;
@@ -82,13 +98,13 @@ static void pack_a(const Block *x, const float *a, long rows, bf16 *to) {
 
 /* 32 rows of b, from row k on, at 32 columns (fewer: zeros after them): tiles of the high parts of 16 columns and of
  * the next 16, then low. */
-static void pack_b(const Block *x, const float *b, long k, long columns, bf16 *to) {
+static void pack_b(const Rows *x, const float *b, long k, long columns, bf16 *to) {
     for (long i = 0; i < 16; i++)
         for (long n = 0; n < 2; n++) {
-            const float *row = b + (k + i) * x->ldb + 16 * n;
+            const float *row = b + (k + i) * x->ld + 16 * n;
             __m512i high, low;
             split(load(row, k + i < x->depth ? columns - 16 * n : 0),
-                  load(row + 16 * x->ldb, k + i + 16 < x->depth ? columns - 16 * n : 0), &high, &low);
+                  load(row + 16 * x->ld, k + i + 16 < x->depth ? columns - 16 * n : 0), &high, &low);
             _mm512_store_si512(to + n * TILE + 32 * i, high);
             _mm512_store_si512(to + (2 + n) * TILE + 32 * i, low);
         }
@@ -118,11 +134,11 @@ static inline void transpose(__m512i r[16], bf16 *to) {
 }
 
 /* The same where b is stored transposed. */
-static void pack_transposed(const Block *x, const float *b, long k, long columns, bf16 *to) {
+static void pack_transposed(const Rows *x, const float *b, long k, long columns, bf16 *to) {
     for (long n = 0; n < 2; n++) {
         __m512i high[16], low[16];
         for (long i = 0; i < 16; i++) {
-            const float *row = b + (16 * n + i) * x->ldb + k;
+            const float *row = b + (16 * n + i) * x->ld + k;
             long left = 16 * n + i < columns ? x->depth - k : 0;
             split(load(row, left), load(row + 16, left - 16), high + i, low + i);
         }
@@ -131,12 +147,16 @@ static void pack_transposed(const Block *x, const float *b, long k, long columns
     }
 }
 
-static Ahead ahead_of(const Block *x, long column, long N) {
-    const float *line = x->b + column * (x->transposed ? x->ldb : 1);
-    long before = ((uintptr_t)line & 63) / sizeof(float); /* where b is not aligned */
+/* A block's rows of b in a part, from a column on. */
+static inline Rows rows_of(const Block *x, long part, long column) {
+    const Right *r = x->right + part;
+    return (Rows){r->b + (r->transposed ? column * r->ldb + x->k : x->k * r->ldb + column), x->depth, r->ldb, r->transposed};
+}
+
+static Ahead ahead_of(const Rows *x) {
+    long before = ((uintptr_t)x->b & 63) / sizeof(float); /* where b is not aligned */
     long width = (before + (x->transposed ? x->depth : COLUMNS) + 15) / 16 * 16;
-    long rows = column >= N ? 0 : x->transposed ? COLUMNS : x->depth;
-    return (Ahead){line - before, 0, width, x->ldb, rows * width / 16};
+    return (Ahead){x->b - before, 0, width, x->ld, (x->transposed ? COLUMNS : x->depth) * width / 16};
 }
 
 static inline void fetch(Ahead *next, long lines) {
@@ -179,28 +199,38 @@ static inline __attribute__((always_inline)) void multiply(const bf16 *a, const 
     if (two) { _tile_stored(2, c + 512, 128); _tile_stored(3, c + 528, 128); }
 }
 
-/* c (M, N) = sum of the terms, plus bias (N) if there is one. Rows of c lie ldc apart. What a row becomes
- * depends on no other. Nonzero, and c as it was, where memory is short. */
-int matmul(const Term *terms, long count, const float *bias, float *c, long M, long N, long ldc, int threads) {
-    if (!M || !N) return 0;
-    long tiles = (M + 15) / 16, blocks = 0, together = NEAR / (tiles * BLOCK * sizeof(bf16));
+/* c (M, columns of all parts) = sum of the terms, plus bias; `rights` holds the parts of the first term, then those of
+ * the next. Rows of c lie ldc apart. What a row becomes depends on no other. Nonzero, and c as it was, where memory is
+ * short. */
+int matmul(const Term *terms, long count, const Right *rights, const Part *parts, long number, float *c, long M, long ldc,
+           int threads) {
+    long tiles = (M + 15) / 16, blocks = 0, panels = 0, together = NEAR / ((tiles + !tiles) * BLOCK * sizeof(bf16));
     for (long i = 0; i < count; i++) blocks += (terms[i].K + DEPTH - 1) / DEPTH;
+    for (long i = 0; i < number; i++) panels += (parts[i].N + COLUMNS - 1) / COLUMNS;
+    if (!M || !panels) return 0;
     together = together < 1 ? 1 : together > blocks ? blocks : together;
     Block *plan = malloc(blocks * sizeof(Block));
+    Panel *panel = malloc(panels * sizeof(Panel));
     bf16 *packed = aligned_alloc(64, threads * together * tiles * BLOCK * sizeof(bf16));
     float *sums = aligned_alloc(64, threads * tiles * 16 * COLUMNS * sizeof(float));
-    int failed = !plan || !packed || !sums;
+    int failed = !plan || !panel || !packed || !sums;
     if (failed) goto end;
     Block *x = plan;
-    for (const Term *term = terms; term < terms + count; term++)
-        for (long k = 0; k < term->K; k += DEPTH)
-            *x++ = (Block){term->a + k, term->b + (term->transposed ? k : k * term->ldb),
-                           term->K - k < DEPTH ? term->K - k : DEPTH, term->lda, term->ldb, term->transposed};
+    for (long i = 0; i < count; i++)
+        for (long k = 0; k < terms[i].K; k += DEPTH)
+            *x++ = (Block){terms[i].a + k, k, terms[i].K - k < DEPTH ? terms[i].K - k : DEPTH, terms[i].lda,
+                           rights + i * number};
+    for (long part = 0, p = 0; part < number; c += parts[part++].N)
+        for (long n = 0; n < parts[part].N; n += COLUMNS, p++) {
+            panel[p].part = part, panel[p].n = n, panel[p].c = c + n, panel[p].place = (float)n / parts[part].N;
+            panel[p].columns = parts[part].N - n < COLUMNS ? parts[part].N - n : COLUMNS;
+        }
+    qsort(panel, panels, sizeof(Panel), by_place);
 
     #pragma omp parallel num_threads(threads)
     {
         configure_tiles();
-        bf16 panel[2 * DEPTH * COLUMNS] __attribute__((aligned(64)));
+        bf16 b[2 * DEPTH * COLUMNS] __attribute__((aligned(64)));
         /* Each thread packs all of a for itself: what another core has just written is slow to read. */
         bf16 *a = packed + omp_get_thread_num() * together * tiles * BLOCK;
         float *sum = sums + omp_get_thread_num() * tiles * 16 * COLUMNS;
@@ -210,43 +240,47 @@ int matmul(const Term *terms, long count, const float *bias, float *c, long M, l
                 for (long t = 0; t < tiles; t++)
                     pack_a(plan + j, plan[j].a + 16 * t * plan[j].lda, M - 16 * t, a + ((j - start) * tiles + t) * BLOCK);
             #pragma omp for schedule(static) nowait
-            for (long n = 0; n < N; n += COLUMNS) {
-                long columns = N - n < COLUMNS ? N - n : COLUMNS;
+            for (long p = 0; p < panels; p++) {
+                long part = panel[p].part, n = panel[p].n, columns = panel[p].columns;
+                float *c = panel[p].c;
                 if (start)
                     for (long m = 0; m < M; m++)
                         for (long i = 0; i < columns; i += 16)
-                            _mm512_store_ps(sum + m * COLUMNS + i, load(c + m * ldc + n + i, columns - i));
+                            _mm512_store_ps(sum + m * COLUMNS + i, load(c + m * ldc + i, columns - i));
                 for (long j = start; j < stop; j++) {
-                    const Block *now = plan + j;
-                    const float *b = now->b + n * (now->transposed ? now->ldb : 1);
-                    for (long k = 0; k < now->depth; k += 32)
-                        if (now->transposed) pack_transposed(now, b, k, columns, panel + k / 32 * 4 * TILE);
-                        else pack_b(now, b, k, columns, panel + k / 32 * 4 * TILE);
-                    Ahead next = ahead_of(plan + (j + 1 < stop ? j + 1 : start), n + (j + 1 < stop ? 0 : COLUMNS), N);
-                    long lines = next.left / ((now->depth + 31) / 32 * ((tiles + 1) / 2)) + 1;
+                    Rows now = rows_of(plan + j, part, n), then = {0};
+                    for (long k = 0; k < now.depth; k += 32)
+                        if (now.transposed) pack_transposed(&now, now.b, k, columns, b + k / 32 * 4 * TILE);
+                        else pack_b(&now, now.b, k, columns, b + k / 32 * 4 * TILE);
+                    if (j + 1 < stop) then = rows_of(plan + j + 1, part, n);
+                    else if (p + 1 < panels) then = rows_of(plan + start, panel[p + 1].part, panel[p + 1].n);
+                    Ahead next = {0};
+                    if (then.b) next = ahead_of(&then);
+                    long lines = next.left / ((now.depth + 31) / 32 * ((tiles + 1) / 2)) + 1;
                     for (long t = 0; t < tiles; t += 2) {
                         const bf16 *high = a + ((j - start) * tiles + t) * BLOCK;
                         if (j + 1 == stop) /* what is written next */
                             for (long m = 16 * t; m < M && m < 16 * t + 32; m++) {
-                                __builtin_prefetch(c + m * ldc + n, 1);
-                                __builtin_prefetch(c + m * ldc + n + columns - 1, 1);
+                                __builtin_prefetch(c + m * ldc, 1);
+                                __builtin_prefetch(c + m * ldc + columns - 1, 1);
                             }
-                        if (t + 1 < tiles) multiply(high, panel, now->depth, sum + t * 16 * COLUMNS, !j, 1, &next, lines);
-                        else multiply(high, panel, now->depth, sum + t * 16 * COLUMNS, !j, 0, &next, lines);
+                        if (t + 1 < tiles) multiply(high, b, now.depth, sum + t * 16 * COLUMNS, !j, 1, &next, lines);
+                        else multiply(high, b, now.depth, sum + t * 16 * COLUMNS, !j, 0, &next, lines);
                     }
                 }
                 for (long m = 0; m < M; m++)
                     for (long i = 0; i < columns; i += 16) {
                         __m512 y = _mm512_load_ps(sum + m * COLUMNS + i);
-                        if (bias && stop == blocks) y = _mm512_add_ps(y, load(bias + n + i, columns - i));
-                        store(c + m * ldc + n + i, y, columns - i);
+                        if (parts[part].bias && stop == blocks)
+                            y = _mm512_add_ps(y, load(parts[part].bias + n + i, columns - i));
+                        store(c + m * ldc + i, y, columns - i);
                     }
             }
         }
         _tile_release();
     }
 end:
-    free(plan), free(packed), free(sums);
+    free(plan), free(panel), free(packed), free(sums);
     return failed;
 }
 
@@ -270,53 +304,61 @@ static inline __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(number(1), _mm512_add_ps(number(1), exponential(_mm512_sub_ps(number(0), x))));
 }
 
+/* The loop of numbers m * n + i of (rows, n), in sixteens: a thread has the columns that `matmul` gave it. */
+#define EACH_ROW_BY_COLUMNS \
+    _Pragma("omp parallel num_threads(threads)") \
+    for (long m = 0, from = share(n, 0), to = share(n, 1); m < rows; m++) \
+        for (long i = from; i < to; i += 16)
+
+/* Where the columns of n begin, or end, that belong to the calling thread. */
+static long share(long n, int end) {
+    long panels = (n + COLUMNS - 1) / COLUMNS, threads = omp_get_num_threads(), thread = omp_get_thread_num() + end;
+    long fewer = panels / threads, more = panels % threads; /* as OpenMP shares them out */
+    long at = COLUMNS * (thread * fewer + (thread < more ? thread : more));
+    return at < n ? at : n;
+}
+
 /* GELU's tanh form, y = x s with s = sigmoid(2 K (x + C x^3)). */
 #define K2 1.5957691216f
 #define C3 0.044715f
 
-void gelu(const float *x, float *y, long count, int threads) {
-    #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < count; i += 16) {
-        __m512 v = load(x + i, count - i), square = _mm512_mul_ps(v, v);
+void gelu(const float *x, float *y, long rows, long n, int threads) {
+    EACH_ROW_BY_COLUMNS {
+        __m512 v = load(x + m * n + i, n - i), square = _mm512_mul_ps(v, v);
         __m512 s = sigmoid(_mm512_mul_ps(v, _mm512_fmadd_ps(square, number(K2 * C3), number(K2))));
-        store(y + i, _mm512_mul_ps(v, s), count - i);
+        store(y + m * n + i, _mm512_mul_ps(v, s), n - i);
     }
 }
 
 /* dy/dx = s + y (1 - s) slope, the slope of the sigmoid's argument. */
-void gelu_backward(const float *x, const float *grad, float *y, float *dx, long count, int threads) {
-    #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < count; i += 16) {
-        __m512 v = load(x + i, count - i), square = _mm512_mul_ps(v, v);
+void gelu_backward(const float *x, const float *grad, float *y, float *dx, long rows, long n, int threads) {
+    EACH_ROW_BY_COLUMNS {
+        __m512 v = load(x + m * n + i, n - i), square = _mm512_mul_ps(v, v);
         __m512 s = sigmoid(_mm512_mul_ps(v, _mm512_fmadd_ps(square, number(K2 * C3), number(K2))));
         __m512 out = _mm512_mul_ps(v, s), slope = _mm512_fmadd_ps(square, number(3 * K2 * C3), number(K2));
         __m512 d = _mm512_fmadd_ps(_mm512_fnmadd_ps(out, s, out), slope, s);
-        store(y + i, out, count - i);
-        store(dx + i, _mm512_mul_ps(d, load(grad + i, count - i)), count - i);
+        store(y + m * n + i, out, n - i);
+        store(dx + m * n + i, _mm512_mul_ps(d, load(grad + m * n + i, n - i)), n - i);
     }
 }
 
 /* y (rows, n) = silu(gate) up, with x (rows, 2 n): gate and up side by side; silu(g) = g sigmoid(g). */
 void swiglu(const float *x, float *y, long rows, long n, int threads) {
-    #pragma omp parallel for num_threads(threads)
-    for (long m = 0; m < rows; m++)
-        for (long i = 0; i < n; i += 16) {
-            __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
-            store(y + m * n + i, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up), n - i);
-        }
+    EACH_ROW_BY_COLUMNS {
+        __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
+        store(y + m * n + i, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up), n - i);
+    }
 }
 
 void swiglu_backward(const float *x, const float *grad, float *y, float *dx, long rows, long n, int threads) {
-    #pragma omp parallel for num_threads(threads)
-    for (long m = 0; m < rows; m++)
-        for (long i = 0; i < n; i += 16) {
-            __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
-            __m512 g = load(grad + m * n + i, n - i), s = sigmoid(gate), silu = _mm512_mul_ps(gate, s);
-            __m512 slope = _mm512_add_ps(s, _mm512_fnmadd_ps(silu, s, silu)); /* s + silu (1 - s) */
-            store(y + m * n + i, _mm512_mul_ps(silu, up), n - i);
-            store(dx + 2 * m * n + i, _mm512_mul_ps(_mm512_mul_ps(g, up), slope), n - i);
-            store(dx + (2 * m + 1) * n + i, _mm512_mul_ps(g, silu), n - i);
-        }
+    EACH_ROW_BY_COLUMNS {
+        __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
+        __m512 g = load(grad + m * n + i, n - i), s = sigmoid(gate), silu = _mm512_mul_ps(gate, s);
+        __m512 slope = _mm512_add_ps(s, _mm512_fnmadd_ps(silu, s, silu)); /* s + silu (1 - s) */
+        store(y + m * n + i, _mm512_mul_ps(silu, up), n - i);
+        store(dx + 2 * m * n + i, _mm512_mul_ps(_mm512_mul_ps(g, up), slope), n - i);
+        store(dx + (2 * m + 1) * n + i, _mm512_mul_ps(g, silu), n - i);
+    }
 }
 
 /* 1 / sqrt(mean(x^2) + eps) */

@@ -1,8 +1,8 @@
 """float32 products by bfloat16 tiles, for CPUs that have them (AMX: Intel's Xeons since 2023), and what goes with them.
 
     amx.load()                                       # compiles amx.c once; UserError where CPU or compiler are missing
-    amx.matmul([(x, weight.t()), (h, B.t())], bias)  # x W^T + h B^T + bias
-    amx.attend(q, k, v, chains, size, scale)         # softmax(scale q k^T) v
+    amx.matmul([(x, [weight.t()]), (h, [B.t()])], [bias])  # x W^T + h B^T + bias
+    amx.attend(q, k, v, chains, size, scale)               # softmax(scale q k^T) v
 
 In a product each number is the sum of two bfloat16, which leaves 16 bits of mantissa where float32 has 24, TF32 11 and
 bfloat16 8. A row's outcome does not depend on the other rows. What stands before a product and attention is float32 as
@@ -35,9 +35,9 @@ NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16"}  # in Linux's words
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {  # as in amx.c
-    "matmul": [POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, INT],
-    "gelu": [POINTER, POINTER, LONG, INT],
-    "gelu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, INT],
+    "matmul": [POINTER, LONG, POINTER, POINTER, LONG, POINTER, LONG, LONG, INT],
+    "gelu": [POINTER, POINTER, LONG, LONG, INT],
+    "gelu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT],
     "swiglu": [POINTER, POINTER, LONG, LONG, INT],
     "swiglu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT],
     "rms_norm": [POINTER, POINTER, FLOAT, POINTER, LONG, LONG, INT],
@@ -45,10 +45,6 @@ ARGUMENTS = {  # as in amx.c
     "attend": [POINTER, POINTER, POINTER, LONG, INT],
     "attend_backward": [POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT],
 }
-
-
-class _Term(ctypes.Structure):
-    _fields_ = [*((name, POINTER) for name in ("a", "b")), *((name, LONG) for name in ("K", "lda", "ldb", "transposed"))]
 
 
 class _Attention(ctypes.Structure):
@@ -111,30 +107,42 @@ def available() -> bool:
     return True
 
 
-def matmul(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """sum of a b over the terms, plus bias: (M, K) (K, N) each -> (M, N), all float32 on the CPU.
+def matmul(terms: list[tuple[Tensor, list[Tensor]]], biases: list[Tensor | None] = (None,),
+           out: Tensor | None = None) -> Tensor:
+    """sum of a b over the terms, plus bias, for bs that lie side by side: (M, K) (K, N) each -> (M, sum of N).
 
     Args:
-        terms: b may be the transpose of a contiguous matrix.
-        bias: (N,).
+        terms: a, and its bs; float32 on the CPU. A b may be the transpose of a contiguous matrix.
+        biases: (N,) each, one for every b of a term.
         out: where the result goes, its rows contiguous.
 
     Raises:
         ValueError: shapes that do not fit; addresses are all that amx.c is given.
         MemoryError: there is none for the packed numbers; `out` is as it was.
     """
+    widths = [b.shape[1] for b in terms[0][1]]
     if out is None:
-        out = terms[0][0].new_empty(len(terms[0][0]), terms[0][1].shape[1])
-    if any((len(a), a.shape[1], b.shape[1]) != (len(out), len(b), out.shape[1]) for a, b in terms):
-        raise ValueError(f"{[(tuple(a.shape), tuple(b.shape)) for a, b in terms]} do not give {tuple(out.shape)}")
-    pairs = [(a if a.stride(1) == 1 else a.contiguous(), b if 1 in b.stride() else b.contiguous()) for a, b in terms]
-    array = (_Term * len(pairs))()
-    for term, (a, b) in zip(array, pairs, strict=True):
-        transposed = b.stride(1) != 1
-        term.a, term.b, term.K, term.lda = a.data_ptr(), b.data_ptr(), a.shape[1], a.stride(0)
-        term.ldb, term.transposed = b.stride(1 if transposed else 0), transposed
-    if load().matmul(array, len(pairs), None if bias is None else bias.data_ptr(), out.data_ptr(), *out.shape,
-                     out.stride(0), torch.get_num_threads()):
+        out = terms[0][0].new_empty(len(terms[0][0]), sum(widths))
+    if out.shape[1] != sum(widths) or any(len(a) != len(out) or [b.shape for b in bs] != [(a.shape[1], n) for n in widths]
+                                          for a, bs in terms):
+        raise ValueError(f"{[(tuple(a.shape), [tuple(b.shape) for b in bs]) for a, bs in terms]} do not give "
+                         f"{tuple(out.shape)}")
+    terms = [(a if a.stride(1) == 1 else a.contiguous(), [b if 1 in b.stride() else b.contiguous() for b in bs])
+             for a, bs in terms]
+    numbers = []  # as the structures of amx.c, whose fields are all of 8 bytes
+    for a, _ in terms:
+        numbers += a.data_ptr(), a.shape[1], a.stride(0)
+    for _, bs in terms:
+        for b in bs:
+            across, along = b.stride()
+            numbers += b.data_ptr(), across if along == 1 else along, along != 1
+    for bias, width in zip(biases, widths, strict=True):
+        numbers += 0 if bias is None else bias.data_ptr(), width
+    array = (LONG * len(numbers))(*numbers)
+    first = ctypes.addressof(array)
+    rights = first + 24 * len(terms)
+    if load().matmul(first, len(terms), rights, rights + 24 * len(terms) * len(widths), len(widths), out.data_ptr(),
+                     len(out), out.stride(0), torch.get_num_threads()):
         raise MemoryError
     return out
 
@@ -146,13 +154,13 @@ def matmul(terms: list[tuple[Tensor, Tensor]], bias: Tensor | None = None, out: 
 def gelu(x: Tensor) -> Tensor:
     """GELU's tanh form."""
     x, y = x.contiguous(), torch.empty_like(x)
-    load().gelu(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
+    load().gelu(x.data_ptr(), y.data_ptr(), *x.shape, torch.get_num_threads())
     return y
 
 
 def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     x, grad, y, dx = x.contiguous(), grad.contiguous(), torch.empty_like(x), torch.empty_like(x)
-    load().gelu_backward(x.data_ptr(), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), x.numel(), torch.get_num_threads())
+    load().gelu_backward(x.data_ptr(), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), *x.shape, torch.get_num_threads())
     return y, dx
 
 

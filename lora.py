@@ -262,11 +262,8 @@ class _Product(torch.autograd.Function):
         ctx.scaling, ctx.before, ctx.tiles = scaling, before, tiles
         sizes = list(map(len, weights))
         if tiles:
-            out = y.new_empty(len(y), sum(sizes))
-            updates = [[]] * len(weights) if A is None else [[(h, part.t())] for part in (B * scaling).split(sizes)]
-            for weight, bias, update, part in zip(weights, biases, updates, out.split(sizes, 1), strict=True):
-                amx.matmul([(y, weight.t()), *update], bias, part)
-            return out
+            update = [] if A is None else [(h, (B * scaling).t().split(sizes, 1))]
+            return amx.matmul([(y, [weight.t() for weight in weights]), *update], biases)
         rough = y.to(weights[0].dtype)
         if len(weights) == 1:
             out = F.linear(rough, weights[0], biases[0])  # (rows, out)
@@ -292,7 +289,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             parts = list(zip(grad.to(weights[0].dtype).split(list(map(len, weights)), 1), weights, strict=True))
             if ctx.tiles:
-                grad_x = amx.matmul(parts if A is None else [*parts, (grad_h, A)])  # of y
+                grad_x = amx.matmul([(g, [W]) for g, W in (parts if A is None else [*parts, (grad_h, A)])])  # of y
             else:
                 grad_x = torch.mm(*parts[0])
                 for part in parts[1:]:

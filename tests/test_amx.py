@@ -34,17 +34,22 @@ def operands(M: int, K: int, N: int, transposed: bool, seed: int) -> tuple[torch
 
 
 @needs_tiles
-@settings(deadline=None, max_examples=60)
-@given(M=st.integers(0, 70), N=st.integers(0, 130), bias=st.booleans(), seed=st.integers(0, 999),
-       terms=st.lists(st.tuples(st.integers(1, 200), st.booleans()), min_size=1, max_size=4))
-def test_a_product_is_that_of_numbers_with_16_bits(M, N, bias, seed, terms):
-    pairs = [operands(M, K, N, transposed, seed + i) for i, (K, transposed) in enumerate(terms)]
-    offset = torch.randn(N) if bias else None
+@settings(deadline=None, max_examples=80)
+@given(M=st.integers(0, 70), widths=st.lists(st.integers(0, 130), min_size=1, max_size=4), seed=st.integers(0, 999),
+       bias=st.lists(st.booleans(), min_size=4, max_size=4), depths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+       transposed=st.lists(st.booleans(), min_size=16, max_size=16))
+def test_a_product_is_that_of_numbers_with_16_bits(M, widths, seed, bias, depths, transposed):
+    terms = []
+    for i, K in enumerate(depths):
+        pairs = [operands(M, K, N, transposed[4 * i + part], seed + 4 * i + part) for part, N in enumerate(widths)]
+        terms.append((pairs[0][0], [b for _, b in pairs]))
+    biases, N = [torch.randn(N) if some else None for N, some in zip(widths, bias, strict=False)], sum(widths)
     around = torch.full((M, N + 7), 7.0)
-    amx.matmul(pairs, offset, around[:, 3:N + 3])
+    amx.matmul(terms, biases, around[:, 3:N + 3])
     assert (around[:, :3] == 7).all() and (around[:, N + 3:] == 7).all()  # writes where it should, and there alone
-    expected = sum(a.double() @ b.double() for a, b in pairs) + (0 if offset is None else offset.double())
-    size = sum(a.double().abs() @ b.double().abs() for a, b in pairs) + (0 if offset is None else offset.double().abs())
+    offset = torch.cat([torch.zeros(N) if b is None else b for N, b in zip(widths, biases, strict=True)]).double()
+    expected = sum(a.double() @ torch.cat(bs, 1).double() for a, bs in terms) + offset
+    size = sum(a.double().abs() @ torch.cat(bs, 1).double().abs() for a, bs in terms) + offset.abs()
     assert ((around[:, 3:N + 3] - expected).abs() <= BOUND * size).all()
 
 
@@ -55,7 +60,7 @@ def test_it_is_not_bfloat16_nor_float32():
     a, b = torch.randn(64, 512), torch.randn(512, 64)
     expected = a.double() @ b.double()
     ours, fp32, bf16 = ((x.double() - expected).norm() / expected.norm() for x in (
-        amx.matmul([(a, b)]), a @ b, a.bfloat16() @ b.bfloat16()))
+        amx.matmul([(a, [b])]), a @ b, a.bfloat16() @ b.bfloat16()))
     assert 5 * fp32 < ours < bf16 / 100
 
 
@@ -69,17 +74,19 @@ def test_a_rows_outcome_depends_on_no_other_row(transposed, threads):
     try:
         a, b = operands(3000, 2048, 64, transposed, 0)
         bias = torch.randn(64)
-        whole = amx.matmul([(a, b)], bias)
+        whole = amx.matmul([(a, [b])], [bias])
         for rows in ([0], [2999], [5, 17, 1600], list(range(100, 141))):
-            assert torch.equal(amx.matmul([(a[rows], b)], bias), whole[rows])
+            assert torch.equal(amx.matmul([(a[rows], [b])], [bias]), whole[rows])
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shapes", [[(2, 3, 4, 5)], [(2, 3, 3, 5), (2, 4, 4, 6)], [(2, 3, 3, 5), (1, 4, 4, 5)]])
-def test_shapes_that_do_not_fit_are_refused(shapes):
+@pytest.mark.parametrize("terms", [[(2, 3, [(4, 5)])], [(2, 3, [(3, 5)]), (2, 4, [(4, 6)])],
+                                   [(2, 3, [(3, 5)]), (1, 4, [(4, 5)])], [(2, 3, [(3, 2), (3, 3)]), (2, 4, [(4, 5)])],
+                                   [(2, 3, [(3, 2), (3, 3)]), (2, 4, [(4, 3), (4, 2)])]])
+def test_shapes_that_do_not_fit_are_refused(terms):
     with pytest.raises(ValueError, match=r"do not give \(2, 5\)"):
-        amx.matmul([(torch.zeros(M, K), torch.zeros(L, N)) for M, K, L, N in shapes])
+        amx.matmul([(torch.zeros(M, K), [torch.zeros(shape) for shape in shapes]) for M, K, shapes in terms])
 
 
 @needs_tiles
@@ -88,7 +95,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
     found = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(amx.matmul([(a, b)]))
+        found.append(amx.matmul([(a, [b])]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -97,7 +104,7 @@ def test_what_is_not_finite_stays_so():
     a, b = torch.ones(3, 32), torch.ones(32, 32)
     a[1, 5] = float("nan")
     b[7, 9] = float("inf")
-    out = amx.matmul([(a, b)])
+    out = amx.matmul([(a, [b])])
     assert out[1].isnan().all() and not out[:, 9].isfinite().any()
     assert (out[[0, 2]][:, [n for n in range(32) if n != 9]] == 32).all()
     assert amx.gelu(torch.tensor([[float("nan"), 1.0]])).isnan().tolist() == [[True, False]]
@@ -232,10 +239,11 @@ def test_long_sentences_go_to_pytorch_and_agree(architecture, monkeypatch):
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
 
 
-def in_float64(terms, bias=None, out=None):
+def in_float64(terms, biases=(None,)):
     """matmul's contract, for machines without tiles."""
-    y = (sum(a.double() @ b.double() for a, b in terms) + (0 if bias is None else bias.double())).float()
-    return y if out is None else out.copy_(y)
+    parts = [sum(a.double() @ bs[i].double() for a, bs in terms) + (0 if bias is None else bias.double())
+             for i, bias in enumerate(biases)]
+    return torch.cat(parts, 1).float()
 
 
 @pytest.fixture(params=["tiles", "float64"])
