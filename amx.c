@@ -19,7 +19,7 @@
 
 #define COLUMNS 32      /* of b that are packed and multiplied at a time */
 #define DEPTH 64        /* rows of b, likewise: 8 KiB, which stay in the nearest cache */
-#define NEAR (1 << 20)  /* bytes of packed a that stay in the second cache while b passes by */
+#define NEAR (3 << 18)  /* bytes of packed a that stay in the second cache while b passes by */
 #define TILE 512        /* bfloat16 in a tile */
 #define BLOCK (2 * 16 * DEPTH) /* bfloat16 of 16 rows of a block of a: pairs of tiles, high and low */
 
@@ -35,14 +35,8 @@ typedef struct { const float *bias; long N; } Part; /* bias (N) may be missing *
 /* DEPTH columns or fewer of a term's a, from k on, and the rows of b that meet them. */
 typedef struct { const float *a; long k, depth, lda; const Right *right; } Block;
 
-/* Columns of a part, from n on, and where they go. Every thread has its share of each part, `place` of it: the same that
- * it then has in what follows the product (see `share`), for what another core has just written is slow to read. */
-typedef struct { float place; long part, n, columns; float *c; } Panel;
-
-static int by_place(const void *x, const void *y) {
-    const Panel *a = x, *b = y;
-    return a->place != b->place ? (a->place > b->place) - (a->place < b->place) : (a->part > b->part) - (a->part < b->part);
-}
+/* Columns of a part, from n on, and where they go. */
+typedef struct { long part, n, columns; float *c; } Panel;
 
 /* Those of b in one part. */
 typedef struct { const float *b; long depth, ld, transposed; } Rows;
@@ -222,10 +216,9 @@ int matmul(const Term *terms, long count, const Right *rights, const Part *parts
                            rights + i * number};
     for (long part = 0, p = 0; part < number; c += parts[part++].N)
         for (long n = 0; n < parts[part].N; n += COLUMNS, p++) {
-            panel[p].part = part, panel[p].n = n, panel[p].c = c + n, panel[p].place = (float)n / parts[part].N;
+            panel[p].part = part, panel[p].n = n, panel[p].c = c + n;
             panel[p].columns = parts[part].N - n < COLUMNS ? parts[part].N - n : COLUMNS;
         }
-    qsort(panel, panels, sizeof(Panel), by_place);
 
     #pragma omp parallel num_threads(threads)
     {
@@ -304,61 +297,53 @@ static inline __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(number(1), _mm512_add_ps(number(1), exponential(_mm512_sub_ps(number(0), x))));
 }
 
-/* The loop of numbers m * n + i of (rows, n), in sixteens: a thread has the columns that `matmul` gave it. */
-#define EACH_ROW_BY_COLUMNS \
-    _Pragma("omp parallel num_threads(threads)") \
-    for (long m = 0, from = share(n, 0), to = share(n, 1); m < rows; m++) \
-        for (long i = from; i < to; i += 16)
-
-/* Where the columns of n begin, or end, that belong to the calling thread. */
-static long share(long n, int end) {
-    long panels = (n + COLUMNS - 1) / COLUMNS, threads = omp_get_num_threads(), thread = omp_get_thread_num() + end;
-    long fewer = panels / threads, more = panels % threads; /* as OpenMP shares them out */
-    long at = COLUMNS * (thread * fewer + (thread < more ? thread : more));
-    return at < n ? at : n;
-}
-
 /* GELU's tanh form, y = x s with s = sigmoid(2 K (x + C x^3)). */
 #define K2 1.5957691216f
 #define C3 0.044715f
 
-void gelu(const float *x, float *y, long rows, long n, int threads) {
-    EACH_ROW_BY_COLUMNS {
-        __m512 v = load(x + m * n + i, n - i), square = _mm512_mul_ps(v, v);
+void gelu(const float *x, float *y, long count, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i += 16) {
+        __m512 v = load(x + i, count - i), square = _mm512_mul_ps(v, v);
         __m512 s = sigmoid(_mm512_mul_ps(v, _mm512_fmadd_ps(square, number(K2 * C3), number(K2))));
-        store(y + m * n + i, _mm512_mul_ps(v, s), n - i);
+        store(y + i, _mm512_mul_ps(v, s), count - i);
     }
 }
 
 /* dy/dx = s + y (1 - s) slope, the slope of the sigmoid's argument. */
-void gelu_backward(const float *x, const float *grad, float *y, float *dx, long rows, long n, int threads) {
-    EACH_ROW_BY_COLUMNS {
-        __m512 v = load(x + m * n + i, n - i), square = _mm512_mul_ps(v, v);
+void gelu_backward(const float *x, const float *grad, float *y, float *dx, long count, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i += 16) {
+        __m512 v = load(x + i, count - i), square = _mm512_mul_ps(v, v);
         __m512 s = sigmoid(_mm512_mul_ps(v, _mm512_fmadd_ps(square, number(K2 * C3), number(K2))));
         __m512 out = _mm512_mul_ps(v, s), slope = _mm512_fmadd_ps(square, number(3 * K2 * C3), number(K2));
         __m512 d = _mm512_fmadd_ps(_mm512_fnmadd_ps(out, s, out), slope, s);
-        store(y + m * n + i, out, n - i);
-        store(dx + m * n + i, _mm512_mul_ps(d, load(grad + m * n + i, n - i)), n - i);
+        store(y + i, out, count - i);
+        store(dx + i, _mm512_mul_ps(d, load(grad + i, count - i)), count - i);
     }
 }
 
 /* y (rows, n) = silu(gate) up, with x (rows, 2 n): gate and up side by side; silu(g) = g sigmoid(g). */
 void swiglu(const float *x, float *y, long rows, long n, int threads) {
-    EACH_ROW_BY_COLUMNS {
-        __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
-        store(y + m * n + i, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up), n - i);
-    }
+    #pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++)
+        for (long i = 0; i < n; i += 16) {
+            __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
+            store(y + m * n + i, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up), n - i);
+        }
 }
 
 void swiglu_backward(const float *x, const float *grad, float *y, float *dx, long rows, long n, int threads) {
-    EACH_ROW_BY_COLUMNS {
-        __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
-        __m512 g = load(grad + m * n + i, n - i), s = sigmoid(gate), silu = _mm512_mul_ps(gate, s);
-        __m512 slope = _mm512_add_ps(s, _mm512_fnmadd_ps(silu, s, silu)); /* s + silu (1 - s) */
-        store(y + m * n + i, _mm512_mul_ps(silu, up), n - i);
-        store(dx + 2 * m * n + i, _mm512_mul_ps(_mm512_mul_ps(g, up), slope), n - i);
-        store(dx + (2 * m + 1) * n + i, _mm512_mul_ps(g, silu), n - i);
-    }
+    #pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++)
+        for (long i = 0; i < n; i += 16) {
+            __m512 gate = load(x + 2 * m * n + i, n - i), up = load(x + (2 * m + 1) * n + i, n - i);
+            __m512 g = load(grad + m * n + i, n - i), s = sigmoid(gate), silu = _mm512_mul_ps(gate, s);
+            __m512 slope = _mm512_add_ps(s, _mm512_fnmadd_ps(silu, s, silu)); /* s + silu (1 - s) */
+            store(y + m * n + i, _mm512_mul_ps(silu, up), n - i);
+            store(dx + 2 * m * n + i, _mm512_mul_ps(_mm512_mul_ps(g, up), slope), n - i);
+            store(dx + (2 * m + 1) * n + i, _mm512_mul_ps(g, silu), n - i);
+        }
 }
 
 /* 1 / sqrt(mean(x^2) + eps) */

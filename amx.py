@@ -36,8 +36,8 @@ NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16"}  # in Linux's words
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 ARGUMENTS = {  # as in amx.c
     "matmul": [POINTER, LONG, POINTER, POINTER, LONG, POINTER, LONG, LONG, INT],
-    "gelu": [POINTER, POINTER, LONG, LONG, INT],
-    "gelu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT],
+    "gelu": [POINTER, POINTER, LONG, INT],
+    "gelu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, INT],
     "swiglu": [POINTER, POINTER, LONG, LONG, INT],
     "swiglu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT],
     "rms_norm": [POINTER, POINTER, FLOAT, POINTER, LONG, LONG, INT],
@@ -120,11 +120,11 @@ def matmul(terms: list[tuple[Tensor, list[Tensor]]], biases: list[Tensor | None]
         ValueError: shapes that do not fit; addresses are all that amx.c is given.
         MemoryError: there is none for the packed numbers; `out` is as it was.
     """
-    widths = [b.shape[1] for b in terms[0][1]]
+    M, widths = terms[0][0].shape[0], [b.shape[1] for b in terms[0][1]]
     if out is None:
-        out = terms[0][0].new_empty(len(terms[0][0]), sum(widths))
-    if out.shape[1] != sum(widths) or any(len(a) != len(out) or [b.shape for b in bs] != [(a.shape[1], n) for n in widths]
-                                          for a, bs in terms):
+        out = terms[0][0].new_empty(M, sum(widths))
+    if out.shape != (M, sum(widths)) or any(a.shape[0] != M or [b.shape for b in bs] != [(a.shape[1], n) for n in widths]
+                                            for a, bs in terms):
         raise ValueError(f"{[(tuple(a.shape), [tuple(b.shape) for b in bs]) for a, bs in terms]} do not give "
                          f"{tuple(out.shape)}")
     terms = [(a if a.stride(1) == 1 else a.contiguous(), [b if 1 in b.stride() else b.contiguous() for b in bs])
@@ -142,7 +142,7 @@ def matmul(terms: list[tuple[Tensor, list[Tensor]]], biases: list[Tensor | None]
     first = ctypes.addressof(array)
     rights = first + 24 * len(terms)
     if load().matmul(first, len(terms), rights, rights + 24 * len(terms) * len(widths), len(widths), out.data_ptr(),
-                     len(out), out.stride(0), torch.get_num_threads()):
+                     M, out.stride(0), torch.get_num_threads()):
         raise MemoryError
     return out
 
@@ -154,13 +154,13 @@ def matmul(terms: list[tuple[Tensor, list[Tensor]]], biases: list[Tensor | None]
 def gelu(x: Tensor) -> Tensor:
     """GELU's tanh form."""
     x, y = x.contiguous(), torch.empty_like(x)
-    load().gelu(x.data_ptr(), y.data_ptr(), *x.shape, torch.get_num_threads())
+    load().gelu(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
     return y
 
 
 def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     x, grad, y, dx = x.contiguous(), grad.contiguous(), torch.empty_like(x), torch.empty_like(x)
-    load().gelu_backward(x.data_ptr(), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), *x.shape, torch.get_num_threads())
+    load().gelu_backward(x.data_ptr(), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), x.numel(), torch.get_num_threads())
     return y, dx
 
 

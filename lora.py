@@ -8,6 +8,7 @@ instead of being kept, and layers that read the same input are one product.
 """
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -246,7 +247,10 @@ class _Before(torch.autograd.Function):
 # ---------------------------------------------------------------- the product
 
 class _Product(torch.autograd.Function):
-    """y W^T + b + scaling (y A^T) B^T with y = before(x), for Ws that never train; A and B may be None.
+    """y W^T + b + scaling (y A^T) B^T with y = before(x), for Ws that never train.
+
+    `spans` are the outputs that each update covers; their As come next, then as many Bs. Together they are one LoRA
+    of the summed rank: the As are stacked, and the Bs form one block matrix.
 
     Keeps x and the narrow y A^T for the backward pass, computes y again there, and adds each update in
     place, so that no second (rows, features) tensor is written in either direction. Where W is bfloat16 and
@@ -254,8 +258,23 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, before,
-                weights: list[Tensor], biases: list[Tensor | None], tiles: bool) -> Tensor:
+    def stack(spans: list[slice], As: tuple[Tensor, ...], Bs: tuple[Tensor, ...], outputs: int
+              ) -> tuple[Tensor | None, Tensor | None]:
+        """A (rank, in) and B (outputs, rank) of all updates; None without any."""
+        if not spans:
+            return None, None
+        if len(spans) == 1 and len(Bs[0]) == outputs:
+            return As[0], Bs[0]
+        B, rank = Bs[0].new_zeros(outputs, sum(map(len, As))), 0
+        for span, part in zip(spans, Bs, strict=True):
+            B[span, rank:(rank := rank + part.shape[1])] = part
+        return torch.cat(As), B
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scaling: float, before, weights: list[Tensor], biases: list[Tensor | None], tiles: bool,
+                spans: list[slice], *updates: Tensor) -> Tensor:
+        ctx.spans, ctx.ranks = spans, [len(A) for A in updates[:len(spans)]]
+        A, B = _Product.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
         y = x if before is None else before(x, tiles)  # (rows, in)
         h = None if A is None else torch.mm(y, A.t())  # (rows, rank)
         ctx.save_for_backward(None if A is None and before is None else x, h, A, B, *weights)
@@ -281,11 +300,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, *weights = ctx.saved_tensors
-        grad_x = grad_A = grad_B = grad_h = None
+        grad_x = grad_B = grad_h = None
         if A is not None:
             grad_h = torch.mm(grad, B).mul_(ctx.scaling)  # (rows, rank)
             # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
-            grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling).t()
+            grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling)  # (rank, out), transposed
         if ctx.needs_input_grad[0]:
             parts = list(zip(grad.to(weights[0].dtype).split(list(map(len, weights)), 1), weights, strict=True))
             if ctx.tiles:
@@ -301,9 +320,11 @@ class _Product(torch.autograd.Function):
                 x, grad_x = ctx.before.backward(x, grad_x, ctx.tiles)
         elif ctx.before is not None:
             x = ctx.before(x, ctx.tiles)
+        grads = []
         if A is not None:
-            grad_A = torch.mm(grad_h.t(), x)
-        return grad_x, grad_A, grad_B, None, None, None, None, None
+            grads = [*torch.mm(grad_h.t(), x).split(ctx.ranks), *(
+                part[:, span].t() for part, span in zip(grad_B.split(ctx.ranks), ctx.spans, strict=True))]
+        return grad_x, None, None, None, None, None, None, *grads
 
 
 def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = slice(None)) -> Tensor:
@@ -327,17 +348,16 @@ def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = s
     for base in bases:
         if base.weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{base}: its weight requires a gradient; product() is for frozen layers")
-    weights, biases, A, B = [weight_of(base) for base in bases], [base.bias for base in bases], None, None
+    weights, biases = [weight_of(base) for base in bases], [base.bias for base in bases]
+    Bs = [layer.block_B() for layer in layers]
     if outputs != slice(None):
         weights, biases = [weights[0][outputs]], [None if biases[0] is None else biases[0][outputs]]
-    if layers:
-        A, B = layers[0].lora_A, layers[0].block_B()[outputs]
-        if len(linears) > 1:  # one LoRA of the summed rank
-            A = torch.cat([layer.lora_A for layer in layers])
-            B = torch.block_diag(*[linear.block_B() if linear in layers else A.new_zeros(len(weight), 0)
-                                   for linear, weight in zip(linears, weights, strict=True)])
-        A, B = A.to(x.dtype), B.to(x.dtype)
-    return _Product.apply(x, A, B, layers[0].scaling if layers else 1.0, before, weights, biases, by_tiles(linears, x))
+        Bs = [B[outputs] for B in Bs]
+    ends = list(itertools.accumulate(map(len, weights)))
+    spans = [slice(end - len(weight), end) for linear, weight, end in zip(linears, weights, ends, strict=True)
+             if linear in layers]
+    return _Product.apply(x, layers[0].scaling if layers else 1.0, before, weights, biases, by_tiles(linears, x), spans,
+                          *(layer.lora_A.to(x.dtype) for layer in layers), *(B.to(x.dtype) for B in Bs))
 
 
 def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:
