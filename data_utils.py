@@ -9,7 +9,9 @@ each epoch by the seed.
 """
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import random
 import tempfile
 import warnings
@@ -39,6 +41,7 @@ HUB_TABLES = {
 }
 # The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
 BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
+NEIGHBOURS = 4  # sentences that begin alike, together in a batch
 TASKS = ("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
 
@@ -88,6 +91,19 @@ class Batch:
         tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
         more = (None if t is None else t.to(device, non_blocking=True) for t in (self.kept, self.features))
         return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, *more)
+
+    def parts(self, tokens: float) -> list[Batch]:
+        """Its rows in batches of no more tokens, pads included, than that, as far as single rows allow.
+
+        A batch with `kept` stays whole: that is not kept row by row.
+        """
+        rows = max(1, int(tokens // self.input_ids.shape[1]))
+        if self.kept is not None or len(self.rows) <= rows:
+            return [self]
+        some = [slice(i, i + rows) for i in range(0, len(self.rows), rows)]
+        return [Batch(self.input_ids[s], self.attention_mask[s], self.labels[s], self.rows[s],
+                      int(self.attention_mask[s].sum()), features=None if self.features is None else self.features[s])
+                for s in some]
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """What a model's forward pass takes."""
@@ -324,8 +340,8 @@ def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) 
 
 # ---------------------------------------------------------------- batches
 
-def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_tokens: int | None = None
-                     ) -> list[list[int]]:
+def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_tokens: int | None = None,
+                     beginnings: list[list[int]] | None = None) -> list[list[int]]:
     """Rows grouped into batches of about equal length.
 
     Rows are sorted by length, ties broken by the seed, and cut into runs. Every row stands in exactly
@@ -337,9 +353,12 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
         seed: breaks ties between rows of equal length.
         batch_tokens: if given, bounds rows x longest row of a batch instead of counting rows (a
             single row longer than that still makes a batch of its own).
+        beginnings: the rows' token ids, if rows of equal length that begin alike shall stand together.
     """
     shuffle = random.Random(seed)
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], shuffle.random()))
+    if beginnings is not None:
+        order = _neighbours(order, lengths, beginnings, shuffle)
     batches, current = [], []
     for row in order:
         full = len(current) == batch_size if batch_tokens is None else (len(current) + 1) * lengths[row] > batch_tokens
@@ -348,6 +367,21 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
             current = []
         current.append(row)
     return batches + [current] if current else batches
+
+
+def _neighbours(order: list[int], lengths: list[int], ids: list[list[int]], shuffle: random.Random) -> list[int]:
+    """Of each length, rows that begin alike in groups of NEIGHBOURS, and the groups shuffled.
+
+    No more than a few together: a batch of nothing but such rows is a poor sample of the split.
+    """
+    rank = collections.defaultdict(shuffle.random)  # of the tokens, by which rows are sorted
+    ordered = []
+    for _, rows in itertools.groupby(order, key=lambda row: lengths[row]):
+        rows = sorted(rows, key=lambda row: [rank[token] for token in ids[row]])
+        groups = [rows[i:i + NEIGHBOURS] for i in range(0, len(rows), NEIGHBOURS)]
+        shuffle.shuffle(groups)
+        ordered += itertools.chain(*groups)
+    return ordered
 
 
 def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: int,
@@ -365,12 +399,18 @@ def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: in
 
 
 def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed: int,
-                 batch_tokens: int | None = None, truncate: str = "tail") -> list[Batch]:
-    """A split as length-bucketed batches, tokenised and padded once for the whole run."""
+                 batch_tokens: int | None = None, truncate: str = "tail", beginnings: bool = False) -> list[Batch]:
+    """A split as length-bucketed batches, tokenised and padded once for the whole run.
+
+    Args:
+        beginnings: sentences of equal length that begin alike stand together: a decoder computes what they share once
+            (`fused.Rows`).
+    """
     ids = encode(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    buckets = bucket_by_length([len(tokens) for tokens in ids], batch_size, seed, batch_tokens)
+    buckets = bucket_by_length([len(tokens) for tokens in ids], batch_size, seed, batch_tokens,
+                               ids if beginnings else None)
     return [collate(ids, split.labels, rows, pad_id, split.features) for rows in buckets]
 
 

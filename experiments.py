@@ -116,10 +116,10 @@ def _load_task(options: RunOptions, tokenizer) -> Task:
     return task.limit(options.limit) if options.limit else task
 
 
-def _batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str
+def _batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str, beginnings: bool = False
              ) -> tuple[list[Batch], dict[str, list[Batch]]]:
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
-                                            options.batch_tokens, truncate))
+                                            options.batch_tokens, truncate, beginnings))
             for split, rows in {"": task.train, **task.dev}.items()]
     return make[0][1], dict(make[1:])
 
@@ -246,7 +246,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
     for name, rows in task.missing.items():
         if rows:
             say(f"  feature {name}: no value in {rows:,} of {len(task.train):,} training rows; the mean stands in, marked")
-    batches, dev = _batches(task, tokenizer, max_length, options.train, options.table.truncate)
+    batches, dev = _batches(task, tokenizer, max_length, options.train, options.table.truncate, classifier.decoder)
     sanity = None
     if lm is not None and options.method == "lora":
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
@@ -394,7 +394,8 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
     if summary["mode"] == "distil":
         split = replace(split, features=[])  # the student reads text alone
     batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"],
-                                      truncate=options.get("truncate", "tail"))
+                                      truncate=options.get("truncate", "tail"),
+                                      beginnings=isinstance(model, TextClassifier) and model.decoder)
     logits = train_utils.predict(model, batches)
     if predictions is not None:
         probability, chosen = logits.softmax(-1).max(-1)

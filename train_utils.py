@@ -28,6 +28,7 @@ from files import UserError, write_file
 from signals import Interrupted, deferred
 
 CHECKPOINT = "checkpoint.safetensors"
+LARGE = 2  # times the mean batch's tokens; a larger batch is computed in parts, for it alone would set the peak memory
 Objective = Callable[[Tensor, Batch], Tensor]
 
 
@@ -277,6 +278,7 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
     saved = start = time.perf_counter()
     before = progress.sums["seconds"]
     done = min(progress.group * options.accumulate, len(batches))
+    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches)
     with tqdm(total=len(batches), initial=done, unit="batch", dynamic_ncols=True,
               desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar, deferred():
         for group in groups[progress.group:]:
@@ -284,8 +286,7 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
             for param_group in optimizer.param_groups:
                 param_group["lr"] = param_group["peak"] * factor
             rows = sum(len(batches[i].rows) for i in group)
-            for i in group:
-                batch = batches[i].to(device)
+            for batch in (part.to(device) for i in group for part in batches[i].parts(most)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"
                                     and getattr(model, "full", False)):
                     logits = model(*batch.inputs())

@@ -92,11 +92,11 @@ class Side:
                 if not p.requires_grad:
                     p.data = p.data.bfloat16()
 
-    def peak(self, number: int) -> tuple[int, int]:
-        """Memory in bytes before training on a batch, and at its peak."""
+    def peak(self, numbers: list[int]) -> tuple[int, int]:
+        """Memory in bytes before training on these batches, and at its peak."""
         before = reset_peak()
         for _ in range(2):
-            self.run([number])
+            self.run(numbers)
         return before, peak_bytes()
 
 
@@ -360,12 +360,14 @@ def measure_padding(report: Report, model: str, batches: list[Batch]) -> None:
     report.target(f"{model}: pads, ours", [padding_percent(batches)], 5, "%", at_most=True)
 
 
-def measure_memory(report: Report, model: str, workers: dict[str, Worker], largest: int) -> None:
-    """Peak memory on the epoch's largest batch, which sets an epoch's peak; the model and all else included."""
+def measure_memory(report: Report, model: str, workers: dict[str, Worker], batches: list[Batch]) -> None:
+    """Peak memory, the model and all else included, on a sample of the epoch with its largest batch, which sets the peak."""
+    largest = max(range(len(batches)), key=lambda i: batches[i].input_ids.numel())
+    sample = [*common.spread_sample(12, len(batches), 0), largest]
     peaks = {}
     for side, worker in workers.items():
         if side != "products":
-            before, peaks[side] = worker("peak", largest)
+            before, peaks[side] = worker("peak", sample)
             report.measure(f"{model}: peak memory, {side}", [peaks[side] / 2 ** 20], "MiB")
             report.measure(f"{model}: of it for the step, {side}", [(peaks[side] - before) / 2 ** 20], "MiB")
     for ours in (side for side in peaks if side.startswith("ours")):
@@ -420,7 +422,7 @@ def measure_model(report: Report, model: str, args: argparse.Namespace, work: Pa
                 report.check(f"{model}: loss of a batch, {ours} and {side}", abs(loss - their_loss), common.TOLERANCE)
                 report.check(f"{model}: gradient norm of A, relative, {ours} and {side}", abs(norm / their_norm - 1), 1e-3)
         measure_padding(report, model, batches)
-        measure_memory(report, model, workers, max(range(len(batches)), key=lambda i: batches[i].input_ids.numel()))
+        measure_memory(report, model, workers, batches)
         measure_speed(report, model, workers, batches, args.quick)
     finally:
         for worker in workers.values():

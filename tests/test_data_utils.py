@@ -1,4 +1,6 @@
 """Readers that lose nothing and name what is wrong; batches that hold every row once, in an order the seed fixes."""
+import dataclasses
+import itertools
 import os
 import random
 import warnings
@@ -174,6 +176,46 @@ def test_a_token_bound_holds_pads_included(lengths, bound, seed):
 def test_the_seed_mixes_rows_of_equal_length():
     first, second = bucket_by_length([5] * 40, 8, seed=1), bucket_by_length([5] * 40, 8, seed=2)
     assert first != second
+
+
+@FAST
+@given(ids=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=80), batch_size=st.integers(1, 9),
+       seed=st.integers(0, 99999))
+def test_buckets_of_neighbours_hold_every_row_once_sorted_by_length(ids, batch_size, seed):
+    lengths = list(map(len, ids))
+    buckets = bucket_by_length(lengths, batch_size, seed, beginnings=ids)
+    order = [row for rows in buckets for row in rows]
+    assert sorted(order) == list(range(len(ids))) and [lengths[row] for row in order] == sorted(lengths)
+    assert [len(rows) for rows in buckets[:-1]] == [batch_size] * (len(buckets) - 1)
+    assert bucket_by_length(lengths, batch_size, seed, beginnings=ids) == buckets
+
+
+@FAST
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), tokens=st.floats(0, 200), features=st.booleans())
+def test_the_parts_of_a_batch_are_its_rows_in_order_and_no_larger_than_asked(lengths, tokens, features):
+    ids = [list(range(1, n + 1)) for n in lengths]
+    numbers = [[float(n)] for n in lengths] if features else []
+    batch = collate(ids, [n % 2 for n in lengths], list(range(len(ids))), 0, numbers)
+    parts = batch.parts(tokens)
+    for name in ("input_ids", "attention_mask", "labels", "rows", *(["features"] if features else [])):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert [part.tokens for part in parts] == [int(part.attention_mask.sum()) for part in parts]
+    assert all(part.input_ids.numel() <= tokens or len(part.rows) == 1 for part in parts)
+    assert len(parts) == 1 or len(parts[0].rows) == 1 or (len(parts[0].rows) + 1) * max(lengths) > tokens  # nor smaller
+    kept = dataclasses.replace(batch, kept=torch.zeros(1))
+    assert kept.parts(tokens)[0] is kept
+
+
+def test_rows_that_begin_alike_stand_together_in_fours_and_the_fours_are_mixed():
+    ids = [[row % 10, row % 7 // 4, row] for row in range(40)]  # four rows begin with each of ten tokens
+    found = [sum(bucket_by_length([3] * 40, 8, seed, beginnings=ids), []) for seed in range(30)]
+    for order in found:
+        fours = [[ids[row] for row in order[i:i + 4]] for i in range(0, 40, 4)]
+        assert all(len({first for first, *_ in four}) == 1 for four in fours)
+        assert all(len(list(itertools.groupby(second for _, second, _ in four))) <= 2 for four in fours)  # and go on alike
+    assert len({tuple(order) for order in found}) == 30
+    first = [ids[order[0]][0] for order in found]
+    assert len(set(first)) > 5  # any four may come first: they are no alphabet, cut into batches
 
 
 @FAST

@@ -306,6 +306,29 @@ def test_accumulation_equals_one_large_batch(kd):
         torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=1e-6)
 
 
+def test_a_large_batch_is_computed_in_parts_and_its_gradient_is_the_wholes(monkeypatch):
+    """A batch of six times the others' tokens, the mean being 44 / 6 tokens."""
+    ids = [[row % 20, row * 7 % 20] for row in range(22)]
+    labels = [row % 3 % 2 for row in range(22)]
+    batches = [collate(ids, labels, rows, 0) for rows in ([0, 1], [2, 3], [4, 5], [6, 7], [8, 9], list(range(10, 22)))]
+    options, sizes, found = replace(OPTIONS, epochs=1, clip=0.0), [], []
+
+    def objective(logits, batch):
+        sizes.append(batch.input_ids.numel())
+        return F.cross_entropy(logits, batch.labels)
+
+    for large in (2, 1000):
+        monkeypatch.setattr(train_utils, "LARGE", large)
+        seen, model = steps_of(batches, objective, options)
+        found.append((seen, weights(model)))
+    assert sorted(sizes) == [4] * 10 + [10, 14, 24]
+    for (ours, _), (theirs, _) in zip(found[0][0], found[1][0], strict=True):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
+    for name, value in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], value, rtol=0, atol=1e-6)
+
+
 def test_a_last_group_of_fewer_batches_is_a_step_too():
     seen, _ = steps_of(toy_batches(20, 4), cross_entropy(), replace(OPTIONS, epochs=1, accumulate=2))
     assert len(seen) == 3  # 5 batches
