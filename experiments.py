@@ -118,8 +118,9 @@ def _load_task(options: RunOptions, tokenizer) -> Task:
 
 def _batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str, beginnings: bool = False
              ) -> tuple[list[Batch], dict[str, list[Batch]]]:
+    # Scores do not depend on who stands in a batch, but for rounding: alike for all models, as in `evaluate_run`.
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
-                                            options.batch_tokens, truncate, beginnings))
+                                            options.batch_tokens, truncate, beginnings or bool(split)))
             for split, rows in {"": task.train, **task.dev}.items()]
     return make[0][1], dict(make[1:])
 
@@ -395,7 +396,7 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
         split = replace(split, features=[])  # the student reads text alone
     batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"],
                                       truncate=options.get("truncate", "tail"),
-                                      beginnings=isinstance(model, TextClassifier) and model.decoder)
+                                      beginnings=True)
     logits = train_utils.predict(model, batches)
     if predictions is not None:
         probability, chosen = logits.softmax(-1).max(-1)
