@@ -137,7 +137,8 @@ class Ours(Side):
 
         plain = {name: getattr(amx, name) for name in amx.ARGUMENTS}
         for name, function in plain.items():
-            setattr(amx, name, labelled(function, "products" if name == "matmul" else "norms and activations"))
+            part = {"matmul": "products", "attend": "attention", "attend_backward": "attention"}.get(name)
+            setattr(amx, name, labelled(function, part or "norms and activations"))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             self.run(numbers)
         for name, function in plain.items():
