@@ -56,10 +56,12 @@ static void configure_tiles(void) {
 }
 
 /* x0 and x1 in two bfloat16 each, high and low, in pairs: (x0[i], x1[i]) share the 32 bits of lane i. Rounds to
- * nearest by adding half of the last bit that stays. */
+ * nearest by adding half of the last bit that stays; to a NaN nothing is added, for it might become a number. */
 static inline void split(__m512 x0, __m512 x1, __m512i *high, __m512i *low) {
     const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(0xffff0000);
-    __m512i h0 = _mm512_add_epi32(_mm512_castps_si512(x0), half), h1 = _mm512_add_epi32(_mm512_castps_si512(x1), half);
+    __m512i h0 = _mm512_castps_si512(x0), h1 = _mm512_castps_si512(x1);
+    h0 = _mm512_mask_add_epi32(h0, _mm512_cmp_ps_mask(x0, x0, _CMP_ORD_Q), h0, half);
+    h1 = _mm512_mask_add_epi32(h1, _mm512_cmp_ps_mask(x1, x1, _CMP_ORD_Q), h1, half);
     h0 = _mm512_and_si512(h0, upper), h1 = _mm512_and_si512(h1, upper);
     __m512i l0 = _mm512_castps_si512(_mm512_sub_ps(x0, _mm512_castsi512_ps(h0)));
     __m512i l1 = _mm512_castps_si512(_mm512_sub_ps(x1, _mm512_castsi512_ps(h1)));
@@ -466,7 +468,7 @@ int attend_backward(const Attention *x, const float *y, const float *lse, const 
     long size = x->size, heads = x->heads, shared = heads / x->groups, parts = (size + 15) / 16, pairs = 0;
     long *offset = malloc(x->tokens * sizeof(long));
     for (long i = 0; offset && i < x->tokens; i++) offset[i] = pairs * heads, pairs += x->length[i];
-    float *p = malloc(2 * pairs * heads * sizeof(float)), *ds = p + pairs * heads;
+    float *p = malloc(2 * pairs * heads * sizeof(float)), *ds = p ? p + pairs * heads : NULL;
     int failed = !offset || !p;
     if (failed) goto end;
 

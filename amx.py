@@ -28,9 +28,8 @@ from files import UserError
 
 OPTION = "--precision bf16x3"
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mamx-tile",
-         "-mamx-bf16")
-NEEDED = {"amx_tile", "amx_bf16", "avx512_bf16"}  # in Linux's words
+FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mamx-tile", "-mamx-bf16")
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "amx_tile", "amx_bf16"}  # the same in Linux's words
 
 
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -123,8 +122,9 @@ def matmul(terms: list[tuple[Tensor, list[Tensor]]], biases: list[Tensor | None]
     M, widths = terms[0][0].shape[0], [b.shape[1] for b in terms[0][1]]
     if out is None:
         out = terms[0][0].new_empty(M, sum(widths))
-    if out.shape != (M, sum(widths)) or any(a.shape[0] != M or [b.shape for b in bs] != [(a.shape[1], n) for n in widths]
-                                            for a, bs in terms):
+    if out.shape != (M, sum(widths)) or any(
+            a.shape[0] != M or not a.shape[1] or [b.shape for b in bs] != [(a.shape[1], n) for n in widths]
+            for a, bs in terms):
         raise ValueError(f"{[(tuple(a.shape), [tuple(b.shape) for b in bs]) for a, bs in terms]} do not give "
                          f"{tuple(out.shape)}")
     terms = [(a if a.stride(1) == 1 else a.contiguous(), [b if 1 in b.stride() else b.contiguous() for b in bs])
@@ -149,17 +149,19 @@ def matmul(terms: list[tuple[Tensor, list[Tensor]]], biases: list[Tensor | None]
 
 # ---------------------------------------------------------------- what stands before a product
 
-# Forward gives y; backward, given x and the gradient of y, gives y again and the gradient of x.
+# All are (rows, n). Forward gives y; backward, given x and the gradient of y, gives y again and the gradient of x.
 
 def gelu(x: Tensor) -> Tensor:
     """GELU's tanh form."""
-    x, y = x.contiguous(), torch.empty_like(x)
+    x = x.contiguous()
+    y = torch.empty_like(x)
     load().gelu(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
     return y
 
 
 def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x, grad, y, dx = x.contiguous(), grad.contiguous(), torch.empty_like(x), torch.empty_like(x)
+    x, grad = x.contiguous(), grad.contiguous()
+    y, dx = torch.empty_like(x), torch.empty_like(x)
     load().gelu_backward(x.data_ptr(), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), x.numel(), torch.get_num_threads())
     return y, dx
 
@@ -172,21 +174,23 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x, grad, dx = x.contiguous(), grad.contiguous(), torch.empty_like(x)
-    y = torch.empty_like(grad)
+    x, grad = x.contiguous(), grad.contiguous()
+    y, dx = torch.empty_like(grad), torch.empty_like(x)
     load().swiglu_backward(x.data_ptr(), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), *y.shape, torch.get_num_threads())
     return y, dx
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x²) + eps) of each row."""
-    x, y = x.contiguous(), torch.empty_like(x)
+    x = x.contiguous()
+    y = torch.empty_like(x)
     load().rms_norm(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), *x.shape, torch.get_num_threads())
     return y
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x, grad, y, dx = x.contiguous(), grad.contiguous(), torch.empty_like(x), torch.empty_like(x)
+    x, grad = x.contiguous(), grad.contiguous()
+    y, dx = torch.empty_like(x), torch.empty_like(x)
     load().rms_norm_backward(x.data_ptr(), weight.data_ptr(), eps, grad.data_ptr(), y.data_ptr(), dx.data_ptr(), *x.shape,
                              torch.get_num_threads())
     return y, dx
@@ -222,6 +226,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: fl
         y (N, heads * size), and (N, heads): what `attend_backward` wants.
 
     Raises:
+        ValueError: numbers that do not lie as said.
         MemoryError
     """
     y, lse = q.new_empty(q.shape), q.new_empty(len(q), q.shape[1] // size)
@@ -242,15 +247,22 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, 
         out: where the gradients go; their rows lie as q's, k's and v's.
 
     Raises:
+        ValueError: numbers that do not lie as said.
         MemoryError
     """
+    if [t.stride() for t in out] != [t.stride() for t in (q, k, v)]:
+        raise ValueError("the gradients of q, k and v do not lie as these do")
     grad = grad.contiguous()
     if load().attend_backward(_attention(q, k, v, chains, size, scale, rotary),
                               *(t.data_ptr() for t in (y, lse, grad, *out)), torch.get_num_threads()):
         raise MemoryError
 
 
-def _attention(q, k, v, chains, size, scale, rotary):
+def _attention(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
+               rotary: tuple[Tensor, Tensor] | None):
+    """The structure's address. It holds none of the tensors: the caller does."""
+    if q.stride(1) != 1 or k.stride(1) != 1 or k.stride() != v.stride() or not all(t.is_contiguous() for t in rotary or ()):
+        raise ValueError("attention wants rows that are contiguous, k's and v's as far apart, and whole tables of angles")
     cos, sin = (None, None) if rotary is None else (t.data_ptr() for t in rotary)
     return ctypes.byref(_Attention(
         *(t.data_ptr() for t in (chains.chain, chains.start, chains.length, q, k, v)), cos, sin, len(q), len(k),

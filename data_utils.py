@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import math
 import random
 import tempfile
 import warnings
@@ -41,6 +42,7 @@ HUB_TABLES = {
 }
 # The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
 BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
+LARGE = 2  # times the mean: of a batch that is computed in parts
 NEIGHBOURS = 4  # sentences that begin alike, together in a batch
 TASKS = ("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
@@ -86,24 +88,29 @@ class Batch:
     tokens: int  # real tokens, pads not counted
     kept: torch.Tensor | None = None  # what the frozen part of a classifier makes of it, computed once (frozen.py)
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
+    parts: list[Batch] = field(default_factory=list)  # in which it is computed, if it is large (`split_large`)
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
         more = (None if t is None else t.to(device, non_blocking=True) for t in (self.kept, self.features))
         return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, *more)
 
-    def parts(self, tokens: float) -> list[Batch]:
-        """Its rows in batches of no more tokens, pads included, than that, as far as single rows allow.
+    def pieces(self) -> list[Batch]:
+        """What is computed at a time: its parts, or itself."""
+        return self.parts or [self]
 
-        A batch with `kept` stays whole: that is not kept row by row.
-        """
-        rows = max(1, int(tokens // self.input_ids.shape[1]))
-        if self.kept is not None or len(self.rows) <= rows:
-            return [self]
-        some = [slice(i, i + rows) for i in range(0, len(self.rows), rows)]
-        return [Batch(self.input_ids[s], self.attention_mask[s], self.labels[s], self.rows[s],
-                      int(self.attention_mask[s].sum()), features=None if self.features is None else self.features[s])
-                for s in some]
+    def split(self, tokens: float) -> list[Batch]:
+        """Its rows in as few batches of no more tokens, pads included, as single rows allow; each as long as its longest."""
+        rows, longest = len(self.rows), self.input_ids.shape[1]
+        count = math.ceil(rows / max(1, int(tokens // longest)))
+        pieces = []
+        for start, end in itertools.pairwise(rows * i // count for i in range(count + 1)):
+            mask = self.attention_mask[start:end]
+            width = int(mask.sum(1).max())
+            pieces.append(Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end],
+                                self.rows[start:end], int(mask.sum()),
+                                features=None if self.features is None else self.features[start:end]))
+        return pieces
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """What a model's forward pass takes."""
@@ -412,6 +419,18 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
     buckets = bucket_by_length([len(tokens) for tokens in ids], batch_size, seed, batch_tokens,
                                ids if beginnings else None)
     return [collate(ids, split.labels, rows, pad_id, split.features) for rows in buckets]
+
+
+def split_large(batches: list[Batch]) -> list[Batch]:
+    """The batches, those of more than LARGE times the mean's tokens with parts of no more.
+
+    They alone would set a training's peak memory. The parts' gradients add up to the batch's.
+    """
+    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches)
+    for batch in batches:
+        if batch.input_ids.numel() > most and len(batch.rows) > 1:
+            batch.parts = batch.split(most)
+    return batches
 
 
 def epoch_order(batches: int, seed: int, epoch: int) -> list[int]:

@@ -122,7 +122,7 @@ def _batches(task: Task, tokenizer, max_length: int, options: TrainOptions, trun
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
                                             options.batch_tokens, truncate, beginnings or bool(split)))
             for split, rows in {"": task.train, **task.dev}.items()]
-    return make[0][1], dict(make[1:])
+    return data_utils.split_large(make[0][1]), dict(make[1:])
 
 
 def selection_split(splits) -> str:
@@ -395,7 +395,7 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
     if summary["mode"] == "distil":
         split = replace(split, features=[])  # the student reads text alone
     batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"],
-                                      truncate=options.get("truncate", "tail"),
+                                      options.get("batch_tokens"), options.get("truncate", "tail"),
                                       beginnings=True)
     logits = train_utils.predict(model, batches)
     if predictions is not None:

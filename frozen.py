@@ -111,7 +111,7 @@ class FrozenPrefix:
         return torch.stack([first] if pooler is None else [first, pooler], 1)
 
     def keep(self, batches: list[Batch], folder: Path | None = None, budget: int = 2 << 30, used: int = 0) -> int:
-        """Computes and attaches `kept` to each batch.
+        """Computes and attaches `kept` to each batch, or to each of its parts.
 
         Args:
             batches: of any split; their composition must not change afterwards.
@@ -123,7 +123,7 @@ class FrozenPrefix:
         Returns:
             Bytes of the budget that are used now.
         """
-        for batch in batches:
+        for batch in (piece for whole in batches for piece in whole.pieces()):
             # A copy outside inference mode, for autograd will save it.
             hidden = self.compute(batch).cpu()
             size = hidden.numel() * hidden.element_size()

@@ -163,7 +163,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, y, lse = ctx.saved_tensors
-        d_q, d_kv = torch.empty_like(q), None if kv is None else torch.empty_like(kv)
+        d_q, d_kv = (t if t is None else torch.empty_strided(t.shape, t.stride()) for t in (q, kv))  # laid out alike
         amx.attend_backward(*_Attend.parts(q, kv, *ctx.widths), ctx.chains, *ctx.how, y, lse, grad,
                             _Attend.parts(d_q, d_kv, *ctx.widths))
         return d_q, d_kv, None, None, None, None, None

@@ -28,7 +28,6 @@ from files import UserError, write_file
 from signals import Interrupted, deferred
 
 CHECKPOINT = "checkpoint.safetensors"
-LARGE = 2  # times the mean batch's tokens; a larger batch is computed in parts, for it alone would set the peak memory
 Objective = Callable[[Tensor, Batch], Tensor]
 
 
@@ -278,7 +277,6 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
     saved = start = time.perf_counter()
     before = progress.sums["seconds"]
     done = min(progress.group * options.accumulate, len(batches))
-    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches)
     with tqdm(total=len(batches), initial=done, unit="batch", dynamic_ncols=True,
               desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar, deferred():
         for group in groups[progress.group:]:
@@ -286,7 +284,7 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
             for param_group in optimizer.param_groups:
                 param_group["lr"] = param_group["peak"] * factor
             rows = sum(len(batches[i].rows) for i in group)
-            for batch in (part.to(device) for i in group for part in batches[i].parts(most)):
+            for batch in (piece.to(device) for i in group for piece in batches[i].pieces()):
                 with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"
                                     and getattr(model, "full", False)):
                     logits = model(*batch.inputs())

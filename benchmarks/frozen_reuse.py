@@ -49,7 +49,7 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
 
 def copies(batches: list[Batch]) -> list[Batch]:
     """The same batches with nothing kept."""
-    return [replace(batch, kept=None) for batch in batches]
+    return [replace(batch, kept=None, parts=copies(batch.parts)) for batch in batches]
 
 
 def check_kept(report: Report, what: str, model: TextClassifier, kept: list[Batch]) -> None:

@@ -1,5 +1,4 @@
 """Readers that lose nothing and name what is wrong; batches that hold every row once, in an order the seed fixes."""
-import dataclasses
 import itertools
 import os
 import random
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 
 import data_utils
 import toy
-from data_utils import Split, bucket_by_length, collate, encode, epoch_order, load_task, make_batches, read_cola_tsv
+from data_utils import (Split, bucket_by_length, collate, encode, epoch_order, load_task, make_batches, read_cola_tsv,
+                        split_large)
 from files import UserError, sha256
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -192,30 +192,43 @@ def test_buckets_of_neighbours_hold_every_row_once_sorted_by_length(ids, batch_s
 
 @FAST
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), tokens=st.floats(0, 200), features=st.booleans())
-def test_the_parts_of_a_batch_are_its_rows_in_order_and_no_larger_than_asked(lengths, tokens, features):
+def test_a_split_batch_is_its_rows_in_order_in_few_pieces_of_like_size(lengths, tokens, features):
     ids = [list(range(1, n + 1)) for n in lengths]
     numbers = [[float(n)] for n in lengths] if features else []
     batch = collate(ids, [n % 2 for n in lengths], list(range(len(ids))), 0, numbers)
-    parts = batch.parts(tokens)
-    for name in ("input_ids", "attention_mask", "labels", "rows", *(["features"] if features else [])):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
-    assert [part.tokens for part in parts] == [int(part.attention_mask.sum()) for part in parts]
-    assert all(part.input_ids.numel() <= tokens or len(part.rows) == 1 for part in parts)
-    assert len(parts) == 1 or len(parts[0].rows) == 1 or (len(parts[0].rows) + 1) * max(lengths) > tokens  # nor smaller
-    kept = dataclasses.replace(batch, kept=torch.zeros(1))
-    assert kept.parts(tokens)[0] is kept
+    pieces = batch.split(tokens)
+    for name in ("labels", "rows", *(["features"] if features else [])):
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
+    assert [row[mask.bool()].tolist() for piece in pieces
+            for row, mask in zip(piece.input_ids, piece.attention_mask, strict=True)] == ids
+    assert [piece.tokens for piece in pieces] == [int(piece.attention_mask.sum()) for piece in pieces]
+    assert all(piece.input_ids.shape[1] == max(lengths[row] for row in piece.rows) for piece in pieces)
+    assert all(piece.input_ids.numel() <= tokens or len(piece.rows) == 1 for piece in pieces)
+    sizes = [len(piece.rows) for piece in pieces]
+    assert max(sizes) - min(sizes) <= 1
+    fewer = -(-len(lengths) // max(1, len(pieces) - 1))  # rows of a piece, were there one less
+    assert len(pieces) == 1 or fewer * max(lengths) > tokens
+
+
+def test_only_batches_of_more_than_twice_the_mean_get_parts():
+    batches = split_large([collate([[1] * width] * rows, [0] * rows, list(range(rows)), 0)
+                           for rows, width in ((4, 3), (4, 3), (4, 6), (4, 9), (1, 40))])
+    assert [len(batch.parts) for batch in batches] == [0, 0, 0, 0, 0]  # the mean is 112 / 5
+    batches = split_large([*batches[:4], collate([[1] * 40] * 3, [0] * 3, [0, 1, 2], 0)])
+    assert [len(batch.parts) for batch in batches] == [0, 0, 0, 0, 2]  # 192 / 5: of 120 tokens two parts of 80 and 40
+    assert batches[0].pieces() == [batches[0]] and batches[4].pieces() is batches[4].parts
 
 
 def test_rows_that_begin_alike_stand_together_in_fours_and_the_fours_are_mixed():
-    ids = [[row % 10, row % 7 // 4, row] for row in range(40)]  # four rows begin with each of ten tokens
-    found = [sum(bucket_by_length([3] * 40, 8, seed, beginnings=ids), []) for seed in range(30)]
+    ids = [[row % 5, row % 7 // 4, row] for row in range(60)]  # twelve rows begin with each of five tokens
+    found = [sum(bucket_by_length([3] * 60, 8, seed, beginnings=ids), []) for seed in range(30)]
+    mixed = 0
     for order in found:
-        fours = [[ids[row] for row in order[i:i + 4]] for i in range(0, 40, 4)]
+        fours = [[ids[row] for row in order[i:i + 4]] for i in range(0, 60, 4)]
         assert all(len({first for first, *_ in four}) == 1 for four in fours)
         assert all(len(list(itertools.groupby(second for _, second, _ in four))) <= 2 for four in fours)  # and go on alike
-    assert len({tuple(order) for order in found}) == 30
-    first = [ids[order[0]][0] for order in found]
-    assert len(set(first)) > 5  # any four may come first: they are no alphabet, cut into batches
+        mixed += len(list(itertools.groupby(four[0][0] for four in fours))) > 8  # sorted, it would be 5
+    assert mixed > 25 and len({tuple(order) for order in found}) == 30
 
 
 @FAST

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, adapted, randomize_B, toy_batch, toy_net
 
+import data_utils
 import experiments
 import figures
 import frozen
@@ -145,7 +146,9 @@ def work(tmp_path_factory):
 @pytest.mark.parametrize(("options", "file"), [(("--layers", "1-1", "--dropout", 0.2), "adapter_model.safetensors"),
                                                (("--method", "head"), "trained.safetensors")], ids=["layers", "head"])
 def test_a_run_that_keeps_ends_in_the_bytes_of_one_that_does_not(work, tmp_path, monkeypatch, options, file):
+    """With a batch that is computed in parts."""
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+    monkeypatch.setattr(data_utils, "LARGE", 1.2)
     computed, found = {}, {}
     compute = FrozenPrefix.compute
     for name, keeping in (("kept", ()), ("mapped", ("--keep-memory", 0)), ("fresh", ("--no-keep",))):
@@ -156,7 +159,7 @@ def test_a_run_that_keeps_ends_in_the_bytes_of_one_that_does_not(work, tmp_path,
                         "--plots", tmp_path, "--epochs", 2, "--batch-size", 8, "--lr", 0.01, *options, *keeping) == 0
         found[name] = (tmp_path / name / file).read_bytes(), read_json(tmp_path / name / "summary.json")["validation"]
     assert found["kept"] == found["mapped"] == found["fresh"]
-    assert [len(computed[name]) for name in ("kept", "mapped", "fresh")] == [9, 9, 0]  # 5 + 2 + 2 batches, once each
+    assert [len(computed[name]) for name in ("kept", "mapped", "fresh")] == [11, 11, 0]  # 5 + 2 + 2 batches, two in two parts
     left = [{path.name for path in (tmp_path / name).iterdir()} for name in ("mapped", "fresh")]
     assert left[0] == left[1]  # no kept file among them
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_utils
-from data_utils import bucket_by_length, collate
+from data_utils import bucket_by_length, collate, split_large
 from files import UserError
 from signals import Interrupted
 from train_utils import (Diverged, Progress, TrainOptions, confusion, cross_entropy, distillation, fit, kd_loss,
@@ -306,22 +306,24 @@ def test_accumulation_equals_one_large_batch(kd):
         torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=1e-6)
 
 
-def test_a_large_batch_is_computed_in_parts_and_its_gradient_is_the_wholes(monkeypatch):
-    """A batch of six times the others' tokens, the mean being 44 / 6 tokens."""
-    ids = [[row % 20, row * 7 % 20] for row in range(22)]
+@pytest.mark.parametrize("kd", [False, True])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(kd):
+    ids = [[row % 20, row * 7 % 20, row % 3][:2 + (row > 15)] for row in range(22)]
     labels = [row % 3 % 2 for row in range(22)]
-    batches = [collate(ids, labels, rows, 0) for rows in ([0, 1], [2, 3], [4, 5], [6, 7], [8, 9], list(range(10, 22)))]
-    options, sizes, found = replace(OPTIONS, epochs=1, clip=0.0), [], []
+    groups = ([0, 1], [2, 3], [4, 5], [6, 7], [8, 9], list(range(10, 22)))
+    teacher = torch.randn(22, 2, generator=torch.Generator().manual_seed(1))
+    objective = distillation(teacher, 2.0, 0.7) if kd else cross_entropy()
+    found, sizes = [], []
 
-    def objective(logits, batch):
-        sizes.append(batch.input_ids.numel())
-        return F.cross_entropy(logits, batch.labels)
+    def look(logits, batch):
+        sizes.append(len(logits))
+        return objective(logits, batch)
 
-    for large in (2, 1000):
-        monkeypatch.setattr(train_utils, "LARGE", large)
-        seen, model = steps_of(batches, objective, options)
+    for prepare in (split_large, list):
+        batches = prepare([collate(ids, labels, rows, 0) for rows in groups])
+        seen, model = steps_of(batches, look, replace(OPTIONS, epochs=1, clip=0.0))
         found.append((seen, weights(model)))
-    assert sorted(sizes) == [4] * 10 + [10, 14, 24]
+    assert sorted(sizes) == [2] * 10 + [6, 6, 12]  # of 36 tokens, the mean being 56 / 6
     for (ours, _), (theirs, _) in zip(found[0][0], found[1][0], strict=True):
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
