@@ -5,6 +5,9 @@
  * left out (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
  * Computations"). Tiles multiply bfloat16 and add up in float32.
  *
+ * Frozen weights are split anew for every product: kept, their parts would take the weights' memory once more for each of
+ * forward and backward, which want them in different orders.
+ *
  * A tile holds 16 rows of 16 pairs of bfloat16. TDPBF16PS is c[m][n] += a[m][i].first b[i][n].first + the same of the
  * second, over i < 16, for 16 rows m and columns n. Here pair i is of k = i and k = i + 16, in a and in b: any order
  * will do, and this one needs no shuffling.

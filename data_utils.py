@@ -360,7 +360,8 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
         seed: breaks ties between rows of equal length.
         batch_tokens: if given, bounds rows x longest row of a batch instead of counting rows (a
             single row longer than that still makes a batch of its own).
-        beginnings: the rows' token ids, if rows of equal length that begin alike shall stand together.
+        beginnings: the rows' token ids, if rows of equal length that begin alike shall stand together, NEIGHBOURS at a
+            time.
     """
     shuffle = random.Random(seed)
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], shuffle.random()))
@@ -410,8 +411,8 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
     """A split as length-bucketed batches, tokenised and padded once for the whole run.
 
     Args:
-        beginnings: sentences of equal length that begin alike stand together: a decoder computes what they share once
-            (`fused.Rows`).
+        beginnings: sentences of equal length that begin alike stand together, a few at a time: a decoder computes what
+            they share once (`fused.Rows`).
     """
     ids = encode(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.

@@ -190,7 +190,8 @@ def to_precision(classifier: TextClassifier, precision: str) -> None:
     bf16: frozen weights become bfloat16. On a CPU that is the adapted projections alone, and activations stay
     float32: its matrix products gain from bfloat16, its other operations lose.
 
-    bf16x3: weights and activations stay float32, and a product with a frozen weight is three of bfloat16 (amx.py).
+    bf16x3: all numbers stay float32, and a product of the fused blocks with a frozen weight, the update's second factor
+    beside it, is three of bfloat16 (amx.py).
 
     Raises:
         UserError: bf16x3, and this machine cannot do it.

@@ -208,7 +208,7 @@ def stop_while_busy(work: Path, phase: str, number: signal.Signals, expected: di
 
 
 def signal_twice(work: Path) -> dict:
-    """A second signal ends a run at once, though the step that is running takes long."""
+    """SIGINT once more ends a run at once, though the step that is running takes long."""
     child = start(command(work, work / "twice"), work, busy(work, "torch.nn.utils", "clip_grad_norm_"))
     limit = time.monotonic() + 60
     while not (work / "busy").exists() and time.monotonic() < limit:

@@ -35,7 +35,8 @@ def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
     experiments.to_precision(classifier, precision)
     logits = []
     for split in task.dev.values():
-        for batch in data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], seed=1):
+        for batch in data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], seed=1,
+                                             beginnings=True):
             logits.append(classifier(*batch.to(common.device()).inputs()).float().cpu())
     return torch.cat(logits)
 

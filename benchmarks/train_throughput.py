@@ -121,7 +121,6 @@ class Ours(Side):
         return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.cross_entropy(),
                                     precision=self.args.precision, compile=self.args.compile)
 
-
     def profile(self, numbers: list[int]) -> dict[str, float]:
         """Share of the operators' own time, in percent, on these batches: what the step's time goes into.
 

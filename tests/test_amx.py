@@ -1,5 +1,6 @@
 """amx: products and what stands before them against float64; a classifier with tiles against the same without."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from torch import nn
 
 import amx
 import experiments
+import figures
 import fused
-from files import UserError
+import toy
+from files import UserError, read_json
 from lora import GELU, RMSNorm, SwiGLU, product
 from train_utils import trainable
 
@@ -293,6 +296,32 @@ def test_logits_and_gradients_are_those_without_tiles(architecture, options, mat
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=0)
     for name, grad in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], grad, atol=1e-4 * max(1, float(grad.abs().max())), rtol=0, msg=name)
+
+
+@needs_tiles
+def test_a_run_ends_in_the_same_bytes_twice_and_is_scored_alike_where_there_are_no_tiles(tmp_path, monkeypatch, capsys):
+    toy.write_model(tmp_path / "model")
+    toy.write_cola(tmp_path / "cola")
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+    for name in ("one", "two"):
+        assert toy.main("LoRA", "12345", "--model", tmp_path / "model", "--data", tmp_path / "cola", "--epochs", 2, "--lr",
+                        0.01, "--batch-size", 8, "--dropout", 0.2, "--precision", "bf16x3", "--out", tmp_path / name,
+                        "--plots", tmp_path) == 0
+    found = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert found[0] == found[1]
+    summary, dev = read_json(tmp_path / "one" / "summary.json"), tmp_path / "cola" / "in_domain_dev.tsv"
+    counted, calls = amx.matmul, []
+    monkeypatch.setattr(amx, "matmul", lambda *args: calls.append(args) or counted(*args))
+    scores = []
+    for tiles in (True, False):
+        monkeypatch.setattr(amx, "available", lambda tiles=tiles: tiles)
+        calls.clear()
+        capsys.readouterr()
+        assert toy.main("eval", tmp_path / "one", "--data", dev, "--json") == 0
+        scores.append(json.loads(capsys.readouterr().out))
+        assert bool(calls) == tiles
+    assert scores[0].items() >= summary["validation"]["in_domain"].items()
+    assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], abs=1e-4) and scores[1]["loss"] != scores[0]["loss"]
 
 
 def test_float64_is_computed_as_ever(monkeypatch):

@@ -219,6 +219,19 @@ def test_eval_of_a_lora_run_repeats_its_summary(work, capsys, split):
     assert result == summary["validation"][split]
 
 
+def test_only_a_decoder_trains_on_neighbours_and_every_evaluation_split_stands_so(work, tmp_path, monkeypatch, quick):
+    seen, bucket = [], data_utils.bucket_by_length
+
+    def look(*args):
+        seen.append(args[4] is not None)
+        return bucket(*args)
+    monkeypatch.setattr(data_utils, "bucket_by_length", look)
+    assert lora(work, tmp_path / "decoder") == 0
+    assert toy.main("eval", tmp_path / "decoder", "--data", work / "cola" / "in_domain_dev.tsv") == 0
+    assert toy.main("distil", "12345", "--teacher", tmp_path / "decoder", "--out", tmp_path / "student", *SMALL) == 0
+    assert seen == [True, True, True, True, False, True, True]
+
+
 def test_eval_writes_each_prediction_beside_its_sentence(work, tmp_path, capsys):
     data = work / "cola" / "in_domain_dev.tsv"
     assert toy.main("eval", work / "LoRA", "--data", data, "--json", "--predictions", tmp_path / "out.tsv") == 0

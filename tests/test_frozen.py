@@ -159,7 +159,7 @@ def test_a_run_that_keeps_ends_in_the_bytes_of_one_that_does_not(work, tmp_path,
                         "--plots", tmp_path, "--epochs", 2, "--batch-size", 8, "--lr", 0.01, *options, *keeping) == 0
         found[name] = (tmp_path / name / file).read_bytes(), read_json(tmp_path / name / "summary.json")["validation"]
     assert found["kept"] == found["mapped"] == found["fresh"]
-    assert [len(computed[name]) for name in ("kept", "mapped", "fresh")] == [11, 11, 0]  # 5 + 2 + 2 batches, two in two parts
+    assert [len(computed[name]) for name in ("kept", "mapped", "fresh")] == [11, 11, 0]  # 5 + 2 + 2, two of them in parts
     left = [{path.name for path in (tmp_path / name).iterdir()} for name in ("mapped", "fresh")]
     assert left[0] == left[1]  # no kept file among them
 
