@@ -10,6 +10,7 @@ ordinary run folder in `runs/compare-SR/`, so that a comparison started again ke
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import signal
 import statistics
@@ -83,12 +84,13 @@ def compare(options: CompareOptions, say: Callable[[str], None] = print) -> dict
         def run(entry: Entry, seed: str, rate: float | None) -> dict:
             name = "-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed])
             bar.set_postfix_str(name)
-            summary = finished_run(entry, seed, rate, folder / name)
+            summary = finished_run(entry, seed, rate, folder / name, threads)
             runs.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
                          "status": "finished" if summary else "diverged", "summary": summary})
             bar.update()
             return runs[-1]
 
+        threads = read_json(folder / "config.json").get("threads")  # recorded when the comparison began
         for entry in options.entries:
             tried = [run(entry, *first) for first in plan[entry.name]]
             chosen = choose_rate(tried)
@@ -153,7 +155,7 @@ def _said(value) -> str:
 
 # ---------------------------------------------------------------- one run
 
-def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path) -> dict | None:
+def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path, threads: int | None) -> dict | None:
     """The summary of a run, which is started or resumed if it is not finished; None if it diverged.
 
     Raises:
@@ -167,7 +169,7 @@ def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path) -> d
     if not (folder / "summary.json").exists() and not diverged.exists():
         words = ["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"]), f"--out={folder}", "--resume",
                  "--no-plots"]
-        status = run_child(words, folder / "log.txt")
+        status = run_child(words, folder / "log.txt", threads)
         last = next((line for line in reversed((folder / "log.txt").read_text(errors="replace").splitlines())
                      if line.strip()), "no output")
         if status == DIVERGED:
@@ -178,21 +180,29 @@ def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path) -> d
     return None if diverged.exists() else {**read_run(folder, "LoRA")[1], "size_bytes": size_on_disk(folder)}
 
 
-def run_child(words: list[str], log: Path) -> int:
-    """`python run.py WORDS` in a process of its own, its output in `log`; the exit status, negative for a signal.
+def run_child(words: list[str], log: Path, threads: int | None = None) -> int:
+    """Runs `python run.py WORDS` in a process of its own, with so many threads (all cores if None) and its output in `log`.
+
+    Returns the exit status, negative for a signal.
 
     Interrupted, it asks the child to stop and waits until that has saved its state. The child is in a process group of
     its own: Ctrl-C would reach it too, and SIGINT after a signal ends it at once.
     """
     with open(log, "ab") as output:
         child = subprocess.Popen([sys.executable, str(RUN), *words], stdin=subprocess.DEVNULL, stdout=output,
-                                 stderr=output, preexec_fn=_end_with_parent, process_group=0)
+                                 stderr=output, preexec_fn=_end_with_parent, process_group=0,
+                                 env=os.environ | _threads(threads))
         try:
             return child.wait()
         except KeyboardInterrupt:
             child.send_signal(signal.SIGTERM)
             child.wait()
             raise
+
+
+def _threads(threads: int | None) -> dict[str, str]:
+    """Environment variables that give a child so many threads, more than there are cores too (MKL_DYNAMIC)."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"} if threads else {}
 
 
 def _end_with_parent() -> None:

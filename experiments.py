@@ -31,7 +31,7 @@ from files import UserError, read_json, sha256, write_file, write_json
 from model import (DistilRNN, FeatureHead, LoRAOptions, RNNConfig, TextClassifier, count_parameters, inject_lora,
                    load_classifier, lora_layers, student_config)
 from runs import (Recorder, RunOptions, as_json, device, finish, provenance, read_run, rebuild, run_folder,
-                  settings_of, warn_of_changed_data)
+                  settings_of, use_recorded_threads, warn_of_changed_data)
 from tables import TableOptions
 from train_utils import TrainOptions
 
@@ -229,6 +229,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
         UserError: bad input, before anything is written.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
+    use_recorded_threads(options)
     seed_everything(int(options.sr), options.deterministic)
     tokenizer = load_tokenizer(options.model)
     task = _load_task(options, tokenizer)
@@ -460,6 +461,7 @@ def distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[st
         UserError: bad input, a teacher that is not a finished LoRA run.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
+    use_recorded_threads(options)
     seed_everything(int(options.sr), options.deterministic)
     teacher, tokenizer, teacher_run = load_finetuned(distil_options.teacher)
     options = replace(options, model=teacher_run["model"], task=options.task or teacher_run["task"],

@@ -8,16 +8,13 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 import experiments
 from runs import RunOptions, changes, read_run, rebuild, without_times
+
 
 def repeat(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
            ) -> list[str]:
     """Runs again what `folder` recorded, into `out`.
-
-    The number of threads is set to the recorded one: sums are rounded in the order in which threads share them.
 
     Returns:
         What differs, in words, and the differences of the two environments; nothing if the results are identical.
@@ -26,8 +23,6 @@ def repeat(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Ca
         UserError: not a finished run, or its data, base model or teacher are no longer what they were.
     """
     config, summary = read_run(folder)
-    if isinstance(threads := config.get("threads"), int) and threads > 0:
-        torch.set_num_threads(threads)
     values = config["options"]
     options = rebuild(RunOptions, values, out=out, repeats=folder)
     if summary["mode"] == "LoRA":

@@ -68,6 +68,26 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def use_threads(threads) -> None:
+    """Sets the number of CPU threads to a recorded one: threads decide in which order sums are rounded.
+
+    Warns in one line where PyTorch does not take that number.
+    """
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 0 < threads <= 1024:
+        return  # nothing usable was recorded
+    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        warnings.warn(f"{threads} threads cannot be had here, {torch.get_num_threads()} are used: sums are rounded in "
+                      "another order, and the result may differ in its last digits", stacklevel=2)
+
+
+def use_recorded_threads(options: RunOptions) -> None:
+    """Gives a run that is resumed or repeats another one as many threads as `config.json` recorded."""
+    folder = options.repeats or (options.out if options.resume and not options.overwrite else None)
+    if folder is not None and (folder / "config.json").exists():
+        use_threads(read_json(folder / "config.json").get("threads"))
+
+
 def provenance(options: dict, task: Task) -> dict:
     """What config.json records beside the options: enough to repeat the run."""
     here = Path(__file__).parent

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import filelock
 import optuna
+import torch
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 from tqdm import tqdm
@@ -31,7 +32,7 @@ import report_utils
 import signals
 from compare import same_settings
 from files import UserError, make_folder, without_password, write_file, write_json
-from runs import RunOptions, provenance
+from runs import RunOptions, provenance, use_threads
 from train_utils import Diverged
 
 HEARTBEAT, GRACE = 60, 300  # seconds: a trial whose process was silent for so long is given to another
@@ -86,6 +87,8 @@ def sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict:
     record["versions"]["optuna"] = version("optuna")
     with _storage_errors(options):
         study = open_study(options, record)
+        use_threads(study.user_attrs["threads"])
+        record["threads"] = torch.get_num_threads()
         requeue_dead(study, options.out)
         trial = Trial(options, study, experiments.selection_split(task.dev))
         with tqdm(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
@@ -181,6 +184,8 @@ def open_study(options: SweepOptions, record: dict) -> optuna.Study:
     for slot in range(trials):
         if slot not in slots:
             study.enqueue_trial(grid[slot] if grid else {}, user_attrs={"slot": slot})
+    if "threads" not in study.user_attrs:  # every process of the study uses as many as the first
+        study.set_user_attr("threads", record["threads"])
     study.set_user_attr("settings", settings)  # last: now the study is whole
     return study
 

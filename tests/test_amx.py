@@ -393,8 +393,11 @@ def test_a_library_that_cannot_be_loaded_is_named(fresh, monkeypatch):
 
 def test_the_command_says_it_in_one_line(tmp_path):
     """Before anything is written; here by a compiler that is none, on CPUs that have tiles, else for want of these."""
+    toy.write_model(tmp_path / "model")
+    toy.write_cola(tmp_path / "cola")
     result = subprocess.run(
-        [sys.executable, "run.py", "LoRA", "12345", "--precision", "bf16x3", "--limit", "50", "--out", tmp_path / "run"],
+        [sys.executable, "run.py", "LoRA", "12345", "--model", tmp_path / "model", "--data", tmp_path / "cola", "--out",
+         tmp_path / "run", "--precision", "bf16x3"],
         capture_output=True, text=True, cwd=amx.SOURCE.parent,
         env={**os.environ, "CC": "/nowhere/cc", "CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 2 and not (tmp_path / "run").exists()

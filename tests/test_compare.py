@@ -1,6 +1,7 @@
 """A comparison: the learning rate of each entry, its means, what is kept, what is refused; a killed one goes on."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import toy
 from files import read_json
 from runs import without_times
 
-torch.set_num_threads(1)
 RUN = Path(compare.__file__).parent / "run.py"
 GRID = (1e-4, 1e-3, 1e-2)
 
@@ -52,7 +52,7 @@ def made_up(monkeypatch):
     """
     calls = []
 
-    def child(words, log):
+    def child(words, log, threads=None):
         calls.append(words)
         log.write_text("made up\n")
         method, rate, seed = option(words, "method") or "lora", option(words, "lr"), words[1]
@@ -80,7 +80,7 @@ def made_up(monkeypatch):
 @pytest.fixture
 def same_process(monkeypatch):
     """Children that train, in this process: importing PyTorch takes longest of all."""
-    def child(words, log):
+    def child(words, log, threads=None):
         log.touch()
         return toy.main(*words)
     monkeypatch.setattr(compare, "run_child", child)
@@ -240,11 +240,29 @@ def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work
     kept = (first / "summary.json").stat().st_mtime_ns
     assert toy.main(*words, "--out", tmp_path / "killed") == 0
     assert (first / "summary.json").stat().st_mtime_ns == kept
+    torch.set_num_threads(read_json(second / "config.json")["threads"])
     assert toy.main("LoRA", "12346", *common, "--out", tmp_path / "whole") == 0
     assert without_times(read_json(second / "summary.json")) == without_times(read_json(tmp_path / "whole" / "summary.json"))
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (second, tmp_path / "whole")]
     assert weights[0] == weights[1]
     assert rows(tmp_path / "killed")["lora"]["seeds"] == ["12345", "12346"]
+
+
+def test_children_have_as_many_threads_as_the_comparison_began_with(work, tmp_path, monkeypatch, made_up):
+    began, asked, child = torch.get_num_threads(), [], compare.run_child
+    monkeypatch.setattr(compare, "run_child", lambda words, log, threads: asked.append(threads) or child(words, log))
+    assert call(work, tmp_path / "c", "--methods", "lora") == 0
+    torch.set_num_threads(began + 1)
+    shutil.rmtree(tmp_path / "c" / "lora-lr0.0004-00001")
+    assert call(work, tmp_path / "c", "--methods", "lora") == 0
+    assert asked == [began] * 4
+
+
+def test_a_child_uses_the_threads_that_it_is_given(tmp_path, monkeypatch):
+    (tmp_path / "child.py").write_text("import torch\nprint(torch.get_num_threads())\n")
+    monkeypatch.setattr(compare, "RUN", tmp_path / "child.py")
+    assert compare.run_child([], tmp_path / "log.txt", 3) == 0
+    assert (tmp_path / "log.txt").read_text() == "3\n"
 
 
 def until(condition, limit: float = 300) -> None:
@@ -257,7 +275,7 @@ def until(condition, limit: float = 300) -> None:
 def test_a_stopped_comparison_names_the_command_that_goes_on(work, tmp_path, monkeypatch, made_up, capsys):
     child = compare.run_child
 
-    def stopped(words, log):
+    def stopped(words, log, threads=None):
         if len(made_up) == 2:
             raise signals.Interrupted(15)
         return child(words, log)
@@ -272,7 +290,8 @@ def test_a_stopped_comparison_names_the_command_that_goes_on(work, tmp_path, mon
 
 
 def test_a_child_that_fails_is_one_line_that_names_its_log(work, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "run_child", lambda words, log: log.write_text("bar\nrun.py: no such thing\n") and 2)
+    monkeypatch.setattr(compare, "run_child",
+                        lambda words, log, threads: log.write_text("bar\nrun.py: no such thing\n") and 2)
     assert call(work, tmp_path / "c", "--methods", "lora") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "lora-lr0.0004-99999: the run failed (exit status 2: run.py: no such thing); see" in last and "log.txt" in last

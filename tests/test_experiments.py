@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_utils
 import experiments
 import figures
+import runs
 import toy
 import train_utils
 from files import UserError, read_json
@@ -18,7 +19,6 @@ from model import DistilRNN
 from runs import without_times
 from signals import Interrupted
 
-torch.set_num_threads(1)
 SCORES = {"n", "loss", "accuracy", "mcc", "macro_f1", "majority_accuracy"}
 TRAIN = {"epochs", "steps", "seconds", "tokens", "tokens_per_second", "padding_percent", "peak_memory_bytes"}
 SPLITS = {"in_domain": 12, "out_of_domain": 12, "all": 24}
@@ -372,6 +372,27 @@ def test_an_unfinished_run_needs_resume_and_then_ends_in_the_same_bytes(work, tm
     assert without_times(lines_of(tmp_path / "run")) == without_times(lines_of(work / "LoRA"))
     assert without_times(json.loads(after["summary.json"])) == without_times(json.loads(whole["summary.json"]))
     assert {name for name in after if "tensorboard" not in name} == {name for name in whole if "tensorboard" not in name}
+
+
+def test_a_resumed_run_has_as_many_threads_as_it_began_with(work, tmp_path, monkeypatch, quick, capsys):
+    threads = read_json(work / "LoRA" / "config.json")["threads"]
+    interrupt(work, tmp_path / "run", monkeypatch)
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+    torch.set_num_threads(threads + 1)
+    capsys.readouterr()
+    assert lora(work, tmp_path / "run", "--resume") == 0
+    assert torch.get_num_threads() == threads == read_json(tmp_path / "run" / "config.json")["threads"]
+    assert "threads" not in capsys.readouterr().err
+    weights = [(run / "adapter_model.safetensors").read_bytes() for run in (tmp_path / "run", work / "LoRA")]
+    assert weights[0] == weights[1]
+
+
+def test_threads_that_cannot_be_had_are_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    with pytest.warns(UserWarning, match="77 threads cannot be had here, . are used: sums are rounded in another order"):
+        runs.use_threads(77)
+    for unusable in (None, True, 0, "2"):
+        runs.use_threads(unusable)  # no warning, which would be an error here
 
 
 def test_a_run_stopped_while_plotting_leaves_no_half_plot_and_resume_draws_them(work, tmp_path, monkeypatch, capsys):

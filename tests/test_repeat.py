@@ -14,7 +14,6 @@ from files import UserError, read_json
 from model import LoRAOptions
 from train_utils import TrainOptions
 
-torch.set_num_threads(1)
 # Every option away from its default, so that one which is lost on the way back shows.
 ODD = ("--epochs", 2, "--batch-size", 7, "--lr", 0.02, "--head-lr", 0.01, "--weight-decay", 0.1, "--warmup", 0.2,
        "--schedule", "cosine", "--clip", 0.5, "--accumulate", 2, "--label-smoothing", 0.1, "--patience", 5, "--max-length",
@@ -80,6 +79,13 @@ def test_every_method_can_be_repeated_and_kept(work, tmp_path, method):
     assert (tmp_path / "again" / "trained.safetensors").read_bytes() == (
         tmp_path / "run" / "trained.safetensors").read_bytes()
     assert toy.main("repeat", tmp_path / "run", "--out", tmp_path / "again") == 2  # a finished run is not written to
+
+
+def test_a_repetition_has_as_many_threads_as_the_run(work):
+    threads = read_json(work / "lora" / "config.json")["threads"]
+    torch.set_num_threads(threads + 1)
+    assert toy.main("repeat", work / "lora") == 0
+    assert torch.get_num_threads() == threads
 
 
 def test_a_different_result_says_what_differs_and_what_the_environment_was(work, tmp_path, monkeypatch, capsys):

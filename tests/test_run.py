@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +15,6 @@ import frozen
 import toy
 from files import UserError
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, str(ROOT / "run.py")]
 GOOD = "s\t1\t\tGood.\n"

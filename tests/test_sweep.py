@@ -20,7 +20,6 @@ import toy
 from files import read_json
 from train_utils import Diverged
 
-torch.set_num_threads(1)
 RUN = Path(sweep.__file__).parent / "run.py"
 SEARCH = ("--search", "rank=1,2", "--search", "targets=q+v,all")
 COMBINATIONS = set(itertools.product((1, 2), ("q+v", "all")))
@@ -156,9 +155,13 @@ def test_started_again_it_does_nothing_and_with_more_trials_the_rest(work, tmp_p
     assert call(work, tmp_path / "s", *more, "--trials", 3) == 0 and len(made_up) == 3
     assert call(work, tmp_path / "s", *more, "--trials", 5) == 0 and len(made_up) == 5
     assert [t["number"] for t in trials(tmp_path / "s")] == list(range(5))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    assert call(work, tmp_path / "s", *more, "--trials", 6) == 0 and torch.get_num_threads() == threads
+    assert read_json(tmp_path / "s" / "sweep.json")["threads"] == threads
     capsys.readouterr()
     assert call(work, tmp_path / "s", *more, "--trials", 4) == 2
-    assert "--trials 4: the study has 5 already" in capsys.readouterr().err
+    assert "--trials 4: the study has 6 already" in capsys.readouterr().err
     assert call(work, tmp_path / "s", *more, "--trials", 2, "--overwrite") == 0 and len(trials(tmp_path / "s")) == 2
 
 

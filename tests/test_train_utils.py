@@ -21,7 +21,6 @@ from train_utils import (Diverged, Progress, TrainOptions, confusion, cross_entr
                          labels_of, learning_rate_factor, load_checkpoint, make_optimizer, per_class, predict,
                          save_checkpoint, scores, trainable, validate)
 
-torch.set_num_threads(1)
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 OPTIONS = TrainOptions(seed=7, epochs=2, lr=0.05, warmup=0.1)
 LOGITS = st.lists(st.tuples(*[st.floats(-30, 30, width=32)] * 6), min_size=1, max_size=8)
