@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tables
-from files import UserError, sha256
-from tables import Split, Table, TableOptions
+from data import tables
+from record.files import UserError, sha256
+from data.tables import Split, Table, TableOptions
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +240,7 @@ def _table_task(name: str, train: Path, others: dict[str, Path] | float, options
 
 
 def _tiny() -> Task:
-    import tiny
+    from data import tiny
 
     with tempfile.TemporaryDirectory() as folder:
         tiny.write_tiny_task(Path(folder))

@@ -21,10 +21,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from backbones import from_pretrained, is_decoder, load_causal_lm, load_config
-from files import UserError
-from fused import fuse, rows_of
-from lora import LoRALinear, weight_of
+from data.backbones import from_pretrained, is_decoder, load_causal_lm, load_config
+from record.files import UserError
+from lora.blocks import fuse, rows_of
+from lora.product import LoRALinear, weight_of
 
 # Loading weights shows a bar only where it takes a while: an error after it stays one line.
 transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{"delay": 2, **kwargs}))

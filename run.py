@@ -26,7 +26,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from options import COMMON, EPOCHS, LEARNING_RATE, MODES, Variant, build_parser, closest, complain, default, saving
+from experiments.options import (COMMON, EPOCHS, LEARNING_RATE, MODES, Variant, build_parser, closest, complain, default,
+                                 saving)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         known = [option for action in modes.choices[args.mode]._actions for option in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], known)}")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    import signals
+    from record import signals
 
     signals.install()
     try:
@@ -52,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _call(args) -> int:
     """Runs the chosen mode; what the user can mend is one line and exit status 2."""
-    from files import UserError
-    from records import ReportError
+    from record.files import UserError
+    from report.records import ReportError
 
     try:
         if args.mode not in ("report", "submit"):  # they read files only
@@ -65,7 +66,7 @@ def _call(args) -> int:
     except OSError as error:
         complain(f"{error.filename or 'a file or connection'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        import memory
+        from record import memory
 
         if not memory.exhausted(error):
             raise
@@ -79,12 +80,12 @@ def _import_libraries() -> None:
     They make half a million objects, none of them garbage, and the collector would go through them again and
     again: a fifth of the way to the first training step. Frozen, they are not looked at afterwards either.
     """
-    if "experiments" in sys.modules:
+    if "experiments.finetune" in sys.modules:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     gc.disable()
     try:
-        import experiments  # noqa: F401
+        from experiments import finetune as experiments  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()
@@ -110,8 +111,8 @@ def generate(args) -> None:
     """`gen`: prints samples; the same SR, the same text."""
     from tqdm import tqdm
 
-    import experiments
-    import generation
+    from experiments import finetune as experiments
+    from experiments import generate as generation
 
     model = args.model or (generation.base_model(args.adapter) if args.adapter else None)
     model, _, _ = experiments.choose(model, None, None, _note, need_task=False)
@@ -126,7 +127,7 @@ def generate(args) -> None:
 
 
 def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, **extra):
-    from runs import RunOptions
+    from experiments.runs import RunOptions
     from train_utils import TrainOptions
 
     names = ("epochs", "batch_size", "batch_tokens", "lr", "weight_decay", "warmup", "schedule", "clip", "accumulate",
@@ -142,8 +143,8 @@ def _run_options(args, mode: str, model: str | None, task: str | None, data: str
 
 def _train(args, options, start) -> int:
     """Runs a training, plots it and turns its ways of ending into exit statuses."""
-    import signals
-    from files import check_folder, make_folder
+    from record import signals
+    from record.files import check_folder, make_folder
     from train_utils import Diverged
 
     check_folder(args.plots)  # made after the training: bad input leaves nothing behind
@@ -155,7 +156,7 @@ def _train(args, options, start) -> int:
             start(signals.received)
         plots = []
         if not no_plots:
-            import figures  # late: the first step does not wait for Matplotlib
+            from report import figures  # late: the first step does not wait for Matplotlib
 
             plots = figures.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
@@ -172,7 +173,7 @@ def _train(args, options, start) -> int:
 
 def _only_plots_missing(options, plots: Path) -> bool:
     """Whether the run is finished and was stopped before its plots were."""
-    import figures
+    from report import figures
 
     finished = all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl"))
     return finished and not all((plots / f"{options.mode}-{options.sr}_{quantity}.{kind}").exists()
@@ -181,9 +182,9 @@ def _only_plots_missing(options, plots: Path) -> bool:
 
 def _finetune_options(args):
     """A fine-tuning's options, with the model, task and data that are used where none were named."""
-    import experiments
+    from experiments import finetune as experiments
     from model import LoRAOptions
-    from tables import TableOptions
+    from data.tables import TableOptions
 
     model, task, data = experiments.choose(args.model, args.task, args.data, _note)
     targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
@@ -196,7 +197,7 @@ def _finetune_options(args):
 
 def finetune(args) -> int:
     """`LoRA`: fine-tunes and prints the result."""
-    import experiments
+    from experiments import finetune as experiments
 
     options = _finetune_options(args)
 
@@ -216,7 +217,7 @@ def finetune(args) -> int:
 
 def _entry(args, name: str, changes: dict[str, str], where: str):
     """An entry of a comparison: the common options with its own changes."""
-    from compare import Entry
+    from experiments.compare import Entry
 
     parser = Variant(where)
     for option in changes:
@@ -233,7 +234,7 @@ def _entry(args, name: str, changes: dict[str, str], where: str):
 
 def _entries(args) -> list:
     """--methods and --set as entries."""
-    from files import UserError
+    from record.files import UserError
 
     entries = [_entry(args, method, {"method": method}, f"--methods {method}") for method in args.methods]
     for text in args.set:
@@ -256,7 +257,7 @@ def _entries(args) -> list:
 
 def _settings(args, *more: str) -> dict:
     """Every option of a comparison or sweep that may change its results."""
-    from runs import FREE, as_json
+    from experiments.runs import FREE, as_json
 
     skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", *FREE, *more)
     return as_json({name: value for name, value in vars(args).items() if name not in skipped})
@@ -264,8 +265,8 @@ def _settings(args, *more: str) -> dict:
 
 def compare(args) -> int:
     """`compare`: runs what is missing of a comparison, and prints and draws it."""
-    import compare as comparison
-    import experiments
+    from experiments import compare as comparison
+    from experiments import finetune as experiments
 
     args.model, args.task, args.data = experiments.choose(args.model, args.task, args.data, _note)
     args.epochs = args.epochs or default(EPOCHS["LoRA"], args.task)
@@ -276,8 +277,8 @@ def compare(args) -> int:
 
 def _search(args) -> dict:
     """--search as option -> list of choices, or a range."""
-    from files import UserError
-    from sweep import Range
+    from record.files import UserError
+    from experiments.sweep import Range
 
     search = {}
     for text in args.search:
@@ -317,8 +318,8 @@ def sweep(args) -> int:
     """`sweep`: runs the trials that wait, and prints and draws the study."""
     import dataclasses
 
-    import experiments
-    import sweep as search
+    from experiments import finetune as experiments
+    from experiments import sweep as search
 
     args.model, args.task, args.data = experiments.choose(args.model, args.task, args.data, _note)
     args.epochs = args.epochs or default(EPOCHS["LoRA"], args.task)
@@ -338,9 +339,9 @@ def sweep(args) -> int:
 
 def _study(args, options, start) -> int:
     """Runs a comparison or a sweep, draws it and turns its ways of ending into exit statuses."""
-    import figures
-    from files import check_folder, make_folder
-    from signals import Interrupted
+    from report import figures
+    from record.files import check_folder, make_folder
+    from record.signals import Interrupted
 
     check_folder(args.plots)
     try:
@@ -356,8 +357,8 @@ def _study(args, options, start) -> int:
 
 def distil(args) -> int:
     """`distil`: distils and prints teacher, student and control side by side."""
-    import experiments
-    from files import UserError
+    from experiments import finetune as experiments
+    from record.files import UserError
 
     teacher = args.teacher or Path("runs") / f"LoRA-{args.sr}"
     if not teacher.is_dir():
@@ -376,7 +377,7 @@ def distil(args) -> int:
 
 def evaluate(args) -> None:
     """`eval`: scores a saved run on a file."""
-    import experiments
+    from experiments import finetune as experiments
 
     result = experiments.evaluate_run(args.run, args.data, args.predictions)
     if args.json:
@@ -388,8 +389,8 @@ def evaluate(args) -> None:
 
 def repeat(args) -> int:
     """`repeat`: runs it again and compares."""
-    import repeat
-    import signals
+    from experiments import repeat
+    from record import signals
     from train_utils import Diverged
 
     with tempfile.TemporaryDirectory() as folder:
@@ -404,8 +405,8 @@ def repeat(args) -> int:
 
 def report(args) -> None:
     """`report`: builds the PDF."""
-    import report_utils
-    from files import check_sums
+    from report import tables as report_utils
+    from record.files import check_sums
 
     for mode in ("LoRA", "distil"):
         check_sums(args.runs / f"{mode}-{args.sr}")
@@ -414,7 +415,7 @@ def report(args) -> None:
 
 def submit(args) -> None:
     """`submit`: makes the zip file."""
-    import report_utils
+    from report import tables as report_utils
 
     print(report_utils.make_submission(args.sr, args.first_name, args.last_name, Path(__file__).parent))
 

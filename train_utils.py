@@ -22,10 +22,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import anomaly
+from record import anomaly
 from data_utils import Batch, epoch_order
-from files import UserError, write_file
-from signals import Interrupted, deferred
+from record.files import UserError, write_file
+from record.signals import Interrupted, deferred
 
 CHECKPOINT = "checkpoint.safetensors"
 Objective = Callable[[Tensor, Batch], Tensor]

@@ -18,11 +18,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "tests")]
 
 import data_utils  # noqa: E402 (needs the path above)
-import experiments  # noqa: E402
-import tiny  # noqa: E402
+from experiments import finetune as experiments  # noqa: E402
+from data import tiny  # noqa: E402
 import toy  # noqa: E402
 import train_utils  # noqa: E402
-from backbones import load_tokenizer, max_length_of  # noqa: E402
+from data.backbones import load_tokenizer, max_length_of  # noqa: E402
 from benchmarks import common  # noqa: E402
 from model import LoRAOptions, load_classifier  # noqa: E402
 

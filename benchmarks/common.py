@@ -31,9 +31,9 @@ from transformers import (AutoConfig, AutoModelForSequenceClassification, GPT2Co
 
 import data_utils  # noqa: E402
 import train_utils  # noqa: E402
-from backbones import load_causal_lm, load_tokenizer  # noqa: E402
+from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
-from files import UserError, make_folder  # noqa: E402
+from record.files import UserError, make_folder  # noqa: E402
 from model import TextClassifier, lora_layers  # noqa: E402
 
 LABELS, MAX_LENGTH = 2, 512

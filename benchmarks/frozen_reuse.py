@@ -27,12 +27,12 @@ from benchmarks import common  # first: it sets the environment that libraries r
 
 import torch
 
-import experiments
-import memory
+from experiments import finetune as experiments
+from record import memory
 import train_utils
 from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
 from data_utils import Batch
-from frozen import FrozenPrefix
+from lora.frozen import FrozenPrefix
 from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier, student_config
 
 BATCH_SIZE = 32

@@ -27,9 +27,9 @@ from benchmarks import common  # first: it sets the environment that libraries r
 
 import torch
 
-import experiments
-import memory
-from backbones import PACKAGED
+from experiments import finetune as experiments
+from record import memory
+from data.backbones import PACKAGED
 from benchmarks.common import Report, paired_ratios
 from data_utils import Batch
 from model import DistilRNN, count_parameters, load_classifier, student_config

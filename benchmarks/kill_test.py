@@ -29,9 +29,10 @@ import toy  # noqa: E402 (needs the path above)
 
 FINAL = ("adapter_model.safetensors", "metrics.jsonl", "summary.json")
 # Where a run may be busy without taking steps: module, function, and the options that lead there.
-PHASES = {"loading": ("experiments", "load_classifier", ()), "keeping": ("frozen", "FrozenPrefix", ("--layers", "1")),
-          "teacher": ("experiments", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
-          "plotting": ("figures", "plot_run", ())}
+PHASES = {"loading": ("experiments.finetune", "load_classifier", ()),
+          "keeping": ("lora.frozen", "FrozenPrefix", ("--layers", "1")),
+          "teacher": ("experiments.finetune", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
+          "plotting": ("report.figures", "plot_run", ())}
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 
 
@@ -63,7 +64,7 @@ def fork(work: Path, function: Callable[[], int]) -> int:
 def start(arguments: list[str], work: Path, prepare: Callable[[], None] = lambda: None) -> int:
     """Forks `python run.py ARGUMENTS`, after `prepare()`; returns its process id."""
     def call() -> int:
-        import figures
+        from report import figures
         import run
 
         figures.plot_run = lambda *_: []
@@ -93,7 +94,7 @@ def inputs(work: Path) -> int:
 
 def outcome(folder: Path) -> dict:
     """The bytes of the weights, results without times, and the names of all files but TensorBoard's events."""
-    from runs import without_times
+    from experiments.runs import without_times
 
     texts = {name: (folder / name).read_text() for name in FINAL[1:]}
     return {FINAL[0]: (folder / FINAL[0]).read_bytes(),
@@ -228,10 +229,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    import figures  # noqa: F401 (imported here, once, for the children)
+    from report import figures  # noqa: F401 (imported here, once, for the children)
     import run  # noqa: F401
-    import signals  # noqa: F401
-    import experiments  # noqa: F401 isort: skip
+    from record import signals  # noqa: F401
+    from experiments import finetune as experiments  # noqa: F401 isort: skip
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -18,12 +18,12 @@ from benchmarks import common  # first: it sets the environment that libraries r
 import torch
 from torch import Tensor
 
-import amx
+from lora import amx
 import data_utils
-import experiments
+from experiments import finetune as experiments
 from benchmarks.common import Report
-from files import UserError
-from runs import read_run
+from record.files import UserError
+from experiments.runs import read_run
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 import data_utils
-import experiments
+from experiments import finetune as experiments
 import run
 from benchmarks.peft_reference import load_smollm2
 

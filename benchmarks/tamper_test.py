@@ -41,7 +41,7 @@ def call(*arguments) -> tuple[int, str]:
 def stopping_after(steps: int):
     """A patch: SIGTERM seems to arrive after so many steps."""
     calls = []
-    return mock.patch("signals.received", lambda: 15 if (calls.append(1) or len(calls) == steps) else None)
+    return mock.patch("record.signals.received", lambda: 15 if (calls.append(1) or len(calls) == steps) else None)
 
 
 def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
@@ -52,7 +52,7 @@ def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
     lora = ("LoRA", "12345", "--model", str(work / "model"), "--data", str(work / "cola"), *SMALL, *plots, "--out")
     distil = ("distil", "12345", "--teacher", str(work / "runs/LoRA-12345"), "--embedding-size", "4", "--hidden-size", "4",
               *SMALL, *plots, "--out")
-    with mock.patch("figures.plot_run", lambda *_: []):
+    with mock.patch("report.figures.plot_run", lambda *_: []):
         made = [call(*lora, str(work / "runs/LoRA-12345"))[0], call(*distil, str(work / "runs/distil-12345"))[0]]
         with stopping_after(7):
             made.append(call(*lora, str(work / "lora"))[0])

@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import adapters
-import amx
-import experiments
-import memory
+from lora import adapters
+from lora import amx
+from experiments import finetune as experiments
+from record import memory
 import train_utils
 from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent

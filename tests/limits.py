@@ -83,9 +83,9 @@ def full_disk(work: Path, expected: dict) -> dict | None:
 
 
 def main() -> None:
-    import figures  # noqa: F401 (imported here, once, for the children)
+    from report import figures  # noqa: F401 (imported here, once, for the children)
     import run  # noqa: F401
-    import experiments  # noqa: F401 isort: skip
+    from experiments import finetune as experiments  # noqa: F401 isort: skip
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -96,11 +96,12 @@ def main() -> None:
             "first checkpoint": quota(work, expected, "first", lambda: limit_files(60_000)),
             "later checkpoint": quota(work, expected, "later", before("train_utils", "save_checkpoint",
                                                                      third(lambda: limit_files(60_000)))),
-            "final weights": quota(work, expected, "final", before("experiments", "save_trained",
+            "final weights": quota(work, expected, "final", before("experiments.finetune", "save_trained",
                                                                    lambda: limit_files(9000))),
-            "summary": quota(work, expected, "summary", before("experiments", "finish", lambda: limit_files(400))),
-            "tensorboard": quota(work, expected, "board", before("runs", "Recorder._scalars", lambda: limit_files(400))),
-            "keeping": quota(work, expected, "keep", before("frozen", "FrozenPrefix.keep", lambda: limit_files(400)),
+            "summary": quota(work, expected, "summary", before("experiments.finetune", "finish", lambda: limit_files(400))),
+            "tensorboard": quota(work, expected, "board", before("experiments.runs", "Recorder._scalars",
+                                                                   lambda: limit_files(400))),
+            "keeping": quota(work, expected, "keep", before("lora.frozen", "FrozenPrefix.keep", lambda: limit_files(400)),
                              "--layers", "1", "--keep-memory", "0"),
             "disk": full_disk(work, expected)}))
 

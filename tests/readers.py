@@ -31,7 +31,7 @@ def make(base: Path) -> Path:
     toy.write_cola(base / "cola")
     common = ("--plots", base / "plots", "--batch-size", 8, "--epochs", 2)
     lora = ("LoRA", "12345", "--model", base / "model", "--data", base / "cola", *common, "--out")
-    with mock.patch("figures.plot_run", lambda *_: []), contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch("report.figures.plot_run", lambda *_: []), contextlib.redirect_stdout(io.StringIO()):
         made = [toy.main(*lora, base / "lora"), toy.main(*lora, base / "head", "--method", "head"),
                 toy.main("distil", "12345", "--teacher", base / "lora", "--out", base / "distil", "--embedding-size", 4,
                          "--hidden-size", 4, *common)]
@@ -63,14 +63,14 @@ def make(base: Path) -> Path:
 
 def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Each reader's name, the file of it that is damaged, and the call."""
-    import adapters
+    from lora import adapters
     import data_utils
-    import experiments
-    import figures
-    import files
-    import generation
-    import records
-    import runs
+    from experiments import finetune as experiments
+    from report import figures
+    from record import files
+    from experiments import generate as generation
+    from report import records
+    from experiments import runs
     import train_utils
     from model import load_classifier
 
@@ -179,8 +179,8 @@ def attempt(path: Path, content: bytes, call: Callable[[], object]) -> None:
         TimeoutError: the reader hangs.
         Exception: whatever else the reader raised.
     """
-    from files import UserError
-    from records import ReportError
+    from record.files import UserError
+    from report.records import ReportError
 
     def hangs(*_):
         raise TimeoutError(f"took more than {LIMIT} s")

@@ -14,7 +14,7 @@ import data_utils
 import toy
 from data_utils import (Split, bucket_by_length, collate, encode, epoch_order, load_task, make_batches, read_cola_tsv,
                         split_large)
-from files import UserError, sha256
+from record.files import UserError, sha256
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 COLA = Path(os.environ.get("LORA_DISTIL_DATA") or Path(__file__).parents[2] / "shared" / "data") / "cola"
@@ -291,7 +291,7 @@ def test_colas_batches_of_32_compute_at_most_5_percent_pads():
 
 def test_bucketing_changes_no_sentences_logits(tmp_path):
     """Invariant 10, on a real GPT-2 classifier of toy size: alone or in any bucket, the same logits."""
-    from backbones import load_tokenizer
+    from data.backbones import load_tokenizer
     from model import load_classifier
     from train_utils import predict
 

@@ -12,9 +12,9 @@ from transformers import (DistilBertConfig, DistilBertForSequenceClassification,
                           OPTConfig, OPTForSequenceClassification)
 from transformers.pytorch_utils import Conv1D
 
-import adapters
-from backbones import load_causal_lm, load_config
-from files import UserError
+from lora import adapters
+from data.backbones import load_causal_lm, load_config
+from record.files import UserError
 from model import (ROLES, DistilRNN, LoRAOptions, RNNConfig, TextClassifier, blocks_of, count_parameters, find_targets,
                    inject_lora, load_classifier, lora_layers, parse_layers, student_config)
 

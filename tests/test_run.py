@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import frozen
+from lora import frozen
 import toy
-from files import UserError
+from record.files import UserError
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, str(ROOT / "run.py")]

@@ -15,8 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_utils
 from data_utils import bucket_by_length, collate, split_large
-from files import UserError
-from signals import Interrupted
+from record.files import UserError
+from record.signals import Interrupted
 from train_utils import (Diverged, Progress, TrainOptions, confusion, cross_entropy, distillation, fit, kd_loss,
                          labels_of, learning_rate_factor, load_checkpoint, make_optimizer, per_class, predict,
                          save_checkpoint, scores, trainable, validate)

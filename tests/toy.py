@@ -4,6 +4,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def main(*arguments) -> int:
 
 def reseal(folder: Path) -> None:
     """Makes a run's changed files pass for its own: SHA256SUMS anew."""
-    from files import read_sums, sha256, write_sums
+    from record.files import read_sums, sha256, write_sums
 
     write_sums(folder, {name: sha256(folder / name) for name in read_sums(folder)})
 
@@ -81,3 +82,10 @@ def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones but the lock included, with its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != ".lock"}
+
+
+def until(condition, limit: float = 300) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

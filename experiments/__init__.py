@@ -1,0 +1,1 @@
+"""What a person runs: fine-tune, distil, evaluate, compare, sweep, repeat, generate."""

@@ -1,0 +1,272 @@
+"""Methods compared on one task: the same seeds, the same budget and the same learning rates to choose from.
+
+    python run.py compare 12345 --methods none,head,lora,full --seeds 3 --lr-grid 1e-4,3e-4,1e-3
+
+Each entry's learning rate is the one whose best epoch has the highest MCC (of equals, the lowest loss) on the
+selection split, with the first seed; the other seeds run at that rate alone. Every run is `run.py LoRA` in a
+process of its own, one after the other, for the peak memory of a process never falls again. It leaves an
+ordinary run folder in `runs/compare-SR/`, so that a comparison started again keeps what is finished.
+"""
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+from tqdm import tqdm
+
+from experiments import finetune as experiments
+from report import records
+from report import tables as report_utils
+from record.files import UserError, locked, make_folder, read_json, write_file, write_json
+from experiments.runs import RunOptions, provenance, read_run
+
+RUN = Path(__file__).parents[1] / "run.py"
+PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: between fork and exec there is no time for it
+DIVERGED = 3  # run.py's exit status where a loss is not finite
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison."""
+
+    name: str
+    words: list[str]  # the options of its runs on the command line, but for --lr and --out
+    options: RunOptions  # the same, parsed
+    rates: list[float]  # learning rates to choose from; none for a method that trains nothing
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared, and where it goes."""
+
+    sr: str
+    entries: list[Entry]
+    seeds: int
+    out: Path
+    settings: dict  # every option as resolved: a comparison goes on only under the same ones
+    overwrite: bool = False
+
+
+def seeds_of(sr: str, count: int) -> list[str]:
+    """SR, SR + 1, ...: five digits each; 00000 follows 99999."""
+    return [f"{(int(sr) + i) % 100_000:05d}" for i in range(count)]
+
+
+def compare(options: CompareOptions, say: Callable[[str], None] = print) -> dict:
+    """Runs what is missing of the comparison and writes compare.json and compare.tex.
+
+    Returns:
+        What is in compare.json.
+
+    Raises:
+        UserError: bad input, before anything is written; other options than the folder's; a run that failed.
+        signals.Interrupted: asked to stop; the run at work has saved its state.
+    """
+    task = [check(entry) for entry in options.entries][0]
+    seeds = seeds_of(options.sr, options.seeds)
+    plan = {entry.name: [(seeds[0], rate) for rate in entry.rates or [None]] for entry in options.entries}
+    total = sum(len(runs) + len(seeds) - 1 for runs in plan.values())
+    record = provenance(options.settings, task)
+    rows, runs = [], []
+    with study_folder(options.out, record, options.overwrite) as folder, tqdm(
+            total=total, unit="run", desc="compare", dynamic_ncols=True) as bar:
+
+        def run(entry: Entry, seed: str, rate: float | None) -> dict:
+            name = "-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed])
+            bar.set_postfix_str(name)
+            summary = finished_run(entry, seed, rate, folder / name, threads)
+            runs.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
+                         "status": "finished" if summary else "diverged", "summary": summary})
+            bar.update()
+            return runs[-1]
+
+        threads = read_json(folder / "config.json").get("threads")  # recorded when the comparison began
+        for entry in options.entries:
+            tried = [run(entry, *first) for first in plan[entry.name]]
+            chosen = choose_rate(tried)
+            others = [run(entry, seed, chosen["learning_rate"]) for seed in seeds[1:]] if chosen else []
+            bar.update(0 if chosen else len(seeds) - 1)
+            rows.append(aggregate(entry, tried, [r for r in [chosen, *others] if r and r["summary"]], folder))
+        result = {"mode": "compare", "sr": options.sr, "model": options.entries[0].options.model, "task": task.name,
+                  "seeds": seeds, "selection": selection(runs), **record, "entries": rows, "runs": runs}
+        write_json(folder / "compare.json", result)
+        write_file(folder / "compare.tex", report_utils.compare_latex(records.read_json(folder / "compare.json")))
+    say(report_utils.compare_text(records.read_json(options.out / "compare.json")))
+    return result
+
+
+def check(entry: Entry):
+    """The entry's task; what is wrong with one of its options is told with its name."""
+    try:
+        return experiments.check(entry.options)
+    except UserError as error:
+        raise UserError(f"entry {entry.name}: {error}" if str(error).startswith("--") else str(error)) from None
+
+
+# ---------------------------------------------------------------- the folder
+
+@contextmanager
+def study_folder(out: Path, config: dict, overwrite: bool):
+    """The comparison's folder, held by this process alone; its config.json is what it began with.
+
+    Raises:
+        UserError: other options or data than it began with, another process at work there.
+    """
+    folder = make_folder(out)
+    with locked(folder, "comparison"):
+        if overwrite and (folder / "config.json").exists():
+            for log in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]/log.txt"):  # its runs, and nothing else that may lie here
+                shutil.rmtree(log.parent)
+            for name in ("compare.json", "compare.tex", "config.json"):
+                (folder / name).unlink(missing_ok=True)
+        if (folder / "config.json").exists():
+            same_settings(read_json(folder / "config.json"), config, folder)
+        else:
+            write_json(folder / "config.json", config)
+        yield folder
+
+
+def same_settings(before: dict, now: dict, what: Path | str) -> None:
+    """Refuses to go on under other options, or with other data, than something began with."""
+    old, new = before.get("options", {}), now["options"]
+    for name in [*new, *(name for name in old if name not in new)]:
+        if old.get(name) != new.get(name):
+            raise UserError(f"{what}: began with another --{name.replace('_', '-')}: {_said(old.get(name))}, now "
+                            f"{_said(new.get(name))}; choose another SR or --out, or pass --overwrite")
+    for path in now["data_files"].keys() | before.get("data_files", {}).keys():
+        if now["data_files"].get(path) != before.get("data_files", {}).get(path):
+            raise UserError(f"{what}: began with other data: {path} is not the file it began with; choose another SR or "
+                            "--out, or pass --overwrite")
+
+
+def _said(value) -> str:
+    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# ---------------------------------------------------------------- one run
+
+def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path, threads: int | None) -> dict | None:
+    """The summary of a run, which is started or resumed if it is not finished; None if it diverged.
+
+    Raises:
+        UserError: the run failed; names its log.
+    """
+    diverged = folder / "diverged.txt"  # or a comparison started again would try the same once more
+    if not (folder / "summary.json").exists() and not diverged.exists():
+        make_folder(folder)
+        with filelock.FileLock(folder / ".lock"):
+            pass  # the child of a killed comparison may still be at work here: now it has ended
+    if not (folder / "summary.json").exists() and not diverged.exists():
+        words = ["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"]), f"--out={folder}", "--resume",
+                 "--no-plots"]
+        status = run_child(words, folder / "log.txt", threads)
+        last = next((line for line in reversed((folder / "log.txt").read_text(errors="replace").splitlines())
+                     if line.strip()), "no output")
+        if status == DIVERGED:
+            write_file(diverged, last + "\n")
+        elif status:
+            how = f"exit status {status}" if status > 0 else f"signal {-status}"
+            raise UserError(f"{folder.name}: the run failed ({how}: {last}); see {folder / 'log.txt'}")
+    return None if diverged.exists() else {**read_run(folder, "LoRA")[1], "size_bytes": size_on_disk(folder)}
+
+
+def run_child(words: list[str], log: Path, threads: int | None = None) -> int:
+    """Runs `python run.py WORDS` in a process of its own, with so many threads (all cores if None) and its output in `log`.
+
+    Returns the exit status, negative for a signal.
+
+    Interrupted, it asks the child to stop and waits until that has saved its state. The child is in a process group of
+    its own: Ctrl-C would reach it too, and SIGINT after a signal ends it at once.
+    """
+    with open(log, "ab") as output:
+        child = subprocess.Popen([sys.executable, str(RUN), *words], stdin=subprocess.DEVNULL, stdout=output,
+                                 stderr=output, preexec_fn=_end_with_parent, process_group=0,
+                                 env=os.environ | _threads(threads))
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            raise
+
+
+def _threads(threads: int | None) -> dict[str, str]:
+    """Environment variables that give a child so many threads, more than there are cores too (MKL_DYNAMIC)."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"} if threads else {}
+
+
+def _end_with_parent() -> None:
+    """Linux: lets the kernel send SIGTERM to the child, which then saves its state, when this process is killed."""
+    if PRCTL:
+        PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of sys/prctl.h
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the weights that a finished run saved."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+# ---------------------------------------------------------------- many runs
+
+def score(summary: dict) -> tuple[float, float]:
+    """What chooses a learning rate: as an epoch is chosen, MCC on the selection split, then the lowest loss."""
+    values = summary["validation"][experiments.selection_split(summary["validation"])]
+    return values["mcc"], -values["loss"]
+
+
+def choose_rate(tried: list[dict]) -> dict | None:
+    """The run with the best score; None if every one diverged."""
+    return max((run for run in tried if run["summary"]), key=lambda run: score(run["summary"]), default=None)
+
+
+def selection(runs: list[dict]) -> dict | None:
+    """By what learning rate and epoch were chosen."""
+    done = next((run["summary"] for run in runs if run["summary"]), None)
+    return done and {"split": experiments.selection_split(done["validation"]), "splits": list(done["validation"]),
+                     "score": "mcc", "learning_rate": "first seed", "epoch": "every seed"}
+
+
+def spread(values: list[float]) -> dict:
+    """Mean and sample standard deviation (n - 1), which a single value does not have."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None,
+            "values": values}
+
+
+def aggregate(entry: Entry, tried: list[dict], kept: list[dict], folder: Path) -> dict:
+    """One row: means over the seeds at the chosen learning rate.
+
+    Args:
+        tried: the first seed's run at every learning rate.
+        kept: the runs at the chosen one that did not diverge; none if every learning rate diverged.
+    """
+    row = {"entry": entry.name, "method": entry.options.method, "model": entry.options.model, "words": entry.words,
+           "tried": [{"learning_rate": run["learning_rate"],
+                      "mcc": score(run["summary"])[0] if run["summary"] else None} for run in tried],
+           "learning_rate": kept[0]["learning_rate"] if kept else None, "seeds": [run["seed"] for run in kept]}
+    if not kept:
+        return row
+    summaries = [run["summary"] for run in kept]
+    counts = summaries[0]["parameters"]
+    row["parameters"] = {**counts, "trainable_percent": 100 * counts["trainable"] / counts["total"]}
+    for which, key in (("best", "validation"), ("last", "last_validation")):
+        row[which] = {split: {
+            name: spread([summary[key][split][name] for summary in summaries])
+            for name in ("accuracy", "mcc", "macro_f1") if all(name in summary[key][split] for summary in summaries)}
+            for split in summaries[0][key]}
+        row[which + "_epoch"] = spread([summary[which + "_epoch"] for summary in summaries])
+    row["majority_accuracy"] = {split: values["majority_accuracy"] for split, values in summaries[0]["validation"].items()}
+    trains = [summary["train"] for summary in summaries]
+    row["seconds_per_epoch"] = statistics.fmean(train["seconds"] / max(1, train["epochs"]) for train in trains)
+    row["peak_memory_bytes"] = max(train["peak_memory_bytes"] for train in trains)
+    row["size_bytes"] = max(summary["size_bytes"] for summary in summaries)
+    return row

@@ -1,0 +1,96 @@
+"""Text generation from a causal language model, with or without a LoRA adapter.
+
+    python run.py gen 12345 --model tiny --prompt "The"
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
+
+from lora import adapters
+from record.files import UserError, check_sums, read_json
+from lora.frozen import weights_digest
+from data.backbones import load_causal_lm, load_tokenizer, max_length_of
+
+
+def base_model(adapter: Path) -> str:
+    """The base model of a saved adapter, whose files are checked first if it is a run's."""
+    check_sums(adapter)
+    return adapters.base_of(adapter)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a UTF-8 file, one a line; blank lines are skipped.
+
+    Raises:
+        UserError: missing, unreadable, not UTF-8, or without a prompt.
+    """
+    try:
+        prompts = [line for line in path.read_bytes().decode("utf-8").split("\n") if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
+    if not prompts:
+        raise UserError(f"{path}: no prompt in it; expected one a line")
+    return [prompt.rstrip("\r") for prompt in prompts]
+
+
+class _Bar(BaseStreamer):
+    """Moves a progress bar on as tokens arrive; the first call is the prompt."""
+
+    def __init__(self, bar: tqdm):
+        self.bar, self.started = bar, False
+
+    def put(self, value) -> None:
+        if self.started:
+            self.bar.update(1)
+        self.started = True
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, greedy: bool, temperature: float,
+             top_k: int, top_p: float, num_samples: int, adapter: Path | None) -> Iterator[str]:
+    """Yields `num_samples` texts of each prompt, prompt included, drawn with a KV cache.
+
+    An empty prompt starts from the model's beginning-of-text token.
+
+    Raises:
+        UserError: the model or adapter cannot be loaded, or a prompt leaves no room in the context.
+    """
+    lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
+    if adapter is not None:
+        check_sums(adapter)
+        recorded = read_json(adapter / "config.json").get("base_sha256") if (adapter / "config.json").exists() else None
+        if recorded not in (None, weights_digest(lm.base_model)):
+            raise UserError(f"{adapter}: adapter for another base: it was made for {base_model(adapter)}, with other "
+                            f"weights than {model} has here")
+        adapters.load_adapter(lm, adapter, head=False)
+    lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    context = max_length_of(lm.config)
+    encoded = [tokenizer(prompt, verbose=False).input_ids or [start] for prompt in prompts]
+    for ids in encoded:  # before the first text, not after half of them
+        if len(ids) + max_new_tokens > context:
+            raise UserError(f"prompt of {len(ids)} tokens plus --max-new-tokens {max_new_tokens}: the model's context holds "
+                            f"{context}")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": False} if greedy else {
+        "do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    with tqdm(total=len(prompts) * num_samples * max_new_tokens, unit="token", desc="generating",
+              dynamic_ncols=True) as bar:
+        for prompt_ids in encoded:
+            ids = torch.tensor([prompt_ids], device=lm.device)
+            for _ in range(num_samples):
+                with torch.inference_mode():
+                    out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
+                                      use_cache=True, pad_token_id=tokenizer.eos_token_id, streamer=_Bar(bar), **sampling)
+                # A text may end early; the bar counts what was asked for.
+                bar.update(max_new_tokens - (out.shape[1] - ids.shape[1]))
+                yield tokenizer.decode(out[0], skip_special_tokens=True)

@@ -1,0 +1,70 @@
+"""Repeats a finished run from its config.json and says whether the result is the same.
+
+    python run.py repeat runs/LoRA-12345
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from experiments import finetune as experiments
+from experiments.runs import RunOptions, changes, read_run, rebuild, without_times
+
+
+def repeat(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
+           ) -> list[str]:
+    """Runs again what `folder` recorded, into `out`.
+
+    Returns:
+        What differs, in words, and the differences of the two environments; nothing if the results are identical.
+
+    Raises:
+        UserError: not a finished run, or its data, base model or teacher are no longer what they were.
+    """
+    config, summary = read_run(folder)
+    values = config["options"]
+    options = rebuild(RunOptions, values, out=out, repeats=folder)
+    if summary["mode"] == "LoRA":
+        experiments.finetune(options, say, stop)
+    else:
+        experiments.distil(options, rebuild(experiments.DistilOptions, values), say, stop)
+    found = list(differences(folder, out))
+    return found + changes(config, read_run(out)[0]) if found else []
+
+
+def differences(folder: Path, again: Path) -> Iterator[str]:
+    """What two runs' folders do not share: weights and their configuration byte for byte, results without times."""
+    weights = {path.name for one in (folder, again) for pattern in ("*.safetensors", "*_config.json")
+               for path in one.glob(pattern)}
+    for name in sorted(weights):
+        one, other = folder / name, again / name
+        if not (one.exists() and other.exists()):
+            yield f"{name} is there only once"
+        elif one.read_bytes() != other.read_bytes():
+            yield f"{name} differs"
+    for name in ("metrics.jsonl", "summary.json"):
+        one, other = (_results(path / name) for path in (folder, again))
+        if one != other:
+            yield f"{name} differs ({_first_difference(one, other)})"
+
+
+def _results(path: Path) -> list:
+    """The objects of a .json or .jsonl file, without times; a run that trains nothing has no metrics."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [without_times(json.loads(part)) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+
+
+def _first_difference(one, other, where: str = "") -> str:
+    """The first value that two JSON values do not share: "validation.loss was 0.5, now 0.6"."""
+    if type(one) is type(other) and isinstance(one, dict | list):
+        keys = list(dict.fromkeys([*one, *other])) if isinstance(one, dict) else range(max(len(one), len(other)))
+        for key in keys:
+            there = [key in part if isinstance(part, dict) else key < len(part) for part in (one, other)]
+            if not all(there):
+                return f"{where}{key} is there only once"
+            if one[key] != other[key]:
+                return _first_difference(one[key], other[key], f"{where}{key}." if isinstance(one, dict) else where)
+    return f"{where.rstrip('.') or 'it'} was {str(one)[:60]}, now {str(other)[:60]}"

@@ -1,0 +1,338 @@
+"""A run's folder: who may write to it, what stands in it, and reading it back.
+
+    runs/<mode>-<SR>/   config.json, metrics.jsonl, summary.json, weights, SHA256SUMS, tensorboard/
+
+summary.json is written last and marks the run as finished. SHA256SUMS holds the checksums of all files but
+TensorBoard's; they are checked whenever a run is read or resumed.
+"""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
+
+import torch
+
+from data_utils import Task
+from record.files import (SUMS, UserError, check_sums, json_text, locked, make_folder, read_json, remove_temporaries, sha256,
+                   without_password, write_file, write_json, write_sums)
+from model import LoRAOptions
+from data.tables import TableOptions
+from train_utils import CHECKPOINT, TrainOptions
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
+TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # no two runs share them
+FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly")  # change no result: a resumed run may have others
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every run has."""
+
+    mode: str  # LoRA or distil
+    sr: str  # five digits: the seed, and the run's name
+    model: str
+    task: str
+    data: str | None  # folder of the task's files; the Hub's if None
+    out: Path  # the run's folder
+    train: TrainOptions
+    method: str = "lora"  # lora, full, head or none
+    lora: LoRAOptions = LoRAOptions()
+    table: TableOptions = TableOptions()
+    keep: bool = True  # keep what the frozen blocks below the lowest trained one compute
+    keep_memory: float = 2.0  # GiB of it in memory; the rest is memory-mapped
+    max_length: int | None = None  # tokens; the model's context if None
+    limit: int | None = None  # so many rows of each split only
+    resume: bool = False
+    overwrite: bool = False
+    deterministic: bool = False
+    repeats: Path | None = None  # folder of the finished run that this one must equal in options and data
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def use_threads(threads) -> None:
+    """Sets the number of CPU threads to a recorded one: threads decide in which order sums are rounded.
+
+    Warns in one line where PyTorch does not take that number.
+    """
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 0 < threads <= 1024:
+        return  # nothing usable was recorded
+    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        warnings.warn(f"{threads} threads cannot be had here, {torch.get_num_threads()} are used: sums are rounded in "
+                      "another order, and the result may differ in its last digits", stacklevel=2)
+
+
+def use_recorded_threads(options: RunOptions) -> None:
+    """Gives a run that is resumed or repeats another one as many threads as `config.json` recorded."""
+    folder = options.repeats or (options.out if options.resume and not options.overwrite else None)
+    if folder is not None and (folder / "config.json").exists():
+        use_threads(read_json(folder / "config.json").get("threads"))
+
+
+def provenance(options: dict, task: Task) -> dict:
+    """What config.json records beside the options: enough to repeat the run."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True,
+                                check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    command = without_password("python run.py " + shlex.join(sys.argv[1:]))
+    return {"command": command, "options": options,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": task.files}
+
+
+def settings_of(options: RunOptions) -> dict:
+    """What config.json records of these options; nested ones stand beside them, by their own names (train, lora: where
+    the mode uses them)."""
+    return {**{field.name: getattr(options, field.name) for field in fields(options)
+               if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora", "table")},
+            **asdict(options.table)}
+
+
+def rebuild(cls: type, values: dict, **given):
+    """An options object from what config.json recorded: the way back from `settings_of` and `as_json`.
+
+    Raises:
+        UserError: an option without a default was not recorded, or one is of another type than it has.
+    """
+    kinds, made = get_type_hints(cls), dict(given)
+    for field in fields(cls):
+        kind = kinds[field.name]
+        if field.name in given:
+            continue
+        if is_dataclass(kind):
+            made[field.name] = rebuild(kind, values)
+        elif field.name in values:
+            value = values[field.name]
+            if not _is(kind, value):
+                raise UserError(f"config.json: {field.name} is {json.dumps(value)[:60]}; expected {field.type}")
+            value = tuple(value) if isinstance(value, list) else value
+            made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
+    try:
+        return cls(**made)
+    except TypeError as error:
+        raise UserError(f"config.json does not record every option ({error})") from None
+
+
+def _is(kind, value) -> bool:
+    """Whether a JSON value can stand for an option of this type."""
+    if isinstance(kind, UnionType):
+        return any(_is(one, value) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is(get_args(kind)[0], item) for item in value)
+    if kind in (int, float, bool):  # in JSON, a whole number serves for either
+        return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, {Path: str | Path, str: str, NoneType: NoneType}.get(kind, object))
+
+
+def without_times(value):
+    """A result (any JSON value) without what no two runs share."""
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def as_json(value):
+    """Options as plain JSON values."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def run_folder(options: RunOptions, config: dict):
+    """The run's folder, held by this process alone.
+
+    A finished run is never written to without `--overwrite`, an unfinished one is only continued
+    (`--resume`) or overwritten, and a resumed run must have the options it began with.
+
+    Raises:
+        UserError: any of these, another process at work there, or a folder that cannot be written.
+    """
+    if options.repeats:
+        _same_options(options.repeats, config, "repeat")
+    folder = make_folder(options.out)
+    with locked(folder, "run"):
+        if options.overwrite:
+            _empty(folder)
+        elif (folder / "summary.json").exists():
+            raise UserError(f"{folder}: holds a finished run; choose another SR or --out, or pass --overwrite")
+        elif any(folder.glob(f"*{CHECKPOINT}")):
+            if not options.resume:
+                raise UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts anew")
+            check_sums(folder, "config.json")
+            _same_options(folder, config, "--resume")
+            _warn_of_changes(folder, config)
+        remove_temporaries(folder)
+        if not any(folder.glob(f"*{CHECKPOINT}")):  # a resumed run keeps the config that it began with
+            write_json(folder / "config.json", config)
+            write_sums(folder, {"config.json": sha256(folder / "config.json")})
+        yield folder
+
+
+def _empty(folder: Path) -> None:
+    """Removes what a run leaves behind; anything else in the folder is left alone."""
+    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json", SUMS):
+        (folder / name).unlink(missing_ok=True)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def _same_options(folder: Path, config: dict, what: str) -> None:
+    """Refuses to resume or repeat (`what`) the run in a folder with other options, data, teacher or base model."""
+    before = read_json(folder / "config.json")
+    for name, value in config["options"].items():
+        old = before.get("options", {}).get(name)
+        if old != value and name not in FREE:
+            raise UserError(f"{folder}: {what} with another {name}: it began with {old}, now {value}")
+    if before.get("base_sha256") != config.get("base_sha256"):
+        raise UserError(f"{folder}: {what} with a changed base model: its weights are not those the run began with")
+    for kind, key in (("data", "data_files"), ("teacher", "teacher_files")):
+        for name in sorted({*before.get(key, {}), *config.get(key, {})}):
+            if before.get(key, {}).get(name) != config.get(key, {}).get(name):
+                raise UserError(f"{folder}: {what} with {'' if kind == 'data' else 'a '}changed {kind}: {name} is not the "
+                                "file the run began with")
+
+
+def environment(config: dict) -> dict:
+    """What beside the options may change a result."""
+    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")}}
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """How two configs' environments differ, in words."""
+    one, other = environment(before), environment(now)
+    return [f"{key} was {one.get(key)}, now {other.get(key)}" for key in dict.fromkeys([*one, *other])
+            if one.get(key) != other.get(key)]
+
+
+def _warn_of_changes(folder: Path, config: dict) -> None:
+    if changed := changes(read_json(folder / "config.json"), config):
+        warnings.warn(f"{folder}: resumed, but {', '.join(changed)}: the result may not be that of an uninterrupted run",
+                      stacklevel=2)
+
+
+def warn_of_changed_data(config: dict, data: Path) -> None:
+    """Warns where a file is one that the run read, under the same path, and no longer the same."""
+    for name, digest in config.get("data_files", {}).items():
+        if Path(name).resolve() == Path(data).resolve() and sha256(data) != digest:
+            warnings.warn(f"{data}: changed since the run read it (its SHA-256 is another)", stacklevel=2)
+
+
+class Recorder:
+    """Writes metrics.jsonl and TensorBoard scalars as epochs end."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None]):
+        self.folder, self.say, self.lines = folder, say, []
+        self.events = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
+
+    def __call__(self, history: list[dict], phase: str | None = None) -> None:
+        """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
+        self.lines = [line for line in self.lines if line.get("phase") != phase]
+        self.lines += [{**({"phase": phase} if phase else {}), **line} for line in history]
+        write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        if not history:
+            return
+        line, prefix = history[-1], f"{phase}/" if phase else ""
+        self._scalars(line["epoch"], {f"{prefix}learning_rate": line["learning_rate"], **{
+            f"{prefix}{split}/{key}": values[key] for split, values in {"train": line["train"], **line["validation"]}.items()
+            for key in ("loss", "accuracy", "mcc")}})
+        self.say(f"  epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, " + ", ".join(
+            f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" for split, v in line["validation"].items()))
+
+    def _scalars(self, epoch: int, values: dict[str, float]) -> None:
+        """Appends an epoch to TensorBoard's file: its own writer is a thread, which fails unseen on a full disk."""
+        from tensorboard.compat.proto.event_pb2 import Event  # late: the first step does not wait for it
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        new, records = not self.events.exists(), io.BytesIO()
+        events = [Event(file_version="brain.Event:2", wall_time=time.time())] if new else []
+        events += [Event(wall_time=time.time(), step=epoch, summary=Summary(
+            value=[Summary.Value(tag=tag, simple_value=value)])) for tag, value in values.items()]
+        for event in events:
+            RecordWriter(records).write(event.SerializeToString())
+        try:
+            self.events.parent.mkdir(exist_ok=True)
+            with open(self.events, "ab") as file:
+                file.write(records.getvalue())
+        except OSError as error:
+            raise UserError(f"{self.events}: cannot be written ({error.strerror})") from None
+
+
+def finish(folder: Path, summary: dict) -> None:
+    """The summary marks a run as finished; its checkpoints are no longer needed then."""
+    files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
+             if not path.name.endswith(CHECKPOINT)]
+    digests = {path.name: sha256(path) for path in files}
+    digests["summary.json"] = hashlib.sha256(json_text(summary).encode()).hexdigest()
+    write_sums(folder, digests)  # before the summary: a finished run is never without
+    write_json(folder / "summary.json", summary)
+    for path in folder.glob(f"*{CHECKPOINT}"):
+        path.unlink()
+
+
+def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
+    """config.json and summary.json of a finished run.
+
+    Raises:
+        UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it. Or a
+            file of it is not the one that the run wrote.
+    """
+    folder = Path(folder)
+    make = f"python run.py {mode or 'LoRA'} SR makes one"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: not a run's folder; {make}")
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"{folder}: the run is not finished; its command with --resume continues it")
+    if not check_sums(folder):
+        warnings.warn(f"{folder}: has no {SUMS}; whether its files are whole is not known", stacklevel=2)
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    wrong = [] if summary.get("mode") in ("LoRA", "distil") else ["no mode"]
+    options = config.get("options")
+    if not isinstance(options, dict):
+        wrong.append("no options")
+    else:
+        needed = ("model", "task", "method", "max_length", "batch_size", "precision")
+        wrong += [f"{key} missing" for key in needed if options.get(key) is None]
+    classes, files = config.get("classes", ["0", "1"]), config.get("data_files", {})
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        wrong.append("classes are not two names or more")
+    if not isinstance(files, dict):
+        wrong.append("data_files is not an object")
+    if not wrong:
+        try:
+            rebuild(RunOptions, options, out=folder)
+        except UserError as error:
+            wrong.append(str(error))
+        if not wrong and min(options["max_length"], options["batch_size"]) < 1:
+            wrong.append("max_length or batch_size is below 1")
+    if wrong:
+        raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(wrong)})")
+    if mode and summary["mode"] != mode:
+        raise UserError(f"{folder}: a {summary['mode']} run; {make}")
+    return config, summary

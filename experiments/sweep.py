@@ -1,0 +1,351 @@
+"""A search over a fine-tuning's options with Optuna: which rank, roles, layers, learning rate ... serve best.
+
+    python run.py sweep 12345 --search rank=1,2,4,8 --search targets=q+v,all --search lr=1e-4..1e-3 --trials 20
+
+A trial is a fine-tuning in this process with the sweep's one seed; its score is its best epoch's MCC on the selection
+split. All trials wait in the study from the beginning, and each process takes the next: so several processes, on
+several machines if `--storage` is a database server's, share one study and do no trial twice.
+"""
+from __future__ import annotations
+
+import itertools
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import optuna
+import torch
+from optuna.trial import TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from tqdm import tqdm
+
+from experiments import finetune as experiments
+from report import records
+from report import tables as report_utils
+from record import signals
+from experiments.compare import same_settings
+from record.files import UserError, make_folder, without_password, write_file, write_json
+from experiments.runs import RunOptions, provenance, use_threads
+from train_utils import Diverged
+
+HEARTBEAT, GRACE = 60, 300  # seconds: a trial whose process was silent for so long is given to another
+STRUCTURE = ("rank", "targets", "layers")  # what may not fit the model, alone or together
+LOCK = ".trial.lock"
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high, whole ones where both are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What is searched, how, and where it goes."""
+
+    sr: str
+    search: dict[str, list | Range]  # option -> its choices, or a range
+    make: Callable[[dict, Path], RunOptions]  # (option -> value, folder) -> a trial's run
+    sampler: str  # tpe, random or grid
+    trials: int | None  # of all processes together; 20, or the whole grid, if None
+    prune: bool
+    storage: str | None  # a database URL; study.db in the folder if None
+    out: Path
+    settings: dict  # every option as resolved: a study goes on only under the same ones
+    overwrite: bool = False
+
+
+class _Surplus(Exception):
+    """Another process took the last waiting trial."""
+
+
+def sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict:
+    """Runs the trials that wait and writes sweep.json and sweep.tex.
+
+    Returns:
+        What is in sweep.json.
+
+    Raises:
+        UserError: bad input, before anything is written; a study that began under other options.
+        signals.Interrupted: asked to stop; the trial at work waits for the next start.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    task = check(options)
+    record = provenance(options.settings, task)
+    record["versions"]["optuna"] = version("optuna")
+    with _storage_errors(options):
+        study = open_study(options, record)
+        use_threads(study.user_attrs["threads"])
+        record["threads"] = torch.get_num_threads()
+        requeue_dead(study, options.out)
+        trial = Trial(options, study, experiments.selection_split(task.dev))
+        with tqdm(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
+                  dynamic_ncols=True) as bar:
+            while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                try:
+                    study.optimize(trial, n_trials=1, catch=(_Surplus,))
+                finally:
+                    trial.release()
+                keep_best(study, options.out)
+                bar.n = len(_done(study))
+                bar.set_postfix_str(f"best MCC {max((t.value for t in _done(study) if t.value is not None), default=0):.3f}")
+        result = {"mode": "sweep", "sr": options.sr, **{key: options.settings[key] for key in ("model", "task", "sampler")},
+                  "search": {name: vars(s) if isinstance(s, Range) else s for name, s in options.search.items()},
+                  "selection": {"split": experiments.selection_split(task.dev), "score": "mcc"}, **record,
+                  **results(study, options)}
+    write_json(options.out / "sweep.json", result)
+    written = records.read_json(options.out / "sweep.json")
+    write_file(options.out / "sweep.tex", report_utils.sweep_latex(written))
+    say(report_utils.sweep_text(written))
+    return result
+
+
+def check(options: SweepOptions):
+    """The task, after a look at every combination of what may not fit the model."""
+    ends = {name: [s.low, s.high] if isinstance(s, Range) else s for name, s in options.search.items()}
+    first = {name: values[0] for name, values in ends.items()}
+    for values in itertools.product(*(ends[name] for name in STRUCTURE if name in ends)):
+        changed = dict(zip((name for name in STRUCTURE if name in ends), values, strict=True))
+        task = experiments.check(options.make({**first, **changed}, options.out))
+    return task
+
+
+# ---------------------------------------------------------------- the study
+
+@contextmanager
+def _storage_errors(options: SweepOptions):
+    """A database that cannot be used is the user's error; the URL is told without its password."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        where = f"--storage {options.storage}" if options.storage else options.out / "study.db"
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(without_password(f"{where}: the database cannot be used ({reason})")) from None
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    """The database; where another process makes its tables this very moment, the next attempt finds them."""
+    for attempt in range(5):
+        try:
+            return optuna.storages.RDBStorage(
+                url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+                heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=requeue)
+        except (IntegrityError, OperationalError):
+            if attempt == 4:
+                raise
+            time.sleep(0.5)
+        except ImportError as error:
+            raise UserError(without_password(f"--storage {url}: its driver is not installed ({error})")) from None
+
+
+def open_study(options: SweepOptions, record: dict) -> optuna.Study:
+    """The study, made with all its trials waiting, or found and checked for the same options."""
+    if options.storage is None:
+        make_folder(options.out)
+    url = options.storage or f"sqlite:///{options.out / 'study.db'}"
+    storage = _storage(url)
+    make_folder(options.out)
+    name = f"sweep-{options.sr}"
+    if options.overwrite:
+        with suppress(KeyError):
+            optuna.delete_study(study_name=name, storage=storage)
+        for file in ("sweep.json", "sweep.tex"):
+            (options.out / file).unlink(missing_ok=True)
+        for lock in options.out.glob(f"trial-*/{LOCK}"):
+            shutil.rmtree(lock.parent)
+    settings = {key: record[key] for key in ("options", "data_files")}
+    pruner = optuna.pruners.MedianPruner() if options.prune else optuna.pruners.NopPruner()
+    try:
+        study = optuna.create_study(study_name=name, storage=storage, pruner=pruner, direction="maximize")
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
+        end = time.monotonic() + 10  # another process may be making it this very moment
+        while "settings" not in study.user_attrs and time.monotonic() < end:
+            time.sleep(0.1)
+    if "settings" in study.user_attrs:
+        same_settings(study.user_attrs["settings"], settings, f"study {name}")
+    grid = [dict(zip(options.search, values, strict=True)) for values in itertools.product(*options.search.values())
+            ] if options.sampler == "grid" else None
+    trials, slots = options.trials or (len(grid) if grid else 20), _slots(study)
+    if len(slots) > trials:
+        raise UserError(f"--trials {trials}: the study has {len(slots)} already")
+    for slot in range(trials):
+        if slot not in slots:
+            study.enqueue_trial(grid[slot] if grid else {}, user_attrs={"slot": slot})
+    if "threads" not in study.user_attrs:  # every process of the study uses as many as the first
+        study.set_user_attr("threads", record["threads"])
+    study.set_user_attr("settings", settings)  # last: now the study is whole
+    return study
+
+
+def _slots(study: optuna.Study) -> set[int]:
+    return {trial.user_attrs["slot"] for trial in study.get_trials(deepcopy=False) if "slot" in trial.user_attrs}
+
+
+def _done(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=DONE)
+
+
+def requeue(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Lets a trial that came to no end wait once more, with the values it had."""
+    study.enqueue_trial(trial.params, user_attrs={"slot": trial.user_attrs["slot"]})
+
+
+def requeue_dead(study: optuna.Study, out: Path) -> None:
+    """Trials of processes that were killed here wait again at once; those of other machines when silent for long."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        folder = trial_folder(out, trial.number)
+        if not folder.is_dir():
+            continue
+        with suppress(filelock.Timeout), filelock.FileLock(folder / LOCK, timeout=0):
+            if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
+                continue  # another process was faster
+            study.tell(trial.number, state=TrialState.FAIL)
+            requeue(study, trial)
+            shutil.rmtree(folder)
+
+
+def trial_folder(out: Path, number: int) -> Path:
+    return out / f"trial-{number:05d}"
+
+
+def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
+    """The highest score; of equals, the one that trains fewest parameters."""
+    return max(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), default=None, key=lambda trial: (
+        trial.value, -trial.user_attrs["parameters"]["trainable"], -trial.number))
+
+
+def keep_best(study: optuna.Study, out: Path) -> None:
+    """Removes the weights of every finished trial here but the best of all."""
+    best = best_trial(study)
+    kept = best and best.user_attrs.get("same_as", best.number)
+    for trial in _done(study):
+        if trial.number != kept:
+            for file in trial_folder(out, trial.number).glob("*.safetensors"):
+                file.unlink()
+
+
+# ---------------------------------------------------------------- one trial
+
+class Trial:
+    """The objective: called by Optuna with each trial."""
+
+    def __init__(self, options: SweepOptions, study: optuna.Study, split: str):
+        self.options, self.study, self.split = options, study, split
+        self.lock: filelock.FileLock | None = None  # of the folder of the trial at work
+
+    def release(self) -> None:
+        """Gives the folder free: not before the study knows the outcome, or another process would take it for dead."""
+        if self.lock:
+            self.lock.release()
+            self.lock = None
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        if "slot" not in trial.user_attrs:
+            raise _Surplus
+        values = self.suggest(trial)
+        same = next((t for t in _done(self.study) if t.params == trial.params), None)
+        if same:  # the same options and seed: the same run
+            for key, value in {**same.user_attrs, "slot": trial.user_attrs["slot"], "same_as": same.number}.items():
+                trial.set_user_attr(key, value)
+            if same.state == TrialState.PRUNED:
+                raise optuna.TrialPruned
+            return same.value
+        folder = trial_folder(self.options.out, trial.number)
+        make_folder(folder)
+        self.lock = filelock.FileLock(folder / LOCK, timeout=0)
+        self.lock.acquire()
+        try:
+            return self.run(trial, self.options.make(values, folder))
+        except optuna.TrialPruned:
+            raise
+        except BaseException:  # a signal, a full disk: the next start does it again
+            requeue(self.study, self.study.trials[trial.number])
+            shutil.rmtree(folder)
+            raise
+
+    def suggest(self, trial: optuna.Trial) -> dict:
+        """The trial's value of every searched option.
+
+        The sampler is seeded with SR and the trial's number: two processes, or one that was started again, must not
+        draw the same values once more.
+        """
+        seed = (int(self.options.sr) * 100_003 + trial.number) % 2 ** 32
+        self.study.sampler = (optuna.samplers.TPESampler(seed=seed, multivariate=False) if self.options.sampler == "tpe"
+                              else optuna.samplers.RandomSampler(seed=seed))
+        values = {}
+        for name, s in self.options.search.items():
+            if not isinstance(s, Range):
+                values[name] = trial.suggest_categorical(name, s)
+            elif isinstance(s.low, int):
+                values[name] = trial.suggest_int(name, s.low, s.high, log=s.log)
+            else:
+                values[name] = trial.suggest_float(name, s.low, s.high, log=s.log)
+        return values
+
+    def run(self, trial: optuna.Trial, run: RunOptions) -> float:
+        """Fine-tunes; the score."""
+        def on_epoch(history: list[dict], counts: dict) -> None:
+            epoch = history[-1]["epoch"]
+            trial.set_user_attr("parameters", counts)
+            trial.report(history[-1]["validation"][self.split]["mcc"], epoch)
+            if epoch < run.train.epochs and trial.should_prune():
+                raise optuna.TrialPruned
+        try:
+            with open(run.out / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
+                summary = experiments.finetune(run, stop=signals.received, on_epoch=on_epoch)
+        except Diverged as error:
+            trial.set_user_attr("diverged", str(error))
+            raise optuna.TrialPruned from None
+        for key in ("parameters", "best_epoch", "validation"):
+            trial.set_user_attr(key, summary[key])
+        trial.set_user_attr("seconds", summary["train"]["seconds"])
+        return summary["validation"][self.split]["mcc"]
+
+
+# ---------------------------------------------------------------- all trials
+
+def results(study: optuna.Study, options: SweepOptions) -> dict:
+    """Every trial, the importance of each option, and the mean score of each choice."""
+    trials = []
+    for trial in study.trials:
+        attributes = trial.user_attrs
+        if trial.state == TrialState.FAIL and "slot" not in attributes:
+            continue
+        state = "diverged" if "diverged" in attributes else trial.state.name.lower()
+        reached = [value for value in trial.intermediate_values.values()]
+        trials.append({
+            "number": trial.number, "state": "interrupted" if state == "fail" else state, "params": trial.params,
+            "score": trial.value if trial.state == TrialState.COMPLETE else max(reached, default=None),
+            "epochs": len(reached), **{key: attributes.get(key) for key in (
+                "parameters", "best_epoch", "validation", "seconds", "diverged", "same_as")}})
+    complete = [trial for trial in trials if trial["state"] == "complete"]
+    means = {}
+    for name, s in options.search.items():
+        if not isinstance(s, Range):
+            scores = {value: [t["score"] for t in complete if t["params"][name] == value] for value in s}
+            means[name] = [{"value": value, "n": len(x), "mean": statistics.fmean(x) if x else None,
+                            "sd": statistics.stdev(x) if len(x) > 1 else None} for value, x in scores.items()]
+    best = best_trial(study)
+    return {"trials": trials, "best": best and best.number, "means": means, "importance": importance(study, options)}
+
+
+def importance(study: optuna.Study, options: SweepOptions) -> dict[str, float] | None:
+    """Share of the scores' variance that each option explains (fANOVA, Hutter et al. 2014); None where it says nothing."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(options.search) < 2 or len(complete) < 4 or len({trial.value for trial in complete}) < 2:
+        return None
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=int(options.sr))
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))

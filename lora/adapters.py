@@ -1,0 +1,182 @@
+"""Adapter files in PEFT's layout: what is saved here loads there, and the other way round.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`: A and B of every adapted layer and
+the classification head, nothing of the frozen model.
+"""
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from record.files import UserError, read_json, write_file, write_json
+from model import LoRALinear, TextClassifier, lora_layers
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's name for the wrapped model
+# Features of PEFT's LoRA that change the formula; an adapter that uses one is refused, not misread.
+UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "layer_replication",
+               "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "target_parameters")
+# Initialisations that change the frozen weights too, so that A and B alone are not the whole of the update.
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
+    """Writes adapter and head.
+
+    A layer adapted in slices is written as the one block matrix of the summed rank, which is the same
+    function: alpha grows with the rank so that the scaling stays.
+
+    Args:
+        classifier: with at least one `LoRALinear`.
+        folder: existing folder.
+        base: name or path of the base model, for whoever loads the adapter.
+    """
+    layers = lora_layers(classifier.net)
+    state, ranks, alphas = {}, {}, {}
+    for name, layer in layers.items():
+        state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        state[f"{PREFIX}{name}.lora_B.weight"] = layer.block_B()
+        if len(layer.slices) > 1:
+            ranks[name] = layer.lora_A.shape[0]
+            times = len(layer.slices)
+            alphas[name] = layer.alpha * (math.sqrt(times) if layer.rslora else times)
+    for name in classifier.head_names():
+        for key, value in classifier.net.get_submodule(name).state_dict().items():
+            state[f"{PREFIX}{name}.{key}"] = value
+    first = next(iter(layers.values()))
+    write_json(folder / CONFIG_FILE, {
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base, "inference_mode": True,
+        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout.p, "use_rslora": first.rslora,
+        "rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": sorted(layers),
+        "modules_to_save": classifier.head_names(), "bias": "none", "init_lora_weights": True,
+        "fan_in_fan_out": isinstance(first.base, Conv1D)})
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+
+
+def base_of(folder: Path) -> str:
+    """Name or path of the base model an adapter was made for.
+
+    Raises:
+        UserError: no adapter there, or one that does not say.
+    """
+    base = read_json(Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{Path(folder) / CONFIG_FILE}: names no base_model_name_or_path; give --model")
+    return base
+
+
+def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[str]:
+    """Puts a saved adapter on a model: `LoRALinear` where it adapts, its head in place of the model's.
+
+    Args:
+        net: a sequence classifier, or (with `head=False`) the language model of the same backbone.
+        folder: as `save_adapter` or PEFT's `save_pretrained` writes it.
+        head: whether to load the task head too.
+
+    Returns:
+        Names of the adapted modules.
+
+    Raises:
+        UserError: missing or damaged files, an unsupported kind of adapter, or one for another base.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG_FILE)
+    used = [key for key in UNSUPPORTED if config.get(key)]
+    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
+        used.append(f"init_lora_weights {config['init_lora_weights']}")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or used:
+        raise UserError(f"{folder / CONFIG_FILE}: not a plain LoRA adapter "
+                        f"({', '.join(used) or config.get('peft_type') or 'no peft_type'}); expected peft_type LORA")
+    state = load_tensors(folder / WEIGHTS_FILE)
+    names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
+    if not names:
+        raise UserError(f"{folder / WEIGHTS_FILE}: no LoRA weights in it")
+    try:
+        alphas = {name: float(_pattern(config, "alpha_pattern", name, config["lora_alpha"])) for name in names}
+        dropout = nn.Dropout(float(config.get("lora_dropout") or 0.0)).p
+    except (KeyError, TypeError, ValueError, AttributeError, re.error):
+        raise UserError(f"{folder / CONFIG_FILE}: lora_alpha, alpha_pattern or lora_dropout is missing or not as "
+                        "expected") from None
+    modules = dict(net.named_modules())
+    pairs = {}
+    for name in names:  # everything is checked before anything is changed
+        A, B = state.pop(f"{PREFIX}{name}.lora_A.weight"), state.pop(f"{PREFIX}{name}.lora_B.weight", None)
+        base = modules.get(name)
+        expected = (base.nx, base.nf) if isinstance(base, Conv1D) else \
+            (base.in_features, base.out_features) if isinstance(base, nn.Linear) else None
+        rank = B.shape[1] if B is not None and B.ndim == 2 else 0
+        if expected is None or rank < 1 or A.shape != (rank, expected[0]) or B.shape != (expected[1], rank):
+            raise UserError(f"{folder}: adapter for another base: {name} "
+                            f"{'does not exist' if expected is None else 'has another shape'} in this model; "
+                            f"it was made for {config.get('base_model_name_or_path')}")
+        pairs[name] = A, B
+    own, inside = net.state_dict(), net.base_model_prefix + "."
+    # Whole modules: the head, and whatever of the backbone somebody trained with PEFT's modules_to_save.
+    whole = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    whole = {key: value for key, value in whole.items() if head or key.startswith(inside)}
+    wrong = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
+    missing = [key for key in own if head and not key.startswith(inside) and key not in whole]
+    if missing:
+        raise UserError(f"{folder / WEIGHTS_FILE}: no classification head for this model ({missing[0]} is missing)")
+    if wrong:
+        raise UserError(f"{folder / WEIGHTS_FILE}: {wrong[0]} does not exist or has another shape in this model")
+    with torch.no_grad():
+        for key, value in whole.items():
+            own[key].copy_(value)
+    net.base_model.requires_grad_(False)
+    for name, (A, B) in pairs.items():
+        layer = LoRALinear(modules[name], A.shape[0], alphas[name], dropout, bool(config.get("use_rslora")))
+        with torch.no_grad():
+            layer.lora_A.copy_(A)
+            layer.lora_B.copy_(B)
+        net.set_submodule(name, layer)
+    return names
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({str(error).splitlines()[0]})") from None
+
+
+def _pattern(config: dict, key: str, name: str, default):
+    """PEFT's pattern lookup: the first key that is the module's name or its dotted ending."""
+    for pattern, value in (config.get(key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def merge_adapter(net: nn.Module) -> None:
+    """Merges every `LoRALinear` into its frozen weight, or none.
+
+    Raises:
+        ValueError: one of them holds values that are not finite; nothing was merged.
+    """
+    layers = lora_layers(net).values()
+    for layer in layers:
+        if not torch.isfinite(layer.delta()).all():
+            raise ValueError("the adapter holds values that are not finite; nothing was merged")
+    for layer in layers:
+        layer.merge()
+
+
+def unmerge_adapter(net: nn.Module) -> None:
+    """Takes every `LoRALinear` out of its frozen weight again."""
+    for layer in lora_layers(net).values():
+        layer.unmerge()

@@ -1,0 +1,324 @@
+"""Transformer blocks that compute no more than the classifier reads, and keep no more than training needs.
+
+    fuse(net.base_model)                           # GPT-2, Llama, BERT, DistilBERT; says whether it knows the model
+    rows = rows_of(input_ids, attention_mask)      # a decoder's
+    net.base_model(input_ids=rows.ids, position_ids=rows.positions, rows=rows)      # hidden states (B, 1, C)
+
+The classes below are those of `transformers` with another way through the same parameters; without the
+argument `rows` (or `pooled`) they are the library's in every respect. The outcome is the same up to rounding:
+
+- One token of each sentence is read in the end. The last block computes queries, output projection and MLP
+  for that token alone; of the others it needs keys and values only.
+- In a decoder, tokens with the same beginning have the same hidden state: sentences that begin alike share
+  the rows of their common beginning. Pads have no row.
+- Frozen layers go through `lora.product`, which groups them and recomputes what is cheap.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertAttention, BertLayer, BertSelfAttention
+from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+from lora import amx
+from lora.product import GELU, ExactGELU, LayerNorm, RMSNorm, SwiGLU, by_tiles, product
+
+ACTIVATIONS = {"gelu_new": GELU(), "gelu_pytorch_tanh": GELU(), "gelu": ExactGELU()}
+SHORT = 32  # tokens of a sentence up to which amx.attend computes it: of longer ones PyTorch's products are faster
+
+
+def fuse(backbone: nn.Module) -> bool:
+    """Turns the blocks into the classes below; False, and nothing done, where the architecture is not known."""
+    config = backbone.config
+    activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None) \
+        or getattr(config, "activation", None)
+    if getattr(config, "add_cross_attention", False) or activation not in (
+            ("silu",) if config.model_type == "llama" else ACTIVATIONS):
+        return False
+    known = {base: ours for ours in (RowsGPT2Block, RowsGPT2Attention, RowsLlamaLayer, RowsLlamaAttention, PooledBertLayer,
+                                     PooledBertAttention, PooledBertSelfAttention, PooledDistilBertBlock,
+                                     PooledDistilBertAttention) for base in ours.__bases__}
+    blocks = [module for module in backbone.modules() if type(module) in (
+        GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock, *known.values())]
+    if len(blocks) != config.num_hidden_layers:
+        return False
+    for module in backbone.modules():
+        module.__class__ = known.get(type(module), type(module))
+    for i, block in enumerate(blocks):
+        block.last = i == len(blocks) - 1
+    return True
+
+
+# ---------------------------------------------------------------- decoders: one row for each different beginning
+
+@dataclass
+class Rows:
+    """The tokens of a batch (B, T) that are computed: U rows."""
+
+    ids: Tensor  # (U, 1) token ids
+    positions: Tensor  # (U, 1)
+    index: Tensor | None  # (B * T,) row of each token, a pad's being its sentence's last; None: all tokens in order
+    first: Tensor | None  # (U,) the first token that a row stands for
+    last: Tensor  # (B,) row of each sentence's last token
+    mask: Tensor | None  # (B, 1, 1, T) whether a token is real; None where all are
+    shape: tuple[int, int]  # B, T
+
+    @cached_property
+    def chains(self) -> tuple[amx.Chains, amx.Chains]:
+        """What each row attends to, and what each sentence's last token does."""
+        B, T = self.shape
+        chain = torch.arange(B * T) if self.index is None else self.index
+        first = chain if self.first is None else self.first
+        length = self.positions[:, 0] + 1
+        return (amx.Chains(chain, first - first % T, length),
+                amx.Chains(chain, torch.arange(0, B * T, T), length[self.last]))
+
+    def spread(self, x: Tensor) -> Tensor:  # (U, C) -> (B, T, C)
+        return (x if self.index is None else x.index_select(0, self.index)).view(*self.shape, -1)
+
+    def gather(self, x: Tensor) -> Tensor:  # (B, T, C) -> (U, C)
+        x = x.flatten(0, 1)
+        return x if self.first is None else x.index_select(0, self.first)
+
+
+def rows_of(input_ids: Tensor, attention_mask: Tensor) -> Rows:
+    """Rows of a right-padded batch (B, T)."""
+    B, T = input_ids.shape
+    lengths = attention_mask.sum(1)
+    if input_ids.is_cuda:  # one shape for all batches of a size, and nothing that waits for the GPU
+        places = torch.arange(T, device=input_ids.device).expand(B, T)
+        return Rows(input_ids.reshape(-1, 1), places.reshape(-1, 1), None, None,
+                    torch.arange(B, device=input_ids.device) * T + lengths - 1,
+                    attention_mask.bool()[:, None, None], (B, T))
+    rows: dict[tuple[int, int], int] = {}  # (row of what came before, token) -> row
+    index, first, last = [], [], []
+    for b, (sentence, length) in enumerate(zip(input_ids.tolist(), lengths.tolist(), strict=True)):
+        row = -1
+        for t, token in enumerate(sentence[:length]):
+            row = rows.setdefault((row, token), len(rows))
+            if row == len(first):
+                first.append(b * T + t)
+            index.append(row)
+        index += [row] * (T - length)
+        last.append(row)
+    index, first, last = map(torch.tensor, (index, first, last))
+    plain = len(first) == B * T
+    return Rows(input_ids.reshape(-1)[first, None], (first % T)[:, None], None if plain else index,
+                None if plain else first, last, None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None],
+                (B, T))
+
+
+def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float, rows: Rows,
+           rotary: tuple[Tensor, Tensor] | None = None, tiles: bool = False) -> Tensor:
+    """Causal attention, y (U, C), or of each sentence's last token alone, (B, C).
+
+    Args:
+        q: (B, C) if it is of the last tokens, or queries, keys and values of all rows side by side. It and kv may be
+            written over.
+        kv: (U, keys and values side by side), or None: they are in q.
+        heads: how many of queries, and how many of keys: so many of the former in turn share a key.
+        size: channels of a head.
+        rotary: cosine and sine (U, size) of the rotary embedding, if the model has one.
+        tiles: whether amx.py may compute it.
+    """
+    C, K = heads[0] * size, heads[1] * size
+    if tiles and rows.shape[1] <= SHORT:
+        return _Attend.apply(q, kv, (C, K), size, scale, rows, rotary)
+    if rotary is not None:
+        q = _Rotate.apply(q, *(rotary if kv is None else (x[rows.last] for x in rotary)), C if kv is not None else C + K)
+        kv = None if kv is None else _Rotate.apply(kv, *rotary, K)
+    q, k, v = rows.spread(q).split([C, K, K], -1) if kv is None else (q.unsqueeze(1), *rows.spread(kv).split(K, -1))
+    q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, size)
+    if kv is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=C != K)
+        return rows.gather(y.transpose(1, 2).flatten(2))
+    # Heads that share a key stand as so many queries of it.
+    y = F.scaled_dot_product_attention(q.reshape(len(q), heads[1], -1, size), k, v, rows.mask, scale=scale)
+    return y.reshape(len(q), C)
+
+
+class _Attend(torch.autograd.Function):
+    """The same by amx.py: each row once, and nothing spread out. Keeps what it is given and y."""
+
+    @staticmethod
+    def parts(q: Tensor, kv: Tensor | None, C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        return q.split([C, K, K], 1) if kv is None else (q, *kv.split(K, 1))
+
+    @staticmethod
+    def forward(ctx, q: Tensor, kv: Tensor | None, widths: tuple[int, int], size: int, scale: float, rows: Rows,
+                rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        ctx.widths, ctx.chains = widths, rows.chains[kv is not None]
+        ctx.how = size, scale, rotary
+        y, lse = amx.attend(*_Attend.parts(q, kv, *widths), ctx.chains, *ctx.how)
+        ctx.save_for_backward(q, kv, y, lse)  # turned by now; whoever computed them has no use for them
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, y, lse = ctx.saved_tensors
+        d_q, d_kv = (t if t is None else torch.empty_strided(t.shape, t.stride()) for t in (q, kv))  # laid out alike
+        amx.attend_backward(*_Attend.parts(q, kv, *ctx.widths), ctx.chains, *ctx.how, y, lse, grad,
+                            _Attend.parts(d_q, d_kv, *ctx.widths))
+        return d_q, d_kv, None, None, None, None, None
+
+
+class RowsGPT2Attention(GPT2Attention):
+    def forward(self, hidden_states, *args, rows: Rows | None = None, norm=None, last=False, **kwargs):
+        if rows is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        C, kv = self.embed_dim, None
+        if last:
+            q = product([self.c_attn], hidden_states[rows.last], LayerNorm(norm), slice(0, C))
+            kv = product([self.c_attn], hidden_states, LayerNorm(norm), slice(C, None))
+        else:
+            q = product([self.c_attn], hidden_states, LayerNorm(norm))
+        heads = (self.num_heads, self.num_heads)
+        return product([self.c_proj], attend(q, kv, heads, self.head_dim, self.scaling, rows,
+                                             tiles=by_tiles([self.c_attn], q)))
+
+
+class RowsGPT2Block(GPT2Block):
+    def forward(self, hidden_states, *args, rows: Rows | None = None, **kwargs):
+        if rows is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        x = hidden_states.squeeze(1)  # (U, C)
+        y = self.attn(x, rows=rows, norm=self.ln_1, last=self.last)
+        x = y.add_(x[rows.last] if self.last else x)
+        y = product([self.mlp.c_fc], x, LayerNorm(self.ln_2))
+        y = product([self.mlp.c_proj], y, ACTIVATIONS[self.attn.config.activation_function])
+        return y.add_(x).unsqueeze(1)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary position embedding (Su et al. 2021) of the first heads of x, in place.
+
+    Channels i and i + n / 2 of a head are turned as one complex number; backward turns them back.
+    """
+
+    @staticmethod
+    def turn(x: Tensor, cos: Tensor, sin: Tensor, columns: int) -> Tensor:
+        half = cos.shape[-1] // 2
+        a, b = x[:, :columns].unflatten(-1, (-1, 2, half)).unbind(2)  # (U, heads, half) each
+        cos, sin = cos[:, None, :half], sin[:, None, :half]
+        b_sin, a_sin = b * sin, a * sin
+        a.mul_(cos).sub_(b_sin)
+        b.mul_(cos).add_(a_sin)
+        return x
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, columns: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.columns = columns
+        ctx.mark_dirty(x)
+        return _Rotate.turn(x, cos, sin, columns)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.turn(grad.clone(), cos, -sin, ctx.columns), None, None, None
+
+
+class RowsLlamaAttention(LlamaAttention):
+    def forward(self, hidden_states, *args, rows: Rows | None = None, norm=None, position_embeddings=None, last=False,
+                **kwargs):
+        if rows is None:
+            return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        before, kv = RMSNorm(norm), None
+        rotary = tuple(x.expand(len(rows.ids), -1, -1).squeeze(1).contiguous() for x in position_embeddings)  # (U, D) each
+        if last:
+            q = product([self.q_proj], hidden_states[rows.last], before)
+            kv = product([self.k_proj, self.v_proj], hidden_states, before)
+        else:
+            q = product([self.q_proj, self.k_proj, self.v_proj], hidden_states, before)
+        heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
+        return product([self.o_proj], attend(q, kv, heads, self.head_dim, self.scaling, rows, rotary,
+                                             by_tiles([self.q_proj], q)))
+
+
+class RowsLlamaLayer(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, rows: Rows | None = None, **kwargs):
+        if rows is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        x = hidden_states.squeeze(1)  # (U, C)
+        y = self.self_attn(x, rows=rows, norm=self.input_layernorm, last=self.last,
+                           position_embeddings=kwargs["position_embeddings"])
+        x = y.add_(x[rows.last] if self.last else x)
+        y = product([self.mlp.gate_proj, self.mlp.up_proj], x, RMSNorm(self.post_attention_layernorm))
+        return product([self.mlp.down_proj], y, SwiGLU()).add_(x).unsqueeze(1)
+
+
+# ---------------------------------------------------------------- encoders: [CLS] is read
+
+def attend_to_all(q: Tensor, kv: Tensor, size: int, scale: float, mask: Tensor | None) -> Tensor:
+    """Attention of q (B, T or 1, C) over k and v side by side (B, T, 2 C) -> as q."""
+    q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, *kv.chunk(2, -1)))
+    if mask is not None and mask.shape[2] != q.shape[2]:
+        mask = mask[:, :, :q.shape[2]]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+def project(linears: list[nn.Module], x: Tensor, before=None) -> Tensor:
+    """`lora.product` of x (B, T, in)."""
+    return product(linears, x.flatten(0, 1), before).unflatten(0, x.shape[:2])
+
+
+def qkv_attention(q: nn.Module, k: nn.Module, v: nn.Module, x: Tensor, size: int, scale: float, mask: Tensor | None,
+                  last: bool) -> Tensor:
+    """Attention of x (B, T, C) to itself; of its first token alone if `last`."""
+    if last:
+        return attend_to_all(project([q], x[:, :1]), project([k, v], x), size, scale, mask)
+    qkv = project([q, k, v], x)
+    return attend_to_all(qkv[..., :x.shape[-1]], qkv[..., x.shape[-1]:], size, scale, mask)
+
+
+class PooledBertSelfAttention(BertSelfAttention):
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, last=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return qkv_attention(self.query, self.key, self.value, hidden_states, self.attention_head_size, self.scaling,
+                             attention_mask, last), None
+
+
+class PooledBertAttention(BertAttention):
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, last=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        y, _ = self.self(hidden_states, attention_mask, pooled=True, last=last)
+        return self.output(y, hidden_states[:, :1] if last else hidden_states), None
+
+
+class PooledBertLayer(BertLayer):
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        x, _ = self.attention(hidden_states, attention_mask, pooled=True, last=self.last)
+        y = project([self.intermediate.dense], x)
+        y = project([self.output.dense], y, ACTIVATIONS[self.attention.self.config.hidden_act])
+        return self.output.LayerNorm(y.add_(x))
+
+
+class PooledDistilBertAttention(DistilBertSelfAttention):
+    def forward(self, hidden_states, attention_mask=None, pooled=False, last=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        y = qkv_attention(self.q_lin, self.k_lin, self.v_lin, hidden_states, self.attention_head_size, self.scaling,
+                          attention_mask, last)
+        return project([self.out_lin], y), None
+
+
+class PooledDistilBertBlock(TransformerBlock):
+    def forward(self, hidden_states, attention_mask=None, pooled=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        y, _ = self.attention(hidden_states, attention_mask, pooled=True, last=self.last)
+        x = self.sa_layer_norm(y + (hidden_states[:, :1] if self.last else hidden_states))
+        y = project([self.ffn.lin1], x)
+        y = project([self.ffn.lin2], y, ACTIVATIONS[self.attention.config.activation])
+        return self.output_layer_norm(y.add_(x))

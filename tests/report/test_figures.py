@@ -1,0 +1,134 @@
+"""figures: runs, comparisons and sweeps made up (made_up.py), then drawn."""
+
+import struct
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from report import figures
+from made_up import SR, comparison, distil_run, lora_run, search
+from report.records import ReportError, read_json, read_metrics
+
+
+def legend(run: Path, quantity: str) -> dict[str, object]:
+    """Every labelled line of the figure, by label."""
+    figure = figures.curves(read_metrics(run / "metrics.jsonl"), read_json(run / "summary.json"), quantity)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    return {label: lines[label] for label in shown}
+
+
+# ---------------------------------------------------------------- runs
+
+def test_plots_are_written_at_200_dpi_and_not_blank(tmp_path):
+    written = figures.plot_run(lora_run(tmp_path / "runs"), tmp_path / "plots")
+    assert {path.name for path in written} == {f"LoRA-{SR}_{q}.{kind}" for q in ("loss", "accuracy", "mcc")
+                                               for kind in ("png", "pdf")}
+    assert sorted(written) == sorted((tmp_path / "plots").iterdir()), "nothing temporary may stay"
+    for path in written:
+        if path.suffix == ".png":
+            content = path.read_bytes()
+            at = content.index(b"pHYs") + 4
+            assert struct.unpack(">II", content[at:at + 8]) == (7874, 7874)  # pixels a metre: 200 dpi
+            assert imread(path)[..., :3].std() > 0.05
+        else:
+            assert path.read_bytes().startswith(b"%PDF")
+
+
+def test_same_run_gives_the_same_bytes(tmp_path):
+    run = lora_run(tmp_path / "runs", epochs=2)
+    one, two = (figures.plot_run(run, tmp_path / name) for name in ("one", "two"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def test_curves_show_both_splits_the_best_epoch_and_the_majority_class(tmp_path):
+    run = lora_run(tmp_path)
+    lines = legend(run, "accuracy")
+    assert list(lines["validation, in-domain"].get_ydata()) == pytest.approx([80.65] * 4)
+    assert list(lines["validation, out-of-domain"].get_ydata()) == pytest.approx([75.65] * 4)
+    assert lines["validation, in-domain"].get_linestyle() != lines["validation, out-of-domain"].get_linestyle()
+    assert list(lines["best epoch 3 (80.7 %)"].get_xdata()) == [3]
+    majority = lines["majority class, in-domain (69.3 %)"]
+    assert majority.get_linestyle() == "--" and set(majority.get_ydata()) == {69.26}
+    assert list(legend(run, "mcc")["best epoch 3 (0.210)"].get_ydata()) == pytest.approx([0.21])
+
+
+def test_axes_and_title_are_named(tmp_path):
+    run = lora_run(tmp_path, model="a$b$_c")
+    for quantity, unit in (("loss", "nats"), ("accuracy", "%"), ("mcc", "Matthews")):
+        axes = figures.curves(read_metrics(run / "metrics.jsonl"), read_json(run / "summary.json"), quantity).axes[0]
+        assert axes.get_xlabel() == "epoch" and unit in axes.get_ylabel()
+        assert axes.get_title() == rf"a\$b\$_c, LoRA, on cola (SR {SR})"
+        assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
+def test_single_epoch_and_a_single_split_of_another_name(tmp_path):
+    run = lora_run(tmp_path / "runs", epochs=1, splits=("validation",))
+    assert len(figures.plot_run(run, tmp_path / "plots")) == 6
+    lines = legend(run, "mcc")
+    assert lines["validation"].get_marker() == "o" and "best epoch 1 (0.090)" in lines
+    axes = lines["validation"].axes
+    assert [tick for tick in axes.get_xticks() if 0.5 <= tick <= 1.5] == [1]
+
+
+def test_distillation_draws_both_students_and_the_teacher_in_one_figure(tmp_path):
+    run = distil_run(tmp_path)
+    lines = legend(run, "mcc")
+    for name in ("student, KD", "student, no teacher"):
+        for curve in ("train", "validation, in-domain", "validation, out-of-domain"):
+            assert f"{name}: {curve}" in lines
+    assert list(lines["student, KD: validation, in-domain"].get_ydata()) == pytest.approx([0.19, 0.26, 0.31, 0.34])
+    control = lines["student, no teacher: validation, in-domain"].get_ydata()
+    assert list(control) == pytest.approx([0.09, 0.16, 0.21, 0.24])
+    assert set(lines["teacher, in-domain (0.512)"].get_ydata()) == {0.5123}
+    # The loss is the cross-entropy (0.6 / epoch), not the objective (0.9 / epoch), for both.
+    loss = legend(run, "loss")
+    for name in ("student, KD", "student, no teacher"):
+        assert list(loss[f"{name}: train"].get_ydata()) == pytest.approx([0.6, 0.3, 0.2, 0.15])
+    assert "no KD term" in loss["student, KD: train"].axes.get_ylabel()
+
+
+# ---------------------------------------------------------------- comparisons and sweeps
+
+def test_a_comparisons_plot_has_points_error_bars_names_and_the_majority_class(tmp_path):
+    figure = figures.compare_figure(read_json(comparison(tmp_path)))
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "symlog" and axes.get_xlabel() == "trained parameters"  # for `none` trains nothing
+    points = axes.containers[0].lines[0]
+    assert list(points.get_xdata()) == [0, 1234, 123456] and list(points.get_ydata()) == pytest.approx([30, 55, 81.23])
+    bars = axes.containers[0].lines[2][0].get_segments()
+    assert bars[2][:, 1] == pytest.approx([80.23, 82.23])
+    assert {text.get_text() for text in axes.texts} == {"none", "r_2", "lora"}
+    dashed = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed] == pytest.approx([69.26, 68.26])
+    assert "gpt2 on cola" in axes.get_title()
+
+
+def test_a_sweeps_plot_has_every_trial_its_importances_and_the_means_by_role_set(tmp_path):
+    figure = figures.sweep_figure(read_json(search(tmp_path)))
+    scatter, importance, means = figure.axes
+    drawn = {tuple(point) for collection in scatter.collections for point in collection.get_offsets().tolist()}
+    assert drawn == {(1000, 0.5), (2000, 0.4), (3000, 0.3), (4000, 0.2), (5000, -0.1)}
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[:2] == ["targets q+v", "targets all"] and "best: trial 0 (0.500)" in names
+    assert [bar.get_width() for bar in importance.patches] == [0.25, 0.75]
+    assert [label.get_text() for label in means.get_yticklabels()] == ["q+v (n=2)", "all (n=1)"]
+
+
+def test_a_sweep_without_choices_or_importance_has_one_panel(tmp_path):
+    path = search(tmp_path, importance=None, means={})
+    assert len(figures.sweep_figure(read_json(path)).axes) == 1
+
+
+@pytest.mark.parametrize(("mode", "made"), [("compare", comparison), ("sweep", search)])
+def test_a_studys_plot_is_the_same_bytes_again(tmp_path, mode, made):
+    path = made(tmp_path / "runs")
+    one, two = (figures.plot_study(path, tmp_path / name) for name in ("one", "two"))
+    assert [p.name for p in one] == [f"{mode}-{SR}.png", f"{mode}-{SR}.pdf"]
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+def test_a_sweep_in_which_nothing_succeeded_is_told_in_one_line(tmp_path):
+    with pytest.raises(ReportError, match="sweep.json: no trial has a score"):
+        figures.plot_study(search(tmp_path, trials=[]), tmp_path)
