@@ -4,7 +4,7 @@
 
 A task is a training split and one or more named development splits. Batches are made of sentences of
 about the same length, so that almost no pad token is computed. Their composition is fixed for the
-whole run (which is what makes kept features and logits exactly reusable); their order is shuffled
+whole run (which is what makes cached features and logits exactly reusable); their order is shuffled
 each epoch by the seed.
 """
 from __future__ import annotations
@@ -86,18 +86,18 @@ class Batch:
     labels: torch.Tensor  # (B,) int64
     rows: torch.Tensor  # (B,) int64: each sentence's row in its split
     tokens: int  # real tokens, pads not counted
-    kept: torch.Tensor | None = None  # what the frozen part of a classifier makes of it, computed once (frozen.py)
+    cached: torch.Tensor | None = None  # what the frozen part of a classifier makes of it, computed once (frozen.py)
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
-    parts: list[Batch] = field(default_factory=list)  # in which it is computed, if it is large (`split_large`)
+    micro: list[Batch] = field(default_factory=list)  # in which it is computed, if it is large (`split_large`)
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
-        more = (None if t is None else t.to(device, non_blocking=True) for t in (self.kept, self.features))
+        more = (None if t is None else t.to(device, non_blocking=True) for t in (self.cached, self.features))
         return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, *more)
 
-    def pieces(self) -> list[Batch]:
+    def micro_batches(self) -> list[Batch]:
         """What is computed at a time: its parts, or itself."""
-        return self.parts or [self]
+        return self.micro or [self]
 
     def split(self, tokens: float) -> list[Batch]:
         """Its rows in as few batches of no more tokens, pads included, as single rows allow; each as long as its longest."""
@@ -115,8 +115,8 @@ class Batch:
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """What a model's forward pass takes."""
         if self.features is not None:
-            return self.input_ids, self.attention_mask, self.kept, self.features
-        return (self.input_ids, self.attention_mask) + (() if self.kept is None else (self.kept,))
+            return self.input_ids, self.attention_mask, self.cached, self.features
+        return (self.input_ids, self.attention_mask) + (() if self.cached is None else (self.cached,))
 
 
 # ---------------------------------------------------------------- reading
@@ -334,14 +334,14 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
 
 
 def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) -> list[int]:
-    """One sentence's tokens cut to `max_length`, special tokens at both ends kept."""
+    """One sentence's tokens cut to `max_length`, special tokens at both ends cached."""
     opening = special.index(0) if 0 in special else len(tokens)
     closing = special[::-1].index(0) if 0 in special else 0
     room = max_length - opening - closing
     if room < 1:
         raise UserError(f"--max-length {max_length}: no room for a token beside the tokenizer's {opening + closing} own")
     body = tokens[opening:len(tokens) - closing]
-    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]  # tokens kept from the front
+    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]  # tokens cached from the front
     return tokens[:opening] + body[:first] + body[len(body) - (room - first):] + tokens[len(tokens) - closing:]
 
 
@@ -430,7 +430,7 @@ def split_large(batches: list[Batch]) -> list[Batch]:
     most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches)
     for batch in batches:
         if batch.input_ids.numel() > most and len(batch.rows) > 1:
-            batch.parts = batch.split(most)
+            batch.micro = batch.split(most)
     return batches
 
 

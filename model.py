@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from data.backbones import from_pretrained, is_decoder, load_causal_lm, load_config
 from record.files import UserError
-from lora.blocks import fuse, rows_of
-from lora.product import LoRALinear, weight_of
+from lora.blocks import fuse, unique_tokens
+from lora.linear import LoRALinear, weight_of
 
 # Loading weights shows a bar only where it takes a while: an error after it stays one line.
 transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{"delay": 2, **kwargs}))
@@ -189,7 +189,7 @@ class TextClassifier(nn.Module):
         self.reads_text = True  # or the features alone
         self.decoder = hasattr(net, "score")
         self.full = False  # whether the backbone itself is trained
-        self.prefix = None  # a frozen.FrozenPrefix, where frozen results are kept
+        self.prefix = None  # a frozen.FrozenPrefix, where frozen results are cached
         self.known = fuse(net.base_model)
 
     @classmethod
@@ -236,40 +236,40 @@ class TextClassifier(nn.Module):
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, C)
         """A decoder's hidden state at the last real token."""
         if self.fused():
-            rows = rows_of(input_ids, attention_mask)
-            return self.net.base_model(input_ids=rows.ids, position_ids=rows.positions, use_cache=False,
-                                       rows=rows).last_hidden_state[:, 0]
+            unique = unique_tokens(input_ids, attention_mask)
+            return self.net.base_model(input_ids=unique.ids, position_ids=unique.positions, use_cache=False,
+                                       unique=unique).last_hidden_state[:, 0]
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
         last = attention_mask.sum(1) - 1
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, kept: Tensor | None = None,
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, cached: Tensor | None = None,
                 features: Tensor | None = None) -> Tensor:
         """Logits (B, labels) of token ids (B, T).
 
         Args:
             input_ids: (B, T), right-padded.
             attention_mask: (B, T), 1 for a real token.
-            kept: what `self.prefix` computed of this batch; the frozen part is not run then.
+            cached: what `self.prefix` computed of this batch; the frozen part is not run then.
             features: (B, F) numbers for the feature head, NaN where one is missing.
         """
         if self.feature_head is None:
-            return self.text_logits(input_ids, attention_mask, kept)
+            return self.text_logits(input_ids, attention_mask, cached)
         logits = self.feature_head(features)
-        return logits + self.text_logits(input_ids, attention_mask, kept) if self.reads_text else logits
+        return logits + self.text_logits(input_ids, attention_mask, cached) if self.reads_text else logits
 
-    def text_logits(self, input_ids: Tensor, attention_mask: Tensor, kept: Tensor | None = None) -> Tensor:
+    def text_logits(self, input_ids: Tensor, attention_mask: Tensor, cached: Tensor | None = None) -> Tensor:
         """What the text alone says, (B, labels)."""
         if self.prefix is not None:
-            self.prefix.kept = kept
+            self.prefix.cached = cached
         try:
             if not self.decoder:
                 return self.net(**self.encoder_inputs(input_ids, attention_mask)).logits.float()
-            pooled = kept[:, 0] if kept is not None and self.prefix.head_only else self.pool(input_ids, attention_mask)
+            pooled = cached[:, 0] if cached is not None and self.prefix.head_only else self.pool(input_ids, attention_mask)
             return self.net.score(pooled.to(self.net.score.weight.dtype)).float()
         finally:
             if self.prefix is not None:
-                self.prefix.kept = None
+                self.prefix.cached = None
 
 
 class FeatureHead(nn.Module):

@@ -272,7 +272,7 @@ def compare(args) -> int:
     args.epochs = args.epochs or default(EPOCHS["LoRA"], args.task)
     options = comparison.CompareOptions(args.sr, _entries(args), args.seeds, args.out or Path(f"runs/compare-{args.sr}"),
                                         _settings(args), args.overwrite)
-    return _study(args, options, lambda: comparison.compare(options))
+    return _study(args, options, lambda: comparison.run_comparison(options))
 
 
 def _search(args) -> dict:
@@ -334,7 +334,7 @@ def sweep(args) -> int:
     options = search.SweepOptions(args.sr, ranges, make, args.sampler, args.trials, not args.no_prune, args.storage,
                                   args.out or Path(f"runs/sweep-{args.sr}"), _settings(args, "trials", "storage"),
                                   args.overwrite)
-    return _study(args, options, lambda: search.sweep(options))
+    return _study(args, options, lambda: search.run_sweep(options))
 
 
 def _study(args, options, start) -> int:
@@ -395,7 +395,7 @@ def repeat(args) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = repeat.repeat(args.run, args.out or Path(folder) / "run", stop=signals.received)
+            found = repeat.run_again(args.run, args.out or Path(folder) / "run", stop=signals.received)
         except Diverged as error:
             _note(f"run.py: {error}")
             return 3

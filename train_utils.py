@@ -141,7 +141,7 @@ def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, batches: list[Batch]) -> Tensor:
+def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
     """Logits (N, labels) of every row, in the split's own order, on the CPU in float32."""
     was_training = model.training
     model.eval()
@@ -164,7 +164,7 @@ def labels_of(batches: list[Batch]) -> Tensor:
 
 def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, dict], dict[str, list]]:
     """Scores and confusion matrix of every development split and, where there are several, of `all` of them together."""
-    answers = {name: (predict(model, batches), labels_of(batches)) for name, batches in dev.items()}
+    answers = {name: (compute_logits(model, batches), labels_of(batches)) for name, batches in dev.items()}
     if len(dev) > 1:
         answers["all"] = tuple(torch.cat(parts) for parts in zip(*answers.values(), strict=True))
     return ({name: scores(*answer) for name, answer in answers.items()},
@@ -284,7 +284,7 @@ def _train_epoch(model, batches, objective, options, optimizer, progress, best, 
             for param_group in optimizer.param_groups:
                 param_group["lr"] = param_group["peak"] * factor
             rows = sum(len(batches[i].rows) for i in group)
-            for batch in (piece.to(device) for i in group for piece in batches[i].pieces()):
+            for batch in (piece.to(device) for i in group for piece in batches[i].micro_batches()):
                 with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"
                                     and getattr(model, "full", False)):
                     logits = model(*batch.inputs())

@@ -4,14 +4,14 @@
     python benchmarks/frozen_reuse.py --quick --json
 
 GPT-2 124M on a sample of CoLA's training split in batches of 32; every epoch goes through
-`train_utils.fit`. Timed against each other, after kept results were found equal to fresh ones bit for bit:
+`train_utils.fit`. Timed against each other, after cached results were found equal to fresh ones bit for bit:
 
     --method head    the first epoch, which computes and keeps the features, against a later one
-    --layers 6-11    a later epoch, which starts from the kept output of block 5, against all layers, and
+    --layers 6-11    a later epoch, which starts from the cached output of block 5, against all layers, and
                      against the same layers without keeping. By FLOP count the limits are 2.0 and 1.5:
                      forward and backward through 12 blocks, or forward through 12 and backward through 6,
                      against forward and backward through 6
-    distil           a student's epoch with the teacher's logits kept, against asking the teacher anew
+    distil           a student's epoch with the teacher's logits cached, against asking the teacher anew
 """
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
 
 
 def copies(batches: list[Batch]) -> list[Batch]:
-    """The same batches with nothing kept."""
-    return [replace(batch, kept=None, parts=copies(batch.parts)) for batch in batches]
+    """The same batches with nothing cached."""
+    return [replace(batch, cached=None, micro=copies(batch.micro)) for batch in batches]
 
 
-def check_kept(report: Report, what: str, model: TextClassifier, kept: list[Batch]) -> None:
-    """Logits and gradients of the shortest and the longest batch, from kept results and fresh."""
-    for name, batch in (("shortest", kept[0]), ("longest", kept[-1])):
+def check_kept(report: Report, what: str, model: TextClassifier, cached: list[Batch]) -> None:
+    """Logits and gradients of the shortest and the longest batch, from cached results and fresh."""
+    for name, batch in (("shortest", cached[0]), ("longest", cached[-1])):
         results = []
-        for one in (batch, replace(batch, kept=None)):
+        for one in (batch, replace(batch, cached=None)):
             one = one.to(device())
             model.zero_grad()
             logits = model.train()(*one.inputs())
@@ -64,7 +64,7 @@ def check_kept(report: Report, what: str, model: TextClassifier, kept: list[Batc
             gradients = [p.grad.flatten() for p in train_utils.trainable(model).values()]
             results.append((logits.detach(), torch.cat(gradients)))
         for part, value, fresh in zip(("logits", "gradients"), *results, strict=True):
-            report.check_bits(f"{what}: kept {part} of the {name} batch", value, fresh)
+            report.check_bits(f"{what}: cached {part} of the {name} batch", value, fresh)
     model.zero_grad()
 
 
@@ -79,12 +79,12 @@ def timed(work) -> float:
 
 def measure_head(report: Report, base: str, batches: list[Batch], rounds: int) -> None:
     model = classifier(base, "head")
-    prefix, kept = FrozenPrefix(model), copies(batches)
-    prefix.keep(kept)
-    check_kept(report, "head", model, kept)
+    prefix, cached = FrozenPrefix(model), copies(batches)
+    prefix.cache(cached)
+    check_kept(report, "head", model, cached)
     seconds = common.alternate({
-        "first": lambda _: timed(lambda: prefix.keep(kept)) + epoch_seconds(model, kept, CROSS_ENTROPY),
-        "later": lambda _: epoch_seconds(model, kept, CROSS_ENTROPY)}, rounds)
+        "first": lambda _: timed(lambda: prefix.cache(cached)) + epoch_seconds(model, cached, CROSS_ENTROPY),
+        "later": lambda _: epoch_seconds(model, cached, CROSS_ENTROPY)}, rounds)
     for name, values in seconds.items():
         report.measure(f"head: {name} epoch", values, "s")
     report.target("head: first / later epoch", paired_ratios(seconds["first"], seconds["later"]), 50)
@@ -92,27 +92,27 @@ def measure_head(report: Report, base: str, batches: list[Batch], rounds: int) -
 
 def measure_layers(report: Report, base: str, batches: list[Batch], rounds: int) -> None:
     everything, upper = classifier(base), classifier(base, layers="6-11")
-    prefix, kept = FrozenPrefix(upper), copies(batches)
-    prefix.keep(kept)
-    check_kept(report, "layers 6-11", upper, kept)
+    prefix, cached = FrozenPrefix(upper), copies(batches)
+    prefix.cache(cached)
+    check_kept(report, "layers 6-11", upper, cached)
     seconds = common.alternate({
         "all layers": lambda _: epoch_seconds(everything, batches, CROSS_ENTROPY),
-        "6-11, not kept": lambda _: epoch_seconds(upper, batches, CROSS_ENTROPY),
-        "6-11, kept": lambda _: epoch_seconds(upper, kept, CROSS_ENTROPY)}, rounds)
+        "6-11, not cached": lambda _: epoch_seconds(upper, batches, CROSS_ENTROPY),
+        "6-11, cached": lambda _: epoch_seconds(upper, cached, CROSS_ENTROPY)}, rounds)
     for name, values in seconds.items():
         report.measure(f"layers: epoch, {name}", values, "s")
-    report.target("layers: all / 6-11 kept (limit 2.0)",
-                  paired_ratios(seconds["all layers"], seconds["6-11, kept"]), 1.8)
-    report.measure("layers: 6-11 not kept / kept (limit 1.5)",
-                   paired_ratios(seconds["6-11, not kept"], seconds["6-11, kept"]), "x")
+    report.target("layers: all / 6-11 cached (limit 2.0)",
+                  paired_ratios(seconds["all layers"], seconds["6-11, cached"]), 1.8)
+    report.measure("layers: 6-11 not cached / cached (limit 1.5)",
+                   paired_ratios(seconds["6-11, not cached"], seconds["6-11, cached"]), "x")
 
 
 def measure_distillation(report: Report, base: str, batches: list[Batch], rounds: int, work: Path) -> None:
     teacher = classifier(base).eval()
-    fresh = train_utils.predict(teacher, batches)
+    fresh = train_utils.compute_logits(teacher, batches)
     for name in ("computed", "read from the run's file"):
-        kept = experiments.teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
-        report.check_bits(f"distil: kept logits, {name}", kept, fresh)
+        cached = experiments.teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
+        report.check_bits(f"distil: cached logits, {name}", cached, fresh)
     budget = count_parameters(teacher)["total"] // 10
     config = student_config(len(common.tokenizer_of(base)), common.LABELS, budget)
     torch.manual_seed(0)
@@ -123,12 +123,12 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
         return epoch_seconds(student, batches, objective)
 
     seconds = common.alternate({
-        "teacher asked": lambda _: timed(lambda: train_utils.predict(teacher, batches)) + epoch(fresh),
-        "logits kept": lambda _: epoch(kept)}, rounds)
+        "teacher asked": lambda _: timed(lambda: train_utils.compute_logits(teacher, batches)) + epoch(fresh),
+        "logits cached": lambda _: epoch(cached)}, rounds)
     for name, values in seconds.items():
         report.measure(f"distil: epoch, {name}", values, "s")
-    report.target("distil: teacher asked / logits kept",
-                  paired_ratios(seconds["teacher asked"], seconds["logits kept"]), 10)
+    report.target("distil: teacher asked / logits cached",
+                  paired_ratios(seconds["teacher asked"], seconds["logits cached"]), 10)
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:

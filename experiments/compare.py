@@ -62,7 +62,7 @@ def seeds_of(sr: str, count: int) -> list[str]:
     return [f"{(int(sr) + i) % 100_000:05d}" for i in range(count)]
 
 
-def compare(options: CompareOptions, say: Callable[[str], None] = print) -> dict:
+def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) -> dict:
     """Runs what is missing of the comparison and writes compare.json and compare.tex.
 
     Returns:

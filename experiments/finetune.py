@@ -276,7 +276,7 @@ def finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Call
             if options.keep and prefix.lowest > 0 and classifier.reads_text:
                 start, used = time.perf_counter(), 0
                 for split in (batches, *dev.values()):
-                    used = prefix.keep(split, folder, int(options.keep_memory * 2 ** 30), used)
+                    used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
                 say(f"  kept what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
                     f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
             progress = train_utils.fit(classifier, batches, dev, train_utils.cross_entropy(options.train.label_smoothing),
@@ -399,7 +399,7 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
     batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"],
                                       options.get("batch_tokens"), options.get("truncate", "tail"),
                                       beginnings=True)
-    logits = train_utils.predict(model, batches)
+    logits = train_utils.compute_logits(model, batches)
     if predictions is not None:
         probability, chosen = logits.softmax(-1).max(-1)
         rows = zip(split.sentences, split.labels, chosen.tolist(), probability.tolist(), strict=True)
@@ -443,7 +443,7 @@ def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) ->
         kept, its_key = train_utils.load_checked(path)
         if its_key == key:
             return kept["logits"]
-    logits = train_utils.predict(teacher, batches)
+    logits = train_utils.compute_logits(teacher, batches)
     train_utils.save_checked(path, {"logits": logits}, key)
     return logits
 

@@ -12,7 +12,7 @@ from experiments import finetune as experiments
 from experiments.runs import RunOptions, changes, read_run, rebuild, without_times
 
 
-def repeat(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
+def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
            ) -> list[str]:
     """Runs again what `folder` recorded, into `out`.
 

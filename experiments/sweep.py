@@ -70,7 +70,7 @@ class _Surplus(Exception):
     """Another process took the last waiting trial."""
 
 
-def sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict:
+def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict:
     """Runs the trials that wait and writes sweep.json and sweep.tex.
 
     Returns:

@@ -1,17 +1,17 @@
 """Transformer blocks that compute no more than the classifier reads, and keep no more than training needs.
 
     fuse(net.base_model)                           # GPT-2, Llama, BERT, DistilBERT; says whether it knows the model
-    rows = rows_of(input_ids, attention_mask)      # a decoder's
-    net.base_model(input_ids=rows.ids, position_ids=rows.positions, rows=rows)      # hidden states (B, 1, C)
+    unique = unique_tokens(input_ids, attention_mask)      # a decoder's
+    net.base_model(input_ids=unique.ids, position_ids=unique.positions, unique=unique)      # hidden states (B, 1, C)
 
 The classes below are those of `transformers` with another way through the same parameters; without the
-argument `rows` (or `pooled`) they are the library's in every respect. The outcome is the same up to rounding:
+argument `unique` (or `pooled`) they are the library's in every respect. The outcome is the same up to rounding:
 
 - One token of each sentence is read in the end. The last block computes queries, output projection and MLP
   for that token alone; of the others it needs keys and values only.
 - In a decoder, tokens with the same beginning have the same hidden state: sentences that begin alike share
   the rows of their common beginning. Pads have no row.
-- Frozen layers go through `lora.product`, which groups them and recomputes what is cheap.
+- Frozen layers go through `frozen_linear`, which groups them and recomputes what is cheap.
 """
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from lora import amx
-from lora.product import GELU, ExactGELU, LayerNorm, RMSNorm, SwiGLU, by_tiles, product
+from lora.linear import by_tiles, frozen_linear
+from lora.prologue import ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
 
-ACTIVATIONS = {"gelu_new": GELU(), "gelu_pytorch_tanh": GELU(), "gelu": ExactGELU()}
+ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
 SHORT = 32  # tokens of a sentence up to which amx.attend computes it: of longer ones PyTorch's products are faster
 
 
@@ -41,9 +42,9 @@ def fuse(backbone: nn.Module) -> bool:
     if getattr(config, "add_cross_attention", False) or activation not in (
             ("silu",) if config.model_type == "llama" else ACTIVATIONS):
         return False
-    known = {base: ours for ours in (RowsGPT2Block, RowsGPT2Attention, RowsLlamaLayer, RowsLlamaAttention, PooledBertLayer,
-                                     PooledBertAttention, PooledBertSelfAttention, PooledDistilBertBlock,
-                                     PooledDistilBertAttention) for base in ours.__bases__}
+    known = {base: ours for ours in (FusedGPT2Block, FusedGPT2Attention, FusedLlamaLayer, FusedLlamaAttention,
+                                     FusedBertLayer, FusedBertAttention, FusedBertSelfAttention, FusedDistilBertBlock,
+                                     FusedDistilBertAttention) for base in ours.__bases__}
     blocks = [module for module in backbone.modules() if type(module) in (
         GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock, *known.values())]
     if len(blocks) != config.num_hidden_layers:
@@ -58,7 +59,7 @@ def fuse(backbone: nn.Module) -> bool:
 # ---------------------------------------------------------------- decoders: one row for each different beginning
 
 @dataclass
-class Rows:
+class UniqueTokens:
     """The tokens of a batch (B, T) that are computed: U rows."""
 
     ids: Tensor  # (U, 1) token ids
@@ -87,13 +88,13 @@ class Rows:
         return x if self.first is None else x.index_select(0, self.first)
 
 
-def rows_of(input_ids: Tensor, attention_mask: Tensor) -> Rows:
+def unique_tokens(input_ids: Tensor, attention_mask: Tensor) -> UniqueTokens:
     """Rows of a right-padded batch (B, T)."""
     B, T = input_ids.shape
     lengths = attention_mask.sum(1)
     if input_ids.is_cuda:  # one shape for all batches of a size, and nothing that waits for the GPU
         places = torch.arange(T, device=input_ids.device).expand(B, T)
-        return Rows(input_ids.reshape(-1, 1), places.reshape(-1, 1), None, None,
+        return UniqueTokens(input_ids.reshape(-1, 1), places.reshape(-1, 1), None, None,
                     torch.arange(B, device=input_ids.device) * T + lengths - 1,
                     attention_mask.bool()[:, None, None], (B, T))
     rows: dict[tuple[int, int], int] = {}  # (row of what came before, token) -> row
@@ -109,12 +110,12 @@ def rows_of(input_ids: Tensor, attention_mask: Tensor) -> Rows:
         last.append(row)
     index, first, last = map(torch.tensor, (index, first, last))
     plain = len(first) == B * T
-    return Rows(input_ids.reshape(-1)[first, None], (first % T)[:, None], None if plain else index,
+    return UniqueTokens(input_ids.reshape(-1)[first, None], (first % T)[:, None], None if plain else index,
                 None if plain else first, last, None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None],
                 (B, T))
 
 
-def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float, rows: Rows,
+def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float, unique: UniqueTokens,
            rotary: tuple[Tensor, Tensor] | None = None, tiles: bool = False) -> Tensor:
     """Causal attention, y (U, C), or of each sentence's last token alone, (B, C).
 
@@ -128,18 +129,18 @@ def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scal
         tiles: whether amx.py may compute it.
     """
     C, K = heads[0] * size, heads[1] * size
-    if tiles and rows.shape[1] <= SHORT:
-        return _Attend.apply(q, kv, (C, K), size, scale, rows, rotary)
+    if tiles and unique.shape[1] <= SHORT:
+        return _Attend.apply(q, kv, (C, K), size, scale, unique, rotary)
     if rotary is not None:
-        q = _Rotate.apply(q, *(rotary if kv is None else (x[rows.last] for x in rotary)), C if kv is not None else C + K)
+        q = _Rotate.apply(q, *(rotary if kv is None else (x[unique.last] for x in rotary)), C if kv is not None else C + K)
         kv = None if kv is None else _Rotate.apply(kv, *rotary, K)
-    q, k, v = rows.spread(q).split([C, K, K], -1) if kv is None else (q.unsqueeze(1), *rows.spread(kv).split(K, -1))
+    q, k, v = unique.spread(q).split([C, K, K], -1) if kv is None else (q.unsqueeze(1), *unique.spread(kv).split(K, -1))
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, size)
     if kv is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=C != K)
-        return rows.gather(y.transpose(1, 2).flatten(2))
+        return unique.gather(y.transpose(1, 2).flatten(2))
     # Heads that share a key stand as so many queries of it.
-    y = F.scaled_dot_product_attention(q.reshape(len(q), heads[1], -1, size), k, v, rows.mask, scale=scale)
+    y = F.scaled_dot_product_attention(q.reshape(len(q), heads[1], -1, size), k, v, unique.mask, scale=scale)
     return y.reshape(len(q), C)
 
 
@@ -152,9 +153,9 @@ class _Attend(torch.autograd.Function):
         return q.split([C, K, K], 1) if kv is None else (q, *kv.split(K, 1))
 
     @staticmethod
-    def forward(ctx, q: Tensor, kv: Tensor | None, widths: tuple[int, int], size: int, scale: float, rows: Rows,
+    def forward(ctx, q: Tensor, kv: Tensor | None, widths: tuple[int, int], size: int, scale: float, unique: UniqueTokens,
                 rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        ctx.widths, ctx.chains = widths, rows.chains[kv is not None]
+        ctx.widths, ctx.chains = widths, unique.chains[kv is not None]
         ctx.how = size, scale, rotary
         y, lse = amx.attend(*_Attend.parts(q, kv, *widths), ctx.chains, *ctx.how)
         ctx.save_for_backward(q, kv, y, lse)  # turned by now; whoever computed them has no use for them
@@ -169,30 +170,30 @@ class _Attend(torch.autograd.Function):
         return d_q, d_kv, None, None, None, None, None
 
 
-class RowsGPT2Attention(GPT2Attention):
-    def forward(self, hidden_states, *args, rows: Rows | None = None, norm=None, last=False, **kwargs):
-        if rows is None:
+class FusedGPT2Attention(GPT2Attention):
+    def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, norm=None, last=False, **kwargs):
+        if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
         C, kv = self.embed_dim, None
         if last:
-            q = product([self.c_attn], hidden_states[rows.last], LayerNorm(norm), slice(0, C))
-            kv = product([self.c_attn], hidden_states, LayerNorm(norm), slice(C, None))
+            q = frozen_linear([self.c_attn], hidden_states[unique.last], LayerNormPrologue(norm), slice(0, C))
+            kv = frozen_linear([self.c_attn], hidden_states, LayerNormPrologue(norm), slice(C, None))
         else:
-            q = product([self.c_attn], hidden_states, LayerNorm(norm))
+            q = frozen_linear([self.c_attn], hidden_states, LayerNormPrologue(norm))
         heads = (self.num_heads, self.num_heads)
-        return product([self.c_proj], attend(q, kv, heads, self.head_dim, self.scaling, rows,
+        return frozen_linear([self.c_proj], attend(q, kv, heads, self.head_dim, self.scaling, unique,
                                              tiles=by_tiles([self.c_attn], q)))
 
 
-class RowsGPT2Block(GPT2Block):
-    def forward(self, hidden_states, *args, rows: Rows | None = None, **kwargs):
-        if rows is None:
+class FusedGPT2Block(GPT2Block):
+    def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, **kwargs):
+        if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.squeeze(1)  # (U, C)
-        y = self.attn(x, rows=rows, norm=self.ln_1, last=self.last)
-        x = y.add_(x[rows.last] if self.last else x)
-        y = product([self.mlp.c_fc], x, LayerNorm(self.ln_2))
-        y = product([self.mlp.c_proj], y, ACTIVATIONS[self.attn.config.activation_function])
+        y = self.attn(x, unique=unique, norm=self.ln_1, last=self.last)
+        x = y.add_(x[unique.last] if self.last else x)
+        y = frozen_linear([self.mlp.c_fc], x, LayerNormPrologue(self.ln_2))
+        y = frozen_linear([self.mlp.c_proj], y, ACTIVATIONS[self.attn.config.activation_function])
         return y.add_(x).unsqueeze(1)
 
 
@@ -203,7 +204,7 @@ class _Rotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def turn(x: Tensor, cos: Tensor, sin: Tensor, columns: int) -> Tensor:
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor, columns: int) -> Tensor:
         half = cos.shape[-1] // 2
         a, b = x[:, :columns].unflatten(-1, (-1, 2, half)).unbind(2)  # (U, heads, half) each
         cos, sin = cos[:, None, :half], sin[:, None, :half]
@@ -217,41 +218,41 @@ class _Rotate(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.columns = columns
         ctx.mark_dirty(x)
-        return _Rotate.turn(x, cos, sin, columns)
+        return _Rotate.rotate(x, cos, sin, columns)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _Rotate.turn(grad.clone(), cos, -sin, ctx.columns), None, None, None
+        return _Rotate.rotate(grad.clone(), cos, -sin, ctx.columns), None, None, None
 
 
-class RowsLlamaAttention(LlamaAttention):
-    def forward(self, hidden_states, *args, rows: Rows | None = None, norm=None, position_embeddings=None, last=False,
-                **kwargs):
-        if rows is None:
+class FusedLlamaAttention(LlamaAttention):
+    def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, norm=None, position_embeddings=None,
+                last=False, **kwargs):
+        if unique is None:
             return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        before, kv = RMSNorm(norm), None
-        rotary = tuple(x.expand(len(rows.ids), -1, -1).squeeze(1).contiguous() for x in position_embeddings)  # (U, D) each
+        prologue, kv = RMSNormPrologue(norm), None
+        rotary = tuple(x.expand(len(unique.ids), -1, -1).squeeze(1).contiguous() for x in position_embeddings)  # (U, D) each
         if last:
-            q = product([self.q_proj], hidden_states[rows.last], before)
-            kv = product([self.k_proj, self.v_proj], hidden_states, before)
+            q = frozen_linear([self.q_proj], hidden_states[unique.last], prologue)
+            kv = frozen_linear([self.k_proj, self.v_proj], hidden_states, prologue)
         else:
-            q = product([self.q_proj, self.k_proj, self.v_proj], hidden_states, before)
+            q = frozen_linear([self.q_proj, self.k_proj, self.v_proj], hidden_states, prologue)
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        return product([self.o_proj], attend(q, kv, heads, self.head_dim, self.scaling, rows, rotary,
+        return frozen_linear([self.o_proj], attend(q, kv, heads, self.head_dim, self.scaling, unique, rotary,
                                              by_tiles([self.q_proj], q)))
 
 
-class RowsLlamaLayer(LlamaDecoderLayer):
-    def forward(self, hidden_states, *args, rows: Rows | None = None, **kwargs):
-        if rows is None:
+class FusedLlamaLayer(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, **kwargs):
+        if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.squeeze(1)  # (U, C)
-        y = self.self_attn(x, rows=rows, norm=self.input_layernorm, last=self.last,
+        y = self.self_attn(x, unique=unique, norm=self.input_layernorm, last=self.last,
                            position_embeddings=kwargs["position_embeddings"])
-        x = y.add_(x[rows.last] if self.last else x)
-        y = product([self.mlp.gate_proj, self.mlp.up_proj], x, RMSNorm(self.post_attention_layernorm))
-        return product([self.mlp.down_proj], y, SwiGLU()).add_(x).unsqueeze(1)
+        x = y.add_(x[unique.last] if self.last else x)
+        y = frozen_linear([self.mlp.gate_proj, self.mlp.up_proj], x, RMSNormPrologue(self.post_attention_layernorm))
+        return frozen_linear([self.mlp.down_proj], y, SwiGLUPrologue()).add_(x).unsqueeze(1)
 
 
 # ---------------------------------------------------------------- encoders: [CLS] is read
@@ -264,9 +265,9 @@ def attend_to_all(q: Tensor, kv: Tensor, size: int, scale: float, mask: Tensor |
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2)
 
 
-def project(linears: list[nn.Module], x: Tensor, before=None) -> Tensor:
-    """`lora.product` of x (B, T, in)."""
-    return product(linears, x.flatten(0, 1), before).unflatten(0, x.shape[:2])
+def project(linears: list[nn.Module], x: Tensor, prologue=None) -> Tensor:
+    """`frozen_linear` of x (B, T, in)."""
+    return frozen_linear(linears, x.flatten(0, 1), prologue).unflatten(0, x.shape[:2])
 
 
 def qkv_attention(q: nn.Module, k: nn.Module, v: nn.Module, x: Tensor, size: int, scale: float, mask: Tensor | None,
@@ -278,7 +279,7 @@ def qkv_attention(q: nn.Module, k: nn.Module, v: nn.Module, x: Tensor, size: int
     return attend_to_all(qkv[..., :x.shape[-1]], qkv[..., x.shape[-1]:], size, scale, mask)
 
 
-class PooledBertSelfAttention(BertSelfAttention):
+class FusedBertSelfAttention(BertSelfAttention):
     def forward(self, hidden_states, attention_mask=None, *args, pooled=False, last=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -286,7 +287,7 @@ class PooledBertSelfAttention(BertSelfAttention):
                              attention_mask, last), None
 
 
-class PooledBertAttention(BertAttention):
+class FusedBertAttention(BertAttention):
     def forward(self, hidden_states, attention_mask=None, *args, pooled=False, last=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -294,7 +295,7 @@ class PooledBertAttention(BertAttention):
         return self.output(y, hidden_states[:, :1] if last else hidden_states), None
 
 
-class PooledBertLayer(BertLayer):
+class FusedBertLayer(BertLayer):
     def forward(self, hidden_states, attention_mask=None, *args, pooled=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -304,7 +305,7 @@ class PooledBertLayer(BertLayer):
         return self.output.LayerNorm(y.add_(x))
 
 
-class PooledDistilBertAttention(DistilBertSelfAttention):
+class FusedDistilBertAttention(DistilBertSelfAttention):
     def forward(self, hidden_states, attention_mask=None, pooled=False, last=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, **kwargs)
@@ -313,7 +314,7 @@ class PooledDistilBertAttention(DistilBertSelfAttention):
         return project([self.out_lin], y), None
 
 
-class PooledDistilBertBlock(TransformerBlock):
+class FusedDistilBertBlock(TransformerBlock):
     def forward(self, hidden_states, attention_mask=None, pooled=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, **kwargs)

@@ -1,11 +1,11 @@
-"""Nothing frozen is computed twice: what enters the lowest trained block is computed once and kept.
+"""Nothing frozen is computed twice: what enters the lowest trained block is computed once and cached.
 
     prefix = FrozenPrefix(classifier)      # after inject_lora
-    prefix.keep(batches)                   # once; each batch now carries its hidden states
-    logits = classifier(batch.input_ids, batch.attention_mask, batch.kept)
+    prefix.cache(batches)                   # once; each batch now carries its hidden states
+    logits = classifier(batch.input_ids, batch.attention_mask, batch.cached)
 
-The composition of the batches is fixed for a run, so a kept tensor is the very result that a fresh
-computation of the same batch gives, bit for bit. Nothing is kept beyond the process, hence nothing
+The composition of the batches is fixed for a run, so a cached tensor is the very result that a fresh
+computation of the same batch gives, bit for bit. Nothing is cached beyond the process, hence nothing
 can go stale. Dropout inside the frozen part is off throughout training.
 """
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FrozenPrefix:
 
     Attributes:
         lowest: number of the lowest trained block.
-        head_only: nothing in the backbone trains; its pooled output is kept instead of hidden states.
+        head_only: nothing in the backbone trains; its pooled output is cached instead of hidden states.
     """
 
     def __init__(self, classifier: TextClassifier):
@@ -59,27 +59,27 @@ class FrozenPrefix:
         self.blocks = blocks_of(self.backbone)[1]
         self.lowest = lowest_trained_block(classifier)
         self.head_only = self.lowest == len(self.blocks)
-        self.kept: Tensor | None = None  # what the pass that is running starts from
+        self.cached: Tensor | None = None  # what the pass that is running starts from
         if self.head_only:
             self._wrap(self.backbone, self._backbone_output)
         else:
             for i, block in enumerate(self.blocks[:self.lowest]):
-                self._wrap(block, (lambda hidden: self.kept) if i == 0 else (lambda hidden: hidden))
+                self._wrap(block, (lambda hidden: self.cached) if i == 0 else (lambda hidden: hidden))
         classifier.prefix = self
 
     def _wrap(self, module: nn.Module, instead) -> None:
-        """Lets the module answer with `instead(its first input)` while there is something kept to start from."""
+        """Lets the module answer with `instead(its first input)` while there is something cached to start from."""
         forward = module.forward
 
         def answer(*args, **kwargs):
-            if self.kept is None:
+            if self.cached is None:
                 return forward(*args, **kwargs)
             return instead(args[0] if args else kwargs.get("hidden_states"))
         module.forward = answer
 
     def _backbone_output(self, _) -> BaseModelOutputWithPooling:
         """Kept (B, 1 or 2, C): the pooled token's hidden state and, where the architecture has one, its pooler's output."""
-        return BaseModelOutputWithPooling(last_hidden_state=self.kept[:, :1], pooler_output=self.kept[:, -1])
+        return BaseModelOutputWithPooling(last_hidden_state=self.cached[:, :1], pooler_output=self.cached[:, -1])
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Tensor:
@@ -110,8 +110,8 @@ class FrozenPrefix:
         first = output.last_hidden_state[:, 0]
         return torch.stack([first] if pooler is None else [first, pooler], 1)
 
-    def keep(self, batches: list[Batch], folder: Path | None = None, budget: int = 2 << 30, used: int = 0) -> int:
-        """Computes and attaches `kept` to each batch, or to each of its parts.
+    def cache(self, batches: list[Batch], folder: Path | None = None, budget: int = 2 << 30, used: int = 0) -> int:
+        """Computes and attaches `cached` to each batch, or to each of its parts.
 
         Args:
             batches: of any split; their composition must not change afterwards.
@@ -123,23 +123,23 @@ class FrozenPrefix:
         Returns:
             Bytes of the budget that are used now.
         """
-        for batch in (piece for whole in batches for piece in whole.pieces()):
+        for batch in (piece for whole in batches for piece in whole.micro_batches()):
             # A copy outside inference mode, for autograd will save it.
             hidden = self.compute(batch).cpu()
             size = hidden.numel() * hidden.element_size()
             if used + size <= budget:
-                batch.kept, used = hidden.clone(), used + size
+                batch.cached, used = hidden.clone(), used + size
                 continue
             try:
-                with tempfile.NamedTemporaryFile(dir=folder, prefix=".kept-") as file:
+                with tempfile.NamedTemporaryFile(dir=folder, prefix=".cached-") as file:
                     # Written, not copied into a mapping of an empty file: on a full disk that would be a SIGBUS.
                     file.write(hidden.contiguous().view(-1).view(torch.uint8).numpy())
                     file.flush()
-                    batch.kept = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+                    batch.cached = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
             except OSError as error:
                 raise UserError(f"{folder or tempfile.gettempdir()}: no room to keep what frozen blocks compute "
                                 f"({error.strerror}); give more --keep-memory, or --no-keep") from None
-            batch.kept = batch.kept.view(hidden.shape)
+            batch.cached = batch.cached.view(hidden.shape)
         return used
 
 

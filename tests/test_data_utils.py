@@ -213,10 +213,10 @@ def test_a_split_batch_is_its_rows_in_order_in_few_pieces_of_like_size(lengths, 
 def test_only_batches_of_more_than_twice_the_mean_get_parts():
     batches = split_large([collate([[1] * width] * rows, [0] * rows, list(range(rows)), 0)
                            for rows, width in ((4, 3), (4, 3), (4, 6), (4, 9), (1, 40))])
-    assert [len(batch.parts) for batch in batches] == [0, 0, 0, 0, 0]  # the mean is 112 / 5
+    assert [len(batch.micro) for batch in batches] == [0, 0, 0, 0, 0]  # the mean is 112 / 5
     batches = split_large([*batches[:4], collate([[1] * 40] * 3, [0] * 3, [0, 1, 2], 0)])
-    assert [len(batch.parts) for batch in batches] == [0, 0, 0, 0, 2]  # 192 / 5: of 120 tokens two parts of 80 and 40
-    assert batches[0].pieces() == [batches[0]] and batches[4].pieces() is batches[4].parts
+    assert [len(batch.micro) for batch in batches] == [0, 0, 0, 0, 2]  # 192 / 5: of 120 tokens two parts of 80 and 40
+    assert batches[0].micro_batches() == [batches[0]] and batches[4].micro_batches() is batches[4].micro
 
 
 def test_rows_that_begin_alike_stand_together_in_fours_and_the_fours_are_mixed():
@@ -293,7 +293,7 @@ def test_bucketing_changes_no_sentences_logits(tmp_path):
     """Invariant 10, on a real GPT-2 classifier of toy size: alone or in any bucket, the same logits."""
     from data.backbones import load_tokenizer
     from model import load_classifier
-    from train_utils import predict
+    from train_utils import compute_logits
 
     name = str(toy.write_model(tmp_path))
     torch.manual_seed(0)
@@ -301,8 +301,8 @@ def test_bucketing_changes_no_sentences_logits(tmp_path):
     torch.nn.init.normal_(classifier.net.score.weight)  # a fresh head is zero
     sentences, labels = zip(*toy.toy_rows(30, 5), strict=True)
     split, tokenizer = Split(list(sentences), list(labels)), load_tokenizer(name)
-    alone = predict(classifier, make_batches(split, tokenizer, 64, 1, seed=0))
+    alone = compute_logits(classifier, make_batches(split, tokenizer, 64, 1, seed=0))
     assert alone.std(0).min() > 0.1  # the sentences do differ
     for seed in (1, 2):
-        torch.testing.assert_close(predict(classifier, make_batches(split, tokenizer, 64, 8, seed)), alone,
+        torch.testing.assert_close(compute_logits(classifier, make_batches(split, tokenizer, 64, 8, seed)), alone,
                                    rtol=0, atol=1e-5)

@@ -18,7 +18,7 @@ from data_utils import bucket_by_length, collate, split_large
 from record.files import UserError
 from record.signals import Interrupted
 from train_utils import (Diverged, Progress, TrainOptions, confusion, cross_entropy, distillation, fit, kd_loss,
-                         labels_of, learning_rate_factor, load_checkpoint, make_optimizer, per_class, predict,
+                         labels_of, learning_rate_factor, load_checkpoint, make_optimizer, per_class, compute_logits,
                          save_checkpoint, scores, trainable, validate)
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -191,7 +191,7 @@ def test_always_saying_the_majority_has_mcc_0():
 
 def test_predict_keeps_the_splits_order():
     batches, model = toy_batches(23, 4), ToyModel(dropout=0.5).train()
-    logits = predict(model, batches)
+    logits = compute_logits(model, batches)
     assert model.training  # put back
     model.eval()
     for batch in batches:
@@ -206,7 +206,7 @@ def test_predict_keeps_the_splits_order():
 def test_all_is_the_score_of_both_splits_together():
     model, dev = ToyModel(3), toy_dev()
     result, matrices = validate(model, dev)
-    together = scores(torch.cat([predict(model, split) for split in dev.values()]),
+    together = scores(torch.cat([compute_logits(model, split) for split in dev.values()]),
                       torch.cat([labels_of(split) for split in dev.values()]))
     assert result["all"] == together and result["all"]["n"] == 20
     assert (np.array(matrices["in_domain"]) + np.array(matrices["out_of_domain"]) == np.array(matrices["all"])).all()

@@ -55,12 +55,12 @@ def quick(monkeypatch):
 def distilled(work):
     """A distillation of the LoRA run, what was predicted by whom, and the students' first weights."""
     seen = {"teacher": [], "starts": []}
-    predict, fit = train_utils.predict, train_utils.fit
+    compute_logits, fit = train_utils.compute_logits, train_utils.fit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "plot_run", lambda *_: [])
-        patch.setattr(train_utils, "predict", lambda model, batches: (
+        patch.setattr(train_utils, "compute_logits", lambda model, batches: (
             None if isinstance(model, DistilRNN) else seen["teacher"].append(sum(len(b.rows) for b in batches)),
-            predict(model, batches))[1])
+            compute_logits(model, batches))[1])
 
         def watched(model, batches, *args, **kwargs):
             seen["starts"].append(({name: value.clone() for name, value in model.state_dict().items()},
@@ -303,7 +303,7 @@ def test_kept_teacher_logits_equal_fresh_ones(work, distilled):
     task = data_utils.load_task("cola", work / "cola")
     batches = data_utils.make_batches(task.train, tokenizer, options["max_length"], 8, 12345)
     kept = load_file(distilled[0] / "teacher_logits.safetensors")["logits"]
-    assert torch.equal(kept, train_utils.predict(teacher, batches))
+    assert torch.equal(kept, train_utils.compute_logits(teacher, batches))
     assert kept.std() > 0.1
 
 

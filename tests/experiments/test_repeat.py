@@ -52,8 +52,8 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
     monkeypatch.setattr(experiments, "finetune", lambda options, *_: handed.setdefault("lora", options))
     monkeypatch.setattr(experiments, "distil", lambda options, more, *_: handed.setdefault("distil", (options, more)))
     monkeypatch.setattr(repeat, "differences", lambda *_: [])
-    repeat.repeat(work / "lora", work / "lora")
-    repeat.repeat(work / "distil", work / "distil")
+    repeat.run_again(work / "lora", work / "lora")
+    repeat.run_again(work / "distil", work / "distil")
     options = handed["lora"]
     assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, 5, save_every=3.0)
     assert options.lora == LoRAOptions(3, 5.0, 0.2, True, ("q", "mlp"), "1")

@@ -19,7 +19,8 @@ from report import figures
 from lora import blocks as fused
 import toy
 from record.files import UserError, read_json
-from lora.product import GELU, RMSNorm, SwiGLU, product
+from lora.linear import frozen_linear
+from lora.prologue import GELUPrologue, RMSNormPrologue, SwiGLUPrologue
 from train_utils import trainable
 
 needs_tiles = pytest.mark.skipif(not amx.available(), reason="no CPU with AMX, or no C compiler")
@@ -270,7 +271,7 @@ def matmul(request, monkeypatch):
     monkeypatch.setattr(amx, "matmul", in_float64)
     monkeypatch.setattr(amx, "load", lambda: None)
     monkeypatch.setattr(fused, "SHORT", 0)
-    for plain in (RMSNorm, GELU, SwiGLU):
+    for plain in (RMSNormPrologue, GELUPrologue, SwiGLUPrologue):
         monkeypatch.setattr(plain, "__call__", lambda self, x, tiles=False, call=plain.__call__: call(self, x))
         monkeypatch.setattr(plain, "backward", lambda self, x, g, tiles=False, call=plain.backward: call(self, x, g))
 
@@ -329,7 +330,7 @@ def test_float64_is_computed_as_ever(monkeypatch):
     layer = nn.Linear(32, 32).double().requires_grad_(False)
     layer.tiles = True
     x = torch.randn(2, 32).double()
-    assert torch.equal(product([layer], x), layer(x))
+    assert torch.equal(frozen_linear([layer], x), layer(x))
 
 
 def test_a_full_run_has_no_frozen_product(monkeypatch):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, PAD, adapted, logits_of, toy_batch, toy_net
 from torch import nn
 
-from lora.blocks import _Rotate, fuse, rows_of
+from lora.blocks import _Rotate, fuse, unique_tokens
 from model import LoRAOptions, TextClassifier, blocks_of, inject_lora
 from train_utils import trainable
 
@@ -104,7 +104,7 @@ def test_a_backbone_unfrozen_in_part_is_refused_and_not_trained_in_part():
 def test_sentences_share_the_rows_of_their_common_beginning_and_no_others():
     ids = torch.tensor([[5, 6, 7, PAD], [5, 6, 8, 9], [6, 6, 7, PAD], [5, 6, 7, PAD]])
     mask = (ids != PAD).long()
-    rows = rows_of(ids, mask)
+    rows = unique_tokens(ids, mask)
     assert rows.ids[:, 0].tolist() == [5, 6, 7, 8, 9, 6, 6, 7]
     assert rows.positions[:, 0].tolist() == [0, 1, 2, 2, 3, 0, 1, 2]
     assert rows.index.view(4, 4).tolist() == [[0, 1, 2, 2], [0, 1, 3, 4], [5, 6, 7, 7], [0, 1, 2, 2]]
@@ -115,7 +115,7 @@ def test_sentences_share_the_rows_of_their_common_beginning_and_no_others():
 
 
 def test_where_nothing_is_shared_nothing_is_moved():
-    rows = rows_of(torch.tensor([[1, 2], [3, 4]]), torch.ones(2, 2, dtype=torch.int64))
+    rows = unique_tokens(torch.tensor([[1, 2], [3, 4]]), torch.ones(2, 2, dtype=torch.int64))
     assert rows.index is None and rows.first is None and rows.mask is None
     x = torch.randn(4, 3)
     assert rows.spread(x).data_ptr() == x.data_ptr() == rows.gather(rows.spread(x)).data_ptr()
@@ -126,7 +126,7 @@ def test_shared_beginnings_change_neither_logits_nor_gradients(architecture):
     ids, mask = toy_batch((5, 9, 5, 12))
     ids[1, :4] = ids[0, :4]
     ids[2] = ids[0]
-    assert len(rows_of(ids, mask).ids) == 5 + 5 + 12
+    assert len(unique_tokens(ids, mask).ids) == 5 + 5 + 12
     found = []
     for classifier in (adapted(architecture), plain(adapted(architecture))):
         logits = classifier(ids, mask)

@@ -64,7 +64,7 @@ def attention_calls(classifier: TextClassifier, batch: Batch) -> list[int]:
     return calls
 
 
-# ---------------------------------------------------------------- kept equals fresh
+# ---------------------------------------------------------------- cached equals fresh
 
 @pytest.mark.parametrize("budget", [1 << 30, 0], ids=["memory", "mapped"])
 @pytest.mark.parametrize("part", ["upper", "head"])
@@ -74,21 +74,21 @@ def test_kept_logits_and_gradients_equal_fresh_ones_bit_for_bit(architecture, pa
     classifier, untouched = made(architecture, part), made(architecture, part)
     fresh = [step(untouched, batch) for batch in toy_batches()]
     batches = toy_batches()
-    used = FrozenPrefix(classifier).keep(batches, tmp_path, budget)
-    assert used == (sum(batch.kept.nbytes for batch in batches) if budget else 0)
+    used = FrozenPrefix(classifier).cache(batches, tmp_path, budget)
+    assert used == (sum(batch.cached.nbytes for batch in batches) if budget else 0)
     assert list(tmp_path.iterdir()) == []  # what is mapped has no name
     for expected, batch, unkept in zip(fresh, batches, toy_batches(), strict=True):
         found = step(classifier, batch)
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
         assert all(expected[name].abs().max() > 0 for name in expected)
-        assert torch.equal(step(classifier, unkept)["logits"], expected["logits"])  # nothing kept: computed as ever
+        assert torch.equal(step(classifier, unkept)["logits"], expected["logits"])  # nothing cached: computed as ever
 
 
 @pytest.mark.parametrize("part", ["upper", "head"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_frozen_blocks_are_not_run_where_their_results_are_kept(architecture, part):
     classifier, batches = made(architecture, part), toy_batches()
-    FrozenPrefix(classifier).keep(batches[:1])
+    FrozenPrefix(classifier).cache(batches[:1])
     assert attention_calls(classifier, batches[1]) == [1, 1]
     assert attention_calls(classifier, batches[0]) == ([0, 1] if part == "upper" else [0, 0])
 
@@ -97,20 +97,20 @@ def test_frozen_blocks_are_not_run_where_their_results_are_kept(architecture, pa
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_kept_is_what_is_read(architecture, part):
     classifier, batch = made(architecture, part), toy_batches()[0]
-    FrozenPrefix(classifier).keep([batch])
+    FrozenPrefix(classifier).cache([batch])
     before = step(classifier, batch)["logits"]
-    batch.kept += torch.randn(batch.kept.shape)
+    batch.cached += torch.randn(batch.cached.shape)
     assert not torch.equal(step(classifier, batch)["logits"], before)
 
 
 def test_past_the_budget_the_rest_is_mapped_and_the_same(tmp_path):
     classifier, batches, other = made("gpt2", "upper"), toy_batches(), toy_batches()
     prefix = FrozenPrefix(classifier)
-    prefix.keep(batches)
-    sizes = [batch.kept.nbytes for batch in batches]
-    assert prefix.keep(other, tmp_path, budget=sizes[0] + sizes[2]) == sizes[0] + sizes[2]  # the second is mapped
-    assert prefix.keep(other[:1], tmp_path, budget=10 + sizes[0], used=11) == 11  # no room left
-    assert all(torch.equal(a.kept, b.kept) for a, b in zip(batches, other, strict=True))
+    prefix.cache(batches)
+    sizes = [batch.cached.nbytes for batch in batches]
+    assert prefix.cache(other, tmp_path, budget=sizes[0] + sizes[2]) == sizes[0] + sizes[2]  # the second is mapped
+    assert prefix.cache(other[:1], tmp_path, budget=10 + sizes[0], used=11) == 11  # no room left
+    assert all(torch.equal(a.cached, b.cached) for a, b in zip(batches, other, strict=True))
 
 
 def test_dropout_inside_the_frozen_part_is_off_in_training():
@@ -151,17 +151,17 @@ def test_a_run_that_keeps_ends_in_the_bytes_of_one_that_does_not(work, tmp_path,
     monkeypatch.setattr(data_utils, "LARGE", 1.2)
     computed, found = {}, {}
     compute = FrozenPrefix.compute
-    for name, keeping in (("kept", ()), ("mapped", ("--keep-memory", 0)), ("fresh", ("--no-keep",))):
+    for name, keeping in (("cached", ()), ("mapped", ("--keep-memory", 0)), ("fresh", ("--no-keep",))):
         computed[name] = []
         monkeypatch.setattr(FrozenPrefix, "compute",
                             lambda self, batch, name=name: (computed[name].append(1), compute(self, batch))[1])
         assert toy.main("LoRA", "12345", "--model", work / "model", "--data", work / "cola", "--out", tmp_path / name,
                         "--plots", tmp_path, "--epochs", 2, "--batch-size", 8, "--lr", 0.01, *options, *keeping) == 0
         found[name] = (tmp_path / name / file).read_bytes(), read_json(tmp_path / name / "summary.json")["validation"]
-    assert found["kept"] == found["mapped"] == found["fresh"]
-    assert [len(computed[name]) for name in ("kept", "mapped", "fresh")] == [11, 11, 0]  # 5 + 2 + 2, two of them in parts
+    assert found["cached"] == found["mapped"] == found["fresh"]
+    assert [len(computed[name]) for name in ("cached", "mapped", "fresh")] == [11, 11, 0]  # 5 + 2 + 2, two of them in parts
     left = [{path.name for path in (tmp_path / name).iterdir()} for name in ("mapped", "fresh")]
-    assert left[0] == left[1]  # no kept file among them
+    assert left[0] == left[1]  # no cached file among them
 
 
 # ---------------------------------------------------------------- keys
@@ -219,14 +219,14 @@ def test_the_batches_digest_changes_with_any_id_mask_or_row_and_only_then():
 
 def test_teacher_logits_are_computed_again_only_for_another_teacher_or_other_data(tmp_path, monkeypatch):
     teacher, batches, path = adapted("gpt2"), toy_batches(), tmp_path / "teacher_logits.safetensors"
-    asked, predict = [], train_utils.predict
-    monkeypatch.setattr(train_utils, "predict", lambda *args: (asked.append(1), predict(*args))[1])
+    asked, compute_logits = [], train_utils.compute_logits
+    monkeypatch.setattr(train_utils, "compute_logits", lambda *args: (asked.append(1), compute_logits(*args))[1])
     first = experiments.teacher_logits(teacher, batches, path)
     assert torch.equal(experiments.teacher_logits(teacher, batches, path), first) and len(asked) == 1
     randomize_B(teacher.net, std=0.2)
     second = experiments.teacher_logits(teacher, batches, path)
     assert len(asked) == 2 and not torch.equal(second, first)
-    assert torch.equal(second, predict(teacher, batches))
+    assert torch.equal(second, compute_logits(teacher, batches))
     batches[0].input_ids[0, 0] += 1
     third = experiments.teacher_logits(teacher, batches, path)
     assert len(asked) == 3 and not torch.equal(third, second)

@@ -1,6 +1,6 @@
 """LoRALinear, and the one product that every frozen layer of a training step goes through.
 
-    product([q_proj, k_proj, v_proj], x, RMSNorm(norm))    # (rows, C) -> (rows, q + k + v)
+    frozen_linear([q_proj, k_proj, v_proj], x, RMSNormPrologue(norm))    # (rows, C) -> (rows, q + k + v)
 
 A training step with LoRA keeps for its backward pass far more than it trains. `product` keeps little: what
 stands before a frozen layer (a norm, an activation) is cheap, so it is computed again in the backward pass
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora import amx
+from lora.prologue import ApplyPrologue
 
 
 class LoRALinear(nn.Module):
@@ -70,11 +71,11 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = x.reshape(-1, self.in_features)
         if self.dropout.p > 0 and self.training and not self.merged:  # W and A see different inputs
-            y = product([self.base], rows)
+            y = frozen_linear([self.base], rows)
             A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
             y = torch.addmm(y, F.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
         else:
-            y = product([self], rows)
+            y = frozen_linear([self], rows)
         return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self) -> Tensor:
@@ -114,140 +115,10 @@ def weight_of(linear: nn.Linear | Conv1D) -> Tensor:
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
 
-# ---------------------------------------------------------------- what stands before a frozen layer
+# ---------------------------------------------------------------- the frozen linear
 
-# Each is called with x and gives the layer's input y. `backward` computes y again from x and returns it with
-# the gradient of x. Their own weights are frozen. With `tiles`, those that amx.py has in one pass are computed there.
-
-class LayerNorm:
-    """`nn.LayerNorm`."""
-
-    def __init__(self, norm: nn.LayerNorm):
-        self.norm = norm
-
-    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
-
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
-        return self._normalised(x)[0]
-
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
-        y, mean, rstd = self._normalised(x)
-        return y, torch.ops.aten.native_layer_norm_backward(
-            grad, x, x.shape[-1:], mean, rstd, self.norm.weight, self.norm.bias, [True, False, False])[0]
-
-
-class RMSNorm:
-    """Llama's: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
-
-    def __init__(self, norm: nn.Module):
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
-
-    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x / rms and 1 / rms."""
-        x = x.float() if x.dtype == torch.bfloat16 else x
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        return x * r, r
-
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
-        if tiles:
-            return amx.rms_norm(x, self.weight, self.eps)
-        return self._normalised(x)[0].mul_(self.weight).to(x.dtype)
-
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
-        if tiles:
-            return amx.rms_norm_backward(x, self.weight, self.eps, grad)
-        u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
-        g = grad * self.weight
-        mean = torch.linalg.vecdot(g, u).div_(x.shape[-1]).unsqueeze_(-1)
-        dx = g.addcmul_(u, mean.neg_()).mul_(r)
-        return u.mul_(self.weight).to(x.dtype), dx.to(x.dtype)
-
-
-class GELU:
-    """GELU's tanh form (`gelu_new`, `gelu_pytorch_tanh`), as x sigmoid(2 K (x + C x³)).
-
-    On a CPU some rows at a time, so that they stay in the cache from one operation to the next: forward and
-    both results of backward take as long together as PyTorch's kernels take for forward and gradient.
-    """
-
-    K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
-
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
-        if tiles:
-            return amx.gelu(x)
-        if x.is_cuda:
-            return F.gelu(x, approximate="tanh")
-        y = torch.empty_like(x)
-        for some, out in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
-            torch.mul(some, some, out=out)
-            out.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(some).sigmoid_().mul_(some)
-        return y
-
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
-        if tiles:
-            return amx.gelu_backward(x, grad)
-        if x.is_cuda:
-            return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-        y, dx = torch.empty_like(x), torch.empty_like(x)
-        for some, g, out, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
-            torch.mul(some, some, out=d)
-            s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(some).sigmoid_()
-            torch.mul(some, s, out=out)
-            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(out)  # y times the slope of the sigmoid's argument
-            d.addcmul_(d, s, value=-1).add_(s).mul_(g)  # dy/dx = s + y (1 - s) slope
-        return y, dx
-
-
-class ExactGELU:
-    """GELU with the error function."""
-
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
-        return F.gelu(x)
-
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
-        return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
-
-
-class SwiGLU:
-    """silu(gate) * up, of gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
-
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
-        if tiles:
-            return amx.swiglu(x)
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
-
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
-        if tiles:
-            return amx.swiglu_backward(x, grad)
-        gate, up = x.chunk(2, -1)
-        dx = torch.empty_like(x)
-        d_gate, d_up = dx.chunk(2, -1)
-        y = F.silu(gate)
-        torch.mul(grad, y, out=d_up)
-        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return y.mul_(up), dx
-
-
-class _Before(torch.autograd.Function):
-    """One of the above by itself."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, before) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.before = before
-        return before(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.before.backward(*ctx.saved_tensors, grad)[1], None
-
-
-# ---------------------------------------------------------------- the product
-
-class _Product(torch.autograd.Function):
-    """y W^T + b + scaling (y A^T) B^T with y = before(x), for Ws that never train.
+class _FrozenLinear(torch.autograd.Function):
+    """y W^T + b + scaling (y A^T) B^T with y = prologue(x), for Ws that never train.
 
     `spans` are the outputs that each update covers; their As come next, then as many Bs. Together they are one LoRA
     of the summed rank: the As are stacked, and the Bs form one block matrix.
@@ -271,14 +142,14 @@ class _Product(torch.autograd.Function):
         return torch.cat(As), B
 
     @staticmethod
-    def forward(ctx, x: Tensor, scaling: float, before, weights: list[Tensor], biases: list[Tensor | None], tiles: bool,
+    def forward(ctx, x: Tensor, scaling: float, prologue, weights: list[Tensor], biases: list[Tensor | None], tiles: bool,
                 spans: list[slice], *updates: Tensor) -> Tensor:
         ctx.spans, ctx.ranks = spans, [len(A) for A in updates[:len(spans)]]
-        A, B = _Product.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
-        y = x if before is None else before(x, tiles)  # (rows, in)
+        A, B = _FrozenLinear.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
+        y = x if prologue is None else prologue(x, tiles)  # (rows, in)
         h = None if A is None else torch.mm(y, A.t())  # (rows, rank)
-        ctx.save_for_backward(None if A is None and before is None else x, h, A, B, *weights)
-        ctx.scaling, ctx.before, ctx.tiles = scaling, before, tiles
+        ctx.save_for_backward(None if A is None and prologue is None else x, h, A, B, *weights)
+        ctx.scaling, ctx.prologue, ctx.tiles = scaling, prologue, tiles
         sizes = list(map(len, weights))
         if tiles:
             update = [] if A is None else [(h, (B * scaling).t().split(sizes, 1))]
@@ -316,10 +187,10 @@ class _Product(torch.autograd.Function):
                 grad_x = grad_x.to(grad.dtype)
                 if A is not None:
                     grad_x.addmm_(grad_h, A)
-            if ctx.before is not None:
-                x, grad_x = ctx.before.backward(x, grad_x, ctx.tiles)
-        elif ctx.before is not None:
-            x = ctx.before(x, ctx.tiles)
+            if ctx.prologue is not None:
+                x, grad_x = ctx.prologue.backward(x, grad_x, ctx.tiles)
+        elif ctx.prologue is not None:
+            x = ctx.prologue(x, ctx.tiles)
         grads = []
         if A is not None:
             grads = [*torch.mm(grad_h.t(), x).split(ctx.ranks), *(
@@ -327,13 +198,13 @@ class _Product(torch.autograd.Function):
         return grad_x, None, None, None, None, None, None, *grads
 
 
-def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = slice(None)) -> Tensor:
+def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: slice = slice(None)) -> Tensor:
     """The outputs of layers that read the same input, side by side: (rows, in) -> (rows, sum of their outputs).
 
     Args:
         linears: each an `nn.Linear`, a `Conv1D` or a `LoRALinear`, frozen.
         x: (rows, in).
-        before: what stands between x and the layers, one of the classes above.
+        prologue: computes the layers' input from x; one of the classes of prologue.py, or None.
         outputs: of a single layer, computes these outputs only.
 
     Raises:
@@ -341,13 +212,13 @@ def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = s
     """
     layers = [layer for layer in linears if isinstance(layer, LoRALinear) and not layer.merged]
     if any(layer.dropout.p > 0 and layer.training for layer in layers) or len({la.scaling for la in layers}) > 1:
-        y = x if before is None else _Before.apply(x, before)
-        parts = [layer(y) if isinstance(layer, LoRALinear) else product([layer], y) for layer in linears]
+        y = x if prologue is None else ApplyPrologue.apply(x, prologue)
+        parts = [layer(y) if isinstance(layer, LoRALinear) else frozen_linear([layer], y) for layer in linears]
         return torch.cat(parts, -1)[:, outputs]
     bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
     for base in bases:
         if base.weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{base}: its weight requires a gradient; product() is for frozen layers")
+            raise RuntimeError(f"{base}: its weight requires a gradient; frozen_linear() is for frozen layers")
     weights, biases = [weight_of(base) for base in bases], [base.bias for base in bases]
     Bs = [layer.block_B() for layer in layers]
     if outputs != slice(None):
@@ -356,8 +227,8 @@ def product(linears: list[nn.Module], x: Tensor, before=None, outputs: slice = s
     ends = list(itertools.accumulate(map(len, weights)))
     spans = [slice(end - len(weight), end) for linear, weight, end in zip(linears, weights, ends, strict=True)
              if linear in layers]
-    return _Product.apply(x, layers[0].scaling if layers else 1.0, before, weights, biases, by_tiles(linears, x), spans,
-                          *(layer.lora_A.to(x.dtype) for layer in layers), *(B.to(x.dtype) for B in Bs))
+    return _FrozenLinear.apply(x, layers[0].scaling if layers else 1.0, prologue, weights, biases, by_tiles(linears, x),
+                               spans, *(layer.lora_A.to(x.dtype) for layer in layers), *(B.to(x.dtype) for B in Bs))
 
 
 def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:
