@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import tables
+from data.tables import Split, Table
 from record.files import UserError, sha256
-from data.tables import Split, Table, TableOptions
+from record.options import TableOptions
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,6 @@ import fnmatch
 import math
 import re
 import warnings
-from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +21,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from data.backbones import from_pretrained, is_decoder, load_causal_lm, load_config
-from record.files import UserError
 from lora.blocks import fuse, unique_tokens
 from lora.linear import LoRALinear, weight_of
+from record.files import UserError
+from record.options import ROLES, LoRAOptions, RNNConfig
 
 # Loading weights shows a bar only where it takes a while: an error after it stays one line.
 transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{"delay": 2, **kwargs}))
 
-ROLES = ("q", "k", "v", "o", "mlp")
 # Which module of a block plays which role. GPT-2 computes q, k and v in one fused projection.
 ROLE_MODULES = {
     "gpt2": {"q": ["attn.c_attn"], "k": ["attn.c_attn"], "v": ["attn.c_attn"], "o": ["attn.c_proj"],
@@ -46,18 +45,6 @@ FUSED_QKV = "attn.c_attn"
 
 
 # ---------------------------------------------------------------- LoRA
-
-@dataclass(frozen=True)
-class LoRAOptions:
-    """What is adapted, and how."""
-
-    rank: int = 8  # rank of each update
-    alpha: float = 16.0  # numerator of the scaling
-    dropout: float = 0.0  # on the inputs of A
-    rslora: bool = False  # scale by alpha / sqrt(rank)
-    targets: tuple[str, ...] = ROLES  # roles, or module-name patterns
-    layers: str | None = None  # "0-11", "0,2,4-5"; all blocks if None
-
 
 def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
     """The backbone's list of transformer blocks and its dotted name.
@@ -330,28 +317,6 @@ def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrai
 
 # ---------------------------------------------------------------- the student
 
-@dataclass(frozen=True)
-class RNNConfig:
-    """Sizes of a `DistilRNN`."""
-
-    vocab_size: int
-    num_labels: int = 2
-    embedding_size: int = 96
-    hidden_size: int = 128  # of each direction
-    rnn_layers: int = 1
-    cell: str = "lstm"  # lstm or gru
-    pooling: str = "max"  # max or mean, over real tokens
-    dropout: float = 0.3  # on embeddings and on the pooled vector
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-    def parameters(self) -> int:
-        """Parameters of the student, without building it."""
-        with torch.device("meta"):
-            return sum(p.numel() for p in DistilRNN(self).parameters())
-
-
 class DistilRNN(nn.Module):
     """Embedding, bidirectional LSTM or GRU, pooling over real tokens, linear classifier.
 
@@ -385,6 +350,12 @@ class DistilRNN(nn.Module):
         return self.classifier(self.dropout(pooled))
 
 
+def student_parameters(config: RNNConfig) -> int:
+    """Counts the parameters of a student, embeddings included, without building it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in DistilRNN(config).parameters())
+
+
 def student_config(vocab_size: int, num_labels: int, budget: int, **sizes) -> RNNConfig:
     """The default student, shrunk step by step until it fits `budget` parameters.
 
@@ -395,9 +366,9 @@ def student_config(vocab_size: int, num_labels: int, budget: int, **sizes) -> RN
     """
     sizes = {name: value for name, value in sizes.items() if value is not None}
     for scale in (1, 0.75, 0.5, 0.375, 0.25, 0.125):
-        default = {"embedding_size": int(96 * scale), "hidden_size": int(128 * scale)}
+        default = {name: int(scale * getattr(RNNConfig, name)) for name in ("embedding_size", "hidden_size")}
         config = RNNConfig(vocab_size, num_labels, **{**default, **sizes})
-        if config.parameters() <= budget or {"embedding_size", "hidden_size"} <= set(sizes):
+        if student_parameters(config) <= budget or {"embedding_size", "hidden_size"} <= set(sizes):
             return config
     raise UserError(f"no default student fits {budget:,} parameters with a vocabulary of {vocab_size:,}; give "
                     "--embedding-size and --hidden-size")

@@ -10,15 +10,14 @@
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
 
-It parses (options.py), calls and prints. PyTorch is imported after parsing, so that --help answers at once.
+It parses (experiments/parser.py), calls and prints. PyTorch is imported after parsing, so that --help answers at once.
+A new mode is a function of options in experiments/parser.py and a function here, in CALLS.
 """
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
-import re
 import shlex
 import signal
 import sys
@@ -26,19 +25,17 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from experiments.options import (COMMON, EPOCHS, LEARNING_RATE, MODES, Variant, build_parser, closest, complain, default,
-                                 saving)
+from experiments.parser import MODES, build_parser, closest, complain
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    parser, modes = build_parser()
     if argv and not argv[0].startswith("-") and argv[0] not in MODES:
         parser.error(f"unknown mode {argv[0]}{closest(argv[0], MODES)}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        modes = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-        known = [option for action in modes.choices[args.mode]._actions for option in action.option_strings]
+        known = ["-h", "--help", *(name for action in modes[args.mode].options.values() for name in action.option_strings)]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], known)}")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     from record import signals
@@ -57,18 +54,17 @@ def _call(args) -> int:
     from report.records import ReportError
 
     try:
-        if args.mode not in ("report", "submit"):  # they read files only
+        if args.mode not in READ_FILES_ONLY:
             _import_libraries()
-        return {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep,
-                "eval": evaluate, "repeat": repeat, "report": report, "submit": submit}[args.mode](args) or 0
+        return CALLS[args.mode](args) or 0
     except (UserError, ReportError) as error:
         complain(error)
     except OSError as error:
         complain(f"{error.filename or 'a file or connection'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        from record import memory
+        from record import machine
 
-        if not memory.exhausted(error):
+        if not machine.exhausted(error):
             raise
         complain(f"out of memory{_less_memory(args)}")
     return 2
@@ -85,7 +81,7 @@ def _import_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     gc.disable()
     try:
-        from experiments import finetune as experiments  # noqa: F401
+        import experiments.finetune  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()
@@ -111,34 +107,18 @@ def generate(args) -> None:
     """`gen`: prints samples; the same SR, the same text."""
     from tqdm import tqdm
 
-    from experiments import finetune as experiments
-    from experiments import generate as generation
+    from experiments import generate, inputs
 
-    model = args.model or (generation.base_model(args.adapter) if args.adapter else None)
-    model, _, _ = experiments.choose(model, None, None, _note, need_task=False)
+    model = args.model or (generate.base_model(args.adapter) if args.adapter else None)
+    model, _, _ = inputs.choose(model, None, None, _note, need_task=False)
     prompts = list(args.prompt or [])
     if args.prompt_file:
-        prompts += generation.read_prompts(args.prompt_file)
-    for sample in generation.generate(
+        prompts += generate.read_prompts(args.prompt_file)
+    for sample in generate.generate(
             model, prompts or [""], seed=int(args.sr), max_new_tokens=args.max_new_tokens, greedy=args.greedy,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, num_samples=args.num_samples,
             adapter=args.adapter):
         tqdm.write(sample)  # to stdout, with the bar out of the way
-
-
-def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, **extra):
-    from experiments.runs import RunOptions
-    from train_utils import TrainOptions
-
-    names = ("epochs", "batch_size", "batch_tokens", "lr", "weight_decay", "warmup", "schedule", "clip", "accumulate",
-             "label_smoothing", "patience", "head_lr", "precision", "compile", "anomaly")
-    values = {**{name: getattr(args, name) for name in names if hasattr(args, name)}, **saving(args.save_every)}
-    values["epochs"] = args.epochs or default(EPOCHS[mode], task)
-    values["lr"] = args.lr or default(LEARNING_RATE[getattr(args, "method", mode)], task)
-    train = TrainOptions(seed=int(args.sr), **values)
-    return RunOptions(mode=mode, sr=args.sr, model=model, task=task, data=data, train=train,
-                      out=args.out or Path("runs") / f"{mode}-{args.sr}", max_length=args.max_length, limit=args.limit,
-                      resume=args.resume, overwrite=args.overwrite, deterministic=args.deterministic, **extra)
 
 
 def _train(args, options, start) -> int:
@@ -180,29 +160,14 @@ def _only_plots_missing(options, plots: Path) -> bool:
                                 for quantity in (*figures.QUANTITIES, "confusion") for kind in ("png", "pdf"))
 
 
-def _finetune_options(args):
-    """A fine-tuning's options, with the model, task and data that are used where none were named."""
-    from experiments import finetune as experiments
-    from model import LoRAOptions
-    from data.tables import TableOptions
-
-    model, task, data = experiments.choose(args.model, args.task, args.data, _note)
-    targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
-    lora = LoRAOptions(args.rank, args.alpha, args.dropout, args.rslora, targets, args.layers)
-    table = TableOptions(args.text_column, args.label_column, args.template, args.eval_split, args.feature_columns,
-                         args.truncate)
-    return _run_options(args, "LoRA", model, task, data, method=args.method, keep=not args.no_keep,
-                        keep_memory=args.keep_memory, lora=lora, table=table)
-
-
 def finetune(args) -> int:
     """`LoRA`: fine-tunes and prints the result."""
-    from experiments import finetune as experiments
+    from experiments import arguments, finetune
 
-    options = _finetune_options(args)
+    options = arguments.finetune_options(args)
 
     def start(stop):
-        summary = experiments.finetune(options, stop=stop)
+        summary = finetune.run_finetune(options, stop=stop)
         for name, epoch in (("best", "best_epoch"), ("last", "last_epoch")):
             values = summary["validation" if name == "best" else "last_validation"]
             print(f"{name} epoch ({summary[epoch]}): " + "; ".join(
@@ -211,137 +176,44 @@ def finetune(args) -> int:
         train = summary["train"]
         print(f"{train['tokens_per_second']:.0f} tokens/s, {train['padding_percent']:.1f} % padding, "
               f"{train['peak_memory_bytes'] / 2 ** 20:.0f} MiB peak memory")
-        return summary
     return _train(args, options, start)
 
 
-def _entry(args, name: str, changes: dict[str, str], where: str):
-    """An entry of a comparison: the common options with its own changes."""
-    from experiments.compare import Entry
+def distil(args) -> int:
+    """`distil`: distils and prints teacher, student and no-KD baseline side by side."""
+    from experiments import arguments, distil
 
-    parser = Variant(where)
-    for option in changes:
-        if option in (*COMMON, "lr", "epochs", "batch_size", "batch_tokens", "accumulate", "patience"):
-            parser.error(f"{option} is the same for every entry; give it as --{option.replace('_', '-')}")
-        parser.option(option)
-    words = parser.words(args, changes)
-    parsed = parser.parse_args([args.sr, *words])
-    parsed.lr = args.lr
-    options = _finetune_options(parsed)
-    rates = [] if options.method == "none" else args.lr_grid or [options.train.lr]
-    return Entry(name, words, options, rates)
-
-
-def _entries(args) -> list:
-    """--methods and --set as entries."""
-    from record.files import UserError
-
-    entries = [_entry(args, method, {"method": method}, f"--methods {method}") for method in args.methods]
-    for text in args.set:
-        name, colon, rest = text.partition(":")
-        # A comma begins an option only where a name and = follow.
-        pairs = [pair.partition("=") for pair in re.split(r",(?=[\w-]+=)", rest)]
-        if not colon or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name) or not all(
-                option and equals and value for option, equals, value in pairs):
-            raise UserError(f"--set {text}: expected NAME:OPTION=VALUE[,OPTION=VALUE...] with a NAME of letters, digits "
-                            "and _.+-, such as r2:method=lora,rank=2,targets=q+v")
-        changes = {option.replace("-", "_"): value for option, _, value in pairs}
-        if len(changes) < len(pairs):
-            raise UserError(f"--set {text}: an option is given twice")
-        entries.append(_entry(args, name, changes, f"--set {name}"))
-    names = [entry.name for entry in entries]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"entry {twice}: --methods and --set name it twice; expected a name for each entry")
-    return entries
-
-
-def _settings(args, *more: str) -> dict:
-    """Every option of a comparison or sweep that may change its results."""
-    from experiments.runs import FREE, as_json
-
-    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", *FREE, *more)
-    return as_json({name: value for name, value in vars(args).items() if name not in skipped})
+    options, student = arguments.distil_options(args)
+    return _train(args, options, lambda stop: print(distil.comparison_table(distil.run_distil(options, student, stop=stop))))
 
 
 def compare(args) -> int:
     """`compare`: runs what is missing of a comparison, and prints and draws it."""
-    from experiments import compare as comparison
-    from experiments import finetune as experiments
+    from experiments import arguments, compare, variants
 
-    args.model, args.task, args.data = experiments.choose(args.model, args.task, args.data, _note)
-    args.epochs = args.epochs or default(EPOCHS["LoRA"], args.task)
-    options = comparison.CompareOptions(args.sr, _entries(args), args.seeds, args.out or Path(f"runs/compare-{args.sr}"),
-                                        _settings(args), args.overwrite)
-    return _study(args, options, lambda: comparison.run_comparison(options))
-
-
-def _search(args) -> dict:
-    """--search as option -> list of choices, or a range."""
-    from record.files import UserError
-    from experiments.sweep import Range
-
-    search = {}
-    for text in args.search:
-        name, equals, rest = text.partition("=")
-        parser, name = Variant(f"--search {text}"), name.replace("-", "_")
-        if not equals or not rest:
-            raise UserError(f"--search {text}: expected OPTION=VALUES, such as rank=1,2,4 or lr=1e-4..1e-3")
-        if name in (*COMMON, "model", "deterministic"):
-            parser.error(f"{name} is the same for every trial")
-        if name in search:
-            parser.error(f"{name} is searched twice")
-        option = parser.option(name)
-        if match := re.fullmatch(r"([^,]+?)\.\.([^,]+?)(?::(log|linear))?", rest):
-            low, high = (_value(parser, args, name, end) for end in match.groups()[:2])
-            log = (match[3] or ("log" if name in ("lr", "head_lr") else "linear")) == "log"
-            if option.nargs == 0 or not isinstance(low, (int, float)) or not low < high or (log and low <= 0):
-                parser.error("expected a range LOW..HIGH of numbers, LOW below HIGH" + (" and above 0" if log else ""))
-            if args.sampler == "grid":
-                parser.error("a grid needs choices, such as 1,2,4, not a range")
-            search[name] = Range(low, high, log)
-        else:
-            search[name] = [_value(parser, args, name, part) for part in rest.split(",")]
-            if len(set(search[name])) < len(search[name]):
-                parser.error("a value is given twice")
-    return search
-
-
-def _value(parser: Variant, args, name: str, text: str):
-    """A searched value as a number where the option is one, else as written; refused where the option would refuse it."""
-    if not text:
-        parser.error("a value is empty")
-    parsed = getattr(parser.parse_args([args.sr, *parser.words(args, {name: text})]), name)
-    return parsed if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) else text
+    arguments.choose(args)
+    options = compare.CompareOptions(args.sr, variants.entries(args), args.seeds,
+                                     args.out or Path(f"runs/compare-{args.sr}"), variants.settings(args), args.overwrite)
+    return _study(args, options, lambda: compare.run_comparison(options))
 
 
 def sweep(args) -> int:
     """`sweep`: runs the trials that wait, and prints and draws the study."""
-    import dataclasses
+    from experiments import arguments, sweep, variants
 
-    from experiments import finetune as experiments
-    from experiments import sweep as search
-
-    args.model, args.task, args.data = experiments.choose(args.model, args.task, args.data, _note)
-    args.epochs = args.epochs or default(EPOCHS["LoRA"], args.task)
-    ranges = _search(args)
-
-    def make(values: dict, folder: Path):
-        parser = Variant("sweep")
-        parsed = parser.parse_args([args.sr, *parser.words(args, {name: str(value) for name, value in values.items()})])
-        parsed.lr = values.get("lr") or args.lr
-        return dataclasses.replace(_finetune_options(parsed), out=folder, overwrite=True)
-
-    options = search.SweepOptions(args.sr, ranges, make, args.sampler, args.trials, not args.no_prune, args.storage,
-                                  args.out or Path(f"runs/sweep-{args.sr}"), _settings(args, "trials", "storage"),
-                                  args.overwrite)
-    return _study(args, options, lambda: search.run_sweep(options))
+    arguments.choose(args)
+    options = sweep.SweepOptions(
+        args.sr, variants.search(args), lambda values, folder: variants.trial_options(args, values, folder), args.sampler,
+        args.trials, not args.no_prune, args.storage, args.out or Path(f"runs/sweep-{args.sr}"),
+        variants.settings(args, "trials", "storage"), args.overwrite)
+    return _study(args, options, lambda: sweep.run_sweep(options))
 
 
 def _study(args, options, start) -> int:
     """Runs a comparison or a sweep, draws it and turns its ways of ending into exit statuses."""
-    from report import figures
     from record.files import check_folder, make_folder
     from record.signals import Interrupted
+    from report import figures
 
     check_folder(args.plots)
     try:
@@ -355,31 +227,11 @@ def _study(args, options, start) -> int:
     return 0
 
 
-def distil(args) -> int:
-    """`distil`: distils and prints teacher, student and control side by side."""
-    from experiments import finetune as experiments
-    from record.files import UserError
-
-    teacher = args.teacher or Path("runs") / f"LoRA-{args.sr}"
-    if not teacher.is_dir():
-        raise UserError(f"teacher {teacher}: no such run; python run.py LoRA {args.sr} makes it")
-    task = args.task or experiments.read_run(teacher, "LoRA")[0]["options"]["task"]
-    options = _run_options(args, "distil", None, task, args.data)
-    student = experiments.DistilOptions(teacher, args.temperature, args.kd_alpha, args.embedding_size, args.hidden_size,
-                                        args.rnn_layers, args.cell, args.pooling, args.dropout)
-
-    def start(stop):
-        summary = experiments.distil(options, student, stop=stop)
-        print(experiments.comparison_table(summary))
-        return summary
-    return _train(args, options, start)
-
-
 def evaluate(args) -> None:
     """`eval`: scores a saved run on a file."""
-    from experiments import finetune as experiments
+    from experiments import evaluate
 
-    result = experiments.evaluate_run(args.run, args.data, args.predictions)
+    result = evaluate.evaluate_run(args.run, args.data, args.predictions)
     if args.json:
         print(json.dumps(result))
     else:
@@ -405,8 +257,8 @@ def repeat(args) -> int:
 
 def report(args) -> None:
     """`report`: builds the PDF."""
-    from report import tables as report_utils
     from record.files import check_sums
+    from report import tables as report_utils
 
     for mode in ("LoRA", "distil"):
         check_sums(args.runs / f"{mode}-{args.sr}")
@@ -418,6 +270,11 @@ def submit(args) -> None:
     from report import tables as report_utils
 
     print(report_utils.make_submission(args.sr, args.first_name, args.last_name, Path(__file__).parent))
+
+
+CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
+         "repeat": repeat, "report": report, "submit": submit}
+READ_FILES_ONLY = ("report", "submit")  # they do without PyTorch
 
 
 if __name__ == "__main__":

@@ -22,41 +22,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data_utils import Batch, epoch_order, padding_percent
 from record import anomaly
-from data_utils import Batch, epoch_order
 from record.files import UserError, write_file
+from record.folder import CHECKPOINT
+from record.machine import peak_memory_bytes
+from record.options import TrainOptions
 from record.signals import Interrupted, deferred
 
-CHECKPOINT = "checkpoint.safetensors"
 Objective = Callable[[Tensor, Batch], Tensor]
 
 
 class Diverged(RuntimeError):
     """The loss or a gradient is no longer finite."""
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How a model is trained; the same for every method that is compared."""
-
-    seed: int
-    epochs: int = 3
-    batch_size: int = 32  # sentences in a batch
-    batch_tokens: int | None = None  # instead: tokens in a batch, pads included
-    lr: float = 4e-4  # peak learning rate
-    head_lr: float | None = None  # of the task head; lr if None
-    weight_decay: float = 0.01  # not on biases, norms and other vectors
-    warmup: float = 0.06  # share of the steps over which the rate rises from 0
-    schedule: str = "linear"  # linear or cosine decay to 0, or constant
-    clip: float = 1.0  # largest global gradient norm; 0 for none
-    accumulate: int = 1  # batches in an optimiser step
-    label_smoothing: float = 0.0
-    patience: int | None = None  # stop after so many epochs without a better one
-    precision: str = "fp32"  # fp32 or bf16
-    compile: bool = False  # torch.compile
-    save_every: float = 10.0  # minutes between checkpoints inside an epoch
-    save_steps: int | None = None  # instead: optimiser steps between them
-    anomaly: bool = False  # name the first module that computes something not finite
 
 
 @dataclass
@@ -169,6 +147,27 @@ def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, d
         answers["all"] = tuple(torch.cat(parts) for parts in zip(*answers.values(), strict=True))
     return ({name: scores(*answer) for name, answer in answers.items()},
             {name: confusion(*answer) for name, answer in answers.items()})
+
+
+def selection_split(splits) -> str:
+    """The split (by name, of the task or of its scores) whose MCC chooses the best epoch: in-domain where there is one."""
+    return "in_domain" if "in_domain" in splits else next(iter(splits))
+
+
+def training_summary(progress: Progress, batches: list[Batch]) -> dict:
+    seconds, tokens = (sum(line[key] for line in progress.history) for key in ("seconds", "tokens"))
+    return {"epochs": len(progress.history), "steps": progress.step, "seconds": seconds, "tokens": tokens,
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "padding_percent": padding_percent(batches), "peak_memory_bytes": peak_memory_bytes()}
+
+
+def best_and_last(best_epoch: int, history: list[dict], classes: tuple[str, ...]) -> dict:
+    """Best and last epoch, alike; the best one by class too."""
+    best, last = next(line for line in history if line["epoch"] == best_epoch), history[-1]
+    by_class = {split: {"confusion": matrix, "per_class": per_class(matrix, classes)}
+                for split, matrix in best["confusion"].items()}
+    return {"best_epoch": best_epoch, "validation": best["validation"], "by_class": by_class,
+            "last_epoch": last["epoch"], "last_validation": last["validation"]}
 
 
 # ---------------------------------------------------------------- the loop

@@ -17,13 +17,14 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "tests")]
 
-import data_utils  # noqa: E402 (needs the path above)
-from experiments import finetune as experiments  # noqa: E402
-from data import tiny  # noqa: E402
 import toy  # noqa: E402
+
+import data_utils  # noqa: E402 (needs the path above)
 import train_utils  # noqa: E402
-from data.backbones import load_tokenizer, max_length_of  # noqa: E402
 from benchmarks import common  # noqa: E402
+from data import tiny  # noqa: E402
+from data.backbones import load_tokenizer, max_length_of  # noqa: E402
+from experiments import finetune, inputs  # noqa: E402
 from model import LoRAOptions, load_classifier  # noqa: E402
 
 OPTIONS = train_utils.TrainOptions(seed=1)
@@ -32,9 +33,9 @@ OPTIONS = train_utils.TrainOptions(seed=1)
 def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
           ) -> tuple[list[float], list[float], int, int]:
     """Seconds of each step and of each save, bytes of a checkpoint, and the optimiser steps of an epoch."""
-    experiments.seed_everything(1)
+    inputs.seed_everything(1)
     classifier, _ = load_classifier(model, task.num_labels)
-    experiments.adapt(classifier, "lora", LoRAOptions())
+    finetune.adapt(classifier, "lora", LoRAOptions())
     classifier.to(common.device())
     max_length = min(common.MAX_LENGTH, max_length_of(classifier.net.config))
     batches = data_utils.make_batches(task.train, load_tokenizer(model), max_length, OPTIONS.batch_size, 1)

@@ -26,15 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 import torch  # noqa: E402 (reads the environment)
 from torch import Tensor  # noqa: E402
-from transformers import (AutoConfig, AutoModelForSequenceClassification, GPT2Config,  # noqa: E402
-                          GPT2LMHeadModel)
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import data_utils  # noqa: E402
 import train_utils  # noqa: E402
 from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
-from record.files import UserError, make_folder  # noqa: E402
 from model import TextClassifier, lora_layers  # noqa: E402
+from record.files import UserError, make_folder  # noqa: E402
 
 LABELS, MAX_LENGTH = 2, 512
 TOLERANCE = 1e-4  # between the two sides' losses on one batch

@@ -21,8 +21,8 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_utils
-from record.files import UserError
 from data.tables import TableOptions
+from record.files import UserError
 
 
 def reference(task: data_utils.Task) -> dict[str, dict[str, float]]:

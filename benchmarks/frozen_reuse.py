@@ -23,17 +23,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import common  # first: it sets the environment that libraries read when imported
-
 import torch
 
-from experiments import finetune as experiments
-from record import memory
 import train_utils
+from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
 from data_utils import Batch
+from experiments import distil, finetune
 from lora.frozen import FrozenPrefix
 from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier, student_config
+from record import machine
 
 BATCH_SIZE = 32
 CROSS_ENTROPY = train_utils.cross_entropy()
@@ -43,7 +42,7 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
     """GPT-2 with a head, as `run.py LoRA --method METHOD --layers LAYERS` trains it."""
     made, _ = load_classifier(base, common.LABELS)
     torch.manual_seed(0)
-    experiments.adapt(made, method, LoRAOptions(layers=layers))
+    finetune.adapt(made, method, LoRAOptions(layers=layers))
     return common.as_if_trained(made).to(device())
 
 
@@ -111,7 +110,7 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
     teacher = classifier(base).eval()
     fresh = train_utils.compute_logits(teacher, batches)
     for name in ("computed", "read from the run's file"):
-        cached = experiments.teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
+        cached = distil.teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
         report.check_bits(f"distil: cached logits, {name}", cached, fresh)
     budget = count_parameters(teacher)["total"] // 10
     config = student_config(len(common.tokenizer_of(base)), common.LABELS, budget)
@@ -132,7 +131,7 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    memory.keep_freed_memory()  # as every run does; it reaches all sides here
+    machine.keep_freed_memory()  # as every run does; it reaches all sides here
     report, base = Report(), common.base_of("gpt2", work)
     rows, rounds = (96, 2) if args.quick else (640, 5)
     if torch.cuda.is_available():

@@ -18,9 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "tests")]
 
-from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402 (needs the path above)
-
 import readers  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402 (needs the path above)
 
 
 def fuzz(name: str, path: Path, call, cases: int, number: int = 0) -> dict:

@@ -23,16 +23,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claim is about the CPU
 
-from benchmarks import common  # first: it sets the environment that libraries read when imported
-
 import torch
 
-from experiments import finetune as experiments
-from record import memory
-from data.backbones import PACKAGED
+from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, paired_ratios
+from data.backbones import PACKAGED
 from data_utils import Batch
+from experiments import distil
 from model import DistilRNN, count_parameters, load_classifier, student_config
+from record import memory
 
 BATCH_SIZE = 32
 FIRST_STEP = """
@@ -89,7 +88,7 @@ def measure_student(report: Report, args: argparse.Namespace, base: str, rounds:
     for name, model in sides.items():
         check_batching(report, name, model, padded)
         report.measure(f"{name}: parameters", [count_parameters(model)["total"]], "")
-    rates = common.alternate({name: lambda _, model=model: experiments.sentences_per_second(model, dev, passes=1)
+    rates = common.alternate({name: lambda _, model=model: distil.sentences_per_second(model, dev, passes=1)
                               for name, model in sides.items()}, rounds)
     for name, values in rates.items():
         report.measure(name, values, "sentences/s")

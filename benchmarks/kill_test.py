@@ -64,8 +64,8 @@ def fork(work: Path, function: Callable[[], int]) -> int:
 def start(arguments: list[str], work: Path, prepare: Callable[[], None] = lambda: None) -> int:
     """Forks `python run.py ARGUMENTS`, after `prepare()`; returns its process id."""
     def call() -> int:
-        from report import figures
         import run
+        from report import figures
 
         figures.plot_run = lambda *_: []
         prepare()
@@ -94,7 +94,7 @@ def inputs(work: Path) -> int:
 
 def outcome(folder: Path) -> dict:
     """The bytes of the weights, results without times, and the names of all files but TensorBoard's events."""
-    from experiments.runs import without_times
+    from record.folder import without_times
 
     texts = {name: (folder / name).read_text() for name in FINAL[1:]}
     return {FINAL[0]: (folder / FINAL[0]).read_bytes(),
@@ -229,10 +229,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    from report import figures  # noqa: F401 (imported here, once, for the children)
     import run  # noqa: F401
     from record import signals  # noqa: F401
-    from experiments import finetune as experiments  # noqa: F401 isort: skip
+    from report import figures  # noqa: F401 (imported here, once, for the children)
+    pass
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -21,8 +21,14 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import accuracy_score, log_loss, matthews_corrcoef
-from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer,
-                          TrainerCallback, TrainingArguments)
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 
 def load_smollm2():

@@ -13,26 +13,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import common  # first: it sets the environment that libraries read when imported
-
 import torch
 from torch import Tensor
 
-from lora import amx
 import data_utils
-from experiments import finetune as experiments
+from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report
+from experiments import evaluate, finetune
+from lora import amx
 from record.files import UserError
-from experiments.runs import read_run
+from record.folder import read_run
 
 
 @torch.no_grad()
 def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
     """Logits (N, classes) of all development sentences."""
-    classifier, tokenizer, options = experiments.load_finetuned(run)
+    classifier, tokenizer, options = evaluate.load_finetuned(run)
     for module in classifier.modules():  # the run's own precision gives way
         module.tiles = False
-    experiments.to_precision(classifier, precision)
+    finetune.to_precision(classifier, precision)
     logits = []
     for split in task.dev.values():
         for batch in data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], seed=1,

@@ -17,9 +17,9 @@ import torch
 from peft import PeftModel
 
 import data_utils
-from experiments import finetune as experiments
 import run
 from benchmarks.peft_reference import load_smollm2
+from experiments import evaluate
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
         if status:
             return status
         losses = [json.loads(line)["train"]["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-        ours, tokenizer, options = experiments.load_finetuned(out)
+        ours, tokenizer, options = evaluate.load_finetuned(out)
         reference, _ = load_smollm2()
         reference = PeftModel.from_pretrained(reference, out).eval()
         split = data_utils.load_task("cola", args.data).limit(args.limit).dev["in_domain"]

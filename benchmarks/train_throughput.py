@@ -29,20 +29,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import common  # first: it sets the environment that libraries read when imported
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora import adapters
-from lora import amx
-from experiments import finetune as experiments
-from record import memory
 import train_utils
+from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent
+from experiments import finetune
+from lora import adapters, amx
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier, lora_layers
+from record import machine
 
 BATCH_SIZE = 16
 PARTS = {"mm": "products", "dot_product": "attention", "norm": "norms and activations", "silu": "norms and activations",
@@ -102,7 +100,7 @@ class Side:
 
 class Ours(Side):
     def build(self):
-        memory.keep_freed_memory()  # as every run of this project does; it reaches this process alone
+        machine.keep_freed_memory()  # as every run of this project does; it reaches this process alone
         classifier, _ = load_classifier(self.base, common.LABELS)
         torch.manual_seed(0)
         inject_lora(classifier.net, LoRAOptions())
@@ -115,7 +113,7 @@ class Ours(Side):
         return F.cross_entropy(self.model(*batch.inputs()), batch.labels)
 
     def set_precision(self):
-        experiments.to_precision(self.model, self.args.precision)
+        finetune.to_precision(self.model, self.args.precision)
 
     def run(self, numbers):
         return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.cross_entropy(),
@@ -155,7 +153,7 @@ class OursBf16x3(Ours):
 
     def build(self):
         classifier = super().build()
-        experiments.to_precision(classifier, "bf16x3")
+        finetune.to_precision(classifier, "bf16x3")
         return classifier
 
 

@@ -18,23 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from record.files import UserError
+from record.options import TableOptions
 
 SUFFIXES = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON Lines", ".parquet": "Parquet"}
 EVAL_SPLITS = ("validation", "dev", "eval", "val")  # in this order, where --eval-split does not say
 TEXT_COLUMNS = ("text", "sentence", "review")  # the first of them that exists, where --text-column does not say
 MISSING = ("", "na", "n/a", "nan", "null", "none")  # of a number
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    """Which columns of a table are what."""
-
-    text_column: tuple[str, ...] = ()  # joined by the tokenizer's separator; text, sentence or review if none
-    label_column: str = "label"  # strings, booleans or whole numbers
-    template: str | None = None  # instead of text_column: "Q: {question} A: {guess}"
-    eval_split: str | None = None  # a file of the folder by its stem, a file, or a share of the training rows
-    feature_columns: tuple[str, ...] = ()  # numeric columns that the head reads beside the text
-    truncate: str = "tail"  # the part of a text too long that is cut: head, tail or middle
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from record import memory
+from record import machine
 
 SEED = 20240229
 ACCEPTABLE_SHARE = 0.62  # CoLA has 0.70; the majority baseline must not be 0.5
@@ -459,7 +459,7 @@ def train_model(folder: Path) -> None:
         bos_token_id=end, eos_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         activation_function="gelu_pytorch_tanh",  # gelu_new, fused
     )
-    memory.keep_freed_memory()
+    machine.keep_freed_memory()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)  # torch.manual_seed would reseed the caller's GPU as well
         model = GPT2LMHeadModel(config)

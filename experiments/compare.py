@@ -24,25 +24,17 @@ from pathlib import Path
 import filelock
 from tqdm import tqdm
 
-from experiments import finetune as experiments
+import train_utils
+from experiments import finetune
+from experiments.variants import Entry
+from record.files import UserError, locked, make_folder, read_json, write_file, write_json
+from record.folder import provenance, read_run
 from report import records
 from report import tables as report_utils
-from record.files import UserError, locked, make_folder, read_json, write_file, write_json
-from experiments.runs import RunOptions, provenance, read_run
 
 RUN = Path(__file__).parents[1] / "run.py"
 PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: between fork and exec there is no time for it
 DIVERGED = 3  # run.py's exit status where a loss is not finite
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the comparison."""
-
-    name: str
-    words: list[str]  # the options of its runs on the command line, but for --lr and --out
-    options: RunOptions  # the same, parsed
-    rates: list[float]  # learning rates to choose from; none for a method that trains nothing
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
     seeds = seeds_of(options.sr, options.seeds)
     plan = {entry.name: [(seeds[0], rate) for rate in entry.rates or [None]] for entry in options.entries}
     total = sum(len(runs) + len(seeds) - 1 for runs in plan.values())
-    record = provenance(options.settings, task)
+    record = provenance(options.settings, task.files)
     rows, runs = [], []
     with study_folder(options.out, record, options.overwrite) as folder, tqdm(
             total=total, unit="run", desc="compare", dynamic_ncols=True) as bar:
@@ -108,7 +100,7 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
 def check(entry: Entry):
     """The entry's task; what is wrong with one of its options is told with its name."""
     try:
-        return experiments.check(entry.options)
+        return finetune.check(entry.options)
     except UserError as error:
         raise UserError(f"entry {entry.name}: {error}" if str(error).startswith("--") else str(error)) from None
 
@@ -220,7 +212,7 @@ def size_on_disk(folder: Path) -> int:
 
 def score(summary: dict) -> tuple[float, float]:
     """What chooses a learning rate: as an epoch is chosen, MCC on the selection split, then the lowest loss."""
-    values = summary["validation"][experiments.selection_split(summary["validation"])]
+    values = summary["validation"][train_utils.selection_split(summary["validation"])]
     return values["mcc"], -values["loss"]
 
 
@@ -232,7 +224,7 @@ def choose_rate(tried: list[dict]) -> dict | None:
 def selection(runs: list[dict]) -> dict | None:
     """By what learning rate and epoch were chosen."""
     done = next((run["summary"] for run in runs if run["summary"]), None)
-    return done and {"split": experiments.selection_split(done["validation"]), "splits": list(done["validation"]),
+    return done and {"split": train_utils.selection_split(done["validation"]), "splits": list(done["validation"]),
                      "score": "mcc", "learning_rate": "first seed", "epoch": "every seed"}
 
 

@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
-from lora import adapters
-from record.files import UserError, check_sums, read_json
-from lora.frozen import weights_digest
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
+from lora import adapters
+from lora.frozen import weights_digest
+from record.files import UserError, check_sums, read_json
 
 
 def base_model(adapter: Path) -> str:

@@ -8,8 +8,9 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from experiments import finetune as experiments
-from experiments.runs import RunOptions, changes, read_run, rebuild, without_times
+from experiments import distil, finetune
+from record.folder import changes, read_run, without_times
+from record.options import DistilOptions, RunOptions, rebuild
 
 
 def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
@@ -26,9 +27,9 @@ def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop:
     values = config["options"]
     options = rebuild(RunOptions, values, out=out, repeats=folder)
     if summary["mode"] == "LoRA":
-        experiments.finetune(options, say, stop)
+        finetune.run_finetune(options, say, stop)
     else:
-        experiments.distil(options, rebuild(experiments.DistilOptions, values), say, stop)
+        distil.run_distil(options, rebuild(DistilOptions, values), say, stop)
     found = list(differences(folder, out))
     return found + changes(config, read_run(out)[0]) if found else []
 

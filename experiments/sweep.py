@@ -26,28 +26,23 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 from tqdm import tqdm
 
-from experiments import finetune as experiments
+import train_utils
+from experiments import finetune
+from experiments.compare import same_settings
+from experiments.variants import Range
+from record import signals
+from record.files import UserError, make_folder, without_password, write_file, write_json
+from record.folder import provenance
+from record.machine import use_threads
+from record.options import RunOptions
 from report import records
 from report import tables as report_utils
-from record import signals
-from experiments.compare import same_settings
-from record.files import UserError, make_folder, without_password, write_file, write_json
-from experiments.runs import RunOptions, provenance, use_threads
 from train_utils import Diverged
 
 HEARTBEAT, GRACE = 60, 300  # seconds: a trial whose process was silent for so long is given to another
 STRUCTURE = ("rank", "targets", "layers")  # what may not fit the model, alone or together
 LOCK = ".trial.lock"
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from low to high, whole ones where both are."""
-
-    low: int | float
-    high: int | float
-    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,14 +78,14 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     task = check(options)
-    record = provenance(options.settings, task)
+    record = provenance(options.settings, task.files)
     record["versions"]["optuna"] = version("optuna")
     with _storage_errors(options):
         study = open_study(options, record)
         use_threads(study.user_attrs["threads"])
         record["threads"] = torch.get_num_threads()
         requeue_dead(study, options.out)
-        trial = Trial(options, study, experiments.selection_split(task.dev))
+        trial = Trial(options, study, train_utils.selection_split(task.dev))
         with tqdm(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
                   dynamic_ncols=True) as bar:
             while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -103,7 +98,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
                 bar.set_postfix_str(f"best MCC {max((t.value for t in _done(study) if t.value is not None), default=0):.3f}")
         result = {"mode": "sweep", "sr": options.sr, **{key: options.settings[key] for key in ("model", "task", "sampler")},
                   "search": {name: vars(s) if isinstance(s, Range) else s for name, s in options.search.items()},
-                  "selection": {"split": experiments.selection_split(task.dev), "score": "mcc"}, **record,
+                  "selection": {"split": train_utils.selection_split(task.dev), "score": "mcc"}, **record,
                   **results(study, options)}
     write_json(options.out / "sweep.json", result)
     written = records.read_json(options.out / "sweep.json")
@@ -118,7 +113,7 @@ def check(options: SweepOptions):
     first = {name: values[0] for name, values in ends.items()}
     for values in itertools.product(*(ends[name] for name in STRUCTURE if name in ends)):
         changed = dict(zip((name for name in STRUCTURE if name in ends), values, strict=True))
-        task = experiments.check(options.make({**first, **changed}, options.out))
+        task = finetune.check(options.make({**first, **changed}, options.out))
     return task
 
 
@@ -305,7 +300,7 @@ class Trial:
                 raise optuna.TrialPruned
         try:
             with open(run.out / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
-                summary = experiments.finetune(run, stop=signals.received, on_epoch=on_epoch)
+                summary = finetune.run_finetune(run, stop=signals.received, on_epoch=on_epoch)
         except Diverged as error:
             trial.set_user_attr("diverged", str(error))
             raise optuna.TrialPruned from None

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from record.files import UserError, read_json, write_file, write_json
 from model import LoRALinear, TextClassifier, lora_layers
+from record.files import UserError, read_json, write_file, write_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from data_utils import Batch
-from record.files import UserError
 from model import TextClassifier, blocks_of
+from record.files import UserError
 
 
 class _Reached(Exception):

@@ -13,8 +13,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
-from report.records import (PHASES, Record, ReportError, by_class, main_split, read_json, read_metrics, replacing,
-                     shown_splits, spoken)
+from report.records import (
+    PHASES,
+    Record,
+    ReportError,
+    by_class,
+    main_split,
+    read_json,
+    read_metrics,
+    replacing,
+    shown_splits,
+    spoken,
+)
 
 # quantity -> (name of its axis, key in "train", key in "validation", factor). The training loss drawn is the
 # cross-entropy, not the objective: with KD the objective holds the teacher's part too, and could not be compared.

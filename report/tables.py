@@ -18,8 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from report import figures
-from report.records import (PHASES, Record, ReportError, by_class, main_split, read_json, read_metrics, replacing,
-                            shown_splits, spoken)
+from report.records import (
+    PHASES,
+    Record,
+    ReportError,
+    by_class,
+    main_split,
+    read_json,
+    read_metrics,
+    replacing,
+    shown_splits,
+    spoken,
+)
 
 METHODS = {"lora": "LoRA", "full": "full fine-tuning", "head": "head alone", "features": "features alone",
            "none": "untrained head"}

@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from hypothesis import strategies as st
-
 import toy
+from hypothesis import strategies as st
 
 LIMIT = 20  # seconds that a reader may take
 
@@ -63,16 +62,15 @@ def make(base: Path) -> Path:
 
 def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Each reader's name, the file of it that is damaged, and the call."""
-    from lora import adapters
     import data_utils
-    from experiments import finetune as experiments
-    from report import figures
-    from record import files
-    from experiments import generate as generation
-    from report import records
-    from experiments import runs
     import train_utils
+    from experiments import evaluate
+    from experiments import generate as generation
+    from lora import adapters
     from model import load_classifier
+    from record import files, folder
+    from record.options import RunOptions, rebuild
+    from report import figures, records
 
     dev = base / "cola/out_of_domain_dev.tsv"
 
@@ -84,7 +82,7 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
                               records.read_json(base / "lora/summary.json"), "mcc")
 
     def rebuilt():
-        return runs.rebuild(runs.RunOptions, runs.read_run(base / "lora")[0]["options"], out=base)
+        return rebuild(RunOptions, folder.read_run(base / "lora")[0]["options"], out=base)
 
     return {
         "CoLA's TSV": (base / "cola/in_domain_dev.tsv", lambda: data_utils.load_task("cola", base / "cola")),
@@ -95,12 +93,12 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
         "adapter_config.json": (base / "lora/adapter_config.json", adapter),
         "adapter_model.safetensors": (base / "lora/adapter_model.safetensors", adapter),
         "gen --adapter": (base / "lora/adapter_config.json", lambda: generation.base_model(base / "lora")),
-        "LoRA config.json": (base / "lora/config.json", lambda: experiments.evaluate_run(base / "lora", dev)),
-        "LoRA summary.json": (base / "lora/summary.json", lambda: runs.read_run(base / "lora", "LoRA")),
-        "trained.safetensors": (base / "head/trained.safetensors", lambda: experiments.load_finetuned(base / "head")),
-        "student_config.json": (base / "distil/student_config.json", lambda: experiments.load_student(base / "distil")),
-        "student.safetensors": (base / "distil/student.safetensors", lambda: experiments.load_student(base / "distil")),
-        "distil config.json": (base / "distil/config.json", lambda: experiments.evaluate_run(base / "distil", dev)),
+        "LoRA config.json": (base / "lora/config.json", lambda: evaluate.evaluate_run(base / "lora", dev)),
+        "LoRA summary.json": (base / "lora/summary.json", lambda: folder.read_run(base / "lora", "LoRA")),
+        "trained.safetensors": (base / "head/trained.safetensors", lambda: evaluate.load_finetuned(base / "head")),
+        "student_config.json": (base / "distil/student_config.json", lambda: evaluate.load_student(base / "distil")),
+        "student.safetensors": (base / "distil/student.safetensors", lambda: evaluate.load_student(base / "distil")),
+        "distil config.json": (base / "distil/config.json", lambda: evaluate.evaluate_run(base / "distil", dev)),
         "teacher_logits": (base / "distil/teacher_logits.safetensors",
                            lambda: train_utils.load_checked(base / "distil/teacher_logits.safetensors")),
         "SHA256SUMS": (base / "sums/SHA256SUMS", lambda: files.check_sums(base / "sums")),

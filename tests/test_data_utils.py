@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data_utils
-import toy
-from data_utils import (Split, bucket_by_length, collate, encode, epoch_order, load_task, make_batches, read_cola_tsv,
-                        split_large)
+from data_utils import (
+    Split,
+    bucket_by_length,
+    collate,
+    encode,
+    epoch_order,
+    load_task,
+    make_batches,
+    read_cola_tsv,
+    split_large,
+)
 from record.files import UserError, sha256
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

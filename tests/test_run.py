@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import toy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lora import frozen
-import toy
 from record.files import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def test_help_and_a_wrong_option_import_nothing_heavy():
 def test_the_first_step_waits_for_nothing_that_it_does_not_need(work, tmp_path):
     """Not for what an epoch's end needs; and the garbage collector rests while libraries are imported, no longer."""
     code = ("import gc, os, sys, run\n"
-            "finetune = run.finetune\n"
+            "finetune = run.CALLS['LoRA']\n"
             "def until_the_loss(args):\n"
             "    import train_utils\n"
             "    def loss(*_):\n"
@@ -84,7 +84,7 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(work, tmp_path):
             "        os._exit(0)\n"
             "    train_utils.cross_entropy = lambda *_: loss\n"
             "    return finetune(args)\n"
-            "run.finetune = until_the_loss\n"
+            "run.CALLS['LoRA'] = until_the_loss\n"
             "run.main(sys.argv[1:])")
     done = subprocess.run([sys.executable, "-c", code, "LoRA", "12345", "--model", work / "model", "--data", work / "cola",
                            "--out", tmp_path / "run", "--plots", tmp_path], capture_output=True, text=True, cwd=ROOT)

@@ -17,9 +17,26 @@ import train_utils
 from data_utils import bucket_by_length, collate, split_large
 from record.files import UserError
 from record.signals import Interrupted
-from train_utils import (Diverged, Progress, TrainOptions, confusion, cross_entropy, distillation, fit, kd_loss,
-                         labels_of, learning_rate_factor, load_checkpoint, make_optimizer, per_class, compute_logits,
-                         save_checkpoint, scores, trainable, validate)
+from train_utils import (
+    Diverged,
+    Progress,
+    TrainOptions,
+    compute_logits,
+    confusion,
+    cross_entropy,
+    distillation,
+    fit,
+    kd_loss,
+    labels_of,
+    learning_rate_factor,
+    load_checkpoint,
+    make_optimizer,
+    per_class,
+    save_checkpoint,
+    scores,
+    trainable,
+    validate,
+)
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 OPTIONS = TrainOptions(seed=7, epochs=2, lr=0.05, warmup=0.1)

@@ -3,8 +3,17 @@ import pytest
 import torch
 
 from benchmarks import summarise
-from benchmarks.common import (Report, alternate, figure, padding_percent, paired_ratios, spread_sample, summary, table,
-                               thinned)
+from benchmarks.common import (
+    Report,
+    alternate,
+    figure,
+    padding_percent,
+    paired_ratios,
+    spread_sample,
+    summary,
+    table,
+    thinned,
+)
 from benchmarks.features_reference import reference
 from data_utils import Split, Task
 

@@ -5,15 +5,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-from lora import adapters
-from experiments import finetune as experiments
 import readers
+import toy
+
+from benchmarks import fuzz
+from experiments import evaluate
+from lora import adapters
+from record.files import UserError
 from report import records
 from report import tables as report_utils
-import toy
-from benchmarks import fuzz
-from record.files import UserError
 
 CASES = 20  # of each reader
 NAMES = ("CoLA's TSV", "CSV", "JSON Lines", "Parquet", "prompts", "adapter_config.json", "adapter_model.safetensors",
@@ -108,5 +108,5 @@ def test_a_tensor_name_is_never_a_path(base, tmp_path, name):
     save_file({**load_file(weights), f"base_model.model.{name}": next(iter(load_file(weights).values()))}, weights)
     before = toy.tree(tmp_path)
     with pytest.raises(UserError, match="does not exist or has another shape"):
-        experiments.load_finetuned(tmp_path / "lora")
+        evaluate.load_finetuned(tmp_path / "lora")
     assert toy.tree(tmp_path) == before

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from report import figures
-from record import memory
 import toy
+
 import train_utils
+from record import memory
+from report import figures
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 import shutil
 
 import pytest
-
-from report import figures
-from record import files
-from experiments import repeat
 import toy
+
 from benchmarks import tamper_test
+from experiments import repeat
+from record import files
 from record.files import UserError
+from report import figures
 
 FLIPS = 10
 

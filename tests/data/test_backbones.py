@@ -7,13 +7,22 @@ import pytest
 import torch
 from conftest import CONTEXT, VOCAB, logits_of, one_line, toy_batch, toy_net
 from torch import nn
-from transformers import (BertConfig, DistilBertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          MambaConfig, OPTConfig, RobertaConfig, RobertaForSequenceClassification)
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    OPTConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from data.backbones import is_decoder, load_causal_lm, load_config, load_tokenizer, max_length_of
-from record.files import UserError
 from model import LoRAOptions, TextClassifier, inject_lora, load_classifier, lora_layers
-
+from record.files import UserError
 
 # ---------------------------------------------------------------- what a model is
 

@@ -136,11 +136,11 @@ def test_a_cached_model_needs_no_hub(downloaded, offline):
 
 UNREACHABLE = """
 import sys
-from experiments import finetune as experiments
+from experiments import inputs
 import data_utils, run
-print("choice", experiments.choose(None, None, None, print))
+print("choice", inputs.choose(None, None, None, print))
 for model, data in (("gpt2", None), (None, "some/folder")):
-    print("named", experiments.choose(model, None, data, print))
+    print("named", inputs.choose(model, None, data, print))
 try:
     data_utils.load_task("cola")
 except data_utils.UserError as error:
@@ -167,12 +167,12 @@ def test_without_a_hub_the_embedded_default_is_announced_and_nothing_named_is_re
 
 
 GLUE = """
-from experiments import finetune as experiments
+from experiments import inputs
 import data_utils
 task = data_utils.load_task("cola")
 print(len(task.train), {name: (len(split), split.sentences[0]) for name, split in task.dev.items()})
 print(task.files == {f"nyu-mll/glue/cola/{s}-00000-of-00001.parquet": d for s, d in zip(("train", "validation"), DIGESTS)})
-print(experiments.choose(None, None, None, print))
+print(inputs.choose(None, None, None, print))
 """
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import toy
 import torch
+import toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
@@ -20,11 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data_utils
-from experiments import finetune as experiments
-from data_utils import encode, load_task
-from record.files import UserError, read_json
-from model import FeatureHead
 from data.tables import TableOptions, classes_of, labels_of, read_split, read_table, set_aside, split_files
+from data_utils import encode, load_task
+from experiments import inputs
+from model import FeatureHead
+from record.files import UserError, read_json
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROWS = [{"text": "a fine, \"good\" film", "label": 1, "size": 1.5}, {"text": "dull\tand long", "label": 0, "size": 2.0},
@@ -180,7 +180,7 @@ def test_text_columns_are_joined_or_put_into_the_template(tmp_path):
 
 def test_the_separator_is_the_tokenizers_own():
     tokenizer = words_tokenizer()
-    ids = tokenizer(f"it{experiments.separator_of(tokenizer)}is")["input_ids"]
+    ids = tokenizer(f"it{inputs.separator_of(tokenizer)}is")["input_ids"]
     assert ids == tokenizer("it", "is")["input_ids"] and tokenizer.sep_token_id in ids[1:-1]
 
 
@@ -391,7 +391,7 @@ def test_the_task_is_told_by_what_lies_under_data(tmp_path):
     write(tmp_path / "tables" / "train.csv", ROWS)
     toy.write_cola(tmp_path / "cola")
     for data, task in (("tables", "csv"), ("tables/train.csv", "csv"), ("cola", "cola"), ("nothing", "cola")):
-        assert experiments.choose("m", None, str(tmp_path / data), print)[1] == task
+        assert inputs.choose("m", None, str(tmp_path / data), print)[1] == task
 
 
 def test_three_classes_train_and_score(tmp_path):

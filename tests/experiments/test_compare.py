@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy
 
 from experiments import compare
+from record import signals
+from record.files import read_json
+from record.folder import without_times
 from report import records
 from report import tables as report_utils
-from record import signals
-import toy
-from record.files import read_json
-from experiments.runs import without_times
 
 RUN = compare.RUN
 GRID = (1e-4, 1e-3, 1e-2)

@@ -5,19 +5,19 @@ import shutil
 
 import pytest
 import torch
+import toy
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data_utils
-from experiments import finetune as experiments
-from report import figures
-from experiments import runs
-import toy
 import train_utils
-from record.files import UserError, read_json
+from experiments import evaluate, finetune
 from model import DistilRNN
-from experiments.runs import without_times
+from record import folder, machine
+from record.files import UserError, read_json
+from record.folder import without_times
 from record.signals import Interrupted
+from report import figures
 
 SCORES = {"n", "loss", "accuracy", "mcc", "macro_f1", "majority_accuracy"}
 TRAIN = {"epochs", "steps", "seconds", "tokens", "tokens_per_second", "padding_percent", "peak_memory_bytes"}
@@ -99,38 +99,38 @@ def test_its_summary_has_every_key_of_the_contract(work):
 
 
 def test_a_fresh_adapter_that_changes_the_text_stops_the_run(work, tmp_path, monkeypatch):
-    adapt = experiments.adapt
+    adapt = finetune.adapt
 
     def adapt_and_break(classifier, *args):
         adapt(classifier, *args)
         with torch.no_grad():
             for p in classifier.net.base_model.parameters():
                 p.copy_(torch.randn_like(p))
-    monkeypatch.setattr(experiments, "adapt", adapt_and_break)
+    monkeypatch.setattr(finetune, "adapt", adapt_and_break)
     with pytest.raises(RuntimeError, match="a fresh adapter changed the generated text: 'The"):
         lora(work, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_text_in_doubt_is_generated_again(work, tmp_path, monkeypatch, quick):
-    generated, greedy = [], experiments.greedy
-    monkeypatch.setattr(experiments, "greedy", lambda *args: (generated.append(1), greedy(*args))[1])
+    generated, greedy = [], finetune.greedy
+    monkeypatch.setattr(finetune, "greedy", lambda *args: (generated.append(1), greedy(*args))[1])
     assert lora(work, tmp_path / "sure", "--epochs", 1) == 0 and len(generated) == 1
-    monkeypatch.setattr(experiments, "is_greedy", lambda *_: False)
+    monkeypatch.setattr(finetune, "is_greedy", lambda *_: False)
     assert lora(work, tmp_path / "doubt", "--epochs", 1) == 0 and len(generated) == 3
     sure, doubt = (read_json(tmp_path / name / "summary.json")["sanity"] for name in ("sure", "doubt"))
     assert sure == doubt == read_json(work / "LoRA" / "summary.json")["sanity"]
 
 
 def test_a_greedy_text_is_told_from_any_other(work):
-    lm, tokenizer = experiments.load_classifier(str(work / "model"), 2)[1], experiments.load_tokenizer(str(work / "model"))
+    lm, tokenizer = finetune.load_classifier(str(work / "model"), 2)[1], finetune.load_tokenizer(str(work / "model"))
     prompt = len(tokenizer("The").input_ids)
-    ids = experiments.greedy(lm, tokenizer, "The", 8)
-    assert ids.shape[1] == prompt + 8 and experiments.is_greedy(lm, ids, prompt)
+    ids = finetune.greedy(lm, tokenizer, "The", 8)
+    assert ids.shape[1] == prompt + 8 and finetune.is_greedy(lm, ids, prompt)
     for at in range(prompt, prompt + 8):
         other = ids.clone()
         other[0, at] += 1 if other[0, at] == 0 else -1
-        assert not experiments.is_greedy(lm, other, prompt), at
+        assert not finetune.is_greedy(lm, other, prompt), at
 
 
 def test_its_trainable_parameters_are_the_files(work):
@@ -299,7 +299,7 @@ def test_the_teachers_logits_are_computed_once(distilled):
 
 def test_kept_teacher_logits_equal_fresh_ones(work, distilled):
     """Invariant 11."""
-    teacher, tokenizer, options = experiments.load_finetuned(work / "LoRA")
+    teacher, tokenizer, options = evaluate.load_finetuned(work / "LoRA")
     task = data_utils.load_task("cola", work / "cola")
     batches = data_utils.make_batches(task.train, tokenizer, options["max_length"], 8, 12345)
     kept = load_file(distilled[0] / "teacher_logits.safetensors")["logits"]
@@ -390,9 +390,9 @@ def test_a_resumed_run_has_as_many_threads_as_it_began_with(work, tmp_path, monk
 def test_threads_that_cannot_be_had_are_told_in_one_line(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     with pytest.warns(UserWarning, match="77 threads cannot be had here, . are used: sums are rounded in another order"):
-        runs.use_threads(77)
+        machine.use_threads(77)
     for unusable in (None, True, 0, "2"):
-        runs.use_threads(unusable)  # no warning, which would be an error here
+        machine.use_threads(unusable)  # no warning, which would be an error here
 
 
 def test_a_run_stopped_while_plotting_leaves_no_half_plot_and_resume_draws_them(work, tmp_path, monkeypatch, capsys):
@@ -500,13 +500,13 @@ def test_a_run_that_diverges_ends_with_status_3_and_its_last_checkpoint(work, tm
 
 def test_reading_a_folder_that_is_no_finished_run_says_what_makes_one(tmp_path):
     with pytest.raises(UserError, match="not a run's folder; python run.py LoRA SR makes one"):
-        experiments.read_run(tmp_path, "LoRA")
+        folder.read_run(tmp_path, "LoRA")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="the run is not finished; its command with --resume continues it"):
-        experiments.read_run(tmp_path, "LoRA")
+        folder.read_run(tmp_path, "LoRA")
     (tmp_path / "summary.json").write_text("{}")
     with pytest.warns(match="has no SHA256SUMS"), pytest.raises(UserError, match="config.json: not written by a run"):
-        experiments.read_run(tmp_path, "LoRA")
+        folder.read_run(tmp_path, "LoRA")
 
 
 @pytest.mark.parametrize("every, steps", [("2steps", [2, 4, 5, 6, 8, 10, 10]), ("1000min", [5, 10]), ("1000", [5, 10])])

@@ -5,11 +5,11 @@ import torch
 from conftest import CONTEXT, randomize_B
 from transformers import GPT2LMHeadModel
 
-from lora.adapters import save_adapter
-from record.files import UserError
-from experiments.generate import base_model, generate, read_prompts
 from data.backbones import load_causal_lm, load_tokenizer
+from experiments.generate import base_model, generate, read_prompts
+from lora.adapters import save_adapter
 from model import LoRAOptions, TextClassifier, inject_lora
+from record.files import UserError
 
 PROMPTS = ["The cat", "A dog ran to", "mat"]
 

@@ -4,15 +4,15 @@ import shutil
 
 import pytest
 import torch
-
-from experiments import finetune as experiments
-from report import figures
-from experiments import repeat
-from experiments import runs
 import toy
-from record.files import UserError, read_json
+
+import train_utils
+from experiments import distil, finetune, repeat
 from model import LoRAOptions
-from train_utils import TrainOptions
+from record import folder
+from record.files import UserError, read_json
+from record.options import DistilOptions, TrainOptions, rebuild
+from report import figures
 
 # Every option away from its default, so that one which is lost on the way back shows.
 ODD = ("--epochs", 2, "--batch-size", 7, "--lr", 0.02, "--head-lr", 0.01, "--weight-decay", 0.1, "--warmup", 0.2,
@@ -49,8 +49,8 @@ def lora(work, out, *more) -> int:
 def test_options_come_back_from_config_as_they_were(work, monkeypatch):
     """Of every field: `repeat` hands over what the command line did, but for the folders."""
     handed = {}
-    monkeypatch.setattr(experiments, "finetune", lambda options, *_: handed.setdefault("lora", options))
-    monkeypatch.setattr(experiments, "distil", lambda options, more, *_: handed.setdefault("distil", (options, more)))
+    monkeypatch.setattr(finetune, "run_finetune", lambda options, *_: handed.setdefault("lora", options))
+    monkeypatch.setattr(distil, "run_distil", lambda options, more, *_: handed.setdefault("distil", (options, more)))
     monkeypatch.setattr(repeat, "differences", lambda *_: [])
     repeat.run_again(work / "lora", work / "lora")
     repeat.run_again(work / "distil", work / "distil")
@@ -61,7 +61,7 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
         "12345", "cola", 9, 30, 1.0, work / "lora")
     options, student = handed["distil"]
     assert (options.train.epochs, options.train.batch_size, options.limit) == (2, 8, 30)
-    assert student == experiments.DistilOptions(work / "lora", 3.0, 0.5, 6, 5, 1, "gru", "mean", 0.1)
+    assert student == DistilOptions(work / "lora", 3.0, 0.5, 6, 5, 1, "gru", "mean", 0.1)
 
 
 @pytest.mark.parametrize("name", ["lora", "distil"])
@@ -89,7 +89,7 @@ def test_a_repetition_has_as_many_threads_as_the_run(work):
 
 
 def test_a_different_result_says_what_differs_and_what_the_environment_was(work, tmp_path, monkeypatch, capsys):
-    fit = experiments.train_utils.fit
+    fit = train_utils.fit
 
     def other(model, *args, **kwargs):
         progress = fit(model, *args, **kwargs)
@@ -98,8 +98,8 @@ def test_a_different_result_says_what_differs_and_what_the_environment_was(work,
         progress.history[-1]["validation"]["in_domain"]["loss"] = 9.0
         return progress
 
-    monkeypatch.setattr(experiments.train_utils, "fit", other)
-    monkeypatch.setattr(runs, "version", lambda name: "0.0.1")
+    monkeypatch.setattr(train_utils, "fit", other)
+    monkeypatch.setattr(folder, "version", lambda name: "0.0.1")
     assert toy.main("repeat", work / "lora") == 1
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("different: adapter_model.safetensors differs; ")
@@ -142,4 +142,4 @@ def test_only_a_finished_run_can_be_repeated(tmp_path, capsys):
 
 def test_a_config_without_a_needed_option_is_refused():
     with pytest.raises(UserError, match="does not record every option .*'seed'"):
-        runs.rebuild(TrainOptions, {"epochs": 3})
+        rebuild(TrainOptions, {"epochs": 3})

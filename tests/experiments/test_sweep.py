@@ -10,12 +10,12 @@ import numpy as np
 import optuna
 import pytest
 import torch
-
-from experiments import finetune as experiments
-from record import signals
-from experiments import compare, sweep
 import toy
+
+from experiments import compare, finetune, sweep
+from record import signals
 from record.files import read_json
+from record.folder import provenance
 from train_utils import Diverged
 
 RUN = compare.RUN
@@ -46,7 +46,7 @@ def made_up(monkeypatch):
     """Fine-tunings that train nothing: MCC rises over the epochs to one that follows from the rate. Holds their options."""
     ran = []
 
-    def finetune(options, say=print, stop=lambda: None, on_epoch=None):
+    def run_finetune(options, say=print, stop=lambda: None, on_epoch=None):
         ran.append(options)
         if len(ran) == 2 and ran[0] == "stop at the second":
             raise signals.Interrupted(15)
@@ -60,7 +60,7 @@ def made_up(monkeypatch):
             on_epoch(history, counts)
         (options.out / "adapter_model.safetensors").write_bytes(b"weights")
         return {"parameters": counts, "best_epoch": epoch, "validation": history[-1]["validation"], "train": {"seconds": 1}}
-    monkeypatch.setattr(experiments, "finetune", finetune)
+    monkeypatch.setattr(finetune, "run_finetune", run_finetune)
     return ran
 
 
@@ -273,7 +273,5 @@ def test_bad_input_is_one_line_and_nothing_is_written(work, tmp_path, monkeypatc
 
 def test_a_password_is_not_written_down(work, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "sweep", "12345", "--storage", "postgresql://me:secret@host/db"])
-    task = experiments.check(experiments.RunOptions("LoRA", "12345", str(work / "model"), "cola", str(work / "cola"),
-                                                       tmp_path, experiments.TrainOptions(1)))
-    command = json.dumps(experiments.provenance({}, task)["command"])
+    command = json.dumps(provenance({}, {})["command"])
     assert "postgresql://me:***@host/db" in command and "secret" not in command

@@ -5,13 +5,13 @@ import json
 import peft
 import pytest
 import torch
-from conftest import (ARCHITECTURES, VOCAB, adapted, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net)
+from conftest import ARCHITECTURES, VOCAB, adapted, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, load_adapter, load_tensors, save_adapter
-from record.files import UserError
 from model import LoRAOptions, TextClassifier, inject_lora, lora_layers
+from record.files import UserError
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
     "FutureWarning:transformers", "UserWarning:peft", "peft.utils.warning.PeftWarning")]

@@ -8,19 +8,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
 from conftest import ARCHITECTURES, adapted, toy_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from experiments import finetune
 from lora import amx
-from experiments import finetune as experiments
-from report import figures
 from lora import blocks as fused
-import toy
-from record.files import UserError, read_json
 from lora.linear import frozen_linear
 from lora.prologue import GELUPrologue, RMSNormPrologue, SwiGLUPrologue
+from record.files import UserError, read_json
+from report import figures
 from train_utils import trainable
 
 needs_tiles = pytest.mark.skipif(not amx.available(), reason="no CPU with AMX, or no C compiler")
@@ -249,7 +249,7 @@ def test_long_sentences_go_to_pytorch_and_agree(architecture, monkeypatch):
     for short in (0, 64):
         monkeypatch.setattr(fused, "SHORT", short)
         classifier = adapted(architecture)
-        experiments.to_precision(classifier, "bf16x3")
+        finetune.to_precision(classifier, "bf16x3")
         with torch.no_grad():
             found.append(classifier(*toy_batch()))
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
@@ -287,7 +287,7 @@ def test_logits_and_gradients_are_those_without_tiles(architecture, options, mat
     monkeypatch.setattr(amx, "matmul", lambda *args: calls.append(args) or counted(*args))
     for precision in ("fp32", "bf16x3"):
         classifier = adapted(architecture, **options)
-        experiments.to_precision(classifier, precision)
+        finetune.to_precision(classifier, precision)
         classifier.train()  # with dropout, where there is any
         torch.manual_seed(4)
         logits = classifier(*toy_batch())
@@ -337,7 +337,7 @@ def test_a_full_run_has_no_frozen_product(monkeypatch):
     monkeypatch.setattr(amx, "load", None)
     classifier = adapted("gpt2")
     classifier.full = True
-    experiments.to_precision(classifier, "bf16x3")
+    finetune.to_precision(classifier, "bf16x3")
     assert not any(hasattr(module, "tiles") for module in classifier.modules())
 
 

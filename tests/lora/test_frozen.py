@@ -6,18 +6,18 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
 from conftest import ARCHITECTURES, adapted, randomize_B, toy_batch, toy_net
 
 import data_utils
-from experiments import finetune as experiments
-from report import figures
-from lora import frozen
-import toy
 import train_utils
 from data_utils import Batch
-from record.files import UserError, read_json
+from experiments import distil
+from lora import frozen
 from lora.frozen import FrozenPrefix, batches_digest, digest_meanwhile, lowest_trained_block, weights_digest
 from model import LoRAOptions, TextClassifier, blocks_of, inject_lora
+from record.files import UserError, read_json
+from report import figures
 
 LENGTHS = ((5, 9, 1, 12), (7, 7, 7, 7), (2, 3))  # the second batch has no pad and is run without a mask
 
@@ -221,12 +221,12 @@ def test_teacher_logits_are_computed_again_only_for_another_teacher_or_other_dat
     teacher, batches, path = adapted("gpt2"), toy_batches(), tmp_path / "teacher_logits.safetensors"
     asked, compute_logits = [], train_utils.compute_logits
     monkeypatch.setattr(train_utils, "compute_logits", lambda *args: (asked.append(1), compute_logits(*args))[1])
-    first = experiments.teacher_logits(teacher, batches, path)
-    assert torch.equal(experiments.teacher_logits(teacher, batches, path), first) and len(asked) == 1
+    first = distil.teacher_logits(teacher, batches, path)
+    assert torch.equal(distil.teacher_logits(teacher, batches, path), first) and len(asked) == 1
     randomize_B(teacher.net, std=0.2)
-    second = experiments.teacher_logits(teacher, batches, path)
+    second = distil.teacher_logits(teacher, batches, path)
     assert len(asked) == 2 and not torch.equal(second, first)
     assert torch.equal(second, compute_logits(teacher, batches))
     batches[0].input_ids[0, 0] += 1
-    third = experiments.teacher_logits(teacher, batches, path)
+    third = distil.teacher_logits(teacher, batches, path)
     assert len(asked) == 3 and not torch.equal(third, second)

@@ -11,9 +11,8 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from lora.linear import frozen_linear, LoRALinear
+from lora.linear import LoRALinear, frozen_linear
 from lora.prologue import ApplyPrologue, ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
-
 
 # ---------------------------------------------------------------- LoRALinear
 

@@ -1,14 +1,14 @@
 """The first module that computes something not finite is named, forward and backward."""
 import pytest
 import torch
+import toy
 from conftest import adapted, toy_batch
 from torch import nn
 
+from experiments import finetune
 from record import anomaly
-from experiments import finetune as experiments
-from report import figures
-import toy
 from record.anomaly import NotFinite, watching
+from report import figures
 
 NAME, BLOCK = "net.transformer.h.1.mlp.c_proj", "net.transformer.h.1"
 
@@ -116,7 +116,7 @@ def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     toy.write_model(tmp_path / "model")
     toy.write_cola(tmp_path / "cola")
-    adapt = experiments.adapt
+    adapt = finetune.adapt
 
     def adapt_and_break(classifier, *args):
         adapt(classifier, *args)
@@ -131,10 +131,10 @@ def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch
 
     line = ("LoRA", "12345", "--model", tmp_path / "model", "--data", tmp_path / "cola", "--out", tmp_path / "run",
             "--plots", tmp_path, "--batch-size", 8, "--epochs", 2)
-    monkeypatch.setattr(experiments, "adapt", adapt_and_break)
+    monkeypatch.setattr(finetune, "adapt", adapt_and_break)
     assert toy.main(*line, *more) == 3
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"run.py: {says}") and "6 (epoch 2), learning rate " in said and said.endswith(hint)
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
-    monkeypatch.setattr(experiments, "adapt", adapt)
+    monkeypatch.setattr(finetune, "adapt", adapt)
     assert toy.main(*line, "--resume") == 0  # with and without --anomaly: it changes no result

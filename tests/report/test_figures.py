@@ -4,10 +4,10 @@ import struct
 from pathlib import Path
 
 import pytest
+from made_up import SR, comparison, distil_run, lora_run, search
 from matplotlib.image import imread
 
 from report import figures
-from made_up import SR, comparison, distil_run, lora_run, search
 from report.records import ReportError, read_json, read_metrics
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up import HASH, SR, comparison, distil_run, entry_row, epoch, lora_run, search
 
 from report import tables as report_utils
-from made_up import HASH, SR, comparison, distil_run, entry_row, epoch, lora_run, search
 from report.records import ReportError, read_json
 
 REPORT = Path(report_utils.__file__).parent

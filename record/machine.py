@@ -1,9 +1,10 @@
-"""Memory: how much was used at most, and how it is handed out."""
+"""This machine: its device, its threads, and its memory."""
 from __future__ import annotations
 
 import ctypes
 import re
 import resource
+import warnings
 
 
 def keep_freed_memory() -> None:
@@ -36,3 +37,25 @@ def exhausted(error: BaseException) -> bool:
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or isinstance(error, RuntimeError) and bool(
         re.search("can't allocate memory|not enough memory|out of memory|bad_alloc", str(error)))
+
+
+def device():
+    """Returns the `torch.device` that computes: the first GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def use_threads(threads) -> None:
+    """Sets the number of CPU threads to a recorded one: threads decide in which order sums are rounded.
+
+    Warns in one line where PyTorch does not take that number.
+    """
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 0 < threads <= 1024:
+        return  # nothing usable was recorded
+    import torch
+
+    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        warnings.warn(f"{threads} threads cannot be had here, {torch.get_num_threads()} are used: sums are rounded in "
+                      "another order, and the result may differ in its last digits", stacklevel=2)

@@ -20,65 +20,32 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
 
 import torch
 
-from data_utils import Task
-from record.files import (SUMS, UserError, check_sums, json_text, locked, make_folder, read_json, remove_temporaries, sha256,
-                   without_password, write_file, write_json, write_sums)
-from model import LoRAOptions
-from data.tables import TableOptions
-from train_utils import CHECKPOINT, TrainOptions
+from record.files import (
+    SUMS,
+    UserError,
+    check_sums,
+    json_text,
+    locked,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    sha256,
+    without_password,
+    write_file,
+    write_json,
+    write_sums,
+)
+from record.machine import device, use_threads
+from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # no two runs share them
-FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly")  # change no result: a resumed run may have others
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What every run has."""
-
-    mode: str  # LoRA or distil
-    sr: str  # five digits: the seed, and the run's name
-    model: str
-    task: str
-    data: str | None  # folder of the task's files; the Hub's if None
-    out: Path  # the run's folder
-    train: TrainOptions
-    method: str = "lora"  # lora, full, head or none
-    lora: LoRAOptions = LoRAOptions()
-    table: TableOptions = TableOptions()
-    keep: bool = True  # keep what the frozen blocks below the lowest trained one compute
-    keep_memory: float = 2.0  # GiB of it in memory; the rest is memory-mapped
-    max_length: int | None = None  # tokens; the model's context if None
-    limit: int | None = None  # so many rows of each split only
-    resume: bool = False
-    overwrite: bool = False
-    deterministic: bool = False
-    repeats: Path | None = None  # folder of the finished run that this one must equal in options and data
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def use_threads(threads) -> None:
-    """Sets the number of CPU threads to a recorded one: threads decide in which order sums are rounded.
-
-    Warns in one line where PyTorch does not take that number.
-    """
-    if not isinstance(threads, int) or isinstance(threads, bool) or not 0 < threads <= 1024:
-        return  # nothing usable was recorded
-    torch.set_num_threads(threads)
-    if torch.get_num_threads() != threads:
-        warnings.warn(f"{threads} threads cannot be had here, {torch.get_num_threads()} are used: sums are rounded in "
-                      "another order, and the result may differ in its last digits", stacklevel=2)
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def use_recorded_threads(options: RunOptions) -> None:
@@ -88,8 +55,12 @@ def use_recorded_threads(options: RunOptions) -> None:
         use_threads(read_json(folder / "config.json").get("threads"))
 
 
-def provenance(options: dict, task: Task) -> dict:
-    """What config.json records beside the options: enough to repeat the run."""
+def provenance(options: dict, data_files: dict[str, str]) -> dict:
+    """Returns what config.json records: the options, and enough beside them to repeat the run.
+
+    Args:
+        data_files: SHA-256 of every data file by its name.
+    """
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True,
@@ -99,51 +70,7 @@ def provenance(options: dict, task: Task) -> dict:
     command = without_password("python run.py " + shlex.join(sys.argv[1:]))
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": task.files}
-
-
-def settings_of(options: RunOptions) -> dict:
-    """What config.json records of these options; nested ones stand beside them, by their own names (train, lora: where
-    the mode uses them)."""
-    return {**{field.name: getattr(options, field.name) for field in fields(options)
-               if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora", "table")},
-            **asdict(options.table)}
-
-
-def rebuild(cls: type, values: dict, **given):
-    """An options object from what config.json recorded: the way back from `settings_of` and `as_json`.
-
-    Raises:
-        UserError: an option without a default was not recorded, or one is of another type than it has.
-    """
-    kinds, made = get_type_hints(cls), dict(given)
-    for field in fields(cls):
-        kind = kinds[field.name]
-        if field.name in given:
-            continue
-        if is_dataclass(kind):
-            made[field.name] = rebuild(kind, values)
-        elif field.name in values:
-            value = values[field.name]
-            if not _is(kind, value):
-                raise UserError(f"config.json: {field.name} is {json.dumps(value)[:60]}; expected {field.type}")
-            value = tuple(value) if isinstance(value, list) else value
-            made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
-    try:
-        return cls(**made)
-    except TypeError as error:
-        raise UserError(f"config.json does not record every option ({error})") from None
-
-
-def _is(kind, value) -> bool:
-    """Whether a JSON value can stand for an option of this type."""
-    if isinstance(kind, UnionType):
-        return any(_is(one, value) for one in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(_is(get_args(kind)[0], item) for item in value)
-    if kind in (int, float, bool):  # in JSON, a whole number serves for either
-        return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
-    return isinstance(value, {Path: str | Path, str: str, NoneType: NoneType}.get(kind, object))
+            "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": data_files}
 
 
 def without_times(value):
@@ -151,15 +78,6 @@ def without_times(value):
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if key not in TIMES}
     return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
-def as_json(value):
-    """Options as plain JSON values."""
-    if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 @contextmanager

@@ -1,0 +1,61 @@
+"""Parsed arguments -> typed options, with the defaults that depend on model, task or method."""
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from experiments.parser import EPOCHS, LEARNING_RATE, default, saving
+from record.files import UserError
+from record.options import DistilOptions, LoRAOptions, RunOptions, TableOptions, TrainOptions
+
+
+def note(text: str) -> None:
+    """Tells the person at the terminal something that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _of(cls: type, args, **given):
+    """Returns a `cls` whose fields are the arguments of the same names; `given` ones take precedence."""
+    named = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
+    return cls(**{**named, **given})
+
+
+def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, **more) -> RunOptions:
+    train = _of(TrainOptions, args, seed=int(args.sr), epochs=args.epochs or default(EPOCHS[mode], task),
+                lr=args.lr or default(LEARNING_RATE[getattr(args, "method", mode)], task), **saving(args.save_every))
+    return _of(RunOptions, args, mode=mode, model=model, task=task, data=data, train=train,
+               out=args.out or Path("runs") / f"{mode}-{args.sr}", **more)
+
+
+def choose(args) -> None:
+    """Fills in model, task, data and epochs where they were not given (see `inputs.choose`)."""
+    from experiments import inputs
+
+    args.model, args.task, args.data = inputs.choose(args.model, args.task, args.data, note)
+    args.epochs = args.epochs or default(EPOCHS["LoRA"], args.task)
+
+
+def finetune_options(args) -> RunOptions:
+    """Returns a fine-tuning's options, with the model, task and data that are used where none were named."""
+    from experiments import inputs
+
+    model, task, data = inputs.choose(args.model, args.task, args.data, note)
+    targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
+    return _run_options(args, "LoRA", model, task, data, keep=not args.no_keep, lora=_of(LoRAOptions, args, targets=targets),
+                        table=_of(TableOptions, args))
+
+
+def distil_options(args) -> tuple[RunOptions, DistilOptions]:
+    """Returns a distillation's options; task and model are the teacher's.
+
+    Raises:
+        UserError: there is no teacher.
+    """
+    from record.folder import read_run
+
+    teacher = args.teacher or Path("runs") / f"LoRA-{args.sr}"
+    if not teacher.is_dir():
+        raise UserError(f"teacher {teacher}: no such run; python run.py LoRA {args.sr} makes it")
+    task = args.task or read_run(teacher, "LoRA")[0]["options"]["task"]
+    return _run_options(args, "distil", None, task, args.data), _of(DistilOptions, args, teacher=teacher)

@@ -1,0 +1,110 @@
+"""What a run left behind: its model loaded again, and scored on a labelled file.
+
+    python run.py eval runs/LoRA-12345 --data FILE
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import data_utils
+import train_utils
+from data.backbones import load_tokenizer
+from experiments.finetune import to_precision
+from experiments.inputs import separator_of
+from lora import adapters, amx, frozen
+from model import DistilRNN, FeatureHead, TextClassifier, load_classifier
+from record.files import UserError, read_json, write_file
+from record.folder import read_run, warn_of_changed_data
+from record.machine import device
+from record.options import RNNConfig, TableOptions, rebuild
+
+
+def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
+    """The classifier of a LoRA run, its tokenizer and its options.
+
+    Raises:
+        UserError: not a finished LoRA run, or damaged.
+    """
+    config, _ = read_run(folder, "LoRA")
+    options = config["options"]
+    classifier, _ = load_classifier(options["model"], len(config.get("classes", data_utils.COLA_CLASSES)))
+    classifier.full = options["method"] == "full"
+    if config.get("base_sha256") not in (None, frozen.weights_digest(classifier.net.base_model)):
+        raise UserError(f"{folder}: adapter for another base: the weights of {options['model']} are not those that the "
+                        "run was trained on")
+    classifier.reads_text = options["method"] != "features"
+    if options["method"] == "lora":
+        adapters.load_adapter(classifier.net, folder)
+    elif classifier.reads_text:
+        state = adapters.load_tensors(Path(folder) / "trained.safetensors")
+        own = classifier.state_dict()
+        if any(name not in own or own[name].shape != value.shape for name, value in state.items()):
+            raise UserError(f"{Path(folder) / 'trained.safetensors'}: made for another model")
+        classifier.load_state_dict(state, strict=False)
+    if options.get("feature_columns"):
+        state, path = adapters.load_tensors(Path(folder) / "features.safetensors"), Path(folder) / "features.safetensors"
+        classifier.feature_head = FeatureHead(torch.zeros(1, len(options["feature_columns"]), dtype=torch.float64),
+                                              len(config["classes"]))
+        try:
+            classifier.feature_head.load_state_dict(state)
+        except RuntimeError:
+            raise UserError(f"{path}: made for other features") from None
+    # bf16x3 is a way of computing float32: where it cannot be had, the plain way gives the same up to rounding.
+    plain = options["precision"] == "bf16x3" and (device().type != "cpu" or not amx.available())
+    to_precision(classifier.requires_grad_(False), "fp32" if plain else options["precision"])
+    return classifier.to(device()).eval(), load_tokenizer(options["model"]), options
+
+
+def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object, dict]:
+    """The student of a distillation run (or its control, `scratch`), its tokenizer and the run's options.
+
+    Raises:
+        UserError: not a finished distillation run, or damaged.
+    """
+    config, _ = read_run(folder, "distil")
+    sizes = read_json(Path(folder) / "student_config.json")
+    try:
+        student = DistilRNN(RNNConfig(**sizes))
+        student.load_state_dict(adapters.load_tensors(Path(folder) / f"{name}.safetensors"))
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: damaged student ({str(error).splitlines()[0]})") from None
+    return student.to(device()).eval(), load_tokenizer(config["options"]["model"]), config["options"]
+
+
+def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> dict:
+    """Scores a saved run on a labelled file of its task's format.
+
+    Args:
+        folder: of a finished LoRA or distillation run.
+        data: in the format of the run's task, with the run's columns.
+        predictions: if given, a TSV of sentence, label, prediction and probability (of the prediction).
+
+    Returns:
+        n, loss, accuracy, mcc, macro_f1, majority_accuracy, by_class {confusion, per_class}.
+    """
+    config, summary = read_run(folder)
+    warn_of_changed_data(config, data)
+    model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)
+    classes = config.get("classes", data_utils.COLA_CLASSES)
+    split = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
+    if summary["mode"] == "distil":
+        split = replace(split, features=[])  # the student reads text alone
+    batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"],
+                                      options.get("batch_tokens"), options.get("truncate", "tail"),
+                                      beginnings=True)
+    logits = train_utils.compute_logits(model, batches)
+    if predictions is not None:
+        probability, chosen = logits.softmax(-1).max(-1)
+        rows = zip(split.sentences, split.labels, chosen.tolist(), probability.tolist(), strict=True)
+        write_file(predictions, "sentence\tlabel\tprediction\tprobability\n" + "".join(
+            f"{' '.join(sentence.split())}\t{classes[label]}\t{classes[prediction]}\t{p:.6f}\n"
+            for sentence, label, prediction, p in rows))
+    answer = logits, torch.tensor(split.labels)
+    matrix = train_utils.confusion(*answer)
+    return {**train_utils.scores(*answer),
+            "by_class": {"confusion": matrix, "per_class": train_utils.per_class(matrix, classes)}}

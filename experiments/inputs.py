@@ -1,0 +1,88 @@
+"""What every run starts from: the model, task and data that are meant, the seed, the batches."""
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data_utils
+from data.backbones import load_config
+from data_utils import Batch, Task
+from record import machine
+from record.files import UserError
+from record.options import RunOptions, TrainOptions
+
+DEFAULT_MODEL, DEFAULT_TASK = "gpt2", "cola"
+
+
+def choose(model: str | None, task: str | None, data: str | None, notice: Callable[[str], None],
+           need_task: bool = True) -> tuple[str, str, str | None]:
+    """Fills in the defaults: GPT-2 on CoLA, or the embedded pair where the Hub cannot be reached.
+
+    Only somebody who named neither model, task nor data is served the embedded default; what was asked
+    for by name is never replaced.
+
+    Args:
+        notice: told, visibly, when the embedded default is used instead.
+        need_task: whether the task's files must be there too.
+    """
+    if model is None and task == "tiny" and data is None:
+        return "tiny", task, None
+    if model is not None or task is not None or data is not None:
+        return model or DEFAULT_MODEL, task or _task_of(model, data), data
+    try:
+        load_config(DEFAULT_MODEL)
+        if need_task:
+            data_utils.load_task(DEFAULT_TASK)
+        return DEFAULT_MODEL, DEFAULT_TASK, None
+    except UserError:
+        what = f"{DEFAULT_MODEL} and {DEFAULT_TASK} are" if need_task else f"{DEFAULT_MODEL} is"
+        used = "--model tiny --task tiny" if need_task else "--model tiny"
+        notice(f"NOTICE: the Hugging Face Hub cannot be reached and {what} not cached; using the embedded {used} instead")
+        return "tiny", "tiny", None
+
+
+def _task_of(model: str | None, data: str | None) -> str:
+    """The task that somebody means who named none: by what lies under --data."""
+    if data is None:
+        return "tiny" if model == "tiny" else DEFAULT_TASK
+    folder = Path(data)
+    is_cola = any((folder / name).exists() for name in data_utils.COLA_FILES.values())
+    return "csv" if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not is_cola else DEFAULT_TASK
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seeds Python, NumPy and PyTorch, and sets the allocator up for training."""
+    machine.keep_freed_memory()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def separator_of(tokenizer) -> str:
+    """What joins several text columns: the tokenizer's separator, or its end-of-text mark where it has none."""
+    mark = tokenizer.sep_token or tokenizer.eos_token
+    return f" {mark} " if mark else " "
+
+
+def load_task(options: RunOptions, tokenizer) -> Task:
+    task = data_utils.load_task(options.task, options.data, options.table, separator_of(tokenizer))
+    if options.method == "features" and not task.train.features:
+        raise UserError("--method features: needs --feature-columns")
+    return task.limit(options.limit) if options.limit else task
+
+
+def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str, beginnings: bool = False
+             ) -> tuple[list[Batch], dict[str, list[Batch]]]:
+    # Scores do not depend on who stands in a batch, but for rounding: alike for all models, as in `evaluate_run`.
+    make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
+                                            options.batch_tokens, truncate, beginnings or bool(split)))
+            for split, rows in {"": task.train, **task.dev}.items()]
+    return data_utils.split_large(make[0][1]), dict(make[1:])

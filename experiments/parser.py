@@ -1,0 +1,365 @@
+"""The command line's modes and options; defaults come from the dataclasses of record/options.py.
+
+    python run.py LoRA --help
+
+Nothing heavy is imported here, so that --help and a mistyped option are answered at once.
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+
+from record.options import ROLES, DistilOptions, LoRAOptions, RNNConfig, RunOptions, TableOptions, TrainOptions
+
+# The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
+EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"tiny": 30, "": 15}}
+# By method: what is pretrained wants small steps, what starts from nothing large ones.
+LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5e-4, "": 5e-5},
+                 "head": {"tiny": 1e-2, "": 1e-3}, "features": {"": 3e-3}, "none": {"": TrainOptions.lr},
+                 "distil": {"": 3e-3}}
+METHODS = ("lora", "full", "head", "features", "none")
+
+def complain(message) -> None:
+    """One line on stderr, whatever the message quotes."""
+    print("run.py:", str(message).replace("\n", " "), file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line on stderr, with the closest option or mode where one was mistyped; exit status 2.
+
+    Attributes:
+        options: every option by its name in the parsed arguments, so that others can ask what there is.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.options: dict[str, argparse.Action] = {}
+        self.groups = {}
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        complain(message)
+        sys.exit(2)
+
+    def add(self, group: str, *names: str, **kwargs) -> None:
+        """Adds an option to the group of that title, which is made where it is new."""
+        if group not in self.groups:
+            self.groups[group] = self.add_argument_group(group)
+        action = self.groups[group].add_argument(*names, **kwargs)
+        self.options[action.dest] = action
+
+
+class Help(argparse.HelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+
+
+def closest(word: str, known) -> str:
+    """The end of an error: the known word that was probably meant, or all of them."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.4)
+    return f"; did you mean {by_lower[close[0]]}?" if close else f"; expected one of {', '.join(known)}"
+
+
+def _number(kind, low, high, what: str):
+    """An argparse type: a number within bounds."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
+        return value
+    return parse
+
+
+_count = _number(int, 1, 10 ** 9, "a whole number of at least 1")
+_share = _number(float, 0, 1, "a number from 0 to 1")
+_positive = _number(float, 1e-30, 1e30, "a number above 0")
+_not_negative = _number(float, 0, 1e30, "a number of at least 0")
+
+
+def _save_every(text: str) -> str:
+    """An argparse type: minutes (a bare number, or 10min) or steps (50steps)."""
+    saving(text)
+    return text
+
+
+def saving(text: str) -> dict:
+    """`--save-every` as TrainOptions has it."""
+    what = "minutes, such as 10 or 10min, or steps, such as 50steps"
+    if text.endswith("steps"):
+        return {"save_every": TrainOptions.save_every,
+                "save_steps": _number(int, 1, 10 ** 9, what)(text.removesuffix("steps"))}
+    return {"save_every": _number(float, 1e-30, 1e30, what)(text.removesuffix("min")), "save_steps": None}
+
+
+def _one_of(words):
+    """An argparse type: one of these words."""
+    def parse(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(words)}")
+        return text
+    return parse
+
+
+def _list(kind):
+    """An argparse type: values with commas between them, each once."""
+    def parse(text: str) -> list:
+        values = [kind(part.strip()) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r}: a value is given twice")
+        return values
+    return parse
+
+
+def sr_type(text: str) -> str:
+    if not re.fullmatch("[0-9]{5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected exactly five digits, such as 12345")
+    return text
+
+
+# ---------------------------------------------------------------- groups of options that several modes share
+
+GENERAL, MODEL, ADAPTER, DATA, TRAINING, FOLDER = "most used", "model", "adapter", "data", "training", "run folder"
+
+
+def _most_used(parser: Parser, mode: str) -> None:
+    """The options that people change first stand first."""
+    if mode == "LoRA":
+        parser.add(GENERAL, "--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a "
+                                            "local folder or GGUF file, smollm2, minilm, or tiny")
+    parser.add(GENERAL, "--data", metavar="DIR|FILE",
+               help="folder with the task's files, or a CSV, TSV, JSONL or Parquet file; the Hub's if not given")
+    if mode == "LoRA":
+        parser.add(GENERAL, "--rank", type=int, default=LoRAOptions.rank, help="of each update")
+    parser.add(GENERAL, "--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
+    parser.add(GENERAL, "--lr", type=_positive, help="; ".join(
+        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (METHODS[:-1] if mode == "LoRA" else (mode,))))
+
+
+def add_finetune_options(parser: Parser, method: bool = True) -> None:
+    """What a fine-tuning has; `compare` (whose entries have a method each) and `sweep` take the same."""
+    _most_used(parser, "LoRA")
+    if method:
+        parser.add(MODEL, "--method", choices=METHODS, default=RunOptions.method,
+                   help="train LoRA and the head, everything, the head alone, a head that reads the features and no text, "
+                        "or nothing")
+    parser.add(MODEL, "--precision", choices=("fp32", "bf16x3", "bf16"), default=TrainOptions.precision,
+               help="of frozen linears; what trains stays float32")
+    parser.add(MODEL, "--compile", action="store_true", help="torch.compile")
+    parser.add(MODEL, "--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
+    parser.add(MODEL, "--keep-memory", type=_not_negative, default=RunOptions.keep_memory, metavar="GIB",
+               help="of their cached results in memory; the rest is memory-mapped")
+    parser.add(ADAPTER, "--alpha", type=_positive, default=LoRAOptions.alpha, help="the update is scaled by alpha / rank")
+    parser.add(ADAPTER, "--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=LoRAOptions.dropout,
+               help="on the inputs of A")
+    parser.add(ADAPTER, "--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
+    parser.add(ADAPTER, "--targets", default=",".join(LoRAOptions.targets),
+               help=f"roles ({','.join(ROLES)}) or module-name patterns")
+    parser.add(ADAPTER, "--layers", help="blocks to adapt, such as 0-11; all if not given")
+    _data_options(parser)
+    _table_options(parser)
+    _training_options(parser)
+    parser.add(TRAINING, "--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
+    _folder_options(parser)
+    parser.add(FOLDER, "--no-plots", action="store_true", help="draw none")
+
+
+def _data_options(parser: Parser) -> None:
+    parser.add(DATA, "--task", choices=("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny"),
+               help="csv: any table; cola if not given, unless --data holds tables or the built-in default is used")
+    parser.add(DATA, "--max-length", type=_count, help="tokens; the model's context if not given")
+    parser.add(DATA, "--limit", type=_count, help="so many rows of each split, evenly spaced: a quick look")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """An argparse type: names separated by commas."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected names separated by commas")
+    return names
+
+
+def _table_options(parser: Parser) -> None:
+    """What the columns of a table mean."""
+    parser.add(DATA, "--text-column", type=_names, default=TableOptions.text_column, metavar="A,B",
+               help="joined by the tokenizer's separator; text, sentence or review if not given")
+    parser.add(DATA, "--template", metavar="TEXT", help='instead: column names in braces, "Q: {question} A: {guess}"')
+    parser.add(DATA, "--label-column", default=TableOptions.label_column,
+               help="strings, booleans or whole numbers; any number of classes")
+    parser.add(DATA, "--eval-split", metavar="NAME|FILE|SHARE",
+               help="validation, dev or eval if --data has it, else 0.1 of the training rows")
+    parser.add(DATA, "--feature-columns", type=_names, default=TableOptions.feature_columns, metavar="A,B",
+               help="numbers that the head reads beside the text")
+    parser.add(DATA, "--truncate", choices=("head", "tail", "middle"), default=TableOptions.truncate,
+               help="the part of a text longer than --max-length that is cut")
+
+
+def _training_options(parser: Parser) -> None:
+    parser.add(TRAINING, "--batch-size", type=_count, default=TrainOptions.batch_size, help="sentences in a batch")
+    parser.add(TRAINING, "--batch-tokens", type=_count, help="instead of --batch-size: tokens in a batch, pads included")
+    parser.add(TRAINING, "--accumulate", type=_count, default=TrainOptions.accumulate, help="batches in an optimiser step")
+    parser.add(TRAINING, "--schedule", choices=("linear", "cosine", "constant"), default=TrainOptions.schedule,
+               help="decay after warm-up")
+    parser.add(TRAINING, "--warmup", type=_share, default=TrainOptions.warmup, help="share of the steps")
+    parser.add(TRAINING, "--weight-decay", type=_not_negative, default=TrainOptions.weight_decay,
+               help="not on biases and norms")
+    parser.add(TRAINING, "--clip", type=_not_negative, default=TrainOptions.clip,
+               help="largest gradient norm; 0: no clipping")
+    parser.add(TRAINING, "--label-smoothing", type=_share, default=TrainOptions.label_smoothing,
+               help="share of the label spread over all classes")
+    parser.add(TRAINING, "--patience", type=_count, help="stop after so many epochs without a better one")
+    parser.add(TRAINING, "--deterministic", action="store_true", help="deterministic kernels on a GPU too")
+    parser.add(TRAINING, "--anomaly", action="store_true",
+               help="name the first module that computes something not finite; several times slower")
+
+
+def _folder_options(parser: Parser) -> None:
+    parser.add(FOLDER, "--out", type=Path, help="the run's folder; runs/MODE-SR if not given")
+    parser.add(FOLDER, "--resume", action="store_true", help="continue an unfinished run")
+    parser.add(FOLDER, "--overwrite", action="store_true", help="replace a run that is already in the folder")
+    parser.add(FOLDER, "--save-every", type=_save_every, default=f"{TrainOptions.save_every:g}min", metavar="Nmin|Nsteps",
+               help="minutes, or optimiser steps, between checkpoints in an epoch")
+    parser.add(FOLDER, "--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
+
+
+def default(table: dict, task: str):
+    """The task's entry of a table of defaults, or that of all others."""
+    return table.get(task, table[""])
+
+
+def _defaults_text(table: dict) -> str:
+    return ", ".join(f"{value:g}" + (f" for --task {task}" if task else " otherwise") for task, value in table.items())
+
+
+# ---------------------------------------------------------------- the modes, one function each
+
+def _gen(parser: Parser) -> None:
+    """generate text"""
+    parser.add(GENERAL, "--model", help="as for LoRA")
+    parser.add(GENERAL, "--prompt", action="append", help="may be given several times")
+    parser.add(GENERAL, "--prompt-file", type=Path, help="a UTF-8 file with one prompt a line")
+    parser.add(GENERAL, "--max-new-tokens", type=_count, default=40, help="of each sample")
+    parser.add(GENERAL, "--adapter", type=Path, help="folder of a saved LoRA adapter")
+    parser.add("sampling", "--num-samples", type=_count, default=1, help="samples of each prompt")
+    parser.add("sampling", "--greedy", action="store_true", help="the likeliest token each time")
+    parser.add("sampling", "--temperature", type=_positive, default=0.8, help="below 1: likelier tokens likelier still")
+    parser.add("sampling", "--top-k", type=_number(int, 0, 10 ** 9, "a whole number of at least 0"), default=50,
+               help="draw from the k likeliest tokens; 0: all")
+    parser.add("sampling", "--top-p", type=_number(float, 1e-9, 1, "a number above 0, up to 1"), default=0.95,
+               help="draw from the likeliest tokens that hold this probability")
+
+
+def _lora(parser: Parser) -> None:
+    """inject LoRA into a backbone and fine-tune it on a task"""
+    add_finetune_options(parser)
+
+
+def _distil(parser: Parser) -> None:
+    """distil a LoRA run into a small RNN, and train the RNN alone beside it"""
+    parser.add(GENERAL, "--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given")
+    _most_used(parser, "distil")
+    parser.add(GENERAL, "--temperature", type=_positive, default=DistilOptions.temperature,
+               help="softens teacher and student in the KD loss")
+    parser.add(GENERAL, "--kd-alpha", type=_share, default=DistilOptions.kd_alpha, help="weight of the teacher in the loss")
+    parser.add("student", "--embedding-size", type=_count,
+               help=f"{RNNConfig.embedding_size}, or less to fit 10 %% of the teacher's parameters")
+    parser.add("student", "--hidden-size", type=_count,
+               help=f"{RNNConfig.hidden_size}, or less to fit, of each direction")
+    parser.add("student", "--rnn-layers", type=_count, default=RNNConfig.rnn_layers, help="of the RNN")
+    parser.add("student", "--cell", choices=("lstm", "gru"), default=RNNConfig.cell, help="of the RNN")
+    parser.add("student", "--pooling", choices=("max", "mean"), default=RNNConfig.pooling, help="over real tokens")
+    parser.add("student", "--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=RNNConfig.dropout,
+               help="on embeddings and on the pooled vector")
+    _data_options(parser)
+    _training_options(parser)
+    _folder_options(parser)
+
+
+def _compare(parser: Parser) -> None:
+    """compare methods on one task: the same seeds, budget and learning rates for each"""
+    parser.epilog = ("Each entry's learning rate is chosen on the first seed, by the best epoch's MCC. The same command "
+                     "started again goes on with what is missing.")
+    parser.add("comparison", "--methods", type=_list(_one_of(METHODS)), default="none,head,lora,full",
+               metavar="METHOD[,...]", help="an entry each")
+    parser.add("comparison", "--set", action="append", default=[], metavar="NAME:OPTION=VALUE[,...]",
+               help="one more entry, with options of LoRA's: r2:method=lora,rank=2,targets=q+v "
+                    "(+ stands for the comma within targets and layers); may be given several times")
+    parser.add("comparison", "--seeds", type=_number(int, 1, 1000, "a whole number from 1 to 1000"), default=3,
+               help="how many: SR, SR + 1, ...; 00000 follows 99999")
+    parser.add("comparison", "--lr-grid", type=_list(_positive), metavar="LR[,...]",
+               help="learning rates that each entry chooses from; --lr if not given, or each method's default")
+    add_finetune_options(parser, method=False)
+
+
+def _sweep(parser: Parser) -> None:
+    """search rank, targets, layers, learning rate ... with Optuna"""
+    parser.epilog = ("A trial's score is its best epoch's MCC. The same command started again, or elsewhere with the same "
+                     "--storage, goes on with the trials that wait.")
+    parser.add("search", "--search", action="append", required=True, metavar="OPTION=VALUES",
+               help="choices, rank=1,2,4 or targets=q+v,q+k+v+o,all (+ stands for the comma within targets and layers), "
+                    "or a range, lr=1e-4..1e-3 or alpha=1..64:log (rates are searched on a logarithmic scale, others on a "
+                    "linear one unless :log follows); several times for several options")
+    parser.add("search", "--sampler", choices=("tpe", "random", "grid"), default="tpe", help="grid: every combination, once")
+    parser.add("search", "--trials", type=_count, help="of all processes together; 20, or the whole grid, if not given")
+    parser.add("search", "--storage", metavar="URL", help="a database that several processes share, such as "
+                                                          "postgresql://HOST/DB; study.db in the folder if not given")
+    parser.add("search", "--no-prune", action="store_true",
+               help="let hopeless trials run to the end (pruned: below the median of the others' scores by then)")
+    add_finetune_options(parser)
+
+
+def _eval(parser: Parser) -> None:
+    """score a saved run on a labelled file"""
+    parser.add("scoring", "--data", type=Path, required=True, metavar="FILE", help="in the format of the run's task")
+    parser.add("scoring", "--json", action="store_true", help="print one JSON object")
+    parser.add("scoring", "--predictions", type=Path, metavar="OUT.tsv",
+               help="write sentence, label, prediction and probability")
+
+
+def _repeat(parser: Parser) -> None:
+    """repeat a finished run from its config.json; exit status 1 if the result differs"""
+    parser.add(FOLDER, "--out", type=Path, help="keep the repetition in this folder")
+
+
+def _report(parser: Parser) -> None:
+    """tables and plots of the runs into report/Report_SR.pdf"""
+    parser.add(FOLDER, "--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
+    parser.add(FOLDER, "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs")
+
+
+def _submit(parser: Parser) -> None:
+    """zip code, plots and the PDF, without data and caches"""
+    parser.add("author", "--first-name", required=True)
+    parser.add("author", "--last-name", required=True)
+    _report(parser)
+
+
+# Modes that start something take SR, those that read a run take its folder; run.py has a function for each.
+MODES = {"gen": _gen, "LoRA": _lora, "distil": _distil, "compare": _compare, "sweep": _sweep, "eval": _eval,
+         "repeat": _repeat, "report": _report, "submit": _submit}
+READS_A_RUN = ("eval", "repeat")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """Returns the whole command line, and the parser of each mode."""
+    parser = Parser(prog="run.py", description="Adapt GPT-2 with LoRA, distil it into a small RNN.", formatter_class=Help)
+    commands = parser.add_subparsers(dest="mode", required=True, metavar="MODE", parser_class=Parser)
+    modes = {}
+    for name, add_options in MODES.items():
+        what = "RUN_DIR" if name in READS_A_RUN else "SR"
+        modes[name] = commands.add_parser(name, help=add_options.__doc__, description=add_options.__doc__,
+                                          formatter_class=Help, usage=f"run.py {name} {what} [options]")
+        if name in READS_A_RUN:
+            modes[name].add_argument("run", metavar="RUN_DIR", type=Path)
+        else:
+            modes[name].add_argument("sr", metavar="SR", type=sr_type, help="five digits: the seed, and the run's name")
+        add_options(modes[name])
+    return parser, modes

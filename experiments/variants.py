@@ -1,0 +1,167 @@
+"""Many fine-tunings from one command line: the entries of a comparison, the options that a sweep searches."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from experiments.arguments import finetune_options
+from experiments.parser import Parser, add_finetune_options, closest, sr_type
+from record.files import UserError
+from record.options import FREE, RunOptions, as_json
+
+# What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
+COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",
+          "save_every", "resume", "overwrite")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison."""
+
+    name: str
+    words: list[str]  # the options of its runs on the command line, but for --lr and --out
+    options: RunOptions  # the same, parsed
+    rates: list[float]  # learning rates to choose from; none for a method that trains nothing
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high, whole ones where both are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+
+class Variant(Parser):
+    """Parses the options of one entry or trial; an error names the option that held them."""
+    def __init__(self, where: str):
+        super().__init__(prog=where, add_help=False)
+        self.where = where
+        self.add_argument("sr", type=sr_type)
+        add_finetune_options(self)
+
+    def error(self, message: str):
+        raise UserError(f"{self.where}: {message}")
+
+    def words(self, args, changes: dict[str, str]) -> list[str]:
+        """What of `args` is no default, with `changes` (option -> value as written), as words of a command line."""
+        words = []
+        for action in self.options.values():
+            value = getattr(args, action.dest, action.default)
+            if action.dest in changes or value == action.default or (
+                    action.dest in ("out", "plots", "no_plots", "resume", "overwrite", "lr")):
+                continue
+            option = action.option_strings[-1]
+            if action.nargs == 0:
+                words.append(option)
+            elif isinstance(value, (list, tuple)):
+                words.append(f"{option}={','.join(map(str, value))}")
+            else:
+                words.append(f"{option}={value}")
+        for dest, value in changes.items():
+            action = self.option(dest)
+            option = action.option_strings[-1]
+            if dest in ("targets", "layers"):  # the comma stands between options, or between choices
+                value = "" if value == "all" else value.replace("+", ",")
+            if action.nargs == 0 and value not in ("yes", "no"):
+                self.error(f"{dest}={value}: expected yes or no")
+            words += ([option] if value == "yes" else []) if action.nargs == 0 else [f"{option}={value}"] if value else []
+        return words
+
+    def option(self, name: str):
+        """The option `name`, dashes or underscores in it alike."""
+        if name not in self.options:
+            self.error(f"unknown option {name}{closest(name, self.options)}")
+        return self.options[name]
+
+
+def _entry(args, name: str, changes: dict[str, str], where: str) -> Entry:
+    """An entry of a comparison: the common options with its own changes."""
+    parser = Variant(where)
+    for option in changes:
+        if option in (*COMMON, "lr", "epochs", "batch_size", "batch_tokens", "accumulate", "patience"):
+            parser.error(f"{option} is the same for every entry; give it as --{option.replace('_', '-')}")
+        parser.option(option)
+    words = parser.words(args, changes)
+    parsed = parser.parse_args([args.sr, *words])
+    parsed.lr = args.lr
+    options = finetune_options(parsed)
+    rates = [] if options.method == "none" else args.lr_grid or [options.train.lr]
+    return Entry(name, words, options, rates)
+
+
+def entries(args) -> list[Entry]:
+    """Returns --methods and --set as entries."""
+    found = [_entry(args, method, {"method": method}, f"--methods {method}") for method in args.methods]
+    for text in args.set:
+        name, colon, rest = text.partition(":")
+        # A comma begins an option only where a name and = follow.
+        pairs = [pair.partition("=") for pair in re.split(r",(?=[\w-]+=)", rest)]
+        if not colon or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name) or not all(
+                option and equals and value for option, equals, value in pairs):
+            raise UserError(f"--set {text}: expected NAME:OPTION=VALUE[,OPTION=VALUE...] with a NAME of letters, digits "
+                            "and _.+-, such as r2:method=lora,rank=2,targets=q+v")
+        changes = {option.replace("-", "_"): value for option, _, value in pairs}
+        if len(changes) < len(pairs):
+            raise UserError(f"--set {text}: an option is given twice")
+        found.append(_entry(args, name, changes, f"--set {name}"))
+    names = [entry.name for entry in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"entry {twice}: --methods and --set name it twice; expected a name for each entry")
+    return found
+
+
+def settings(args, *more: str) -> dict:
+    """Returns every option of a comparison or sweep that may change its results."""
+    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", *FREE, *more)
+    return as_json({name: value for name, value in vars(args).items() if name not in skipped})
+
+
+def search(args) -> dict[str, list | Range]:
+    """Returns --search as option -> its choices, or a range."""
+    found = {}
+    for text in args.search:
+        name, equals, rest = text.partition("=")
+        parser, name = Variant(f"--search {text}"), name.replace("-", "_")
+        if not equals or not rest:
+            raise UserError(f"--search {text}: expected OPTION=VALUES, such as rank=1,2,4 or lr=1e-4..1e-3")
+        if name in (*COMMON, "model", "deterministic"):
+            parser.error(f"{name} is the same for every trial")
+        if name in found:
+            parser.error(f"{name} is searched twice")
+        option = parser.option(name)
+        if match := re.fullmatch(r"([^,]+?)\.\.([^,]+?)(?::(log|linear))?", rest):
+            low, high = (_value(parser, args, name, end) for end in match.groups()[:2])
+            log = (match[3] or ("log" if name in ("lr", "head_lr") else "linear")) == "log"
+            if option.nargs == 0 or not isinstance(low, (int, float)) or not low < high or (log and low <= 0):
+                parser.error("expected a range LOW..HIGH of numbers, LOW below HIGH" + (" and above 0" if log else ""))
+            if args.sampler == "grid":
+                parser.error("a grid needs choices, such as 1,2,4, not a range")
+            found[name] = Range(low, high, log)
+        else:
+            found[name] = [_value(parser, args, name, part) for part in rest.split(",")]
+            if len(set(found[name])) < len(found[name]):
+                parser.error("a value is given twice")
+    return found
+
+
+def _value(parser: Variant, args, name: str, text: str):
+    """Returns a searched value as a number where the option is one, else as written.
+
+    Raises:
+        UserError: the option itself would refuse it.
+    """
+    if not text:
+        parser.error("a value is empty")
+    parsed = getattr(parser.parse_args([args.sr, *parser.words(args, {name: text})]), name)
+    return parsed if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) else text
+
+
+def trial_options(args, values: dict, folder: Path) -> RunOptions:
+    """Returns the options of a sweep's trial: the common ones, its own values (option -> value), and its folder."""
+    parser = Variant("sweep")
+    parsed = parser.parse_args([args.sr, *parser.words(args, {name: str(value) for name, value in values.items()})])
+    parsed.lr = values.get("lr") or args.lr
+    return replace(finetune_options(parsed), out=folder, overwrite=True)
