@@ -10,7 +10,6 @@ each epoch by the seed.
 from __future__ import annotations
 
 import collections
-import functools
 import itertools
 import math
 import random
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import tables
+from data.hub import hub_unreachable
 from data.tables import Split, Table
 from record.files import UserError, sha256
 from record.options import TableOptions
@@ -256,20 +256,6 @@ def _cola_folder(name: str, folder: Path) -> Task:
     splits = {split: read_cola_tsv(path) for split, path in paths.items()}
     train = _two_classes(splits.pop("train"), str(paths["train"]))
     return Task(name, train, splits, {str(path): sha256(path) for path in paths.values()})
-
-
-@functools.cache
-def hub_unreachable() -> bool:
-    """Whether the Hugging Face Hub gives no answer; its cache alone can be read then.
-
-    Asked once a process: left to itself, the library would retry each file for half a minute.
-    """
-    from huggingface_hub import constants, get_session
-
-    try:
-        return get_session().head(constants.ENDPOINT, timeout=5).status_code >= 500
-    except Exception:  # offline by choice, or whatever its HTTP library raises for refused, unknown or timed out
-        return True
 
 
 def _hub_file(task: str, repository: str, file: str) -> Path:

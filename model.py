@@ -20,9 +20,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from data.backbones import from_pretrained, is_decoder, load_causal_lm, load_config
+from data.backbones import blocks_of, from_pretrained, is_decoder, load_causal_lm, load_config
 from lora.blocks import fuse, unique_tokens
-from lora.linear import LoRALinear, weight_of
+from lora.linear import LoRALinear, lora_layers, weight_of
 from record.files import UserError
 from record.options import ROLES, LoRAOptions, RNNConfig
 
@@ -45,18 +45,6 @@ FUSED_QKV = "attn.c_attn"
 
 
 # ---------------------------------------------------------------- LoRA
-
-def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The backbone's list of transformer blocks and its dotted name.
-
-    Raises:
-        UserError: no such list is found.
-    """
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == backbone.config.num_hidden_layers:
-            return name, module
-    raise UserError(f"{backbone.config.model_type}: no list of {backbone.config.num_hidden_layers} blocks in the model")
-
 
 def parse_layers(text: str | None, blocks: int) -> list[int]:
     """Block numbers of "0-11", "0,2,4-5" or None (all).
@@ -144,11 +132,6 @@ def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
             blocks[layer].set_submodule(name, lora)
             adapted.append(".".join(filter(None, (net.base_model_prefix, prefix, str(layer), name))))
     return adapted
-
-
-def lora_layers(net: nn.Module) -> dict[str, LoRALinear]:
-    """Every `LoRALinear` by its full name."""
-    return {name: module for name, module in net.named_modules() if isinstance(module, LoRALinear)}
 
 
 def count_parameters(net: nn.Module) -> dict[str, int | float]:

@@ -5,7 +5,6 @@ student go through the same lines, so that what is compared was trained alike.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -17,18 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_utils import Batch, epoch_order, padding_percent
 from record import anomaly
-from record.files import UserError, write_file
+from record.files import UserError
 from record.folder import CHECKPOINT
 from record.machine import peak_memory_bytes
 from record.options import TrainOptions
 from record.signals import Interrupted, deferred
+from record.tensors import load_checked, save_checked
 
 Objective = Callable[[Tensor, Batch], Tensor]
 
@@ -389,34 +387,3 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
 
 
-def save_checked(path: Path, tensors: dict[str, Tensor], text: str) -> None:
-    """Writes tensors and a text into one safetensors file that holds its own SHA-256."""
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    # One entry, for the library writes several in any order: the same tensors and text must be the same bytes.
-    write_file(path, save(tensors, {"checked": _digest(tensors, text) + text}))
-
-
-def load_checked(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the text that `save_checked` wrote.
-
-    Raises:
-        UserError: missing, or not every value is as it was written.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            checked = (file.metadata() or {}).get("checked", "")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
-    digest, text = checked[:64], checked[64:]
-    if digest != _digest(tensors, text):
-        raise UserError(f"{path}: damaged (its checksum does not match)")
-    return tensors, text
-
-
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -39,7 +39,8 @@ from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent
 from experiments import finetune
 from lora import adapters, amx
-from model import LoRALinear, LoRAOptions, inject_lora, load_classifier, lora_layers
+from lora.linear import lora_layers
+from model import LoRALinear, LoRAOptions, inject_lora, load_classifier
 from record import machine
 
 BATCH_SIZE = 16

@@ -10,9 +10,10 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from data_utils import hub_unreachable
+from data.hub import hub_unreachable
 from record.files import UserError
 
 # Models that a Python package carries: import name, file in its folder, how to get it.
@@ -116,3 +117,15 @@ def is_decoder(config) -> bool:
             return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
     except ValueError:
         raise UserError(f"--model: a {config.model_type} model; transformers has no text classifier of that kind") from None
+
+
+def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The backbone's list of transformer blocks and its dotted name.
+
+    Raises:
+        UserError: no such list is found.
+    """
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == backbone.config.num_hidden_layers:
+            return name, module
+    raise UserError(f"{backbone.config.model_type}: no list of {backbone.config.num_hidden_layers} blocks in the model")

@@ -17,8 +17,8 @@ import train_utils
 from data_utils import Batch
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, seed_everything
-from lora import frozen
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
+from record import tensors
 from record.files import sha256, write_file, write_json
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_threads
 from record.machine import device
@@ -50,13 +50,13 @@ def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) ->
     Raises:
         UserError: the file is damaged.
     """
-    key = frozen.weights_digest(teacher) + frozen.batches_digest(batches)
+    key = tensors.weights_digest(teacher) + tensors.batches_digest(batches)
     if path.exists():
-        kept, its_key = train_utils.load_checked(path)
+        kept, its_key = tensors.load_checked(path)
         if its_key == key:
             return kept["logits"]
     logits = train_utils.compute_logits(teacher, batches)
-    train_utils.save_checked(path, {"logits": logits}, key)
+    tensors.save_checked(path, {"logits": logits}, key)
     return logits
 
 

@@ -14,8 +14,9 @@ import train_utils
 from data.backbones import load_tokenizer
 from experiments.finetune import to_precision
 from experiments.inputs import separator_of
-from lora import adapters, amx, frozen
+from lora import adapters, amx
 from model import DistilRNN, FeatureHead, TextClassifier, load_classifier
+from record import tensors
 from record.files import UserError, read_json, write_file
 from record.folder import read_run, warn_of_changed_data
 from record.machine import device
@@ -32,20 +33,20 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
     options = config["options"]
     classifier, _ = load_classifier(options["model"], len(config.get("classes", data_utils.COLA_CLASSES)))
     classifier.full = options["method"] == "full"
-    if config.get("base_sha256") not in (None, frozen.weights_digest(classifier.net.base_model)):
+    if config.get("base_sha256") not in (None, tensors.weights_digest(classifier.net.base_model)):
         raise UserError(f"{folder}: adapter for another base: the weights of {options['model']} are not those that the "
                         "run was trained on")
     classifier.reads_text = options["method"] != "features"
     if options["method"] == "lora":
         adapters.load_adapter(classifier.net, folder)
     elif classifier.reads_text:
-        state = adapters.load_tensors(Path(folder) / "trained.safetensors")
+        state = tensors.load_tensors(Path(folder) / "trained.safetensors")
         own = classifier.state_dict()
         if any(name not in own or own[name].shape != value.shape for name, value in state.items()):
             raise UserError(f"{Path(folder) / 'trained.safetensors'}: made for another model")
         classifier.load_state_dict(state, strict=False)
     if options.get("feature_columns"):
-        state, path = adapters.load_tensors(Path(folder) / "features.safetensors"), Path(folder) / "features.safetensors"
+        state, path = tensors.load_tensors(Path(folder) / "features.safetensors"), Path(folder) / "features.safetensors"
         classifier.feature_head = FeatureHead(torch.zeros(1, len(options["feature_columns"]), dtype=torch.float64),
                                               len(config["classes"]))
         try:
@@ -68,7 +69,7 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
     sizes = read_json(Path(folder) / "student_config.json")
     try:
         student = DistilRNN(RNNConfig(**sizes))
-        student.load_state_dict(adapters.load_tensors(Path(folder) / f"{name}.safetensors"))
+        student.load_state_dict(tensors.load_tensors(Path(folder) / f"{name}.safetensors"))
     except (TypeError, KeyError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise

@@ -22,7 +22,9 @@ from data.backbones import is_decoder, load_config, load_tokenizer, max_length_o
 from data_utils import Task
 from experiments.inputs import load_task, make_all_batches, seed_everything
 from lora import adapters, amx, frozen
-from model import FeatureHead, TextClassifier, count_parameters, inject_lora, load_classifier, lora_layers
+from lora.linear import lora_layers
+from model import FeatureHead, TextClassifier, count_parameters, inject_lora, load_classifier
+from record import tensors
 from record.files import UserError, write_file
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_threads
 from record.machine import device
@@ -123,7 +125,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
     if lm is not None and options.method == "lora":
         ids = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS)
-    base = frozen.digest_meanwhile(classifier.net.base_model)  # on a core that tokenising leaves idle
+    base = tensors.digest_meanwhile(classifier.net.base_model)  # on a core that tokenising leaves idle
     torch.manual_seed(int(options.sr))  # again: A must not depend on what loading drew
     adapt(classifier, options.method, options.lora)
     if task.train.features:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from model import LoRALinear, TextClassifier, lora_layers
+from lora.linear import LoRALinear, lora_layers
 from record.files import UserError, read_json, write_file, write_json
+from record.tensors import load_tensors
+
+if TYPE_CHECKING:
+    from model import TextClassifier
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model
@@ -140,18 +144,6 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
             layer.lora_B.copy_(B)
         net.set_submodule(name, layer)
     return names
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: missing or damaged ({str(error).splitlines()[0]})") from None
 
 
 def _pattern(config: dict, key: str, name: str, default):

@@ -10,21 +10,21 @@ can go stale. Dropout inside the frozen part is off throughout training.
 """
 from __future__ import annotations
 
-import hashlib
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from data.backbones import blocks_of
 from data_utils import Batch
-from model import TextClassifier, blocks_of
 from record.files import UserError
+
+if TYPE_CHECKING:
+    from model import TextClassifier
+
 
 
 class _Reached(Exception):
@@ -147,48 +147,3 @@ def _stop(module, args, kwargs):
     raise _Reached(args[0] if args else kwargs["hidden_states"])
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer, names included."""
-    return _digest(_named_bytes(model))
-
-
-def digest_meanwhile(model: nn.Module) -> Future[str]:
-    """`weights_digest` of a model as it is now, computed beside what the caller goes on with: hashing holds no lock.
-
-    Until the result is there nothing may write to the weights; they may be wrapped, moved or given another type.
-    What goes wrong is raised by the future's `result()`. The end of the process does not wait for it.
-    """
-    future, pieces = Future(), list(_named_bytes(model))
-
-    def work() -> None:
-        try:
-            future.set_result(_digest(pieces))
-        except BaseException as error:
-            future.set_exception(error)
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-def _named_bytes(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """Each parameter and buffer as its name, shape and type, and its bytes: a view where it is in memory already."""
-    for name, value in sorted(model.state_dict().items()):
-        yield (f"{name}{tuple(value.shape)}{value.dtype}",
-               value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _digest(pieces: Iterable[tuple[str, np.ndarray]]) -> str:
-    digest = hashlib.sha256()
-    for name, data in pieces:
-        digest.update(name.encode())
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def batches_digest(batches: list[Batch]) -> str:
-    """SHA-256 over the token ids, rows and features of the batches: the data as this tokenizer reads it."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        features = () if batch.features is None else (batch.features,)
-        for tensor in (batch.input_ids, batch.attention_mask, batch.rows, *features):
-            digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

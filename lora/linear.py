@@ -110,6 +110,11 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling}, slices={self.slices}"
 
 
+def lora_layers(net: nn.Module) -> dict[str, LoRALinear]:
+    """Every `LoRALinear` by its full name."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, LoRALinear)}
+
+
 def weight_of(linear: nn.Linear | Conv1D) -> Tensor:
     """The weight as (out_features, in_features), a view where it is stored transposed."""
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight

@@ -63,12 +63,11 @@ def make(base: Path) -> Path:
 def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Each reader's name, the file of it that is damaged, and the call."""
     import data_utils
-    import train_utils
     from experiments import evaluate
     from experiments import generate as generation
     from lora import adapters
     from model import load_classifier
-    from record import files, folder
+    from record import files, folder, tensors
     from record.options import RunOptions, rebuild
     from report import figures, records
 
@@ -100,7 +99,7 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
         "student.safetensors": (base / "distil/student.safetensors", lambda: evaluate.load_student(base / "distil")),
         "distil config.json": (base / "distil/config.json", lambda: evaluate.evaluate_run(base / "distil", dev)),
         "teacher_logits": (base / "distil/teacher_logits.safetensors",
-                           lambda: train_utils.load_checked(base / "distil/teacher_logits.safetensors")),
+                           lambda: tensors.load_checked(base / "distil/teacher_logits.safetensors")),
         "SHA256SUMS": (base / "sums/SHA256SUMS", lambda: files.check_sums(base / "sums")),
         "options of config.json": (base / "lora/config.json", rebuilt),
         "report: metrics.jsonl": (base / "lora/metrics.jsonl", drawn),

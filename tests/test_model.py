@@ -21,20 +21,19 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from data.backbones import load_causal_lm, load_config
+from data.backbones import blocks_of, load_causal_lm, load_config
 from lora import adapters
+from lora.linear import lora_layers
 from model import (
     ROLES,
     DistilRNN,
     LoRAOptions,
     RNNConfig,
     TextClassifier,
-    blocks_of,
     count_parameters,
     find_targets,
     inject_lora,
     load_classifier,
-    lora_layers,
     parse_layers,
     student_config,
     student_parameters,

@@ -12,7 +12,7 @@ import toy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lora import frozen
+from record import tensors
 from record.files import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(work, tmp_path):
 def test_an_error_beside_the_main_thread_is_refused_like_any_other(work, refused, monkeypatch):
     def fails(pieces):
         raise UserError("weights: gone")
-    monkeypatch.setattr(frozen, "_digest", fails)
+    monkeypatch.setattr(tensors, "_digest", fails)
     assert refused("LoRA", "12345", "--model", work / "model", "--data", work / "cola") == "run.py: weights: gone"
 
 

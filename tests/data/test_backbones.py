@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from data.backbones import is_decoder, load_causal_lm, load_config, load_tokenizer, max_length_of
-from model import LoRAOptions, TextClassifier, inject_lora, load_classifier, lora_layers
+from lora.linear import lora_layers
+from model import LoRAOptions, TextClassifier, inject_lora, load_classifier
 from record.files import UserError
 
 # ---------------------------------------------------------------- what a model is

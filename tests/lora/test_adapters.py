@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, load_adapter, load_tensors, save_adapter
-from model import LoRAOptions, TextClassifier, inject_lora, lora_layers
+from lora.linear import lora_layers
+from model import LoRAOptions, TextClassifier, inject_lora
 from record.files import UserError
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (

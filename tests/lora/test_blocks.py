@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, PAD, adapted, logits_of, toy_batch, toy_net
 from torch import nn
 
+from data.backbones import blocks_of
 from lora.blocks import _Rotate, fuse, unique_tokens
-from model import LoRAOptions, TextClassifier, blocks_of, inject_lora
+from model import LoRAOptions, TextClassifier, inject_lora
 from train_utils import trainable
 
 

@@ -11,11 +11,12 @@ from conftest import ARCHITECTURES, adapted, randomize_B, toy_batch, toy_net
 
 import data_utils
 import train_utils
+from data.backbones import blocks_of
 from data_utils import Batch
 from experiments import distil
-from lora import frozen
 from lora.frozen import FrozenPrefix, batches_digest, digest_meanwhile, lowest_trained_block, weights_digest
-from model import LoRAOptions, TextClassifier, blocks_of, inject_lora
+from model import LoRAOptions, TextClassifier, inject_lora
+from record import tensors
 from record.files import UserError, read_json
 from report import figures
 
@@ -182,11 +183,11 @@ def test_the_weights_digest_changes_with_any_weight_and_only_then():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_digest_made_meanwhile_is_the_formulas_whatever_is_injected_or_cast_in_between(architecture, monkeypatch):
-    net, expected, digest = toy_net(architecture), hashlib.sha256(), frozen._digest
+    net, expected, digest = toy_net(architecture), hashlib.sha256(), tensors._digest
     for name, value in sorted(net.base_model.state_dict().items()):
         expected.update(f"{name}{tuple(value.shape)}{value.dtype}".encode() + value.numpy().tobytes())
     injected = threading.Event()
-    monkeypatch.setattr(frozen, "_digest", lambda pieces: digest(pieces) if injected.wait(60) else None)
+    monkeypatch.setattr(tensors, "_digest", lambda pieces: digest(pieces) if injected.wait(60) else None)
     future = digest_meanwhile(net.base_model)
     inject_lora(net, LoRAOptions())
     for p in net.parameters():
@@ -198,7 +199,7 @@ def test_a_digest_made_meanwhile_is_the_formulas_whatever_is_injected_or_cast_in
 def test_what_goes_wrong_meanwhile_is_raised_with_the_result(monkeypatch):
     def fails(pieces):
         raise UserError("weights: gone")
-    monkeypatch.setattr(frozen, "_digest", fails)
+    monkeypatch.setattr(tensors, "_digest", fails)
     future = digest_meanwhile(toy_net("gpt2"))
     with pytest.raises(UserError, match="weights: gone"):
         future.result()

@@ -1,0 +1,18 @@
+"""The Hugging Face Hub: whether it answers at all."""
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def hub_unreachable() -> bool:
+    """Whether the Hugging Face Hub gives no answer; its cache alone can be read then.
+
+    Asked once a process: left to itself, the library would retry each file for half a minute.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        return get_session().head(constants.ENDPOINT, timeout=5).status_code >= 500
+    except Exception:  # offline by choice, or whatever its HTTP library raises for refused, unknown or timed out
+        return True
