@@ -241,10 +241,10 @@ def _table_task(name: str, train: Path, others: dict[str, Path] | float, options
 
 
 def _tiny() -> Task:
-    from data import tiny
+    from data import grammar
 
     with tempfile.TemporaryDirectory() as folder:
-        tiny.write_tiny_task(Path(folder))
+        grammar.write_tiny_task(Path(folder))
         task = _cola_folder("tiny", Path(folder))
     return replace(task, files={f"tiny/{Path(path).name}": digest for path, digest in task.files.items()})
 
