@@ -218,122 +218,207 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
         Diverged: a loss or gradient that is not finite; the last good checkpoint stands.
         UserError: a checkpoint that is damaged or of another model.
     """
-    optimizer = make_optimizer(model, options)
-    progress, best = Progress(), {}
     path = folder / f"{name}{CHECKPOINT}" if folder else None
+    trainer = Trainer(model, batches, dev, objective, options, path, name, select, on_epoch, stop)
     if path and resume and path.exists():
-        progress, best = load_checkpoint(path, model, optimizer)
-        on_epoch(progress.history)
-    if options.compile and not options.anomaly:  # whose hooks need the modules one by one
-        model.compile(dynamic=True)
-    total = options.epochs * math.ceil(len(batches) / options.accumulate)
-    while not progress.finished and progress.epoch <= options.epochs:
-        try:
-            with anomaly.watching(model) if options.anomaly else nullcontext():
-                _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop)
-                validation, matrices = validate(model, dev)
-        except anomaly.NotFinite as found:
-            raise Diverged(_where(str(found), progress, optimizer, options)) from None
-        except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
-            if path:
-                save_checkpoint(path, model, optimizer, progress, best)
-            raise
-        with deferred():
-            line = {"epoch": progress.epoch, "train": _train_scores(progress), "validation": validation,
-                    "confusion": matrices,
-                    # By formula: a run resumed after the epoch's last step has set no rate of its own.
-                    "learning_rate": optimizer.param_groups[0]["peak"] * learning_rate_factor(
-                        progress.step - 1, total, options.warmup, options.schedule),
-                    "seconds": progress.sums["seconds"], "tokens": int(progress.sums["tokens"])}
-            progress.history.append(line)
-            chosen = line["validation"][select]
-            score = (chosen["mcc"], -chosen["loss"])
-            if score > tuple(progress.best_score):
-                progress.best_score, progress.best_epoch = score, progress.epoch
-                best.update({n: p.detach().cpu().clone() for n, p in trainable(model).items()})
-            progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
-            progress.epoch, progress.group, progress.sums, progress.confusion = progress.epoch + 1, 0, {}, []
-            if path:
-                save_checkpoint(path, model, optimizer, progress, best)
-            on_epoch(progress.history)
-    with torch.no_grad():
-        for n, p in trainable(model).items():
-            p.copy_(best[n])
-    return progress
+        trainer.load()
+    return trainer.run()
 
 
-def _train_epoch(model, batches, objective, options, optimizer, progress, best, total, path, name, stop) -> None:
-    """Runs (the rest of) one epoch."""
-    model.train()
-    device = next(model.parameters()).device
-    order = epoch_order(len(batches), options.seed, progress.epoch)
-    groups = [order[i:i + options.accumulate] for i in range(0, len(order), options.accumulate)]
-    if not progress.sums:
-        progress.sums = dict.fromkeys(("loss", "cross_entropy", "rows", "correct", "tokens", "seconds"), 0.0)
-    parameters = list(trainable(model).values())
-    saved = start = time.perf_counter()
-    before = progress.sums["seconds"]
-    done = min(progress.group * options.accumulate, len(batches))
-    with tqdm(total=len(batches), initial=done, unit="batch", dynamic_ncols=True,
-              desc=f"{name + ' ' if name else ''}epoch {progress.epoch}/{options.epochs}") as bar, deferred():
-        for group in groups[progress.group:]:
-            factor = learning_rate_factor(progress.step, total, options.warmup, options.schedule)
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = param_group["peak"] * factor
-            rows = sum(len(batches[i].rows) for i in group)
-            for batch in (piece.to(device) for i in group for piece in batches[i].micro_batches()):
-                with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"
-                                    and getattr(model, "full", False)):
-                    logits = model(*batch.inputs())
-                loss = objective(logits.float(), batch)
-                if not math.isfinite(value := loss.item()):
-                    raise Diverged(_where(f"loss {value}", progress, optimizer, options))
-                # Weighted by rows, so that accumulation equals one large batch.
-                (loss * (len(batch.rows) / rows)).backward()
-                _count(progress, value, logits.detach().float(), batch)
-            norm = nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
-            if not math.isfinite(norm):
-                bad = next(key for key, p in trainable(model).items() if p.grad is not None and not anomaly.finite(p.grad))
-                raise Diverged(_where(f"gradient norm {norm}, {bad}'s first", progress, optimizer, options))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.group += 1
-            progress.step += 1
-            now = time.perf_counter()
-            progress.sums["seconds"] = before + now - start
-            sums = progress.sums
-            bar.update(len(group))
-            bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, accuracy {sums['correct'] / sums['rows']:.3f}, "
-                                f"{sums['tokens'] / sums['seconds']:.0f} tokens/s", refresh=False)
-            if signal := stop():
-                raise Interrupted(signal)
-            if path and (progress.step % options.save_steps == 0 if options.save_steps else
-                         now - saved > 60 * options.save_every):
-                save_checkpoint(path, model, optimizer, progress, best)
-                saved = time.perf_counter()
+class Trainer:
+    """One training: the model, its data and optimiser, and where it is.
 
+    On a GPU a step waits for nothing: losses, hits and gradient norms are summed on the device, and read (which waits for
+    the device) every `read_every` steps and before every checkpoint, so that no checkpoint holds what is not finite. On
+    a CPU, where reading costs nothing, they are read in every step.
+    """
 
-def _where(what: str, progress: Progress, optimizer, options: TrainOptions) -> str:
-    return (f"{what} at step {progress.step + 1} (epoch {progress.epoch}), learning rate "
-            f"{optimizer.param_groups[0]['lr']:.3g}; lower --lr" +
-            ("" if options.anomaly else ", or find the operation with --anomaly"))
+    SUMS = ("loss", "cross_entropy", "correct", "norm")  # summed on the device; a loss or norm that is not finite stays so
 
+    def __init__(self, model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], objective: Objective,
+                 options: TrainOptions, path: Path | None, name: str, select: str,
+                 on_epoch: Callable[[list[dict]], None], stop: Callable[[], int | None]):
+        self.model, self.batches, self.dev, self.objective, self.options = model, batches, dev, objective, options
+        self.path, self.name, self.select, self.on_epoch, self.stop = path, name, select, on_epoch, stop
+        self.device = next(model.parameters()).device
+        self.read_every = 1 if self.device.type == "cpu" else 16
+        self.optimizer = make_optimizer(model, options)
+        self.parameters = trainable(model)
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}  # the best epoch's weights by name, on the CPU
+        self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=self.device)
+        self.confusion: Tensor | None = None  # (classes, classes) of the running epoch: [label][prediction]
+        self.total_steps = options.epochs * math.ceil(len(batches) / options.accumulate)
+        self.saved_at = time.perf_counter()
 
-def _count(progress: Progress, loss: float, logits: Tensor, batch: Batch) -> None:
-    """Adds a batch to the running epoch's sums."""
-    sums, classes = progress.sums, logits.shape[1]
-    progress.confusion = progress.confusion or [[0] * classes for _ in range(classes)]
-    predictions = logits.argmax(-1)
-    for label, prediction in zip(batch.labels.tolist(), predictions.tolist(), strict=True):
-        progress.confusion[label][prediction] += 1
-    sums["loss"] += loss * len(batch.rows)
-    sums["cross_entropy"] += F.cross_entropy(logits, batch.labels, reduction="sum").item()
-    sums["rows"] += len(batch.rows)
-    sums["correct"] += (predictions == batch.labels).sum().item()
-    sums["tokens"] += batch.tokens
+    def load(self) -> None:
+        """Goes on where the checkpoint left off.
+
+        Raises:
+            UserError: the checkpoint is damaged or of another model.
+        """
+        self.progress, self.best = load_checkpoint(self.path, self.model, self.optimizer)
+        if self.progress.sums:
+            self.sums += torch.tensor([self.progress.sums[key] for key in self.SUMS], dtype=torch.float64).to(self.device)
+            self.confusion = torch.tensor(self.progress.confusion, device=self.device)
+        self.on_epoch(self.progress.history)
+
+    def run(self) -> Progress:
+        """Trains all epochs that are left; see `fit`."""
+        if self.options.compile and not self.options.anomaly:  # whose hooks need the modules one by one
+            self.model.compile(dynamic=True)
+        while not self.progress.finished and self.progress.epoch <= self.options.epochs:
+            try:
+                with anomaly.watching(self.model) if self.options.anomaly else nullcontext():
+                    self.train_epoch()
+                    validation, matrices = validate(self.model, self.dev)
+            except anomaly.NotFinite as found:
+                raise self.diverged(str(found)) from None
+            except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
+                self.save()
+                raise
+            with deferred():
+                self.finish_epoch(validation, matrices)
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(self.best[name])
+        return self.progress
+
+    def train_epoch(self) -> None:
+        """Runs (the rest of) one epoch."""
+        options, progress = self.options, self.progress
+        self.model.train()
+        order = epoch_order(len(self.batches), options.seed, progress.epoch)
+        groups = [order[i:i + options.accumulate] for i in range(0, len(order), options.accumulate)]
+        if not progress.sums:
+            progress.sums = dict.fromkeys((*self.SUMS, "rows", "tokens", "seconds"), 0.0)
+        self.saved_at = start = time.perf_counter()
+        before = progress.sums["seconds"]
+        label = f"{self.name + ' ' if self.name else ''}epoch {progress.epoch}/{options.epochs}"
+        with tqdm(total=len(self.batches), initial=min(progress.group * options.accumulate, len(self.batches)), unit="batch",
+                  dynamic_ncols=True, desc=label) as bar, deferred():
+            for group in groups[progress.group:]:
+                self.step([self.batches[i] for i in group])
+                sums = progress.sums
+                sums["seconds"] = before + time.perf_counter() - start
+                bar.update(len(group))
+                if progress.step % self.read_every == 0:
+                    bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, accuracy "
+                                        f"{sums['correct'] / sums['rows']:.3f}, {sums['tokens'] / sums['seconds']:.0f} "
+                                        "tokens/s", refresh=False)
+                if signal := self.stop():
+                    raise Interrupted(signal)
+                if self.save_is_due():
+                    self.save()
+        self.read_sums()
+
+    def step(self, group: list[Batch]) -> None:
+        """Takes one optimiser step over the batches of a group.
+
+        Raises:
+            Diverged: the loss or the gradient is not finite.
+        """
+        options, progress = self.options, self.progress
+        rate = self.learning_rate(progress.step)
+        for param_group in self.optimizer.param_groups:
+            param_group["lr"] = param_group["peak"] * rate
+        rows = sum(len(batch.rows) for batch in group)
+        for batch in (micro.to(self.device) for whole in group for micro in whole.micro_batches()):
+            with torch.autocast(self.device.type, torch.bfloat16,
+                                enabled=options.precision == "bf16" and getattr(self.model, "full", False)):
+                logits = self.model(*batch.inputs())
+            loss = self.objective(logits.float(), batch)
+            self.count(loss.detach(), logits.detach().float(), batch)
+            if self.read_every == 1:
+                self.read_sums("loss")
+            # Weighted by rows, so that accumulation equals one large batch.
+            (loss * (len(batch.rows) / rows)).backward()
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), options.clip or math.inf)
+        self.sums[self.SUMS.index("norm")] += norm
+        if (progress.step + 1) % self.read_every == 0:
+            self.read_sums()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.group += 1
+        progress.step += 1
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the share of the peak rate at optimiser step `step` (from 0)."""
+        return learning_rate_factor(step, self.total_steps, self.options.warmup, self.options.schedule)
+
+    def count(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
+        """Adds a batch to the running epoch's sums, on the device."""
+        predictions, rows, classes = logits.argmax(-1), len(batch.rows), logits.shape[1]
+        if self.confusion is None:
+            self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
+        self.confusion.view(-1).index_add_(0, batch.labels * classes + predictions, torch.ones_like(predictions))
+        self.sums[:3] += torch.stack([loss.double() * rows, F.cross_entropy(logits, batch.labels, reduction="sum").double(),
+                                      (predictions == batch.labels).sum().double()])
+        self.progress.sums["rows"] += rows
+        self.progress.sums["tokens"] += batch.tokens
+
+    def read_sums(self, upto: str = "norm") -> None:
+        """Reads the sums from the device into `progress`.
+
+        Raises:
+            Diverged: a loss or a gradient norm was not finite (`upto` loss: the norm of this step is not there yet).
+        """
+        values = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            raise self.diverged(f"loss {values['loss']}")
+        if upto == "norm" and not math.isfinite(values["norm"]):
+            bad = next((name for name, p in self.parameters.items() if p.grad is not None and not anomaly.finite(p.grad)),
+                       "an earlier step")
+            raise self.diverged(f"gradient norm {values['norm']}, {bad}'s first")
+        self.progress.sums.update(values)
+        if self.confusion is not None:
+            self.progress.confusion = self.confusion.tolist()
+
+    def finish_epoch(self, validation: dict[str, dict], matrices: dict[str, list]) -> None:
+        """Adds the epoch's line to the history, keeps its weights if they are the best so far, and saves."""
+        progress, options = self.progress, self.options
+        peak = self.optimizer.param_groups[0]["peak"]
+        progress.history.append({
+            "epoch": progress.epoch, "train": _train_scores(progress), "validation": validation, "confusion": matrices,
+            # By formula: a run resumed after the epoch's last step has set no rate of its own.
+            "learning_rate": peak * self.learning_rate(progress.step - 1), "seconds": progress.sums["seconds"],
+            "tokens": int(progress.sums["tokens"])})
+        chosen = validation[self.select]
+        score = (chosen["mcc"], -chosen["loss"])
+        if score > tuple(progress.best_score):
+            progress.best_score, progress.best_epoch = score, progress.epoch
+            self.best.update({name: p.detach().cpu().clone() for name, p in self.parameters.items()})
+        progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
+        progress.epoch, progress.group, progress.sums, progress.confusion = progress.epoch + 1, 0, {}, []
+        self.sums.zero_()
+        self.confusion = None
+        self.save()
+        self.on_epoch(progress.history)
+
+    def save_is_due(self) -> bool:
+        """Whether a checkpoint inside the epoch is due, by steps or by minutes."""
+        if self.options.save_steps:
+            return self.progress.step % self.options.save_steps == 0
+        return time.perf_counter() - self.saved_at > 60 * self.options.save_every
+
+    def save(self) -> None:
+        """Writes the checkpoint, if there is a folder for it; what is not finite is never saved."""
+        if self.path is None:
+            return
+        if self.progress.sums:
+            self.read_sums()
+        save_checkpoint(self.path, self.model, self.optimizer, self.progress, self.best)
+        self.saved_at = time.perf_counter()
+
+    def diverged(self, what: str) -> Diverged:
+        """Returns the error that says where the training diverged, and what to do."""
+        return Diverged(f"{what} at step {self.progress.step + 1} (epoch {self.progress.epoch}), learning rate "
+                        f"{self.optimizer.param_groups[0]['lr']:.3g}; lower --lr" +
+                        ("" if self.options.anomaly else ", or find the operation with --anomaly"))
 
 
 def _train_scores(progress: Progress) -> dict[str, float]:
+    """Returns loss, cross-entropy, accuracy and MCC of an epoch's training sentences, from its sums."""
     from sklearn.metrics import matthews_corrcoef
 
     sums, cells = progress.sums, [(i, j, count) for i, row in enumerate(progress.confusion)
@@ -378,8 +463,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"model.{name}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors]
-            optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"].to(p.device) for key in keys}
+            # Names are optimizer.<key>.<parameter>: whatever keys the optimiser has, the checkpoint brings them back.
+            optimizer.state[p] = {key.split(".")[1]: value.to(p.device) for key, value in tensors.items()
+                                  if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])

@@ -31,7 +31,7 @@ from data.backbones import PACKAGED
 from data_utils import Batch
 from experiments import distil
 from model import DistilRNN, count_parameters, load_classifier, student_config
-from record import memory
+from record import machine
 
 BATCH_SIZE = 32
 FIRST_STEP = """
@@ -121,7 +121,7 @@ def measure_start(report: Report, args: argparse.Namespace, name: str, base: str
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    memory.keep_freed_memory()  # as every run does; it reaches teacher and student alike
+    machine.keep_freed_memory()  # as every run does; it reaches teacher and student alike
     report, base = Report(), common.base_of("gpt2", work)
     measure_student(report, args, base, 2 if args.quick else 5)
     measure_help(report)

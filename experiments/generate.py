@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
 from lora import adapters
-from lora.frozen import weights_digest
 from record.files import UserError, check_sums, read_json
+from record.tensors import weights_digest
 
 
 def base_model(adapter: Path) -> str:

@@ -14,10 +14,11 @@ import train_utils
 from data.backbones import blocks_of
 from data_utils import Batch
 from experiments import distil
-from lora.frozen import FrozenPrefix, batches_digest, digest_meanwhile, lowest_trained_block, weights_digest
+from lora.frozen import FrozenPrefix, lowest_trained_block
 from model import LoRAOptions, TextClassifier, inject_lora
 from record import tensors
 from record.files import UserError, read_json
+from record.tensors import batches_digest, digest_meanwhile, weights_digest
 from report import figures
 
 LENGTHS = ((5, 9, 1, 12), (7, 7, 7, 7), (2, 3))  # the second batch has no pad and is run without a mask
