@@ -31,7 +31,7 @@ FINAL = ("adapter_model.safetensors", "metrics.jsonl", "summary.json")
 # Where a run may be busy without taking steps: module, function, and the options that lead there.
 PHASES = {"loading": ("experiments.finetune", "load_classifier", ()),
           "keeping": ("lora.frozen", "FrozenPrefix", ("--layers", "1")),
-          "teacher": ("experiments.finetune", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
+          "teacher": ("experiments.distil", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
           "plotting": ("report.figures", "plot_run", ())}
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 
@@ -230,9 +230,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     import run  # noqa: F401
+    from experiments import distil  # noqa: F401
     from record import signals  # noqa: F401
     from report import figures  # noqa: F401 (imported here, once, for the children)
-    pass
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
