@@ -258,18 +258,18 @@ def repeat(args) -> int:
 def report(args) -> None:
     """`report`: builds the PDF."""
     from record.files import check_sums
-    from report import tables as report_utils
+    from report import build
 
     for mode in ("LoRA", "distil"):
         check_sums(args.runs / f"{mode}-{args.sr}")
-    print(f"report: {report_utils.build_report(args.sr, args.runs, args.plots, Path(__file__).parent / 'report')}")
+    print(f"report: {build.build_report(args.sr, args.runs, args.plots, Path(__file__).parent / 'report')}")
 
 
 def submit(args) -> None:
     """`submit`: makes the zip file."""
-    from report import tables as report_utils
+    from report import build
 
-    print(report_utils.make_submission(args.sr, args.first_name, args.last_name, Path(__file__).parent))
+    print(build.make_submission(args.sr, args.first_name, args.last_name, Path(__file__).parent))
 
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,

@@ -29,8 +29,7 @@ from experiments import finetune
 from experiments.variants import Entry
 from record.files import UserError, locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance, read_run
-from report import records
-from report import tables as report_utils
+from report import records, studies
 
 RUN = Path(__file__).parents[1] / "run.py"
 PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: between fork and exec there is no time for it
@@ -92,8 +91,8 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
         result = {"mode": "compare", "sr": options.sr, "model": options.entries[0].options.model, "task": task.name,
                   "seeds": seeds, "selection": selection(runs), **record, "entries": rows, "runs": runs}
         write_json(folder / "compare.json", result)
-        write_file(folder / "compare.tex", report_utils.compare_latex(records.read_json(folder / "compare.json")))
-    say(report_utils.compare_text(records.read_json(options.out / "compare.json")))
+        write_file(folder / "compare.tex", studies.compare_latex(records.read_json(folder / "compare.json")))
+    say(studies.compare_text(records.read_json(options.out / "compare.json")))
     return result
 
 

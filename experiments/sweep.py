@@ -35,8 +35,7 @@ from record.files import UserError, make_folder, without_password, write_file, w
 from record.folder import provenance
 from record.machine import use_threads
 from record.options import RunOptions
-from report import records
-from report import tables as report_utils
+from report import records, studies
 from train_utils import Diverged
 
 HEARTBEAT, GRACE = 60, 300  # seconds: a trial whose process was silent for so long is given to another
@@ -102,8 +101,8 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
                   **results(study, options)}
     write_json(options.out / "sweep.json", result)
     written = records.read_json(options.out / "sweep.json")
-    write_file(options.out / "sweep.tex", report_utils.sweep_latex(written))
-    say(report_utils.sweep_text(written))
+    write_file(options.out / "sweep.tex", studies.sweep_latex(written))
+    say(studies.sweep_text(written))
     return result
 
 

@@ -1,8 +1,8 @@
 """What a run left in runs/ -> curves in plots/; comparisons and sweeps too.
 
-    python -c "import figures, pathlib; figures.plot_run(pathlib.Path('runs/LoRA-12345'), pathlib.Path('plots'))"
+    plot_run(Path("runs/LoRA-12345"), Path("plots"))
 
-It reads files only and imports none of the project's other modules but records.py, so that a figure
+It reads files only, through records.py, so that a figure
 cannot show anything but what a run wrote down: `metrics.jsonl`, `summary.json`, `compare.json`, `sweep.json`.
 """
 

@@ -1,8 +1,9 @@
-"""What a run left in runs/, as figures.py and report_utils.py read it.
+"""What a run left in runs/, as this folder reads it.
 
-    python -c "import records, pathlib; print(records.read_json(pathlib.Path('runs/LoRA-12345/summary.json')))"
+    summary = read_json(Path("runs/LoRA-12345/summary.json"))
+    summary.section("train").number("seconds")      # or an error that names the file and the field
 
-It reads files only and imports none of the project's other modules.
+The folder reads files only and imports no other folder.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Runs, comparisons and sweeps made up, written as the contract has them, for test_figures.py and test_report_utils.py."""
+"""Runs, comparisons and sweeps made up, written as the contract has them, for test_figures.py and test_tables.py."""
 
 import json
 from pathlib import Path

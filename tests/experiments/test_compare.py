@@ -17,8 +17,7 @@ from experiments import compare
 from record import signals
 from record.files import read_json
 from record.folder import without_times
-from report import records
-from report import tables as report_utils
+from report import records, studies
 
 RUN = compare.RUN
 GRID = (1e-4, 1e-3, 1e-2)
@@ -168,7 +167,7 @@ def test_a_table_says_which_split_chose(work, tmp_path, made_up, capsys):
     lone = records.Record(json.loads((tmp_path / "c" / "compare.json").read_text(), object_hook=lambda fields:
                                           records.Record(fields, "x")), "x")
     lone["selection"]["splits"] = ["in_domain"]
-    assert "is the one reported: its figures flatter a little" in " ".join(report_utils.compare_notes(lone))
+    assert "is the one reported: its figures flatter a little" in " ".join(studies.compare_notes(lone))
 
 
 def test_real_runs_become_a_table_a_plot_and_run_folders_that_eval_scores(work, tmp_path, same_process, capsys):

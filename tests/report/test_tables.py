@@ -1,4 +1,4 @@
-"""report_utils: runs made up (made_up.py), then tabled, built and zipped."""
+"""tables, studies, build: runs made up (made_up.py), then tabled, built and zipped."""
 
 import json
 import os
@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import HASH, SR, comparison, distil_run, entry_row, epoch, lora_run, search
 
-from report import tables as report_utils
+from report import build, latex, studies
+from report.latex import LATEX
 from report.records import ReportError, read_json
 
-REPORT = Path(report_utils.__file__).parent
+REPORT = Path(build.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def both(tmp_path_factory) -> Path:
     """A folder with both runs, a comparison, a sweep, their plots and report/results/; not to be changed."""
     root = tmp_path_factory.mktemp("both")
     lora_run(root / "runs"), distil_run(root / "runs"), comparison(root / "runs"), search(root / "runs")
-    written = report_utils.write_report_results(SR, root / "runs", root / "plots", root / "report")
+    written = build.write_report_results(SR, root / "runs", root / "plots", root / "report")
     assert sorted(written) == sorted((root / "report" / "results").iterdir())
     return root
 
@@ -38,7 +39,7 @@ def numbers(results: Path) -> dict[str, str]:
 
 def unescaped(latex: str) -> str:
     """What `escape` wrote, read back; fails on any special character that stands bare."""
-    back = {value: key for key, value in report_utils.LATEX.items()}
+    back = {value: key for key, value in LATEX.items()}
     tokens = "|".join(re.escape(value) for value in sorted(back, key=len, reverse=True))
     text = ""
     while latex:
@@ -54,17 +55,17 @@ def unescaped(latex: str) -> str:
 @given(st.text(alphabet=st.one_of(st.sampled_from("\\{}$&#_%~^[]*`'\"-<>,a "), st.characters(max_codepoint=0x2fff))))
 def test_escape_leaves_no_special_character_bare(text):
     printable = re.sub("[^ -~\u00a1-\u00ff]", lambda match: f"[U+{ord(match[0]):04X}]", re.sub(r"\s", " ", text))
-    assert unescaped(report_utils.escape(text)) == printable
-    assert "--" not in report_utils.escape(text)
+    assert unescaped(latex.escape(text)) == printable
+    assert "--" not in latex.escape(text)
 
 
 @given(st.text(alphabet="ab_/\\%{ -"))
 def test_breakable_loses_nothing(text):
-    assert unescaped(report_utils.breakable(text).replace(r"\allowbreak{}", "")) == text
+    assert unescaped(latex.breakable(text).replace(r"\allowbreak{}", "")) == text
 
 
 def test_breakable_breaks_paths_and_hashes():
-    assert report_utils.breakable("a/b " + "c" * 40) == rf"a/\allowbreak{{}}b {'c' * 32}\allowbreak{{}}{'c' * 8}"
+    assert latex.breakable("a/b " + "c" * 40) == rf"a/\allowbreak{{}}b {'c' * 32}\allowbreak{{}}{'c' * 8}"
 
 
 @pytest.mark.parametrize(("key", "value", "text"), [
@@ -73,7 +74,7 @@ def test_breakable_breaks_paths_and_hashes():
     ("seconds", 12.3456, "12.35"), ("equal_to_base", True, "yes"), ("model", "a_b", r"a\_\allowbreak{}b"),
     ("alpha", 0.9, "0.9")])
 def test_numbers_as_the_report_prints_them(key, value, text):
-    assert report_utils.shown(key, value) == text
+    assert latex.shown(key, value) == text
 
 
 def test_results_hold_the_numbers_of_the_runs(both):
@@ -105,18 +106,18 @@ def test_every_number_of_the_report_comes_from_a_run(both):
     asked = set(re.findall(r"\\result\{([^}#]*)\}", text))
     assert len(asked) > 30 and asked <= set(numbers(both / "report" / "results"))
     tables = set(re.findall(r"\\(?:resulttable|longresult|fullresult)\{(\w+)\}", text))
-    assert tables == {*report_utils.TABLES, *(f"{mode}_results" for mode in report_utils.STUDIES)}
+    assert tables == {*build.TABLES, *(f"{mode}_results" for mode in build.STUDIES)}
 
 
 def test_a_missing_run_says_not_run_and_nothing_stale_stays(both, tmp_path):
     shutil.copytree(both / "report", tmp_path / "report")
     shutil.copytree(both / "runs" / f"LoRA-{SR}", tmp_path / "runs" / f"LoRA-{SR}")
-    report_utils.write_report_results(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
+    build.write_report_results(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
     results = tmp_path / "report" / "results"
     assert "not run" in (results / "distil_results.tex").read_text()
     assert "not run" not in (results / "lora_results.tex").read_text()
     assert not list(results.glob("distil_*.pdf")) and not any(key.startswith("distil") for key in numbers(results))
-    assert not [path.name for path in results.iterdir() if path.name.startswith(report_utils.STUDIES)]
+    assert not [path.name for path in results.iterdir() if path.name.startswith(build.STUDIES)]
 
 
 # ---------------------------------------------------------------- comparisons and sweeps
@@ -128,14 +129,14 @@ def test_a_comparisons_table_holds_its_numbers(both):
             "0.212 \u00b1 0.010 & 12.3 & 600 & 4.57 \\\\") in table
     assert "none & 0 & 0 &  & untrained & 30.0 \u00b1 1.0 & $-$0.300 \u00b1 0.010" in table  # a minus, no hyphen
     assert r"r\_2 & 1,234" in table and "full &  &  &  & diverged &" in table
-    text = report_utils.compare_text(read_json(both / "runs" / f"compare-{SR}" / "compare.json"))
+    text = studies.compare_text(read_json(both / "runs" / f"compare-{SR}" / "compare.json"))
     assert "lora            123,456   12.3  0.0004  best (2.5)  81.2 \u00b1 1.0   0.212 \u00b1 0.010" in text
 
 
 def test_a_comparison_with_one_seed_or_one_split_says_so(tmp_path):
     rows = [entry_row("lora", 100, 0.8, splits=("validation",), sd=None, seeds=["12345"])]
     path = comparison(tmp_path, ("validation",), entries=rows, seeds=["12345"])
-    text = report_utils.compare_text(read_json(path))
+    text = studies.compare_text(read_json(path))
     assert "One seed (12345)." in text and "\u00b1" not in text.splitlines()[4]
     assert "The validation split chose the epoch by its MCC, and is the one reported" in text
 
@@ -143,7 +144,7 @@ def test_a_comparison_with_one_seed_or_one_split_says_so(tmp_path):
 def test_a_rate_at_the_edge_of_the_grid_is_told(tmp_path):
     tried = [{"learning_rate": rate, "mcc": 0.1} for rate in (1e-4, 4e-4, 1e-3)]
     rows = [entry_row("mid", 1, 0.8, tried=tried), entry_row("low", 1, 0.8, tried=tried, learning_rate=1e-4)]
-    notes = report_utils.compare_notes(read_json(comparison(tmp_path, entries=rows)))
+    notes = studies.compare_notes(read_json(comparison(tmp_path, entries=rows)))
     assert notes[-1] == "Chosen at the edge of the grid: low (0.0001); a wider grid may do better."
 
 
@@ -153,14 +154,14 @@ def test_a_sweeps_table_has_the_best_trials_first(both):
     assert table[4:7] == [r"0 & 0.500 & 80.7 & 1,000 & 0.1 & 2 & q+v & 0.001 \\",
                           r"1 & 0.400 & 80.7 & 2,000 & 0.2 & 2 & all & 0.002 \\",
                           r"2 & 0.300 & 80.7 & 3,000 & 0.3 & 2 & q+v & 0.003 \\"]
-    notes = " ".join(report_utils.sweep_notes(read_json(both / "runs" / f"sweep-{SR}" / "sweep.json")))
+    notes = " ".join(studies.sweep_notes(read_json(both / "runs" / f"sweep-{SR}" / "sweep.json")))
     assert "5 trials with one seed (12345): 3 complete, 2 pruned." in notes and "targets 0.25, lr 0.75" in notes
 
 
 def test_a_comparison_in_which_nothing_succeeded_is_told_in_one_line(tmp_path):
     rows = [{"entry": "lora", "tried": [], "learning_rate": None, "seeds": []}]
     with pytest.raises(ReportError, match="compare.json: every run diverged"):
-        report_utils.compare_text(read_json(comparison(tmp_path, entries=rows)))
+        studies.compare_text(read_json(comparison(tmp_path, entries=rows)))
 
 
 # ---------------------------------------------------------------- errors
@@ -180,7 +181,7 @@ def test_a_malformed_file_is_named_in_one_line_and_nothing_is_written(tmp_path, 
     else:
         (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ReportError) as error:
-        report_utils.write_report_results(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
+        build.write_report_results(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
     message = str(error.value)
     assert str(run) in message and said in message and "\n" not in message
     assert not (tmp_path / "report").exists()
@@ -188,7 +189,7 @@ def test_a_malformed_file_is_named_in_one_line_and_nothing_is_written(tmp_path, 
 
 def test_building_without_a_run_names_the_commands(tmp_path):
     with pytest.raises(ReportError, match=f"python run.py LoRA {SR}.*python run.py distil {SR}"):
-        report_utils.build_report(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
+        build.build_report(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
 
 
 def test_building_without_latexmk_names_the_packages(tmp_path, monkeypatch):
@@ -196,7 +197,7 @@ def test_building_without_latexmk_names_the_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ReportError, match="latexmk texlive-latex-recommended texlive-latex-extra "
                                           "texlive-fonts-recommended lmodern"):
-        report_utils.build_report(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
+        build.build_report(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
 
 
 # ---------------------------------------------------------------- the PDF
@@ -223,7 +224,7 @@ def test_the_report_builds_from_runs_with_hostile_strings(tmp_path):
     report = tmp_path / "a folder" / "report"
     report.mkdir(parents=True)
     shutil.copy(REPORT / "main.tex", report)
-    pdf = report_utils.build_report(SR, tmp_path / "runs", tmp_path / "plots", report)
+    pdf = build.build_report(SR, tmp_path / "runs", tmp_path / "plots", report)
     assert pdf == report / f"Report_{SR}.pdf" and pdf.stat().st_size > 100_000
     assert {path.name for path in report.iterdir()} == {"main.tex", "results", pdf.name}
 
@@ -234,7 +235,7 @@ def test_a_latex_error_is_told_in_one_line(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "main.tex").write_text("\\documentclass{article}\\begin{document}\\nosuch\\end{document}")
     with pytest.raises(ReportError, match=r"! Undefined control sequence\.") as error:
-        report_utils.build_report(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
+        build.build_report(SR, tmp_path / "runs", tmp_path / "plots", tmp_path / "report")
     assert "\n" not in str(error.value) and (tmp_path / "report" / f"Report_{SR}.log").exists()
 
 
@@ -260,7 +261,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_submission_holds_code_plots_and_report_and_nothing_else(project):
-    path = report_utils.make_submission(SR, "Ada", "Lovelace", project)
+    path = build.make_submission(SR, "Ada", "Lovelace", project)
     assert path == project / f"Asst2_Ada_Lovelace_{SR}.zip"
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -270,24 +271,24 @@ def test_submission_holds_code_plots_and_report_and_nothing_else(project):
 
 
 def test_submission_is_the_same_bytes_again(project):
-    first = report_utils.make_submission(SR, "Ada", "Lovelace", project).read_bytes()
+    first = build.make_submission(SR, "Ada", "Lovelace", project).read_bytes()
     os.utime(project / "run.py", (1, 1))
-    assert report_utils.make_submission(SR, "Ada", "Lovelace", project).read_bytes() == first
+    assert build.make_submission(SR, "Ada", "Lovelace", project).read_bytes() == first
 
 
 @pytest.mark.parametrize(("first", "last"), [("", "L"), ("A", " "), ("../A", "L"), ("A", "b\\c"), ("A\n", "L")])
 def test_submission_rejects_names_no_file_can_have(project, first, last):
     with pytest.raises(ReportError, match="name"):
-        report_utils.make_submission(SR, first, last, project)
+        build.make_submission(SR, first, last, project)
     assert not list(project.glob("Asst2*"))
 
 
 def test_submission_needs_the_report_of_its_own_run(project):
     (project / "report" / "results" / "numbers.tex").write_text("\\setresult{sr}{54321}\n")
     with pytest.raises(ReportError, match=f"python run.py report {SR}"):
-        report_utils.make_submission(SR, "Ada", "Lovelace", project)
+        build.make_submission(SR, "Ada", "Lovelace", project)
     (project / "report" / f"Report_{SR}.pdf").unlink()
     with pytest.raises(ReportError, match=f"not found; first `python run.py report {SR}`"):
-        report_utils.make_submission(SR, "Ada", "Lovelace", project)
+        build.make_submission(SR, "Ada", "Lovelace", project)
     with pytest.raises(ReportError, match="five digits"):
-        report_utils.make_submission("*", "Ada", "Lovelace", project)
+        build.make_submission("*", "Ada", "Lovelace", project)

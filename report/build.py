@@ -1,0 +1,127 @@
+"""What a run left in runs/ -> tables, figures and the PDF in report/, and the zip to hand in.
+
+    python run.py report 12345      # plots/*-12345_*, report/results/, report/Report_12345.pdf
+    python run.py submit 12345 ...  # Asst2_<first>_<last>_12345.zip
+
+It reads files only and imports no other folder, so that a table cannot show anything but what a run wrote down:
+`config.json`, `metrics.jsonl`, `summary.json`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from pathlib import Path
+
+from report import figures
+from report.latex import breakable, escape, flatten
+from report.records import ReportError, read_json, read_metrics, replacing
+from report.studies import STUDY_TABLES
+from report.tables import config_tables, distil_tables, epochs, lora_tables
+
+NOT_RUN = rb"\emph{not run}"
+TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results",
+          "distil_size", "distil_epochs", "distil_options", "distil_provenance")
+STUDIES = ("compare", "sweep")  # many runs each: a table <study>_results and a figure, where there is one
+DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
+SUBMITTED = ("*.py", *(f"{room}/**/*.{kind}" for room in ("experiments", "lora", "data", "record", "report")
+                             for kind in ("py", "c")), "docs/**/*.md", "docs/**/*.png", "tests/**/*.py",
+             "benchmarks/**/*.py", "benchmarks/**/*.sh", "benchmarks/**/*.md",
+             "requirements*.txt", "Makefile", "README.md", "LICENSE", "pyproject.toml", ".ci/run",
+             "report/main.tex", "report/results/*.tex", "report/results/*.pdf")
+
+
+def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> list[Path]:
+    r"""Writes report/results/ from the runs and studies of `sr`: numbers.tex, tables, figures. Nothing older stays there.
+
+    numbers.tex holds a \setresult{key}{value} per number, which main.tex prints with \result{key}; a key that is
+    not there prints "not run", and the tables of a missing run say the same.
+
+    Raises ReportError where a file of a run is missing or malformed; report/results/ is then as it was.
+    """
+    numbers, files = {"sr": sr}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
+    for mode, own in (("LoRA", lora_tables), ("distil", distil_tables)):
+        run_dir, prefix = runs_dir / f"{mode}-{sr}", mode.lower()
+        if not run_dir.is_dir():
+            continue
+        summary, config = read_json(run_dir / "summary.json"), read_json(run_dir / "config.json")
+        tables, derived = own(summary)
+        if summary.get("method") != "none":  # which trains nothing
+            tables[f"{prefix}_epochs"] = epochs(read_metrics(run_dir / "metrics.jsonl"))
+        tables |= config_tables(config, prefix)
+        plain_numbers = {key: value for key, value in summary.items() if key != "by_class"}  # that one has its table
+        numbers |= dict(flatten(prefix, plain_numbers)) | dict(flatten(prefix, derived))
+        files |= {f"{name}.tex": table.encode() for name, table in tables.items()}
+        files |= {f"{mode}_{path.stem.rpartition('_')[2]}.pdf": path.read_bytes()
+                  for path in figures.plot_run(run_dir, plots_dir) if path.suffix == ".pdf"}
+    for mode in STUDIES:
+        path = runs_dir / f"{mode}-{sr}" / f"{mode}.json"
+        if path.is_file():
+            study, (latex, notes) = read_json(path), STUDY_TABLES[mode]
+            files[f"{mode}_results.tex"] = latex(study).encode()
+            files[f"{mode}.pdf"] = next(p for p in figures.plot_study(path, plots_dir) if p.suffix == ".pdf").read_bytes()
+            numbers |= {f"{mode}.{key}": breakable(study[key]) for key in ("model", "task", "command")}
+            numbers[f"{mode}.notes"] = escape(" ".join(notes(study)))
+    files["numbers.tex"] = "".join(f"\\setresult{{{key}}}{{{value}}}\n" for key, value in numbers.items()).encode()
+    results = report_dir / "results"
+    for name, content in files.items():
+        with replacing(results / name) as temporary:
+            temporary.write_bytes(content)
+    for stale in set(results.iterdir()) - {results / name for name in files}:
+        stale.unlink()
+    return [results / name for name in files]
+
+
+def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> Path:
+    """Writes the results of `sr`, runs latexmk and leaves `report/Report_<SR>.pdf`.
+
+    Raises ReportError: no run of `sr`, a malformed file, latexmk is missing, or LaTeX failed (its log is then kept).
+    """
+    if not any((runs_dir / f"{mode}-{sr}").is_dir() for mode in ("LoRA", "distil", *STUDIES)):
+        raise ReportError(f"{runs_dir}: no run of {sr}; first `python run.py LoRA {sr}` or `python run.py distil {sr}`")
+    if not (latexmk := shutil.which("latexmk")):
+        raise ReportError(f"latexmk not found; on Debian: apt install {DEBIAN}")
+    write_report_results(sr, runs_dir, plots_dir, report_dir)
+    # LaTeX's own files go to a folder of their own: one that was broken off would trip the next build.
+    with tempfile.TemporaryDirectory() as build:
+        done = subprocess.run([latexmk, "-pdf", "-cd", "-interaction=nonstopmode", "-halt-on-error", f"-outdir={build}",
+                               str(report_dir / "main.tex")], stdin=subprocess.DEVNULL, capture_output=True,
+                              env=os.environ | {"max_print_line": "1000"}, check=False)
+        if done.returncode:
+            log, kept = Path(build, "main.log"), report_dir / f"Report_{sr}.log"
+            kept.write_bytes(log.read_bytes() if log.exists() else done.stderr)
+            said = re.search("^! .*", kept.read_text(errors="replace"), flags=re.MULTILINE)
+            raise ReportError(f"{report_dir / 'main.tex'}: LaTeX failed: {said[0] if said else 'no error in its log'} "
+                              f"(see {kept}; if a file was not found, on Debian: apt install {DEBIAN})")
+        with replacing(report_dir / f"Report_{sr}.pdf") as temporary:
+            shutil.copyfile(Path(build, "main.pdf"), temporary)
+    return report_dir / f"Report_{sr}.pdf"
+
+
+def make_submission(sr: str, first_name: str, last_name: str, root: Path) -> Path:
+    """Zips code, plots and report of `sr` as `Asst2_<first>_<last>_<SR>.zip`, without data and runs; same bytes again.
+
+    Raises ReportError for a name that no file can have, or a report that was not built for `sr`.
+    """
+    for name in (first_name, last_name):
+        if not name.strip() or re.search(r'[/\\:*?"<>|\x00-\x1f]', name):
+            raise ReportError(f"name {name!r}: must not be empty nor hold any of / \\ : * ? \" < > |")
+    if not re.fullmatch("[0-9]{5}", sr):
+        raise ReportError(f"SR {sr!r}: must be five digits")
+    pdf, numbers = root / "report" / f"Report_{sr}.pdf", root / "report" / "results" / "numbers.tex"
+    if not pdf.is_file():
+        raise ReportError(f"{pdf}: not found; first `python run.py report {sr}`")
+    if numbers.is_file() and rf"\setresult{{sr}}{{{sr}}}" not in numbers.read_text().splitlines():
+        raise ReportError(f"{numbers}: holds the results of another SR; first `python run.py report {sr}`")
+    patterns = [*SUBMITTED, f"plots/*-{sr}[_.]*", f"report/{pdf.name}"]
+    files = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    top = f"Asst2_{first_name.strip()}_{last_name.strip()}_{sr}"
+    with replacing(root / f"{top}.zip") as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for path in sorted(files):
+            entry = zipfile.ZipInfo(f"{top}/{path.relative_to(root).as_posix()}", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3  # 3: Unix, whatever made it
+            entry.external_attr = (0o755 if path.match(".ci/run") else 0o644) << 16
+            archive.writestr(entry, path.read_bytes())
+    return root / f"{top}.zip"

@@ -1,0 +1,163 @@
+"""Comparisons and sweeps as tables, for the terminal and for LaTeX."""
+
+import math
+import re
+
+from report.latex import escape, grouped, tabular
+from report.records import Record, ReportError, shown_splits, spoken
+
+# ---------------------------------------------------------------- comparisons
+
+def _spread(spread: Record, key: str) -> str:
+    """Mean and, where there are several seeds, sample standard deviation."""
+    factor, digits = (100, 1) if key == "accuracy" else (1, 3)
+    mean, sd = factor * spread.number("mean"), factor * spread.number("sd")
+    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" \u00b1 {sd:.{digits}f}")
+
+
+def _scores_of(entries: list[Record]) -> dict[str, str]:
+    """Key -> name of the scores that a comparison has."""
+    names = {"accuracy": "acc. %", "mcc": "MCC", "macro_f1": "macro-F1"}
+    return {key: name for key, name in names.items() if all(
+        key in scores for entry in entries for scores in entry.section("best").values())}
+
+
+def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list[str], list[list[str]]]:
+    """A comparison as plain text cells.
+
+    Returns:
+        the columns before the scores, the scores of each split, the columns after them, and the rows: the majority
+        class, then the best and the last epoch of each entry.
+    """
+    done = [entry for entry in compare["entries"] if "best" in entry]
+    if not done:
+        raise ReportError(f"{compare.source}: every run diverged; lower --lr-grid")
+    splits, scores = shown_splits(compare.section("selection")["splits"]), _scores_of(done)
+    majority = done[0].section("majority_accuracy")
+    rows = [["majority class", "", "", "", ""] + [
+        {"accuracy": f"{100 * majority.number(split):.1f}", "mcc": "0"}.get(key, "") for split in splits for key in scores]
+        + [""] * 3]
+    for entry in compare["entries"]:
+        name, seeds = entry["entry"], len(entry["seeds"])
+        if entry not in done:
+            rows.append([name, "", "", "", "diverged"] + [""] * (len(splits) * len(scores) + 3))
+            continue
+        counts, rate = entry.section("parameters"), entry["learning_rate"]
+        size = [f"{counts.number('trainable'):,.0f}", f"{counts.number('trainable_percent'):.3g}",
+                "" if rate is None else f"{rate:g}"]
+        cost = [f"{entry.number('seconds_per_epoch'):.3g}", f"{entry.number('peak_memory_bytes') / 2 ** 20:,.0f}",
+                f"{entry.number('size_bytes') / 1e6:.3g}"]
+        few = f" ({seeds} of {len(compare['seeds'])} seeds)" if seeds < len(compare["seeds"]) else ""
+        for which in ("best",) if rate is None else ("best", "last"):
+            epoch = "untrained" if rate is None else f"{which} ({entry.section(which + '_epoch').number('mean'):.3g})"
+            values = [_spread(entry.section(which).section(split).section(key), key) for split in splits for key in scores]
+            first = which == "best"
+            rows.append([name + few if first else ""] + (size if first else [""] * 3) + [epoch] + values
+                        + (cost if first else [""] * 3))
+    return (["entry", "trained", "%", "lr", "epoch"], {split: list(scores.values()) for split in splits},
+            ["s/epoch", "peak MiB", "MB on disk"], rows)
+
+
+def compare_notes(compare: Record) -> list[str]:
+    """What a reader must know beside the table."""
+    selection, seeds = compare.section("selection"), compare["seeds"]
+    main = selection["split"]
+    others = [split for split in shown_splits(selection["splits"]) if split != main]
+    tried = max(len(entry["tried"]) for entry in compare["entries"])
+    chose = ("the epoch" if tried == 1 else f"the epoch, and the learning rate (of {tried}, on the first seed)") + (
+        " by its MCC")
+    split = (f"The {spoken(main)} split chose {chose}; {spoken(others[0])} took part in no choice." if others else
+             f"The {spoken(main)} split chose {chose}, and is the one reported: its figures flatter a little.")
+    edge = []
+    for entry in compare["entries"]:
+        rates = sorted(run["learning_rate"] for run in entry["tried"] if run["learning_rate"] is not None)
+        if len(rates) > 2 and entry["learning_rate"] in (rates[0], rates[-1]):
+            edge.append(f"{entry['entry']} ({entry['learning_rate']:g})")
+    return [(f"Mean \u00b1 sample standard deviation over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]})."
+             if len(seeds) > 1 else f"One seed ({seeds[0]})."), split,
+            "Seconds an epoch are of training alone; where frozen results are kept, one pass over the data comes first.",
+            *([f"Chosen at the edge of the grid: {', '.join(edge)}; a wider grid may do better."] if edge else [])]
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows as lines of text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
+                                                   ]).rstrip() for row in rows]
+
+
+def compare_text(compare: Record) -> str:
+    """The table of a comparison for the terminal."""
+    before, groups, after, rows = compare_rows(compare)
+    above = [""] * len(before) + [spoken(split) if i == 0 else "" for split, names in groups.items()
+                                  for i in range(len(names))] + [""] * len(after)
+    head = before + sum(groups.values(), []) + after
+    return "\n".join([f"{compare['model']} on {compare['task']}", *aligned([above, head, *rows]), *compare_notes(compare)])
+
+
+def compare_latex(compare: Record) -> str:
+    """The table of a comparison for the report."""
+    before, groups, after, rows = compare_rows(compare)
+    head = grouped(list(map(escape, before)), {split: list(map(escape, names)) for split, names in groups.items()},
+                    list(map(escape, after)))
+    scores = sum(map(len, groups.values()))
+    return tabular("lrrrl" + "r" * (scores + len(after)), head, [[_latex(cell) for cell in row] for row in rows])
+
+
+def _latex(cell: str) -> str:
+    """A plain cell as LaTeX: a number's minus is no hyphen."""
+    return re.sub(r"^-(?=\d)", "$-$", escape(cell))
+
+
+# ---------------------------------------------------------------- sweeps
+
+def sweep_rows(sweep: Record, most: int = 10) -> tuple[list[str], list[list[str]]]:
+    """Head and rows, as plain text cells, of a sweep's best trials."""
+    split, options = sweep.section("selection")["split"], list(sweep.section("search"))
+    complete = sorted((trial for trial in sweep["trials"] if trial["state"] == "complete"),
+                      key=lambda trial: (-trial.number("score"), trial.section("parameters").number("trainable")))
+    rows = []
+    for trial in complete[:most]:
+        counts, values = trial.section("parameters"), trial.section("params")
+        trained, accuracy = counts.number("trainable"), trial.section("validation").section(split).number("accuracy")
+        rows.append([str(trial["number"]), f"{trial.number('score'):.3f}", f"{100 * accuracy:.1f}", f"{trained:,.0f}",
+                     f"{100 * trained / counts.number('total'):.3g}", f"{trial.number('best_epoch'):g}"]
+                    + [f"{values[name]:.3g}" if isinstance(values[name], float) else str(values[name]) for name in options])
+    return ["trial", "MCC", "acc. %", "trained", "%", "epoch"] + options, rows
+
+
+def sweep_notes(sweep: Record) -> list[str]:
+    """What a reader must know beside the table."""
+    states = [trial["state"] for trial in sweep["trials"]]
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    split = spoken(sweep.section("selection")["split"])
+    notes = [f"{len(states)} trials with one seed ({sweep['sr']}): {', '.join(counts)}.",
+             f"A trial's score is its best epoch's MCC on the {split} split, by which the best trial is chosen too: its "
+             "figures flatter."]
+    if majority := _sweep_majority(sweep):
+        notes.append(f"The majority class has an accuracy of {100 * majority:.1f} % and MCC 0.")
+    if sweep["importance"]:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in sweep["importance"].items())
+        notes.append(f"Share of the scores' variance that each option explains (fANOVA): {shares}.")
+    return notes
+
+
+def _sweep_majority(sweep: Record) -> float | None:
+    split = sweep.section("selection")["split"]
+    return next((trial.section("validation").section(split).number("majority_accuracy") for trial in sweep["trials"]
+                 if trial["validation"]), None)
+
+
+def sweep_text(sweep: Record) -> str:
+    """A sweep's best trials for the terminal."""
+    head, rows = sweep_rows(sweep)
+    return "\n".join([f"{sweep['model']} on {sweep['task']}: the best trials", *aligned([head, *rows]), *sweep_notes(sweep)])
+
+
+def sweep_latex(sweep: Record) -> str:
+    """A sweep's best trials for the report."""
+    head, rows = sweep_rows(sweep)
+    return tabular("r" * len(head), " & ".join(map(escape, head)), [[_latex(cell) for cell in row] for row in rows])
+
+
+STUDY_TABLES = {"compare": (compare_latex, compare_notes), "sweep": (sweep_latex, sweep_notes)}
