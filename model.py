@@ -260,17 +260,20 @@ class FeatureHead(nn.Module):
         there = ~features.isnan()
         count = there.sum(0).clamp(min=1)
         mean = features.nan_to_num().sum(0) / count
-        deviation = ((features - mean).nan_to_num().square().sum(0) / count).sqrt()
+        variance = (features - mean).nan_to_num().square().sum(0) / count
+        # What rounding alone leaves of a constant's variance; the bound of scikit-learn's StandardScaler.
+        eps = torch.finfo(features.dtype).eps
+        constant = variance <= count * eps * variance + (count * mean * eps).square()
         self.register_buffer("mean", mean)
         # A constant feature says nothing; dividing it by 1 leaves it at zero.
-        self.register_buffer("deviation", torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+        self.register_buffer("std", torch.where(constant, 1.0, variance.sqrt()))
         self.hidden = nn.Linear(2 * features.shape[1], hidden_size)
         self.out = nn.Linear(hidden_size, num_labels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def standardise(self, features: Tensor) -> Tensor:  # (B, F) -> (B, F) float32
-        return ((features - self.mean) / self.deviation).nan_to_num(nan=0.0).float()
+        return ((features - self.mean) / self.std).nan_to_num(nan=0.0).float()
 
     def forward(self, features: Tensor) -> Tensor:  # (B, F) -> (B, labels)
         numbers = torch.cat([self.standardise(features), features.isnan().float()], -1)

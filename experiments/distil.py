@@ -127,8 +127,8 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
 
 
 def _texts_only(batches: list[Batch]) -> list[Batch]:
-    """The batches without numeric features: the student reads text alone."""
-    return [replace(batch, features=None) for batch in batches]
+    """Returns the batches without numeric features, for the student reads text alone."""
+    return [replace(batch, features=None, micro=_texts_only(batch.micro)) for batch in batches]
 
 
 def comparison_table(summary: dict) -> str:

@@ -12,8 +12,7 @@ from benchmarks import fuzz
 from experiments import evaluate
 from lora import adapters
 from record.files import UserError
-from report import records
-from report import tables as report_utils
+from report import build, records
 
 CASES = 20  # of each reader
 NAMES = ("CoLA's TSV", "CSV", "JSON Lines", "Parquet", "prompts", "adapter_config.json", "adapter_model.safetensors",
@@ -90,7 +89,7 @@ def test_a_submission_holds_no_path_outside_its_folder(tmp_path):
         (tmp_path / "root" / name).write_text("x")
     for first, last in (("..", "x"), ("../../x", "y"), ("/etc", "x"), ("a\x00b", "c"), ("a\\..\\b", "c")):
         try:
-            path = report_utils.make_submission("12345", first, last, tmp_path / "root")
+            path = build.make_submission("12345", first, last, tmp_path / "root")
         except records.ReportError:
             continue
         assert path.resolve().parent == (tmp_path / "root").resolve()

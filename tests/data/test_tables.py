@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 import data_utils
 from data.tables import TableOptions, classes_of, labels_of, read_split, read_table, set_aside, split_files
 from data_utils import encode, load_task
-from experiments import inputs
+from experiments import distil, inputs
 from model import FeatureHead
 from record.files import UserError, read_json
 
@@ -278,6 +278,21 @@ def test_features_are_standardised_as_scikit_learn_does():
     assert torch.equal(head(torch.tensor(other)), torch.zeros(9, 2))  # fresh: changes nothing
 
 
+@pytest.mark.parametrize("constant", [1.1, -7e5, 1 / 3, 0.0])
+def test_a_constant_feature_says_nothing_whatever_rounding_leaves_of_it(constant):
+    """As in scikit-learn: 50 times 1.1 has a mean that is not quite 1.1, hence a std of 1e-16, which is no scale."""
+    train, other = np.full((50, 1), constant), np.array([[constant], [constant + 0.1], [np.nan]])
+    found = FeatureHead(torch.tensor(train), 2).standardise(torch.tensor(other)).numpy()
+    expected = np.nan_to_num(StandardScaler().fit(train).transform(other))
+    assert np.abs(found - expected).max() < 1e-6 and np.abs(found).max() < 0.2
+
+
+def test_a_feature_that_varies_little_is_no_constant():
+    train = 1.1 + 1e-9 * np.arange(50.0)[:, None]
+    found = FeatureHead(torch.tensor(train), 2).standardise(torch.tensor(train)).numpy()
+    assert np.abs(found - StandardScaler().fit_transform(train)).max() < 1e-4 and found.std() == pytest.approx(1, abs=1e-4)
+
+
 def test_a_missing_value_is_told_from_the_mean():
     head = FeatureHead(torch.tensor([[1.0], [3.0]], dtype=torch.float64), 2)
     torch.nn.init.ones_(head.out.weight)
@@ -333,6 +348,16 @@ def test_a_student_of_a_teacher_with_features_reads_text_alone(table_run, tmp_pa
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["teacher"]["validation"] == read_json(table_run / "run" / "summary.json")["validation"]
     assert toy.main("eval", tmp_path / "run", "--data", table_run / "data" / "validation.csv", "--json") == 0
+
+
+def test_a_student_reads_text_alone_where_a_large_batch_is_computed_in_micro_batches(table_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "LARGE", 1.0)
+    monkeypatch.setattr(distil, "make_all_batches", lambda *args: all_batches.append(made := make(*args)) or made)
+    make, all_batches = inputs.make_all_batches, []
+    assert toy.main("distil", "12345", "--teacher", table_run / "run", "--epochs", "1", "--batch-size", "8",
+                    "--embedding-size", "4", "--hidden-size", "4", "--out", tmp_path / "run", "--plots",
+                    tmp_path / "plots") == 0
+    assert any(batch.micro and batch.micro[0].features is not None for batch in all_batches[0][0])  # or it tests nothing
 
 
 @pytest.mark.parametrize("method", ["full", "head", "features", "none"])
