@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from data.backbones import blocks_of, from_pretrained, is_decoder, load_causal_lm, load_config
-from lora.blocks import fuse, unique_tokens
+from lora.blocks import UniqueTokens, fuse, unique_tokens
 from lora.linear import LoRALinear, lora_layers, weight_of
 from record.files import UserError
 from record.options import ROLES, LoRAOptions, RNNConfig
@@ -203,10 +203,14 @@ class TextClassifier(nn.Module):
         mask = None if bool(attention_mask.all()) else attention_mask
         return {"input_ids": input_ids, "attention_mask": mask, **({"pooled": True} if self.fused() else {})}
 
-    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, C)
-        """A decoder's hidden state at the last real token."""
+    def pool(self, input_ids: Tensor, attention_mask: Tensor, unique: UniqueTokens | None = None) -> Tensor:
+        """A decoder's hidden state at the last real token, (B, T), (B, T) -> (B, C).
+
+        Args:
+            unique: the batch's unique tokens where they are known already.
+        """
         if self.fused():
-            unique = unique_tokens(input_ids, attention_mask)
+            unique = unique or unique_tokens(input_ids, attention_mask)
             return self.net.base_model(input_ids=unique.ids, position_ids=unique.positions, use_cache=False,
                                        unique=unique).last_hidden_state[:, 0]
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)

@@ -1,0 +1,1 @@
+"""What was trained is used: many adapters in one batch, and the service with its page."""
