@@ -43,13 +43,15 @@ class RowPool:
         self.rows[slot] = rows = [self.free.pop() for _ in range(count)]
         for data, matrix, width in zip(self.data, matrices, self.widths, strict=True):
             data[rows, :width] = matrix.detach().to(data)
-        self._index()
+        more = max(0, count - self.table.shape[1]), max(0, slot + 1 - len(self.table))
+        self.table = F.pad(self.table, (0, more[0], 0, more[1]))
+        self.table[slot, :count] = torch.tensor(rows)
 
     def drop(self, slot: int) -> None:
         """Forgets a slot; its rows are free for others."""
         if slot in self.rows:
             self.free += self.rows.pop(slot)
-            self._index()
+            self.table[slot] = 0
 
     def _grow(self, count: int) -> None:
         """Makes room for at least so many rows more: a quarter more, so that adding n adapters copies O(n) rows."""
@@ -60,20 +62,12 @@ class RowPool:
             self.data[i][:old] = data
         self.free += range(size - 1, old - 1, -1)
 
-    def _index(self) -> None:
-        shape = max(self.rows, default=-1) + 1, max(map(len, self.rows.values()), default=0)
-        table = torch.zeros(shape, dtype=torch.long)
-        for slot, rows in self.rows.items():
-            table[slot, :len(rows)] = torch.tensor(rows)
-        self.table = table.to(self.table.device)
-
     def gather(self, slots: Tensor) -> list[Tensor]:
         """The matrices of ascending slots (G,), filled up with zero rows: (G, rows, width) each."""
-        table = self.table
-        if not len(table) or int(slots[-1]) >= len(table):  # the last slots have no rows here
-            table = F.pad(table, (0, 0, 0, int(slots[-1]) + 1 - len(table)))
-        index = table.index_select(0, slots)
-        return [data.index_select(0, index.view(-1)).view(*index.shape, -1)[..., :width]
+        known = slots[slots < len(self.table)]
+        index = F.pad(self.table.index_select(0, known), (0, 0, 0, len(slots) - len(known)))  # the last have no rows here
+        index = index[:, :int((index != 0).any(0).sum())]
+        return [data.index_select(0, index.reshape(-1)).view(*index.shape, data.shape[1])[..., :width]
                 for data, width in zip(self.data, self.widths, strict=True)]
 
 
@@ -128,6 +122,8 @@ class MixedLinear(nn.Module):
         if not self.pool.rows:
             return
         A, B = self.pool.gather(self.routing.slots)  # (G, r, in), (G, r, out)
+        if not A.shape[1]:
+            return
         h = self.routing.product(x, A.transpose(1, 2))  # (rows, r)
         y.add_(self.routing.product(h, B[..., outputs]))
 
