@@ -6,6 +6,8 @@
     python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
     python run.py sweep 12345      search rank, targets, layers, learning rate ...
     python run.py eval RUN_DIR --data FILE
+    python run.py predict RUN_DIR "A sentence."
+    python run.py serve --adapter NAME=RUN_DIR
     python run.py repeat RUN_DIR   repeat a run from its config.json and compare
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
@@ -34,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in MODES:
         parser.error(f"unknown mode {argv[0]}{closest(argv[0], MODES)}")
     args, unknown = parser.parse_known_args(argv)
+    if args.mode == "predict":  # argparse takes sentences before the options, or after them
+        args.texts += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         known = ["-h", "--help", *(name for action in modes[args.mode].options.values() for name in action.option_strings)]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], known)}")
@@ -59,6 +64,9 @@ def _call(args) -> int:
         return CALLS[args.mode](args) or 0
     except (UserError, ReportError) as error:
         complain(error)
+    except BrokenPipeError:  # whoever read the results has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         complain(f"{error.filename or 'a file or connection'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
@@ -239,6 +247,41 @@ def evaluate(args) -> None:
               f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
 
 
+def predict(args) -> None:
+    """`predict`: prints class and probability of sentences."""
+    from tqdm import tqdm
+
+    from experiments import predict
+    from experiments.arguments import named
+    from record.files import UserError
+
+    if bool(args.run) == bool(args.adapter) or args.adapter and (args.control or args.texts or not args.file):
+        raise UserError("predict: expected RUN_DIR, or --adapter NAME=DIR (several times) with --file")
+    if bool(args.texts) == bool(args.file):
+        raise UserError("predict: expected sentences, or --file FILE" + (", not both" if args.file else ""))
+    predictor = predict.BankPredictor(named(args.adapter, "--adapter")) if args.adapter else \
+        predict.RunPredictor(args.run, args.control)
+    if args.texts:
+        print("\n".join(predict.line_of(result, args.json) for result in predict.predict_texts(predictor, args.texts)))
+        return
+    with tqdm(unit="rows", delay=2) as bar:
+        def progress(rows: int, file) -> None:
+            if file.size:
+                bar.unit, bar.unit_scale, bar.total = "B", True, file.size
+            bar.update(file.file.tell() - bar.n if file.size else rows)
+            sys.stdout.flush()
+
+        for result in predict.predict_file(predictor, args.file, args.format, progress):
+            tqdm.write(predict.line_of(result, args.json))  # to stdout, with the bar out of the way
+
+
+def serve(args) -> int:
+    """`serve`: answers requests until it is told to stop."""
+    from experiments import serve
+
+    return serve.run_service(args)
+
+
 def repeat(args) -> int:
     """`repeat`: runs it again and compares."""
     from experiments import repeat
@@ -273,7 +316,7 @@ def submit(args) -> None:
 
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
-         "repeat": repeat, "report": report, "submit": submit}
+         "predict": predict, "serve": serve, "repeat": repeat, "report": report, "submit": submit}
 READ_FILES_ONLY = ("report", "submit")  # they do without PyTorch
 
 

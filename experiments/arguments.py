@@ -15,6 +15,19 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def named(pairs: list[tuple[str, Path]], option: str) -> dict[str, Path]:
+    """Returns folders by name.
+
+    Raises:
+        UserError: a name is given twice.
+    """
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{option} {name}: the name is given twice")
+    return dict(pairs)
+
+
 def _of(cls: type, args, **given):
     """Returns a `cls` whose fields are the arguments of the same names; `given` ones take precedence."""
     named = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}

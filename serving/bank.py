@@ -82,6 +82,18 @@ class AdapterBank:
         digest = weights_digest(classifier.net.base_model)
         return cls(classifier.to(device()), load_tokenizer(model), model, digest)
 
+    @classmethod
+    def of(cls, adapters: dict[str, Path]) -> AdapterBank:
+        """Loads adapters by name, and the base of the first one, which has to be that of all.
+
+        Raises:
+            UserError: see `on` and `load`.
+        """
+        bank = cls.on(read_run(next(iter(adapters.values())), "LoRA")[0]["options"]["model"])
+        for name, folder in adapters.items():
+            bank.load(name, folder)
+        return bank
+
     # ------------------------------------------------------------ adapters come and go
 
     def load(self, name: str, folder: Path) -> None:

@@ -37,18 +37,26 @@ class Reading:
 
 def encode(tokenizer, reading: Reading, texts: list[str]) -> list[list[int] | UserError]:
     """Token ids of each text, or what is wrong with it."""
-    ids: list[list[int] | UserError] = [UserError("the text is empty")] * len(texts)
-    filled = [row for row, text in enumerate(texts) if text.strip()]
+    wrong = [_wrong(text) for text in texts]
+    good = [text for text, error in zip(texts, wrong, strict=True) if error is None]
     try:
-        found = data_utils.encode(tokenizer, [texts[row] for row in filled], reading.max_length, reading.truncate) \
-            if filled else []
+        found = iter(data_utils.encode(tokenizer, good, reading.max_length, reading.truncate) if good else [])
     except UserError as error:  # one of them: find out which
         if len(texts) == 1:
             return [UserError(str(error).removeprefix("row 1: "))]
         return [ids for text in texts for ids in encode(tokenizer, reading, [text])]
-    for row, tokens in zip(filled, found, strict=True):
-        ids[row] = tokens
-    return ids
+    return [next(found) if error is None else error for error in wrong]
+
+
+def _wrong(text: str) -> UserError | None:
+    """What stops a text from being read at all."""
+    if not text.strip():
+        return UserError("the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return UserError("the text is no valid Unicode (it has half of a surrogate pair)")
+    return None
 
 
 @torch.inference_mode()
