@@ -277,6 +277,9 @@ def predict(args) -> None:
 
 def serve(args) -> int:
     """`serve`: answers requests until it is told to stop."""
+    from experiments.arguments import need_packages
+
+    need_packages("serve", "fastapi", "uvicorn", "prometheus_client")
     from experiments import serve
 
     return serve.run_service(args)

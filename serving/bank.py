@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from data.backbones import load_config, load_tokenizer
-from lora.adapters import Adapter, read_adapter
+from lora.adapters import WEIGHTS_FILE, Adapter, read_adapter
 from lora.blocks import unique_tokens
 from lora.mixed import MixedHead, MixedLinear, Routing
 from model import TextClassifier, load_classifier
-from record.files import UserError
+from record.files import UserError, sha256
 from record.folder import read_run
 from record.machine import device
 from record.tensors import load_tensors, weights_digest
@@ -36,9 +36,9 @@ class Entry:
 
     slot: int
     reading: Reading
-    folder: Path | None
     task: str | None
     parameters: int  # of adapter and head
+    sha256: str | None  # of the file that holds them
 
 
 class AdapterBank:
@@ -114,21 +114,25 @@ class AdapterBank:
         if digest != self.base_sha256 if digest and self.base_sha256 else options["model"] != self.model:
             raise UserError(f"{folder}: adapter for another base: it was trained on {options['model']}, and the weights "
                             f"here ({self.model}) are others")
+        file = folder / (WEIGHTS_FILE if options["method"] == "lora" else "trained.safetensors")
         if options["method"] == "lora":
             adapter = read_adapter(self.net, folder)
         else:
-            state = load_tensors(folder / "trained.safetensors")
+            state = load_tensors(file)
             adapter = Adapter({}, {}, 0.0, False, {key.removeprefix("net."): value for key, value in state.items()})
-        self.add(name, adapter, Reading.of(config), folder, summary.get("task"))
+        self.add(name, adapter, Reading.of(config), file, summary.get("task"))
 
-    def add(self, name: str, adapter: Adapter, reading: Reading, folder: Path | None = None, task: str | None = None
+    def add(self, name: str, adapter: Adapter, reading: Reading, file: Path | None = None, task: str | None = None
             ) -> None:
         """Adds an adapter under a name.
+
+        Args:
+            file: where its weights stand, if they do in one.
 
         Raises:
             UserError: a name that is taken or malformed, an adapter or head that does not fit. The bank is as it was.
         """
-        where = folder or name
+        where = file or name
         if not re.fullmatch(NAME, name):
             raise UserError(f"adapter name {name[:80]!r}: expected up to 64 letters, digits, dots, dashes and underscores")
         if name in self.entries:
@@ -156,7 +160,8 @@ class AdapterBank:
             self._mixed(module).pool.put(slot, A, (adapter.scaling(module) * B.float()).t())
         for head, (weight, bias) in heads.items():
             self.heads[head].put(slot, weight, bias)
-        self.entries[name] = Entry(slot, reading, folder, task, sum(tensor.numel() for tensor in tensors))
+        self.entries[name] = Entry(slot, reading, task, sum(tensor.numel() for tensor in tensors),
+                                   None if file is None else sha256(file))
 
     def _mixed(self, name: str) -> MixedLinear:
         """The module of that name, which mixes from now on."""
