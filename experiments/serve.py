@@ -86,5 +86,5 @@ def run_service(args) -> int:
             server.run([bound])
         except KeyboardInterrupt:  # uvicorn raises the signal again once it has stopped
             pass
-    print("stopped", flush=True)
+    print(f"stopped: {worker.answered} of {worker.accepted} accepted requests answered", flush=True)
     return 0

@@ -77,7 +77,8 @@ class Worker:
     def __init__(self, bank: AdapterBank | None, students: dict[str, Student], max_queue: int = 1024,
                  on_batch: Callable[[int, float], None] = lambda texts, seconds: None):
         self.bank, self.students, self.max_queue, self.on_batch = bank, students, max_queue, on_batch
-        self.waiting = 0  # texts that are accepted and not yet answered; the event loop's alone
+        self.waiting = 0  # texts that are accepted and not yet answered; the event loop's alone, as are these two
+        self.accepted = self.answered = 0  # requests
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
@@ -120,11 +121,13 @@ class Worker:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self.waiting += weight
+        self.accepted += 1
         self._queue.put(_Job(future, loop, **job))
         try:
             return await future
         finally:
             self.waiting -= weight
+            self.answered += 1
 
     # ------------------------------------------------------------ the worker's thread
 
