@@ -153,7 +153,6 @@ def add_finetune_options(parser: Parser, method: bool = True) -> None:
                         "or nothing")
     parser.add(MODEL, "--precision", choices=("fp32", "bf16x3", "bf16"), default=TrainOptions.precision,
                help="of frozen linears; what trains stays float32")
-    parser.add(MODEL, "--compile", action="store_true", help="torch.compile")
     parser.add(MODEL, "--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
     parser.add(MODEL, "--keep-memory", type=_not_negative, default=RunOptions.keep_memory, metavar="GIB",
                help="of their cached results in memory; the rest is memory-mapped")

@@ -127,8 +127,10 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
         old = before.get("options", {}).get(name)
         if old != value and name not in FREE:
             raise UserError(f"{folder}: {what} with another {name}: it began with {old}, now {value}")
-    if before.get("base_sha256") != config.get("base_sha256"):
-        raise UserError(f"{folder}: {what} with a changed base model: its weights are not those the run began with")
+    for key, part in (("base_sha256", "weights are"), ("base_config_sha256", "configuration is"),
+                      ("tokenizer_sha256", "tokenizer is")):
+        if before.get(key) != config.get(key):
+            raise UserError(f"{folder}: {what} with a changed base model: its {part} not what the run began with")
     for kind, key in (("data", "data_files"), ("teacher", "teacher_files")):
         for name in sorted({*before.get(key, {}), *config.get(key, {})}):
             if before.get(key, {}).get(name) != config.get(key, {}).get(name):

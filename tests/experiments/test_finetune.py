@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_utils
 import train_utils
 from experiments import evaluate, finetune
-from model import DistilRNN
+from model import DistilRNN, TextClassifier
 from record import folder, machine
 from record.files import UserError, read_json
 from record.folder import without_times
@@ -99,14 +99,14 @@ def test_its_summary_has_every_key_of_the_contract(work):
 
 
 def test_a_fresh_adapter_that_changes_the_text_stops_the_run(work, tmp_path, monkeypatch):
-    adapt = finetune.adapt
+    configure = TextClassifier.configure
 
-    def adapt_and_break(classifier, *args):
-        adapt(classifier, *args)
+    def configure_and_break(classifier, *args):
+        configure(classifier, *args)
         with torch.no_grad():
             for p in classifier.net.base_model.parameters():
                 p.copy_(torch.randn_like(p))
-    monkeypatch.setattr(finetune, "adapt", adapt_and_break)
+    monkeypatch.setattr(TextClassifier, "configure", configure_and_break)
     with pytest.raises(RuntimeError, match="a fresh adapter changed the generated text: 'The"):
         lora(work, tmp_path / "run")
     assert not (tmp_path / "run").exists()
