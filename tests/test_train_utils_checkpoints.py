@@ -1,0 +1,613 @@
+"""The losses against their formulas, the loop against its contract, checkpoints against every byte."""
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from sklearn import metrics
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import train_utils
+from data_utils import bucket_by_length, collate, split_large
+from record.files import UserError
+from record.signals import Interrupted
+from train_utils import (
+    Diverged,
+    Progress,
+    TrainOptions,
+    compute_logits,
+    confusion,
+    cross_entropy,
+    distillation,
+    fit,
+    kd_loss,
+    labels_of,
+    learning_rate_factor,
+    load_checkpoint,
+    make_optimizer,
+    per_class,
+    save_checkpoint,
+    scores,
+    trainable,
+    validate,
+)
+
+FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+OPTIONS = TrainOptions(seed=7, epochs=2, lr=0.05, warmup=0.1)
+LOGITS = st.lists(st.tuples(*[st.floats(-30, 30, width=32)] * 6), min_size=1, max_size=8)
+
+
+class ToyModel(nn.Module):
+    """Embedding, frozen layer, dropout, mean over real tokens, norm, head named as a classifier's."""
+
+    def __init__(self, seed: int = 0, size: int = 6, dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.ModuleDict({"embedding": nn.Embedding(20, size), "frozen": nn.Linear(size, size),
+                                  "norm": nn.LayerNorm(size), "score": nn.Linear(size, 2)})
+        # Frozen weights are no part of a checkpoint: whoever resumes has the same ones again.
+        nn.init.orthogonal_(self.net["frozen"].weight, generator=torch.Generator().manual_seed(5))
+        nn.init.zeros_(self.net["frozen"].bias)
+        self.net["frozen"].requires_grad_(False)
+        self.dropout = nn.Dropout(dropout)
+
+    def head_names(self):
+        return ["score"]
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.dropout(torch.tanh(self.net["frozen"](self.net["embedding"](input_ids))))
+        mask = attention_mask.unsqueeze(-1)
+        return self.net["score"](self.net["norm"]((hidden * mask).sum(1) / mask.sum(1)))
+
+
+def toy_batches(rows: int = 20, size: int = 4, seed: int = 0):
+    """Random sentences whose label says whether their first token is below 10."""
+    draw = np.random.default_rng(seed)
+    ids = [draw.integers(0, 20, draw.integers(1, 7)).tolist() for _ in range(rows)]
+    labels = [int(tokens[0] < 10) for tokens in ids]
+    return [collate(ids, labels, chosen, 0) for chosen in bucket_by_length([len(t) for t in ids], size, seed)]
+
+
+def toy_dev():
+    return {"in_domain": toy_batches(12, 5, seed=1), "out_of_domain": toy_batches(8, 5, seed=2)}
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def without_times(history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in history]
+
+
+# ---------------------------------------------------------------- objectives
+
+def kd_in_numpy(student, teacher, labels, temperature, alpha) -> float:
+    """alpha T² KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 - alpha) CE, written out in float64."""
+    def log_softmax(x):
+        x = x - x.max(1, keepdims=True)
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    log_p, log_q = (log_softmax(np.asarray(x, dtype=np.float64) / temperature) for x in (teacher, student))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum() / len(labels)
+    ce = -log_softmax(np.asarray(student, dtype=np.float64))[np.arange(len(labels)), labels].mean()
+    return alpha * temperature ** 2 * kl + (1 - alpha) * ce
+
+
+def as_tensors(rows, dtype=torch.float64):
+    """Student and teacher logits (B, 3) and labels (B,) of rows of six numbers."""
+    both = torch.tensor(rows, dtype=dtype)
+    return both[:, :3], both[:, 3:], torch.arange(len(rows)) % 3
+
+
+@FAST
+@given(rows=LOGITS, temperature=st.floats(0.5, 20), alpha=st.floats(0, 1))
+def test_kd_loss_is_the_formula(rows, temperature, alpha):
+    student, teacher, labels = as_tensors(rows)
+    expected = kd_in_numpy(student.numpy(), teacher.numpy(), labels.numpy(), temperature, alpha)
+    assert kd_loss(student, teacher, labels, temperature, alpha).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    in_float32 = kd_loss(student.float(), teacher.float(), labels, temperature, alpha).item()
+    assert in_float32 == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+@settings(FAST, max_examples=30)
+@given(rows=st.lists(st.tuples(*[st.floats(-4, 4)] * 6), min_size=1, max_size=4), temperature=st.floats(0.5, 10),
+       alpha=st.floats(0, 1))
+def test_kd_gradient_is_the_formulas_by_finite_differences(rows, temperature, alpha):
+    student, teacher, labels = as_tensors(rows)
+    student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    kd_loss(student, teacher, labels, temperature, alpha).backward()
+    assert teacher.grad is None  # the teacher is not trained
+    step, numeric = 1e-6, np.zeros(student.shape)
+    for index in np.ndindex(*student.shape):
+        sides = []
+        for sign in (1, -1):
+            moved = student.detach().numpy().copy()
+            moved[index] += sign * step
+            sides.append(kd_in_numpy(moved, teacher.detach().numpy(), labels.numpy(), temperature, alpha))
+        numeric[index] = (sides[0] - sides[1]) / (2 * step)
+    np.testing.assert_allclose(student.grad.numpy(), numeric, rtol=1e-4, atol=1e-6)
+
+
+def test_kl_runs_from_the_teacher_to_the_student():
+    """KL(p‖q) for p = (3/4, 1/4), q = (1/2, 1/2) is ln 2 - H(p); the other direction gives another number."""
+    student, teacher = torch.tensor([[0, 0], [math.log(3), 0]], dtype=torch.float64).split(1)
+    p_q = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    q_p = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
+    assert abs(p_q - q_p) > 0.01
+    assert kd_loss(student, teacher, torch.tensor([0]), 1.0, 1.0).item() == pytest.approx(p_q, abs=1e-12)
+
+
+def test_kd_averages_over_the_batch_not_over_its_entries():
+    student, teacher, labels = as_tensors([(1, 2, 3, 3, 1, 0)])
+    once = kd_loss(student, teacher, labels, 3.0, 1.0)
+    torch.testing.assert_close(kd_loss(student.repeat(5, 1), teacher.repeat(5, 1), labels.repeat(5), 3.0, 1.0), once)
+
+
+@FAST
+@given(rows=LOGITS, temperature=st.floats(0.5, 20))
+def test_alpha_0_is_cross_entropy_and_alpha_1_ignores_the_labels(rows, temperature):
+    student, teacher, labels = as_tensors(rows)
+    torch.testing.assert_close(kd_loss(student, teacher, labels, temperature, 0.0), F.cross_entropy(student, labels))
+    assert kd_loss(student, teacher, labels, temperature, 1.0) == kd_loss(student, teacher, 2 - labels, temperature, 1.0)
+    same = kd_loss(teacher, teacher, labels, temperature, 1.0).item()
+    assert same == pytest.approx(0, abs=1e-9)  # a student that equals its teacher has nothing left to learn
+
+
+def test_distillation_takes_the_teachers_logits_by_row():
+    batch = toy_batches(8, 3)[1]
+    teacher, logits = torch.randn(8, 2), torch.randn(len(batch.rows), 2)
+    expected = kd_loss(logits, torch.stack([teacher[row] for row in batch.rows.tolist()]), batch.labels, 2.0, 0.7)
+    assert distillation(teacher, 2.0, 0.7)(logits, batch) == expected
+    assert distillation(teacher.flip(0), 2.0, 0.7)(logits, batch) != expected
+
+
+# ---------------------------------------------------------------- scores
+
+@FAST
+@given(rows=st.lists(st.tuples(st.integers(0, 1), st.floats(-9, 9, width=32), st.floats(-9, 9, width=32)),
+                     min_size=1, max_size=40))
+@example(rows=[(1, 0.0, 1.0)] * 5)  # one class, always predicted
+@example(rows=[(1, 0.0, 1.0), (0, 0.0, 1.0)])
+def test_scores_are_sklearns(rows):
+    labels, logits = torch.tensor([row[0] for row in rows]), torch.tensor([row[1:] for row in rows])
+    result = scores(logits, labels)
+    predicted = logits.numpy().argmax(1)
+    assert result["n"] == len(rows)
+    assert result["accuracy"] == metrics.accuracy_score(labels, predicted)
+    assert result["mcc"] == metrics.matthews_corrcoef(labels, predicted)
+    assert result["loss"] == pytest.approx(
+        metrics.log_loss(labels, torch.softmax(logits.double(), 1).numpy(), labels=[0, 1]), abs=1e-9)
+    assert result["majority_accuracy"] == max(labels.sum().item(), len(rows) - labels.sum().item()) / len(rows)
+
+
+def test_scores_worked_out_by_hand():
+    """6 true, 2 false positives; 1 false, 3 true negatives: MCC = (6·3 - 2·1) / sqrt(8·7·5·4)."""
+    labels = torch.tensor([1] * 6 + [0] * 2 + [1] + [0] * 3)
+    predicted = torch.tensor([1] * 8 + [0] * 4)
+    result = scores(F.one_hot(predicted, 2).float() * math.log(3), labels)
+    assert result["accuracy"] == 9 / 12 and result["majority_accuracy"] == 7 / 12
+    assert result["mcc"] == pytest.approx(16 / math.sqrt(8 * 7 * 5 * 4))
+    assert result["loss"] == pytest.approx(-(9 * math.log(3 / 4) + 3 * math.log(1 / 4)) / 12, abs=1e-6)
+
+
+def test_always_saying_the_majority_has_mcc_0():
+    assert scores(torch.tensor([[0.0, 1.0]] * 10), torch.tensor([1] * 7 + [0] * 3))["mcc"] == 0
+
+
+def test_predict_keeps_the_splits_order():
+    batches, model = toy_batches(23, 4), ToyModel(dropout=0.5).train()
+    logits = compute_logits(model, batches)
+    assert model.training  # put back
+    model.eval()
+    for batch in batches:
+        for i, row in enumerate(batch.rows.tolist()):
+            alone = model(batch.input_ids[i:i + 1], batch.attention_mask[i:i + 1])[0]
+            torch.testing.assert_close(logits[row], alone, rtol=0, atol=1e-6)
+    labels = {row: label for batch in batches for row, label in zip(batch.rows.tolist(), batch.labels.tolist(), strict=True)}
+    assert labels_of(batches).tolist() == [labels[row] for row in range(23)]
+    assert len({tuple(row) for row in logits.tolist()}) > 10
+
+
+def test_all_is_the_score_of_both_splits_together():
+    model, dev = ToyModel(3), toy_dev()
+    result, matrices = validate(model, dev)
+    together = scores(torch.cat([compute_logits(model, split) for split in dev.values()]),
+                      torch.cat([labels_of(split) for split in dev.values()]))
+    assert result["all"] == together and result["all"]["n"] == 20
+    assert (np.array(matrices["in_domain"]) + np.array(matrices["out_of_domain"]) == np.array(matrices["all"])).all()
+    assert np.trace(np.array(matrices["all"])) / 20 == pytest.approx(together["accuracy"])
+    assert set(validate(model, {"only": dev["in_domain"]})[0]) == {"only"}
+
+
+@FAST
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+def test_scores_by_class_are_scikit_learns(pairs):
+    """A class that is never there or never predicted counts 0, also in macro-F1."""
+    truth, predicted = (torch.tensor(values) for values in zip(*pairs, strict=True))
+    logits = torch.nn.functional.one_hot(predicted, 4).float()
+    result = per_class(confusion(logits, truth), ("a", "b", "c", "d"))
+    expected = metrics.precision_recall_fscore_support(truth, predicted, labels=range(4), zero_division=0)
+    for key, values in zip(("precision", "recall", "f1", "n"), expected, strict=True):
+        assert [row[key] for row in result.values()] == pytest.approx(list(values))
+    assert scores(logits, truth)["macro_f1"] == pytest.approx(np.mean(expected[2]))
+
+
+# ---------------------------------------------------------------- the schedule and the optimiser
+
+@FAST
+@given(total=st.integers(1, 500), warmup=st.floats(0, 1), schedule=st.sampled_from(["linear", "cosine", "constant"]))
+def test_the_rate_rises_to_its_peak_and_then_decays(total, warmup, schedule):
+    factors = [learning_rate_factor(step, total, warmup, schedule) for step in range(total)]
+    rising = math.ceil(warmup * total)
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[:rising] == pytest.approx([(i + 1) / rising for i in range(rising)])
+    after = factors[rising:]
+    if after:
+        assert after[0] == 1
+        assert all(a == b == 1 if schedule == "constant" else a > b for a, b in zip(after, after[1:], strict=False))
+    if len(after) > 100 and schedule != "constant":
+        assert after[-1] < 0.02
+        assert after[len(after) // 2] == pytest.approx(0.5, abs=0.02)
+    if len(after) > 100 and schedule == "cosine":
+        assert after[len(after) // 4] == pytest.approx((1 + math.sqrt(0.5)) / 2, abs=0.02)
+
+
+def test_biases_and_norms_do_not_decay_and_frozen_parameters_do_not_train():
+    model = ToyModel()
+    decay = {id(p): group["weight_decay"] for group in make_optimizer(model, replace(OPTIONS, weight_decay=0.3)).param_groups
+             for p in group["params"]}
+    assert {name: decay.get(id(p)) for name, p in model.named_parameters()} == {
+        "net.embedding.weight": 0.3, "net.frozen.weight": None, "net.frozen.bias": None, "net.norm.weight": 0,
+        "net.norm.bias": 0, "net.score.weight": 0.3, "net.score.bias": 0}
+
+
+def test_the_head_has_a_rate_of_its_own_if_asked():
+    def peaks(options):
+        model = ToyModel()
+        by_id = {id(p): group["peak"] for group in make_optimizer(model, options).param_groups for p in group["params"]}
+        return {name: by_id[id(p)] for name, p in trainable(model).items()}
+
+    assert set(peaks(OPTIONS).values()) == {0.05}
+    assert peaks(replace(OPTIONS, head_lr=0.5)) == {name: 0.5 if "score" in name else 0.05 for name in peaks(OPTIONS)}
+
+
+# ---------------------------------------------------------------- the loop
+
+def steps_of(batches, objective, options, model=None):
+    """Gradients and rates that each optimiser step of a training saw, and the model it left."""
+    model, seen = model or ToyModel(), []
+
+    def look(optimizer, *_):
+        seen.append(({name: p.grad.clone() for name, p in trainable(model).items()},
+                     [group["lr"] for group in optimizer.param_groups]))
+
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        fit(model, batches, toy_dev(), objective, options)
+    finally:
+        hook.remove()
+    return seen, model
+
+
+@pytest.mark.parametrize("kd", [False, True])
+def test_accumulation_equals_one_large_batch(kd):
+    """Batches of unlike sizes: an average of averages would not do."""
+    ids = [[row % 20, row * 7 % 20] for row in range(8)]
+    labels = [0, 1, 1, 0, 1, 1, 1, 0]
+    large = [collate(ids, labels, list(range(8)), 0)]
+    small = [collate(ids, labels, list(range(3)), 0), collate(ids, labels, list(range(3, 8)), 0)]
+    objective = distillation(torch.randn(8, 2, generator=torch.Generator().manual_seed(1)), 2.0, 0.7) if kd \
+        else cross_entropy()
+    options = replace(OPTIONS, epochs=3, clip=0.0)
+    whole, one = steps_of(large, objective, options)
+    parts, two = steps_of(small, objective, replace(options, accumulate=2))
+    assert len(whole) == len(parts) == 3
+    for (expected, _), (gradients, _) in zip(whole, parts, strict=True):
+        assert max(value.abs().max() for value in expected.values()) > 1e-2
+        for name in expected:
+            torch.testing.assert_close(gradients[name], expected[name], rtol=0, atol=1e-6)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kd", [False, True])
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(kd):
+    ids = [[row % 20, row * 7 % 20, row % 3][:2 + (row > 15)] for row in range(22)]
+    labels = [row % 3 % 2 for row in range(22)]
+    groups = ([0, 1], [2, 3], [4, 5], [6, 7], [8, 9], list(range(10, 22)))
+    teacher = torch.randn(22, 2, generator=torch.Generator().manual_seed(1))
+    objective = distillation(teacher, 2.0, 0.7) if kd else cross_entropy()
+    found, sizes = [], []
+
+    def look(logits, batch):
+        sizes.append(len(logits))
+        return objective(logits, batch)
+
+    for prepare in (split_large, list):
+        batches = prepare([collate(ids, labels, rows, 0) for rows in groups])
+        seen, model = steps_of(batches, look, replace(OPTIONS, epochs=1, clip=0.0))
+        found.append((seen, weights(model)))
+    assert sorted(sizes) == [2] * 10 + [6, 6, 12]  # of 36 tokens, the mean being 56 / 6
+    for (ours, _), (theirs, _) in zip(found[0][0], found[1][0], strict=True):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
+    for name, value in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], value, rtol=0, atol=1e-6)
+
+
+def test_a_last_group_of_fewer_batches_is_a_step_too():
+    seen, _ = steps_of(toy_batches(20, 4), cross_entropy(), replace(OPTIONS, epochs=1, accumulate=2))
+    assert len(seen) == 3  # 5 batches
+
+
+def test_the_gradient_is_clipped_to_the_norm_asked_for():
+    def norms(clip):
+        seen, _ = steps_of(toy_batches(), lambda logits, batch: 100 * F.cross_entropy(logits, batch.labels),
+                           replace(OPTIONS, clip=clip))
+        return [math.sqrt(sum(value.square().sum().item() for value in gradients.values())) for gradients, _ in seen]
+
+    assert min(norms(0.0)) > 1  # 0: no clipping
+    assert norms(0.5) == pytest.approx([0.5] * 10, rel=1e-4)
+
+
+def test_each_step_has_its_rate_and_the_run_ends_near_0():
+    seen, _ = steps_of(toy_batches(80, 4), cross_entropy(), replace(OPTIONS, epochs=3, warmup=0.1))
+    assert [rates[0] for _, rates in seen] == [0.05 * learning_rate_factor(i, 60, 0.1, "linear") for i in range(60)]
+    assert seen[-1][1][0] < 0.05 * 0.02
+
+
+def test_training_learns_and_leaves_frozen_parameters_alone():
+    model = ToyModel()
+    before = weights(model)
+    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), replace(OPTIONS, epochs=15))
+    assert progress.history[-1]["train"]["loss"] < 0.5 * progress.history[0]["train"]["loss"]
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert moved == set(trainable(model))
+
+
+def test_an_epochs_line_counts_every_row_and_token_once():
+    model, batches = ToyModel(), toy_batches(22, 4)
+    seen = []
+
+    def objective(logits, batch):
+        seen.append((logits.detach(), batch))
+        return F.cross_entropy(logits, batch.labels)
+
+    line = fit(model, batches, toy_dev(), objective, replace(OPTIONS, epochs=1, accumulate=2)).history[0]
+    expected = scores(torch.cat([logits for logits, _ in seen]), torch.cat([batch.labels for _, batch in seen]))
+    assert line["train"] == {"loss": pytest.approx(expected["loss"]), "cross_entropy": pytest.approx(expected["loss"]),
+                             "accuracy": expected["accuracy"], "mcc": pytest.approx(expected["mcc"])}
+    assert line["tokens"] == sum(batch.tokens for batch in batches)
+
+
+def scripted(monkeypatch, in_domain: list[tuple[float, float]]):
+    """Replaces validation by given (MCC, loss) pairs; another split is best in epoch 1."""
+    results = iter([{"in_domain": {"mcc": mcc, "loss": loss}, "out_of_domain": {"mcc": -epoch, "loss": epoch}}
+                    for epoch, (mcc, loss) in enumerate(in_domain)])
+    monkeypatch.setattr(train_utils, "validate", lambda *_: (next(results), {}))
+
+
+def test_the_best_epoch_is_the_select_splits_by_mcc_then_loss_and_its_weights_stay(monkeypatch):
+    scripted(monkeypatch, [(0.1, 0.1), (0.5, 0.9), (0.5, 0.7), (0.5, 0.8), (0.4, 0.1), (0.5, 0.7)])
+    model, after = ToyModel(), []
+    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), replace(OPTIONS, epochs=6),
+                   on_epoch=lambda _: after.append(weights(model)))
+    assert progress.best_epoch == 3  # of equals the first
+    assert_same_bits(weights(model), after[2])
+    assert not torch.equal(after[2]["net.score.weight"], after[5]["net.score.weight"])
+
+
+def test_patience_stops_after_so_many_epochs_without_a_better_one(monkeypatch):
+    script = [(0.1, 1.0), (0.2, 1.0), (0.2, 1.0), (0.1, 0.5), (0.9, 0.1)]
+    scripted(monkeypatch, script)
+    progress = fit(ToyModel(), toy_batches(), toy_dev(), cross_entropy(), replace(OPTIONS, epochs=5, patience=2))
+    assert (len(progress.history), progress.best_epoch) == (4, 2)
+    scripted(monkeypatch, script)
+    assert len(fit(ToyModel(), toy_batches(), toy_dev(), cross_entropy(), replace(OPTIONS, epochs=5)).history) == 5
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path, poison):
+    calls = []
+
+    def objective(logits, batch):
+        calls.append(1)
+        return F.cross_entropy(logits, batch.labels) + (poison if len(calls) == 8 else 0)
+
+    with pytest.raises(Diverged, match="step 8 .epoch 2., learning rate .*lower --lr"):
+        fit(ToyModel(), toy_batches(), toy_dev(), objective, OPTIONS, folder=tmp_path)
+    model = ToyModel(9)
+    progress, _ = load_checkpoint(tmp_path / train_utils.CHECKPOINT, model, make_optimizer(model, OPTIONS))
+    assert (progress.epoch, progress.step) == (2, 5)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    model = ToyModel()
+    before = weights(model)
+    with pytest.raises(Diverged, match="gradient norm"):  # the loss is finite, its derivative at 0 is not
+        fit(model, toy_batches(), toy_dev(), lambda logits, _: (logits * 0).sum().abs().sqrt(), OPTIONS)
+    assert_same_bits(weights(model), before)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+DROPOUT = replace(OPTIONS, epochs=3, weight_decay=0.1, accumulate=2, schedule="cosine")  # 3 steps an epoch
+
+
+def train(folder=None, stop_at=None, resume=False, options=DROPOUT):
+    """A toy training with dropout; a resumed one starts from other weights and another random state."""
+    model = ToyModel(99 if resume else 0, dropout=0.4)
+    torch.manual_seed(99 if resume else 1)
+    calls = []
+
+    def stop():
+        calls.append(1)
+        return 15 if len(calls) == stop_at else None
+
+    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), options, folder=folder, resume=resume, stop=stop)
+    return weights(model), progress
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return train()
+
+
+def assert_ends_alike(run, uninterrupted):
+    assert_same_bits(run[0], uninterrupted[0])
+    assert without_times(run[1].history) == without_times(uninterrupted[1].history)
+    assert run[1].best_epoch == uninterrupted[1].best_epoch
+    assert tuple(run[1].best_score) == uninterrupted[1].best_score
+
+
+@pytest.mark.parametrize("step", range(1, 10))
+def test_a_training_stopped_after_any_step_and_resumed_ends_in_the_same_bits(tmp_path, uninterrupted, step):
+    """Invariant 12, dropout on."""
+    with pytest.raises(Interrupted) as stopped:
+        train(tmp_path, stop_at=step)
+    assert stopped.value.signal == 15
+    assert_ends_alike(train(tmp_path, resume=True), uninterrupted)
+
+
+def test_a_training_stopped_after_every_step_ends_in_the_same_bits(tmp_path, uninterrupted):
+    for step in range(9):
+        with pytest.raises(Interrupted):
+            train(tmp_path, stop_at=1, resume=step > 0)
+    assert_ends_alike(train(tmp_path, resume=True), uninterrupted)
+
+
+def test_the_random_state_matters_to_what_is_compared(uninterrupted):
+    """Without it the tests above would pass for a checkpoint that forgets it."""
+    torch.manual_seed(2)
+    model = ToyModel(0, dropout=0.4)
+    torch.manual_seed(2)
+    fit(model, toy_batches(), toy_dev(), cross_entropy(), DROPOUT)
+    assert not torch.equal(weights(model)["net.score.weight"], uninterrupted[0]["net.score.weight"])
+
+
+def test_resuming_a_finished_training_repeats_nothing(tmp_path, uninterrupted):
+    train(tmp_path)
+    assert_ends_alike(train(tmp_path, stop_at=1, resume=True), uninterrupted)
+
+
+def test_a_patient_training_stays_stopped_when_resumed(tmp_path, monkeypatch):
+    options = replace(DROPOUT, patience=1)
+    scripted(monkeypatch, [(0.5, 1.0), (0.4, 1.0)])  # a third validation would be an error
+    assert len(train(tmp_path, options=options)[1].history) == 2
+    assert len(train(tmp_path, options=options, resume=True)[1].history) == 2
+
+
+def test_checkpoints_within_an_epoch_come_as_often_as_asked(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train_utils, "save_checkpoint", lambda path, model, optimizer, progress, best: saved.append(
+        (progress.epoch, progress.group)))
+    train(tmp_path)
+    assert saved == [(2, 0), (3, 0), (4, 0)]
+    saved.clear()
+    train(tmp_path, options=replace(DROPOUT, save_every=1e-9))
+    assert saved == [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3), (4, 0)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint in the middle of the second epoch, its bytes, and what it holds."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    with pytest.raises(Interrupted):
+        train(folder, stop_at=5)
+    path = folder / train_utils.CHECKPOINT
+    return path, path.read_bytes(), state_of(path)
+
+
+def state_of(path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Everything that a load puts into model, optimiser and generator, and the progress."""
+    model = ToyModel(99)
+    optimizer = make_optimizer(model, DROPOUT)
+    progress, best = load_checkpoint(path, model, optimizer)
+    state = {"rng": torch.get_rng_state(), **weights(model), **{f"best.{name}": value for name, value in best.items()}}
+    for name, p in trainable(model).items():
+        state.update({f"{key}.{name}": value for key, value in optimizer.state[p].items()})
+    return state, vars(progress)
+
+
+def test_a_checkpoint_brings_back_all_that_it_was_given(tmp_path):
+    model = ToyModel(1, dropout=0.4)
+    optimizer = make_optimizer(model, OPTIONS)
+    for batch in toy_batches()[:2]:
+        cross_entropy()(model(batch.input_ids, batch.attention_mask), batch).backward()
+        optimizer.step()
+    best = {name: p.detach() + 1 for name, p in trainable(model).items()}
+    progress = Progress(epoch=2, group=1, step=6, best_epoch=1, best_score=(0.1, -0.30000000000000004), sums={"loss": 1 / 3},
+                        confusion=[[1, 2], [3, 4]], history=[{"epoch": 1}])
+    save_checkpoint(tmp_path / "c", model, optimizer, progress, best)
+    expected = torch.rand(3)
+    state, loaded = state_of(tmp_path / "c")
+    torch.set_rng_state(state["rng"])
+    assert torch.equal(torch.rand(3), expected)
+    assert json.loads(json.dumps(loaded)) == json.loads(json.dumps(vars(progress)))
+    for name, p in trainable(model).items():
+        assert torch.equal(state[name], p) and torch.equal(state[f"best.{name}"], best[name])
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(state[f"{key}.{name}"], value)
+
+
+def refused_or_harmless(checkpoint, data: bytes) -> bool:
+    path, _, (state, progress) = checkpoint
+    damaged = path.with_name("damaged")
+    damaged.write_bytes(data)
+    try:
+        again, loaded = state_of(damaged)
+    except UserError as error:
+        assert str(damaged) in str(error) and len(str(error).splitlines()) == 1
+        return True
+    assert_same_bits(again, state)
+    assert loaded == progress
+    return False
+
+
+@settings(FAST, max_examples=400)
+@given(data=st.data())
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused_or_harmless(checkpoint, data):
+    damaged = bytearray(checkpoint[1])
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    refused_or_harmless(checkpoint, bytes(damaged))
+
+
+def test_every_flipped_bit_of_the_tensors_is_refused(checkpoint):
+    """The bytes that no format check sees: the checksum must."""
+    data = checkpoint[1]
+    start = 8 + int.from_bytes(data[:8], "little")
+    for position in range(start, len(data), 61):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        assert refused_or_harmless(checkpoint, bytes(damaged)), position
+
+
+@settings(FAST, max_examples=150)
+@given(data=st.data())
+def test_a_checkpoint_cut_at_any_byte_is_refused(checkpoint, data):
+    assert refused_or_harmless(checkpoint, checkpoint[1][:data.draw(st.integers(0, len(checkpoint[1]) - 1))])
+
+
+def test_a_whole_checkpoint_is_not_refused(checkpoint):
+    assert not refused_or_harmless(checkpoint, checkpoint[1])
+
+
+@pytest.mark.parametrize("other", [nn.Linear(3, 2), ToyModel(size=8)])
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(checkpoint, other):
+    before = weights(other)
+    with pytest.raises(UserError, match="the checkpoint is of another model"):
+        load_checkpoint(checkpoint[0], other, make_optimizer(other, DROPOUT))
+    assert_same_bits(weights(other), before)
