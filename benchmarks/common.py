@@ -34,6 +34,7 @@ from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
 from model import TextClassifier, lora_layers  # noqa: E402
 from record.files import UserError, make_folder  # noqa: E402
+from record.machine import cpu_name  # noqa: E402
 
 LABELS, MAX_LENGTH = 2, 512
 TOLERANCE = 1e-4  # between the two sides' losses on one batch
@@ -123,9 +124,7 @@ class Report:
 
 def machine() -> dict:
     """What the figures belong to; the load average shows whether the machine was quiet when the run began."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return {"cpu": names[0] if names else platform.machine(), "cores": len(os.sched_getaffinity(0)),
+    return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0], "system": platform.platform(),
             "python": platform.python_version(),

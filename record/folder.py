@@ -40,7 +40,7 @@ from record.files import (
     write_json,
     write_sums,
 )
-from record.machine import device, use_threads
+from record.machine import cpu_name, device, use_threads
 from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
@@ -70,7 +70,8 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
     command = without_password("python run.py " + shlex.join(sys.argv[1:]))
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": data_files}
+            "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit,
+            "data_files": data_files}
 
 
 def without_times(value):
@@ -138,7 +139,7 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 def environment(config: dict) -> dict:
     """What beside the options may change a result."""
-    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")}}
+    return {**config.get("versions", {}), **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 
 def changes(before: dict, now: dict) -> list[str]:

@@ -86,7 +86,7 @@ def test_its_trainable_parameters_are_the_files(work):
 
 def test_its_config_records_command_options_versions_and_data(work):
     config = read_json(work / "LoRA" / "config.json")
-    assert set(config) >= {"command", "options", "versions", "git_commit", "data_files"}
+    assert set(config) >= {"command", "options", "versions", "cpu", "device", "threads", "git_commit", "data_files"}
     assert config["command"].startswith("python run.py LoRA 12345 --model ")
     options = config["options"]
     assert (options["seed"], options["rank"], options["dropout"], options["lr"], options["warmup"]) == (
