@@ -34,6 +34,7 @@ from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
 from model import TextClassifier, lora_layers  # noqa: E402
 from record.files import UserError, make_folder  # noqa: E402
+from record.folder import git_commit  # noqa: E402
 from record.machine import cpu_name  # noqa: E402
 
 LABELS, MAX_LENGTH = 2, 512
@@ -127,8 +128,14 @@ def machine() -> dict:
     return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0], "system": platform.platform(),
-            "python": platform.python_version(),
+            "python": platform.python_version(), "git_commit": git_commit(),
             **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+def result(measured: dict) -> str:
+    """Returns one JSON object: what was measured, the program and command that measured it, and where."""
+    return json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": "python " + shlex.join(sys.argv),
+                       "machine": machine(), **measured})
 
 
 # ---------------------------------------------------------------- the program around a benchmark
@@ -154,8 +161,7 @@ def main(doc: str, benchmark: Callable[[argparse.Namespace, Path], Report],
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": "python " + shlex.join(sys.argv),
-                          "quick": args.quick, "machine": described, **vars(report)}))
+        print(result({"quick": args.quick, "machine": described, **vars(report)}))
     else:
         print("\n".join(f"{name}: {value}" for name, value in described.items()) + "\n\n" + report.text())
     return 0
