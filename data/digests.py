@@ -24,10 +24,13 @@ def config_digest(config) -> str:
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """Returns the SHA-256 of all that decides a tokenizer's token ids. Call before the first use, which may set padding."""
+    """Returns the SHA-256 of all that decides a tokenizer's token ids."""
     digest = hashlib.sha256(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     if tokenizer.is_fast:
-        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for setting in ("padding", "truncation"):  # of the last call
+            state.pop(setting, None)
+        digest.update(json.dumps(state).encode())
         return digest.hexdigest()
     # Written in Python: the class, its vocabulary files and the added tokens.
     digest.update(f"{type(tokenizer).__name__}{sorted(tokenizer.get_added_vocab().items())}".encode())

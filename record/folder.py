@@ -40,7 +40,7 @@ from record.files import (
     write_json,
     write_sums,
 )
-from record.machine import device, use_threads
+from record.machine import cpu_name, device, use_threads
 from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
@@ -55,22 +55,26 @@ def use_recorded_threads(options: RunOptions) -> None:
         use_threads(read_json(folder / "config.json").get("threads"))
 
 
+def git_commit() -> str | None:
+    """Returns the hash of the checked-out commit; None outside a git checkout."""
+    try:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def provenance(options: dict, data_files: dict[str, str]) -> dict:
     """Returns what config.json records: the options, and enough beside them to repeat the run.
 
     Args:
         data_files: SHA-256 of every data file by its name.
     """
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True,
-                                check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     command = without_password("python run.py " + shlex.join(sys.argv[1:]))
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": data_files}
+            "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "git_commit": git_commit(),
+            "data_files": data_files}
 
 
 def without_times(value):
@@ -140,7 +144,7 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 def environment(config: dict) -> dict:
     """What beside the options may change a result."""
-    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")}}
+    return {**config.get("versions", {}), **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 
 def changes(before: dict, now: dict) -> list[str]:
