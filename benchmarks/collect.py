@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from record.files import UserError, read_json, write_json  # noqa: E402 (needs the path above)
+from record.files import UserError, make_folder, read_json, write_json  # noqa: E402 (needs the path above)
 from record.folder import read_run  # noqa: E402
 
 # Options that say where a run stands and how it was started, with the number of their values.
@@ -137,7 +137,7 @@ def collect_study(folder: Path, mode: str) -> dict:
 
 def about(configs: list[dict]) -> dict:
     """Returns on what the runs ran; their commits may differ."""
-    return {"git_commits": sorted({str(config.get("git_commit")) for config in configs}),
+    return {"git_commits": list(dict.fromkeys(config.get("git_commit") for config in configs)),
             **{key: configs[0].get(key) for key in SAME if key != "data_files"}}
 
 
@@ -158,7 +158,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         result = collect(args.runs)
-        write_json(ROOT / "benchmarks" / "results" / f"{args.name}.json", result)
+        write_json(make_folder(ROOT / "benchmarks" / "results") / f"{args.name}.json", result)
     except UserError as error:
         print(f"collect.py: {error}", file=sys.stderr)
         return 2

@@ -48,15 +48,17 @@ STUDIES = {
 }
 # Programs whose targets docs/speed.md shows.
 SPEED = ("train_throughput", "frozen_reuse", "inference")
-# Their rows in the README: program, end of the row's name.
-HEADLINES = (("train_throughput", ": ours / peft-best"), ("train_throughput", ": ours-bf16x3 / peft-best"),
-             ("inference", "student / teacher"), ("frozen_reuse", "distil: teacher asked / logits kept"))
+# Their rows in the README: program, end of the row's name, label.
+HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
+             ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
+             ("inference", "student / teacher", "classifying: student / teacher"))
 # Programs that count what survived: label, keys of what held and of what was tried, command.
 COUNTED = {
     "tamper_test": ("flipped bits and cuts in every file of finished and unfinished runs, noticed / tried",
                     lambda result: (result["noticed"], result["tried"]), "python benchmarks/tamper_test.py --flips 100"),
     "fuzz": ("damaged files on every reader, answered by a result or one clear line / tried",
-             lambda result: (result["tried"] - result["failed"], result["tried"]), "make fuzz"),
+             lambda result: (result["tried"] - result["failed"], result["tried"]),
+             "python benchmarks/fuzz.py --cases 12000"),
     "kill_test": ("killed at random moments and resumed to the same bytes / tried",
                   lambda result: (result["survived"], result["tried"]), "python benchmarks/kill_test.py --kills 100"),
 }
@@ -91,23 +93,34 @@ def seeds_of(result: dict) -> str:
     return f"{len(seeds)} ({seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else f"1 ({seeds[0]})"
 
 
+def cpu_of(result: dict) -> str:
+    """The name of the GPU or the CPU, without trade marks."""
+    where = result.get("machine", result)
+    return re.sub(r"\((R|TM)\)", "", where.get("gpu") or where["cpu"])
+
+
 def machine_of(result: dict) -> str:
-    """On what something was measured, and at which commit."""
-    if "collected" in result:
-        where, versions = result, result["versions"]
-        commits = result["git_commits"]
-    else:
-        where = versions = result["machine"]
-        commits = [where.get("git_commit")]
-    known = sorted({commit[:7] for commit in commits if commit and commit != "None"})
-    cores = f" of {where['cores']} cores" if "cores" in where else ""
-    return (f"{where.get('gpu') or where['cpu']}, {where['threads']}{cores or ' thread(s)'}; torch {versions['torch']}, "
-            f"transformers {versions['transformers']}; commit {' and '.join(known) if known else 'not recorded'}")
+    """On what something was measured."""
+    where = result.get("machine", result)
+    versions = result.get("versions", where)
+    threads = f"{where['threads']} of {where['cores']} cores" if "cores" in where else f"{where['threads']} thread(s)"
+    return f"{cpu_of(result)}, {threads}; torch {versions['torch']}, transformers {versions['transformers']}"
+
+
+def commits_of(results: Iterable[dict]) -> str:
+    """At which commits; "not recorded" for a result that does not know its commit."""
+    commits = {commit for result in results for commit in result.get("git_commits", [result.get("machine", {}).get(
+        "git_commit")])}
+    return "commit " + ", ".join(sorted({commit[:7] if commit else "not recorded" for commit in commits}))
 
 
 def measured_on(results: Iterable[dict]) -> list[str]:
-    machines = list(dict.fromkeys(map(machine_of, results)))
-    return ["", *(f"Measured on {machine}." for machine in machines)] if machines else []
+    """A line for each machine."""
+    by_machine: dict[str, list[dict]] = {}
+    for result in results:
+        by_machine.setdefault(machine_of(result), []).append(result)
+    return ["", *(f"Measured on {machine}; {commits_of(found)}." for machine, found in by_machine.items())
+            ] if by_machine else []
 
 
 # ---------------------------------------------------------------- trainings
@@ -251,7 +264,8 @@ def measured(results: Iterable[dict], keys: tuple[str, ...]) -> list[str]:
             head, rows = head[:3], [measured_row(row)[:3] for row in rows]
         else:
             rows = [measured_row(row) for row in rows]
-        lines += [f"`{shown(result)}` (load average at the start {result['machine']['load_average']:.1f})", "",
+        lines += [f"`{shown(result)}` ({commits_of([result])}, load average at the start "
+                  f"{result['machine']['load_average']:.1f})", "",
                   *table(head, rows), ""]
     return lines[:-1]
 
@@ -278,7 +292,8 @@ def reliability(results: dict[str, dict]) -> list[str]:
     rows, used = [], []
     for name, (label, counts, command) in COUNTED.items():
         result = results.get(name)
-        rows.append([label, " / ".join(f"{count:,}" for count in counts(result)) if result else NOT_RUN, f"`{command}`"])
+        rows.append([label, " / ".join(f"{count:,}" for count in counts(result)) if result else NOT_RUN,
+                     f"`{shown(result) or command}`"])
         used += [result] if result else []
     for result in results.values():
         if result.get("benchmark") == "checkpoint_cost":
@@ -309,9 +324,10 @@ def summary(results: dict[str, dict]) -> list[str]:
                  for entry in result["entries"] if entry.get("method") in ("lora", "full") and "best" in entry]
     else:
         rows.append([label, NOT_RUN, f"`{command}`"])
-    for program, end in HEADLINES:
+    for program, end, label in HEADLINES:
         for result in results.values():
-            rows += [[f"speed, {row['what']} ({result['machine']['cpu']})", measured_row(row)[1], f"`{shown(result)}`"]
+            rows += [[f"{label} ({', '.join(filter(None, (row['what'].removesuffix(end), cpu_of(result))))})",
+                      measured_row(row)[1], f"`{shown(result)}`"]
                      for row in (*result.get("targets", ()), *result.get("measurements", ()))
                      if result.get("benchmark") == program and row["what"].endswith(end)]
     return table(["what", "accuracy / MCC, or how many times as fast", "command"], rows)
