@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 
 import data_utils
 from data.backbones import load_config
+from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
-from record import machine
+from lora import amx
+from record import machine, tensors
 from record.files import UserError
+from record.folder import recorded_config
 from record.options import RunOptions, TrainOptions
 
 DEFAULT_MODEL, DEFAULT_TASK = "gpt2", "cola"
@@ -66,6 +70,28 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def check_base(folder: Path, config: dict, model: str, net, tokenizer) -> None:
+    """Checks that weights, configuration and tokenizer of a base are those that a run recorded.
+
+    Args:
+        folder: the run's.
+        config: its config.json; what it does not record is not checked.
+        model: the base's name, for the error's text.
+        net: the base as it is loaded now, under any head; without an adapter.
+        tokenizer: likewise.
+
+    Raises:
+        UserError: one of them is another; says which.
+    """
+    for key, what, digest in (("base_sha256", "other weights", lambda: tensors.weights_digest(net.base_model)),
+                              ("base_config_sha256", "another configuration", lambda: config_digest(net.config)),
+                              ("tokenizer_sha256", "another tokenizer", lambda: tokenizer_digest(tokenizer))):
+        if config.get(key) not in (None, digest()):
+            made_for = config.get("options", {}).get("model", model)
+            raise UserError(f"{folder}: adapter for another base: it was made for {made_for}, with {what} than {model} has "
+                            "here")
+
+
 def separator_of(tokenizer) -> str:
     """What joins several text columns: the tokenizer's separator, or its end-of-text mark where it has none."""
     mark = tokenizer.sep_token or tokenizer.eos_token
@@ -86,3 +112,23 @@ def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptio
                                             options.batch_tokens, truncate, beginnings or bool(split)))
             for split, rows in {"": task.train, **task.dev}.items()]
     return data_utils.split_large(make[0][1]), dict(make[1:])
+
+
+def resolve_precision(options: RunOptions) -> RunOptions:
+    """Fills in `--precision auto`: what the run to resume or repeat recorded, else the fastest that changes no prediction.
+
+    That is bf16x3 on a CPU with tiles and a compiler, bf16 on a GPU, and float32 elsewhere. A student and a model that is
+    trained in all its weights have no frozen linears: float32.
+    """
+    if options.train.precision != "auto":
+        return options
+    recorded = ((recorded_config(options) or {}).get("options") or {}).get("precision")
+    precision = "fp32"
+    if recorded in ("fp32", "bf16x3", "bf16"):
+        precision = recorded
+    elif options.mode == "LoRA" and options.method != "full":
+        if machine.device().type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        elif machine.device().type == "cpu" and amx.available():
+            precision = "bf16x3"
+    return replace(options, train=replace(options.train, precision=precision))

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora.matmul import product
+
 ALIGNMENT = 4  # float32 values: a grouped product takes matrices whose rows begin at multiples of 16 bytes
 
 
@@ -92,7 +94,7 @@ class Routing:
         if len(x) not in self.ends:
             raise RuntimeError(f"a layer reads {len(x)} rows; expected {' or '.join(map(str, self.ends))}")
         if len(matrices) == 1:
-            return x @ matrices[0]
+            return product(x, matrices[0].t())
         if x.shape[1] % ALIGNMENT:
             more = -x.shape[1] % ALIGNMENT
             x, matrices = F.pad(x, (0, more)), F.pad(matrices, (0, 0, 0, more))

@@ -40,7 +40,7 @@ from record.files import (
     write_json,
     write_sums,
 )
-from record.machine import device, use_threads
+from record.machine import cpu_name, device, matmul, use_matmul, use_threads
 from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
@@ -48,11 +48,27 @@ TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_by
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def use_recorded_threads(options: RunOptions) -> None:
-    """Gives a run that is resumed or repeats another one as many threads as `config.json` recorded."""
+def recorded_config(options: RunOptions) -> dict | None:
+    """Returns config.json of the run that is resumed or repeated; None for a run of its own."""
     folder = options.repeats or (options.out if options.resume and not options.overwrite else None)
-    if folder is not None and (folder / "config.json").exists():
-        use_threads(read_json(folder / "config.json").get("threads"))
+    return read_json(folder / "config.json") if folder is not None and (folder / "config.json").exists() else None
+
+
+def use_recorded_machine(options: RunOptions) -> None:
+    """Gives a run that is resumed or repeats another one the threads and the library for products that were recorded."""
+    config = recorded_config(options)
+    if config is not None:
+        use_threads(config.get("threads"))
+    use_matmul(None if config is None else config.get("matmul", "torch"))  # not recorded: before there was a choice
+
+
+def git_commit() -> str | None:
+    """Returns the hash of the checked-out commit; None outside a git checkout."""
+    try:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def provenance(options: dict, data_files: dict[str, str]) -> dict:
@@ -61,16 +77,11 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
     Args:
         data_files: SHA-256 of every data file by its name.
     """
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True,
-                                check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     command = without_password("python run.py " + shlex.join(sys.argv[1:]))
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": data_files}
+            "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "matmul": matmul(),
+            "git_commit": git_commit(), "data_files": data_files}
 
 
 def without_times(value):
@@ -127,8 +138,10 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
         old = before.get("options", {}).get(name)
         if old != value and name not in FREE:
             raise UserError(f"{folder}: {what} with another {name}: it began with {old}, now {value}")
-    if before.get("base_sha256") != config.get("base_sha256"):
-        raise UserError(f"{folder}: {what} with a changed base model: its weights are not those the run began with")
+    for key, part in (("base_sha256", "weights are"), ("base_config_sha256", "configuration is"),
+                      ("tokenizer_sha256", "tokenizer is")):
+        if before.get(key) != config.get(key):
+            raise UserError(f"{folder}: {what} with a changed base model: its {part} not what the run began with")
     for kind, key in (("data", "data_files"), ("teacher", "teacher_files")):
         for name in sorted({*before.get(key, {}), *config.get(key, {})}):
             if before.get(key, {}).get(name) != config.get(key, {}).get(name):
@@ -138,7 +151,8 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 def environment(config: dict) -> dict:
     """What beside the options may change a result."""
-    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")}}
+    return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"),
+            **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 
 def changes(before: dict, now: dict) -> list[str]:

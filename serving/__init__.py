@@ -1,1 +1,1 @@
-"""What was trained is used: many adapters in one batch, and the service with its page."""
+"""Adapters in one batch, the service and its page, and what ships: ONNX, merged checkpoints, model cards."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.backbones import load_config, load_tokenizer
+from data.digests import config_digest, tokenizer_digest
 from lora.adapters import WEIGHTS_FILE, Adapter, read_adapter
 from lora.blocks import unique_tokens
 from lora.mixed import MixedHead, MixedLinear, Routing
@@ -27,6 +28,7 @@ from record.machine import device
 from record.tensors import load_tensors, weights_digest
 from serving.texts import Reading, classify
 
+PARTS = {"base_sha256": "weights", "base_config_sha256": "configuration", "tokenizer_sha256": "tokenizer"}
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -48,12 +50,14 @@ class AdapterBank:
         classifier: the base under its own head, without an adapter; the bank takes it over.
         tokenizer: the base's.
         model: name or path of the base, for errors.
-        base_sha256: digest of the base's weights; an adapter that was trained on others is refused.
     """
 
-    def __init__(self, classifier: TextClassifier, tokenizer, model: str, base_sha256: str | None = None):
+    def __init__(self, classifier: TextClassifier, tokenizer, model: str):
         self.classifier = classifier.requires_grad_(False).eval()
-        self.tokenizer, self.model, self.base_sha256 = tokenizer, model, base_sha256
+        self.tokenizer, self.model = tokenizer, model
+        self.digests = {"base_sha256": weights_digest(classifier.net.base_model),
+                        "base_config_sha256": config_digest(classifier.net.config),
+                        "tokenizer_sha256": tokenizer_digest(tokenizer)}  # as a run records them
         self.net, self.routing = classifier.net, Routing()
         self.entries: dict[str, Entry] = {}
         labels = self.net.config.id2label
@@ -79,8 +83,7 @@ class AdapterBank:
         """
         torch.manual_seed(0)  # where the base has no head of its own, the one that it is given is always the same
         classifier, _ = load_classifier(model, load_config(model).num_labels)
-        digest = weights_digest(classifier.net.base_model)
-        return cls(classifier.to(device()), load_tokenizer(model), model, digest)
+        return cls(classifier.to(device()), load_tokenizer(model), model)
 
     @classmethod
     def of(cls, adapters: dict[str, Path]) -> AdapterBank:
@@ -110,10 +113,11 @@ class AdapterBank:
                             f"python run.py predict {folder} reads it alone")
         if options["precision"] == "bf16":
             raise UserError(f"{folder}: was trained on a base in bf16; the shared base is in float32")
-        digest = config.get("base_sha256")
-        if digest != self.base_sha256 if digest and self.base_sha256 else options["model"] != self.model:
-            raise UserError(f"{folder}: adapter for another base: it was trained on {options['model']}, and the weights "
-                            f"here ({self.model}) are others")
+        recorded = {key: config[key] for key in self.digests if config.get(key) is not None}
+        other = [PARTS[key] for key, digest in recorded.items() if digest != self.digests[key]]
+        if other or not recorded and options["model"] != self.model:
+            raise UserError(f"{folder}: adapter for another base: it was made for {options['model']}, whose "
+                            f"{other[0] if other else 'name'} is not that of {self.model} here")
         file = folder / (WEIGHTS_FILE if options["method"] == "lora" else "trained.safetensors")
         if options["method"] == "lora":
             adapter = read_adapter(self.net, folder)

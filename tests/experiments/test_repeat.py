@@ -8,6 +8,7 @@ import toy
 
 import train_utils
 from experiments import distil, finetune, repeat
+from lora import amx
 from model import LoRAOptions
 from record import folder
 from record.files import UserError, read_json
@@ -55,7 +56,9 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
     repeat.run_again(work / "lora", work / "lora")
     repeat.run_again(work / "distil", work / "distil")
     options = handed["lora"]
-    assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, 5, save_every=3.0)
+    precision = "bf16x3" if amx.available() else "fp32"  # what `auto` was resolved to
+    assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, 5, precision,
+                                         save_every=3.0)
     assert options.lora == LoRAOptions(3, 5.0, 0.2, True, ("q", "mlp"), "1")
     assert (options.sr, options.task, options.max_length, options.limit, options.keep_memory, options.repeats) == (
         "12345", "cola", 9, 30, 1.0, work / "lora")
@@ -111,7 +114,9 @@ def test_a_different_result_says_what_differs_and_what_the_environment_was(work,
     (lambda folder: (folder / "cola" / "in_domain_dev.tsv").write_text(toy.tsv(toy.toy_rows(12, 9))),
      "in_domain_dev.tsv is not the file the run began with"),
     (lambda folder: (folder / "cola" / "in_domain_dev.tsv").unlink(), "in_domain_dev.tsv: cannot be read"),
-    (lambda folder: toy.write_model(folder / "model", seed=1), "repeat with a changed base model")])
+    (lambda folder: toy.other_weights(folder / "model"), "repeat with a changed base model: its weights are"),
+    (lambda folder: toy.other_config(folder / "model"), "repeat with a changed base model: its configuration is"),
+    (lambda folder: toy.other_tokenizer(folder / "model"), "repeat with a changed base model: its tokenizer is")])
 def test_what_is_no_longer_as_it_was_is_refused_by_name(tmp_path, capsys, change, named):
     toy.write_model(tmp_path / "model")
     toy.write_cola(tmp_path / "cola")
