@@ -60,13 +60,14 @@ def open_rows(path: Path | str, kind: str | None = None, cola: bool = False) -> 
     path, standard = Path(path), str(path) == "-"
     try:
         file = sys.stdin.buffer if standard else open(path, "rb")  # noqa: SIM115 (read on after this function)
-        first = file.peek(LONGEST)[:LONGEST].partition(b"\n")[0]
+        first, newline, _ = file.peek(LONGEST).partition(b"\n")
         size = None if standard else path.stat().st_size
     except (OSError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); expected a text, CSV, TSV, JSON "
                         "Lines or Parquet file") from None
     if kind is None and standard:
-        kind = "jsonl" if isinstance(_json(first), dict) else "text"
+        is_json = isinstance(_json(first), dict) if newline else first.startswith(b"{")
+        kind = "jsonl" if is_json else "text"
     kind = kind or path.suffix.lower().removeprefix(".")
     kind = kind if kind in FORMATS else "text"
     if kind == "parquet":
