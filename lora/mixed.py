@@ -123,7 +123,7 @@ class MixedLinear(nn.Module):
         """Adds the rows' updates in place to y = W x + b, of which `outputs` were computed."""
         if not self.pool.rows:
             return
-        A, B = self.pool.gather(self.routing.slots)  # (G, r, in), (G, r, out)
+        A, B = (matrix.to(x.dtype) for matrix in self.pool.gather(self.routing.slots))  # (G, r, in), (G, r, out)
         if not A.shape[1]:
             return
         h = self.routing.product(x, A.transpose(1, 2))  # (rows, r)
@@ -160,7 +160,7 @@ class MixedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in) -> (B, most classes of those present)
         weight, bias = self.pool.gather(self.routing.slots)  # (G, n, in), (G, n, 1)
-        y = self.routing.product(x, weight.transpose(1, 2))
+        y = self.routing.product(x.to(weight.dtype), weight.transpose(1, 2))
         return y + self.routing.spread(bias[..., 0], len(x)) if self.has_bias else y
 
 

@@ -20,6 +20,7 @@ from data.backbones import load_config, load_tokenizer
 from data.digests import config_digest, tokenizer_digest
 from lora.adapters import WEIGHTS_FILE, Adapter, read_adapter
 from lora.blocks import unique_tokens
+from lora.matmul import set_precision
 from lora.mixed import MixedHead, MixedLinear, Routing
 from model import TextClassifier, load_classifier
 from record.files import UserError, sha256
@@ -50,14 +51,16 @@ class AdapterBank:
         classifier: the base under its own head, without an adapter; the bank takes it over.
         tokenizer: the base's.
         model: name or path of the base, for errors.
+        precision: fp32, or bf16 for adapters that were trained on a base in bfloat16.
     """
 
-    def __init__(self, classifier: TextClassifier, tokenizer, model: str):
+    def __init__(self, classifier: TextClassifier, tokenizer, model: str, precision: str = "fp32"):
         self.classifier = classifier.requires_grad_(False).eval()
-        self.tokenizer, self.model = tokenizer, model
+        self.tokenizer, self.model, self.precision = tokenizer, model, precision
         self.digests = {"base_sha256": weights_digest(classifier.net.base_model),
                         "base_config_sha256": config_digest(classifier.net.config),
                         "tokenizer_sha256": tokenizer_digest(tokenizer)}  # as a run records them
+        set_precision(classifier.net.base_model, precision)
         self.net, self.routing = classifier.net, Routing()
         self.entries: dict[str, Entry] = {}
         labels = self.net.config.id2label
@@ -75,7 +78,7 @@ class AdapterBank:
             self.net.set_submodule(name, head)
 
     @classmethod
-    def on(cls, model: str) -> AdapterBank:
+    def on(cls, model: str, precision: str = "fp32") -> AdapterBank:
         """Loads the base `--model`.
 
         Raises:
@@ -83,7 +86,7 @@ class AdapterBank:
         """
         torch.manual_seed(0)  # where the base has no head of its own, the one that it is given is always the same
         classifier, _ = load_classifier(model, load_config(model).num_labels)
-        return cls(classifier.to(device()), load_tokenizer(model), model)
+        return cls(classifier.to(device()), load_tokenizer(model), model, precision)
 
     @classmethod
     def of(cls, adapters: dict[str, Path]) -> AdapterBank:
@@ -92,7 +95,8 @@ class AdapterBank:
         Raises:
             UserError: see `on` and `load`.
         """
-        bank = cls.on(read_run(next(iter(adapters.values())), "LoRA")[0]["options"]["model"])
+        options = read_run(next(iter(adapters.values())), "LoRA")[0]["options"]
+        bank = cls.on(options["model"], _precision(options))
         for name, folder in adapters.items():
             bank.load(name, folder)
         return bank
@@ -111,8 +115,9 @@ class AdapterBank:
             what = "reads feature columns" if options.get("feature_columns") else f"has --method {options['method']}"
             raise UserError(f"{folder}: {what}, which adapters on a shared frozen base cannot have; "
                             f"python run.py predict {folder} reads it alone")
-        if options["precision"] == "bf16":
-            raise UserError(f"{folder}: was trained on a base in bf16; the shared base is in float32")
+        if _precision(options) != self.precision:
+            raise UserError(f"{folder}: was trained on a base in {_precision(options)}, and the shared one is in "
+                            f"{self.precision}")
         recorded = {key: config[key] for key in self.digests if config.get(key) is not None}
         other = [PARTS[key] for key, digest in recorded.items() if digest != self.digests[key]]
         if other or not recorded and options["model"] != self.model:
@@ -255,3 +260,8 @@ class AdapterBank:
         for row, answer in zip(known, answers, strict=True):
             results[row] = answer
         return results
+
+
+def _precision(options: dict) -> str:
+    """Precision of the base that a run's adapter needs: bf16x3 is a way of computing fp32."""
+    return "bf16" if options["precision"] == "bf16" else "fp32"

@@ -6,10 +6,11 @@ import weakref
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, adapted, one_line, randomize_B, toy_batch, toy_net, write_tokenizer
+from conftest import ARCHITECTURES, adapted, logits_of, one_line, randomize_B, toy_batch, toy_net, write_tokenizer
 
 from lora.adapters import load_adapter, read_adapter, save_adapter
 from lora.linear import lora_layers
+from lora.matmul import set_precision
 from lora.mixed import MixedLinear, RowPool
 from model import LoRAOptions, TextClassifier, inject_lora
 from record.files import UserError
@@ -129,6 +130,22 @@ def test_a_mixed_batch_gives_each_row_what_peft_gives_it(mixed):
         for row, other in enumerate(names):
             if other == name:
                 torch.testing.assert_close(got[row], expected[row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_a_base_in_bf16_serves_what_was_trained_on_one(tmp_path, architecture):
+    """Up to the rounding of activations to bfloat16, which float32 sums of another order may turn the other way."""
+    alone = fine_tuned(architecture, 1, 3)
+    in_fp32 = logits_of(alone)
+    save_adapter(alone, tmp_path, "the-base")
+    bank = AdapterBank(TextClassifier(toy_net(architecture)), write_tokenizer(tmp_path / "tokenizer"), "the-base", "bf16")
+    bank.add("a", read_adapter(bank.net, tmp_path), reading(3))
+    set_precision(alone.net.base_model, "bf16")
+    got = bank.logits(*toy_batch(), ["a", None, "a", "a"])
+    expected = logits_of(alone)
+    for row in (0, 2, 3):
+        torch.testing.assert_close(got[row], expected[row], atol=2e-3, rtol=0)
+    assert (expected - in_fp32).abs().max() > 1e-2
 
 
 def test_load_adapter_and_the_bank_read_the_same_file(tmp_path):
