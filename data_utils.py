@@ -1,11 +1,11 @@
-"""Tasks -> token ids -> length-bucketed batches.
+"""Turns tasks into token ids and token ids into length-bucketed batches.
 
     python -c "import data_utils; print(data_utils.load_task('cola', 'DIR_WITH_THE_TSV_FILES').train.labels[:5])"
 
 A task is a training split and one or more named development splits. Batches are made of sentences of
-about the same length, so that almost no pad token is computed. Their composition is fixed for the
-whole run (which is what makes cached features and logits exactly reusable); their order is shuffled
-each epoch by the seed.
+about the same length, so that almost no pad token is computed. Which sentences a batch holds is fixed for the
+whole run, so that cached features and logits are exactly reusable; the order of the batches is shuffled by the seed
+in each epoch.
 """
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ HUB_TABLES = {
 }
 # The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
 BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
-LARGE = 2  # times the mean: of a batch that is computed in parts
-NEIGHBOURS = 4  # sentences that begin alike, together in a batch
+LARGE = 2  # times the mean batch's tokens: a larger batch is computed in micro-batches
+NEIGHBOURS = 4  # sentences with a shared prefix that stand together in a batch
 TASKS = ("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A training split and the development splits by name, with the SHA-256 of every file read."""
+    """Holds a training split and the development splits by name, with the SHA-256 of every file read."""
 
     name: str
     train: Split
     dev: dict[str, Split]
     files: dict[str, str]
-    classes: tuple[str, ...] = COLA_CLASSES  # their names; a label is an index into them
+    classes: tuple[str, ...] = COLA_CLASSES  # names of the classes; a label is an index into them
     missing: dict[str, int] = field(default_factory=dict)  # training rows without a value, by feature
 
     @property
@@ -64,7 +64,7 @@ class Task:
         return len(self.classes)
 
     def limit(self, rows: int) -> Task:
-        """The same task with `rows` rows of each split, evenly spaced (files are often sorted by label): a quick look.
+        """Returns the same task with `rows` rows of each split, evenly spaced (files are often sorted by label).
 
         Raises:
             UserError: if the shortened training split lacks a class, or a feature has no value in it.
@@ -80,16 +80,16 @@ class Task:
 
 @dataclass
 class Batch:
-    """Right-padded token ids and what belongs to them."""
+    """Holds right-padded token ids, and the labels, row numbers and features of their sentences."""
 
     input_ids: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) int64: 1 for a real token
     labels: torch.Tensor  # (B,) int64
     rows: torch.Tensor  # (B,) int64: each sentence's row in its split
     tokens: int  # real tokens, pads not counted
-    cached: torch.Tensor | None = None  # what the frozen part of a classifier makes of it, computed once (frozen.py)
+    cached: torch.Tensor | None = None  # output of a classifier's frozen part, computed once (lora/frozen.py)
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
-    micro: list[Batch] = field(default_factory=list)  # in which it is computed, if it is large (`split_large`)
+    micro: list[Batch] = field(default_factory=list)  # of a large batch (`split_large`): the step computes these instead
 
     def to(self, device: torch.device | str) -> Batch:
         tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
@@ -97,24 +97,27 @@ class Batch:
         return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, *more)
 
     def micro_batches(self) -> list[Batch]:
-        """What is computed at a time: its parts, or itself."""
+        """Returns the micro-batches that a step computes one after the other: the batch itself where it is not large."""
         return self.micro or [self]
 
     def split(self, tokens: float) -> list[Batch]:
-        """Its rows in as few batches of no more tokens, pads included, as single rows allow; each as long as its longest."""
+        """Cuts the rows into as few micro-batches as hold at most `tokens` tokens each, pads included.
+
+        Each micro-batch is as wide as its longest row; a single row longer than that is a micro-batch of its own.
+        """
         rows, longest = len(self.rows), self.input_ids.shape[1]
         count = math.ceil(rows / max(1, int(tokens // longest)))
-        pieces = []
+        micro = []
         for start, end in itertools.pairwise(rows * i // count for i in range(count + 1)):
             mask = self.attention_mask[start:end]
             width = int(mask.sum(1).max())
-            pieces.append(Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end],
-                                self.rows[start:end], int(mask.sum()),
-                                features=None if self.features is None else self.features[start:end]))
-        return pieces
+            micro.append(Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end],
+                               self.rows[start:end], int(mask.sum()),
+                               features=None if self.features is None else self.features[start:end]))
+        return micro
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
-        """What a model's forward pass takes."""
+        """Returns the arguments of a model's forward pass."""
         if self.features is not None:
             return self.input_ids, self.attention_mask, self.cached, self.features
         return (self.input_ids, self.attention_mask) + (() if self.cached is None else (self.cached,))
@@ -198,7 +201,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
 
 
 def read_rows(path: Path | str, task: str, options: TableOptions, separator: str, classes: list[str]) -> Split:
-    """A labelled file in the format of a task, for scoring.
+    """Reads a labelled file in the format of a task, for scoring.
 
     Raises:
         UserError: see `read_cola_tsv` and `tables.read_split`.
@@ -210,7 +213,7 @@ def read_rows(path: Path | str, task: str, options: TableOptions, separator: str
 
 
 def _read(task: str, path: Path, options: TableOptions) -> tuple[Table, TableOptions]:
-    """A table in the format of a task, and the options with the task's own defaults in them."""
+    """Reads a table in the format of a task; returns it and the options with the task's own defaults in them."""
     if task != "buzzer":
         return tables.read_table(path), options
     if options.template is None and not options.text_column:
@@ -219,7 +222,7 @@ def _read(task: str, path: Path, options: TableOptions) -> tuple[Table, TableOpt
 
 
 def _tables(name: str, data: Path, options: TableOptions, separator: str) -> Task:
-    """A task from a file, or from a folder with one file for each split."""
+    """Makes a task from a file, or from a folder with one file for each split."""
     train, others = tables.split_files(data, options.eval_split)
     return _table_task(name, train, others, options, separator,
                        {str(path): path for path in (train, *(others.values() if isinstance(others, dict) else ()))})
@@ -227,7 +230,7 @@ def _tables(name: str, data: Path, options: TableOptions, separator: str) -> Tas
 
 def _table_task(name: str, train: Path, others: dict[str, Path] | float, options: TableOptions, separator: str,
                 files: dict[str, Path]) -> Task:
-    """A task from its training file and the evaluation files (or the share of the training rows set aside)."""
+    """Makes a task from its training file and the evaluation files (or the share of the training rows to set aside)."""
     table, options = _read(name, train, options)
     split, classes = tables.read_split(table, options, separator)
     if isinstance(others, dict):
@@ -259,7 +262,7 @@ def _cola_folder(name: str, folder: Path) -> Task:
 
 
 def _hub_file(task: str, repository: str, file: str) -> Path:
-    """A file of a data set on the Hub, from its cache where it is there."""
+    """Returns the path of a data set's file of the Hub, taken from the cache if it is there."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -296,11 +299,11 @@ def _two_classes(split: Split, where: str) -> Split:
 # ---------------------------------------------------------------- token ids
 
 def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "tail") -> list[list[int]]:
-    """Token ids of each sentence, cut to `max_length` tokens with one warning that counts the cut ones.
+    """Returns the token ids of each sentence, cut to `max_length` tokens; one warning counts the sentences cut.
 
     Args:
-        truncate: what of a sentence too long is cut: its `head` (the end of a review holds the verdict),
-            its `tail`, or its `middle`. The tokenizer's own special tokens at both ends stay.
+        truncate: the part of a sentence that is cut if it is too long: its `head` (the end of a review holds
+            the verdict), its `tail`, or its `middle`. The tokenizer's own special tokens at both ends stay.
 
     Raises:
         UserError: a sentence of which the tokenizer makes no token at all, or no room for any.
@@ -321,14 +324,14 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
 
 
 def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) -> list[int]:
-    """One sentence's tokens cut to `max_length`, special tokens at both ends cached."""
+    """Cuts one sentence's tokens to `max_length`; special tokens at both ends stay."""
     opening = special.index(0) if 0 in special else len(tokens)
     closing = special[::-1].index(0) if 0 in special else 0
     room = max_length - opening - closing
     if room < 1:
         raise UserError(f"--max-length {max_length}: no room for a token beside the tokenizer's {opening + closing} own")
     body = tokens[opening:len(tokens) - closing]
-    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]  # tokens cached from the front
+    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]  # tokens that stay at the front
     return tokens[:opening] + body[:first] + body[len(body) - (room - first):] + tokens[len(tokens) - closing:]
 
 
@@ -336,7 +339,7 @@ def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) 
 
 def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_tokens: int | None = None,
                      beginnings: list[list[int]] | None = None) -> list[list[int]]:
-    """Rows grouped into batches of about equal length.
+    """Groups rows into batches of about equal length.
 
     Rows are sorted by length, ties broken by the seed, and cut into runs. Every row stands in exactly
     one batch, and the same arguments give the same batches.
@@ -347,8 +350,8 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
         seed: breaks ties between rows of equal length.
         batch_tokens: if given, bounds rows x longest row of a batch instead of counting rows (a
             single row longer than that still makes a batch of its own).
-        beginnings: the rows' token ids, if rows of equal length that begin alike shall stand together, NEIGHBOURS at a
-            time.
+        beginnings: the rows' token ids, if rows of equal length with a shared prefix shall stand together, NEIGHBOURS
+            at a time.
     """
     shuffle = random.Random(seed)
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], shuffle.random()))
@@ -365,11 +368,11 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
 
 
 def _neighbours(order: list[int], lengths: list[int], ids: list[list[int]], shuffle: random.Random) -> list[int]:
-    """Of each length, rows that begin alike in groups of NEIGHBOURS, and the groups shuffled.
+    """Reorders the rows of each length: rows with a shared prefix in groups of NEIGHBOURS, the groups shuffled.
 
-    No more than a few together: a batch of nothing but such rows is a poor sample of the split.
+    The groups are small because a batch of nothing but rows with one prefix is a poor sample of the split.
     """
-    rank = collections.defaultdict(shuffle.random)  # of the tokens, by which rows are sorted
+    rank = collections.defaultdict(shuffle.random)  # token id -> random key by which rows are sorted
     ordered = []
     for _, rows in itertools.groupby(order, key=lambda row: lengths[row]):
         rows = sorted(rows, key=lambda row: [rank[token] for token in ids[row]])
@@ -395,11 +398,11 @@ def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: in
 
 def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed: int,
                  batch_tokens: int | None = None, truncate: str = "tail", beginnings: bool = False) -> list[Batch]:
-    """A split as length-bucketed batches, tokenised and padded once for the whole run.
+    """Makes length-bucketed batches of a split, tokenised and padded once for the whole run.
 
     Args:
-        beginnings: sentences of equal length that begin alike stand together, a few at a time: a decoder computes what
-            they share once (`fused.Rows`).
+        beginnings: whether sentences of equal length with a shared prefix stand together, a few at a time: a decoder
+            computes the prefix once (`lora.blocks.UniqueTokens`).
     """
     ids = encode(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.
@@ -410,9 +413,9 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
 
 
 def split_large(batches: list[Batch]) -> list[Batch]:
-    """The batches, those of more than LARGE times the mean's tokens with parts of no more.
+    """Gives each batch of more than LARGE times the mean batch's tokens micro-batches below that size.
 
-    They alone would set a training's peak memory. The parts' gradients add up to the batch's.
+    Large batches alone would set a training's peak memory. The micro-batches' gradients add up to the batch's gradient.
     """
     most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches)
     for batch in batches:
@@ -422,13 +425,13 @@ def split_large(batches: list[Batch]) -> list[Batch]:
 
 
 def epoch_order(batches: int, seed: int, epoch: int) -> list[int]:
-    """The order in which epoch `epoch` (from 1) takes the batches; fixed by the seed."""
+    """Returns the order in which epoch `epoch` (from 1) takes the batches; the seed fixes it."""
     order = list(range(batches))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 
 
 def padding_percent(batches: list[Batch]) -> float:
-    """Share of the computed tokens that are pads, in percent."""
+    """Returns the share of the computed tokens that are pads, in percent."""
     computed = sum(batch.input_ids.numel() for batch in batches)
     return 100.0 * (1 - sum(batch.tokens for batch in batches) / computed)

@@ -1,4 +1,4 @@
-"""What a user waits for: the student's answers, `--help`, and the start of a run.
+"""Measures what a user waits for: the student's answers, `--help`, and the start of a run.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --quick --json
@@ -57,7 +57,7 @@ os._exit(0)
 
 
 def process_seconds(*command: str) -> float:
-    """Seconds of a fresh Python process in the repository's root, from spawning it to its end."""
+    """Returns the seconds of a fresh Python process in the repository's root, from spawning it to its end."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *command], cwd=common.ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -68,7 +68,7 @@ def process_seconds(*command: str) -> float:
 
 @torch.inference_mode()
 def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Batch) -> None:
-    """A batch's logits equal those of its sentences one by one."""
+    """Checks that a batch's logits equal those of its sentences one by one."""
     alone = [model(ids[None, :length], mask[None, :length]) for ids, mask, length in zip(
         batch.input_ids, batch.attention_mask, batch.attention_mask.sum(1).tolist(), strict=True)]
     logits = model(*batch.inputs())
@@ -101,7 +101,7 @@ def measure_help(report: Report) -> None:
 
 
 def located(base: str) -> list[str]:
-    """What `from_pretrained` needs to find the model: a folder, and the GGUF file in it where it is one."""
+    """Returns what `from_pretrained` needs to find the model: a folder, and the GGUF file in it where it is one."""
     if base not in PACKAGED:
         return [base]
     package, file, _ = PACKAGED[base]

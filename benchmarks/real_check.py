@@ -1,4 +1,4 @@
-"""A few hundred CoLA sentences with SmolLM2-135M: the loss falls, and the saved adapter's logits are PEFT's.
+"""Trains SmolLM2-135M on a few hundred CoLA sentences: the loss falls, and the saved adapter's logits are PEFT's.
 
     python benchmarks/real_check.py --data DIR_WITH_THE_COLA_TSV_FILES
 

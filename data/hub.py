@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it answers at all."""
+"""Asks whether the Hugging Face Hub answers at all."""
 from __future__ import annotations
 
 import functools
@@ -6,9 +6,9 @@ import functools
 
 @functools.cache
 def hub_unreachable() -> bool:
-    """Whether the Hugging Face Hub gives no answer; its cache alone can be read then.
+    """Returns whether the Hugging Face Hub gives no answer, so that only its cache can be read.
 
-    Asked once a process: left to itself, the library would retry each file for half a minute.
+    Asks once in each process: the library alone would retry each file for half a minute.
     """
     from huggingface_hub import constants, get_session
 

@@ -67,7 +67,7 @@ def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
 
 
 def base_of(folder: Path) -> str:
-    """Name or path of the base model an adapter was made for.
+    """Returns name or path of the base model that an adapter was made for.
 
     Raises:
         UserError: no adapter there, or one that does not say.
@@ -147,7 +147,7 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
 
 
 def _pattern(config: dict, key: str, name: str, default):
-    """PEFT's pattern lookup: the first key that is the module's name or its dotted ending."""
+    """Looks a module up in PEFT's patterns: the first key that is the module's name or its dotted ending."""
     for pattern, value in (config.get(key) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

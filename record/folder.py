@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, what stands in it, and reading it back.
+"""Opens a run's folder for one process, writes what a run records, and reads it back.
 
     runs/<mode>-<SR>/   config.json, metrics.jsonl, summary.json, weights, SHA256SUMS, tensorboard/
 
@@ -44,7 +44,7 @@ from record.machine import cpu_name, device, matmul, use_matmul, use_threads
 from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
-TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # no two runs share them
+TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # differ between any two runs
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -85,7 +85,7 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
 
 
 def without_times(value):
-    """A result (any JSON value) without what no two runs share."""
+    """Returns a result (any JSON value) without TIMES."""
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if key not in TIMES}
     return [without_times(item) for item in value] if isinstance(value, list) else value
@@ -93,7 +93,7 @@ def without_times(value):
 
 @contextmanager
 def run_folder(options: RunOptions, config: dict):
-    """The run's folder, held by this process alone.
+    """Opens the run's folder and holds it for this process alone.
 
     A finished run is never written to without `--overwrite`, an unfinished one is only continued
     (`--resume`) or overwritten, and a resumed run must have the options it began with.
@@ -123,7 +123,7 @@ def run_folder(options: RunOptions, config: dict):
 
 
 def _empty(folder: Path) -> None:
-    """Removes what a run leaves behind; anything else in the folder is left alone."""
+    """Removes what a run leaves behind, and nothing else in the folder."""
     for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json", SUMS):
         (folder / name).unlink(missing_ok=True)
     for file in folder.glob("*.safetensors"):
@@ -150,13 +150,13 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 
 def environment(config: dict) -> dict:
-    """What beside the options may change a result."""
+    """Returns what may change a result beside the options."""
     return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"),
             **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """How two configs' environments differ, in words."""
+    """Says in words how two configs' environments differ."""
     one, other = environment(before), environment(now)
     return [f"{key} was {one.get(key)}, now {other.get(key)}" for key in dict.fromkeys([*one, *other])
             if one.get(key) != other.get(key)]
@@ -169,7 +169,7 @@ def _warn_of_changes(folder: Path, config: dict) -> None:
 
 
 def warn_of_changed_data(config: dict, data: Path) -> None:
-    """Warns where a file is one that the run read, under the same path, and no longer the same."""
+    """Warns if the run read a file under the same path whose content was another."""
     for name, digest in config.get("data_files", {}).items():
         if Path(name).resolve() == Path(data).resolve() and sha256(data) != digest:
             warnings.warn(f"{data}: changed since the run read it (its SHA-256 is another)", stacklevel=2)
@@ -217,19 +217,19 @@ class Recorder:
 
 
 def finish(folder: Path, summary: dict) -> None:
-    """The summary marks a run as finished; its checkpoints are no longer needed then."""
+    """Writes SHA256SUMS and summary.json, which marks the run as finished, and removes its checkpoints."""
     files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
              if not path.name.endswith(CHECKPOINT)]
     digests = {path.name: sha256(path) for path in files}
     digests["summary.json"] = hashlib.sha256(json_text(summary).encode()).hexdigest()
-    write_sums(folder, digests)  # before the summary: a finished run is never without
+    write_sums(folder, digests)  # before the summary: a finished run always has its checksums
     write_json(folder / "summary.json", summary)
     for path in folder.glob(f"*{CHECKPOINT}"):
         path.unlink()
 
 
 def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
-    """config.json and summary.json of a finished run.
+    """Reads config.json and summary.json of a finished run.
 
     Raises:
         UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it. Or a

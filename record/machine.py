@@ -23,7 +23,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def keep_freed_memory() -> None:
     """Makes glibc hold on to freed memory.
 
-    By default it hands large tensors back to the kernel as soon as they are freed, and every training
+    By default glibc hands large tensors back to the kernel as soon as they are freed, and every training
     step then pays the page faults of its activations anew. Does nothing with another C library.
     """
     try:
@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
+    """Returns the peak memory of this process in bytes: allocated on the GPU if there is one, else resident."""
     import torch
 
     if torch.cuda.is_available():
@@ -45,7 +45,7 @@ def peak_memory_bytes() -> int:
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's, a GPU's or that of PyTorch's allocator for the CPU."""
+    """Returns whether an error says that memory ran out: Python's, a GPU's or that of PyTorch's allocator for the CPU."""
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or isinstance(error, RuntimeError) and bool(

@@ -1,9 +1,9 @@
-"""What a run left in runs/ -> curves in plots/; comparisons and sweeps too.
+"""Draws what a run, a comparison or a sweep left in runs/ into plots/.
 
     plot_run(Path("runs/LoRA-12345"), Path("plots"))
 
-It reads files only, through records.py, so that a figure
-cannot show anything but what a run wrote down: `metrics.jsonl`, `summary.json`, `compare.json`, `sweep.json`.
+Reads files only, through records.py, so that a figure shows nothing but what a run wrote down:
+`metrics.jsonl`, `summary.json`, `compare.json`, `sweep.json`.
 """
 
 import math
@@ -40,7 +40,7 @@ PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
 # ---------------------------------------------------------------- runs
 
 def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
-    """One quantity over the epochs: training and validation, best epoch marked, baselines as horizontal lines.
+    """Draws one quantity over the epochs: training and validation, best epoch marked, baselines as horizontal lines.
 
     Args:
         metrics: the rows of `metrics.jsonl`; a distillation's carry "phase", and both students are drawn.
@@ -105,7 +105,7 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
 
 
 def confusion(summary: Record) -> Figure:
-    """How often each class was taken for which, in rows and as a share of each true class."""
+    """Draws how often each class was predicted as which, in rows and as a share of each true class."""
     split, scores = by_class(summary)
     matrix, classes = scores["confusion"], list(scores.section("per_class"))
     if not (isinstance(matrix, list) and len(matrix) == len(classes)
@@ -136,7 +136,7 @@ def confusion(summary: Record) -> Figure:
 # ---------------------------------------------------------------- comparisons and sweeps
 
 def compare_figure(compare: Record) -> Figure:
-    """Accuracy of the best epoch against trained parameters, with the majority class as a dashed line."""
+    """Draws accuracy of the best epoch against trained parameters, with the majority class as a dashed line."""
     done = sorted((entry for entry in compare["entries"] if "best" in entry),
                   key=lambda entry: entry.section("parameters").number("trainable"))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -166,7 +166,7 @@ def compare_figure(compare: Record) -> Figure:
 
 
 def _label_points(axes, x: list[float], y: list[float], names: list[str]) -> None:
-    """A name above each point; where neighbours stand close in x, above and below in turn."""
+    """Writes a name above each point; where neighbours stand close in x, above and below in turn."""
     for i, (at, value, name) in enumerate(zip(x, y, names, strict=True)):
         below = i % 2 == 1 and (at < 4 * max(x[i - 1], 1))
         axes.annotate(name.replace("$", r"\$"), (at, value), xytext=(7, -13 if below else 7), textcoords="offset points",
@@ -174,7 +174,7 @@ def _label_points(axes, x: list[float], y: list[float], names: list[str]) -> Non
 
 
 def sweep_figure(sweep: Record) -> Figure:
-    """Score against trained parameters, each option's importance, and the mean score of each set of roles or layers."""
+    """Draws score against trained parameters, each option's importance, and each set of roles or layers by its mean."""
     trials = [trial for trial in sweep["trials"] if trial["parameters"] and trial["score"] is not None]
     if not trials:
         raise ReportError(f"{sweep.source}: no trial has a score")
@@ -220,7 +220,7 @@ def sweep_figure(sweep: Record) -> Figure:
 
 
 def _bars(axes, names: list[str], values: list[float], sd: list[float] | None = None) -> None:
-    """Horizontal bars, the first on top."""
+    """Draws horizontal bars, the first on top."""
     axes.barh(range(len(names)), [0 if math.isnan(value) else value for value in values], color=BLUE, height=0.6,
               xerr=sd, capsize=3)
     axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names], fontsize="small")
@@ -230,7 +230,7 @@ def _bars(axes, names: list[str], values: list[float], sd: list[float] | None = 
 
 
 def _parameter_axis(axes, x: list[float]) -> None:
-    """Trained parameters on a logarithmic axis; a model that trains nothing stands at its 0."""
+    """Makes x a logarithmic axis of trained parameters; a model that trains nothing stands at 0."""
     low, high = min((value for value in x if value > 0), default=1), max(*x, 1)
     steps = (1, 2, 5) if high < 100 * low else (1,)
     ticks = [step * 10 ** power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
