@@ -104,7 +104,8 @@ def machine_of(result: dict) -> str:
     where = result.get("machine", result)
     versions = result.get("versions", where)
     threads = f"{where['threads']} of {where['cores']} cores" if "cores" in where else f"{where['threads']} thread(s)"
-    return f"{cpu_of(result)}, {threads}; torch {versions['torch']}, transformers {versions['transformers']}"
+    library = f", float32 products by {where['matmul']}" if where.get("matmul") else ""
+    return f"{cpu_of(result)}, {threads}{library}; torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def commits_of(results: Iterable[dict]) -> str:
