@@ -323,6 +323,18 @@ def _repeat(parser: Parser) -> None:
     parser.add(FOLDER, "--out", type=Path, help="keep the repetition in this folder")
 
 
+def _export(parser: Parser) -> None:
+    """write a distillation's student as an ONNX model that needs neither PyTorch nor this project"""
+    parser.add(GENERAL, "--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add(GENERAL, "--int8", action="store_true", help="8-bit weights: a quarter of the size; says what it costs")
+    parser.add(GENERAL, "--control", action="store_true", help="the no-KD baseline instead of the student")
+
+
+def _merge(parser: Parser) -> None:
+    """write a fine-tuned classifier as a plain transformers checkpoint, its adapter merged"""
+    parser.add(GENERAL, "--out", type=Path, required=True, metavar="DIR", help="a new folder")
+
+
 def _report(parser: Parser) -> None:
     """tables and plots of the runs into report/Report_SR.pdf"""
     parser.add(FOLDER, "--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
@@ -338,8 +350,8 @@ def _submit(parser: Parser) -> None:
 
 # Modes that start something take SR, those that read a run take its folder; run.py has a function for each.
 MODES = {"gen": _gen, "LoRA": _lora, "distil": _distil, "compare": _compare, "sweep": _sweep, "eval": _eval,
-         "repeat": _repeat, "report": _report, "submit": _submit}
-READS_A_RUN = ("eval", "repeat")
+         "export": _export, "merge": _merge, "repeat": _repeat, "report": _report, "submit": _submit}
+READS_A_RUN = ("eval", "export", "merge", "repeat")
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
