@@ -19,7 +19,8 @@ from record.options import RunOptions, rebuild
 from serving import export, merge
 
 
-def export_run(folder: Path, out: Path, int8: bool = False, control: bool = False, say: Callable[[str], None] = print) -> None:
+def export_run(folder: Path, out: Path, int8: bool = False, control: bool = False, say: Callable[[str], None] = print
+               ) -> None:
     """Writes the student of a distillation run (or its no-KD baseline) as an ONNX model with all that it needs.
 
     Raises:

@@ -99,7 +99,8 @@ def onnx_model(student: DistilRNN):
         matrices = [constant(f"{part}_{layer}", value) for part, value in zip("WRB", _gates(student, layer), strict=True)]
         more = {"linear_before_reset": 1} if config.cell == "gru" else {}
         nodes.append(helper.make_node(config.cell.upper(), [states, *matrices, lengths], [f"directions_{layer}"],
-                                      name=f"rnn_{layer}", direction="bidirectional", hidden_size=config.hidden_size, **more))
+                                      name=f"rnn_{layer}", hidden_size=config.hidden_size, direction="bidirectional",
+                                      **more))
         states = node("Transpose", [f"directions_{layer}"], f"side_by_side_{layer}", perm=[0, 2, 1, 3])  # (T, B, 2, H)
         states = node("Reshape", [states, shape], f"states_{layer}")  # (T, B, 2H)
     states = node("Transpose", [states], "batch_first", perm=[1, 0, 2])  # (B, T, 2H)
@@ -129,9 +130,11 @@ def _array(value: torch.Tensor) -> np.ndarray:
 
 def _gates(student: DistilRNN, layer: int) -> tuple[np.ndarray, ...]:
     """A layer's W (2, gates x H, in), R (2, gates x H, H) and B (2, 2 x gates x H), gates in ONNX's order."""
+    order = GATES[student.config.cell]
+
     def ordered(name: str) -> np.ndarray:
-        value = _array(getattr(student.rnn, name))
-        return np.concatenate([np.split(value, len(GATES[student.config.cell]))[gate] for gate in GATES[student.config.cell]])
+        pieces = np.split(_array(getattr(student.rnn, name)), len(order))
+        return np.concatenate([pieces[gate] for gate in order])
 
     sides = [{part: ordered(f"{part}_l{layer}{direction}") for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
              for direction in ("", "_reverse")]

@@ -140,8 +140,9 @@ def test_the_example_needs_onnxruntime_tokenizers_and_numpy_alone(tmp_path, toke
     with torch.inference_mode():
         chances = torch.cat([made(torch.tensor([ids]), torch.ones(1, len(ids))) for ids in encode(
             tokenizer, SENTENCES, 32)]).softmax(-1).max(-1)
-    assert done.stdout.splitlines() == [f"{['no', 'yes', 'maybe'][label]}\t{chance:.4f}\t{sentence}" for label, chance, sentence
-                                        in zip(chances.indices.tolist(), chances.values.tolist(), SENTENCES, strict=True)]
+    assert done.stdout.splitlines() == [
+        f"{['no', 'yes', 'maybe'][label]}\t{chance:.4f}\t{sentence}"
+        for label, chance, sentence in zip(chances.indices.tolist(), chances.values.tolist(), SENTENCES, strict=True)]
     assert len([line for line in export.EXAMPLE.splitlines() if line.strip()]) <= 26
 
 

@@ -44,7 +44,8 @@ def test_what_is_not_finite_refuses_and_leaves_nothing(tmp_path, tokenizer, monk
     monkeypatch.setattr("conftest.VOCAB", 280)
     made = adapted("gpt2")
     with torch.no_grad():
-        (next(iter(lora_layers(made.net).values())).lora_B if where == "adapter" else made.net.score.weight)[0, 0] = torch.nan
+        weight = next(iter(lora_layers(made.net).values())).lora_B if where == "adapter" else made.net.score.weight
+        weight[0, 0] = torch.nan
     with pytest.raises(UserError) as error:
         merge.write_checkpoint(made, tokenizer, ["a", "b"], SENTENCES, tmp_path / "out", max_length=32)
     assert "not finite; nothing was merged" in one_line(error)
