@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,30 +17,40 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from lora import adapters
 from lora.linear import lora_layers
 from model import TextClassifier
-from record.files import UserError, new_folder
+from record.files import UserError, json_text, new_folder, write_file
 
 TOLERANCE = {True: 1e-5, False: 1e-2}  # of logits, relative where they are large; False: the run computed in bfloat16
 
 
-def with_pad_token(tokenizer):
-    """A copy of a tokenizer that has a pad token, and pads on the right.
+def for_others(tokenizer, max_length: int, truncate: str):
+    """A copy of a tokenizer for those who load it with `transformers` alone: it pads on the right and cuts as the run did.
 
     A checkpoint of `transformers` pools a decoder at the last token that is no pad. GPT-2, which has no pad token, gets
-    its end-of-text mark; a tokenizer that ends each text with that mark gets another of its own.
-
-    Raises:
-        UserError: there is no token that could be padded with.
+    its end-of-text mark; a tokenizer that ends each text with that mark gets another of its own, and one that has no
+    other is left without.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"
+    tokenizer.model_max_length = max_length
+    tokenizer.truncation_side = "left" if truncate == "head" else "right"
+    tokenizer.chat_template = None
     if tokenizer.pad_token is None:
         closing = tokenizer("a")["input_ids"][-1]
         free = [token for token in (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
                 if token is not None and tokenizer.convert_tokens_to_ids(token) != closing]
-        if not free:
-            raise UserError("the tokenizer has no pad token, and no other special token that could stand in for it")
-        tokenizer.pad_token = free[0]
+        if free:
+            tokenizer.pad_token = free[0]
     return tokenizer
+
+
+def tokenizer_files(tokenizer) -> dict[str, bytes]:
+    """A tokenizer's files by name, without what its loading left in them: whether it came from the Hub or a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    config = json.loads(files["tokenizer_config.json"])
+    kept = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "gguf_file")}
+    return {**files, "tokenizer_config.json": json_text(kept).encode()}
 
 
 def label_maps(classes: list[str]) -> dict[str, dict]:
@@ -79,11 +91,12 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, classes: list[str], 
         exact: whether the classifier computes in float32.
 
     Raises:
-        UserError: the folder is not new, the adapter is not finite, or the checkpoint does not give the same logits.
+        UserError: the folder is not new, the adapter is not finite, the tokenizer has nothing to pad
+            with, or the checkpoint does not give the same logits.
     """
-    tokenizer = with_pad_token(tokenizer)
-    tokenizer.model_max_length = max_length
-    tokenizer.truncation_side = "left" if truncate == "head" else "right"
+    tokenizer = for_others(tokenizer, max_length, truncate)
+    if tokenizer.pad_token is None:
+        raise UserError("the tokenizer has no pad token, and no other special token that could stand in for it")
     batches = [tokenizer(sentences[start:start + 32], padding=True, truncation=True, return_tensors="pt")
                for start in range(0, len(sentences), 32)]
     expected = _logits(lambda **inputs: classifier(**inputs), batches)
@@ -94,7 +107,8 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, classes: list[str], 
             plain = AutoModelForSequenceClassification.from_config(config)
         plain.load_state_dict(state, assign=True)
         plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        for name, data in tokenizer_files(tokenizer).items():
+            write_file(folder / name, data)
         for path in folder.iterdir():  # the weights too are for whoever may read the rest
             path.chmod((folder / "config.json").stat().st_mode)
         written = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)

@@ -64,10 +64,12 @@ def test_a_pad_token_is_never_the_one_that_ends_each_text(tmp_path, tokenizer):
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    assert merge.with_pad_token(tokenizer).pad_token == tokenizer.eos_token and tokenizer.pad_token is None
+    assert merge.for_others(tokenizer, 9, "tail").pad_token == tokenizer.eos_token and tokenizer.pad_token is None
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
     closing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="Ġ")
-    assert merge.with_pad_token(closing).pad_token == "Ġ"
+    assert merge.for_others(closing, 9, "tail").pad_token == "Ġ"
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    assert merge.for_others(bare, 9, "tail").pad_token is None
     with pytest.raises(UserError, match="no pad token"):
-        merge.with_pad_token(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"))
+        merge.write_checkpoint(adapted("gpt2"), bare, ["a", "b"], SENTENCES, tmp_path / "out", max_length=32)
