@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from data.backbones import hub_name
+from data.hub import is_dataset_name
 from data_utils import GLUE_REPOSITORY, HUB_TABLES, Task
 from record.files import write_file
 from record.folder import CARD, CARD_TAG, TOKENIZER_FILES, is_card
@@ -123,7 +124,7 @@ def dataset_of(options: RunOptions) -> str | None:
     """The Hub's name of the data set that a run reads; None where it reads files of its own."""
     if options.data is None:
         return GLUE_REPOSITORY if options.task == "cola" else HUB_TABLES.get(options.task, (None,))[0]
-    return None
+    return options.data if is_dataset_name(options.data) else None
 
 
 def _base(model: str, hub: str | None) -> str:

@@ -129,8 +129,9 @@ def _most_used(parser: Parser, mode: str) -> None:
     if mode == "LoRA":
         parser.add(GENERAL, "--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a "
                                             "local folder or GGUF file, smollm2, minilm, or tiny")
-    parser.add(GENERAL, "--data", metavar="DIR|FILE",
-               help="folder with the task's files, or a CSV, TSV, JSONL or Parquet file; the Hub's if not given")
+    parser.add(GENERAL, "--data", metavar="DIR|FILE|NAME",
+               help="folder with the task's files, a CSV, TSV, JSONL or Parquet file, or the name of a data set on the Hub, "
+                    "such as stanfordnlp/sst2; the Hub's files of the task if not given")
     if mode == "LoRA":
         parser.add(GENERAL, "--rank", type=int, default=LoRAOptions.rank, help="of each update")
     parser.add(GENERAL, "--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
