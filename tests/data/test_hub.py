@@ -76,7 +76,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         repository, folder = "/".join(path.split("/")[:3]), self.server.folder / "/".join(path.split("/")[:3])
         sent = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
         rest = path.removeprefix(repository).strip("/").split("/", 2)
-        if not path.startswith("datasets/") or not folder.is_dir():
+        if not folder.is_dir():
             return self.send(404, b"", ("X-Error-Code", "RepoNotFound"))
         if rest[0] not in ("tree", "paths-info"):
             return self.send_json({"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": []})
@@ -100,7 +100,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.about() if self.path.startswith("/api/") else self.answer()
+        self.about() if self.path.startswith("/api/datasets/") else self.answer()
 
     do_HEAD, do_POST = answer, about
 
@@ -337,6 +337,7 @@ def test_a_cached_data_set_needs_no_hub(sst2_home, offline):
 
 RUNS = """
 import os, sys
+sys.path.insert(0, os.getcwd())
 import run
 lora = ["LoRA", "12345", "--model", sys.argv[1], "--epochs", "1", "--no-plots", "--out"]
 os.chdir(sys.argv[2])
