@@ -13,6 +13,7 @@ import data_utils
 from data_utils import Split
 from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import load_task
+from lora.matmul import set_precision
 from record.files import UserError, check_new_folder
 from record.folder import read_run
 from record.options import RunOptions, rebuild
@@ -51,10 +52,12 @@ def merge_run(folder: Path, out: Path, say: Callable[[str], None] = print) -> No
         raise UserError(f"{folder}: reads the features {', '.join(options['feature_columns'])} beside the text, for which a "
                         "plain checkpoint has no place")
     classifier, tokenizer, _ = load_finetuned(folder)
+    if options["precision"] == "bf16x3":
+        set_precision(classifier.net.base_model, "fp32")  # a checkpoint is computed the plain way
     classes = config.get("classes", data_utils.COLA_CLASSES)
     rows, _ = development_rows(folder, options, classes, tokenizer, say)
     merge.write_checkpoint(classifier.cpu(), tokenizer, classes, rows.sentences, out, max_length=options["max_length"],
-                           truncate=options.get("truncate", "tail"), exact=options["precision"] == "fp32", say=say)
+                           truncate=options.get("truncate", "tail"), exact=options["precision"] != "bf16", say=say)
 
 
 def development_rows(folder: Path, options: dict, classes: list[str], tokenizer, say: Callable[[str], None]
