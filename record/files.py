@@ -140,7 +140,7 @@ def check_new_folder(path: Path | str) -> None:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--out {path}: exists already; expected a new or an empty folder")
-    check_folder(path.absolute().parent)
+    check_folder(path.absolute())
 
 
 @contextmanager
