@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import tables
-from data.hub import hub_unreachable, is_dataset_name, load_dataset
+from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.tables import Split, Table
 from record.files import UserError, sha256
 from record.options import TableOptions
@@ -235,11 +235,10 @@ def _tables(name: str, data: Path, options: TableOptions, separator: str) -> Tas
 
 def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) -> Task:
     """A task from the splits of a data set on the Hub; one of them, or a share of the training rows, for evaluation."""
-    splits = load_dataset(data)
-    train, chosen = tables.choose_splits(list(splits), options.eval_split, f"--data {data}")
-    split, classes = tables.read_split(splits[train], options, separator)
+    train, chosen = tables.choose_splits(list(load_dataset(data)), options.eval_split, f"--data {data}")
+    split, classes = tables.read_split(read_dataset(data, train), options, separator)
     if isinstance(chosen, list):
-        dev = {key: tables.read_split(splits[key], options, separator, classes)[0] for key in chosen}
+        dev = {key: tables.read_split(read_dataset(data, key), options, separator, classes)[0] for key in chosen}
     else:
         split, held_out = tables.set_aside(split, chosen, data)
         dev = {"held_out": held_out}

@@ -4,9 +4,13 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.tables import Table
 from record.files import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @functools.cache
@@ -29,8 +33,8 @@ def is_dataset_name(data: str | Path) -> bool:
 
 
 @functools.cache
-def load_dataset(name: str) -> dict[str, Table]:
-    """The splits of a data set on the Hub by their names, with the class names of its features; from the cache, offline.
+def load_dataset(name: str) -> dict[str, datasets.Dataset]:
+    """The splits of a data set on the Hub by their names; from the cache where it cannot be reached.
 
     Raises:
         UserError: there is no such data set, or it can neither be downloaded nor read from the cache.
@@ -42,10 +46,7 @@ def load_dataset(name: str) -> dict[str, Table]:
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or hub_unreachable()  # or it would retry for minutes
     try:
-        splits = datasets.load_dataset(name)
-        return {str(split): Table(Path(name) / str(split), rows[:], {
-            column: feature.names for column, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)})
-            for split, rows in splits.items()}
+        return {str(split): rows for split, rows in datasets.load_dataset(name).items()}
     except Exception as error:  # its own classes, huggingface_hub's, pyarrow's and those of the HTTP library
         missing = "no such file or folder here, and as a data set of the Hugging Face Hub"
         if datasets.config.HF_HUB_OFFLINE:
@@ -54,3 +55,12 @@ def load_dataset(name: str) -> dict[str, Table]:
         raise UserError(f"--data {name}: {missing} it cannot be loaded ({said})") from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+
+
+def read_dataset(name: str, split: str) -> Table:
+    """A split of a data set on the Hub as a table, with the class names of its features."""
+    from datasets import ClassLabel
+
+    rows = load_dataset(name)[split]
+    return Table(Path(name) / split, rows[:], {
+        column: feature.names for column, feature in rows.features.items() if isinstance(feature, ClassLabel)})
