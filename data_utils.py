@@ -10,7 +10,9 @@ in each epoch.
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
+import json
 import math
 import random
 import tempfile
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import tables
-from data.hub import hub_unreachable
+from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.tables import Split, Table
 from record.files import UserError, sha256
 from record.options import TableOptions
@@ -168,7 +170,8 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
     Args:
         name: `cola`, `rotten_tomatoes` and `imdb` (from `data`, else from the Hugging Face Hub), `buzzer` and
             `csv` (from `data`), or `tiny`.
-        data: for `cola` the folder with its three public TSV files; else a table or a folder of tables.
+        data: for `cola` the folder with its three public TSV files; else a table, a folder of tables, or the name of a
+            data set on the Hub.
         options: which columns are what; not for `cola` and `tiny`.
         separator: what joins several text columns: the tokenizer's.
 
@@ -183,9 +186,14 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
         if given:
             raise UserError(f"--{given[0].replace('_', '-')}: not for --task {name}, whose format is fixed; --task csv "
                             "takes tables of any columns")
+        if data is not None and is_dataset_name(data):
+            load_dataset(str(data))  # or says that there is none
+            raise UserError(f"--data {data}: a data set of the Hugging Face Hub, for --task csv")
         if data is not None:
             return _cola_folder(name, Path(data))
         return _tiny() if name == "tiny" else _glue_cola()
+    if data is not None and is_dataset_name(data):
+        return _hub_dataset(name, str(data), options, separator)
     if data is not None:
         return _tables(name, Path(data), options, separator)
     if name not in HUB_TABLES:
@@ -226,6 +234,25 @@ def _tables(name: str, data: Path, options: TableOptions, separator: str) -> Tas
     train, others = tables.split_files(data, options.eval_split)
     return _table_task(name, train, others, options, separator,
                        {str(path): path for path in (train, *(others.values() if isinstance(others, dict) else ()))})
+
+
+def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) -> Task:
+    """A task from the splits of a data set on the Hub; one of them, or a share of the training rows, for evaluation."""
+    train, chosen = tables.choose_splits(list(load_dataset(data)), options.eval_split, f"--data {data}")
+    split, classes = tables.read_split(read_dataset(data, train), options, separator)
+    if isinstance(chosen, list):
+        dev = {key: tables.read_split(read_dataset(data, key), options, separator, classes)[0] for key in chosen}
+    else:
+        split, held_out = tables.set_aside(split, chosen, data)
+        dev = {"held_out": held_out}
+    missing = tables.check_features(split, options.feature_columns, data)
+    return Task(name, split, dev, {f"{data}/{key}": _content_digest(rows) for key, rows in {train: split, **dev}.items()},
+                tuple(classes), missing)
+
+
+def _content_digest(split: Split) -> str:
+    """The SHA-256 of a split's rows, for the library keeps no file of the Hub's as it was."""
+    return hashlib.sha256(json.dumps([split.sentences, split.labels, split.features]).encode()).hexdigest()
 
 
 def _table_task(name: str, train: Path, others: dict[str, Path] | float, options: TableOptions, separator: str,

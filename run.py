@@ -6,6 +6,8 @@
     python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
     python run.py sweep 12345      search rank, targets, layers, learning rate ...
     python run.py eval RUN_DIR --data FILE
+    python run.py export RUN_DIR --out DIR   a distillation's student as an ONNX file
+    python run.py merge RUN_DIR --out DIR    a fine-tuned classifier as a plain transformers checkpoint
     python run.py repeat RUN_DIR   repeat a run from its config.json and compare
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
@@ -239,6 +241,22 @@ def evaluate(args) -> None:
               f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
 
 
+def export(args) -> None:
+    """`export`: writes the student as an ONNX model."""
+    from experiments import ship
+
+    ship.export_run(args.run, args.out, args.int8, args.control)
+    print(f"export: {args.out}")
+
+
+def merge(args) -> None:
+    """`merge`: writes the classifier as a plain checkpoint."""
+    from experiments import ship
+
+    ship.merge_run(args.run, args.out)
+    print(f"merge: {args.out}")
+
+
 def repeat(args) -> int:
     """`repeat`: runs it again and compares."""
     from experiments import repeat
@@ -273,7 +291,7 @@ def submit(args) -> None:
 
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
-         "repeat": repeat, "report": report, "submit": submit}
+         "export": export, "merge": merge, "repeat": repeat, "report": report, "submit": submit}
 READ_FILES_ONLY = ("report", "submit")  # they do without PyTorch
 
 

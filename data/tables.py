@@ -362,11 +362,7 @@ def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Pat
     Raises:
         UserError: no such file or split; those that exist are named.
     """
-    share = None
-    if eval_split is not None and re.fullmatch(r"0?\.\d+", eval_split):
-        share = float(eval_split)
-        if not 0 < share < 1:
-            raise UserError(f"--eval-split {eval_split}: expected a share of the training rows between 0 and 1")
+    share = _share(eval_split)
     if not data.is_dir():
         if not data.exists():
             raise UserError(f"--data {data}: no such file or folder")
@@ -382,13 +378,39 @@ def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Pat
     if "train" not in files:
         raise UserError(f"--data {data}: no training file; expected train{', train'.join(SUFFIXES)}"
                         + (f" (it has {', '.join(files)})" if files else ""))
-    names = [eval_split] if eval_split else [name for name in EVAL_SPLITS if name in files][:1]
-    for name in {"train", *names} if share is None else {"train"}:
-        if name not in files:
-            raise UserError(f"--eval-split {name}: {data} has no such file; it has {', '.join(files)}")
+    train, chosen = choose_splits(list(files), eval_split, str(data), "file")
+    for name in [train, *(chosen if isinstance(chosen, list) else [])]:
         if len(files[name]) > 1:
             raise UserError(f"--data {data}: {name} stands there twice ({', '.join(p.name for p in files[name])})")
-    return files["train"][0], share or ({name: files[name][0] for name in names} or 0.1)
+    return files[train][0], {name: files[name][0] for name in chosen} if isinstance(chosen, list) else chosen
+
+
+def choose_splits(there: list[str], eval_split: str | None, where: str, kind: str = "split"
+                  ) -> tuple[str, list[str] | float]:
+    """The training split, and the evaluation split in a list or the share of the training rows to set aside.
+
+    A split called `test` is evaluated on only where `eval_split` names it: public ones often have no labels.
+
+    Raises:
+        UserError: no such split; those that exist are named.
+    """
+    if "train" not in there:
+        raise UserError(f"{where}: no {kind} called train; it has {', '.join(there)}")
+    if share := _share(eval_split):
+        return "train", share
+    names = [eval_split] if eval_split else [name for name in EVAL_SPLITS if name in there][:1]
+    if names and names[0] not in there:
+        raise UserError(f"--eval-split {names[0]}: {where} has no such {kind}; it has {', '.join(there)}")
+    return "train", names or 0.1
+
+
+def _share(eval_split: str | None) -> float | None:
+    """`--eval-split` as a share of the training rows, if it is one."""
+    if eval_split is None or not re.fullmatch(r"0?\.\d+", eval_split):
+        return None
+    if not 0 < float(eval_split) < 1:
+        raise UserError(f"--eval-split {eval_split}: expected a share of the training rows between 0 and 1")
+    return float(eval_split)
 
 
 def set_aside(split: Split, share: float, where: str) -> tuple[Split, Split]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import train_utils
-from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of
+from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of, public_name
 from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.model_card import write_repository
 from lora import adapters, frozen
 from lora.matmul import set_precision
 from model import TextClassifier, count_parameters, load_classifier
@@ -29,6 +30,7 @@ from record.files import write_file
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from record.machine import device
 from record.options import RunOptions, as_json, settings_of
+from serving.merge import label_maps
 from train_utils import best_and_last, selection_split, training_summary
 
 SANITY_PROMPT, SANITY_TOKENS = "The", 12
@@ -88,6 +90,7 @@ class Prepared:
     """What a fine-tuning starts from."""
 
     task: Task
+    tokenizer: object
     classifier: TextClassifier
     batches: list[Batch]  # the training split's
     dev: dict[str, list[Batch]]  # the development splits', by name
@@ -131,7 +134,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     classifier.to(device())
     base = {"base_sha256": weights.result(), "base_config_sha256": config_digest(classifier.net.config),
             "tokenizer_sha256": tokenizer_sha256}
-    return Prepared(task, classifier, batches, dev, max_length, counts, sanity, base)
+    return Prepared(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, base)
 
 
 def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable[[str], None]) -> None:
@@ -166,7 +169,8 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     options = resolve_precision(options)
     run = prepare(options, say)
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
-    config = {**provenance(as_json(settings), run.task.files), **run.base, "classes": list(run.task.classes)}
+    config = {**provenance(as_json(settings), run.task.files), **run.base, "classes": list(run.task.classes),
+              **label_maps(run.task.classes)}
     with run_folder(options, config) as folder:
         recorder = Recorder(folder, say)
 
@@ -188,7 +192,9 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
                    "method": options.method, "classes": list(run.task.classes), "parameters": run.counts,
                    **best_and_last(progress.best_epoch, history, run.task.classes),
                    "train": training_summary(progress, run.batches), "sanity": run.sanity}
-        finish(folder, summary)
+        lora = options.method == "lora"
+        finish(folder, summary, *(write_repository(folder, options, run.task, run.tokenizer, run.max_length, summary)
+                                  if lora else ()))
     return summary
 
 
@@ -223,7 +229,7 @@ def save_trained(classifier: TextClassifier, method: str, folder: Path, base: st
         write_file(folder / name, save({n: t.cpu().contiguous() for n, t in tensors.items()}))
 
     if method == "lora":
-        adapters.save_adapter(classifier, folder, base)
+        adapters.save_adapter(classifier, folder, public_name(base))
     elif method != "features":
         state = classifier.net.state_dict(prefix="net.")
         heads = tuple(f"net.{head}." for head in classifier.head_names())

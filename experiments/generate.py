@@ -19,9 +19,14 @@ from record.files import UserError, check_sums, read_json
 
 
 def base_model(adapter: Path) -> str:
-    """The base model of a saved adapter, whose files are checked first if it is a run's."""
+    """The base model of a saved adapter, as `--model` names it; a run's files are checked first.
+
+    A run recorded what it was started with; `adapter_config.json` has the base's name for others.
+    """
     check_sums(adapter)
-    return adapters.base_of(adapter)
+    base = adapters.base_of(adapter)
+    options = read_json(adapter / "config.json").get("options") if (adapter / "config.json").exists() else None
+    return options["model"] if isinstance(options, dict) and isinstance(options.get("model"), str) else base
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 import data_utils
 from data.backbones import load_config
 from data.digests import config_digest, tokenizer_digest
+from data.hub import is_dataset_name, load_dataset
 from data_utils import Batch, Task
 from lora import amx
 from record import machine, tensors
@@ -54,6 +55,12 @@ def _task_of(model: str | None, data: str | None) -> str:
     """The task that somebody means who named none: by what lies under --data."""
     if data is None:
         return "tiny" if model == "tiny" else DEFAULT_TASK
+    if is_dataset_name(data):
+        try:
+            load_dataset(data)
+            return "csv"
+        except UserError:  # said where the task is loaded
+            return DEFAULT_TASK
     folder = Path(data)
     is_cola = any((folder / name).exists() for name in data_utils.COLA_FILES.values())
     return "csv" if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not is_cola else DEFAULT_TASK

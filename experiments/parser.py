@@ -129,8 +129,9 @@ def _most_used(parser: Parser, mode: str) -> None:
     if mode == "LoRA":
         parser.add(GENERAL, "--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a "
                                             "local folder or GGUF file, smollm2, minilm, or tiny")
-    parser.add(GENERAL, "--data", metavar="DIR|FILE",
-               help="folder with the task's files, or a CSV, TSV, JSONL or Parquet file; the Hub's if not given")
+    parser.add(GENERAL, "--data", metavar="DIR|FILE|NAME",
+               help="folder with the task's files, a CSV, TSV, JSONL or Parquet file, or the name of a data set on the Hub, "
+                    "such as stanfordnlp/sst2; the Hub's files of the task if not given")
     if mode == "LoRA":
         parser.add(GENERAL, "--rank", type=int, default=LoRAOptions.rank, help="of each update")
     parser.add(GENERAL, "--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
@@ -323,6 +324,18 @@ def _repeat(parser: Parser) -> None:
     parser.add(FOLDER, "--out", type=Path, help="keep the repetition in this folder")
 
 
+def _export(parser: Parser) -> None:
+    """write a distillation's student as an ONNX model that needs neither PyTorch nor this project"""
+    parser.add(GENERAL, "--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add(GENERAL, "--int8", action="store_true", help="8-bit weights: a quarter of the size; says what it costs")
+    parser.add(GENERAL, "--control", action="store_true", help="the no-KD baseline instead of the student")
+
+
+def _merge(parser: Parser) -> None:
+    """write a fine-tuned classifier as a plain transformers checkpoint, its adapter merged"""
+    parser.add(GENERAL, "--out", type=Path, required=True, metavar="DIR", help="a new folder")
+
+
 def _report(parser: Parser) -> None:
     """tables and plots of the runs into report/Report_SR.pdf"""
     parser.add(FOLDER, "--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
@@ -338,8 +351,8 @@ def _submit(parser: Parser) -> None:
 
 # Modes that start something take SR, those that read a run take its folder; run.py has a function for each.
 MODES = {"gen": _gen, "LoRA": _lora, "distil": _distil, "compare": _compare, "sweep": _sweep, "eval": _eval,
-         "repeat": _repeat, "report": _report, "submit": _submit}
-READS_A_RUN = ("eval", "repeat")
+         "export": _export, "merge": _merge, "repeat": _repeat, "report": _report, "submit": _submit}
+READS_A_RUN = ("eval", "export", "merge", "repeat")
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -128,6 +129,39 @@ def check_folder(path: Path | str) -> None:
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the output folder cannot be made ({nearest} is not a folder that can be written to)")
+
+
+def check_new_folder(path: Path | str) -> None:
+    """Checks that `new_folder` could make a folder, and makes nothing.
+
+    Raises:
+        UserError: it exists and is not empty, or could not be made.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--out {path}: exists already; expected a new or an empty folder")
+    check_folder(path.absolute())
+
+
+@contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """A folder that appears whole, where what is done in it succeeds, or not at all.
+
+    Yields:
+        The folder under a temporary name beside `path`.
+
+    Raises:
+        UserError: see `check_new_folder`.
+    """
+    path = Path(path).absolute()
+    check_new_folder(path)
+    temporary = make_folder(make_folder(path.parent) / f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)  # an empty folder there is replaced
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def without_password(text: str) -> str:

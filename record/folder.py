@@ -46,6 +46,10 @@ from record.options import FREE, RunOptions, rebuild
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # differ between any two runs
 CHECKPOINT = "checkpoint.safetensors"
+# What makes a LoRA run's folder a repository of the Hub, beside the adapter; the tag in a card's metadata tells it from
+# a README.md of somebody's own.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CARD, CARD_TAG = "README.md", "lora-distil"
 
 
 def recorded_config(options: RunOptions) -> dict | None:
@@ -124,11 +128,22 @@ def run_folder(options: RunOptions, config: dict):
 
 def _empty(folder: Path) -> None:
     """Removes what a run leaves behind, and nothing else in the folder."""
-    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json", SUMS):
+    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json",
+                 *TOKENIZER_FILES, SUMS):
         (folder / name).unlink(missing_ok=True)
+    if is_card(folder / CARD):
+        (folder / CARD).unlink()
     for file in folder.glob("*.safetensors"):
         file.unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def is_card(path: Path) -> bool:
+    """Whether a README.md is a run's model card: its metadata bears the tag."""
+    if not path.is_file():
+        return False
+    metadata = path.read_text(encoding="utf-8", errors="replace").removeprefix("---\n").partition("\n---\n")[0]
+    return f"- {CARD_TAG}" in metadata.splitlines()
 
 
 def _same_options(folder: Path, config: dict, what: str) -> None:
@@ -216,11 +231,15 @@ class Recorder:
             raise UserError(f"{self.events}: cannot be written ({error.strerror})") from None
 
 
-def finish(folder: Path, summary: dict) -> None:
-    """Writes SHA256SUMS and summary.json, which marks the run as finished, and removes its checkpoints."""
+def finish(folder: Path, summary: dict, *more: str) -> None:
+    """Writes SHA256SUMS and summary.json, which marks the run as finished, and removes its checkpoints.
+
+    Args:
+        more: files that SHA256SUMS lists beside weights and JSON.
+    """
     files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
              if not path.name.endswith(CHECKPOINT)]
-    digests = {path.name: sha256(path) for path in files}
+    digests = {path.name: sha256(path) for path in (*files, *(folder / name for name in more))}
     digests["summary.json"] = hashlib.sha256(json_text(summary).encode()).hexdigest()
     write_sums(folder, digests)  # before the summary: a finished run always has its checksums
     write_json(folder / "summary.json", summary)

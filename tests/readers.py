@@ -41,7 +41,8 @@ def make(base: Path) -> Path:
         shutil.rmtree(base / name / "tensorboard")
     (base / "sums").mkdir()
     shutil.copy(base / "lora.sums", base / "sums" / "SHA256SUMS")
-    for name in ("config.json", "metrics.jsonl", "summary.json", "adapter_config.json", "adapter_model.safetensors"):
+    for name in ("config.json", "metrics.jsonl", "summary.json", "adapter_config.json", "adapter_model.safetensors",
+                 "README.md", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / "lora" / name, base / "sums" / name)
     (base / "prompts.txt").write_text("The cat\nsat on\n")
     columns = {"text": ["a cat", "the dog", "old mat", "red bird"], "label": ["x", "y", "x", "y"]}

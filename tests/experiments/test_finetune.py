@@ -24,7 +24,8 @@ def test_a_lora_run_leaves_exactly_the_files_of_the_contract(work):
     names = set(toy.tree(work / "LoRA"))
     events = {name for name in names if name.startswith("tensorboard/")}
     assert names - events == {"config.json", "metrics.jsonl", "summary.json", "adapter_config.json",
-                              "adapter_model.safetensors", "SHA256SUMS"}
+                              "adapter_model.safetensors", "SHA256SUMS", "README.md", "tokenizer.json",
+                              "tokenizer_config.json"}
     assert len(events) == 1
     assert set(toy.tree(work / "plots")) >= {f"LoRA-12345_{what}.{kind}" for what in ("loss", "accuracy", "mcc")
                                              for kind in ("png", "pdf")}
