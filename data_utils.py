@@ -23,6 +23,7 @@ from data import tables
 from data.hub import hub_unreachable
 from data.tables import Split, Table
 from record.files import UserError, sha256
+from record.machine import send
 from record.options import TableOptions
 
 if TYPE_CHECKING:
@@ -89,29 +90,36 @@ class Batch:
     tokens: int  # real tokens, pads not counted
     cached: torch.Tensor | None = None  # what the frozen part of a classifier makes of it, computed once (frozen.py)
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
-    micro: list[Batch] = field(default_factory=list)  # in which it is computed, if it is large (`split_large`)
+    micro: list[Batch] | None = None  # the parts of it that this process computes, if not the whole (`split_large`)
 
-    def to(self, device: torch.device | str) -> Batch:
-        tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
-        more = (None if t is None else t.to(device, non_blocking=True) for t in (self.cached, self.features))
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, *more)
+    def to(self, device: torch.device) -> Batch:
+        """Copies it to a device, but for the mask: models ask the mask about lengths, and a GPU would answer late."""
+        input_ids, labels, rows, cached, features = (None if t is None else send(t, device) for t in (
+            self.input_ids, self.labels, self.rows, self.cached, self.features))
+        return Batch(input_ids, self.attention_mask, labels, rows, self.tokens, cached, features)
+
+    def pin(self) -> None:
+        """Lets its copies to a GPU go on beside what the GPU computes; what is cached was pinned when it was."""
+        for name in ("input_ids", "attention_mask", "labels", "rows", "features"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.pin_memory())
 
     def micro_batches(self) -> list[Batch]:
         """What is computed at a time: its parts, or itself."""
-        return self.micro or [self]
+        return [self] if self.micro is None else self.micro
+
+    def part(self, start: int, end: int) -> Batch:
+        """Its rows from `start` (at least one) to before `end`, as wide as the longest of them."""
+        mask = self.attention_mask[start:end]
+        width = int(mask.sum(1).max())
+        return Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end], self.rows[start:end],
+                     int(mask.sum()), features=None if self.features is None else self.features[start:end])
 
     def split(self, tokens: float) -> list[Batch]:
         """Its rows in as few batches of no more tokens, pads included, as single rows allow; each as long as its longest."""
         rows, longest = len(self.rows), self.input_ids.shape[1]
         count = math.ceil(rows / max(1, int(tokens // longest)))
-        pieces = []
-        for start, end in itertools.pairwise(rows * i // count for i in range(count + 1)):
-            mask = self.attention_mask[start:end]
-            width = int(mask.sum(1).max())
-            pieces.append(Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end],
-                                self.rows[start:end], int(mask.sum()),
-                                features=None if self.features is None else self.features[start:end]))
-        return pieces
+        return [self.part(start, end) for start, end in itertools.pairwise(rows * i // count for i in range(count + 1))]
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """What a model's forward pass takes."""
@@ -409,15 +417,28 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
     return [collate(ids, split.labels, rows, pad_id, split.features) for rows in buckets]
 
 
-def split_large(batches: list[Batch]) -> list[Batch]:
-    """The batches, those of more than LARGE times the mean's tokens with parts of no more.
+def split_large(batches: list[Batch], rank: int = 0, count: int = 1) -> list[Batch]:
+    """The batches, those with parts (`micro`) of which this process computes not the whole at once.
 
-    They alone would set a training's peak memory. The parts' gradients add up to the batch's.
+    Of several processes each computes a part of every batch's rows. A batch, or its part, of more than LARGE times the
+    mean's tokens is computed in parts of no more: it alone would set a training's peak memory. The gradients of all parts
+    add up to the batch's.
+
+    Args:
+        rank: number of this process.
+        count: processes; one of them has no row of a batch that has fewer rows.
     """
-    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches)
+    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches) / count
     for batch in batches:
-        if batch.input_ids.numel() > most and len(batch.rows) > 1:
-            batch.micro = batch.split(most)
+        start, end = (len(batch.rows) * i // count for i in (rank, rank + 1))
+        if start == end:
+            batch.micro = []
+            continue
+        own = batch if count == 1 else batch.part(start, end)
+        if own.input_ids.numel() > most and len(own.rows) > 1:
+            batch.micro = own.split(most)
+        elif count > 1:
+            batch.micro = [own]
     return batches
 
 

@@ -24,6 +24,7 @@ from data.backbones import blocks_of, from_pretrained, is_decoder, load_causal_l
 from lora.blocks import fuse, unique_tokens
 from lora.linear import LoRALinear, lora_layers, weight_of
 from record.files import UserError
+from record.machine import device, send
 from record.options import ROLES, LoRAOptions, RNNConfig
 
 # Loading weights shows a bar only where it takes a while: an error after it stays one line.
@@ -200,7 +201,7 @@ class TextClassifier(nn.Module):
 
     def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
         """What an encoder is called with: no mask where it would mask nothing."""
-        mask = None if bool(attention_mask.all()) else attention_mask
+        mask = None if bool(attention_mask.all()) else send(attention_mask, input_ids.device)
         return {"input_ids": input_ids, "attention_mask": mask, **({"pooled": True} if self.fused() else {})}
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, C)
@@ -210,7 +211,7 @@ class TextClassifier(nn.Module):
             return self.net.base_model(input_ids=unique.ids, position_ids=unique.positions, use_cache=False,
                                        unique=unique).last_hidden_state[:, 0]
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
-        last = attention_mask.sum(1) - 1
+        last = send(attention_mask.sum(1) - 1, hidden.device)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cached: Tensor | None = None,
@@ -219,7 +220,7 @@ class TextClassifier(nn.Module):
 
         Args:
             input_ids: (B, T), right-padded.
-            attention_mask: (B, T), 1 for a real token.
+            attention_mask: (B, T), 1 for a real token; on the CPU, whatever the device, nothing waits for it.
             cached: what `self.prefix` computed of this batch; the frozen part is not run then.
             features: (B, F) numbers for the feature head, NaN where one is missing.
         """
@@ -253,10 +254,15 @@ class FeatureHead(nn.Module):
         features: (N, F) float64, the training rows, NaN where a value is missing.
         num_labels: classes.
         hidden_size: of the hidden layer.
+
+    Raises:
+        UserError: the device that computes has no float64.
     """
 
     def __init__(self, features: Tensor, num_labels: int, hidden_size: int = 32):
         super().__init__()
+        if device().type == "mps":
+            raise UserError("--device mps: has no float64, which numeric features need; use --device cpu")
         there = ~features.isnan()
         count = there.sum(0).clamp(min=1)
         mean = features.nan_to_num().sum(0) / count
@@ -321,18 +327,18 @@ class DistilRNN(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
         embedded = self.dropout(self.embedding(input_ids))  # (B, T, E)
-        lengths = attention_mask.sum(1)
+        lengths = attention_mask.sum(1)  # asked on the CPU, where batches keep their mask
         if bool((lengths == input_ids.shape[1]).all()):
             states, _ = self.rnn(embedded)  # (B, T, 2H)
         else:  # packed, or the backward direction would read the pads first
             packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
             states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True,
                                                          total_length=input_ids.shape[1])
-        mask = attention_mask.bool().unsqueeze(-1)  # (B, T, 1)
+        mask = send(attention_mask, states.device).bool().unsqueeze(-1)  # (B, T, 1)
         if self.config.pooling == "max":
             pooled = states.masked_fill(~mask, -math.inf).max(1).values
         else:
-            pooled = states.masked_fill(~mask, 0.0).sum(1) / lengths.unsqueeze(1)
+            pooled = states.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
         return self.classifier(self.dropout(pooled))
 
 

@@ -24,7 +24,7 @@ from experiments.inputs import load_task, make_all_batches, seed_everything
 from lora import adapters, amx, frozen
 from lora.linear import lora_layers
 from model import FeatureHead, TextClassifier, count_parameters, inject_lora, load_classifier
-from record import tensors
+from record import processes, tensors
 from record.files import UserError, write_file
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_threads
 from record.machine import device
@@ -164,7 +164,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
             prefix = frozen.FrozenPrefix(classifier)
             if options.keep and prefix.lowest > 0 and classifier.reads_text:
                 start, used = time.perf_counter(), 0
-                for split in (batches, *dev.values()):
+                for split in (batches, *map(processes.own, dev.values())):
                     used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
                 say(f"  kept what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
                     f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
 from lora import adapters
 from record.files import UserError, check_sums, read_json
+from record.machine import device
 from record.tensors import weights_digest
 
 
@@ -72,7 +73,7 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
             raise UserError(f"{adapter}: adapter for another base: it was made for {base_model(adapter)}, with other "
                             f"weights than {model} has here")
         adapters.load_adapter(lm, adapter, head=False)
-    lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    lm.to(device()).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     context = max_length_of(lm.config)
     encoded = [tokenizer(prompt, verbose=False).input_ids or [start] for prompt in prompts]

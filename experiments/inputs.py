@@ -12,7 +12,7 @@ import torch
 import data_utils
 from data.backbones import load_config
 from data_utils import Batch, Task
-from record import machine
+from record import machine, processes
 from record.files import UserError
 from record.options import RunOptions, TrainOptions
 
@@ -85,4 +85,4 @@ def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptio
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
                                             options.batch_tokens, truncate, beginnings or bool(split)))
             for split, rows in {"": task.train, **task.dev}.items()]
-    return data_utils.split_large(make[0][1]), dict(make[1:])
+    return data_utils.split_large(make[0][1], processes.rank(), processes.count()), dict(make[1:])

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from record import processes
 from record.files import (
     SUMS,
     UserError,
@@ -67,10 +68,11 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
                                 check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    command = without_password("python run.py " + shlex.join(sys.argv[1:]))
+    command = without_password(f"{processes.launcher()} run.py {shlex.join(sys.argv[1:])}")
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "device": str(device()), "threads": torch.get_num_threads(), "git_commit": commit, "data_files": data_files}
+            "device": str(device()), "threads": torch.get_num_threads(), "processes": processes.count(), "git_commit": commit,
+            "data_files": data_files}
 
 
 def without_times(value):
@@ -82,7 +84,7 @@ def without_times(value):
 
 @contextmanager
 def run_folder(options: RunOptions, config: dict):
-    """The run's folder, held by this process alone.
+    """The run's folder, held by this process alone; of several the first holds it, and the others wait for that.
 
     A finished run is never written to without `--overwrite`, an unfinished one is only continued
     (`--resume`) or overwritten, and a resumed run must have the options it began with.
@@ -90,6 +92,10 @@ def run_folder(options: RunOptions, config: dict):
     Raises:
         UserError: any of these, another process at work there, or a folder that cannot be written.
     """
+    if not processes.first():
+        processes.wait()
+        yield Path(options.out)
+        return
     if options.repeats:
         _same_options(options.repeats, config, "repeat")
     folder = make_folder(options.out)
@@ -108,6 +114,7 @@ def run_folder(options: RunOptions, config: dict):
         if not any(folder.glob(f"*{CHECKPOINT}")):  # a resumed run keeps the config that it began with
             write_json(folder / "config.json", config)
             write_sums(folder, {"config.json": sha256(folder / "config.json")})
+        processes.wait()
         yield folder
 
 
@@ -138,7 +145,8 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 def environment(config: dict) -> dict:
     """What beside the options may change a result."""
-    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")}}
+    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")},
+            "processes": config.get("processes", 1)}
 
 
 def changes(before: dict, now: dict) -> list[str]:
@@ -170,6 +178,8 @@ class Recorder:
 
     def __call__(self, history: list[dict], phase: str | None = None) -> None:
         """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
+        if not processes.first():
+            return
         self.lines = [line for line in self.lines if line.get("phase") != phase]
         self.lines += [{**({"phase": phase} if phase else {}), **line} for line in history]
         write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -204,6 +214,8 @@ class Recorder:
 
 def finish(folder: Path, summary: dict) -> None:
     """The summary marks a run as finished; its checkpoints are no longer needed then."""
+    if not processes.first():
+        return
     files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
              if not path.name.endswith(CHECKPOINT)]
     digests = {path.name: sha256(path) for path in files}

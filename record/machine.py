@@ -6,6 +6,11 @@ import re
 import resource
 import warnings
 
+from record.files import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+_chosen = "auto"
+
 
 def keep_freed_memory() -> None:
     """Makes glibc hold on to freed memory.
@@ -23,10 +28,10 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
+    """Peak memory of this process: allocated on the GPU that computes, else resident (which is where MPS allocates)."""
     import torch
 
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -39,11 +44,49 @@ def exhausted(error: BaseException) -> bool:
         re.search("can't allocate memory|not enough memory|out of memory|bad_alloc", str(error)))
 
 
-def device():
-    """Returns the `torch.device` that computes: the first GPU, or the CPU."""
+def use_device(name: str) -> None:
+    """Chooses the device that computes.
+
+    Args:
+        name: one of DEVICES. auto: the GPU that CUDA finds, else the CPU; an Apple GPU is chosen by name alone, for no
+            test has run on one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
     import torch
 
+    global _chosen
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, name == "auto"):
+        raise UserError(f"--device {name}: not there; this PyTorch ({torch.__version__}) finds "
+                        + ", ".join(kind for kind, found in there.items() if found))
+    _chosen = name
+
+
+def device():
+    """Returns the `torch.device` that computes: the one chosen, else the GPU that CUDA finds, else the CPU."""
+    import torch
+
+    if _chosen != "auto":
+        return torch.device(_chosen)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def send(tensor, to):
+    """Returns a tensor on a device; on its way to a GPU of CUDA nobody waits for what the GPU still computes."""
+    # MPS may read the tensor's memory after it was given back, so there the copy is waited for.
+    return tensor.to(to, non_blocking=to.type == "cuda")
+
+
+def random_sources() -> dict:
+    """Returns the random number generators that a training draws from, by name: each has get_rng_state and set_rng_state."""
+    import torch
+
+    sources = {"rng": torch}
+    if device().type != "cpu":
+        sources[f"rng.{device().type}"] = {"cuda": torch.cuda, "mps": torch.mps}[device().type]
+    return sources
 
 
 def use_threads(threads) -> None:
