@@ -24,7 +24,7 @@ from record.files import UserError
 from record.folder import CHECKPOINT
 from record.machine import peak_memory_bytes
 from record.options import TrainOptions
-from record.scores import confusion, per_class, scores
+from record.scores import confusion, per_class, scores, scores_of_sums
 from record.signals import Interrupted, deferred
 from record.tensors import load_checked, save_checked
 
@@ -263,9 +263,7 @@ class Trainer:
             try:
                 with anomaly.watching(self.model) if self.options.anomaly else nullcontext():
                     self.train_epoch()
-                    if processes.count() > 1:
-                        self.save()  # all together, for a signal may stop the validation of any one
-                    validation, matrices = validate(self.model, self.dev)
+                    validation, matrices = self.validate()
             except anomaly.NotFinite as found:
                 raise self.diverged(str(found)) from None
             except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
@@ -390,12 +388,25 @@ class Trainer:
         own = torch.zeros(classes, classes, dtype=torch.int64) if self.confusion is None else self.confusion.cpu().clone()
         self.progress.confusion = processes.add(own).tolist()
 
+    def validate(self) -> tuple[dict[str, dict], dict[str, list]]:
+        """Scores the development splits; several processes stop together after it, if one was asked to."""
+        if processes.count() == 1:
+            return validate(self.model, self.dev)
+        with deferred():
+            self.save()  # before, for a launcher that asked its processes to stop does not wait long
+            result = validate(self.model, self.dev)
+            (signal,) = processes.largest(self.stop() or 0)
+        if signal:
+            raise Interrupted(signal)
+        return result
+
     def finish_epoch(self, validation: dict[str, dict], matrices: dict[str, list]) -> None:
         """Adds the epoch's line to the history, keeps its weights if they are the best so far, and saves."""
         progress, options = self.progress, self.options
         peak = self.optimizer.param_groups[0]["peak"]
         progress.history.append({
-            "epoch": progress.epoch, "train": _train_scores(progress), "validation": validation, "confusion": matrices,
+            "epoch": progress.epoch, "train": scores_of_sums(progress.sums, progress.confusion), "validation": validation,
+            "confusion": matrices,
             # By formula: a run resumed after the epoch's last step has set no rate of its own.
             "learning_rate": peak * self.learning_rate(progress.step - 1), "seconds": progress.sums["seconds"],
             "tokens": int(progress.sums["tokens"])})
@@ -433,18 +444,6 @@ class Trainer:
         return Diverged(f"{what} at step {self.progress.step + 1} (epoch {self.progress.epoch}), learning rate "
                         f"{self.optimizer.param_groups[0]['lr']:.3g}; lower --lr" +
                         ("" if self.options.anomaly else ", or find the operation with --anomaly"))
-
-
-def _train_scores(progress: Progress) -> dict[str, float]:
-    """Returns loss, cross-entropy, accuracy and MCC of an epoch's training sentences, from its sums."""
-    from sklearn.metrics import matthews_corrcoef
-
-    sums, cells = progress.sums, [(i, j, count) for i, row in enumerate(progress.confusion)
-                                  for j, count in enumerate(row) if count]
-    labels, predictions, weights = zip(*cells, strict=True)
-    return {"loss": sums["loss"] / sums["rows"], "cross_entropy": sums["cross_entropy"] / sums["rows"],
-            "accuracy": sums["correct"] / sums["rows"],
-            "mcc": float(matthews_corrcoef(labels, predictions, sample_weight=weights))}
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -490,7 +489,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, source in machine.random_sources().items():
         states = torch.atleast_2d(tensors[name]) if name in tensors else []  # by process
         if processes.rank() < len(states):
-            source.set_rng_state(states[processes.rank()])
+            source.set_rng_state(states[processes.rank()].clone())  # it reads from the beginning of a tensor's memory
     return Progress(**json.loads(text)), {
         name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
 

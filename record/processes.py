@@ -66,6 +66,7 @@ def connect() -> None:
     if not first():
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
         sys.stdout = open(os.devnull, "w")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost process the library tells with pages of addresses
     from torch import distributed
 
     _store = _together(lambda: next(distributed.rendezvous("env://", timeout=LIMIT)))[0]
@@ -88,8 +89,8 @@ def start(device: str) -> None:
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", _rank))
         if local >= torch.cuda.device_count():
-            raise UserError(f"{_count} processes: a GPU each is needed, and there are {torch.cuda.device_count()} here; start "
-                            "fewer, or choose --device cpu")
+            raise UserError(f"{_count} processes: each needs a GPU, and here are {torch.cuda.device_count()}; start fewer or "
+                            "choose --device cpu")
         torch.cuda.set_device(local)
     elif device != "cpu":
         raise UserError(f"--device {device}: is for one process; several compute on CPUs or on GPUs of CUDA")

@@ -38,3 +38,14 @@ def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict
                         "recall": float(hits / there) if there else 0.0,
                         "f1": float(2 * hits / (said + there)) if said + there else 0.0}
     return result
+
+
+def scores_of_sums(sums: dict[str, float], matrix: list[list[int]]) -> dict[str, float]:
+    """Loss, cross-entropy, accuracy and MCC of an epoch's training rows, from sums over them and the confusion matrix."""
+    from sklearn.metrics import matthews_corrcoef
+
+    cells = [(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count]
+    labels, predictions, weights = zip(*cells, strict=True)
+    return {"loss": sums["loss"] / sums["rows"], "cross_entropy": sums["cross_entropy"] / sums["rows"],
+            "accuracy": sums["correct"] / sums["rows"],
+            "mcc": float(matthews_corrcoef(labels, predictions, sample_weight=weights))}
