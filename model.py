@@ -12,6 +12,7 @@ import fnmatch
 import math
 import re
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from lora.linear import LoRALinear, lora_layers, weight_of
 from record.files import UserError
 from record.machine import device, send
 from record.options import ROLES, LoRAOptions, RNNConfig
+
+if TYPE_CHECKING:
+    from lora.frozen import FrozenPrefix
 
 # Loading weights shows a bar only where it takes a while: an error after it stays one line.
 transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{"delay": 2, **kwargs}))
@@ -42,7 +46,6 @@ ROLE_MODULES = {
                    "o": ["attention.out_lin"], "mlp": ["ffn.lin1", "ffn.lin2"]},
 }
 FUSED_QKV = "attn.c_attn"
-
 
 
 # ---------------------------------------------------------------- LoRA
@@ -156,12 +159,46 @@ class TextClassifier(nn.Module):
     def __init__(self, net: PreTrainedModel):
         super().__init__()
         self.net = net
-        self.feature_head: FeatureHead | None = None  # reads numbers beside the text, where there are any
-        self.reads_text = True  # or the features alone
         self.decoder = hasattr(net, "score")
-        self.full = False  # whether the backbone itself is trained
-        self.prefix = None  # a frozen.FrozenPrefix, where frozen results are cached
         self.known = fuse(net.base_model)
+        self.method = "lora"  # set by `configure`, with the next
+        self.feature_head: FeatureHead | None = None  # reads numbers beside the text, where there are any
+        self.prefix: FrozenPrefix | None = None  # where the results of frozen blocks are cached
+
+    @property
+    def full(self) -> bool:
+        """Whether the backbone itself is trained."""
+        return self.method == "full"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the text has a say in the logits; if not, the features alone have."""
+        return self.method != "features"
+
+    def configure(self, method: str, lora: LoRAOptions | None = None, features: Tensor | None = None) -> TextClassifier:
+        """Prepares the classifier for a method: what it reads, and what trains. Training and loading both come here.
+
+        Seed first: LoRA's A and the feature head's first layer are drawn here, in this order.
+
+        Args:
+            method: lora, full, head, features or none.
+            lora: for `lora`, the adapter to inject; None where a saved adapter will be loaded.
+            features: (N, F) float64, the training rows by which a feature head standardises, NaN where a value is
+                missing; None without feature columns.
+
+        Raises:
+            UserError: see `inject_lora`.
+        """
+        self.method = method
+        if method == "lora" and lora is not None:
+            inject_lora(self.net, lora)
+        elif method in ("features", "none"):
+            self.net.requires_grad_(False)
+        elif method != "full":
+            self.net.base_model.requires_grad_(False)
+        if features is not None:
+            self.feature_head = FeatureHead(features, self.net.config.num_labels).requires_grad_(method != "none")
+        return self
 
     @classmethod
     def from_causal_lm(cls, lm: PreTrainedModel, num_labels: int) -> TextClassifier:

@@ -257,8 +257,6 @@ class Trainer:
 
     def run(self) -> Progress:
         """Trains all epochs that are left; see `fit`."""
-        if self.options.compile and not self.options.anomaly:  # whose hooks need the modules one by one
-            self.model.compile(dynamic=True)
         while not self.progress.finished and self.progress.epoch <= self.options.epochs:
             try:
                 with anomaly.watching(self.model) if self.options.anomaly else nullcontext():

@@ -24,7 +24,7 @@ import train_utils  # noqa: E402
 from benchmarks import common  # noqa: E402
 from data import tiny  # noqa: E402
 from data.backbones import load_tokenizer, max_length_of  # noqa: E402
-from experiments import finetune, inputs  # noqa: E402
+from experiments import inputs  # noqa: E402
 from model import LoRAOptions, load_classifier  # noqa: E402
 
 OPTIONS = train_utils.TrainOptions(seed=1)
@@ -35,7 +35,7 @@ def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
     """Seconds of each step and of each save, bytes of a checkpoint, and the optimiser steps of an epoch."""
     inputs.seed_everything(1)
     classifier, _ = load_classifier(model, task.num_labels)
-    finetune.adapt(classifier, "lora", LoRAOptions())
+    classifier.configure("lora", LoRAOptions())
     classifier.to(common.device())
     max_length = min(common.MAX_LENGTH, max_length_of(classifier.net.config))
     batches = data_utils.make_batches(task.train, load_tokenizer(model), max_length, OPTIONS.batch_size, 1)

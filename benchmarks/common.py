@@ -34,6 +34,8 @@ from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
 from model import TextClassifier, lora_layers  # noqa: E402
 from record.files import UserError, make_folder  # noqa: E402
+from record.folder import git_commit  # noqa: E402
+from record.machine import cpu_name  # noqa: E402
 
 LABELS, MAX_LENGTH = 2, 512
 TOLERANCE = 1e-4  # between the two sides' losses on one batch
@@ -123,13 +125,17 @@ class Report:
 
 def machine() -> dict:
     """What the figures belong to; the load average shows whether the machine was quiet when the run began."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return {"cpu": names[0] if names else platform.machine(), "cores": len(os.sched_getaffinity(0)),
+    return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0], "system": platform.platform(),
-            "python": platform.python_version(),
+            "python": platform.python_version(), "git_commit": git_commit(),
             **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+def result(measured: dict) -> str:
+    """Returns one JSON object: what was measured, the program and command that measured it, and where."""
+    return json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": "python " + shlex.join(sys.argv),
+                       "machine": machine(), **measured})
 
 
 # ---------------------------------------------------------------- the program around a benchmark
@@ -155,8 +161,7 @@ def main(doc: str, benchmark: Callable[[argparse.Namespace, Path], Report],
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": "python " + shlex.join(sys.argv),
-                          "quick": args.quick, "machine": described, **vars(report)}))
+        print(result({"quick": args.quick, "machine": described, **vars(report)}))
     else:
         print("\n".join(f"{name}: {value}" for name, value in described.items()) + "\n\n" + report.text())
     return 0

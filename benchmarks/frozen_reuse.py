@@ -29,7 +29,7 @@ import train_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
 from data_utils import Batch
-from experiments import distil, finetune
+from experiments import distil
 from lora.frozen import FrozenPrefix
 from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier, student_config
 from record import machine
@@ -42,7 +42,7 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
     """GPT-2 with a head, as `run.py LoRA --method METHOD --layers LAYERS` trains it."""
     made, _ = load_classifier(base, common.LABELS)
     torch.manual_seed(0)
-    finetune.adapt(made, method, LoRAOptions(layers=layers))
+    made.configure(method, LoRAOptions(layers=layers))
     return common.as_if_trained(made).to(device())
 
 

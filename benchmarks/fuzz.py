@@ -8,7 +8,6 @@ status 0 if none failed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -53,7 +52,9 @@ def main() -> int:
         rows = [fuzz(name, path, call, -(-args.cases // len(known)), args.seed) for name, (path, call) in known.items()]
     tried, failed = (sum(row[key] for row in rows) for key in ("tried", "failed"))
     if args.json:
-        print(json.dumps({"tried": tried, "failed": failed, "seed": args.seed, "readers": rows}))
+        from benchmarks import common  # late: it sets the environment that libraries read when imported
+
+        print(common.result({"tried": tried, "failed": failed, "seed": args.seed, "readers": rows}))
     else:
         for row in rows:
             print(f"{row['reader']:<28}{row['tried']:>7} tried {row['failed']:>3} failed" +

@@ -230,6 +230,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     import run  # noqa: F401
+    from benchmarks import common  # imports every library that the children need
     from experiments import distil  # noqa: F401
     from record import signals  # noqa: F401
     from report import figures  # noqa: F401 (imported here, once, for the children)
@@ -245,7 +246,7 @@ def main() -> int:
         result["twice"] = signal_twice(work)
     wrong = result["failures"] + [text for kind in ("signals", "busy") for one in result[kind].values()
                                   for text in one["failures"]]
-    print(json.dumps(result) if args.json else f"{result['survived']}/{result['tried']} kills survived, "
+    print(common.result(result) if args.json else f"{result['survived']}/{result['tried']} kills survived, "
           f"{result['within_training']} of them within training, in {result['runs']} runs" + "".join(
               f"\n  {text}" for text in wrong))
     return 1 if wrong else 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import random
 import sys
@@ -116,7 +115,9 @@ def main() -> int:
         rows = tamper(Path(work), args.flips, args.seed)
     tried, noticed = (sum(row[key] for row in rows) for key in ("tried", "noticed"))
     if args.json:
-        print(json.dumps({"tried": tried, "noticed": noticed, "seed": args.seed, "files": rows}))
+        from benchmarks import common  # late: it sets the environment that libraries read when imported
+
+        print(common.result({"tried": tried, "noticed": noticed, "seed": args.seed, "files": rows}))
     else:
         for row in rows:
             found = "harmless: not read" if row["harmless"] else f"{row['noticed']}/{row['tried']}"

@@ -118,7 +118,7 @@ class Ours(Side):
 
     def run(self, numbers):
         return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.cross_entropy(),
-                                    precision=self.args.precision, compile=self.args.compile)
+                                    precision=self.args.precision)
 
     def profile(self, numbers: list[int]) -> dict[str, float]:
         """Share of the operators' own time, in percent, on these batches: what the step's time goes into.
@@ -217,8 +217,6 @@ class PeftBest(Side):
         self.model.train()
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.trained(), lr=1e-4, fused=True)
-            if self.args.compile:
-                self.model.compile(dynamic=True)
         parameters = self.trained()
         synchronize()
         start = time.perf_counter()
@@ -263,7 +261,7 @@ class PeftTrainer(PeftBest):
                 output_dir=str(self.adapter), per_device_train_batch_size=BATCH_SIZE, num_train_epochs=1,
                 learning_rate=1e-4, report_to="none", save_strategy="no", disable_tqdm=True, seed=numbers[0],
                 train_sampling_strategy="group_by_length" if self.best else "random",
-                bf16=self.args.precision == "bf16", torch_compile=self.args.compile, use_cpu=device().type == "cpu"))
+                bf16=self.args.precision == "bf16", use_cpu=device().type == "cpu"))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         return times[-1] - times[0]
@@ -441,7 +439,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     default = "bf16" if torch.cuda.is_available() else "fp32"
     parser.add_argument("--precision", choices=("fp32", "bf16"), default=default,
                         help="of frozen weights, on every side (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, on every side")
 
 
 if __name__ == "__main__":

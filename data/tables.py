@@ -252,7 +252,7 @@ def labels_of(table: Table, column: str) -> list[str]:
             raise UserError(f"{table.path}, row {row}: the label ({column}) is missing")
         if isinstance(value, bool):
             kind, name = "boolean", str(value).lower()
-        elif isinstance(value, (int, float)) and value == int(value):
+        elif isinstance(value, int) or isinstance(value, float) and value.is_integer():
             kind, name = "whole number", str(int(value))
             if column in table.names and 0 <= value < len(table.names[column]):
                 name = table.names[column][int(value)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 import train_utils
-from data_utils import Batch
+from data.digests import tokenizer_digest
+from data_utils import Batch, Task
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, seed_everything
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
@@ -22,7 +23,7 @@ from record import processes, tensors
 from record.files import sha256, write_file, write_json
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_threads
 from record.machine import device
-from record.options import DistilOptions, RunOptions, TableOptions, as_json, rebuild, settings_of
+from record.options import DistilOptions, RNNConfig, RunOptions, TableOptions, as_json, rebuild, settings_of
 from train_utils import best_and_last, selection_split, training_summary
 
 
@@ -60,8 +61,52 @@ def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) ->
     return logits
 
 
+@dataclass
+class Prepared:
+    """What a distillation starts from."""
+
+    options: RunOptions  # with what the teacher's run decides filled in
+    task: Task
+    teacher: TextClassifier
+    teacher_parameters: int
+    tokenizer_sha256: str
+    student: RNNConfig
+    batches: list[Batch]  # the training split's, as the teacher reads them
+    dev: dict[str, list[Batch]]  # the development splits', likewise
+
+
+def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
+    """Loads the teacher and its task, sizes the student, and makes the batches; writes nothing.
+
+    Raises:
+        UserError: bad input, a teacher that is not a finished LoRA run.
+    """
+    seed_everything(int(options.sr), options.deterministic)
+    teacher, tokenizer, recorded = load_finetuned(distil_options.teacher)
+    tokenizer_sha256 = tokenizer_digest(tokenizer)
+    options = replace(options, model=recorded["model"], task=options.task or recorded["task"],
+                      data=options.data or recorded["data"], limit=options.limit or recorded["limit"],
+                      max_length=options.max_length or recorded["max_length"], table=rebuild(TableOptions, recorded))
+    task = load_task(options, tokenizer)
+    batches, dev = make_all_batches(task, tokenizer, options.max_length, options.train, options.table.truncate)
+    teacher_parameters = count_parameters(teacher)["total"]
+    student = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, **{
+        name: getattr(distil_options, name)
+        for name in ("embedding_size", "hidden_size", "rnn_layers", "cell", "pooling", "dropout")})
+    return Prepared(options, task, teacher, teacher_parameters, tokenizer_sha256, student, batches, dev)
+
+
+def recorded_config(run: Prepared, distil_options: DistilOptions) -> dict:
+    """Returns what config.json records of a distillation."""
+    settings = {**asdict(run.options.train), **asdict(distil_options), **settings_of(run.options), **asdict(run.student)}
+    return {**provenance(as_json(settings), run.task.files), "architecture": asdict(run.student),
+            "classes": list(run.task.classes), "tokenizer_sha256": run.tokenizer_sha256,
+            "teacher_files": {path.name: sha256(path)
+                              for path in sorted(Path(distil_options.teacher).glob("*.safetensors"))}}
+
+
 def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[str], None] = print,
-           stop: Callable[[], int | None] = lambda: None) -> dict:
+               stop: Callable[[], int | None] = lambda: None) -> dict:
     """Distils a fine-tuned teacher into a `DistilRNN`, then trains the same student without the teacher.
 
     Both students start from the same weights and get the same batches, order and number of steps.
@@ -74,56 +119,54 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
     use_recorded_threads(options)
-    seed_everything(int(options.sr), options.deterministic)
-    teacher, tokenizer, teacher_run = load_finetuned(distil_options.teacher)
-    options = replace(options, model=teacher_run["model"], task=options.task or teacher_run["task"],
-                      data=options.data or teacher_run["data"], limit=options.limit or teacher_run["limit"],
-                      max_length=options.max_length or teacher_run["max_length"], table=rebuild(TableOptions, teacher_run))
-    task = load_task(options, tokenizer)
-    batches, dev = make_all_batches(task, tokenizer, options.max_length, options.train, options.table.truncate)
-    teacher_parameters = count_parameters(teacher)["total"]
-    config = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, **{
-        name: getattr(distil_options, name)
-        for name in ("embedding_size", "hidden_size", "rnn_layers", "cell", "pooling", "dropout")})
-    parameters = student_parameters(config)
-    settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **asdict(config),
-                "max_length": options.max_length}
-    record_config = {**provenance(as_json(settings), task.files), "architecture": asdict(config),
-                     "classes": list(task.classes), "teacher_files": {path.name: sha256(path)
-                                       for path in sorted(Path(distil_options.teacher).glob("*.safetensors"))}}
-    with run_folder(options, record_config) as folder:
-        say(f"distilling {distil_options.teacher} ({teacher_parameters:,} parameters) into a student "
-            f"({config.cell.upper()}) of {parameters:,} ({100 * parameters / teacher_parameters:.1f} %)")
-        logits = teacher_logits(teacher, batches, folder / "teacher_logits.safetensors").to(device())
-        kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha,
-                                      options.train.label_smoothing)
-        objectives = {"student": kd, "scratch": train_utils.cross_entropy(options.train.label_smoothing)}
-        texts, dev_texts = _texts_only(batches), {split: _texts_only(rows) for split, rows in dev.items()}
-        record, results = Recorder(folder, say), {}
-        for phase, objective in objectives.items():
-            say("student with KD" if phase == "student" else "the same student without the teacher")
-            torch.manual_seed(int(options.sr))  # the same initial weights and dropout for both
-            model = DistilRNN(config).to(device())
-            progress = train_utils.fit(
-                model, texts, dev_texts, objective, options.train, folder=folder, resume=options.resume, name=f"{phase}.",
-                select=selection_split(task.dev), stop=stop, on_epoch=lambda history, phase=phase: record(history, phase))
-            write_file(folder / f"{phase}.safetensors", save({n: t.cpu() for n, t in model.state_dict().items()}))
-            results[phase] = {"parameters": parameters,
-                              **best_and_last(progress.best_epoch, progress.history, task.classes),
-                              "sentences_per_second": sentences_per_second(model.eval(), dev_texts),
-                              "train": training_summary(progress, batches)}
-            if phase == "student":
-                final_loss = progress.history[progress.best_epoch - 1]["train"]["loss"]
-        write_json(folder / "student_config.json", asdict(config))
-        summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": task.name,
-                   "teacher": {"run": str(distil_options.teacher), "parameters": teacher_parameters,
-                               "validation": train_utils.validate(teacher, dev)[0],
-                               "sentences_per_second": sentences_per_second(teacher, dev, passes=1)},
-                   **results, "distillation": {"temperature": distil_options.temperature,
-                                               "alpha": distil_options.kd_alpha, "loss": final_loss},
-                   "train": results["student"]["train"]}
+    run = prepare(options, distil_options)
+    options, parameters = run.options, student_parameters(run.student)
+    with run_folder(options, recorded_config(run, distil_options)) as folder:
+        say(f"distilling {distil_options.teacher} ({run.teacher_parameters:,} parameters) into a student "
+            f"({run.student.cell.upper()}) of {parameters:,} ({100 * parameters / run.teacher_parameters:.1f} %)")
+        logits = teacher_logits(run.teacher, run.batches, folder / "teacher_logits.safetensors").to(device())
+        smoothing, recorder = options.train.label_smoothing, Recorder(folder, say)
+        kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha, smoothing)
+        say("student with KD")
+        student, loss = train_student(run, "student", kd, folder, recorder, stop)
+        say("the same student without the teacher")
+        scratch, _ = train_student(run, "scratch", train_utils.cross_entropy(smoothing), folder, recorder, stop)
+        write_json(folder / "student_config.json", asdict(run.student))
+        summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": run.task.name,
+                   "teacher": {"run": str(distil_options.teacher), "parameters": run.teacher_parameters,
+                               "validation": train_utils.validate(run.teacher, run.dev)[0],
+                               "sentences_per_second": sentences_per_second(run.teacher, run.dev, passes=1)},
+                   "student": student, "scratch": scratch,
+                   "distillation": {"temperature": distil_options.temperature, "alpha": distil_options.kd_alpha,
+                                    "loss": loss},
+                   "train": student["train"]}
         finish(folder, summary)
     return summary
+
+
+def train_student(run: Prepared, phase: str, objective: train_utils.Objective, folder: Path, recorder: Recorder,
+                  stop: Callable[[], int | None]) -> tuple[dict, float]:
+    """Trains one student and writes its weights.
+
+    Args:
+        phase: `student` or `scratch`, the no-KD baseline: the name of its files and of its lines in metrics.jsonl.
+
+    Returns:
+        Its part of the summary, and the training loss of its best epoch.
+    """
+    options = run.options
+    batches, dev = _texts_only(run.batches), {split: _texts_only(rows) for split, rows in run.dev.items()}
+    torch.manual_seed(int(options.sr))  # the same initial weights and dropout for both
+    model = DistilRNN(run.student).to(device())
+    progress = train_utils.fit(
+        model, batches, dev, objective, options.train, folder=folder, resume=options.resume, name=f"{phase}.",
+        select=selection_split(run.task.dev), stop=stop, on_epoch=lambda history: recorder(history, phase))
+    write_file(folder / f"{phase}.safetensors", save({n: t.cpu() for n, t in model.state_dict().items()}))
+    result = {"parameters": student_parameters(run.student),
+              **best_and_last(progress.best_epoch, progress.history, run.task.classes),
+              "sentences_per_second": sentences_per_second(model.eval(), dev),
+              "train": training_summary(progress, batches)}
+    return result, progress.history[progress.best_epoch - 1]["train"]["loss"]
 
 
 def _texts_only(batches: list[Batch]) -> list[Batch]:

@@ -12,10 +12,11 @@ import torch
 import data_utils
 import train_utils
 from data.backbones import load_tokenizer
+from data.digests import tokenizer_digest
 from experiments.finetune import to_precision
-from experiments.inputs import separator_of
+from experiments.inputs import check_base, separator_of
 from lora import adapters, amx
-from model import DistilRNN, FeatureHead, TextClassifier, load_classifier
+from model import DistilRNN, TextClassifier, load_classifier
 from record import tensors
 from record.files import UserError, read_json, write_file
 from record.folder import read_run, warn_of_changed_data
@@ -31,12 +32,12 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
     """
     config, _ = read_run(folder, "LoRA")
     options = config["options"]
+    tokenizer = load_tokenizer(options["model"])
     classifier, _ = load_classifier(options["model"], len(config.get("classes", data_utils.COLA_CLASSES)))
-    classifier.full = options["method"] == "full"
-    if config.get("base_sha256") not in (None, tensors.weights_digest(classifier.net.base_model)):
-        raise UserError(f"{folder}: adapter for another base: the weights of {options['model']} are not those that the "
-                        "run was trained on")
-    classifier.reads_text = options["method"] != "features"
+    check_base(folder, config, options["model"], classifier.net, tokenizer)
+    columns = len(options.get("feature_columns") or ())
+    # The training rows are in the saved statistics; what stands here is replaced by them.
+    classifier.configure(options["method"], features=torch.zeros(1, columns, dtype=torch.float64) if columns else None)
     if options["method"] == "lora":
         adapters.load_adapter(classifier.net, folder)
     elif classifier.reads_text:
@@ -45,18 +46,16 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
         if any(name not in own or own[name].shape != value.shape for name, value in state.items()):
             raise UserError(f"{Path(folder) / 'trained.safetensors'}: made for another model")
         classifier.load_state_dict(state, strict=False)
-    if options.get("feature_columns"):
-        state, path = tensors.load_tensors(Path(folder) / "features.safetensors"), Path(folder) / "features.safetensors"
-        classifier.feature_head = FeatureHead(torch.zeros(1, len(options["feature_columns"]), dtype=torch.float64),
-                                              len(config["classes"]))
+    if classifier.feature_head is not None:
+        path = Path(folder) / "features.safetensors"
         try:
-            classifier.feature_head.load_state_dict(state)
+            classifier.feature_head.load_state_dict(tensors.load_tensors(path))
         except RuntimeError:
             raise UserError(f"{path}: made for other features") from None
     # bf16x3 is a way of computing float32: where it cannot be had, the plain way gives the same up to rounding.
     plain = options["precision"] == "bf16x3" and (device().type != "cpu" or not amx.available())
     to_precision(classifier.requires_grad_(False), "fp32" if plain else options["precision"])
-    return classifier.to(device()).eval(), load_tokenizer(options["model"]), options
+    return classifier.to(device()).eval(), tokenizer, options
 
 
 def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object, dict]:
@@ -74,7 +73,10 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: damaged student ({str(error).splitlines()[0]})") from None
-    return student.to(device()).eval(), load_tokenizer(config["options"]["model"]), config["options"]
+    name, tokenizer = config["options"]["model"], load_tokenizer(config["options"]["model"])
+    if config.get("tokenizer_sha256") not in (None, tokenizer_digest(tokenizer)):
+        raise UserError(f"{folder}: the tokenizer of {name} is not the one that the student was trained with")
+    return student.to(device()).eval(), tokenizer, config["options"]
 
 
 def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> dict:

@@ -2,13 +2,13 @@
 
     python run.py LoRA 12345
 
-`finetune` takes typed options, leaves a folder under `runs/` and returns its summary; nothing here parses a command line.
+`run_finetune` takes typed options, leaves a folder under `runs/` and returns its summary; it parses no command line.
 """
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,16 +19,17 @@ from transformers.pytorch_utils import Conv1D
 
 import train_utils
 from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of
-from data_utils import Task
+from data.digests import config_digest, tokenizer_digest
+from data_utils import Batch, Task
 from experiments.inputs import load_task, make_all_batches, seed_everything
 from lora import adapters, amx, frozen
 from lora.linear import lora_layers
-from model import FeatureHead, TextClassifier, count_parameters, inject_lora, load_classifier
+from model import TextClassifier, count_parameters, load_classifier
 from record import processes, tensors
 from record.files import UserError, write_file
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_threads
 from record.machine import device
-from record.options import LoRAOptions, RunOptions, as_json, settings_of
+from record.options import RunOptions, as_json, settings_of
 from train_utils import best_and_last, selection_split, training_summary
 
 SANITY_PROMPT, SANITY_TOKENS = "The", 12
@@ -41,14 +42,14 @@ def parameter_table(counts: dict) -> str:
     return "\n".join(f"  {name:<10} {value:>16}" for name, value in rows)
 
 
-# ---------------------------------------------------------------- LoRA
+# ---------------------------------------------------------------- a fresh adapter changes nothing
 
 def greedy(lm, tokenizer, prompt: str, tokens: int) -> Tensor:
     """Token ids (1, T) of a greedy continuation, prompt included."""
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(lm.device)
+    ids, end = tokenizer(prompt, return_tensors="pt").input_ids.to(lm.device), lm.generation_config.eos_token_id
     with torch.inference_mode():
         return lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                           pad_token_id=lm.generation_config.eos_token_id)
+                           pad_token_id=end[0] if isinstance(end, list) else end)  # instruct models end in several ways
 
 
 @torch.inference_mode()
@@ -58,22 +59,82 @@ def is_greedy(lm, ids: Tensor, prompt: int) -> bool:
     return torch.equal(logits[:, prompt - 1:-1].argmax(-1), ids[:, prompt:])
 
 
-def adapt(classifier: TextClassifier, method: str, lora: LoRAOptions) -> None:
-    """Marks what trains: LoRA and the head, everything, the head alone, or nothing."""
-    classifier.full = method == "full"
-    if method == "lora":
-        inject_lora(classifier.net, lora)
-    elif method == "head":
-        classifier.net.base_model.requires_grad_(False)
-    elif method == "features":
-        classifier.net.requires_grad_(False)
-        classifier.reads_text = False
-    elif method == "none":
-        classifier.requires_grad_(False)
+def check_fresh_adapter(lm, tokenizer, ids: Tensor) -> dict:
+    """Compares greedy text of the base model, generated before injection, with the text after it.
+
+    Args:
+        lm: the language model, whose backbone carries a fresh adapter by now.
+        ids: (1, T), what `greedy` gave before.
+
+    Returns:
+        summary.json's `sanity`.
+
+    Raises:
+        RuntimeError: the adapter changed the text.
+    """
+    text = tokenizer.decode(ids[0], skip_special_tokens=True)
+    # Generated again only where a pass over the text leaves a doubt, as rounding may between near equals.
+    if not is_greedy(lm, ids, len(tokenizer(SANITY_PROMPT).input_ids)):
+        after = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS)
+        if not torch.equal(after, ids):
+            raise RuntimeError(f"a fresh adapter changed the generated text: {text!r} became "
+                               f"{tokenizer.decode(after[0], skip_special_tokens=True)!r}")
+    return {"prompt": SANITY_PROMPT, "text": text, "equal_to_base": True}
+
+
+# ---------------------------------------------------------------- the run, step by step
+
+@dataclass
+class Prepared:
+    """What a fine-tuning starts from."""
+
+    task: Task
+    classifier: TextClassifier
+    batches: list[Batch]  # the training split's
+    dev: dict[str, list[Batch]]  # the development splits', by name
+    max_length: int  # tokens
+    counts: dict  # total and trainable parameters, and the reduction in percent
+    sanity: dict | None  # what `check_fresh_adapter` found; None without LoRA on a language model
+    base: dict  # digests of the base model, as config.json records them
+
+
+def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
+    """Loads task and model, adapts the model, and makes the batches; writes nothing.
+
+    Raises:
+        UserError: bad input.
+    """
+    seed_everything(int(options.sr), options.deterministic)
+    tokenizer = load_tokenizer(options.model)
+    task = load_task(options, tokenizer)
+    tokenizer_sha256 = tokenizer_digest(tokenizer)
+    classifier, lm = load_classifier(options.model, task.num_labels)
+    max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
+    sane = lm is not None and options.method == "lora"
+    ids = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS) if sane else None
+    weights = tensors.digest_meanwhile(classifier.net.base_model)  # on a core that tokenising leaves idle
+    torch.manual_seed(int(options.sr))  # again: A must not depend on what loading drew
+    features = torch.tensor(task.train.features, dtype=torch.float64) if task.train.features else None
+    classifier.configure(options.method, options.lora, features)
+    counts = count_parameters(classifier)
+    say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, classes "
+        f"{', '.join(task.classes[:10])}{', ...' if task.num_labels > 10 else ''}\n{parameter_table(counts)}")
+    for name, rows in task.missing.items():
+        if rows:
+            say(f"  feature {name}: no value in {rows:,} of {len(task.train):,} training rows; the mean stands in, marked")
+    batches, dev = make_all_batches(task, tokenizer, max_length, options.train, options.table.truncate, classifier.decoder)
+    sanity = check_fresh_adapter(lm, tokenizer, ids) if sane else None
+    if sanity:
+        say(f"  sanity: greedy text after injection equals the base model's: {sanity['text']!r}")
+    to_precision(classifier, options.train.precision)
+    classifier.to(device())
+    base = {"base_sha256": weights.result(), "base_config_sha256": config_digest(classifier.net.config),
+            "tokenizer_sha256": tokenizer_sha256}
+    return Prepared(task, classifier, batches, dev, max_length, counts, sanity, base)
 
 
 def to_precision(classifier: TextClassifier, precision: str) -> None:
-    """How the products with frozen weights are computed; what trains stays float32.
+    """Sets how frozen linears are computed; what trains stays float32.
 
     bf16: frozen weights become bfloat16. On a CPU that is the adapted projections alone, and activations stay
     float32: its matrix products gain from bfloat16, its other operations lose.
@@ -101,8 +162,20 @@ def to_precision(classifier: TextClassifier, precision: str) -> None:
                 p.data = p.data.bfloat16()
 
 
+def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable[[str], None]) -> None:
+    """Computes what the frozen blocks below the lowest trained one make of every batch, once."""
+    prefix = frozen.FrozenPrefix(run.classifier)
+    if not options.keep or prefix.lowest == 0 or not run.classifier.reads_text:
+        return
+    start, used = time.perf_counter(), 0
+    for split in (run.batches, *map(processes.own, run.dev.values())):
+        used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
+    say(f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
+        f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
+
+
 def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None,
-             on_epoch: Callable[[list[dict], dict], None] = lambda history, counts: None) -> dict:
+                 on_epoch: Callable[[list[dict], dict], None] = lambda history, counts: None) -> dict:
     """Fine-tunes a classifier and writes the run's folder.
 
     Args:
@@ -118,78 +191,53 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
         train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
     use_recorded_threads(options)
-    seed_everything(int(options.sr), options.deterministic)
-    tokenizer = load_tokenizer(options.model)
-    task = load_task(options, tokenizer)
-    classifier, lm = load_classifier(options.model, task.num_labels)
-    max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
-    if lm is not None and options.method == "lora":
-        ids = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS)
-    base = tensors.digest_meanwhile(classifier.net.base_model)  # on a core that tokenising leaves idle
-    torch.manual_seed(int(options.sr))  # again: A must not depend on what loading drew
-    adapt(classifier, options.method, options.lora)
-    if task.train.features:
-        classifier.feature_head = FeatureHead(torch.tensor(task.train.features, dtype=torch.float64), task.num_labels)
-        classifier.feature_head.requires_grad_(options.method != "none")
-    counts = count_parameters(classifier)
-    say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, classes "
-        f"{', '.join(task.classes[:10])}{', ...' if task.num_labels > 10 else ''}\n{parameter_table(counts)}")
-    for name, rows in task.missing.items():
-        if rows:
-            say(f"  feature {name}: no value in {rows:,} of {len(task.train):,} training rows; the mean stands in, marked")
-    batches, dev = make_all_batches(task, tokenizer, max_length, options.train, options.table.truncate, classifier.decoder)
-    sanity = None
-    if lm is not None and options.method == "lora":
-        text = tokenizer.decode(ids[0], skip_special_tokens=True)
-        # Generated again only where a pass over the text leaves a doubt, as rounding may between near equals.
-        if not is_greedy(lm, ids, len(tokenizer(SANITY_PROMPT).input_ids)):
-            after = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS)
-            if not torch.equal(after, ids):
-                raise RuntimeError(f"a fresh adapter changed the generated text: {text!r} became "
-                                   f"{tokenizer.decode(after[0], skip_special_tokens=True)!r}")
-        sanity = {"prompt": SANITY_PROMPT, "text": text, "equal_to_base": True}
-        say(f"  sanity: greedy text after injection equals the base model's: {text!r}")
-    to_precision(classifier, options.train.precision)
-    classifier.to(device())
-    settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": max_length}
-    record_config = {**provenance(as_json(settings), task.files), "base_sha256": base.result(),
-                     "classes": list(task.classes)}
-    with run_folder(options, record_config) as folder:
-        record = Recorder(folder, say)
+    run = prepare(options, say)
+    settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
+    config = {**provenance(as_json(settings), run.task.files), **run.base, "classes": list(run.task.classes)}
+    with run_folder(options, config) as folder:
+        recorder = Recorder(folder, say)
+
+        def record(history: list[dict]) -> None:
+            recorder(history)
+            on_epoch(history, run.counts)
+
         if options.method == "none":
-            progress = train_utils.Progress(best_epoch=0, history=[])
-            validation, matrices = train_utils.validate(classifier, dev)
-            result = best_and_last(0, [{"epoch": 0, "validation": validation, "confusion": matrices}], task.classes)
+            progress, history = train_utils.Progress(), [untrained(run)]
         else:
-            prefix = frozen.FrozenPrefix(classifier)
-            if options.keep and prefix.lowest > 0 and classifier.reads_text:
-                start, used = time.perf_counter(), 0
-                for split in (batches, *map(processes.own, dev.values())):
-                    used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
-                say(f"  kept what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
-                    f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
-            progress = train_utils.fit(classifier, batches, dev, train_utils.cross_entropy(options.train.label_smoothing),
-                                       options.train, folder=folder, resume=options.resume, select=selection_split(task.dev),
-                                       on_epoch=lambda history: (record(history), on_epoch(history, counts)),
-                                       stop=stop)
-            result = best_and_last(progress.best_epoch, progress.history, task.classes)
-        save_trained(classifier, options.method, folder, options.model)
-        summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": task.name,
-                   "method": options.method, "classes": list(task.classes), "parameters": counts, **result,
-                   "train": training_summary(progress, batches), "sanity": sanity}
+            cache_prefix(options, run, folder, say)
+            progress = train_utils.fit(
+                run.classifier, run.batches, run.dev, train_utils.cross_entropy(options.train.label_smoothing),
+                options.train, folder=folder, resume=options.resume, select=selection_split(run.task.dev),
+                on_epoch=record, stop=stop)
+            history = progress.history
+        save_trained(run.classifier, options.method, folder, options.model)
+        summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": run.task.name,
+                   "method": options.method, "classes": list(run.task.classes), "parameters": run.counts,
+                   **best_and_last(progress.best_epoch, history, run.task.classes),
+                   "train": training_summary(progress, run.batches), "sanity": run.sanity}
         finish(folder, summary)
     return summary
 
 
+def untrained(run: Prepared) -> dict:
+    """Scores a classifier as it is: the line of epoch 0."""
+    validation, matrices = train_utils.validate(run.classifier, run.dev)
+    return {"epoch": 0, "validation": validation, "confusion": matrices}
+
+
 def check(options: RunOptions) -> Task:
-    """Raises what `finetune` would of a task, model, target, layer or rank, without loading weights; returns the task."""
+    """Raises what `run_finetune` would of a task, model, target, layer or rank, without loading weights.
+
+    Returns:
+        The task.
+    """
     config = load_config(options.model)
     is_decoder(config)  # or says that there is no classifier of that kind
     task = load_task(options, load_tokenizer(options.model))
     config.num_labels = task.num_labels
     with torch.device("meta"):
         classifier = TextClassifier(AutoModelForSequenceClassification.from_config(config))
-    adapt(classifier, options.method, options.lora)
+    classifier.configure(options.method, options.lora)
     return task
 
 
@@ -209,5 +257,3 @@ def save_trained(classifier: TextClassifier, method: str, folder: Path, base: st
         write("trained.safetensors", {n: t for n, t in state.items() if method == "full" or n.startswith(heads)})
     if classifier.feature_head is not None:
         write("features.safetensors", classifier.feature_head.state_dict())
-
-

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
+from experiments.inputs import check_base
 from lora import adapters
 from record.files import UserError, check_sums, read_json
 from record.machine import device
-from record.tensors import weights_digest
 
 
 def base_model(adapter: Path) -> str:
@@ -68,10 +68,8 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
     lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
     if adapter is not None:
         check_sums(adapter)
-        recorded = read_json(adapter / "config.json").get("base_sha256") if (adapter / "config.json").exists() else None
-        if recorded not in (None, weights_digest(lm.base_model)):
-            raise UserError(f"{adapter}: adapter for another base: it was made for {base_model(adapter)}, with other "
-                            f"weights than {model} has here")
+        if (adapter / "config.json").exists():
+            check_base(adapter, read_json(adapter / "config.json"), model, lm, tokenizer)
         adapters.load_adapter(lm, adapter, head=False)
     lm.to(device()).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

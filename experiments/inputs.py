@@ -11,8 +11,9 @@ import torch
 
 import data_utils
 from data.backbones import load_config
+from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
-from record import machine, processes
+from record import machine, processes, tensors
 from record.files import UserError
 from record.options import RunOptions, TrainOptions
 
@@ -64,6 +65,28 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def check_base(folder: Path, config: dict, model: str, net, tokenizer) -> None:
+    """Checks that weights, configuration and tokenizer of a base are those that a run recorded.
+
+    Args:
+        folder: the run's.
+        config: its config.json; what it does not record is not checked.
+        model: the base's name, for the error's text.
+        net: the base as it is loaded now, under any head; without an adapter.
+        tokenizer: likewise.
+
+    Raises:
+        UserError: one of them is another; says which.
+    """
+    for key, what, digest in (("base_sha256", "other weights", lambda: tensors.weights_digest(net.base_model)),
+                              ("base_config_sha256", "another configuration", lambda: config_digest(net.config)),
+                              ("tokenizer_sha256", "another tokenizer", lambda: tokenizer_digest(tokenizer))):
+        if config.get(key) not in (None, digest()):
+            made_for = config.get("options", {}).get("model", model)
+            raise UserError(f"{folder}: adapter for another base: it was made for {made_for}, with {what} than {model} has "
+                            "here")
 
 
 def separator_of(tokenizer) -> str:

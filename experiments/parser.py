@@ -46,19 +46,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def add(self, group: str, *names: str, **kwargs) -> None:
-        """Adds an option to the group of that title, which is made where it is new."""
+        """Adds an option to the group of that title, which is made where it is new; shows its default, if it has one."""
+        if kwargs.get("default") not in (None, False, (), []):
+            kwargs["help"] = kwargs.get("help", "") + " (default: %(default)s)"
         if group not in self.groups:
             self.groups[group] = self.add_argument_group(group)
         action = self.groups[group].add_argument(*names, **kwargs)
         self.options[action.dest] = action
-
-
-class Help(argparse.HelpFormatter):
-    """Shows a default where there is one to show."""
-
-    def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
-        return (action.help or "") + (" (default: %(default)s)" if shown else "")
 
 
 def closest(word: str, known) -> str:
@@ -155,7 +149,6 @@ def add_finetune_options(parser: Parser, method: bool = True) -> None:
                         "or nothing")
     parser.add(MODEL, "--precision", choices=("fp32", "bf16x3", "bf16"), default=TrainOptions.precision,
                help="of frozen linears; what trains stays float32")
-    parser.add(MODEL, "--compile", action="store_true", help="torch.compile")
     parser.add(MODEL, "--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
     parser.add(MODEL, "--keep-memory", type=_not_negative, default=RunOptions.keep_memory, metavar="GIB",
                help="of their cached results in memory; the rest is memory-mapped")
@@ -238,7 +231,8 @@ def default(table: dict, task: str):
 
 
 def _defaults_text(table: dict) -> str:
-    return ", ".join(f"{value:g}" + (f" for --task {task}" if task else " otherwise") for task, value in table.items())
+    otherwise = " otherwise" if len(table) > 1 else ""
+    return ", ".join(f"{value:g}" + (f" for --task {task}" if task else otherwise) for task, value in table.items())
 
 
 # ---------------------------------------------------------------- the modes, one function each
@@ -354,13 +348,13 @@ SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """Returns the whole command line, and the parser of each mode."""
-    parser = Parser(prog="run.py", description="Adapt GPT-2 with LoRA, distil it into a small RNN.", formatter_class=Help)
+    parser = Parser(prog="run.py", description="Adapt GPT-2 with LoRA, distil it into a small RNN.")
     commands = parser.add_subparsers(dest="mode", required=True, metavar="MODE", parser_class=Parser)
     modes = {}
     for name, add_options in MODES.items():
         what = "RUN_DIR" if name in READS_A_RUN else "SR"
         modes[name] = commands.add_parser(name, help=add_options.__doc__, description=add_options.__doc__,
-                                          formatter_class=Help, usage=f"run.py {name} {what} [options]")
+                                          usage=f"run.py {name} {what} [options]")
         if name in READS_A_RUN:
             modes[name].add_argument("run", metavar="RUN_DIR", type=Path)
         else:

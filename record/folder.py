@@ -41,7 +41,7 @@ from record.files import (
     write_json,
     write_sums,
 )
-from record.machine import device, use_threads
+from record.machine import cpu_name, device, use_threads
 from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
@@ -56,23 +56,26 @@ def use_recorded_threads(options: RunOptions) -> None:
         use_threads(read_json(folder / "config.json").get("threads"))
 
 
+def git_commit() -> str | None:
+    """Returns the hash of the checked-out commit; None outside a git checkout."""
+    try:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def provenance(options: dict, data_files: dict[str, str]) -> dict:
     """Returns what config.json records: the options, and enough beside them to repeat the run.
 
     Args:
         data_files: SHA-256 of every data file by its name.
     """
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True,
-                                check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     command = without_password(f"{processes.launcher()} run.py {shlex.join(sys.argv[1:])}")
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "device": str(device()), "threads": torch.get_num_threads(), "processes": processes.count(), "git_commit": commit,
-            "data_files": data_files}
+            "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "git_commit": git_commit(),
+            "processes": processes.count(), "data_files": data_files}
 
 
 def without_times(value):
@@ -134,8 +137,10 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
         old = before.get("options", {}).get(name)
         if old != value and name not in FREE:
             raise UserError(f"{folder}: {what} with another {name}: it began with {old}, now {value}")
-    if before.get("base_sha256") != config.get("base_sha256"):
-        raise UserError(f"{folder}: {what} with a changed base model: its weights are not those the run began with")
+    for key, part in (("base_sha256", "weights are"), ("base_config_sha256", "configuration is"),
+                      ("tokenizer_sha256", "tokenizer is")):
+        if before.get(key) != config.get(key):
+            raise UserError(f"{folder}: {what} with a changed base model: its {part} not what the run began with")
     for kind, key in (("data", "data_files"), ("teacher", "teacher_files")):
         for name in sorted({*before.get(key, {}), *config.get(key, {})}):
             if before.get(key, {}).get(name) != config.get(key, {}).get(name):
@@ -145,7 +150,7 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 def environment(config: dict) -> dict:
     """What beside the options may change a result."""
-    return {**config.get("versions", {}), **{key: config.get(key) for key in ("device", "threads", "git_commit")},
+    return {**config.get("versions", {}), **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")},
             "processes": config.get("processes", 1)}
 
 

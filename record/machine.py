@@ -1,15 +1,24 @@
-"""This machine: its device, its threads, and its memory."""
+"""Describes and sets up this machine: its CPU, its device, its threads, and its memory."""
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 import resource
 import warnings
+from pathlib import Path
 
 from record.files import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _chosen = "auto"
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Returns the CPU's model name, as Linux tells it; elsewhere what Python knows, at least the architecture."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def keep_freed_memory() -> None:

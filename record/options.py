@@ -61,7 +61,6 @@ class TrainOptions:
     label_smoothing: float = 0.0
     patience: int | None = None  # stop after so many epochs without a better one
     precision: str = "fp32"  # fp32 or bf16
-    compile: bool = False  # torch.compile
     save_every: float = 10.0  # minutes between checkpoints inside an epoch
     save_steps: int | None = None  # instead: optimiser steps between them
     anomaly: bool = False  # name the first module that computes something not finite

@@ -370,7 +370,7 @@ def test_training_mode_reaches_base_dropout_only_where_the_base_is_trained(archi
     assert not any(m.training for m in backbone)
     assert all(layer.dropout.training for layer in layers)
     assert all(m.training for name, m in net.named_children() if name != net.base_model_prefix)
-    classifier.full = True
+    classifier.configure("full")
     assert all(m.training for m in classifier.train().modules())
     assert not any(m.training for m in classifier.eval().modules())
 
@@ -379,7 +379,7 @@ def test_base_dropout_leaves_lora_logits_alone_and_moves_those_of_a_fully_traine
     classifier = adapted("gpt2", trained=True)
     expected = logits_of(classifier.eval())
     assert torch.equal(logits_of(classifier.train()), expected)
-    classifier.full = True
+    classifier.configure("full")
     assert not torch.allclose(logits_of(classifier.train()), expected, atol=1e-3)
 
 

@@ -1,5 +1,4 @@
-"""The losses against their formulas, the loop against its contract, checkpoints against every byte."""
-import json
+"""The losses against their formulas, the loop against its contract."""
 import math
 from dataclasses import replace
 
@@ -10,17 +9,21 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from toy_training import (
+    OPTIONS,
+    ToyModel,
+    assert_same_bits,
+    scripted,
+    toy_batches,
+    toy_dev,
+    weights,
+)
 
 import train_utils
-from data_utils import bucket_by_length, collate, split_large
-from record.files import UserError
-from record.signals import Interrupted
+from data_utils import collate, split_large
 from train_utils import (
     Diverged,
-    Progress,
-    TrainOptions,
     compute_logits,
     confusion,
     cross_entropy,
@@ -32,63 +35,13 @@ from train_utils import (
     load_checkpoint,
     make_optimizer,
     per_class,
-    save_checkpoint,
     scores,
     trainable,
     validate,
 )
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-OPTIONS = TrainOptions(seed=7, epochs=2, lr=0.05, warmup=0.1)
 LOGITS = st.lists(st.tuples(*[st.floats(-30, 30, width=32)] * 6), min_size=1, max_size=8)
-
-
-class ToyModel(nn.Module):
-    """Embedding, frozen layer, dropout, mean over real tokens, norm, head named as a classifier's."""
-
-    def __init__(self, seed: int = 0, size: int = 6, dropout: float = 0.0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.net = nn.ModuleDict({"embedding": nn.Embedding(20, size), "frozen": nn.Linear(size, size),
-                                  "norm": nn.LayerNorm(size), "score": nn.Linear(size, 2)})
-        # Frozen weights are no part of a checkpoint: whoever resumes has the same ones again.
-        nn.init.orthogonal_(self.net["frozen"].weight, generator=torch.Generator().manual_seed(5))
-        nn.init.zeros_(self.net["frozen"].bias)
-        self.net["frozen"].requires_grad_(False)
-        self.dropout = nn.Dropout(dropout)
-
-    def head_names(self):
-        return ["score"]
-
-    def forward(self, input_ids, attention_mask):
-        hidden = self.dropout(torch.tanh(self.net["frozen"](self.net["embedding"](input_ids))))
-        mask = attention_mask.unsqueeze(-1)
-        return self.net["score"](self.net["norm"]((hidden * mask).sum(1) / mask.sum(1)))
-
-
-def toy_batches(rows: int = 20, size: int = 4, seed: int = 0):
-    """Random sentences whose label says whether their first token is below 10."""
-    draw = np.random.default_rng(seed)
-    ids = [draw.integers(0, 20, draw.integers(1, 7)).tolist() for _ in range(rows)]
-    labels = [int(tokens[0] < 10) for tokens in ids]
-    return [collate(ids, labels, chosen, 0) for chosen in bucket_by_length([len(t) for t in ids], size, seed)]
-
-
-def toy_dev():
-    return {"in_domain": toy_batches(12, 5, seed=1), "out_of_domain": toy_batches(8, 5, seed=2)}
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def without_times(history: list[dict]) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in history]
 
 
 # ---------------------------------------------------------------- objectives
@@ -392,13 +345,6 @@ def test_an_epochs_line_counts_every_row_and_token_once():
     assert line["tokens"] == sum(batch.tokens for batch in batches)
 
 
-def scripted(monkeypatch, in_domain: list[tuple[float, float]]):
-    """Replaces validation by given (MCC, loss) pairs; another split is best in epoch 1."""
-    results = iter([{"in_domain": {"mcc": mcc, "loss": loss}, "out_of_domain": {"mcc": -epoch, "loss": epoch}}
-                    for epoch, (mcc, loss) in enumerate(in_domain)])
-    monkeypatch.setattr(train_utils, "validate", lambda *_: (next(results), {}))
-
-
 def test_the_best_epoch_is_the_select_splits_by_mcc_then_loss_and_its_weights_stay(monkeypatch):
     scripted(monkeypatch, [(0.1, 0.1), (0.5, 0.9), (0.5, 0.7), (0.5, 0.8), (0.4, 0.1), (0.5, 0.7)])
     model, after = ToyModel(), []
@@ -440,174 +386,3 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     with pytest.raises(Diverged, match="gradient norm"):  # the loss is finite, its derivative at 0 is not
         fit(model, toy_batches(), toy_dev(), lambda logits, _: (logits * 0).sum().abs().sqrt(), OPTIONS)
     assert_same_bits(weights(model), before)
-
-
-# ---------------------------------------------------------------- checkpoints
-
-DROPOUT = replace(OPTIONS, epochs=3, weight_decay=0.1, accumulate=2, schedule="cosine")  # 3 steps an epoch
-
-
-def train(folder=None, stop_at=None, resume=False, options=DROPOUT):
-    """A toy training with dropout; a resumed one starts from other weights and another random state."""
-    model = ToyModel(99 if resume else 0, dropout=0.4)
-    torch.manual_seed(99 if resume else 1)
-    calls = []
-
-    def stop():
-        calls.append(1)
-        return 15 if len(calls) == stop_at else None
-
-    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), options, folder=folder, resume=resume, stop=stop)
-    return weights(model), progress
-
-
-@pytest.fixture(scope="module")
-def uninterrupted():
-    return train()
-
-
-def assert_ends_alike(run, uninterrupted):
-    assert_same_bits(run[0], uninterrupted[0])
-    assert without_times(run[1].history) == without_times(uninterrupted[1].history)
-    assert run[1].best_epoch == uninterrupted[1].best_epoch
-    assert tuple(run[1].best_score) == uninterrupted[1].best_score
-
-
-@pytest.mark.parametrize("step", range(1, 10))
-def test_a_training_stopped_after_any_step_and_resumed_ends_in_the_same_bits(tmp_path, uninterrupted, step):
-    """Invariant 12, dropout on."""
-    with pytest.raises(Interrupted) as stopped:
-        train(tmp_path, stop_at=step)
-    assert stopped.value.signal == 15
-    assert_ends_alike(train(tmp_path, resume=True), uninterrupted)
-
-
-def test_a_training_stopped_after_every_step_ends_in_the_same_bits(tmp_path, uninterrupted):
-    for step in range(9):
-        with pytest.raises(Interrupted):
-            train(tmp_path, stop_at=1, resume=step > 0)
-    assert_ends_alike(train(tmp_path, resume=True), uninterrupted)
-
-
-def test_the_random_state_matters_to_what_is_compared(uninterrupted):
-    """Without it the tests above would pass for a checkpoint that forgets it."""
-    torch.manual_seed(2)
-    model = ToyModel(0, dropout=0.4)
-    torch.manual_seed(2)
-    fit(model, toy_batches(), toy_dev(), cross_entropy(), DROPOUT)
-    assert not torch.equal(weights(model)["net.score.weight"], uninterrupted[0]["net.score.weight"])
-
-
-def test_resuming_a_finished_training_repeats_nothing(tmp_path, uninterrupted):
-    train(tmp_path)
-    assert_ends_alike(train(tmp_path, stop_at=1, resume=True), uninterrupted)
-
-
-def test_a_patient_training_stays_stopped_when_resumed(tmp_path, monkeypatch):
-    options = replace(DROPOUT, patience=1)
-    scripted(monkeypatch, [(0.5, 1.0), (0.4, 1.0)])  # a third validation would be an error
-    assert len(train(tmp_path, options=options)[1].history) == 2
-    assert len(train(tmp_path, options=options, resume=True)[1].history) == 2
-
-
-def test_checkpoints_within_an_epoch_come_as_often_as_asked(tmp_path, monkeypatch):
-    saved = []
-    monkeypatch.setattr(train_utils, "save_checkpoint", lambda path, model, optimizer, progress, best: saved.append(
-        (progress.epoch, progress.group)))
-    train(tmp_path)
-    assert saved == [(2, 0), (3, 0), (4, 0)]
-    saved.clear()
-    train(tmp_path, options=replace(DROPOUT, save_every=1e-9))
-    assert saved == [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3), (4, 0)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A checkpoint in the middle of the second epoch, its bytes, and what it holds."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    with pytest.raises(Interrupted):
-        train(folder, stop_at=5)
-    path = folder / train_utils.CHECKPOINT
-    return path, path.read_bytes(), state_of(path)
-
-
-def state_of(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """Everything that a load puts into model, optimiser and generator, and the progress."""
-    model = ToyModel(99)
-    optimizer = make_optimizer(model, DROPOUT)
-    progress, best = load_checkpoint(path, model, optimizer)
-    state = {"rng": torch.get_rng_state(), **weights(model), **{f"best.{name}": value for name, value in best.items()}}
-    for name, p in trainable(model).items():
-        state.update({f"{key}.{name}": value for key, value in optimizer.state[p].items()})
-    return state, vars(progress)
-
-
-def test_a_checkpoint_brings_back_all_that_it_was_given(tmp_path):
-    model = ToyModel(1, dropout=0.4)
-    optimizer = make_optimizer(model, OPTIONS)
-    for batch in toy_batches()[:2]:
-        cross_entropy()(model(batch.input_ids, batch.attention_mask), batch).backward()
-        optimizer.step()
-    best = {name: p.detach() + 1 for name, p in trainable(model).items()}
-    progress = Progress(epoch=2, group=1, step=6, best_epoch=1, best_score=(0.1, -0.30000000000000004), sums={"loss": 1 / 3},
-                        confusion=[[1, 2], [3, 4]], history=[{"epoch": 1}])
-    save_checkpoint(tmp_path / "c", model, optimizer, progress, best)
-    expected = torch.rand(3)
-    state, loaded = state_of(tmp_path / "c")
-    torch.set_rng_state(state["rng"])
-    assert torch.equal(torch.rand(3), expected)
-    assert json.loads(json.dumps(loaded)) == json.loads(json.dumps(vars(progress)))
-    for name, p in trainable(model).items():
-        assert torch.equal(state[name], p) and torch.equal(state[f"best.{name}"], best[name])
-        for key, value in optimizer.state[p].items():
-            assert torch.equal(state[f"{key}.{name}"], value)
-
-
-def refused_or_harmless(checkpoint, data: bytes) -> bool:
-    path, _, (state, progress) = checkpoint
-    damaged = path.with_name("damaged")
-    damaged.write_bytes(data)
-    try:
-        again, loaded = state_of(damaged)
-    except UserError as error:
-        assert str(damaged) in str(error) and len(str(error).splitlines()) == 1
-        return True
-    assert_same_bits(again, state)
-    assert loaded == progress
-    return False
-
-
-@settings(FAST, max_examples=400)
-@given(data=st.data())
-def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused_or_harmless(checkpoint, data):
-    damaged = bytearray(checkpoint[1])
-    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    refused_or_harmless(checkpoint, bytes(damaged))
-
-
-def test_every_flipped_bit_of_the_tensors_is_refused(checkpoint):
-    """The bytes that no format check sees: the checksum must."""
-    data = checkpoint[1]
-    start = 8 + int.from_bytes(data[:8], "little")
-    for position in range(start, len(data), 61):
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << position % 8
-        assert refused_or_harmless(checkpoint, bytes(damaged)), position
-
-
-@settings(FAST, max_examples=150)
-@given(data=st.data())
-def test_a_checkpoint_cut_at_any_byte_is_refused(checkpoint, data):
-    assert refused_or_harmless(checkpoint, checkpoint[1][:data.draw(st.integers(0, len(checkpoint[1]) - 1))])
-
-
-def test_a_whole_checkpoint_is_not_refused(checkpoint):
-    assert not refused_or_harmless(checkpoint, checkpoint[1])
-
-
-@pytest.mark.parametrize("other", [nn.Linear(3, 2), ToyModel(size=8)])
-def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(checkpoint, other):
-    before = weights(other)
-    with pytest.raises(UserError, match="the checkpoint is of another model"):
-        load_checkpoint(checkpoint[0], other, make_optimizer(other, DROPOUT))
-    assert_same_bits(weights(other), before)

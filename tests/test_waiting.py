@@ -3,7 +3,6 @@
 No GPU is needed: a mode lets plain tensors pass for a GPU's and marks what is made on the CPU. It notes whoever reads
 a tensor of the "GPU" (item, tolist, bool, cpu ...) and refuses an operation that mixes the two, as a GPU does.
 """
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest

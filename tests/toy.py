@@ -1,6 +1,7 @@
 """Toy inputs for the tests and the kill benchmark: a GPT-2 folder, CoLA folders, and a call of run.py in this process."""
 from __future__ import annotations
 
+import json
 import random
 import signal
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 WORDS = ("the", "cat", "dog", "mat", "saw", "fed", "a", "old", "red", "bird")
 COLA_FILES = ("in_domain_train.tsv", "in_domain_dev.tsv", "out_of_domain_dev.tsv")
+SPLITS = {"in_domain": 12, "out_of_domain": 12, "all": 24}  # rows of write_cola's evaluation splits
+SCORES = {"n", "loss", "accuracy", "mcc", "macro_f1", "majority_accuracy"}
 
 
 def write_model(folder: Path, channels: int = 32, seed: int = 0) -> Path:
@@ -32,6 +35,26 @@ def write_model(folder: Path, channels: int = 32, seed: int = 0) -> Path:
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=channels, n_head=4, n_positions=64,
                                initializer_range=0.2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     return folder
+
+
+def other_weights(model: Path) -> None:
+    """Changes a model's weights and nothing else."""
+    write_model(model, seed=1)
+
+
+def other_config(model: Path) -> None:
+    """Changes what a model computes from the same weights."""
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "layer_norm_epsilon": 10 * config["layer_norm_epsilon"]}))
+
+
+def other_tokenizer(model: Path) -> None:
+    """Takes the last merge from a model's tokenizer: the same vocabulary, other tokens."""
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["merges"].pop()
+    path.write_text(json.dumps(tokenizer))
 
 
 def toy_rows(rows: int, seed: int) -> list[tuple[str, int]]:
@@ -69,6 +92,18 @@ def main(*arguments) -> int:
         warnings.showwarning, sys.argv = show, argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def lora(work: Path, out: Path, *more) -> int:
+    """Fine-tunes `work`/model on `work`/cola into `out`, for three epochs of five steps: its exit status."""
+    plots = () if "--plots" in more else ("--plots", work / "plots")
+    return main("LoRA", "12345", "--model", work / "model", "--data", work / "cola", "--out", out, "--epochs", 3,
+                "--batch-size", 8, "--lr", 0.01, "--dropout", 0.2, *plots, *more)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def reseal(folder: Path) -> None:

@@ -132,6 +132,7 @@ def test_a_file_that_is_not_what_its_ending_says_is_refused_in_one_line(tmp_path
     ({}, [{"text": "a", "label": 1}, {"text": "b", "label": True}], "number .'1', row 1. and a boolean .'True', row 2"),
     ({}, [{"text": "a", "label": 1}, {"text": "b", "label": None}], r"row 2: the label \(label\) is missing"),
     ({}, [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.0}], "row 1: label '0.5'; expected a string, a boolean"),
+    ({}, [{"text": "a", "label": math.inf}, {"text": "b", "label": 1}], "row 1: label 'inf'; expected a string, a boolean"),
     ({}, [{"text": "a", "label": 1}, {"text": "b", "label": 1}], "every label is 1; training needs at least two classes"),
     ({}, [{"text": "a", "label": 0}, {"text": "b", "label": 2}], "class 1 has no example"),
 ])

@@ -111,7 +111,9 @@ def test_a_different_result_says_what_differs_and_what_the_environment_was(work,
     (lambda folder: (folder / "cola" / "in_domain_dev.tsv").write_text(toy.tsv(toy.toy_rows(12, 9))),
      "in_domain_dev.tsv is not the file the run began with"),
     (lambda folder: (folder / "cola" / "in_domain_dev.tsv").unlink(), "in_domain_dev.tsv: cannot be read"),
-    (lambda folder: toy.write_model(folder / "model", seed=1), "repeat with a changed base model")])
+    (lambda folder: toy.other_weights(folder / "model"), "repeat with a changed base model: its weights are"),
+    (lambda folder: toy.other_config(folder / "model"), "repeat with a changed base model: its configuration is"),
+    (lambda folder: toy.other_tokenizer(folder / "model"), "repeat with a changed base model: its tokenizer is")])
 def test_what_is_no_longer_as_it_was_is_refused_by_name(tmp_path, capsys, change, named):
     toy.write_model(tmp_path / "model")
     toy.write_cola(tmp_path / "cola")

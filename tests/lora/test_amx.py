@@ -336,7 +336,7 @@ def test_float64_is_computed_as_ever(monkeypatch):
 def test_a_full_run_has_no_frozen_product(monkeypatch):
     monkeypatch.setattr(amx, "load", None)
     classifier = adapted("gpt2")
-    classifier.full = True
+    classifier.configure("full")
     finetune.to_precision(classifier, "bf16x3")
     assert not any(hasattr(module, "tiles") for module in classifier.modules())
 

@@ -85,7 +85,8 @@ def test_the_last_blocks_mlp_sees_the_pooled_tokens_only(architecture):
 def test_a_fully_trained_backbone_and_an_unfrozen_one_get_their_gradients(architecture):
     for full in (False, True):
         classifier = TextClassifier(toy_net(architecture)).eval()
-        classifier.full = full
+        classifier.configure("full" if full else "lora")
+        classifier.requires_grad_(True)
         classifier(*toy_batch()).square().sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in classifier.net.base_model.layers[0].parameters()) \
             if architecture == "llama" else classifier.net.base_model.wpe.weight.grad.any()

@@ -5,7 +5,7 @@ import toy
 from conftest import adapted, toy_batch
 from torch import nn
 
-from experiments import finetune
+from model import TextClassifier
 from record import anomaly
 from record.anomaly import NotFinite, watching
 from report import figures
@@ -116,10 +116,10 @@ def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     toy.write_model(tmp_path / "model")
     toy.write_cola(tmp_path / "cola")
-    adapt = finetune.adapt
+    configure = TextClassifier.configure
 
-    def adapt_and_break(classifier, *args):
-        adapt(classifier, *args)
+    def configure_and_break(classifier, *args):
+        configure(classifier, *args)
         calls, module = [], classifier.get_submodule(BLOCK)
         forward = module.forward
 
@@ -131,10 +131,10 @@ def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch
 
     line = ("LoRA", "12345", "--model", tmp_path / "model", "--data", tmp_path / "cola", "--out", tmp_path / "run",
             "--plots", tmp_path, "--batch-size", 8, "--epochs", 2)
-    monkeypatch.setattr(finetune, "adapt", adapt_and_break)
+    monkeypatch.setattr(TextClassifier, "configure", configure_and_break)
     assert toy.main(*line, *more) == 3
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"run.py: {says}") and "6 (epoch 2), learning rate " in said and said.endswith(hint)
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
-    monkeypatch.setattr(finetune, "adapt", adapt)
+    monkeypatch.setattr(TextClassifier, "configure", configure)
     assert toy.main(*line, "--resume") == 0  # with and without --anomaly: it changes no result

@@ -1,0 +1,16 @@
+"""Reading a run's folder."""
+import pytest
+
+from record import folder
+from record.files import UserError
+
+
+def test_reading_a_folder_that_is_no_finished_run_says_what_makes_one(tmp_path):
+    with pytest.raises(UserError, match="not a run's folder; python run.py LoRA SR makes one"):
+        folder.read_run(tmp_path, "LoRA")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="the run is not finished; its command with --resume continues it"):
+        folder.read_run(tmp_path, "LoRA")
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.warns(match="has no SHA256SUMS"), pytest.raises(UserError, match="config.json: not written by a run"):
+        folder.read_run(tmp_path, "LoRA")
