@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from data.backbones import blocks_of, from_pretrained, is_decoder, load_causal_lm, load_config
 from lora.blocks import fuse, unique_tokens
 from lora.linear import LoRALinear, lora_layers, weight_of
+from lora.matmul import speed_up
 from record.files import UserError
 from record.machine import device, send
 from record.options import ROLES, LoRAOptions, RNNConfig
@@ -161,6 +162,7 @@ class TextClassifier(nn.Module):
         self.net = net
         self.decoder = hasattr(net, "score")
         self.known = fuse(net.base_model)
+        speed_up(net)
         self.method = "lora"  # set by `configure`, with the next
         self.feature_head: FeatureHead | None = None  # reads numbers beside the text, where there are any
         self.prefix: FrozenPrefix | None = None  # where the results of frozen blocks are cached

@@ -8,7 +8,6 @@ standardised on the training rows, missing values stand at the mean with a mark 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_utils
+from benchmarks import common
 from data.tables import TableOptions
 from record.files import UserError
 
@@ -58,7 +58,7 @@ def main() -> int:
         return 2
     result = reference(task)
     if args.json:
-        print(json.dumps(result))
+        print(common.result({"splits": result}))
     else:
         for name, row in result.items():
             print(f"{name}: n {row['n']}, accuracy {row['accuracy']:.4f} (majority {row['majority_accuracy']:.4f}), "

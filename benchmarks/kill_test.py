@@ -246,9 +246,11 @@ def main() -> int:
         result["twice"] = signal_twice(work)
     wrong = result["failures"] + [text for kind in ("signals", "busy") for one in result[kind].values()
                                   for text in one["failures"]]
-    print(common.result(result) if args.json else f"{result['survived']}/{result['tried']} kills survived, "
-          f"{result['within_training']} of them within training, in {result['runs']} runs" + "".join(
-              f"\n  {text}" for text in wrong))
+    if args.json:
+        print(common.result(result).replace(str(work), "WORK"))
+    else:
+        print(f"{result['survived']}/{result['tried']} kills survived, {result['within_training']} of them within training, "
+              f"in {result['runs']} runs" + "".join(f"\n  {text}" for text in wrong))
     return 1 if wrong else 0
 
 

@@ -1,18 +1,20 @@
 """The reference to beat: PEFT's LoRA and the transformers Trainer on CoLA with SmolLM2-135M.
 
-    python benchmarks/peft_reference.py --data DIR_WITH_THE_THREE_COLA_TSV_FILES --out runs/peft-reference
+    python benchmarks/peft_reference.py --data DIR_WITH_THE_THREE_COLA_TSV_FILES --seed 12345
 
-Nothing of this project is imported, so that the figures are an independent yardstick: `peft` (r 8,
-alpha 16, all linear layers), `transformers.Trainer` (AdamW 4e-4, batch 32, batches grouped by
-length), `scikit-learn` metrics. After each epoch, metrics.jsonl gains one line and summary.json is
-rewritten, so an interrupted run keeps what it has.
+Nothing of this project takes part in the training, so that the figures are an independent yardstick: `peft` (r 8,
+alpha 16, all linear layers), `transformers.Trainer` (AdamW 4e-4, batch 32, batches grouped by length), `scikit-learn`
+metrics. After each epoch metrics.jsonl gains one line; at the end config.json and summary.json are written, with the
+keys of a run of this project, so that collect.py reads both.
 """
 import argparse
 import csv
 import importlib.util
 import json
+import shlex
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from record.folder import git_commit
+from record.machine import cpu_name
 
 
 def load_smollm2():
@@ -59,7 +65,8 @@ def scores(logits, labels):
     predictions = logits.argmax(-1)
     return {"n": len(labels), "loss": float(log_loss(labels, np.exp(log_p), labels=[0, 1])),
             "accuracy": float(accuracy_score(labels, predictions)),
-            "mcc": float(matthews_corrcoef(labels, predictions))}
+            "mcc": float(matthews_corrcoef(labels, predictions)),
+            "majority_accuracy": float(np.bincount(labels).max() / len(labels))}
 
 
 class EvaluateEachEpoch(TrainerCallback):
@@ -87,11 +94,12 @@ class EvaluateEachEpoch(TrainerCallback):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--out", type=Path, default=Path("runs/peft-reference"))
+    parser.add_argument("--out", type=Path, help="runs/peft-SEED if not given")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=12345)
     parser.add_argument("--limit", type=int, help="first N rows of each file: a quick look")
     args = parser.parse_args()
+    args.out = args.out or Path(f"runs/peft-{args.seed}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "metrics.jsonl").unlink(missing_ok=True)
     transformers.set_seed(args.seed)
@@ -117,11 +125,18 @@ def main():
     callback.trainer = trainer
     trainer.train()
     best = max(callback.epochs, key=lambda epoch: epoch["validation"]["in_domain"]["mcc"])
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    summary = {"command": "python " + " ".join(sys.argv), "seed": args.seed, "versions": {
-        "torch": torch.__version__, "transformers": transformers.__version__}, "trainable": trainable,
-        "best_epoch": best["epoch"], "validation": best["validation"], "epochs": callback.epochs}
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    last = callback.epochs[-1]
+    counts = {"total": sum(p.numel() for p in model.parameters()),
+              "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    config = {"command": "python " + shlex.join(sys.argv),
+              "versions": {name: version(name) for name in ("torch", "transformers", "peft")}, "cpu": cpu_name(),
+              "device": str(trainer.args.device), "threads": torch.get_num_threads(), "git_commit": git_commit()}
+    summary = {"mode": "peft", "sr": str(args.seed), "model": "smollm2", "task": "cola", "parameters": counts,
+               "best_epoch": best["epoch"], "validation": best["validation"],
+               "last_epoch": last["epoch"], "last_validation": last["validation"],
+               "train": {"epochs": last["epoch"], "seconds": sum(epoch["seconds"] for epoch in callback.epochs)}}
+    for name, content in (("config", config), ("summary", summary)):
+        (args.out / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     print(json.dumps(summary["validation"], indent=1))
 
 

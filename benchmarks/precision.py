@@ -19,8 +19,9 @@ from torch import Tensor
 import data_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report
-from experiments import evaluate, finetune
+from experiments import evaluate
 from lora import amx
+from lora.matmul import set_precision
 from record.files import UserError
 from record.folder import read_run
 
@@ -29,9 +30,7 @@ from record.folder import read_run
 def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
     """Logits (N, classes) of all development sentences."""
     classifier, tokenizer, options = evaluate.load_finetuned(run)
-    for module in classifier.modules():  # the run's own precision gives way
-        module.tiles = False
-    finetune.to_precision(classifier, precision)
+    set_precision(classifier.net.base_model, precision)
     logits = []
     for split in task.dev.values():
         for batch in data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], seed=1,

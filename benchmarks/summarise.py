@@ -1,59 +1,373 @@
-"""Writes the results of benchmarks/README.md from results/*.json: no figure there is typed by hand.
+"""Writes the tables of README.md, docs/ and benchmarks/README.md from results/*.json: no figure is typed by hand.
 
     python benchmarks/train_throughput.py --data DIR --json > benchmarks/results/train_throughput_NAME.json
+    python benchmarks/collect.py --name cola_lora_fp32 runs/LoRA-12345 runs/LoRA-12346 runs/LoRA-12347
     python benchmarks/summarise.py
+
+A page marks where a table stands: `<!-- NAME, by summarise.py -->` before it and `<!-- end of NAME -->` after it. NAME
+is one of SECTIONS, or the name of a program in benchmarks/. What has no result says "not run" beside its command.
 """
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-START, END = "<!-- results, by summarise.py -->\n", "<!-- end of results -->\n"
+ROOT = HERE.parent
+MARKED = re.compile(r"(<!-- ([\w-]+), by summarise\.py -->\n).*?(<!-- end of \2 -->\n)", re.DOTALL)
 UNITS = {"x": " ×", "%": " %", "s": " s", "MiB": " MiB"}
+NOT_RUN = "not run"
+COLA = "../shared/data/cola"
+# Trainings on CoLA: result, label of each of its rows, command while there is no result.
+TRAININGS = (
+    ("cola_peft", {"peft": "PEFT + Trainer"}, f"python benchmarks/peft_reference.py --data {COLA} --seed SR"),
+    ("cola_lora_fp32", {"lora": "`LoRA`, float32"},
+     f"python run.py LoRA SR --model smollm2 --data {COLA} --precision fp32"),
+    ("cola_lora_bf16", {"lora": "`LoRA`, bfloat16"},
+     f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
+    ("cola_distil", {"student": "`distil`: student with KD", "scratch": "`distil`: no-KD baseline"},
+     "python run.py distil SR --teacher runs/LoRA-SR"))
+# Comparisons and sweeps: result, label, command while there is no result.
+FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"
+STUDIES = {
+    "rotten_tomatoes": ("MiniLM on rotten_tomatoes", "python run.py compare 40001 --model minilm --task rotten_tomatoes "
+                        "--data ../shared/data/rotten_tomatoes --seeds 2 --lr-grid 5e-5,5e-4 --head-lr 5e-3"),
+    "rank_against_roles": ("MiniLM on rotten_tomatoes", "python run.py sweep 60001 --model minilm --task rotten_tomatoes "
+                           "--data ../shared/data/rotten_tomatoes --limit 4000 --sampler grid --no-prune "
+                           "--search rank=1,2,4,8,16 --search targets=q+v,q+k+v+o,all --lr 5e-4 --head-lr 5e-3 --epochs 1"),
+    "movie_reviews": ("MiniLM on movie_reviews", "python run.py compare 50001 --model minilm "
+                      "--data ../shared/data/movie_reviews --text-column review --max-length 128 --truncate head "
+                      "--batch-tokens 4096 --methods head,lora,full --seeds 3 --epochs 2"),
+    "buzzer": ("MiniLM on buzzer", "python run.py compare 30001 --model minilm --task buzzer --data ../shared/data/buzzer "
+               "--methods none --set text:method=head --set text-lora:method=lora "
+               f"--set features:method=features,feature-columns={FEATURES} "
+               f"--set both:method=head,feature-columns={FEATURES} "
+               f"--set both-lora:method=lora,feature-columns={FEATURES} --seeds 3 --lr-grid 3e-4,3e-3 --epochs 3"),
+}
+# Programs whose targets docs/speed.md shows.
+SPEED = ("train_throughput", "frozen_reuse", "inference")
+# Their rows in the README: program, end of the row's name, label.
+HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
+             ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
+             ("inference", "student / teacher", "classifying: student / teacher"))
+# Programs that count what survived: label, keys of what held and of what was tried, command.
+COUNTED = {
+    "tamper_test": ("flipped bits and cuts in every file of finished and unfinished runs, noticed / tried",
+                    lambda result: (result["noticed"], result["tried"]), "python benchmarks/tamper_test.py --flips 100"),
+    "fuzz": ("damaged files on every reader, answered by a result or one clear line / tried",
+             lambda result: (result["tried"] - result["failed"], result["tried"]),
+             "python benchmarks/fuzz.py --cases 12000"),
+    "kill_test": ("killed at random moments and resumed to the same bytes / tried",
+                  lambda result: (result["survived"], result["tried"]), "python benchmarks/kill_test.py --kills 100"),
+}
 
+
+# ---------------------------------------------------------------- figures
 
 def figure(value: float) -> str:
     """Three digits, whole numbers from 1,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def tables(results: list[dict]) -> str:
-    """One table for each machine: targets first, then what else was measured."""
-    text = []
+def mean(spread: dict, form: str = ".3f", factor: float = 1) -> str:
+    """Mean and, where there are several seeds, sample standard deviation."""
+    std = spread.get("std", spread.get("sd"))
+    return f"{factor * spread['mean']:{form}}" + ("" if std is None else f" ± {factor * std:{form}}")
+
+
+def accuracy_and_mcc(scores: dict) -> str:
+    return f"{mean(scores['accuracy'])} / {mean(scores['mcc'])}"
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Markdown; columns whose head ends with a colon stand to the right."""
+    lines = ["| " + " | ".join(cell.rstrip(":") for cell in head) + " |",
+             "| " + " | ".join("---:" if cell.endswith(":") else "---" for cell in head) + " |"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def seeds_of(result: dict) -> str:
+    seeds = result["seeds"]
+    return f"{len(seeds)} ({seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else f"1 ({seeds[0]})"
+
+
+def cpu_of(result: dict) -> str:
+    """The name of the GPU or the CPU, without trade marks."""
+    where = result.get("machine", result)
+    return re.sub(r"\((R|TM)\)", "", where.get("gpu") or where["cpu"])
+
+
+def machine_of(result: dict) -> str:
+    """On what something was measured."""
+    where = result.get("machine", result)
+    versions = result.get("versions", where)
+    threads = f"{where['threads']} of {where['cores']} cores" if "cores" in where else f"{where['threads']} thread(s)"
+    return f"{cpu_of(result)}, {threads}; torch {versions['torch']}, transformers {versions['transformers']}"
+
+
+def commits_of(results: Iterable[dict]) -> str:
+    """At which commits; "not recorded" for a result that does not know its commit."""
+    commits = {commit for result in results for commit in result.get("git_commits", [result.get("machine", {}).get(
+        "git_commit")])}
+    return "commit " + ", ".join(sorted({commit[:7] if commit else "not recorded" for commit in commits}))
+
+
+def measured_on(results: Iterable[dict]) -> list[str]:
+    """A line for each machine."""
     by_machine: dict[str, list[dict]] = {}
     for result in results:
-        machine = result["machine"]
-        kind = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
-        by_machine.setdefault(f"{kind}; torch {machine['torch']}, transformers {machine['transformers']}, peft "
-                              f"{machine['peft']}", []).append(result)
-    for machine, measured in by_machine.items():
-        text += [f"### {machine}", ""]
-        for result in measured:
-            text += [f"`{result['command']}` (load average at the start {result['machine']['load_average']:.1f})", "",
-                     "| what | median | smallest - largest | target | met |", "| --- | ---: | ---: | --- | --- |"]
-            for row in [*result["targets"], *result["measurements"]]:
-                unit = UNITS.get(row["unit"], f" {row['unit']}")
-                target = row.get("target", "").replace(">=", "≥").replace("<=", "≤")
-                met = {True: "yes", False: "no", None: ""}[row.get("met")]
-                spread = f"{figure(row['min'])} - {figure(row['max'])}"
-                text.append(f"| {row['what']} | {figure(row['median'])}{unit} | {spread} | "
-                            f"{target + unit if target else ''} | {met} |")
-            text.append("")
-    return "\n".join(text)
+        by_machine.setdefault(machine_of(result), []).append(result)
+    return ["", *(f"Measured on {machine}; {commits_of(found)}." for machine, found in by_machine.items())
+            ] if by_machine else []
 
 
-def read_results() -> list[dict]:
-    """Every result, by the name of its file."""
-    return [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
+# ---------------------------------------------------------------- trainings
+
+def majority(results: dict[str, dict], names: Iterable[str]) -> dict[str, float] | None:
+    return next((results[name]["majority_accuracy"] for name in names if name in results), None)
 
 
-def filled(readme: str, results: list[dict]) -> str:
-    """The page with its results replaced."""
-    before, _, rest = readme.partition(START)
-    return before + START + "\n" + tables(results) + "\n" + END + rest.partition(END)[2]
+def cola(results: dict[str, dict]) -> list[str]:
+    """Every training on CoLA: best and last epoch on each split, with the command."""
+    splits, names = ("in_domain", "out_of_domain", "all"), [name for name, *_ in TRAININGS]
+    rows = []
+    if share := majority(results, names):
+        rows.append(["majority class", "", "", "", *(f"{share[split]:.3f} / 0" for split in splits), ""])
+    for name, labels, command in TRAININGS:
+        result = results.get(name)
+        for key, label in labels.items():
+            if result is None:
+                rows.append([label, NOT_RUN, "", "", "", "", "", f"`{command}`"])
+                continue
+            row = next(row for row in result["rows"] if row["name"] == key)
+            for which in ("best", "last"):
+                epochs = ", ".join(map(str, dict.fromkeys(row[f"{which}_epoch"])))
+                first = which == "best"
+                rows.append([label if first else "", seeds_of(result) if first else "", f"{which} ({epochs})",
+                             f"{row['trainable']:,}" if first else "",
+                             *(accuracy_and_mcc(row[which][split]) for split in splits),
+                             f"`{result['command']}`" if first else ""])
+    return [*table(["what", "seeds", "epoch", "trained parameters:", "in-domain", "out-of-domain", "all", "command"], rows),
+            *measured_on(results[name] for name in names if name in results)]
+
+
+def student(results: dict[str, dict]) -> list[str]:
+    """Size and speed of a distillation's student beside its teacher's."""
+    result = results.get("cola_distil")
+    if result is None:
+        return [f"Student against teacher, size and speed: {NOT_RUN}."]
+    rows = {row["name"]: row for row in result["rows"]}
+    return table(["model", "parameters:", "sentences a second:"], [
+        [name, f"{rows[name]['trainable']:,}", mean(rows[name]["sentences_per_second"], ",.0f")]
+        for name in ("teacher", "student")])
+
+
+# ---------------------------------------------------------------- comparisons and sweeps
+
+def comparison(name: str, results: dict[str, dict]) -> list[str]:
+    """One row for each entry of a comparison."""
+    label, command = STUDIES[name]
+    result = results.get(name)
+    command = result["command"] if result else command
+    lines = ["```", *wrapped(command), "```", ""]
+    if result is None:
+        return [*lines, f"{label}: {NOT_RUN}."]
+    split, done = result["selection"]["split"], [entry for entry in result["entries"] if "best" in entry]
+    rows = [["majority class", "", "", f"{100 * done[0]['majority_accuracy'][split]:.1f} %", "0", "", "", "", ""]]
+    for entry in result["entries"]:
+        if entry not in done:
+            rows.append([entry["entry"], "", "", "diverged", "", "", "", "", ""])
+            continue
+        counts, rate = entry["parameters"], entry["learning_rate"]
+        best, last = entry["best"][split], entry["last"][split]
+        rows.append([entry["entry"], f"{counts['trainable']:,} ({counts['trainable_percent']:.2g} %)",
+                     "" if rate is None else f"{rate:g}", f"{mean(best['accuracy'], '.1f', 100)} %", mean(best["mcc"]),
+                     "" if rate is None else f"{mean(last['accuracy'], '.1f', 100)} %",
+                     f"{entry['seconds_per_epoch']:.3g} s", f"{entry['peak_memory_bytes'] / 2 ** 20:,.0f} MiB",
+                     f"{entry['size_bytes'] / 1e6:.3g} MB"])
+    return [*lines, *table(["entry", "trained parameters:", "learning rate:", "accuracy, best epoch:", "MCC:",
+                            "accuracy, last epoch:", "an epoch:", "peak memory:", "on disk:"], rows), "",
+            f"Seeds: {seeds_of(result)}.", *measured_on([result])]
+
+
+def sweep(name: str, results: dict[str, dict]) -> list[str]:
+    """A grid over two options: the first one's values are rows, the second one's are columns."""
+    label, command = STUDIES[name]
+    result = results.get(name)
+    lines = ["```", *wrapped(result["command"] if result else command), "```", ""]
+    if result is None:
+        return [*lines, f"{label}: {NOT_RUN}."]
+    (row_option, row_values), (column_option, column_values) = result["search"].items()
+    split = result["selection"]["split"]
+    cells = {(trial["params"][row_option], trial["params"][column_option]): trial for trial in result["trials"]
+             if trial["state"] == "complete"}
+
+    def cell(at) -> str:
+        if at not in cells:
+            return ""
+        scores = cells[at]["validation"][split]
+        return f"{100 * scores['accuracy']:.1f} % / {scores['mcc']:.3f} ({cells[at]['parameters']['trainable']:,})"
+
+    shares = " and ".join(f"`{option}` {100 * share:.0f} %" for option, share in (result["importance"] or {}).items())
+    return [*lines, *table([row_option, *(f"{value}:" for value in column_values)],
+                           [[str(value), *(cell((value, other)) for other in column_values)] for value in row_values]), "",
+            *([f"Share of the scores' variance that each option explains (fANOVA): {shares}."] if shares else []),
+            *measured_on([result])]
+
+
+def buzzer(results: dict[str, dict]) -> list[str]:
+    """The comparison, and logistic regression on the same numbers."""
+    reference = results.get("features_reference")
+    command = ("python benchmarks/features_reference.py --task buzzer --data ../shared/data/buzzer "
+               f"--feature-columns {FEATURES}")
+    scores = next(iter(reference["splits"].values())) if reference else None
+    said = f"{100 * scores['accuracy']:.1f} %, MCC {scores['mcc']:.3f}" if scores else NOT_RUN
+    return [*comparison("buzzer", results), "",
+            f"scikit-learn's logistic regression on the same six numbers: {said} (`{shown(reference) or command}`)."]
+
+
+def wrapped(command: str, width: int = 118) -> list[str]:
+    """A command in lines that a shell reads as one."""
+    lines = [""]
+    for word in command.split(" "):
+        if len(lines[-1]) + len(word) > width:
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return [line + " \\" for line in lines[:-1]] + lines[-1:]
+
+
+# ---------------------------------------------------------------- programs that measure
+
+def shown(result: dict | None) -> str:
+    """A command without --json, which changes no figure."""
+    return result["command"].removesuffix(" --json") if result else ""
+
+
+def measured_row(row: dict) -> list[str]:
+    unit = UNITS.get(row["unit"], f" {row['unit']}" if row["unit"] else "")
+    target = row.get("target", "").replace(">=", "≥").replace("<=", "≤")
+    return [row["what"], f"{figure(row['median'])}{unit}", f"{figure(row['min'])} to {figure(row['max'])}",
+            f"{target + unit if target else ''}", {True: "yes", False: "no", None: ""}[row.get("met")]]
+
+
+def measured(results: Iterable[dict], keys: tuple[str, ...]) -> list[str]:
+    """A table for each result, under its machine; of each result the rows under `keys`."""
+    lines, machine = [], None
+    for result in sorted(results, key=machine_of):
+        if machine != (machine := machine_of(result)):
+            lines += [f"### {machine}", ""]
+        rows = [row for key in keys for row in result[key]]
+        head = ["what", "median:", "smallest to largest:", "target", "met"]
+        if not any("target" in row for row in rows):
+            head, rows = head[:3], [measured_row(row)[:3] for row in rows]
+        else:
+            rows = [measured_row(row) for row in rows]
+        lines += [f"`{shown(result)}` ({commits_of([result])}, load average at the start "
+                  f"{result['machine']['load_average']:.1f})", "",
+                  *table(head, rows), ""]
+    return lines[:-1]
+
+
+def of_program(name: str, results: dict[str, dict]) -> list[str]:
+    """All that one program measured."""
+    found = [result for result in results.values() if result.get("benchmark") == name]
+    return measured(found, ("targets", "measurements")) if found else [f"`python benchmarks/{name}.py`: {NOT_RUN}."]
+
+
+def speed(results: dict[str, dict]) -> list[str]:
+    """What was aimed at, and what was reached."""
+    found = [result for result in results.values() if result.get("benchmark") in SPEED]
+    return measured(found, ("targets",)) if found else [f"{', '.join(SPEED)}: {NOT_RUN}."]
+
+
+def measurements(results: dict[str, dict]) -> list[str]:
+    """What the programs of `speed` measured beside their targets."""
+    return measured([result for result in results.values() if result.get("benchmark") in SPEED], ("measurements",))
+
+
+def reliability(results: dict[str, dict]) -> list[str]:
+    """What was damaged or killed, and what held; what a checkpoint costs."""
+    rows, used = [], []
+    for name, (label, counts, command) in COUNTED.items():
+        result = results.get(name)
+        rows.append([label, " / ".join(f"{count:,}" for count in counts(result)) if result else NOT_RUN,
+                     f"`{shown(result) or command}`"])
+        used += [result] if result else []
+    for result in results.values():
+        if result.get("benchmark") == "checkpoint_cost":
+            rows += [[f"share of training time that checkpoints cost, {row['what'].split(': ')[0]} (at most 2 % wanted)",
+                      f"{row['median']:.2f} %", f"`{shown(result)}`"] for row in result["targets"]]
+            used.append(result)
+    return [*table(["what", "figure:", "command"], rows), *measured_on(used)]
+
+
+# ---------------------------------------------------------------- the README's one table
+
+def summary(results: dict[str, dict]) -> list[str]:
+    """The figures that a reader looks for first."""
+    rows = []
+    if share := majority(results, [name for name, *_ in TRAININGS]):
+        rows.append(["CoLA, majority class", f"{share['all']:.3f} / 0", ""])
+    for name, labels, command in TRAININGS:
+        for key, label in labels.items():
+            result = results.get(name)
+            said = accuracy_and_mcc(next(row for row in result["rows"] if row["name"] == key)["best"]["all"]
+                                    ) if result else NOT_RUN
+            rows.append([f"CoLA, {label}", said, f"`{result['command'] if result else command}`"])
+    name = "rotten_tomatoes"
+    label, command = STUDIES[name]
+    if result := results.get(name):
+        split = result["selection"]["split"]
+        rows += [[f"{label}, `{entry['entry']}`", accuracy_and_mcc(entry["best"][split]), f"`{result['command']}`"]
+                 for entry in result["entries"] if entry.get("method") in ("lora", "full") and "best" in entry]
+    else:
+        rows.append([label, NOT_RUN, f"`{command}`"])
+    for program, end, label in HEADLINES:
+        for result in results.values():
+            rows += [[f"{label} ({', '.join(filter(None, (row['what'].removesuffix(end), cpu_of(result))))})",
+                      measured_row(row)[1], f"`{shown(result)}`"]
+                     for row in (*result.get("targets", ()), *result.get("measurements", ()))
+                     if result.get("benchmark") == program and row["what"].endswith(end)]
+    return table(["what", "accuracy / MCC, or how many times as fast", "command"], rows)
+
+
+SECTIONS = {"summary": summary, "cola": cola, "student": student, "speed": speed,
+            "measurements": measurements, "reliability": reliability, "buzzer": buzzer,
+            "rotten_tomatoes": lambda results: comparison("rotten_tomatoes", results),
+            "movie_reviews": lambda results: comparison("movie_reviews", results),
+            "rank_against_roles": lambda results: sweep("rank_against_roles", results)}
+
+
+# ---------------------------------------------------------------- pages
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", HERE / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def read_results() -> dict[str, dict]:
+    """Returns every result by the name of its file."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+
+
+def filled(page: str, results: dict[str, dict]) -> str:
+    """The page with its marked sections replaced.
+
+    Raises:
+        KeyError: a section has a name that is neither one of SECTIONS nor a program's.
+    """
+    def section(match: re.Match) -> str:
+        name = match[2]
+        if name not in SECTIONS and not (HERE / f"{name}.py").exists():
+            raise KeyError(f"{name}: no section of this name, and no benchmarks/{name}.py")
+        lines = SECTIONS[name](results) if name in SECTIONS else of_program(name, results)
+        return match[1] + "\n" + "\n".join(lines) + "\n\n" + match[3]
+
+    return MARKED.sub(section, page)
 
 
 if __name__ == "__main__":
-    page = HERE / "README.md"
-    page.write_text(filled(page.read_text(), read_results()))
+    known = read_results()
+    for path in pages():
+        path.write_text(filled(path.read_text(), known))

@@ -37,9 +37,9 @@ import train_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent
-from experiments import finetune
 from lora import adapters, amx
 from lora.linear import lora_layers
+from lora.matmul import set_precision
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier
 from record import machine
 
@@ -114,7 +114,7 @@ class Ours(Side):
         return F.cross_entropy(self.model(*batch.inputs()), batch.labels)
 
     def set_precision(self):
-        finetune.to_precision(self.model, self.args.precision)
+        set_precision(self.model.net.base_model, self.args.precision)
 
     def run(self, numbers):
         return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.cross_entropy(),
@@ -154,7 +154,7 @@ class OursBf16x3(Ours):
 
     def build(self):
         classifier = super().build()
-        finetune.to_precision(classifier, "bf16x3")
+        set_precision(classifier.net.base_model, "bf16x3")
         return classifier
 
 

@@ -17,11 +17,11 @@ import train_utils
 from data.digests import tokenizer_digest
 from data_utils import Batch, Task
 from experiments.evaluate import load_finetuned
-from experiments.inputs import load_task, make_all_batches, seed_everything
+from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
 from record import processes, tensors
 from record.files import sha256, write_file, write_json
-from record.folder import Recorder, finish, provenance, run_folder, use_recorded_threads
+from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from record.machine import device
 from record.options import DistilOptions, RNNConfig, RunOptions, TableOptions, as_json, rebuild, settings_of
 from train_utils import best_and_last, selection_split, training_summary
@@ -96,7 +96,7 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
     return Prepared(options, task, teacher, teacher_parameters, tokenizer_sha256, student, batches, dev)
 
 
-def recorded_config(run: Prepared, distil_options: DistilOptions) -> dict:
+def config_of(run: Prepared, distil_options: DistilOptions) -> dict:
     """Returns what config.json records of a distillation."""
     settings = {**asdict(run.options.train), **asdict(distil_options), **settings_of(run.options), **asdict(run.student)}
     return {**provenance(as_json(settings), run.task.files), "architecture": asdict(run.student),
@@ -118,10 +118,11 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         UserError: bad input, a teacher that is not a finished LoRA run.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
-    use_recorded_threads(options)
+    use_recorded_machine(options)
+    options = resolve_precision(options)
     run = prepare(options, distil_options)
     options, parameters = run.options, student_parameters(run.student)
-    with run_folder(options, recorded_config(run, distil_options)) as folder:
+    with run_folder(options, config_of(run, distil_options)) as folder:
         say(f"distilling {distil_options.teacher} ({run.teacher_parameters:,} parameters) into a student "
             f"({run.student.cell.upper()}) of {parameters:,} ({100 * parameters / run.teacher_parameters:.1f} %)")
         logits = teacher_logits(run.teacher, run.batches, folder / "teacher_logits.safetensors").to(device())

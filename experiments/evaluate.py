@@ -13,9 +13,9 @@ import data_utils
 import train_utils
 from data.backbones import load_tokenizer
 from data.digests import tokenizer_digest
-from experiments.finetune import to_precision
 from experiments.inputs import check_base, separator_of
 from lora import adapters, amx
+from lora.matmul import set_precision
 from model import DistilRNN, TextClassifier, load_classifier
 from record import tensors
 from record.files import UserError, read_json, write_file
@@ -54,8 +54,8 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
             raise UserError(f"{path}: made for other features") from None
     # bf16x3 is a way of computing float32: where it cannot be had, the plain way gives the same up to rounding.
     plain = options["precision"] == "bf16x3" and (device().type != "cpu" or not amx.available())
-    to_precision(classifier.requires_grad_(False), "fp32" if plain else options["precision"])
-    return classifier.to(device()).eval(), tokenizer, options
+    set_precision(classifier.net.base_model, "fp32" if plain else options["precision"])
+    return classifier.requires_grad_(False).to(device()).eval(), tokenizer, options
 
 
 def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object, dict]:

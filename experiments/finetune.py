@@ -13,21 +13,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
-from transformers.pytorch_utils import Conv1D
 
 import train_utils
 from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of
 from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
-from experiments.inputs import load_task, make_all_batches, seed_everything
-from lora import adapters, amx, frozen
-from lora.linear import lora_layers
+from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from lora import adapters, frozen
+from lora.matmul import set_precision
 from model import TextClassifier, count_parameters, load_classifier
-from record import processes, tensors
-from record.files import UserError, write_file
-from record.folder import Recorder, finish, provenance, run_folder, use_recorded_threads
+from record import machine, processes, tensors
+from record.files import write_file
+from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from record.machine import device
 from record.options import RunOptions, as_json, settings_of
 from train_utils import best_and_last, selection_split, training_summary
@@ -126,40 +125,13 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     sanity = check_fresh_adapter(lm, tokenizer, ids) if sane else None
     if sanity:
         say(f"  sanity: greedy text after injection equals the base model's: {sanity['text']!r}")
-    to_precision(classifier, options.train.precision)
+    set_precision(classifier.net.base_model, options.train.precision)
+    say(f"  precision {options.train.precision}" + (
+        f", float32 products by {machine.matmul()}" if device().type == "cpu" else ""))
     classifier.to(device())
     base = {"base_sha256": weights.result(), "base_config_sha256": config_digest(classifier.net.config),
             "tokenizer_sha256": tokenizer_sha256}
     return Prepared(task, classifier, batches, dev, max_length, counts, sanity, base)
-
-
-def to_precision(classifier: TextClassifier, precision: str) -> None:
-    """Sets how frozen linears are computed; what trains stays float32.
-
-    bf16: frozen weights become bfloat16. On a CPU that is the adapted projections alone, and activations stay
-    float32: its matrix products gain from bfloat16, its other operations lose.
-
-    bf16x3: all numbers stay float32, and a product of the fused blocks with a frozen weight, the update's second factor
-    beside it, is three of bfloat16 (amx.py).
-
-    Raises:
-        UserError: bf16x3, and this machine cannot do it.
-    """
-    if precision == "fp32" or classifier.full:
-        return
-    if precision == "bf16x3":
-        if device().type != "cpu":
-            raise UserError("--precision bf16x3: is for CPUs; on a GPU use bf16 or fp32")
-        amx.load()
-        for module in classifier.net.base_model.modules():
-            if isinstance(module, nn.Linear | Conv1D) and not module.weight.requires_grad:
-                module.tiles = True  # read by lora.product
-        return
-    adapted = [layer.base for layer in lora_layers(classifier.net).values()]
-    for module in adapted if adapted and device().type == "cpu" else [classifier.net.base_model]:
-        for p in module.parameters():
-            if not p.requires_grad:
-                p.data = p.data.bfloat16()
 
 
 def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable[[str], None]) -> None:
@@ -190,7 +162,8 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
         UserError: bad input, before anything is written.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
     """
-    use_recorded_threads(options)
+    use_recorded_machine(options)
+    options = resolve_precision(options)
     run = prepare(options, say)
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
     config = {**provenance(as_json(settings), run.task.files), **run.base, "classes": list(run.task.classes)}

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
 from experiments.inputs import check_base
 from lora import adapters
+from lora.matmul import speed_up
 from record.files import UserError, check_sums, read_json
 from record.machine import device
 
@@ -66,6 +67,7 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
         UserError: the model or adapter cannot be loaded, or a prompt leaves no room in the context.
     """
     lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
+    speed_up(lm)
     if adapter is not None:
         check_sums(adapter)
         if (adapter / "config.json").exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import data_utils
 from data.backbones import load_config
 from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
+from lora import amx
 from record import machine, processes, tensors
 from record.files import UserError
+from record.folder import recorded_config
 from record.options import RunOptions, TrainOptions
 
 DEFAULT_MODEL, DEFAULT_TASK = "gpt2", "cola"
@@ -109,3 +112,23 @@ def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptio
                                             options.batch_tokens, truncate, beginnings or bool(split)))
             for split, rows in {"": task.train, **task.dev}.items()]
     return data_utils.split_large(make[0][1], processes.rank(), processes.count()), dict(make[1:])
+
+
+def resolve_precision(options: RunOptions) -> RunOptions:
+    """Fills in `--precision auto`: what the run to resume or repeat recorded, else the fastest that changes no prediction.
+
+    That is bf16x3 on a CPU with tiles and a compiler, bf16 on a GPU, and float32 elsewhere. A student and a model that is
+    trained in all its weights have no frozen linears: float32.
+    """
+    if options.train.precision != "auto":
+        return options
+    recorded = ((recorded_config(options) or {}).get("options") or {}).get("precision")
+    precision = "fp32"
+    if recorded in ("fp32", "bf16x3", "bf16"):
+        precision = recorded
+    elif options.mode == "LoRA" and options.method != "full":
+        if machine.device().type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        elif machine.device().type == "cpu" and amx.available():
+            precision = "bf16x3"
+    return replace(options, train=replace(options.train, precision=precision))

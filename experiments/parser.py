@@ -147,7 +147,7 @@ def add_finetune_options(parser: Parser, method: bool = True) -> None:
         parser.add(MODEL, "--method", choices=METHODS, default=RunOptions.method,
                    help="train LoRA and the head, everything, the head alone, a head that reads the features and no text, "
                         "or nothing")
-    parser.add(MODEL, "--precision", choices=("fp32", "bf16x3", "bf16"), default=TrainOptions.precision,
+    parser.add(MODEL, "--precision", choices=("auto", "fp32", "bf16x3", "bf16"), default=TrainOptions.precision,
                help="of frozen linears; what trains stays float32")
     parser.add(MODEL, "--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
     parser.add(MODEL, "--keep-memory", type=_not_negative, default=RunOptions.keep_memory, metavar="GIB",

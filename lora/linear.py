@@ -12,12 +12,14 @@ import itertools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora import amx
+from lora.matmul import by_onednn, product
 from lora.prologue import ApplyPrologue
+
+DENSE_ROWS = 64  # rows of input from which on a copy of strided weights pays, which oneDNN wants without gaps
 
 
 class LoRALinear(nn.Module):
@@ -73,7 +75,7 @@ class LoRALinear(nn.Module):
         if self.dropout.p > 0 and self.training and not self.merged:  # W and A see different inputs
             y = frozen_linear([self.base], rows)
             A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
-            y = torch.addmm(y, F.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
+            y = torch.addmm(y, torch.nn.functional.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
         else:
             y = frozen_linear([self], rows)
         return y.view(*x.shape[:-1], self.out_features)
@@ -152,25 +154,26 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.spans, ctx.ranks = spans, [len(A) for A in updates[:len(spans)]]
         A, B = _FrozenLinear.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
         y = x if prologue is None else prologue(x, tiles)  # (rows, in)
-        h = None if A is None else torch.mm(y, A.t())  # (rows, rank)
+        h = None if A is None else product(y, A)  # (rows, rank)
         ctx.save_for_backward(None if A is None and prologue is None else x, h, A, B, *weights)
         ctx.scaling, ctx.prologue, ctx.tiles = scaling, prologue, tiles
         sizes = list(map(len, weights))
         if tiles:
             update = [] if A is None else [(h, (B * scaling).t().split(sizes, 1))]
             return amx.matmul([(y, [weight.t() for weight in weights]), *update], biases)
-        rough = y.to(weights[0].dtype)
         if len(weights) == 1:
-            out = F.linear(rough, weights[0], biases[0])  # (rows, out)
+            out = product(y.to(weights[0].dtype), weights[0], biases[0]).to(x.dtype)  # (rows, out)
         else:  # side by side in one tensor
-            out = rough.new_empty(len(x), sum(sizes))
+            out, rough = x.new_empty(len(x), sum(sizes)), {weight.dtype: y.to(weight.dtype) for weight in weights}
             for weight, bias, part in zip(weights, biases, out.split(sizes, 1), strict=True):
-                torch.mm(rough, weight.t(), out=part)
-                if bias is not None:
-                    part.add_(bias)
-        out = out.to(x.dtype)
+                if weight.dtype != x.dtype or by_onednn(y, weight):
+                    part.copy_(product(rough[weight.dtype], weight, bias))
+                else:
+                    torch.mm(y, weight.t(), out=part)
+                    if bias is not None:
+                        part.add_(bias)
         if A is not None:
-            out.addmm_(h, B.t(), alpha=scaling)
+            out = product(h * scaling, B, add=out) if by_onednn(h, B) else out.addmm_(h, B.t(), alpha=scaling)
         return out
 
     @staticmethod
@@ -178,27 +181,28 @@ class _FrozenLinear(torch.autograd.Function):
         x, h, A, B, *weights = ctx.saved_tensors
         grad_x = grad_B = grad_h = None
         if A is not None:
-            grad_h = torch.mm(grad, B).mul_(ctx.scaling)  # (rows, rank)
+            grad_h = product(grad, B.t()).mul_(ctx.scaling)  # (rows, rank)
             # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
-            grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling)  # (rank, out), transposed
+            grad_B = product(h.t(), grad.t()).mul_(ctx.scaling)  # (rank, out), transposed
         if ctx.needs_input_grad[0]:
-            parts = list(zip(grad.to(weights[0].dtype).split(list(map(len, weights)), 1), weights, strict=True))
+            parts = list(zip(grad.split(list(map(len, weights)), 1), weights, strict=True))
             if ctx.tiles:
                 grad_x = amx.matmul([(g, [W]) for g, W in (parts if A is None else [*parts, (grad_h, A)])])  # of y
             else:
-                grad_x = torch.mm(*parts[0])
-                for part in parts[1:]:
-                    grad_x.addmm_(*part)
-                grad_x = grad_x.to(grad.dtype)
                 if A is not None:
-                    grad_x.addmm_(grad_h, A)
+                    parts.append((grad_h, A))
+                for g, W in parts:
+                    if grad_x is None or W.dtype == grad.dtype:
+                        grad_x = product(g.to(W.dtype), W.t(), add=grad_x).to(grad.dtype)
+                    else:
+                        grad_x.add_(product(g.to(W.dtype), W.t()))
             if ctx.prologue is not None:
                 x, grad_x = ctx.prologue.backward(x, grad_x, ctx.tiles)
         elif ctx.prologue is not None:
             x = ctx.prologue(x, ctx.tiles)
         grads = []
         if A is not None:
-            grads = [*torch.mm(grad_h.t(), x).split(ctx.ranks), *(
+            grads = [*product(grad_h.t(), x.t()).split(ctx.ranks), *(
                 part[:, span].t() for part, span in zip(grad_B.split(ctx.ranks), ctx.spans, strict=True))]
         return grad_x, None, None, None, None, None, None, *grads
 
@@ -228,6 +232,8 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
     Bs = [layer.block_B() for layer in layers]
     if outputs != slice(None):
         weights, biases = [weights[0][outputs]], [None if biases[0] is None else biases[0][outputs]]
+        if by_onednn(x, weight_of(bases[0])) and len(x) >= DENSE_ROWS:
+            weights = [weights[0].t().contiguous().t()]
         Bs = [B[outputs] for B in Bs]
     ends = list(itertools.accumulate(map(len, weights)))
     spans = [slice(end - len(weight), end) for linear, weight, end in zip(linears, weights, ends, strict=True)

@@ -41,7 +41,7 @@ from record.files import (
     write_json,
     write_sums,
 )
-from record.machine import cpu_name, device, use_threads
+from record.machine import cpu_name, device, matmul, use_matmul, use_threads
 from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
@@ -49,11 +49,18 @@ TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_by
 CHECKPOINT = "checkpoint.safetensors"
 
 
-def use_recorded_threads(options: RunOptions) -> None:
-    """Gives a run that is resumed or repeats another one as many threads as `config.json` recorded."""
+def recorded_config(options: RunOptions) -> dict | None:
+    """Returns config.json of the run that is resumed or repeated; None for a run of its own."""
     folder = options.repeats or (options.out if options.resume and not options.overwrite else None)
-    if folder is not None and (folder / "config.json").exists():
-        use_threads(read_json(folder / "config.json").get("threads"))
+    return read_json(folder / "config.json") if folder is not None and (folder / "config.json").exists() else None
+
+
+def use_recorded_machine(options: RunOptions) -> None:
+    """Gives a run that is resumed or repeats another one the threads and the library for products that were recorded."""
+    config = recorded_config(options)
+    if config is not None:
+        use_threads(config.get("threads"))
+    use_matmul(None if config is None else config.get("matmul", "torch"))  # not recorded: before there was a choice
 
 
 def git_commit() -> str | None:
@@ -74,8 +81,8 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
     command = without_password(f"{processes.launcher()} run.py {shlex.join(sys.argv[1:])}")
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "git_commit": git_commit(),
-            "processes": processes.count(), "data_files": data_files}
+            "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "matmul": matmul(),
+            "processes": processes.count(), "git_commit": git_commit(), "data_files": data_files}
 
 
 def without_times(value):
@@ -150,8 +157,8 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 def environment(config: dict) -> dict:
     """What beside the options may change a result."""
-    return {**config.get("versions", {}), **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")},
-            "processes": config.get("processes", 1)}
+    return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"), "processes": config.get("processes", 1),
+            **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 
 def changes(before: dict, now: dict) -> list[str]:

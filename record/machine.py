@@ -1,7 +1,8 @@
-"""Describes and sets up this machine: its CPU, its device, its threads, and its memory."""
+"""Describes and sets up this machine: its CPU, its device, its threads, its matrix products, and its memory."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import re
 import resource
@@ -12,6 +13,8 @@ from record.files import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _chosen = "auto"
+MATMULS = ("onednn", "torch")  # oneDNN for float32 products, or whatever PyTorch calls
+_in_use: str | None = None  # what `use_matmul` was given last
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -111,3 +114,44 @@ def use_threads(threads) -> None:
     if torch.get_num_threads() != threads:
         warnings.warn(f"{threads} threads cannot be had here, {torch.get_num_threads()} are used: sums are rounded in "
                       "another order, and the result may differ in its last digits", stacklevel=2)
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    import torch
+
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@functools.cache
+def fastest_matmul() -> str:
+    """Returns the library for float32 products on this CPU, by rule: what is timed may differ from run to run.
+
+    oneDNN on AMD CPUs with AVX-512, of which MKL, PyTorch's own choice, uses half the width; elsewhere PyTorch's.
+    """
+    import torch
+
+    try:
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpu = platform.processor()  # names the vendor on Windows
+    amd = "AuthenticAMD" in cpu and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "onednn" if amd and torch.backends.mkl.is_available() and _has_onednn() else "torch"
+
+
+def matmul() -> str:
+    """Returns the library in use for float32 products on the CPU, one of `MATMULS`."""
+    return _in_use or fastest_matmul()
+
+
+def use_matmul(library=None) -> None:
+    """Sets the library for float32 products to a recorded one; None: by rule. It decides how sums are rounded.
+
+    Warns in one line where it cannot be had.
+    """
+    global _in_use
+    if library == "onednn" and not _has_onednn():
+        warnings.warn("matrix products by oneDNN cannot be had here, PyTorch's own are used: sums are rounded in another "
+                      "order, and the result may differ in its last digits", stacklevel=2)
+        library = "torch"
+    _in_use = library if library in MATMULS else None

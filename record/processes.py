@@ -89,8 +89,8 @@ def start(device: str) -> None:
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", _rank))
         if local >= torch.cuda.device_count():
-            raise UserError(f"{_count} processes: each needs a GPU, and here are {torch.cuda.device_count()}; start fewer or "
-                            "choose --device cpu")
+            raise UserError(f"{_count} processes: each needs a GPU, and here are {torch.cuda.device_count()}; start fewer, "
+                            "or choose --device cpu")
         torch.cuda.set_device(local)
     elif device != "cpu":
         raise UserError(f"--device {device}: is for one process; several compute on CPUs or on GPUs of CUDA")

@@ -25,6 +25,7 @@ from transformers import (
 
 from lora.linear import lora_layers
 from model import LoRAOptions, TextClassifier, inject_lora
+from record import machine
 
 # One thread, unless the environment asks for more: the suite has to pass with either.
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
@@ -32,10 +33,11 @@ torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
-def same_threads():
-    """Gives each test as many threads as the first: a resumed run takes the number that it recorded."""
+def same_machine():
+    """Gives each test the threads and the library of the first: a resumed run takes those that it recorded."""
     yield
     torch.set_num_threads(THREADS)
+    machine.use_matmul()
 
 
 VOCAB, PAD, CONTEXT = 101, 100, 32

@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-from benchmarks import summarise
 from benchmarks.common import (
     Report,
     alternate,
@@ -101,9 +100,3 @@ def test_the_reference_of_features_alone_reads_what_a_run_reads():
     rows.features[3][1] = float("nan")
     result = reference(Task("csv", rows, {"dev": rows.take(range(10, 30))}, {}))
     assert result["dev"]["n"] == 20 and result["dev"]["accuracy"] >= 0.95 and result["dev"]["majority_accuracy"] == 0.55
-
-
-def test_the_page_of_results_is_what_the_json_files_say():
-    page = (summarise.HERE / "README.md").read_text()
-    assert summarise.filled(page, summarise.read_results()) == page
-    assert "| gpt2: ours / peft-best |" in page

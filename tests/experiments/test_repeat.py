@@ -8,6 +8,7 @@ import toy
 
 import train_utils
 from experiments import distil, finetune, repeat
+from lora import amx
 from model import LoRAOptions
 from record import folder
 from record.files import UserError, read_json
@@ -55,7 +56,9 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
     repeat.run_again(work / "lora", work / "lora")
     repeat.run_again(work / "distil", work / "distil")
     options = handed["lora"]
-    assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, 5, save_every=3.0)
+    precision = "bf16x3" if amx.available() else "fp32"  # what `auto` was resolved to
+    assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, 5, precision,
+                                         save_every=3.0)
     assert options.lora == LoRAOptions(3, 5.0, 0.2, True, ("q", "mlp"), "1")
     assert (options.sr, options.task, options.max_length, options.limit, options.keep_memory, options.repeats) == (
         "12345", "cola", 9, 30, 1.0, work / "lora")

@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
-from conftest import ARCHITECTURES, adapted, toy_batch
+from conftest import ARCHITECTURES, adapted, toy_batch, toy_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from experiments import finetune
 from lora import amx
 from lora import blocks as fused
 from lora.linear import frozen_linear
+from lora.matmul import set_precision
 from lora.prologue import GELUPrologue, RMSNormPrologue, SwiGLUPrologue
+from model import TextClassifier
 from record.files import UserError, read_json
 from report import figures
 from train_utils import trainable
@@ -249,7 +250,7 @@ def test_long_sentences_go_to_pytorch_and_agree(architecture, monkeypatch):
     for short in (0, 64):
         monkeypatch.setattr(fused, "SHORT", short)
         classifier = adapted(architecture)
-        finetune.to_precision(classifier, "bf16x3")
+        set_precision(classifier.net.base_model, "bf16x3")
         with torch.no_grad():
             found.append(classifier(*toy_batch()))
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
@@ -287,7 +288,7 @@ def test_logits_and_gradients_are_those_without_tiles(architecture, options, mat
     monkeypatch.setattr(amx, "matmul", lambda *args: calls.append(args) or counted(*args))
     for precision in ("fp32", "bf16x3"):
         classifier = adapted(architecture, **options)
-        finetune.to_precision(classifier, precision)
+        set_precision(classifier.net.base_model, precision)
         classifier.train()  # with dropout, where there is any
         torch.manual_seed(4)
         logits = classifier(*toy_batch())
@@ -335,10 +336,9 @@ def test_float64_is_computed_as_ever(monkeypatch):
 
 def test_a_full_run_has_no_frozen_product(monkeypatch):
     monkeypatch.setattr(amx, "load", None)
-    classifier = adapted("gpt2")
-    classifier.configure("full")
-    finetune.to_precision(classifier, "bf16x3")
-    assert not any(hasattr(module, "tiles") for module in classifier.modules())
+    classifier = TextClassifier(toy_net("gpt2")).configure("full")
+    set_precision(classifier.net.base_model, "bf16x3")
+    assert not any(getattr(module, "tiles", False) for module in classifier.modules())
 
 
 # ---------------------------------------------------------------- where it cannot be had

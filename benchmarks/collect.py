@@ -1,0 +1,170 @@
+"""Collects finished runs into one result: the seeds of a command become mean and sample standard deviation.
+
+    python benchmarks/collect.py --name cola_lora_fp32 runs/LoRA-12345 runs/LoRA-12346 runs/LoRA-12347
+    python benchmarks/collect.py --name rotten_tomatoes runs/compare-40001
+
+Reads the runs of one `LoRA`, `distil` or peft_reference.py command with several seeds, or one finished `compare` or
+`sweep`; writes benchmarks/results/NAME.json, from which summarise.py writes the tables of the pages. Several runs are
+one result only if they differ in nothing but the seed: the same command, data, versions, CPU and threads.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from record.files import UserError, make_folder, read_json, write_json  # noqa: E402 (needs the path above)
+from record.folder import read_run  # noqa: E402
+
+# Options that say where a run stands and how it was started, with the number of their values.
+PLACE = {"--out": 1, "--plots": 1, "--save-every": 1, "--resume": 0, "--overwrite": 0, "--no-plots": 0}
+SAME = ("versions", "cpu", "device", "threads", "data_files")  # what the runs of one result have in common
+STUDIES = ("compare", "sweep")
+
+
+def typed(command: str, seed: str | None = None) -> str:
+    """Returns a recorded command as the pages show it: without the run's place, with paths relative to the project.
+
+    Args:
+        seed: is replaced by SR, also within a path such as runs/LoRA-12345.
+
+    Raises:
+        UserError: a path lies outside the project's folder and its neighbours, and means nothing on another machine.
+    """
+    words, shown = iter(shlex.split(command)), []
+    for word in words:
+        option, _, value = word.partition("=")
+        if option in PLACE:
+            for _ in range(0 if value else PLACE[option]):
+                next(words, None)
+            continue
+        if os.path.isabs(value or word):
+            path = os.path.relpath(value or word, ROOT)
+            if path.startswith("../.."):
+                raise UserError(f"{command}: {value or word} is a path of this machine; start the run with a relative one")
+            word = f"{option}={path}" if value else path
+        shown.append(word.replace(seed, "SR") if seed else word)
+    return shlex.join(shown)
+
+
+def spread(values: Sequence[float]) -> dict:
+    """Returns mean, sample standard deviation (n - 1; None of a single value) and the values."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
+            "values": list(values)}
+
+
+def scores(validations: list[dict]) -> dict:
+    """Returns the spread of accuracy and MCC on each split over the seeds."""
+    return {split: {key: spread([validation[split][key] for validation in validations]) for key in ("accuracy", "mcc")}
+            for split in validations[0]}
+
+
+def row(name: str, parts: list[dict]) -> dict:
+    """Returns one model's figures over the seeds.
+
+    Args:
+        parts: of each seed's summary.json what concerns the model: `validation`, and where there are epochs
+            `last_validation`, `best_epoch` and `last_epoch`.
+    """
+    result = {"name": name, "best": scores([part["validation"] for part in parts])}
+    if "last_validation" in parts[0]:
+        result["last"] = scores([part["last_validation"] for part in parts])
+        result |= {key: [part[key] for part in parts] for key in ("best_epoch", "last_epoch")}
+    counts = parts[0]["parameters"]
+    result["trainable"] = counts["trainable"] if isinstance(counts, dict) else counts
+    if "sentences_per_second" in parts[0]:
+        result["sentences_per_second"] = spread([part["sentences_per_second"] for part in parts])
+    return result
+
+
+def read(folder: Path) -> tuple[dict, dict]:
+    """Returns config.json and summary.json of a finished run; a run of this project is checked against its checksums."""
+    if (folder / "summary.json").exists() and read_json(folder / "summary.json").get("mode") == "peft":
+        return read_json(folder / "config.json"), read_json(folder / "summary.json")
+    return read_run(folder)
+
+
+def collect_runs(folders: list[Path]) -> dict:
+    """Returns one result of the runs of one command.
+
+    Raises:
+        UserError: a run is not finished or damaged; two runs differ in more than the seed, or have the same seed.
+    """
+    runs = [read(folder) for folder in folders]
+    configs, summaries = [config for config, _ in runs], [summary for _, summary in runs]
+    seeds = [summary["sr"] for summary in summaries]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{folders[0]} ...: two runs have the same seed ({', '.join(seeds)})")
+    commands = [typed(config["command"], seed) for config, seed in zip(configs, seeds, strict=True)]
+    for folder, config, command in zip(folders, configs, commands, strict=True):
+        if command != commands[0]:
+            raise UserError(f"{folder}: another command than {folders[0]}: {command}, not {commands[0]}")
+        for key in SAME:
+            if config.get(key) != configs[0].get(key):
+                raise UserError(f"{folder}: {key} is not that of {folders[0]}: {config.get(key)}, not "
+                                f"{configs[0].get(key)}")
+    first = summaries[0]
+    rows = [row(name, [summary[name] for summary in summaries]) for name in ("teacher", "student", "scratch")
+            ] if first["mode"] == "distil" else [row(first.get("method", first["mode"]), summaries)]
+    validation = (first["teacher"] if first["mode"] == "distil" else first)["validation"]
+    return {"collected": first["mode"], "command": commands[0], "seeds": seeds, **about(configs), "model": first["model"],
+            "task": first["task"], "rows": rows,
+            "majority_accuracy": {split: values["majority_accuracy"] for split, values in validation.items()},
+            "train": {key: spread([summary["train"][key] for summary in summaries])
+                      for key in ("seconds", "peak_memory_bytes") if key in first["train"]}}
+
+
+def collect_study(folder: Path, mode: str) -> dict:
+    """Returns one result of a comparison or a sweep: its table's figures, without its runs and paths."""
+    study = read_json(folder / f"{mode}.json")
+    if mode == "compare":
+        figures = {"seeds": study["seeds"], "selection": study["selection"], "entries": [
+            {key: value for key, value in entry.items() if key != "words"} for entry in study["entries"]]}
+    else:
+        figures = {"seeds": [study["sr"]], **{key: study[key] for key in ("search", "selection", "importance", "best")},
+                   "trials": [{key: trial.get(key) for key in ("state", "params", "score", "parameters", "validation")}
+                              for trial in study["trials"]]}
+    return {"collected": mode, "command": typed(study["command"]), **about([study]), "model": study["model"],
+            "task": study["task"], **figures}
+
+
+def about(configs: list[dict]) -> dict:
+    """Returns on what the runs ran; their commits may differ."""
+    return {"git_commits": list(dict.fromkeys(config.get("git_commit") for config in configs)),
+            **{key: configs[0].get(key) for key in SAME if key != "data_files"}}
+
+
+def collect(folders: list[Path]) -> dict:
+    """Returns the result of one study, or of the runs of one command."""
+    for mode in STUDIES:
+        if (folders[0] / f"{mode}.json").exists():
+            if len(folders) > 1:
+                raise UserError(f"{folders[0]}: a {mode} holds its seeds itself: give it alone")
+            return collect_study(folders[0], mode)
+    return collect_runs(folders)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a finished run, one for each seed")
+    parser.add_argument("--name", required=True, help="of the result: benchmarks/results/NAME.json")
+    args = parser.parse_args()
+    try:
+        result = collect(args.runs)
+        write_json(make_folder(ROOT / "benchmarks" / "results") / f"{args.name}.json", result)
+    except UserError as error:
+        print(f"collect.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.name}: {len(args.runs)} run(s) of {result['command']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""x W^T by the library that is fastest on this CPU, for frozen and plain linears alike.
+
+    product(x, W, bias)                # (rows, in) (out, in) -> (rows, out); no gradients
+    speed_up(net)                      # every nn.Linear and Conv1D of a model computes by `product` from now on
+    set_precision(backbone, "bf16")    # how its frozen linears are computed
+
+PyTorch takes MKL for float32, which uses half the width of an AMD CPU; oneDNN, which is in every PyTorch build, uses all
+of it. `record.machine` chooses between them, and a run records the choice.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora import amx
+from record import machine
+from record.files import UserError
+
+
+def is_dense(W: Tensor) -> bool:
+    """Whether a matrix, or its transpose, has no gaps between its rows: oneDNN's fast code needs that."""
+    return W.is_contiguous() or W.t().is_contiguous()
+
+
+def by_onednn(x: Tensor, W: Tensor) -> bool:
+    """Whether oneDNN is called for x W^T."""
+    return (machine.matmul() == "onednn" and x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu"
+            and x.numel() > 0 and is_dense(W))
+
+
+def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
+    """x W^T + bias + add, without gradients.
+
+    Args:
+        x: (rows, in).
+        W: (out, in), or the transpose of an (in, out) matrix.
+        bias: (out,).
+        add: (rows, out); may be written over.
+    """
+    if by_onednn(x, W):
+        if add is None:
+            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), W, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), add, W, bias, "add")
+    if add is None:
+        return F.linear(x, W, bias)
+    add = add.addmm_(x, W.t())
+    return add if bias is None else add.add_(bias)
+
+
+class _Product(torch.autograd.Function):
+    """`product` with gradients for x, W and bias; computed in W's type where x has another."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.to(W.dtype)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, W)
+        ctx.dtype = x.dtype
+        return product(rows, W, bias).to(torch.promote_types(x.dtype, W.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W = ctx.saved_tensors
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad = grad.to(W.dtype)
+        grad_x = product(grad, W.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_W = product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_W, grad_bias
+
+
+def _apply(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x W^T + bias for an x of any shape; None where PyTorch's own way is to be taken."""
+    if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype and not by_onednn(x, W):
+        return None
+    return _Product.apply(x.reshape(-1, x.shape[-1]), W, bias).view(*x.shape[:-1], len(W))
+
+
+class FastLinear(nn.Linear):
+    """`nn.Linear` by the fastest library; its weight may be of another type than its input."""
+
+    tiles = False  # whether amx.py computes this layer's products in the fused blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _apply(x, self.weight, self.bias)
+        return super().forward(x) if y is None else y
+
+
+class FastConv1D(Conv1D):
+    """`Conv1D`, likewise."""
+
+    tiles = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _apply(x, self.weight.t(), self.bias)
+        return super().forward(x) if y is None else y
+
+
+def speed_up(net: nn.Module) -> None:
+    """Turns a model's linears into the classes above: the same parameters under the same names."""
+    fast = {nn.Linear: FastLinear, Conv1D: FastConv1D}
+    for module in net.modules():
+        module.__class__ = fast.get(type(module), type(module))
+
+
+def set_precision(backbone: nn.Module, precision: str) -> None:
+    """Sets how the frozen linears of a backbone under `speed_up` are computed; what trains stays float32.
+
+    fp32: in float32, by the library that `record.machine` chose.
+
+    bf16: their weights become bfloat16. On a CPU activations and all else stay float32: its matrix products gain from
+    bfloat16, its other operations lose. On a GPU all that is frozen becomes bfloat16.
+
+    bf16x3: all numbers stay float32, and a product of the fused blocks with a frozen weight, the update's second factor
+    beside it, is three of bfloat16 (amx.py).
+
+    Raises:
+        UserError: bf16x3, and this machine cannot do it.
+    """
+    linears = [module for module in backbone.modules()
+               if isinstance(module, FastLinear | FastConv1D) and not module.weight.requires_grad]
+    if precision == "bf16x3" and linears:
+        if machine.device().type != "cpu":
+            raise UserError("--precision bf16x3: is for CPUs; on a GPU use bf16 or fp32")
+        amx.load()
+    for module in linears:
+        module.tiles = precision == "bf16x3"
+    if precision == "bf16":
+        for module in linears if machine.device().type == "cpu" else [backbone]:
+            for p in module.parameters():
+                if not p.requires_grad:
+                    p.data = p.data.bfloat16()

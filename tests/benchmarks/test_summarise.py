@@ -1,0 +1,98 @@
+"""The pages hold exactly what the results say; a table's cells are the results' figures."""
+import json
+import re
+
+import made_up
+import pytest
+
+from benchmarks import summarise
+from benchmarks.collect import collect, row, typed
+
+RESULTS = summarise.read_results()
+MACHINE = {"cpu": "A(R) CPU", "threads": 2, "device": "cpu", "versions": {"torch": "2.0", "transformers": "5.0"},
+           "git_commits": ["0123456789", "abcdef0123"]}
+
+
+@pytest.mark.parametrize("page", summarise.pages(), ids=lambda page: str(page.relative_to(summarise.ROOT)))
+def test_a_page_is_what_the_results_say(page):
+    text = page.read_text()
+    assert summarise.filled(text, RESULTS) == text
+
+
+def test_every_section_stands_on_one_page():
+    marked = [name for page in summarise.pages() for _, name, _ in summarise.MARKED.findall(page.read_text())]
+    assert sorted(set(marked)) == sorted(marked)
+    assert set(marked) >= set(summarise.SECTIONS)
+
+
+def test_every_result_is_shown_and_names_no_folder_of_a_machine():
+    shown = "".join(page.read_text() for page in summarise.pages())
+    for name, result in RESULTS.items():
+        assert summarise.shown(result) in re.sub(r" \\\n *", " ", shown), name
+        assert not re.search(r"[\s\"'=]/(?:tmp|home|root|mnt|Users)\b", json.dumps(result)), name
+        assert typed(summarise.shown(result)) == summarise.shown(result)
+
+
+def test_a_name_that_nothing_fills_is_an_error():
+    page = "before\n<!-- colour, by summarise.py -->\n<!-- end of colour -->\nafter\n"
+    with pytest.raises(KeyError, match="colour: no section"):
+        summarise.filled(page, {})
+    filled = summarise.filled(page.replace("colour", "serving_of_nobody").replace("serving_of_nobody", "precision"), {})
+    assert filled == ("before\n<!-- precision, by summarise.py -->\n\n`python benchmarks/precision.py`: not run.\n\n"
+                      "<!-- end of precision -->\nafter\n")
+    assert summarise.filled(filled, {}) == filled  # nothing grows
+
+
+def trained(*rows: dict, **more) -> dict:
+    return {"collected": "LoRA", "command": "python run.py LoRA SR", "seeds": ["12345", "12346"], **MACHINE, "rows": rows,
+            "majority_accuracy": {"in_domain": 0.693, "out_of_domain": 0.686, "all": 0.689}, **more}
+
+
+def part(mcc: float, rate: float = 100.0) -> dict:
+    """What a summary holds of one model; accuracies are 0.8065, 0.7565 and 0.7065."""
+    return {"validation": made_up.validation(mcc), "last_validation": made_up.validation(mcc - 0.2), "best_epoch": 2,
+            "last_epoch": 3, "parameters": 4950530, "sentences_per_second": rate}
+
+
+def test_a_training_is_mean_and_deviation_of_its_best_and_last_epoch():
+    results = {"cola_lora_fp32": trained(row("lora", [part(0.5), part(0.6)])),
+               "cola_distil": trained(*(row(name, [part(0.1, rate)] * 2) for name, rate in (
+                   ("teacher", 50.0), ("student", 7000.0), ("scratch", 7000.0))))}
+    lines = summarise.cola(results)
+    assert "| majority class |  |  |  | 0.693 / 0 | 0.686 / 0 | 0.689 / 0 |  |" in lines
+    best = next(i for i, line in enumerate(lines) if line.startswith("| `LoRA`, float32 |"))
+    deviation = 0.1 / 2 ** 0.5  # of 0.5 and 0.6
+    assert lines[best:best + 2] == [
+        "| `LoRA`, float32 | 2 (12345 to 12346) | best (2) | 4,950,530 | "
+        f"0.806 ± 0.000 / 0.550 ± {deviation:.3f} | 0.756 ± 0.000 / 0.450 ± {deviation:.3f} | "
+        f"0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR` |",
+        f"|  |  | last (3) |  | 0.806 ± 0.000 / 0.350 ± {deviation:.3f} | 0.756 ± 0.000 / 0.250 ± {deviation:.3f} | "
+        f"0.707 ± 0.000 / 0.150 ± {deviation:.3f} |  |"]
+    assert sum("not run" in line for line in lines) == 2  # PEFT's and bfloat16's
+    assert lines[-1] == "Measured on A CPU, 2 thread(s); torch 2.0, transformers 5.0; commit 0123456, abcdef0."
+    assert f"| CoLA, `LoRA`, float32 | 0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR` |" in (
+        summarise.summary(results))
+    assert summarise.student(results)[2:] == ["| teacher | 4,950,530 | 50 ± 0 |", "| student | 4,950,530 | 7,000 ± 0 |"]
+
+
+def test_a_comparison_has_a_row_for_each_entry(tmp_path):
+    result = collect([made_up.comparison(tmp_path, **{**MACHINE, "git_commit": "0123456789"}).parent])
+    lines = summarise.comparison("rotten_tomatoes", {"rotten_tomatoes": result})
+    assert lines[:3] == ["```", "python run.py compare 12345", "```"]
+    assert "| majority class |  |  | 69.3 % | 0 |  |  |  |  |" in lines
+    assert ("| lora | 123,456 (12 %) | 0.0004 | 81.2 ± 1.0 % | 0.212 ± 0.010 | 81.2 ± 1.0 % | 12.3 s | 600 MiB | 4.57 MB |"
+            ) in lines
+    assert "| none | 0 (0 %) |  | 30.0 ± 1.0 % | -0.300 ± 0.010 |  | 12.3 s | 600 MiB | 4.57 MB |" in lines
+    assert any(line.startswith("| full |") and "diverged" in line for line in lines)
+
+
+def test_a_grid_has_one_option_in_rows_and_the_other_in_columns(tmp_path):
+    trials = [{"state": "complete", "params": {"rank": rank, "targets": targets}, "score": 0.5,
+               "parameters": {"trainable": 1000 * rank, "total": 10 ** 6}, "validation": made_up.validation(rank / 10)}
+              for rank in (1, 2) for targets in ("q+v", "all") if (rank, targets) != (2, "all")]
+    path = made_up.search(tmp_path, search={"rank": [1, 2], "targets": ["q+v", "all"]}, trials=trials, **MACHINE,
+                          importance={"rank": 0.07, "targets": 0.93}, git_commit="0123456789")
+    lines = summarise.sweep("rank_against_roles", {"rank_against_roles": collect([path.parent])})
+    assert lines[4:8] == ["| rank | q+v | all |", "| --- | ---: | ---: |",
+                          "| 1 | 80.7 % / 0.100 (1,000) | 80.7 % / 0.100 (1,000) |", "| 2 | 80.7 % / 0.200 (2,000) |  |"]
+    assert lines[9] == "Share of the scores' variance that each option explains (fANOVA): `rank` 7 % and `targets` 93 %."

@@ -1,0 +1,96 @@
+"""README.md and docs/: every link leads somewhere, every command is one that run.py takes, every folder is named."""
+import re
+import shlex
+import tomllib
+
+import pytest
+import toy
+
+import run
+from benchmarks import summarise
+from experiments import variants
+
+ROOT = summarise.ROOT
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in summarise.pages()}
+VISIBLE = {name: re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL) for name, text in PAGES.items()}
+LINKS = [(name, link) for name, text in VISIBLE.items() for link in re.findall(r"\]\(([^)]+)\)", text)]
+COMMAND = re.compile(r"python ((?:run|benchmarks/\w+)\.py\b[^`\n]*)")
+
+
+def commands(text: str) -> list[str]:
+    """Every `python run.py ...` and `python benchmarks/... .py` of a page, in one line each."""
+    return COMMAND.findall(text.replace("\\\n", " "))
+
+
+COMMANDS = sorted({command for text in VISIBLE.values() for command in commands(text)})
+
+
+def anchors(text: str) -> set[str]:
+    """A page's headings as GitHub links to them."""
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page, link", LINKS)
+def test_every_link_leads_somewhere(page, link):
+    if re.match("https?://", link):
+        return
+    path, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / path if path else ROOT / page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target.read_text())
+
+
+def test_the_readme_links_every_page():
+    linked = {link for page, link in LINKS if page == "README.md"}
+    assert {name for name in PAGES if name != "README.md"} <= linked
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_one_that_its_program_takes(command, monkeypatch):
+    program, *words = shlex.split(command.replace("SR", "12345"), comments=True)
+    if program != "run.py":
+        assert (ROOT / program).is_file()
+        source = (ROOT / program).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+        assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
+        return
+    if "..." in words:  # a mode is named, and no more
+        assert words[0] in run.MODES
+        return
+    parsed = []
+    monkeypatch.setattr(run, "_call", lambda args: parsed.append(args))
+    assert toy.main(*words) is None and parsed[0].mode == words[0]
+    if words[0] == "compare":
+        assert variants.entries(parsed[0])
+    if words[0] == "sweep":
+        assert variants.search(parsed[0])
+
+
+def test_each_mode_has_an_example_in_the_readme():
+    shown = {command.split()[1] for command in commands(PAGES["README.md"])}  # hidden ones too
+    assert set(run.MODES) <= shown
+
+
+def test_the_table_of_rooms_is_the_house():
+    """Every room exists and has a row, those that import each other in the order of the lint."""
+    section = VISIBLE["README.md"].partition("## Where things are")[2]
+    rooms = re.findall(r"^\| `([\w.]+)/?` \|", section, re.MULTILINE)
+    assert [room for room in rooms if not (ROOT / room).exists()] == []
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    named = [room.removesuffix(".py") for room in rooms]
+    assert [room for room in named if room in layers] == layers
+    code = {path.name for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert code <= set(rooms)
+
+
+@pytest.mark.parametrize("place", ["kd_loss train_utils.py", "DistilRNN model.py", "ROLE_MODULES model.py",
+                                   "read_table data/tables.py", "SET_COLOURS report/figures.py"])
+def test_what_a_newcomer_changes_stands_where_the_readme_says(place):
+    name, path = place.split()
+    assert re.search(rf"^(def |class )?{name}\b", (ROOT / path).read_text(), re.MULTILINE)
+    room, _, module = path.partition("/")
+    row = next(line for line in PAGES["README.md"].splitlines() if re.match(rf"\| `{re.escape(room)}/?` ", line))
+    assert (module or name) in row
