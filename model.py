@@ -241,14 +241,18 @@ class TextClassifier(nn.Module):
     def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
         """What an encoder is called with: no mask where it would mask nothing."""
         mask = None if bool(attention_mask.all()) else send(attention_mask, input_ids.device)
+        if mask is not None and not mask.is_cpu and self.net.config._attn_implementation == "sdpa":
+            mask = mask.bool()[:, None, None]  # as attention takes it: any other the library asks whether it masks anything
         return {"input_ids": input_ids, "attention_mask": mask, **({"pooled": True} if self.fused() else {})}
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, C)
         """A decoder's hidden state at the last real token."""
         if self.fused():
             unique = unique_tokens(input_ids, attention_mask)
-            return self.net.base_model(input_ids=unique.ids, position_ids=unique.positions, use_cache=False,
-                                       unique=unique).last_hidden_state[:, 0]
+            # The blocks read no mask; without one the library would make one, and ask the positions whether it is needed.
+            none = unique.ids.new_ones(1, 1, 1, 1)
+            return self.net.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions,
+                                       use_cache=False, unique=unique).last_hidden_state[:, 0]
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
         last = send(attention_mask.sum(1) - 1, hidden.device)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
@@ -369,10 +373,13 @@ class DistilRNN(nn.Module):
         lengths = attention_mask.sum(1)  # asked on the CPU, where batches keep their mask
         if bool((lengths == input_ids.shape[1]).all()):
             states, _ = self.rnn(embedded)  # (B, T, 2H)
-        else:  # packed, or the backward direction would read the pads first
-            packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        else:  # packed, or the backward direction would read the pads first; sorted here, for the library asks the GPU
+            sizes, order = lengths.cpu().sort(descending=True)
+            packed = nn.utils.rnn.pack_padded_sequence(embedded.index_select(0, send(order, embedded.device)), sizes,
+                                                        batch_first=True)
             states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True,
                                                          total_length=input_ids.shape[1])
+            states = states.index_select(0, send(order.argsort(), states.device))
         mask = send(attention_mask, states.device).bool().unsqueeze(-1)  # (B, T, 1)
         if self.config.pooling == "max":
             pooled = states.masked_fill(~mask, -math.inf).max(1).values
