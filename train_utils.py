@@ -304,6 +304,7 @@ class Trainer:
                     raise Interrupted(signal)
         self.read_sums()
         self.read_confusion()
+        progress.sums["seconds"] = before + time.perf_counter() - start  # now that a GPU has done what it was given
 
     def step(self, group: list[Batch]) -> None:
         """Takes one optimiser step over the batches of a group.

@@ -157,6 +157,24 @@ def test_what_a_gpu_computes_is_what_the_cpu_does(name):
         assert expected.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "distilbert"])
+def test_a_backbone_in_bfloat16_trains_as_a_gpu_has_it(name):
+    """On a GPU `--precision bf16` makes all that is frozen bfloat16, not linears alone."""
+    exact, rough = adapted(name), adapted(name)
+    for p in rough.net.base_model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.bfloat16()
+    one, found = batches()[0], []
+    for model in (exact, rough):
+        with FakeGPU():
+            loss = train_utils.cross_entropy()(model(*one.to(GPU).inputs()), one.to(GPU))
+            loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in train_utils.trainable(model).values()])))
+    (loss, gradient), (rough_loss, rough_gradient) = found
+    assert 0 < abs(rough_loss - loss) < 0.05
+    assert torch.cosine_similarity(gradient, rough_gradient, dim=0) > 0.99
+
+
 @pytest.mark.parametrize("read", [lambda t: t.sum().item(), lambda t: t.tolist(), lambda t: bool(t.any()), lambda t: t.cpu(),
                                   lambda t: float(t.max()), lambda t: t[t > 1], lambda t: t.to(CPU), lambda t: t.nonzero()])
 def test_every_way_of_reading_is_noticed(read):

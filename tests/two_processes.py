@@ -159,7 +159,8 @@ def main(work: Path) -> None:
     found = {"inputs": finish([fork(lambda: inputs(work), work / "inputs-0")], work / "inputs")}
     for name, count in (("fit-one", 1), ("fit-two", 2)):
         found[name] = finish(start(lambda name=name: train(work / name), work / name, count), work / name)
-    for name, count, more in (("one", 1, ()), ("two", 2, ()), ("bad", 2, ("--rank", "4000")), ("whole", 2, ("--dropout", "0.3", "--epochs", "6"))):
+    for name, count, more in (("one", 1, ()), ("two", 2, ()), ("bad", 2, ("--rank", "4000")),
+                              ("whole", 2, ("--dropout", "0.3", "--epochs", "6"))):
         found[name] = finish(start(command(work, name, *more), work / name, count), work / name)
     found["two"]["again"] = finish(start(command(work, "two"), work / "again"), work / "again")
     found["stopped"] = interrupted(work, "stopped", signal.SIGTERM)
