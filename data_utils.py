@@ -25,6 +25,7 @@ from data import tables
 from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.tables import Split, Table
 from record.files import UserError, sha256
+from record.machine import send
 from record.options import TableOptions
 
 if TYPE_CHECKING:
@@ -91,16 +92,30 @@ class Batch:
     tokens: int  # real tokens, pads not counted
     cached: torch.Tensor | None = None  # output of a classifier's frozen part, computed once (lora/frozen.py)
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
-    micro: list[Batch] = field(default_factory=list)  # of a large batch (`split_large`): the step computes these instead
+    micro: list[Batch] | None = None  # micro-batches that this process computes instead (`split_large`); None: the whole
 
-    def to(self, device: torch.device | str) -> Batch:
-        tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
-        more = (None if t is None else t.to(device, non_blocking=True) for t in (self.cached, self.features))
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, *more)
+    def to(self, device: torch.device) -> Batch:
+        """Copies it to a device, but for the mask: models ask the mask about lengths, and a GPU would answer late."""
+        input_ids, labels, rows, cached, features = (None if t is None else send(t, device) for t in (
+            self.input_ids, self.labels, self.rows, self.cached, self.features))
+        return Batch(input_ids, self.attention_mask, labels, rows, self.tokens, cached, features)
+
+    def pin(self) -> None:
+        """Lets its copies to a GPU go on beside what the GPU computes; what is cached was pinned when it was."""
+        for name in ("input_ids", "attention_mask", "labels", "rows", "features"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.pin_memory())
 
     def micro_batches(self) -> list[Batch]:
-        """Returns the micro-batches that a step computes one after the other: the batch itself where it is not large."""
-        return self.micro or [self]
+        """Returns the micro-batches that this process computes one after the other: the batch itself if it has none."""
+        return [self] if self.micro is None else self.micro
+
+    def part(self, start: int, end: int) -> Batch:
+        """Returns the rows from `start` to before `end` (at least one row), as wide as the longest of them."""
+        mask = self.attention_mask[start:end]
+        width = int(mask.sum(1).max())
+        return Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end], self.rows[start:end],
+                     int(mask.sum()), features=None if self.features is None else self.features[start:end])
 
     def split(self, tokens: float) -> list[Batch]:
         """Cuts the rows into as few micro-batches as hold at most `tokens` tokens each, pads included.
@@ -109,14 +124,7 @@ class Batch:
         """
         rows, longest = len(self.rows), self.input_ids.shape[1]
         count = math.ceil(rows / max(1, int(tokens // longest)))
-        micro = []
-        for start, end in itertools.pairwise(rows * i // count for i in range(count + 1)):
-            mask = self.attention_mask[start:end]
-            width = int(mask.sum(1).max())
-            micro.append(Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end],
-                               self.rows[start:end], int(mask.sum()),
-                               features=None if self.features is None else self.features[start:end]))
-        return micro
+        return [self.part(start, end) for start, end in itertools.pairwise(rows * i // count for i in range(count + 1))]
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """Returns the arguments of a model's forward pass."""
@@ -439,15 +447,28 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
     return [collate(ids, split.labels, rows, pad_id, split.features) for rows in buckets]
 
 
-def split_large(batches: list[Batch]) -> list[Batch]:
-    """Gives each batch of more than LARGE times the mean batch's tokens micro-batches below that size.
+def split_large(batches: list[Batch], rank: int = 0, count: int = 1) -> list[Batch]:
+    """Gives each batch that this process does not compute at once its micro-batches.
 
-    Large batches alone would set a training's peak memory. The micro-batches' gradients add up to the batch's gradient.
+    Each of several processes computes a part of every batch's rows. A batch, or such a part, of more than LARGE times the
+    mean's tokens is cut into micro-batches below that size: large batches alone would set a training's peak memory. The
+    gradients of all micro-batches add up to the batch's gradient.
+
+    Args:
+        rank: number of this process.
+        count: processes; where they are more than a batch's rows, some have no row of that batch.
     """
-    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches)
+    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches) / count
     for batch in batches:
-        if batch.input_ids.numel() > most and len(batch.rows) > 1:
-            batch.micro = batch.split(most)
+        start, end = (len(batch.rows) * i // count for i in (rank, rank + 1))
+        if start == end:
+            batch.micro = []
+            continue
+        own = batch if count == 1 else batch.part(start, end)
+        if own.input_ids.numel() > most and len(own.rows) > 1:
+            batch.micro = own.split(most)
+        elif count > 1:
+            batch.micro = [own]
     return batches
 
 

@@ -26,6 +26,7 @@ from lora.blocks import fuse, unique_tokens
 from lora.linear import LoRALinear, lora_layers, weight_of
 from lora.matmul import speed_up
 from record.files import UserError
+from record.machine import device, send
 from record.options import ROLES, LoRAOptions, RNNConfig
 
 if TYPE_CHECKING:
@@ -239,17 +240,21 @@ class TextClassifier(nn.Module):
 
     def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
         """What an encoder is called with: no mask where it would mask nothing."""
-        mask = None if bool(attention_mask.all()) else attention_mask
+        mask = None if bool(attention_mask.all()) else send(attention_mask, input_ids.device)
+        if mask is not None and not mask.is_cpu and self.net.config._attn_implementation == "sdpa":
+            mask = mask.bool()[:, None, None]  # as attention takes it: any other the library asks whether it masks anything
         return {"input_ids": input_ids, "attention_mask": mask, **({"pooled": True} if self.fused() else {})}
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, C)
         """A decoder's hidden state at the last real token."""
         if self.fused():
             unique = unique_tokens(input_ids, attention_mask)
-            return self.net.base_model(input_ids=unique.ids, position_ids=unique.positions, use_cache=False,
-                                       unique=unique).last_hidden_state[:, 0]
+            # The blocks read no mask; without one the library would make one, and ask the positions whether it is needed.
+            none = unique.ids.new_ones(1, 1, 1, 1)
+            return self.net.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions,
+                                       use_cache=False, unique=unique).last_hidden_state[:, 0]
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
-        last = attention_mask.sum(1) - 1
+        last = send(attention_mask.sum(1) - 1, hidden.device)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cached: Tensor | None = None,
@@ -258,7 +263,7 @@ class TextClassifier(nn.Module):
 
         Args:
             input_ids: (B, T), right-padded.
-            attention_mask: (B, T), 1 for a real token.
+            attention_mask: (B, T), 1 for a real token; on the CPU, whatever the device, nothing waits for it.
             cached: what `self.prefix` computed of this batch; the frozen part is not run then.
             features: (B, F) numbers for the feature head, NaN where one is missing.
         """
@@ -292,10 +297,15 @@ class FeatureHead(nn.Module):
         features: (N, F) float64, the training rows, NaN where a value is missing.
         num_labels: classes.
         hidden_size: of the hidden layer.
+
+    Raises:
+        UserError: the device that computes has no float64.
     """
 
     def __init__(self, features: Tensor, num_labels: int, hidden_size: int = 32):
         super().__init__()
+        if device().type == "mps":
+            raise UserError("--device mps: has no float64, which numeric features need; use --device cpu")
         there = ~features.isnan()
         count = there.sum(0).clamp(min=1)
         mean = features.nan_to_num().sum(0) / count
@@ -360,18 +370,21 @@ class DistilRNN(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
         embedded = self.dropout(self.embedding(input_ids))  # (B, T, E)
-        lengths = attention_mask.sum(1)
+        lengths = attention_mask.sum(1)  # asked on the CPU, where batches keep their mask
         if bool((lengths == input_ids.shape[1]).all()):
             states, _ = self.rnn(embedded)  # (B, T, 2H)
-        else:  # packed, or the backward direction would read the pads first
-            packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        else:  # packed, or the backward direction would read the pads first; sorted here, for the library asks the GPU
+            sizes, order = lengths.cpu().sort(descending=True)
+            packed = nn.utils.rnn.pack_padded_sequence(embedded.index_select(0, send(order, embedded.device)), sizes,
+                                                        batch_first=True)
             states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True,
                                                          total_length=input_ids.shape[1])
-        mask = attention_mask.bool().unsqueeze(-1)  # (B, T, 1)
+            states = states.index_select(0, send(order.argsort(), states.device))
+        mask = send(attention_mask, states.device).bool().unsqueeze(-1)  # (B, T, 1)
         if self.config.pooling == "max":
             pooled = states.masked_fill(~mask, -math.inf).max(1).values
         else:
-            pooled = states.masked_fill(~mask, 0.0).sum(1) / lengths.unsqueeze(1)
+            pooled = states.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
         return self.classifier(self.dropout(pooled))
 
 

@@ -27,11 +27,17 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from experiments.parser import MODES, build_parser, closest, complain
+from experiments.parser import MODES, READS_FILES_ONLY, SEVERAL_PROCESSES, build_parser, closest, complain
+from record import processes
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        processes.connect()
+    except processes.Lost as error:
+        complain(error)
+        return 1
     parser, modes = build_parser()
     if argv and not argv[0].startswith("-") and argv[0] not in MODES:
         parser.error(f"unknown mode {argv[0]}{closest(argv[0], MODES)}")
@@ -39,14 +45,14 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         known = ["-h", "--help", *(name for action in modes[args.mode].options.values() for name in action.option_strings)]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], known)}")
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: _note(f"warning: {message}")
     from record import signals
 
     signals.install()
     try:
         return _call(args)
     except KeyboardInterrupt as error:  # before PyTorch is imported, that is; or a mode with nothing to resume
-        _note("run.py: stopped")
+        complain("stopped")
         return 128 + getattr(error, "signal", signal.SIGINT)
 
 
@@ -56,9 +62,22 @@ def _call(args) -> int:
     from report.records import ReportError
 
     try:
-        if args.mode not in READ_FILES_ONLY:
+        if args.mode not in READS_FILES_ONLY:
             _import_libraries()
-        return CALLS[args.mode](args) or 0
+            from record import machine
+
+            machine.use_device(args.device)
+        if processes.count() > 1:
+            if args.mode not in SEVERAL_PROCESSES:
+                raise UserError(f"{args.mode} is for one process, and here are {processes.count()}; "
+                                f"{' and '.join(SEVERAL_PROCESSES)} take several (docs/scaling.md)")
+            processes.start(machine.device().type)
+        status = CALLS[args.mode](args) or 0
+        processes.stop()
+        return status
+    except processes.Lost as error:
+        complain(error)
+        return 1
     except (UserError, ReportError) as error:
         complain(error)
     except OSError as error:
@@ -102,7 +121,8 @@ def _less_memory(args) -> str:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if processes.says(text):
+        print(text, file=sys.stderr, flush=True)
 
 
 def generate(args) -> None:
@@ -130,24 +150,27 @@ def _train(args, options, start) -> int:
     from train_utils import Diverged
 
     check_folder(args.plots)  # made after the training: bad input leaves nothing behind
-    again = "python run.py " + shlex.join(
+    again = f"{processes.launcher()} run.py " + shlex.join(
         [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
     try:
         no_plots = getattr(args, "no_plots", False)
-        if no_plots or not (args.resume and _only_plots_missing(options, args.plots)):
+        if no_plots or not processes.of_first(args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
         plots = []
-        if not no_plots:
+        if not no_plots and processes.first():
             from report import figures  # late: the first step does not wait for Matplotlib
 
             plots = figures.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
-        _note(f"run.py: {error}")
+        complain(error)
         return 3
+    except processes.Lost as error:
+        complain(f"{error}; continue with: {again}")
+        return 1
     except signals.Interrupted as error:
         begun = any(options.out.glob("*checkpoint.safetensors")) or (options.out / "summary.json").exists()
-        _note(f"run.py: stopped; continue with: {again}" if begun else
-              "run.py: stopped before anything was trained; the same command begins again")
+        complain(f"stopped; continue with: {again}" if begun else
+                 "stopped before anything was trained; the same command begins again")
         return 128 + error.signal
     print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
     return 0
@@ -292,7 +315,6 @@ def submit(args) -> None:
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
          "export": export, "merge": merge, "repeat": repeat, "report": report, "submit": submit}
-READ_FILES_ONLY = ("report", "submit")  # they do without PyTorch
 
 
 if __name__ == "__main__":

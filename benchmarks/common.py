@@ -35,7 +35,7 @@ from data_utils import Batch, Split  # noqa: E402
 from model import TextClassifier, lora_layers  # noqa: E402
 from record.files import UserError, make_folder  # noqa: E402
 from record.folder import git_commit  # noqa: E402
-from record.machine import cpu_name  # noqa: E402
+from record.machine import cpu_name, device  # noqa: E402, F401 (device: for the benchmarks)
 
 LABELS, MAX_LENGTH = 2, 512
 TOLERANCE = 1e-4  # between the two sides' losses on one batch
@@ -172,10 +172,6 @@ def set_threads(args: argparse.Namespace) -> None:
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
         torch.set_num_threads(args.threads)
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronize() -> None:

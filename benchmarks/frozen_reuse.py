@@ -48,7 +48,7 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
 
 def copies(batches: list[Batch]) -> list[Batch]:
     """Returns the same batches with nothing cached."""
-    return [replace(batch, cached=None, micro=copies(batch.micro)) for batch in batches]
+    return [replace(batch, cached=None, micro=batch.micro and copies(batch.micro)) for batch in batches]
 
 
 def check_kept(report: Report, what: str, model: TextClassifier, cached: list[Batch]) -> None:

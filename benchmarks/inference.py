@@ -69,6 +69,7 @@ def process_seconds(*command: str) -> float:
 @torch.inference_mode()
 def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Batch) -> None:
     """Checks that a batch's logits equal those of its sentences one by one."""
+    batch = batch.to(common.device())
     alone = [model(ids[None, :length], mask[None, :length]) for ids, mask, length in zip(
         batch.input_ids, batch.attention_mask, batch.attention_mask.sum(1).tolist(), strict=True)]
     logits = model(*batch.inputs())
@@ -79,10 +80,11 @@ def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Bat
 def measure_student(report: Report, args: argparse.Namespace, base: str, rounds: int) -> None:
     task = args.task.limit(64) if args.quick else args.task
     dev = {name: common.batches_of(split, base, BATCH_SIZE) for name, split in task.dev.items()}
-    teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).eval()
+    teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).to(common.device()).eval()
     parameters = count_parameters(teacher)["total"]
     torch.manual_seed(0)
-    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10)).eval()
+    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10))
+    student = student.to(common.device()).eval()
     sides = {"teacher": teacher, "student": student}
     padded = next(b for b in dev["in_domain"][::-1] if b.tokens < b.input_ids.numel())
     for name, model in sides.items():

@@ -211,7 +211,8 @@ class PeftBest(Side):
         return model
 
     def loss(self, batch):
-        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        mask = machine.send(batch.attention_mask, batch.input_ids.device)  # which batches keep on the CPU
+        return self.model(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels).loss
 
     def run(self, numbers):
         self.model.train()

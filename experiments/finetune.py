@@ -25,7 +25,7 @@ from experiments.model_card import write_repository
 from lora import adapters, frozen
 from lora.matmul import set_precision
 from model import TextClassifier, count_parameters, load_classifier
-from record import machine, tensors
+from record import machine, processes, tensors
 from record.files import write_file
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from record.machine import device
@@ -143,7 +143,7 @@ def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable
     if not options.keep or prefix.lowest == 0 or not run.classifier.reads_text:
         return
     start, used = time.perf_counter(), 0
-    for split in (run.batches, *run.dev.values()):
+    for split in (run.batches, *map(processes.own, run.dev.values())):
         used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
     say(f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
         f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")

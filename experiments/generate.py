@@ -16,6 +16,7 @@ from experiments.inputs import check_base
 from lora import adapters
 from lora.matmul import speed_up
 from record.files import UserError, check_sums, read_json
+from record.machine import device
 
 
 def base_model(adapter: Path) -> str:
@@ -77,7 +78,7 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
         if (adapter / "config.json").exists():
             check_base(adapter, read_json(adapter / "config.json"), model, lm, tokenizer)
         adapters.load_adapter(lm, adapter, head=False)
-    lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    lm.to(device()).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     context = max_length_of(lm.config)
     encoded = [tokenizer(prompt, verbose=False).input_ids or [start] for prompt in prompts]

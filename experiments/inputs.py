@@ -16,7 +16,7 @@ from data.digests import config_digest, tokenizer_digest
 from data.hub import is_dataset_name, load_dataset
 from data_utils import Batch, Task
 from lora import amx
-from record import machine, tensors
+from record import machine, processes, tensors
 from record.files import UserError
 from record.folder import recorded_config
 from record.options import RunOptions, TrainOptions
@@ -118,7 +118,7 @@ def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptio
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
                                             options.batch_tokens, truncate, beginnings or bool(split)))
             for split, rows in {"": task.train, **task.dev}.items()]
-    return data_utils.split_large(make[0][1]), dict(make[1:])
+    return data_utils.split_large(make[0][1], processes.rank(), processes.count()), dict(make[1:])
 
 
 def resolve_precision(options: RunOptions) -> RunOptions:

@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from record import processes
 from record.options import ROLES, DistilOptions, LoRAOptions, RNNConfig, RunOptions, TableOptions, TrainOptions
 
 # The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
@@ -23,8 +24,9 @@ LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5
 METHODS = ("lora", "full", "head", "features", "none")
 
 def complain(message) -> None:
-    """One line on stderr, whatever the message quotes."""
-    print("run.py:", str(message).replace("\n", " "), file=sys.stderr)
+    """One line on stderr, whatever the message quotes; of several processes the first that ends tells why."""
+    if processes.says("the end"):
+        print("run.py:", str(message).replace("\n", " "), file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -353,6 +355,8 @@ def _submit(parser: Parser) -> None:
 MODES = {"gen": _gen, "LoRA": _lora, "distil": _distil, "compare": _compare, "sweep": _sweep, "eval": _eval,
          "export": _export, "merge": _merge, "repeat": _repeat, "report": _report, "submit": _submit}
 READS_A_RUN = ("eval", "export", "merge", "repeat")
+READS_FILES_ONLY = ("report", "submit")  # they do without PyTorch
+SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several times for one run
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -369,4 +373,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         else:
             modes[name].add_argument("sr", metavar="SR", type=sr_type, help="five digits: the seed, and the run's name")
         add_options(modes[name])
+        if name not in READS_FILES_ONLY:
+            modes[name].add("machine", "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                            help="auto: the GPU that CUDA finds, else the CPU; mps: an Apple GPU")
     return parser, modes

@@ -85,7 +85,7 @@ class FrozenPrefix:
     def compute(self, batch: Batch) -> Tensor:
         """What the trained part reads of a batch: (B, T, C), or (B, 1 or 2, C) if only the head trains."""
         device = next(self.backbone.parameters()).device
-        input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        input_ids, mask = batch.input_ids.to(device), batch.attention_mask
         was_training = self.classifier.training
         self.classifier.eval()
         try:
@@ -123,12 +123,14 @@ class FrozenPrefix:
         Returns:
             Bytes of the budget that are used now.
         """
+        pinned = next(self.backbone.parameters()).is_cuda
         for batch in (piece for whole in batches for piece in whole.micro_batches()):
             # A copy outside inference mode, for autograd will save it.
             hidden = self.compute(batch).cpu()
             size = hidden.numel() * hidden.element_size()
             if used + size <= budget:
-                batch.cached, used = hidden.clone(), used + size
+                # Pinned, it is copied to a GPU beside what the GPU computes.
+                batch.cached, used = hidden.pin_memory() if pinned else hidden.clone(), used + size
                 continue
             try:
                 with tempfile.NamedTemporaryFile(dir=folder, prefix=".cached-") as file:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import filelock
 
+from record import processes
+
 SUMS = "SHA256SUMS"
 
 
@@ -25,11 +27,13 @@ class UserError(ValueError):
 
 
 def write_file(path: Path | str, data: bytes | str) -> None:
-    """Writes a file atomically and durably.
+    """Writes a file atomically and durably; of a run's several processes the first alone does.
 
     Raises:
         UserError: it cannot be written (folder, rights, full disk); what stood there before still stands.
     """
+    if not processes.first():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

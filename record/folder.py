@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from record import processes
 from record.files import (
     SUMS,
     UserError,
@@ -81,11 +82,11 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
     Args:
         data_files: SHA-256 of every data file by its name.
     """
-    command = without_password("python run.py " + shlex.join(sys.argv[1:]))
+    command = without_password(f"{processes.launcher()} run.py {shlex.join(sys.argv[1:])}")
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "matmul": matmul(),
-            "git_commit": git_commit(), "data_files": data_files}
+            "processes": processes.count(), "git_commit": git_commit(), "data_files": data_files}
 
 
 def without_times(value):
@@ -97,7 +98,7 @@ def without_times(value):
 
 @contextmanager
 def run_folder(options: RunOptions, config: dict):
-    """Opens the run's folder and holds it for this process alone.
+    """Opens the run's folder and holds it for this process alone; of several processes the first holds it for all.
 
     A finished run is never written to without `--overwrite`, an unfinished one is only continued
     (`--resume`) or overwritten, and a resumed run must have the options it began with.
@@ -105,6 +106,10 @@ def run_folder(options: RunOptions, config: dict):
     Raises:
         UserError: any of these, another process at work there, or a folder that cannot be written.
     """
+    if not processes.first():
+        processes.wait()
+        yield Path(options.out)
+        return
     if options.repeats:
         _same_options(options.repeats, config, "repeat")
     folder = make_folder(options.out)
@@ -123,6 +128,7 @@ def run_folder(options: RunOptions, config: dict):
         if not any(folder.glob(f"*{CHECKPOINT}")):  # a resumed run keeps the config that it began with
             write_json(folder / "config.json", config)
             write_sums(folder, {"config.json": sha256(folder / "config.json")})
+        processes.wait()
         yield folder
 
 
@@ -166,7 +172,7 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 def environment(config: dict) -> dict:
     """Returns what may change a result beside the options."""
-    return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"),
+    return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"), "processes": config.get("processes", 1),
             **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 
@@ -199,6 +205,8 @@ class Recorder:
 
     def __call__(self, history: list[dict], phase: str | None = None) -> None:
         """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
+        if not processes.first():
+            return
         self.lines = [line for line in self.lines if line.get("phase") != phase]
         self.lines += [{**({"phase": phase} if phase else {}), **line} for line in history]
         write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -237,6 +245,8 @@ def finish(folder: Path, summary: dict, *more: str) -> None:
     Args:
         more: files that SHA256SUMS lists beside weights and JSON.
     """
+    if not processes.first():
+        return
     files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
              if not path.name.endswith(CHECKPOINT)]
     digests = {path.name: sha256(path) for path in (*files, *(folder / name for name in more))}

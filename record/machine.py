@@ -9,6 +9,10 @@ import resource
 import warnings
 from pathlib import Path
 
+from record.files import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+_chosen = "auto"
 MATMULS = ("onednn", "torch")  # oneDNN for float32 products, or whatever PyTorch calls
 _in_use: str | None = None  # what `use_matmul` was given last
 
@@ -36,10 +40,10 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the peak memory of this process in bytes: allocated on the GPU if there is one, else resident."""
+    """Returns the peak memory of this process in bytes: allocated on the GPU that computes, else resident (MPS too)."""
     import torch
 
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -52,11 +56,49 @@ def exhausted(error: BaseException) -> bool:
         re.search("can't allocate memory|not enough memory|out of memory|bad_alloc", str(error)))
 
 
-def device():
-    """Returns the `torch.device` that computes: the first GPU, or the CPU."""
+def use_device(name: str) -> None:
+    """Chooses the device that computes.
+
+    Args:
+        name: one of DEVICES. auto: the GPU that CUDA finds, else the CPU; an Apple GPU is chosen by name alone, for no
+            test has run on one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
     import torch
 
+    global _chosen
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, name == "auto"):
+        raise UserError(f"--device {name}: not there; this PyTorch ({torch.__version__}) finds "
+                        + ", ".join(kind for kind, found in there.items() if found))
+    _chosen = name
+
+
+def device():
+    """Returns the `torch.device` that computes: the one chosen, else the GPU that CUDA finds, else the CPU."""
+    import torch
+
+    if _chosen != "auto":
+        return torch.device(_chosen)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def send(tensor, to):
+    """Returns a tensor on a device; on its way to a GPU of CUDA nobody waits for what the GPU still computes."""
+    # MPS may read the tensor's memory after it was given back, so there the copy is waited for.
+    return tensor.to(to, non_blocking=to.type == "cuda")
+
+
+def random_sources() -> dict:
+    """Returns the random number generators that a training draws from, by name: each has get_rng_state and set_rng_state."""
+    import torch
+
+    sources = {"rng": torch}
+    if device().type != "cpu":
+        sources[f"rng.{device().type}"] = {"cuda": torch.cuda, "mps": torch.mps}[device().type]
+    return sources
 
 
 def use_threads(threads) -> None:
