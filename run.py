@@ -6,6 +6,8 @@
     python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
     python run.py sweep 12345      search rank, targets, layers, learning rate ...
     python run.py eval RUN_DIR --data FILE
+    python run.py test RUN_A RUN_B --data FILE     is the difference between two runs more than chance?
+    python run.py diagnose RUN_DIR                 where a run is right and wrong
     python run.py export RUN_DIR --out DIR   a distillation's student as an ONNX file
     python run.py merge RUN_DIR --out DIR    a fine-tuned classifier as a plain transformers checkpoint
     python run.py repeat RUN_DIR   repeat a run from its config.json and compare
@@ -189,6 +191,8 @@ def finetune(args) -> int:
     """`LoRA`: fine-tunes and prints the result."""
     from experiments import arguments, finetune
 
+    if args.seeds:
+        return _seeds(args)
     options = arguments.finetune_options(args)
 
     def start(stop):
@@ -208,8 +212,27 @@ def distil(args) -> int:
     """`distil`: distils and prints teacher, student and no-KD baseline side by side."""
     from experiments import arguments, distil
 
+    if args.seeds:
+        return _seeds(args)
     options, student = arguments.distil_options(args)
     return _train(args, options, lambda stop: print(distil.comparison_table(distil.run_distil(options, student, stop=stop))))
+
+
+def _seeds(args) -> int:
+    """`LoRA` and `distil` with `--seeds`: runs the seeds that are missing, and prints and draws what they say together."""
+    from experiments import seeds, variants
+
+    options = seeds.SeedsOptions(args.mode, args.sr, variants.seed_runs(args),
+                                 (args.out or Path("runs")) / f"{args.mode}-{args.sr}-seeds", variants.settings(args),
+                                 args.overwrite)
+
+    def start():
+        from report import figures
+
+        for run in seeds.run_seeds(options)["runs"]:
+            if run["status"] == "finished" and not args.no_plots:
+                figures.plot_run(Path(run["folder"]), args.plots)
+    return _study(args, options, start, "seeds")
 
 
 def compare(args) -> int:
@@ -218,8 +241,9 @@ def compare(args) -> int:
 
     arguments.choose(args)
     options = compare.CompareOptions(args.sr, variants.entries(args), args.seeds,
-                                     args.out or Path(f"runs/compare-{args.sr}"), variants.settings(args), args.overwrite)
-    return _study(args, options, lambda: compare.run_comparison(options))
+                                     args.out or Path(f"runs/compare-{args.sr}"), variants.settings(args, "against"),
+                                     args.overwrite, args.against)
+    return _study(args, options, lambda: compare.run_comparison(options), "compare")
 
 
 def sweep(args) -> int:
@@ -231,11 +255,11 @@ def sweep(args) -> int:
         args.sr, variants.search(args), lambda values, folder: variants.trial_options(args, values, folder), args.sampler,
         args.trials, not args.no_prune, args.storage, args.out or Path(f"runs/sweep-{args.sr}"),
         variants.settings(args, "trials", "storage"), args.overwrite)
-    return _study(args, options, lambda: sweep.run_sweep(options))
+    return _study(args, options, lambda: sweep.run_sweep(options), "sweep")
 
 
-def _study(args, options, start) -> int:
-    """Runs a comparison or a sweep, draws it and turns its ways of ending into exit statuses."""
+def _study(args, options, start, name: str) -> int:
+    """Runs a comparison, a sweep or seeds, draws it and turns its ways of ending into exit statuses."""
     from record.files import check_folder, make_folder
     from record.signals import Interrupted
     from report import figures
@@ -243,12 +267,12 @@ def _study(args, options, start) -> int:
     check_folder(args.plots)
     try:
         start()
-        plots = [] if args.no_plots else figures.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
+        plots = [] if args.no_plots else figures.plot_study(options.out / f"{name}.json", make_folder(args.plots))
     except Interrupted as error:
         _note("run.py: stopped; continue with: python run.py "
               + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
         return 128 + error.signal
-    print(f"{args.mode}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+    print(f"{name}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
     return 0
 
 
@@ -262,6 +286,14 @@ def evaluate(args) -> None:
     else:
         print(f"{args.data}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
               f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
+
+
+def test(args) -> None:
+    """`test`: tests the difference of two runs on a file."""
+    from experiments import significance
+
+    result = significance.paired_test(args.run, args.other, args.data, args.resamples, args.seed)
+    print(json.dumps(result) if args.json else significance.paired_test_text(result))
 
 
 def export(args) -> None:
@@ -314,7 +346,7 @@ def submit(args) -> None:
 
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
-         "export": export, "merge": merge, "repeat": repeat, "report": report, "submit": submit}
+         "test": test, "export": export, "merge": merge, "repeat": repeat, "report": report, "submit": submit}
 
 
 if __name__ == "__main__":

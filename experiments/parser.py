@@ -165,7 +165,6 @@ def add_finetune_options(parser: Parser, method: bool = True) -> None:
     _training_options(parser)
     parser.add(TRAINING, "--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
     _folder_options(parser)
-    parser.add(FOLDER, "--no-plots", action="store_true", help="draw none")
 
 
 def _data_options(parser: Parser) -> None:
@@ -224,6 +223,12 @@ def _folder_options(parser: Parser) -> None:
     parser.add(FOLDER, "--save-every", type=_save_every, default=f"{TrainOptions.save_every:g}min", metavar="Nmin|Nsteps",
                help="minutes, or optimiser steps, between checkpoints in an epoch")
     parser.add(FOLDER, "--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
+    parser.add(FOLDER, "--no-plots", action="store_true", help="draw none")
+
+
+def _seeds_option(parser: Parser, group: str, default: int | None, more: str) -> None:
+    parser.add(group, "--seeds", type=_number(int, 1, 1000, "a whole number from 1 to 1000"), default=default,
+               help=f"how many: SR, SR + 1, ...; 00000 follows 99999{more}")
 
 
 def default(table: dict, task: str):
@@ -257,11 +262,19 @@ def _gen(parser: Parser) -> None:
 def _lora(parser: Parser) -> None:
     """inject LoRA into a backbone and fine-tune it on a task"""
     add_finetune_options(parser)
+    _seeds_option(parser, GENERAL, None, "; a run each (in runs/, or in --out), and their means with 95 %% intervals")
 
 
 def _distil(parser: Parser) -> None:
     """distil a LoRA run into a small RNN, and train the RNN alone beside it"""
-    parser.add(GENERAL, "--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given")
+    add_distil_options(parser)
+    _seeds_option(parser, GENERAL, None, "; each with the teacher of its own seed, or --teacher")
+
+
+def add_distil_options(parser: Parser) -> None:
+    """What a distillation has."""
+    parser.add(GENERAL, "--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given; with --seeds also a "
+                                                     "folder that holds LoRA-SR of every seed")
     _most_used(parser, "distil")
     parser.add(GENERAL, "--temperature", type=_positive, default=DistilOptions.temperature,
                help="softens teacher and student in the KD loss")
@@ -289,8 +302,8 @@ def _compare(parser: Parser) -> None:
     parser.add("comparison", "--set", action="append", default=[], metavar="NAME:OPTION=VALUE[,...]",
                help="one more entry, with options of LoRA's: r2:method=lora,rank=2,targets=q+v "
                     "(+ stands for the comma within targets and layers); may be given several times")
-    parser.add("comparison", "--seeds", type=_number(int, 1, 1000, "a whole number from 1 to 1000"), default=3,
-               help="how many: SR, SR + 1, ...; 00000 follows 99999")
+    _seeds_option(parser, "comparison", 3, "")
+    parser.add("comparison", "--against", metavar="ENTRY", help="print every other entry minus this one, paired by seed")
     parser.add("comparison", "--lr-grid", type=_list(_positive), metavar="LR[,...]",
                help="learning rates that each entry chooses from; --lr if not given, or each method's default")
     add_finetune_options(parser, method=False)
@@ -319,6 +332,30 @@ def _eval(parser: Parser) -> None:
     parser.add("scoring", "--json", action="store_true", help="print one JSON object")
     parser.add("scoring", "--predictions", type=Path, metavar="OUT.tsv",
                help="write sentence, label, prediction and probability")
+
+
+def _test(parser: Parser) -> None:
+    """test the difference between two finished runs on one labelled file"""
+    parser.usage = "run.py test RUN_A RUN_B --data FILE [options]"
+    parser.add_argument("other", metavar="RUN_B", type=Path)
+    parser.add("scoring", "--data", type=Path, required=True, metavar="FILE", help="in the format of the runs' task")
+    parser.add("scoring", "--json", action="store_true", help="print one JSON object")
+    parser.add("test", "--resamples", type=_number(int, 100, 10 ** 7, "a whole number from 100 to 10000000"), default=10_000,
+               help="of the sentences, with replacement")
+    parser.add("test", "--seed", type=_number(int, 0, 10 ** 9, "a whole number of at least 0"), default=0,
+               help="of the resamples")
+
+
+def _diagnose(parser: Parser) -> None:
+    """where a run is right and wrong: by source, length and phenomenon; calibration; disagreements"""
+    parser.add("diagnosis", "--data", type=Path, metavar="FILE",
+               help="in the format of the run's task; its development files if not given")
+    parser.add("diagnosis", "--pairs", type=Path, metavar="FILE",
+               help="TSV of minimal pairs with the columns phenomenon, paradigm, good, bad (BLiMP's; figures of "
+                    "published.tsv beside it are shown too); the built-in grammar's if not given")
+    parser.add("diagnosis", "--limit", type=_count, help="so many pairs of each paradigm: a quick look")
+    parser.add("diagnosis", "--json", action="store_true", help="print one JSON object")
+    parser.add(FOLDER, "--out", type=Path, help="of JSON, tables and plots; diagnose-RUN beside the run if not given")
 
 
 def _repeat(parser: Parser) -> None:
@@ -353,8 +390,9 @@ def _submit(parser: Parser) -> None:
 
 # Modes that start something take SR, those that read a run take its folder; run.py has a function for each.
 MODES = {"gen": _gen, "LoRA": _lora, "distil": _distil, "compare": _compare, "sweep": _sweep, "eval": _eval,
-         "export": _export, "merge": _merge, "repeat": _repeat, "report": _report, "submit": _submit}
-READS_A_RUN = ("eval", "export", "merge", "repeat")
+         "test": _test, "diagnose": _diagnose, "export": _export, "merge": _merge, "repeat": _repeat, "report": _report,
+         "submit": _submit}
+READS_A_RUN = ("eval", "test", "diagnose", "export", "merge", "repeat")
 READS_FILES_ONLY = ("report", "submit")  # they do without PyTorch
 SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several times for one run
 

@@ -115,7 +115,7 @@ def run_folder(options: RunOptions, config: dict):
     folder = make_folder(options.out)
     with locked(folder, "run"):
         if options.overwrite:
-            _empty(folder)
+            empty_folder(folder)
         elif (folder / "summary.json").exists():
             raise UserError(f"{folder}: holds a finished run; choose another SR or --out, or pass --overwrite")
         elif any(folder.glob(f"*{CHECKPOINT}")):
@@ -132,7 +132,7 @@ def run_folder(options: RunOptions, config: dict):
         yield folder
 
 
-def _empty(folder: Path) -> None:
+def empty_folder(folder: Path) -> None:
     """Removes what a run leaves behind, and nothing else in the folder."""
     for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json",
                  *TOKENIZER_FILES, SUMS):

@@ -25,6 +25,7 @@ from report.records import (
     shown_splits,
     spoken,
 )
+from report.seeds import spoken_entry
 
 # quantity -> (name of its axis, key in "train", key in "validation", factor). The training loss drawn is the
 # cross-entropy, not the objective: with KD the objective holds the teacher's part too, and could not be compared.
@@ -251,6 +252,31 @@ def _parameter_axis(axes, x: list[float]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def seeds_figure(study: Record) -> Figure:
+    """Every seed's MCC as a dot, with mean and 95 % interval: a panel for each split, best and last epoch."""
+    splits = shown_splits(study.section("selection")["splits"])
+    lines = [(f"{spoken_entry(entry['entry'])}, {which}", entry, which) for entry in study["entries"]
+             for which in ("best", "last") if which in entry]
+    figure = Figure(figsize=(8, 1.6 + 0.35 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, split in zip(figure.subplots(1, len(splits), sharey=True, squeeze=False)[0], splits, strict=True):
+        for i, (_, entry, which) in enumerate(lines):
+            spread = entry.section(which).section(split).section("mcc")
+            axes.plot(spread["values"], [i] * len(spread["values"]), "o", ms=4, color=BLUE, alpha=0.5,
+                      label=None if i else "one seed")
+            half = (spread["interval"][1] - spread["interval"][0]) / 2 if spread.get("interval") else 0
+            axes.errorbar([spread.number("mean")], [i + 0.22], xerr=[half], fmt="D", ms=4, capsize=4, color=VERMILLION,
+                          label=None if i else "mean, 95 % interval")
+        axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set(xlabel="Matthews correlation (0: majority class)", title=spoken(split))
+        axes.grid(alpha=0.25, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    figure.suptitle(f"{study['model']} on {study['task']}, {study['of']}, {len(study['seeds'])} seeds".replace("$", r"\$"))
+    return figure
+
+
 # ---------------------------------------------------------------- files
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
@@ -278,7 +304,11 @@ def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
 
 
 def plot_study(path: Path, plots_dir: Path) -> list[Path]:
-    """Draws a comparison (compare.json) or a sweep (sweep.json) as `<mode>-<SR>.png` and `.pdf`; the same bytes again."""
+    """Draws a comparison (compare.json), a sweep (sweep.json) or seeds (seeds.json) as `.png` and `.pdf`; the same bytes.
+
+    They are `<mode>-<SR>`, and those of seeds `<mode>-<SR>_seeds`, with the mode of the runs.
+    """
     study = read_json(path)
-    figure = {"compare": compare_figure, "sweep": sweep_figure}[study["mode"]](study)
-    return save_figure(figure, plots_dir / f"{study['mode']}-{study['sr']}")
+    figure = {"compare": compare_figure, "sweep": sweep_figure, "seeds": seeds_figure}[study["mode"]](study)
+    stem = f"{study['of']}-{study['sr']}_seeds" if study["mode"] == "seeds" else f"{study['mode']}-{study['sr']}"
+    return save_figure(figure, plots_dir / stem)
