@@ -296,6 +296,17 @@ def test(args) -> None:
     print(json.dumps(result) if args.json else significance.paired_test_text(result))
 
 
+def diagnose(args) -> None:
+    """`diagnose`: says where a run is right and wrong."""
+    from experiments import diagnose
+    from report import diagnosis, records
+
+    result = diagnose.diagnose_run(args.run, args.data, args.pairs, args.limit, args.out)
+    out = args.out or args.run.parent / f"diagnose-{args.run.name}"
+    print(json.dumps(result) if args.json else
+          f"{diagnosis.diagnosis_text(records.read_json(out / 'diagnose.json'))}\ndiagnosis: {out}")
+
+
 def export(args) -> None:
     """`export`: writes the student as an ONNX model."""
     from experiments import ship
@@ -346,7 +357,8 @@ def submit(args) -> None:
 
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
-         "test": test, "export": export, "merge": merge, "repeat": repeat, "report": report, "submit": submit}
+         "test": test, "diagnose": diagnose, "export": export, "merge": merge, "repeat": repeat, "report": report,
+         "submit": submit}
 
 
 if __name__ == "__main__":

@@ -388,6 +388,27 @@ def draw_corpus() -> list[str]:
     return [sentence for _, _, sentence in draw([*IN_DOMAIN, *HELD_OUT], "all", N_CORPUS, 1.0, rng, seen)]
 
 
+def draw_pairs(n: int) -> list[tuple[str, str, str]]:
+    """Draws minimal pairs: phenomenon, the acceptable sentence, the same with one violation; the same pairs each time.
+
+    Of held-out words, and none of their sentences is in the task or in the language model's corpus.
+
+    Args:
+        n: pairs of each phenomenon.
+    """
+    seen = {*draw_corpus(), *(row[2] for rows in draw_task(random.Random(SEED), set()).values() for row in rows)}
+    rng, entries, found = random.Random(SEED + 1), lexicon("held-out"), []
+    for phenomenon in (*IN_DOMAIN, *HELD_OUT):
+        kept = 0
+        while kept < n:
+            both = pair(phenomenon, rng, entries)
+            if not seen.intersection(both):
+                seen.update(both)
+                found.append((phenomenon, *both))
+                kept += 1
+    return found
+
+
 def write_tiny_task(folder: Path) -> None:
     """Writes the task as CoLA's files: source code, label (1 acceptable), author's mark (`*` or nothing), sentence.
 

@@ -255,7 +255,7 @@ def _parameter_axis(axes, x: list[float]) -> None:
 def seeds_figure(study: Record) -> Figure:
     """Every seed's MCC as a dot, with mean and 95 % interval: a panel for each split, best and last epoch."""
     splits = shown_splits(study.section("selection")["splits"])
-    lines = [(f"{spoken_entry(entry['entry'])}, {which}", entry, which) for entry in study["entries"]
+    lines = [(f"{spoken_entry(entry['entry'])}, {which} epoch", entry, which) for entry in study["entries"]
              for which in ("best", "last") if which in entry]
     figure = Figure(figsize=(8, 1.6 + 0.35 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,0 +1,360 @@
+"""Where a run is right and wrong: by source, length and phenomenon; calibration; disagreements.
+
+    python run.py diagnose runs/distil-12345
+    python run.py diagnose runs/distil-12345 --pairs blimp/pairs.tsv --limit 100
+
+A LoRA run is diagnosed beside its bare language model, a distillation beside its teacher, its no-KD baseline and the
+teacher's bare language model. diagnose.json holds every number; tables and plots are drawn from it (report/diagnosis.py).
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from scipy.special import softmax
+from sklearn.metrics import matthews_corrcoef
+from tqdm import tqdm
+
+import data_utils
+import train_utils
+from data import pairs as minimal_pairs
+from data.backbones import is_decoder, load_causal_lm, load_config, max_length_of
+from data.pairs import Pair
+from data_utils import Split
+from experiments import calibration
+from experiments.evaluate import load_finetuned, load_student, logits_of
+from experiments.inputs import load_task, separator_of
+from record.files import make_folder, sha256, write_json
+from record.folder import provenance, read_run, warn_of_changed_data
+from record.machine import device
+from record.options import RunOptions, TableOptions, rebuild
+from report import diagnosis
+
+BUILT_IN_PAIRS = 200  # of each phenomenon of the built-in grammar, where --limit does not say
+LENGTH_BINS = 5  # of about as many sentences each
+MOST = 50  # sentences in a list
+CHUNK = 4000  # sentences scored between two moves of the bar
+LM_TOKENS = 1024  # in a batch of the language model, pads included: its logits are as wide as the vocabulary
+
+
+@dataclass
+class Diagnosed:
+    """The models of a run, and the rows that they answer."""
+
+    config: dict  # of the run
+    mode: str  # LoRA or distil
+    models: dict[str, tuple]  # teacher, student, scratch -> model, tokenizer, options
+    runs: dict[str, str]  # the run that each model comes from
+    splits: dict[str, Split]
+    files: dict[str, str]  # SHA-256 of every data file
+    left_out: list[str] = field(default_factory=list)  # what cannot be said, and why
+
+
+def diagnose_run(folder: Path, data: Path | None = None, pairs: Path | None = None, limit: int | None = None,
+                 out: Path | None = None) -> dict:
+    """Diagnoses a finished run and writes diagnose.json, tables and plots.
+
+    Args:
+        folder: of a LoRA or distillation run.
+        data: in the format of the run's task; the run's development files if None.
+        pairs: a file of minimal pairs (`data.pairs`); the built-in grammar's if None.
+        limit: pairs of each paradigm.
+        out: folder of what is written; diagnose-<run> beside the run if None.
+
+    Returns:
+        What is in diagnose.json.
+
+    Raises:
+        UserError: bad input, before anything is written.
+    """
+    folder = Path(folder)
+    chosen = (minimal_pairs.read_pairs(pairs, limit) if pairs else None)
+    published = pairs and pairs.with_name("published.tsv")
+    accuracies = minimal_pairs.read_published(published) if published and published.exists() else {}
+    run = load(folder, data)
+    labels = {name: np.array(split.labels) for name, split in run.splits.items()}
+    logits = {name: {split: logits_of(*_of(model, rows)).double().numpy() for split, rows in run.splits.items()}
+              for name, model in run.models.items()}
+    whole = Split(*([item for split in run.splits.values() for item in getattr(split, key)]
+                    for key in ("sentences", "labels", "sources")))
+    names_of_splits = [name for name, split in run.splits.items() for _ in range(len(split))]
+    pooled = {name: np.concatenate(list(parts.values())) for name, parts in logits.items()}
+    truth = np.array(whole.labels)
+    predictions = {name: values.argmax(-1) for name, values in pooled.items()}
+    classes = run.config.get("classes", list(data_utils.COLA_CLASSES))
+    read = [path for path, there in ((pairs, pairs), (published, accuracies)) if there]
+    files = {**run.files, **{str(path): sha256(path) for path in read}}
+    result = {
+        "mode": "diagnose", "run": str(folder), "of": run.mode, "model": run.config["options"]["model"],
+        "task": run.config["options"]["task"], "classes": classes,
+        **provenance({"data": data and str(data), "pairs": pairs and str(pairs), "limit": limit}, files),
+        "models": dict(run.runs), "splits": {name: len(split) for name, split in run.splits.items()},
+        "scores": {name: {split: train_utils.scores(torch.from_numpy(values), torch.from_numpy(labels[split]))
+                          for split, values in parts.items()} for name, parts in logits.items()},
+        "by_source": by_source(run, whole.sources, truth, predictions),
+        "by_length": by_group(*length_groups([len(text.split()) for text in whole.sentences]), truth, predictions),
+        "calibration": {name: calibrate(parts, labels) for name, parts in logits.items()},
+        "disagreements": disagreements(run, whole, names_of_splits, classes, pooled),
+        "all_wrong": all_wrong(whole, names_of_splits, classes, pooled)}
+    result["pairs"] = on_pairs(run, chosen, limit, str(pairs) if pairs else None, accuracies)
+    if pairs and not accuracies:
+        run.left_out.append(f"published figures: there is no {published}")
+    result["models"] = dict(run.runs)  # the bare language model is among them by now
+    result["left_out"] = run.left_out
+    out = make_folder(out or folder.parent / f"diagnose-{folder.name}")
+    write_json(out / "diagnose.json", result)
+    diagnosis.write(out / "diagnose.json", out)
+    return result
+
+
+def _of(model: tuple, split: Split) -> tuple:
+    """The arguments of `logits_of`."""
+    return model[0], split, *model[1:]
+
+
+# ---------------------------------------------------------------- what is diagnosed
+
+def load(folder: Path, data: Path | None) -> Diagnosed:
+    """Loads a run's models and rows, and warns of data or a teacher that changed since the run.
+
+    Raises:
+        UserError: not a finished run, or damaged; a teacher that is no more what it was.
+    """
+    config, summary = read_run(folder)
+    mode, models, runs, left_out = summary["mode"], {}, {}, []
+    if mode == "LoRA":
+        models["teacher"], runs["teacher"] = load_finetuned(folder), str(folder)
+    else:
+        if teacher := find_teacher(folder, summary["teacher"]["run"]):
+            models["teacher"], runs["teacher"] = load_finetuned(teacher), str(teacher)
+            changed = [name for name, digest in config.get("teacher_files", {}).items() if sha256(teacher / name) != digest]
+            if changed:
+                warnings.warn(f"{teacher}: changed since the student learned from it ({changed[0]} is another file)",
+                              stacklevel=2)
+        else:
+            left_out.append(f"the teacher: {summary['teacher']['run']} is not there")
+        for name in ("student", "scratch"):
+            models[name], runs[name] = load_student(folder, name), str(folder)
+    _, tokenizer, _ = next(iter(models.values()))
+    options = config["options"]
+    if data is not None:
+        warn_of_changed_data(config, data)
+        classes = config.get("classes", data_utils.COLA_CLASSES)
+        rows = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
+        splits, files = {data.stem: rows}, {str(data): sha256(data)}
+    else:
+        for name in config.get("data_files", {}):
+            if Path(name).exists():
+                warn_of_changed_data(config, Path(name))
+        task = load_task(rebuild(RunOptions, options, out=folder), tokenizer)
+        splits, files = task.dev, task.files
+    return Diagnosed(config, mode, models, runs, splits, files, left_out)
+
+
+def find_teacher(folder: Path, recorded: str) -> Path | None:
+    """The teacher's folder: where the run found it, or beside the run, where both were moved."""
+    return next((path for path in (Path(recorded), folder.parent / Path(recorded).name) if (path / "config.json").exists()),
+                None)
+
+
+# ---------------------------------------------------------------- groups of rows
+
+def by_group(groups: list[str], order: list[str], labels: np.ndarray, predictions: dict[str, np.ndarray]) -> list[dict]:
+    """Rows, the majority class's accuracy, and every model's accuracy and MCC in each group.
+
+    MCC is None where all rows of a group have one label: it is not defined there.
+
+    Args:
+        groups: (N) each row's group.
+        order: the groups in the order of the result.
+        labels: (N,) class indices.
+        predictions: model -> (N,) class indices.
+    """
+    found, members = [], np.array(groups)
+    for group in order:
+        here = members == group
+        truth = labels[here]
+        found.append({"group": group, "n": int(here.sum()), "majority_accuracy": float(np.bincount(truth).max() / len(truth)),
+                      "models": {name: {
+                          "accuracy": float((said[here] == truth).mean()),
+                          "mcc": float(matthews_corrcoef(truth, said[here])) if len(set(truth.tolist())) > 1 else None}
+                          for name, said in predictions.items()}})
+    return found
+
+
+def by_source(run: Diagnosed, sources: list[str], labels: np.ndarray, predictions: dict) -> list[dict] | None:
+    """`by_group` by source, the largest first; None where the task has none."""
+    if len(set(sources)) < 2:
+        run.left_out.append(f"by source: the task {run.config['options']['task']} has no sources here")
+        return None
+    order = sorted(set(sources), key=lambda source: (-sources.count(source), source))
+    return by_group(sources, order, labels, predictions)
+
+
+def length_groups(words: list[int], bins: int = LENGTH_BINS) -> tuple[list[str], list[str]]:
+    """Each row's group by its number of words, and the groups in order: about as many rows in each, "4-6" for a name."""
+    edges = np.unique(np.quantile(words, np.arange(1, bins) / bins, method="inverted_cdf")) if words else []
+    index = np.searchsorted(edges, words)  # edges are the largest length of their group
+    names = {}
+    for i in np.unique(index):
+        here = np.array(words)[index == i]
+        names[i] = f"{here.min()}" if here.min() == here.max() else f"{here.min()}-{here.max()}"
+    return [names[i] for i in index], list(names.values())
+
+
+# ---------------------------------------------------------------- calibration and single sentences
+
+def calibrate(logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict:
+    """One model's calibration on every split, at a temperature fitted on the split that chose its epoch.
+
+    There the scaled figures flatter; on another split they are what the temperature is worth.
+    """
+    chosen = train_utils.selection_split(logits)
+    temperature = calibration.fit_temperature(logits[chosen], labels[chosen])
+    return {"fitted_on": chosen, "temperature": temperature, "splits": {
+        split: calibration.calibration(values, labels[split], temperature) for split, values in logits.items()}}
+
+
+def _rows(whole: Split, splits: list[str], classes: list[str], logits: dict[str, np.ndarray], order) -> list[dict]:
+    """Sentences with their split, source, label, and every model's prediction with the probability of the label."""
+    probabilities = {name: softmax(values, -1) for name, values in logits.items()}
+    return [{"sentence": whole.sentences[i], "split": splits[i], "source": whole.sources[i] if whole.sources else None,
+             "label": classes[whole.labels[i]],
+             "models": {name: {"prediction": classes[int(values[i].argmax())],
+                               "probability_of_label": float(values[i, whole.labels[i]])}
+                        for name, values in probabilities.items()}} for i in order]
+
+
+def disagreements(run: Diagnosed, whole: Split, splits: list[str], classes: list[str], logits: dict) -> list[dict] | None:
+    """The sentences on which teacher and student differ most, by the total variation distance of their probabilities."""
+    if not {"teacher", "student"} <= set(logits):
+        run.left_out.append("disagreements: they need a teacher and a student, a distillation run's")
+        return None
+    teacher, student = softmax(logits["teacher"], -1), softmax(logits["student"], -1)
+    distance = np.abs(teacher - student).sum(-1) / 2
+    order = np.argsort(-distance, kind="stable")[:MOST]
+    return [{**row, "distance": float(distance[i])} for i, row in zip(
+        order, _rows(whole, splits, classes, logits, order), strict=True)]
+
+
+def all_wrong(whole: Split, splits: list[str], classes: list[str], logits: dict[str, np.ndarray]) -> dict:
+    """The sentences that every classifier has wrong, those first on which they are surest."""
+    truth = np.array(whole.labels)
+    wrong = np.flatnonzero(np.all([values.argmax(-1) != truth for values in logits.values()], axis=0))
+    of_label = np.mean([softmax(values, -1)[wrong, truth[wrong]] for values in logits.values()], axis=0)
+    order = wrong[np.argsort(of_label, kind="stable")]
+    return {"n": len(wrong), "rows": _rows(whole, splits, classes, logits, order[:MOST])}
+
+
+# ---------------------------------------------------------------- minimal pairs
+
+def on_pairs(run: Diagnosed, pairs: list[Pair] | None, limit: int | None, file: str | None,
+             published: dict[str, dict[str, float]]) -> dict | None:
+    """In how many minimal pairs each model scores the acceptable sentence higher, by paradigm and by phenomenon.
+
+    A classifier scores a sentence by its logit of acceptable minus that of unacceptable, the bare language model by its
+    log-probability. None where the run's task is not one of acceptability and no pairs were given.
+    """
+    options = run.config["options"]
+    if pairs is None and options["task"] not in ("cola", "tiny"):
+        run.left_out.append(f"minimal pairs: {options['task']} is no task of acceptability; --pairs asks for them")
+        return None
+    pairs = pairs or minimal_pairs.built_in(limit or BUILT_IN_PAIRS)
+    sentences = list(dict.fromkeys(text for pair in pairs for text in (pair.good, pair.bad)))
+    judges = dict(scorers(run))
+    higher = {}
+    with tqdm(total=len(judges) * len(sentences), unit="sentence", desc="minimal pairs", dynamic_ncols=True) as bar:
+        for name, judge in judges.items():
+            bar.set_postfix_str(name)
+            scores = {}
+            for start in range(0, len(sentences), CHUNK):
+                part = sentences[start:start + CHUNK]
+                scores.update(zip(part, judge(part).tolist(), strict=True))
+                bar.update(len(part))
+            higher[name] = np.array([scores[pair.good] > scores[pair.bad] for pair in pairs])
+    if not higher:
+        return None
+    return {"file": file, "limit": limit, "n": len(pairs), "published": list(published),
+            "paradigms": pair_groups(pairs, "paradigm", higher, published),
+            "phenomena": pair_groups(pairs, "phenomenon", higher, published),
+            "overall": {"n": len(pairs), "models": {name: _share(values) for name, values in higher.items()},
+                        "published": _published({pair.paradigm for pair in pairs}, published)}}
+
+
+def pair_groups(pairs: list[Pair], key: str, higher: dict[str, np.ndarray], published: dict[str, dict[str, float]]
+                ) -> list[dict]:
+    """Share of pairs, with its interval, in which each model scores the right sentence higher: by paradigm or phenomenon.
+
+    Args:
+        higher: model -> (N,) whether it does.
+        published: model -> paradigm -> accuracy; of a phenomenon, the mean over its paradigms.
+    """
+    members, found = np.array([getattr(pair, key) for pair in pairs]), []
+    for group in dict.fromkeys(members.tolist()):
+        here = members == group
+        own = [pair for pair in pairs if getattr(pair, key) == group]
+        found.append({"group": group, "phenomenon": own[0].phenomenon, "n": len(own),
+                      "models": {name: _share(values[here]) for name, values in higher.items()},
+                      "published": _published({pair.paradigm for pair in own}, published)})
+    return found
+
+
+def _share(values: np.ndarray) -> dict:
+    """The share of True, with its 95 % interval (Wilson 1927)."""
+    interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(0.95, method="wilson")
+    return {"accuracy": float(values.mean()), "interval": [float(interval.low), float(interval.high)]}
+
+
+def _published(paradigms: set[str], published: dict[str, dict[str, float]]) -> dict[str, float]:
+    known = {name: [values[paradigm] for paradigm in paradigms if paradigm in values] for name, values in published.items()}
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
+
+
+def scorers(run: Diagnosed) -> Iterator[tuple]:
+    """Every model that can score a sentence: its name, and a function from sentences to scores (N,)."""
+    for name, (model, tokenizer, options) in run.models.items():
+        if getattr(model, "feature_head", None) is not None:
+            run.left_out.append(f"minimal pairs, {name}: it reads numeric features, which the pairs have not")
+        elif len(run.config.get("classes", data_utils.COLA_CLASSES)) != 2:
+            run.left_out.append(f"minimal pairs, {name}: it has more than the two classes of acceptability")
+        else:
+            yield name, lambda sentences, one=(model, tokenizer, options): acceptability(*one, sentences)
+    name, tokenizer = run.config["options"]["model"], next(iter(run.models.values()))[1]
+    if not is_decoder(load_config(name)):
+        run.left_out.append(f"minimal pairs, bare language model: {name} is an encoder, which gives no probability of a "
+                            "sentence")
+        return
+    lm = load_causal_lm(name).to(device())
+    run.runs["language_model"] = name
+    yield "language_model", lambda sentences: log_probabilities(lm, tokenizer, sentences)
+
+
+def acceptability(model, tokenizer, options: dict, sentences: list[str]) -> np.ndarray:
+    """A classifier's logit of acceptable (its second class) minus that of unacceptable, (N,)."""
+    logits = logits_of(model, Split(sentences, [0] * len(sentences)), tokenizer, options)
+    return (logits[:, 1] - logits[:, 0]).double().numpy()
+
+
+@torch.inference_mode()
+def log_probabilities(lm, tokenizer, sentences: list[str], batch_tokens: int = LM_TOKENS) -> np.ndarray:
+    """Log-probabilities (N,) of sentences under a causal language model, in nats.
+
+    The sum over all tokens of the sentence, the first one given the model's beginning-of-text token, where it has any; the
+    end of the sentence is not scored (as Warstadt et al. 2020 score GPT-2).
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    opening = [] if start is None else [start]
+    ids = [tokens if tokens[:1] == opening else opening + tokens
+           for tokens in data_utils.encode(tokenizer, sentences, max_length_of(lm.config) - len(opening))]
+    result = np.empty(len(ids))
+    for rows in data_utils.bucket_by_length([len(tokens) for tokens in ids], 1, 0, batch_tokens):
+        batch = data_utils.collate(ids, [0] * len(ids), rows, 0).to(lm.device)
+        logits = lm(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()  # (B, T - 1, vocabulary)
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
+        result[rows] = -(losses.double() * batch.attention_mask[:, 1:]).sum(1).cpu().numpy()
+    return result
