@@ -29,7 +29,7 @@ from data_utils import Split
 from experiments import calibration
 from experiments.evaluate import load_finetuned, load_student, logits_of
 from experiments.inputs import load_task, separator_of
-from record.files import make_folder, sha256, write_json
+from record.files import check_folder, make_folder, sha256, write_json
 from record.folder import provenance, read_run, warn_of_changed_data
 from record.machine import device
 from record.options import RunOptions, TableOptions, rebuild
@@ -54,6 +54,49 @@ class Diagnosed:
     files: dict[str, str]  # SHA-256 of every data file
     left_out: list[str] = field(default_factory=list)  # what cannot be said, and why
 
+    @property
+    def classes(self) -> list[str]:
+        """The classes' names."""
+        return self.config.get("classes", list(data_utils.COLA_CLASSES))
+
+
+class Answers:
+    """What every classifier of a run says of the rows, by split and of all splits together.
+
+    Attributes:
+        by_split: model -> split -> logits (n, labels).
+        labels_of: split -> labels (n,).
+        logits: model -> logits (N, labels) of all rows; likewise `labels` (N,) and `predictions`, model -> (N,).
+        rows: all rows; `split_of` holds the split that each is of.
+    """
+
+    def __init__(self, run: Diagnosed):
+        splits, self.classes = run.splits, run.classes
+        self.by_split = {name: {split: logits_of(model, rows, tokenizer, options).double().numpy()
+                                for split, rows in splits.items()}
+                         for name, (model, tokenizer, options) in run.models.items()}
+        self.labels_of = {name: np.array(split.labels) for name, split in splits.items()}
+        self.rows = Split(*([item for split in splits.values() for item in getattr(split, key)]
+                            for key in ("sentences", "labels", "sources")))
+        self.split_of = [name for name, split in splits.items() for _ in range(len(split))]
+        self.logits = {name: np.concatenate(list(parts.values())) for name, parts in self.by_split.items()}
+        self.probabilities = {name: softmax(values, -1) for name, values in self.logits.items()}
+        self.predictions = {name: values.argmax(-1) for name, values in self.logits.items()}
+        self.labels = np.array(self.rows.labels)
+
+    def scores(self) -> dict[str, dict]:
+        """Every model's scores on every split, as a run's summary has them."""
+        return {name: {split: train_utils.scores(torch.from_numpy(values), torch.from_numpy(self.labels_of[split]))
+                       for split, values in parts.items()} for name, parts in self.by_split.items()}
+
+    def sentences(self, order) -> list[dict]:
+        """The given rows with their split, source, label, and every model's prediction with the label's probability."""
+        return [{"sentence": self.rows.sentences[i], "split": self.split_of[i],
+                 "source": self.rows.sources[i] if self.rows.sources else None, "label": self.classes[self.labels[i]],
+                 "models": {name: {"prediction": self.classes[self.predictions[name][i]],
+                                   "probability_of_label": float(values[i, self.labels[i]])}
+                            for name, values in self.probabilities.items()}} for i in order]
+
 
 def diagnose_run(folder: Path, data: Path | None = None, pairs: Path | None = None, limit: int | None = None,
                  out: Path | None = None) -> dict:
@@ -73,48 +116,34 @@ def diagnose_run(folder: Path, data: Path | None = None, pairs: Path | None = No
         UserError: bad input, before anything is written.
     """
     folder = Path(folder)
-    chosen = (minimal_pairs.read_pairs(pairs, limit) if pairs else None)
+    out = out or folder.parent / f"diagnose-{folder.name}"
+    check_folder(out)
+    chosen = minimal_pairs.read_pairs(pairs, limit) if pairs else None
     published = pairs and pairs.with_name("published.tsv")
     accuracies = minimal_pairs.read_published(published) if published and published.exists() else {}
     run = load(folder, data)
-    labels = {name: np.array(split.labels) for name, split in run.splits.items()}
-    logits = {name: {split: logits_of(*_of(model, rows)).double().numpy() for split, rows in run.splits.items()}
-              for name, model in run.models.items()}
-    whole = Split(*([item for split in run.splits.values() for item in getattr(split, key)]
-                    for key in ("sentences", "labels", "sources")))
-    names_of_splits = [name for name, split in run.splits.items() for _ in range(len(split))]
-    pooled = {name: np.concatenate(list(parts.values())) for name, parts in logits.items()}
-    truth = np.array(whole.labels)
-    predictions = {name: values.argmax(-1) for name, values in pooled.items()}
-    classes = run.config.get("classes", list(data_utils.COLA_CLASSES))
+    answers = Answers(run)
     read = [path for path, there in ((pairs, pairs), (published, accuracies)) if there]
     files = {**run.files, **{str(path): sha256(path) for path in read}}
     result = {
         "mode": "diagnose", "run": str(folder), "of": run.mode, "model": run.config["options"]["model"],
-        "task": run.config["options"]["task"], "classes": classes,
+        "task": run.config["options"]["task"], "classes": run.classes,
         **provenance({"data": data and str(data), "pairs": pairs and str(pairs), "limit": limit}, files),
-        "models": dict(run.runs), "splits": {name: len(split) for name, split in run.splits.items()},
-        "scores": {name: {split: train_utils.scores(torch.from_numpy(values), torch.from_numpy(labels[split]))
-                          for split, values in parts.items()} for name, parts in logits.items()},
-        "by_source": by_source(run, whole.sources, truth, predictions),
-        "by_length": by_group(*length_groups([len(text.split()) for text in whole.sentences]), truth, predictions),
-        "calibration": {name: calibrate(parts, labels) for name, parts in logits.items()},
-        "disagreements": disagreements(run, whole, names_of_splits, classes, pooled),
-        "all_wrong": all_wrong(whole, names_of_splits, classes, pooled)}
+        "models": {}, "splits": {name: len(split) for name, split in run.splits.items()}, "scores": answers.scores(),
+        "by_source": by_source(run, answers),
+        "by_length": by_group(*length_groups([len(text.split()) for text in answers.rows.sentences]), answers.labels,
+                              answers.predictions),
+        "calibration": {name: calibrate(parts, answers.labels_of) for name, parts in answers.by_split.items()},
+        "disagreements": disagreements(run, answers), "all_wrong": all_wrong(answers)}
     result["pairs"] = on_pairs(run, chosen, limit, str(pairs) if pairs else None, accuracies)
     if pairs and not accuracies:
         run.left_out.append(f"published figures: there is no {published}")
     result["models"] = dict(run.runs)  # the bare language model is among them by now
     result["left_out"] = run.left_out
-    out = make_folder(out or folder.parent / f"diagnose-{folder.name}")
+    make_folder(out)
     write_json(out / "diagnose.json", result)
     diagnosis.write(out / "diagnose.json", out)
     return result
-
-
-def _of(model: tuple, split: Split) -> tuple:
-    """The arguments of `logits_of`."""
-    return model[0], split, *model[1:]
 
 
 # ---------------------------------------------------------------- what is diagnosed
@@ -179,7 +208,8 @@ def by_group(groups: list[str], order: list[str], labels: np.ndarray, prediction
     for group in order:
         here = members == group
         truth = labels[here]
-        found.append({"group": group, "n": int(here.sum()), "majority_accuracy": float(np.bincount(truth).max() / len(truth)),
+        found.append({"group": group, "n": int(here.sum()),
+                      "majority_accuracy": float(np.bincount(truth).max() / len(truth)),
                       "models": {name: {
                           "accuracy": float((said[here] == truth).mean()),
                           "mcc": float(matthews_corrcoef(truth, said[here])) if len(set(truth.tolist())) > 1 else None}
@@ -187,13 +217,14 @@ def by_group(groups: list[str], order: list[str], labels: np.ndarray, prediction
     return found
 
 
-def by_source(run: Diagnosed, sources: list[str], labels: np.ndarray, predictions: dict) -> list[dict] | None:
+def by_source(run: Diagnosed, answers: Answers) -> list[dict] | None:
     """`by_group` by source, the largest first; None where the task has none."""
+    sources = answers.rows.sources
     if len(set(sources)) < 2:
         run.left_out.append(f"by source: the task {run.config['options']['task']} has no sources here")
         return None
     order = sorted(set(sources), key=lambda source: (-sources.count(source), source))
-    return by_group(sources, order, labels, predictions)
+    return by_group(sources, order, answers.labels, answers.predictions)
 
 
 def length_groups(words: list[int], bins: int = LENGTH_BINS) -> tuple[list[str], list[str]]:
@@ -220,35 +251,21 @@ def calibrate(logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> d
         split: calibration.calibration(values, labels[split], temperature) for split, values in logits.items()}}
 
 
-def _rows(whole: Split, splits: list[str], classes: list[str], logits: dict[str, np.ndarray], order) -> list[dict]:
-    """Sentences with their split, source, label, and every model's prediction with the probability of the label."""
-    probabilities = {name: softmax(values, -1) for name, values in logits.items()}
-    return [{"sentence": whole.sentences[i], "split": splits[i], "source": whole.sources[i] if whole.sources else None,
-             "label": classes[whole.labels[i]],
-             "models": {name: {"prediction": classes[int(values[i].argmax())],
-                               "probability_of_label": float(values[i, whole.labels[i]])}
-                        for name, values in probabilities.items()}} for i in order]
-
-
-def disagreements(run: Diagnosed, whole: Split, splits: list[str], classes: list[str], logits: dict) -> list[dict] | None:
+def disagreements(run: Diagnosed, answers: Answers) -> list[dict] | None:
     """The sentences on which teacher and student differ most, by the total variation distance of their probabilities."""
-    if not {"teacher", "student"} <= set(logits):
+    if not {"teacher", "student"} <= set(answers.probabilities):
         run.left_out.append("disagreements: they need a teacher and a student, a distillation run's")
         return None
-    teacher, student = softmax(logits["teacher"], -1), softmax(logits["student"], -1)
-    distance = np.abs(teacher - student).sum(-1) / 2
+    distance = np.abs(answers.probabilities["teacher"] - answers.probabilities["student"]).sum(-1) / 2
     order = np.argsort(-distance, kind="stable")[:MOST]
-    return [{**row, "distance": float(distance[i])} for i, row in zip(
-        order, _rows(whole, splits, classes, logits, order), strict=True)]
+    return [{**row, "distance": float(distance[i])} for i, row in zip(order, answers.sentences(order), strict=True)]
 
 
-def all_wrong(whole: Split, splits: list[str], classes: list[str], logits: dict[str, np.ndarray]) -> dict:
+def all_wrong(answers: Answers) -> dict:
     """The sentences that every classifier has wrong, those first on which they are surest."""
-    truth = np.array(whole.labels)
-    wrong = np.flatnonzero(np.all([values.argmax(-1) != truth for values in logits.values()], axis=0))
-    of_label = np.mean([softmax(values, -1)[wrong, truth[wrong]] for values in logits.values()], axis=0)
-    order = wrong[np.argsort(of_label, kind="stable")]
-    return {"n": len(wrong), "rows": _rows(whole, splits, classes, logits, order[:MOST])}
+    wrong = np.flatnonzero(np.all([said != answers.labels for said in answers.predictions.values()], axis=0))
+    of_label = np.mean([values[wrong, answers.labels[wrong]] for values in answers.probabilities.values()], axis=0)
+    return {"n": len(wrong), "rows": answers.sentences(wrong[np.argsort(of_label, kind="stable")][:MOST])}
 
 
 # ---------------------------------------------------------------- minimal pairs
@@ -320,7 +337,7 @@ def scorers(run: Diagnosed) -> Iterator[tuple]:
     for name, (model, tokenizer, options) in run.models.items():
         if getattr(model, "feature_head", None) is not None:
             run.left_out.append(f"minimal pairs, {name}: it reads numeric features, which the pairs have not")
-        elif len(run.config.get("classes", data_utils.COLA_CLASSES)) != 2:
+        elif len(run.classes) != 2:
             run.left_out.append(f"minimal pairs, {name}: it has more than the two classes of acceptability")
         else:
             yield name, lambda sentences, one=(model, tokenizer, options): acceptability(*one, sentences)
