@@ -203,17 +203,17 @@ def seed_runs(args) -> list[SeedRun]:
         one = argparse.Namespace(**{**vars(args), "sr": seed, "out": folder / f"{args.mode}-{seed}"})
         if args.mode == "LoRA":
             options = finetune_options(one)
-            recorded, resolved = asdict(options.lora), ["max_length"]
+            recorded, resolved = asdict(options.lora), ["max_length", "precision"]
         else:
             if args.teacher and not (args.teacher / "config.json").exists():
                 one.teacher = args.teacher / f"LoRA-{seed}"
             options, student = distil_options(one)
             one.teacher, recorded = student.teacher, asdict(student)
-            resolved = ["model", "data", "limit", "max_length", "embedding_size", "hidden_size",
+            resolved = ["model", "data", "limit", "max_length", "precision", "embedding_size", "hidden_size",
                         *(field.name for field in fields(TableOptions))]
         recorded = as_json({**recorded, **asdict(options.train), **settings_of(options)})
         words = [args.mode, seed, *parser.words(one, {}), *([] if args.lr is None else [f"--lr={args.lr!r}"])]
-        unknown = [name for name in resolved if recorded[name] in (None, [], getattr(TableOptions, name, None))]
+        unknown = [name for name in resolved if recorded[name] in (None, [], "auto", getattr(TableOptions, name, None))]
         known = {name: value for name, value in recorded.items() if name not in (*FREE, *unknown)}
         found.append(SeedRun(seed, one.out, words, known, options))
     return found
