@@ -8,7 +8,6 @@ column for each model.
 """
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,17 +70,16 @@ def read_published(path: Path) -> dict[str, dict[str, float]]:
 def _rows(path: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
     """The lines of a TSV with a header, as dicts, with their numbers; at least one."""
     try:
-        lines = Path(path).read_bytes().decode("utf-8").splitlines()
+        lines = Path(path).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
-    table = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    header = table[0] if table else []
+    header, *table = [line.removesuffix("\r").split("\t") for line in lines]
     if lacking := [name for name in needed if name not in header]:
         raise UserError(f"{path}: no column {lacking[0]}; expected a header with {', '.join(needed)}, separated by tabs")
     found = []
-    for number, values in enumerate(table[1:], 2):
+    for number, values in enumerate(table, 2):
         if len(values) != len(header):
             raise UserError(f"{path}, line {number}: {len(values)} column(s); expected {len(header)}, separated by tabs")
         found.append((number, dict(zip(header, values, strict=True))))

@@ -98,7 +98,8 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
         write_file(folder / "compare.tex", studies.compare_latex(written))
         write_file(folder / "compare_intervals.tex", seeds_tables.intervals_latex(written))
     say(studies.compare_text(written))
-    say(seeds_tables.intervals_text(written))
+    if len(seeds) > 1:
+        say(seeds_tables.intervals_text(written))
     return result
 
 

@@ -9,7 +9,9 @@ from record.files import UserError
 
 def test_built_in_pairs_are_fixed_differ_and_stand_nowhere_else():
     found = pairs.built_in(20)
-    assert found == pairs.built_in(20)
+    assert found[0] == pairs.Pair("agreement", "agreement",
+                                  "My bankers near the judge are famous.",
+                                  "My bankers near the judge is famous.")
     assert {pair.phenomenon for pair in found} == {*grammar.IN_DOMAIN, *grammar.HELD_OUT} and len(found) == 14 * 20
     sentences = [text for pair in found for text in (pair.good, pair.bad)]
     assert len(set(sentences)) == len(sentences)

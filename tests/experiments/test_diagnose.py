@@ -164,7 +164,7 @@ def test_lengths_fall_into_groups_of_about_the_same_size():
     for group in order:
         low, _, high = group.partition("-")
         assert all(int(low) <= n <= int(high or low) for n, own in zip(words, groups, strict=True) if own == group)
-        assert 100 < groups.count(group) < 320
+        assert 50 < groups.count(group) < 350  # of equal lengths, all are in one
     assert [int(name.partition("-")[0]) for name in order] == sorted(int(name.partition("-")[0]) for name in order)
     assert diagnose.length_groups([3, 3, 3]) == (["3"] * 3, ["3"])
 
