@@ -109,7 +109,7 @@ def _pairs(diagnosis: Record, pairs: Record, key: str, title: str) -> Table:
 def _sentences(diagnosis: Record, rows: list[Record], title: str) -> Table:
     models = list(rows[0].section("models"))
     return Table(title, ["sentence", "label", *(name_of(diagnosis, model) for model in models)], [
-        [row["sentence"] if len(row["sentence"]) <= 80 else row["sentence"][:79] + "\u2026", row["label"],
+        [row["sentence"] if len(row["sentence"]) <= 80 else row["sentence"][:77] + "...", row["label"],
          *(f"{row.section('models').section(model).number('probability_of_label'):.2f}" for model in models)]
         for row in rows])
 
