@@ -221,7 +221,10 @@ def distil(args) -> int:
 def _seeds(args) -> int:
     """`LoRA` and `distil` with `--seeds`: runs the seeds that are missing, and prints and draws what they say together."""
     from experiments import seeds, variants
+    from record.files import UserError
 
+    if processes.count() > 1:
+        raise UserError(f"--seeds is for one process, and here are {processes.count()}; start the seeds one by one")
     options = seeds.SeedsOptions(args.mode, args.sr, variants.seed_runs(args),
                                  (args.out or Path("runs")) / f"{args.mode}-{args.sr}-seeds", variants.settings(args),
                                  args.overwrite)

@@ -30,6 +30,7 @@ from experiments.significance import over_seeds, paired_differences
 from experiments.variants import Entry, seeds_of
 from record.files import UserError, locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance, read_run
+from record.machine import device
 from report import records, studies
 from report import seeds as seeds_tables
 
@@ -168,7 +169,8 @@ def finished_run(words: list[str], folder: Path, threads: int | None) -> dict | 
         with filelock.FileLock(folder / ".lock"):
             pass  # the child of a killed comparison may still be at work here: now it has ended
     if not (folder / "summary.json").exists() and not diverged.exists():
-        status = run_child([*words, f"--out={folder}", "--resume", "--no-plots"], folder / "log.txt", threads)
+        words = [*words, f"--out={folder}", "--resume", "--no-plots", f"--device={device().type}"]
+        status = run_child(words, folder / "log.txt", threads)
         last = next((line for line in reversed((folder / "log.txt").read_text(errors="replace").splitlines())
                      if line.strip()), "no output")
         if status == DIVERGED:
