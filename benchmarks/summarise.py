@@ -334,7 +334,27 @@ def summary(results: dict[str, dict]) -> list[str]:
     return table(["what", "accuracy / MCC, or how many times as fast", "command"], rows)
 
 
-SECTIONS = {"summary": summary, "cola": cola, "student": student, "speed": speed,
+def architectures(results: dict[str, dict]) -> list[str]:
+    """What works with which architecture: those of which all does by name, the others in a table with the lines said."""
+    if "architectures" not in results:
+        return [f"`python benchmarks/architectures.py`: {NOT_RUN}."]
+    result = results["architectures"]
+    outcomes, lines = result["outcomes"], {}
+
+    def cell(outcome: str) -> str:
+        word, _, line = ("yes", "", "") if outcome == "works" else ("yes", *outcome.partition(", ")[1:]) if (
+            outcome.startswith("works, ")) else ("no", "", outcome)
+        return f"{word} ({lines.setdefault(line, len(lines) + 1)})" if line else word
+
+    whole = [name for name, found in outcomes.items() if set(found.values()) == {"works"}]
+    rows = [[f"`{name}`", *map(cell, found.values())] for name, found in outcomes.items() if name not in whole]
+    return [f"Of {len(outcomes)} architectures everything works with {len(whole)}: "
+            f"{', '.join(f'`{name}`' for name in whole)}.", "",
+            *table(["model type", *next(iter(outcomes.values()))], rows), "",
+            *(f"{number}. {line}" for line, number in lines.items()), "", shown(result), *measured_on([result])]
+
+
+SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "student": student, "speed": speed,
             "measurements": measurements, "reliability": reliability, "buzzer": buzzer,
             "rotten_tomatoes": lambda results: comparison("rotten_tomatoes", results),
             "movie_reviews": lambda results: comparison("movie_reviews", results),

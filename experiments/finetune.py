@@ -111,7 +111,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     task = load_task(options, tokenizer)
     tokenizer_sha256 = tokenizer_digest(tokenizer)
     classifier, lm = load_classifier(options.model, task.num_labels)
-    max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
+    max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net))
     sane = lm is not None and options.method == "lora"
     ids = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS) if sane else None
     weights = tensors.digest_meanwhile(classifier.net.base_model)  # on a core that tokenising leaves idle
@@ -145,7 +145,8 @@ def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable
     start, used = time.perf_counter(), 0
     for split in (run.batches, *map(processes.own, run.dev.values())):
         used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
-    say(f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
+    say(f"  {prefix.why_not}; they are computed each time" if prefix.why_not else
+        f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
         f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
 
 
@@ -232,6 +233,8 @@ def save_trained(classifier: TextClassifier, method: str, folder: Path, base: st
         adapters.save_adapter(classifier, folder, public_name(base))
     elif method != "features":
         state = classifier.net.state_dict(prefix="net.")
+        # Of weights that are tied (BART's embeddings) one name is enough.
+        state = dict(sorted({(t.data_ptr(), t.shape): (name, t) for name, t in state.items()}.values()))
         heads = tuple(f"net.{head}." for head in classifier.head_names())
         write("trained.safetensors", {n: t for n, t in state.items() if method == "full" or n.startswith(heads)})
     if classifier.feature_head is not None:

@@ -80,7 +80,7 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
         adapters.load_adapter(lm, adapter, head=False)
     lm.to(device()).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    context = max_length_of(lm.config)
+    context = max_length_of(lm)
     encoded = [tokenizer(prompt, verbose=False).input_ids or [start] for prompt in prompts]
     for ids in encoded:  # before the first text, not after half of them
         if len(ids) + max_new_tokens > context:

@@ -48,7 +48,7 @@ def fuse(backbone: nn.Module) -> bool:
                                      FusedDistilBertAttention) for base in ours.__bases__}
     blocks = [module for module in backbone.modules() if type(module) in (
         GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock, *known.values())]
-    if len(blocks) != config.num_hidden_layers:
+    if not blocks or len(blocks) != config.num_hidden_layers:
         return False
     for module in backbone.modules():
         module.__class__ = known.get(type(module), type(module))

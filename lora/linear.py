@@ -59,6 +59,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.merged = False
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some of the library's blocks ask it for its type (T5)."""
+        return self.base.weight
+
     def block_B(self) -> Tensor:
         """B over all outputs, (out_features, rank * slices): block by block where there are slices."""
         if self.slices == [(0, self.out_features)]:
