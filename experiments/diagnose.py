@@ -367,7 +367,7 @@ def log_probabilities(lm, tokenizer, sentences: list[str], batch_tokens: int = L
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     opening = [] if start is None else [start]
     ids = [tokens if tokens[:1] == opening else opening + tokens
-           for tokens in data_utils.encode(tokenizer, sentences, max_length_of(lm.config) - len(opening))]
+           for tokens in data_utils.encode(tokenizer, sentences, max_length_of(lm) - len(opening))]
     result = np.empty(len(ids))
     for rows in data_utils.bucket_by_length([len(tokens) for tokens in ids], 1, 0, batch_tokens):
         batch = data_utils.collate(ids, [0] * len(ids), rows, 0).to(lm.device)
