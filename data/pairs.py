@@ -1,4 +1,4 @@
-"""Minimal pairs: two sentences that differ in one respect, the first acceptable.
+"""Reads minimal pairs: two sentences that differ in one respect, the first acceptable.
 
     python -c "from data import pairs; print(pairs.read_pairs('blimp/pairs.tsv')[0])"
 
@@ -16,7 +16,7 @@ from record.files import UserError
 
 
 class Pair(NamedTuple):
-    """An acceptable sentence and its unacceptable twin; several paradigms make up a phenomenon."""
+    """Holds an acceptable sentence and its unacceptable twin; several paradigms make up a phenomenon."""
 
     phenomenon: str
     paradigm: str
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 def built_in(limit: int) -> list[Pair]:
-    """Returns `limit` pairs of each phenomenon of the built-in grammar, which is its one paradigm too."""
+    """Returns `limit` pairs of each phenomenon of the built-in grammar; a phenomenon is its own one paradigm."""
     return [Pair(phenomenon, phenomenon, good, bad) for phenomenon, good, bad in grammar.draw_pairs(limit)]
 
 

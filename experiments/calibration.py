@@ -1,4 +1,4 @@
-"""Whether a classifier's probabilities are what they say: reliability, calibration error, temperature.
+"""Measures whether a classifier's probabilities hold: reliability, calibration error, temperature.
 
     python run.py diagnose runs/LoRA-12345
 

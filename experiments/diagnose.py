@@ -1,4 +1,4 @@
-"""Where a run is right and wrong: by source, length and phenomenon; calibration; disagreements.
+"""Finds where a run is right and wrong: by source, length and phenomenon; calibration; disagreements.
 
     python run.py diagnose runs/distil-12345
     python run.py diagnose runs/distil-12345 --pairs blimp/pairs.tsv --limit 100
@@ -44,7 +44,7 @@ LM_TOKENS = 1024  # in a batch of the language model, pads included: its logits 
 
 @dataclass
 class Diagnosed:
-    """The models of a run, and the rows that they answer."""
+    """Holds the models of a run, and the rows that they answer."""
 
     config: dict  # of the run
     mode: str  # LoRA or distil
@@ -56,12 +56,12 @@ class Diagnosed:
 
     @property
     def classes(self) -> list[str]:
-        """The classes' names."""
+        """Returns the classes' names."""
         return self.config.get("classes", list(data_utils.COLA_CLASSES))
 
 
 class Answers:
-    """What every classifier of a run says of the rows, by split and of all splits together.
+    """Computes every classifier's logits of the rows, by split and of all splits together.
 
     Attributes:
         by_split: model -> split -> logits (n, labels).
@@ -85,12 +85,12 @@ class Answers:
         self.labels = np.array(self.rows.labels)
 
     def scores(self) -> dict[str, dict]:
-        """Every model's scores on every split, as a run's summary has them."""
+        """Returns every model's scores on every split, as a run's summary has them."""
         return {name: {split: train_utils.scores(torch.from_numpy(values), torch.from_numpy(self.labels_of[split]))
                        for split, values in parts.items()} for name, parts in self.by_split.items()}
 
     def sentences(self, order) -> list[dict]:
-        """The given rows with their split, source, label, and every model's prediction with the label's probability."""
+        """Returns the given rows: split, source, label, and every model's prediction with the label's probability."""
         return [{"sentence": self.rows.sentences[i], "split": self.split_of[i],
                  "source": self.rows.sources[i] if self.rows.sources else None, "label": self.classes[self.labels[i]],
                  "models": {name: {"prediction": self.classes[self.predictions[name][i]],
@@ -186,7 +186,7 @@ def load(folder: Path, data: Path | None) -> Diagnosed:
 
 
 def find_teacher(folder: Path, recorded: str) -> Path | None:
-    """The teacher's folder: where the run found it, or beside the run, where both were moved."""
+    """Returns the teacher's folder: as recorded, or beside the run where both were moved; None if there is none."""
     return next((path for path in (Path(recorded), folder.parent / Path(recorded).name) if (path / "config.json").exists()),
                 None)
 
@@ -194,7 +194,7 @@ def find_teacher(folder: Path, recorded: str) -> Path | None:
 # ---------------------------------------------------------------- groups of rows
 
 def by_group(groups: list[str], order: list[str], labels: np.ndarray, predictions: dict[str, np.ndarray]) -> list[dict]:
-    """Rows, the majority class's accuracy, and every model's accuracy and MCC in each group.
+    """Returns n, the majority class's accuracy, and every model's accuracy and MCC of each group of rows.
 
     MCC is None where all rows of a group have one label: it is not defined there.
 
@@ -218,7 +218,7 @@ def by_group(groups: list[str], order: list[str], labels: np.ndarray, prediction
 
 
 def by_source(run: Diagnosed, answers: Answers) -> list[dict] | None:
-    """`by_group` by source, the largest first; None where the task has none."""
+    """Returns `by_group` by source, the largest first; None where the task has no sources."""
     sources = answers.rows.sources
     if len(set(sources)) < 2:
         run.left_out.append(f"by source: the task {run.config['options']['task']} has no sources here")
@@ -228,7 +228,7 @@ def by_source(run: Diagnosed, answers: Answers) -> list[dict] | None:
 
 
 def length_groups(words: list[int], bins: int = LENGTH_BINS) -> tuple[list[str], list[str]]:
-    """Each row's group by its number of words, and the groups in order: about as many rows in each, "4-6" for a name."""
+    """Returns each row's group by its number of words ("4-6"), and the groups in order, of about as many rows each."""
     edges = np.unique(np.quantile(words, np.arange(1, bins) / bins, method="inverted_cdf")) if words else []
     index = np.searchsorted(edges, words)  # edges are the largest length of their group
     names = {}
@@ -241,9 +241,9 @@ def length_groups(words: list[int], bins: int = LENGTH_BINS) -> tuple[list[str],
 # ---------------------------------------------------------------- calibration and single sentences
 
 def calibrate(logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict:
-    """One model's calibration on every split, at a temperature fitted on the split that chose its epoch.
+    """Returns one model's calibration on every split, at a temperature fitted on the split that chose its epoch.
 
-    There the scaled figures flatter; on another split they are what the temperature is worth.
+    On that split the scaled figures flatter; on another one they show what the temperature is worth.
     """
     chosen = train_utils.selection_split(logits)
     temperature = calibration.fit_temperature(logits[chosen], labels[chosen])
@@ -252,7 +252,7 @@ def calibrate(logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> d
 
 
 def disagreements(run: Diagnosed, answers: Answers) -> list[dict] | None:
-    """The sentences on which teacher and student differ most, by the total variation distance of their probabilities."""
+    """Returns the sentences on which teacher and student differ most, by the total variation distance of probabilities."""
     if not {"teacher", "student"} <= set(answers.probabilities):
         run.left_out.append("disagreements: they need a teacher and a student, a distillation run's")
         return None
@@ -262,7 +262,7 @@ def disagreements(run: Diagnosed, answers: Answers) -> list[dict] | None:
 
 
 def all_wrong(answers: Answers) -> dict:
-    """The sentences that every classifier has wrong, those first on which they are surest."""
+    """Returns the sentences that every classifier has wrong, beginning with the lowest mean probability of the label."""
     wrong = np.flatnonzero(np.all([said != answers.labels for said in answers.predictions.values()], axis=0))
     of_label = np.mean([values[wrong, answers.labels[wrong]] for values in answers.probabilities.values()], axis=0)
     return {"n": len(wrong), "rows": answers.sentences(wrong[np.argsort(of_label, kind="stable")][:MOST])}
@@ -272,7 +272,7 @@ def all_wrong(answers: Answers) -> dict:
 
 def on_pairs(run: Diagnosed, pairs: list[Pair] | None, limit: int | None, file: str | None,
              published: dict[str, dict[str, float]]) -> dict | None:
-    """In how many minimal pairs each model scores the acceptable sentence higher, by paradigm and by phenomenon.
+    """Counts the minimal pairs of which each model scores the acceptable sentence higher, by paradigm and phenomenon.
 
     A classifier scores a sentence by its logit of acceptable minus that of unacceptable, the bare language model by its
     log-probability. None where the run's task is not one of acceptability and no pairs were given.
@@ -305,10 +305,10 @@ def on_pairs(run: Diagnosed, pairs: list[Pair] | None, limit: int | None, file: 
 
 def pair_groups(pairs: list[Pair], key: str, higher: dict[str, np.ndarray], published: dict[str, dict[str, float]]
                 ) -> list[dict]:
-    """Share of pairs, with its interval, in which each model scores the right sentence higher: by paradigm or phenomenon.
+    """Returns the share of pairs of which each model scores the right sentence higher, by paradigm or phenomenon.
 
     Args:
-        higher: model -> (N,) whether it does.
+        higher: model -> (N,) whether the model does.
         published: model -> paradigm -> accuracy; of a phenomenon, the mean over its paradigms.
     """
     members, found = np.array([getattr(pair, key) for pair in pairs]), []
@@ -333,7 +333,7 @@ def _published(paradigms: set[str], published: dict[str, dict[str, float]]) -> d
 
 
 def scorers(run: Diagnosed) -> Iterator[tuple]:
-    """Every model that can score a sentence: its name, and a function from sentences to scores (N,)."""
+    """Yields every model that can score a sentence: its name, and a function from sentences to scores (N,)."""
     for name, (model, tokenizer, options) in run.models.items():
         if getattr(model, "feature_head", None) is not None:
             run.left_out.append(f"minimal pairs, {name}: it reads numeric features, which the pairs have not")
@@ -352,17 +352,17 @@ def scorers(run: Diagnosed) -> Iterator[tuple]:
 
 
 def acceptability(model, tokenizer, options: dict, sentences: list[str]) -> np.ndarray:
-    """A classifier's logit of acceptable (its second class) minus that of unacceptable, (N,)."""
+    """Returns a classifier's logit of acceptable (its second class) minus that of unacceptable, (N,)."""
     logits = logits_of(model, Split(sentences, [0] * len(sentences)), tokenizer, options)
     return (logits[:, 1] - logits[:, 0]).double().numpy()
 
 
 @torch.inference_mode()
 def log_probabilities(lm, tokenizer, sentences: list[str], batch_tokens: int = LM_TOKENS) -> np.ndarray:
-    """Log-probabilities (N,) of sentences under a causal language model, in nats.
+    """Returns log-probabilities (N,) of sentences under a causal language model, in nats.
 
-    The sum over all tokens of the sentence, the first one given the model's beginning-of-text token, where it has any; the
-    end of the sentence is not scored (as Warstadt et al. 2020 score GPT-2).
+    Sums over all tokens of the sentence, the first one given the beginning-of-text token where the tokenizer has any; an
+    end-of-text token is not scored.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     opening = [] if start is None else [start]

@@ -82,7 +82,7 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
 
 
 def answers(folder: Path, data: Path) -> tuple[Tensor, Split, list[str]]:
-    """A saved run's logits (N, labels) of a labelled file of its task's format, the file's rows, and the classes' names.
+    """Returns a saved run's logits (N, labels) of a labelled file, the file's rows, and the classes' names.
 
     Args:
         folder: of a finished LoRA or distillation run (of which the student answers).
@@ -97,7 +97,7 @@ def answers(folder: Path, data: Path) -> tuple[Tensor, Split, list[str]]:
 
 
 def logits_of(model: TextClassifier | DistilRNN, split: Split, tokenizer, options: dict) -> Tensor:
-    """Logits (N, labels) of a split's rows, batched as the run with these options batched its development rows."""
+    """Returns logits (N, labels) of a split's rows, batched as the run with these options batched development rows."""
     if isinstance(model, DistilRNN):
         split = replace(split, features=[])  # the student reads text alone
     return train_utils.compute_logits(model, data_utils.make_batches(

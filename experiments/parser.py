@@ -347,7 +347,7 @@ def _test(parser: Parser) -> None:
 
 
 def _diagnose(parser: Parser) -> None:
-    """where a run is right and wrong: by source, length and phenomenon; calibration; disagreements"""
+    """find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements"""
     parser.add("diagnosis", "--data", type=Path, metavar="FILE",
                help="in the format of the run's task; its development files if not given")
     parser.add("diagnosis", "--pairs", type=Path, metavar="FILE",

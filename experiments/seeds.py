@@ -1,10 +1,10 @@
-"""One run over several seeds, with means and intervals.
+"""Runs `LoRA` or `distil` with several seeds, and gives means and intervals.
 
     python run.py LoRA 12345 --seeds 5
     python run.py distil 12345 --seeds 5
 
 Each seed is an ordinary run in an ordinary folder (runs/LoRA-12345, runs/LoRA-12346, ...), made by `run.py` in a process
-of its own; finished ones are kept. What they say together goes to runs/LoRA-12345-seeds/.
+of its own; finished runs are kept. Means and intervals go to runs/LoRA-12345-seeds/.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DIFFERENCES = {"LoRA": (), "distil": (("student", "scratch"), ("student", "teach
 
 @dataclass(frozen=True)
 class SeedsOptions:
-    """What is repeated, and where the results go."""
+    """Holds what is repeated, and where the results go."""
 
     mode: str  # LoRA or distil
     sr: str
@@ -86,7 +86,11 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
 
 
 def check_options(run: SeedRun) -> None:
-    """Raises UserError where the folder holds a run with other options than it is to have."""
+    """Checks that a run that is already in the folder has the options of this study.
+
+    Raises:
+        UserError: it has others; names the first.
+    """
     path = run.folder / "config.json"
     before = read_json(path).get("options", {}) if path.exists() else {}
     for name, value in run.options.items():
@@ -96,7 +100,7 @@ def check_options(run: SeedRun) -> None:
 
 
 def same_data(runs: list[SeedRun]) -> dict[str, str]:
-    """The digests of the data files that all the runs read.
+    """Returns the digests of the data files that all runs read.
 
     Raises:
         UserError: a run read another file than the first one.
@@ -110,7 +114,7 @@ def same_data(runs: list[SeedRun]) -> dict[str, str]:
 
 
 def results(mode: str, done: dict[str, dict]) -> dict:
-    """What the finished seeds say together, from their summaries by seed."""
+    """Returns spreads and paired differences of every model, from the finished runs' summaries by seed."""
     first, seeds = next(iter(done.values())), list(done)
     parts = {name or mode: [summary[name] if name else summary for summary in done.values()] for name in MODELS[mode]}
     rows = {name: {"entry": name, "seeds": seeds, "parameters": models[0]["parameters"], **over_seeds(models)}

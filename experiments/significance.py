@@ -1,4 +1,4 @@
-"""Whether a difference is more than chance: intervals over seeds, and paired tests over the sentences of one file.
+"""Tells whether a difference is more than chance: intervals over seeds, paired tests over the sentences of one file.
 
     python run.py test runs/LoRA-12345 runs/distil-12345 --data FILE
 """

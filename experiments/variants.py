@@ -29,7 +29,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One seed's run of `LoRA` or `distil` with `--seeds`."""
+    """Holds one seed's run of `LoRA` or `distil` with `--seeds`."""
 
     seed: str
     folder: Path
@@ -183,7 +183,7 @@ def trial_options(args, values: dict, folder: Path) -> RunOptions:
 # ---------------------------------------------------------------- seeds of one run
 
 def seeds_of(sr: str, count: int) -> list[str]:
-    """SR, SR + 1, ...: five digits each; 00000 follows 99999."""
+    """Returns SR, SR + 1, ...: five digits each; 00000 follows 99999."""
     return [f"{(int(sr) + i) % 100_000:05d}" for i in range(count)]
 
 

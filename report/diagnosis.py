@@ -1,4 +1,4 @@
-"""A diagnosis (diagnose.json) as text, LaTeX tables and plots.
+"""Writes a diagnosis (diagnose.json) as text, LaTeX tables and plots.
 
     write(Path("runs/diagnose-LoRA-12345/diagnose.json"), Path("runs/diagnose-LoRA-12345"))
 """
@@ -24,7 +24,7 @@ PLOTTED_SOURCES = 25
 
 
 class Table(NamedTuple):
-    """A table as plain text cells, the first `left` columns to the left."""
+    """Holds a table as plain text cells, the first `left` columns aligned to the left."""
 
     title: str
     head: list[str]
@@ -33,12 +33,12 @@ class Table(NamedTuple):
 
 
 def name_of(diagnosis: Record, model: str) -> str:
-    """A model's name in a table: of a LoRA run, which has no student, the teacher is the classifier."""
+    """Returns a model's name in a table: of a LoRA run, which has no student, the teacher is the classifier."""
     return "classifier" if diagnosis["of"] == "LoRA" and model == "teacher" else MODELS.get(model, model)
 
 
 def tables(diagnosis: Record) -> dict[str, Table]:
-    """Every table of a diagnosis by its file's name; those of parts that were left out are not there."""
+    """Returns every table of a diagnosis by its file's name; a part that was left out has none."""
     classifiers = list(diagnosis.section("scores"))
     names = [name_of(diagnosis, model) for model in classifiers]
     found = {"scores": _scores(diagnosis, classifiers), "calibration": _calibration(diagnosis, classifiers)}
@@ -115,7 +115,7 @@ def _sentences(diagnosis: Record, rows: list[Record], title: str) -> Table:
 
 
 def diagnosis_text(diagnosis: Record) -> str:
-    """A diagnosis for the terminal: the first rows of every table, and what was left out."""
+    """Returns a diagnosis for the terminal: the first rows of every table, and what was left out."""
     lines = [f"{diagnosis['run']} ({diagnosis['of']}): {diagnosis['model']} on {diagnosis['task']}"]
     for name, table in tables(diagnosis).items():
         if name == "paradigms":
@@ -131,7 +131,7 @@ def diagnosis_text(diagnosis: Record) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table for a paper."""
+    """Returns a table for a paper."""
     rows = [[escape(cell) for cell in row] for row in table.rows]
     return tabular("l" * table.left + "r" * (len(table.head) - table.left), " & ".join(map(escape, table.head)), rows)
 
@@ -154,7 +154,7 @@ def _title(diagnosis: Record) -> str:
 
 
 def groups_figure(diagnosis: Record, groups: list[Record], what: str) -> Figure:
-    """Accuracy and MCC of every classifier in each group, the majority class's accuracy as a grey mark."""
+    """Draws accuracy and MCC of every classifier in each group, the majority class's accuracy as a grey mark."""
     figure = _figure(9, 1.6 + 0.3 * len(groups))
     left, right = figure.subplots(1, 2, sharey=True)
     y = range(len(groups))
@@ -180,7 +180,7 @@ def groups_figure(diagnosis: Record, groups: list[Record], what: str) -> Figure:
 
 
 def pairs_figure(diagnosis: Record, pairs: Record) -> Figure:
-    """Share of minimal pairs that each model has right, by phenomenon with 95 % intervals, beside what was published."""
+    """Draws the share of minimal pairs that each model has right, by phenomenon, beside the published figures."""
     groups = pairs["phenomena"]
     figure = _figure(9, 2 + 0.42 * len(groups))
     axes = figure.add_subplot()
@@ -210,7 +210,7 @@ def pairs_figure(diagnosis: Record, pairs: Record) -> Figure:
 
 
 def reliability_figure(diagnosis: Record) -> Figure:
-    """Accuracy against confidence, a column for each classifier, with the number of rows of each bin below."""
+    """Draws accuracy against confidence, a column for each classifier, with the number of rows of each bin below."""
     classifiers = list(diagnosis.section("scores"))
     figure = _figure(1 + 3.2 * len(classifiers), 4.8)
     grid = figure.subplots(2, len(classifiers), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
@@ -241,7 +241,7 @@ def reliability_figure(diagnosis: Record) -> Figure:
 
 
 def figures(diagnosis: Record) -> dict[str, Figure]:
-    """Every plot of a diagnosis by its file's name."""
+    """Draws every plot of a diagnosis, by its file's name."""
     found = {"reliability": reliability_figure(diagnosis),
              "length": groups_figure(diagnosis, diagnosis["by_length"], "words in the sentence")}
     if diagnosis["by_source"]:

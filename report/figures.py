@@ -253,7 +253,7 @@ def _parameter_axis(axes, x: list[float]) -> None:
 
 
 def seeds_figure(study: Record) -> Figure:
-    """Every seed's MCC as a dot, with mean and 95 % interval: a panel for each split, best and last epoch."""
+    """Draws every seed's MCC as a dot, with mean and 95 % interval: a panel for each split, best and last epoch."""
     splits = shown_splits(study.section("selection")["splits"])
     lines = [(f"{spoken_entry(entry['entry'])}, {which} epoch", entry, which) for entry in study["entries"]
              for which in ("best", "last") if which in entry]

@@ -1,4 +1,4 @@
-"""Means over seeds with their intervals and paired differences, for the terminal and for LaTeX."""
+"""Writes means over seeds, their intervals and paired differences for the terminal and for LaTeX."""
 
 import math
 import re
@@ -12,12 +12,12 @@ ENTRIES = {"student": "student with KD", "scratch": "no-KD baseline"}
 
 
 def spoken_entry(name: str) -> str:
-    """An entry's name in a table."""
+    """Returns an entry's name in a table."""
     return ENTRIES.get(name, name)
 
 
 def cell(spread: Record, key: str, signed: bool = False) -> tuple[str, str]:
-    """Mean with sample standard deviation, and the interval, which a single seed does not have."""
+    """Returns mean with sample standard deviation, and the interval, which a single seed does not have."""
     factor, digits, sign = *((100, 1) if key == "accuracy" else (1, 3)), "+" if signed else ""
     mean, sd = factor * spread.number("mean"), factor * spread.number("sd")
     interval = spread.get("interval")
@@ -26,7 +26,7 @@ def cell(spread: Record, key: str, signed: bool = False) -> tuple[str, str]:
 
 
 def interval_rows(study: Record) -> tuple[list[str], list[list[str]]]:
-    """Head and rows, as plain text, of every entry's scores and of the paired differences."""
+    """Returns head and rows, as plain text, of every entry's scores and of the paired differences."""
     rows, splits = [], shown_splits(study.section("selection")["splits"])
     lines = [(spoken_entry(entry["entry"]), entry, False) for entry in study["entries"]]
     lines += [(f"{spoken_entry(row['entry'])} minus {spoken_entry(row['minus'])}", row, True)
@@ -42,13 +42,13 @@ def interval_rows(study: Record) -> tuple[list[str], list[list[str]]]:
 
 
 def intervals_text(study: Record) -> str:
-    """The table of intervals for the terminal, and what must be known beside it."""
+    """Returns the table of intervals for the terminal, and what must be known beside the table."""
     head, rows = interval_rows(study)
     return "\n".join([*aligned([head, *rows]), *interval_notes(study)])
 
 
 def intervals_latex(study: Record) -> str:
-    """The table of intervals for a paper."""
+    """Returns the table of intervals for a paper."""
     head, rows = interval_rows(study)
     return tabular("lrllrrrr", " & ".join(map(escape, head)), [[_latex(text) for text in row] for row in rows])
 
@@ -59,7 +59,7 @@ def _latex(text: str) -> str:
 
 
 def interval_notes(study: Record) -> list[str]:
-    """What a reader must know beside the intervals."""
+    """Returns what a reader must know beside the intervals."""
     seeds = study["seeds"]
     if len(seeds) == 1:
         return [f"One seed ({seeds[0]}): no standard deviation and no interval; --seeds 3 or more gives them."]
@@ -71,7 +71,7 @@ def interval_notes(study: Record) -> list[str]:
 
 
 def seeds_text(study: Record) -> str:
-    """A study of seeds for the terminal."""
+    """Returns a study of seeds for the terminal."""
     majority = ", ".join(f"{spoken(split)} {100 * study.section('majority_accuracy').number(split):.1f} %"
                          for split in shown_splits(list(study.section("majority_accuracy"))))
     diverged = [run["seed"] for run in study["runs"] if run["status"] == "diverged"]
