@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from data.backbones import (
     blocks_of,
+    draw_head,
     draw_missing,
     freeze_backbone,
     fresh_modules,
@@ -383,9 +384,13 @@ def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrai
         transformers_logging.set_verbosity_error()  # its table of missing weights; the head's, which is fresh, ought to be
         try:
             net, info = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32,
-                                        output_loading_info=True)
+                                        output_loading_info=True, ignore_mismatched_sizes=True)
         finally:
             transformers_logging.set_verbosity(verbosity)
+        wrong = [key for key, *_ in info["mismatched_keys"] if key.startswith(net.base_model_prefix + ".")]
+        if wrong:
+            raise UserError(f"--model {name}: cannot be loaded: {wrong[0]} has another shape than config.json says")
+        draw_head(net)
         lacking = draw_missing(net, info["missing_keys"])
         if lacking:
             warnings.warn(f"--model {name}: {len(lacking)} weights of the backbone are not in its files and start at "

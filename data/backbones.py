@@ -206,6 +206,16 @@ def _elements(name: str, modules: nn.ModuleList) -> dict[str, nn.Module]:
 
 # ---------------------------------------------------------------- what a checkpoint lacks
 
+def draw_head(net: PreTrainedModel) -> None:
+    """Draws the task head anew: a checkpoint that somebody fine-tuned brings a head for another task or other classes."""
+    for name, child in net.named_children():
+        if name != net.base_model_prefix:
+            for module in child.modules():
+                for p in module.parameters(recurse=False):
+                    p._is_hf_initialized = False  # the library's own mark: to be drawn
+                net._init_weights(module)
+
+
 def draw_missing(net: PreTrainedModel, missing: Iterable[str]) -> list[str]:
     """Draws the backbone's weights that its files lack anew: the same ones each time, whatever the seed of the run.
 

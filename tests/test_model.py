@@ -1,5 +1,7 @@
 """model: what is injected, the head against `transformers`, DistilRNN against NumPy."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -494,6 +496,28 @@ def test_an_encoder_folder_gets_the_librarys_own_head(tmp_path):
     classifier, lm = load_classifier(str(tmp_path), 3)
     assert lm is None and not classifier.decoder
     assert classifier.head_names() == ["pre_classifier", "classifier"] and classifier.net.classifier.out_features == 3
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_head_that_was_saved_gives_way_to_a_fresh_one(tmp_path, classes):
+    """Somebody's fine-tuned checkpoint of two classes: its head knows another task, were their numbers equal."""
+    saved = toy_net("bert")
+    saved.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    net = load_classifier(str(tmp_path), classes)[0].net
+    assert net.classifier.out_features == classes and not net.classifier.bias.any()
+    assert net.classifier.weight.std().item() == pytest.approx(saved.config.initializer_range, rel=0.3)
+    assert classes == 5 or not torch.equal(net.classifier.weight, saved.classifier.weight)
+    bert, other = net.bert.state_dict(), saved.bert.state_dict()
+    assert bert.keys() == other.keys() and all(torch.equal(bert[key], other[key]) for key in bert)
+
+
+def test_a_backbone_of_another_shape_is_refused_and_not_drawn_anew(tmp_path):
+    toy_net("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(UserError, match="cannot be loaded: bert.*has another shape than config.json says"):
+        load_classifier(str(tmp_path), 2)
 
 
 # ---------------------------------------------------------------- the student
