@@ -231,7 +231,7 @@ def main() -> int:
     args = parser.parse_args()
     import run  # noqa: F401
     from benchmarks import common  # imports every library that the children need
-    from experiments import distil  # noqa: F401
+    from experiments import distil, finetune  # noqa: F401
     from record import signals  # noqa: F401
     from report import figures  # noqa: F401 (imported here, once, for the children)
 
