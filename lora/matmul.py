@@ -118,9 +118,17 @@ class FastConv1D(Conv1D):
         return super().forward(x) if y is None else y
 
 
+class FastEmbedding(nn.Embedding):
+    """`nn.Embedding`, whose rows are float32 on a CPU where they are kept in bfloat16."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows.float() if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else rows
+
+
 def speed_up(net: nn.Module) -> None:
-    """Turns a model's linears into the classes above: the same parameters under the same names."""
-    fast = {nn.Linear: FastLinear, Conv1D: FastConv1D}
+    """Turns a model's linears and embeddings into the classes above: the same parameters under the same names."""
+    fast = {nn.Linear: FastLinear, Conv1D: FastConv1D, nn.Embedding: FastEmbedding}
     for module in net.modules():
         module.__class__ = fast.get(type(module), type(module))
 
@@ -130,8 +138,8 @@ def set_precision(backbone: nn.Module, precision: str) -> None:
 
     fp32: in float32, by the library that `record.machine` chose.
 
-    bf16: their weights become bfloat16. On a CPU activations and all else stay float32: its matrix products gain from
-    bfloat16, its other operations lose. On a GPU all that is frozen becomes bfloat16.
+    bf16: their weights, and frozen embeddings, become bfloat16. On a CPU activations and all else stay float32: its
+    matrix products gain from bfloat16, its other operations lose. On a GPU all that is frozen becomes bfloat16.
 
     bf16x3: all numbers stay float32, and a product of the fused blocks with a frozen weight, the update's second factor
     beside it, is three of bfloat16 (amx.py).
@@ -148,7 +156,11 @@ def set_precision(backbone: nn.Module, precision: str) -> None:
     for module in linears:
         module.tiles = precision == "bf16x3"
     if precision == "bf16":
-        for module in linears if machine.device().type == "cpu" else [backbone]:
+        embeddings = [module for module in backbone.modules() if isinstance(module, FastEmbedding)]
+        on_cpu = machine.device().type == "cpu"
+        for module in [*linears, *embeddings] if on_cpu else [backbone]:
             for p in module.parameters():
                 if not p.requires_grad:
                     p.data = p.data.bfloat16()
+        if on_cpu:
+            machine.release_freed_memory()

@@ -39,6 +39,14 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system once, where a lot of it will not be needed again (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
+
+
 def peak_memory_bytes() -> int:
     """Returns the peak memory of this process in bytes: allocated on the GPU that computes, else resident (MPS too)."""
     import torch
