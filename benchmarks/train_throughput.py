@@ -46,7 +46,7 @@ from record import machine
 
 BATCH_SIZE = 16
 PARTS = {"mm": "products", "linear_pointwise": "products", "dot_product": "attention", "norm": "norms and activations",
-         "silu": "norms and activations", "sigmoid": "norms and activations"}  # PyTorch's operators, by what is in their names
+         "silu": "norms and activations", "sigmoid": "norms and activations"}  # operators, by what is in their names
 MODELS = {"gpt2": {"peft-docs": 3.0, "peft-best": 1.4}, "smollm2": {"peft-best": 1.8}}  # with tiles: targets, against whom
 
 
