@@ -39,6 +39,14 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system once, where a lot of it will not be needed again (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
+
+
 def peak_memory_bytes() -> int:
     """Returns the peak memory of this process in bytes: allocated on the GPU that computes, else resident (MPS too)."""
     import torch
@@ -117,10 +125,19 @@ def use_threads(threads) -> None:
 
 
 @functools.cache
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """Whether this PyTorch can be asked for oneDNN's product."""
     import torch
 
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def cpu_description() -> str:
+    """Returns what the system says of the CPU, its vendor included."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()  # on Windows, the vendor too
 
 
 @functools.cache
@@ -131,12 +148,8 @@ def fastest_matmul() -> str:
     """
     import torch
 
-    try:
-        cpu = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        cpu = platform.processor()  # names the vendor on Windows
-    amd = "AuthenticAMD" in cpu and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "onednn" if amd and torch.backends.mkl.is_available() and _has_onednn() else "torch"
+    amd = "AuthenticAMD" in cpu_description() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "onednn" if amd and torch.backends.mkl.is_available() and has_onednn() else "torch"
 
 
 def matmul() -> str:
@@ -150,7 +163,7 @@ def use_matmul(library=None) -> None:
     Warns in one line where it cannot be had.
     """
     global _in_use
-    if library == "onednn" and not _has_onednn():
+    if library == "onednn" and not has_onednn():
         warnings.warn("matrix products by oneDNN cannot be had here, PyTorch's own are used: sums are rounded in another "
                       "order, and the result may differ in its last digits", stacklevel=2)
         library = "torch"

@@ -66,3 +66,23 @@ def test_a_checkpoint_holds_the_random_numbers_of_the_device_that_computes(monke
     assert list(machine.random_sources()) == sources
     assert all(callable(source.get_rng_state) and callable(source.set_rng_state)
                for source in machine.random_sources().values())
+
+
+def test_a_library_that_cannot_be_had_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(machine, "has_onednn", lambda: False)
+    with pytest.warns(UserWarning, match="products by oneDNN cannot be had here, PyTorch's own are used: sums are rounded"):
+        machine.use_matmul("onednn")
+    assert machine.matmul() == "torch"
+    machine.use_matmul(77)  # nothing usable was recorded: by rule, without a warning, which would be an error here
+    assert machine.matmul() == machine.fastest_matmul()
+
+
+@pytest.mark.parametrize("cpu, width, library", [
+    ("vendor_id : AuthenticAMD", "AVX512", "onednn"), ("vendor_id : AuthenticAMD", "AVX2", "torch"),
+    ("vendor_id : GenuineIntel", "AVX512", "torch")])
+def test_the_library_is_chosen_by_vendor_and_width(monkeypatch, cpu, width, library):
+    monkeypatch.setattr(machine, "cpu_description", lambda: cpu)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "has_onednn", lambda: True)
+    assert machine.fastest_matmul.__wrapped__() == library
