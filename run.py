@@ -6,8 +6,12 @@
     python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
     python run.py sweep 12345      search rank, targets, layers, learning rate ...
     python run.py eval RUN_DIR --data FILE
+    python run.py test RUN_A RUN_B --data FILE     is the difference between two runs more than chance?
+    python run.py diagnose RUN_DIR                 where a run is right and wrong
     python run.py predict RUN_DIR "A sentence."
     python run.py serve --adapter NAME=RUN_DIR
+    python run.py export RUN_DIR --out DIR   a distillation's student as an ONNX file
+    python run.py merge RUN_DIR --out DIR    a fine-tuned classifier as a plain transformers checkpoint
     python run.py repeat RUN_DIR   repeat a run from its config.json and compare
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
@@ -27,11 +31,17 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from experiments.parser import MODES, build_parser, closest, complain
+from experiments.parser import MODES, READS_FILES_ONLY, SEVERAL_PROCESSES, build_parser, closest, complain
+from record import processes
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        processes.connect()
+    except processes.Lost as error:
+        complain(error)
+        return 1
     parser, modes = build_parser()
     if argv and not argv[0].startswith("-") and argv[0] not in MODES:
         parser.error(f"unknown mode {argv[0]}{closest(argv[0], MODES)}")
@@ -42,14 +52,14 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         known = ["-h", "--help", *(name for action in modes[args.mode].options.values() for name in action.option_strings)]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], known)}")
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: _note(f"warning: {message}")
     from record import signals
 
     signals.install()
     try:
         return _call(args)
     except KeyboardInterrupt as error:  # before PyTorch is imported, that is; or a mode with nothing to resume
-        _note("run.py: stopped")
+        complain("stopped")
         return 128 + getattr(error, "signal", signal.SIGINT)
 
 
@@ -59,9 +69,22 @@ def _call(args) -> int:
     from report.records import ReportError
 
     try:
-        if args.mode not in READ_FILES_ONLY:
+        if args.mode not in READS_FILES_ONLY:
             _import_libraries()
-        return CALLS[args.mode](args) or 0
+            from record import machine
+
+            machine.use_device(args.device)
+        if processes.count() > 1:
+            if args.mode not in SEVERAL_PROCESSES:
+                raise UserError(f"{args.mode} is for one process, and here are {processes.count()}; "
+                                f"{' and '.join(SEVERAL_PROCESSES)} take several (docs/scaling.md)")
+            processes.start(machine.device().type)
+        status = CALLS[args.mode](args) or 0
+        processes.stop()
+        return status
+    except processes.Lost as error:
+        complain(error)
+        return 1
     except (UserError, ReportError) as error:
         complain(error)
     except BrokenPipeError:  # whoever read the results has read enough
@@ -108,7 +131,8 @@ def _less_memory(args) -> str:
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if processes.says(text):
+        print(text, file=sys.stderr, flush=True)
 
 
 def generate(args) -> None:
@@ -136,24 +160,27 @@ def _train(args, options, start) -> int:
     from train_utils import Diverged
 
     check_folder(args.plots)  # made after the training: bad input leaves nothing behind
-    again = "python run.py " + shlex.join(
+    again = f"{processes.launcher()} run.py " + shlex.join(
         [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
     try:
         no_plots = getattr(args, "no_plots", False)
-        if no_plots or not (args.resume and _only_plots_missing(options, args.plots)):
+        if no_plots or not processes.of_first(args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
         plots = []
-        if not no_plots:
+        if not no_plots and processes.first():
             from report import figures  # late: the first step does not wait for Matplotlib
 
             plots = figures.plot_run(options.out, make_folder(args.plots))
     except Diverged as error:
-        _note(f"run.py: {error}")
+        complain(error)
         return 3
+    except processes.Lost as error:
+        complain(f"{error}; continue with: {again}")
+        return 1
     except signals.Interrupted as error:
         begun = any(options.out.glob("*checkpoint.safetensors")) or (options.out / "summary.json").exists()
-        _note(f"run.py: stopped; continue with: {again}" if begun else
-              "run.py: stopped before anything was trained; the same command begins again")
+        complain(f"stopped; continue with: {again}" if begun else
+                 "stopped before anything was trained; the same command begins again")
         return 128 + error.signal
     print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
     return 0
@@ -172,6 +199,8 @@ def finetune(args) -> int:
     """`LoRA`: fine-tunes and prints the result."""
     from experiments import arguments, finetune
 
+    if args.seeds:
+        return _seeds(args)
     options = arguments.finetune_options(args)
 
     def start(stop):
@@ -191,8 +220,30 @@ def distil(args) -> int:
     """`distil`: distils and prints teacher, student and no-KD baseline side by side."""
     from experiments import arguments, distil
 
+    if args.seeds:
+        return _seeds(args)
     options, student = arguments.distil_options(args)
     return _train(args, options, lambda stop: print(distil.comparison_table(distil.run_distil(options, student, stop=stop))))
+
+
+def _seeds(args) -> int:
+    """`LoRA` and `distil` with `--seeds`: runs the seeds that are missing, and prints and draws what they say together."""
+    from experiments import seeds, variants
+    from record.files import UserError
+
+    if processes.count() > 1:
+        raise UserError(f"--seeds is for one process, and here are {processes.count()}; start the seeds one by one")
+    options = seeds.SeedsOptions(args.mode, args.sr, variants.seed_runs(args),
+                                 (args.out or Path("runs")) / f"{args.mode}-{args.sr}-seeds", variants.settings(args),
+                                 args.overwrite)
+
+    def start():
+        from report import figures
+
+        for run in seeds.run_seeds(options)["runs"]:
+            if run["status"] == "finished" and not args.no_plots:
+                figures.plot_run(Path(run["folder"]), args.plots)
+    return _study(args, options, start, "seeds")
 
 
 def compare(args) -> int:
@@ -201,8 +252,9 @@ def compare(args) -> int:
 
     arguments.choose(args)
     options = compare.CompareOptions(args.sr, variants.entries(args), args.seeds,
-                                     args.out or Path(f"runs/compare-{args.sr}"), variants.settings(args), args.overwrite)
-    return _study(args, options, lambda: compare.run_comparison(options))
+                                     args.out or Path(f"runs/compare-{args.sr}"), variants.settings(args, "against"),
+                                     args.overwrite, args.against)
+    return _study(args, options, lambda: compare.run_comparison(options), "compare")
 
 
 def sweep(args) -> int:
@@ -214,11 +266,11 @@ def sweep(args) -> int:
         args.sr, variants.search(args), lambda values, folder: variants.trial_options(args, values, folder), args.sampler,
         args.trials, not args.no_prune, args.storage, args.out or Path(f"runs/sweep-{args.sr}"),
         variants.settings(args, "trials", "storage"), args.overwrite)
-    return _study(args, options, lambda: sweep.run_sweep(options))
+    return _study(args, options, lambda: sweep.run_sweep(options), "sweep")
 
 
-def _study(args, options, start) -> int:
-    """Runs a comparison or a sweep, draws it and turns its ways of ending into exit statuses."""
+def _study(args, options, start, name: str) -> int:
+    """Runs a comparison, a sweep or seeds, draws it and turns its ways of ending into exit statuses."""
     from record.files import check_folder, make_folder
     from record.signals import Interrupted
     from report import figures
@@ -226,12 +278,12 @@ def _study(args, options, start) -> int:
     check_folder(args.plots)
     try:
         start()
-        plots = [] if args.no_plots else figures.plot_study(options.out / f"{args.mode}.json", make_folder(args.plots))
+        plots = [] if args.no_plots else figures.plot_study(options.out / f"{name}.json", make_folder(args.plots))
     except Interrupted as error:
         _note("run.py: stopped; continue with: python run.py "
               + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
         return 128 + error.signal
-    print(f"{args.mode}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+    print(f"{name}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
     return 0
 
 
@@ -285,6 +337,41 @@ def serve(args) -> int:
     return serve.run_service(args)
 
 
+def test(args) -> None:
+    """`test`: tests the difference of two runs on a file."""
+    from experiments import significance
+
+    result = significance.paired_test(args.run, args.other, args.data, args.resamples, args.seed)
+    print(json.dumps(result) if args.json else significance.paired_test_text(result))
+
+
+def diagnose(args) -> None:
+    """`diagnose`: says where a run is right and wrong."""
+    from experiments import diagnose
+    from report import diagnosis, records
+
+    result = diagnose.diagnose_run(args.run, args.data, args.pairs, args.limit, args.out)
+    out = args.out or args.run.parent / f"diagnose-{args.run.name}"
+    print(json.dumps(result) if args.json else
+          f"{diagnosis.diagnosis_text(records.read_json(out / 'diagnose.json'))}\ndiagnosis: {out}")
+
+
+def export(args) -> None:
+    """`export`: writes the student as an ONNX model."""
+    from experiments import ship
+
+    ship.export_run(args.run, args.out, args.int8, args.control)
+    print(f"export: {args.out}")
+
+
+def merge(args) -> None:
+    """`merge`: writes the classifier as a plain checkpoint."""
+    from experiments import ship
+
+    ship.merge_run(args.run, args.out)
+    print(f"merge: {args.out}")
+
+
 def repeat(args) -> int:
     """`repeat`: runs it again and compares."""
     from experiments import repeat
@@ -319,8 +406,8 @@ def submit(args) -> None:
 
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
-         "predict": predict, "serve": serve, "repeat": repeat, "report": report, "submit": submit}
-READ_FILES_ONLY = ("report", "submit")  # they do without PyTorch
+         "test": test, "diagnose": diagnose, "predict": predict, "serve": serve, "export": export, "merge": merge,
+         "repeat": repeat, "report": report, "submit": submit}
 
 
 if __name__ == "__main__":

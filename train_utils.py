@@ -13,18 +13,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_utils import Batch, epoch_order, padding_percent
-from record import anomaly
+from record import anomaly, machine, processes
 from record.files import UserError
 from record.folder import CHECKPOINT
 from record.machine import peak_memory_bytes
 from record.options import TrainOptions
+from record.scores import confusion, per_class, scores, scores_of_sums
 from record.signals import Interrupted, deferred
 from record.tensors import load_checked, save_checked
 
@@ -45,12 +45,13 @@ class Progress:
     best_epoch: int = 0
     best_score: tuple[float, float] = (-math.inf, -math.inf)  # MCC, then -loss
     sums: dict[str, float] = field(default_factory=dict)  # of the running epoch
+    parts: list[list[float]] = field(default_factory=list)  # the same sums by process, where there are several
     confusion: list[list[int]] = field(default_factory=list)  # of the running epoch: [label][prediction]
     history: list[dict] = field(default_factory=list)  # one object an epoch: the lines of metrics.jsonl
     finished: bool = False
 
 
-# ---------------------------------------------------------------- objectives and scores
+# ---------------------------------------------------------------- objectives
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
             label_smoothing: float = 0.0) -> Tensor:
@@ -83,51 +84,24 @@ def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label
                                          label_smoothing)
 
 
-def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
-    """n, mean cross-entropy (nats), accuracy, MCC, macro-F1, and the accuracy of always saying the commonest label.
-
-    Macro-F1 is over all classes that the logits know; one that is neither there nor predicted counts 0.
-    """
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # late: the first step does not wait for it
-
-    truth, predictions, classes = labels.numpy(), logits.argmax(-1).numpy(), range(logits.shape[1])
-    return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
-            "accuracy": float(accuracy_score(truth, predictions)),
-            "mcc": float(matthews_corrcoef(truth, predictions)),
-            "macro_f1": float(f1_score(truth, predictions, labels=classes, average="macro", zero_division=0)),
-            "majority_accuracy": float(torch.bincount(labels).max()) / len(labels)}
-
-
-def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
-    """The confusion matrix [label][prediction]."""
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
-
-
-def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict[str, int | float]]:
-    """Precision, recall and F1 of each class by name, and n, its rows, from a confusion matrix; a share of nothing is 0."""
-    counts, result = np.array(matrix), {}
-    for i, name in enumerate(names):
-        hits, said, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
-        result[name] = {"n": int(there), "precision": float(hits / said) if said else 0.0,
-                        "recall": float(hits / there) if there else 0.0,
-                        "f1": float(2 * hits / (said + there)) if said + there else 0.0}
-    return result
-
+# ---------------------------------------------------------------- evaluation
 
 @torch.inference_mode()
 def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """Logits (N, labels) of every row, in the split's own order, on the CPU in float32."""
+    """Logits (N, labels) of every row, in the split's own order, on the CPU in float32.
+
+    Of several processes each computes every so manieth batch, and all get all logits.
+    """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    parts = [model(*batch.to(device).inputs()).float().cpu() for batch in batches]
+    device, own = next(model.parameters()).device, processes.own(batches)
+    parts = [model(*batch.to(device).inputs()).float().cpu() for batch in own]
     model.train(was_training)
-    rows = torch.cat([batch.rows for batch in batches])
-    logits = torch.empty(len(rows), parts[0].shape[1])
-    logits[rows] = torch.cat(parts)
-    return logits.clone()
+    (labels,) = processes.largest(parts[0].shape[1] if parts else 0)
+    logits = torch.zeros(sum(len(batch.rows) for batch in batches), labels)
+    for batch, part in zip(own, parts, strict=True):
+        logits[batch.rows] = part
+    return processes.add(logits)
 
 
 def labels_of(batches: list[Batch]) -> Tensor:
@@ -231,7 +205,12 @@ class Trainer:
     On a GPU a step waits for nothing: losses, hits and gradient norms are summed on the device, and read (which waits for
     the device) every `read_every` steps and before every checkpoint, so that no checkpoint holds what is not finite. On
     a CPU, where reading costs nothing, they are read in every step.
+
+    Several processes compute a part of each batch's rows each (`data_utils.split_large`) and add up their gradients: a
+    step is the same step however many there are. Process r draws its dropout from the seed plus SEEDS times r.
     """
+
+    SEEDS = 100_000  # runs have seeds of five digits
 
     SUMS = ("loss", "cross_entropy", "correct", "norm")  # summed on the device; a loss or norm that is not finite stays so
 
@@ -246,10 +225,18 @@ class Trainer:
         self.parameters = trainable(model)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}  # the best epoch's weights by name, on the CPU
-        self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=self.device)
+        # MPS has no float64; its sums of an epoch are right to about six digits.
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(self.SUMS), dtype=kind, device=self.device)  # of this process
+        self.graded: list[nn.Parameter] | None = None  # those that a backward pass reaches, in some process
         self.confusion: Tensor | None = None  # (classes, classes) of the running epoch: [label][prediction]
         self.total_steps = options.epochs * math.ceil(len(batches) / options.accumulate)
         self.saved_at = time.perf_counter()
+        if self.device.type == "cuda":
+            for batch in (part for whole in batches for part in whole.micro_batches()):
+                batch.pin()
+        if not processes.first():
+            torch.manual_seed(options.seed + self.SEEDS * processes.rank())
 
     def load(self) -> None:
         """Goes on where the checkpoint left off.
@@ -258,9 +245,14 @@ class Trainer:
             UserError: the checkpoint is damaged or of another model.
         """
         self.progress, self.best = load_checkpoint(self.path, self.model, self.optimizer)
-        if self.progress.sums:
-            self.sums += torch.tensor([self.progress.sums[key] for key in self.SUMS], dtype=torch.float64).to(self.device)
-            self.confusion = torch.tensor(self.progress.confusion, device=self.device)
+        progress = self.progress
+        if progress.sums:
+            own = [progress.sums[key] if processes.first() else 0.0 for key in self.SUMS]
+            if len(progress.parts) == processes.count():
+                own = progress.parts[processes.rank()]
+            self.sums += torch.tensor(own, dtype=self.sums.dtype).to(self.device)
+            if processes.first():
+                self.confusion = torch.tensor(progress.confusion, device=self.device)
         self.on_epoch(self.progress.history)
 
     def run(self) -> Progress:
@@ -269,11 +261,12 @@ class Trainer:
             try:
                 with anomaly.watching(self.model) if self.options.anomaly else nullcontext():
                     self.train_epoch()
-                    validation, matrices = validate(self.model, self.dev)
+                    validation, matrices = self.validate()
             except anomaly.NotFinite as found:
                 raise self.diverged(str(found)) from None
             except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
-                self.save()
+                if processes.count() == 1:
+                    self.save()
                 raise
             with deferred():
                 self.finish_epoch(validation, matrices)
@@ -304,11 +297,14 @@ class Trainer:
                     bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, accuracy "
                                         f"{sums['correct'] / sums['rows']:.3f}, {sums['tokens'] / sums['seconds']:.0f} "
                                         "tokens/s", refresh=False)
-                if signal := self.stop():
-                    raise Interrupted(signal)
-                if self.save_is_due():
+                signal, due = processes.largest(self.stop() or 0, self.save_is_due())
+                if due or signal and processes.count() > 1:
                     self.save()
+                if signal:
+                    raise Interrupted(signal)
         self.read_sums()
+        self.read_confusion()
+        progress.sums["seconds"] = before + time.perf_counter() - start  # now that a GPU has done what it was given
 
     def step(self, group: list[Batch]) -> None:
         """Takes one optimiser step over the batches of a group.
@@ -321,16 +317,20 @@ class Trainer:
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["peak"] * rate
         rows = sum(len(batch.rows) for batch in group)
+        progress.sums["rows"] += rows
+        progress.sums["tokens"] += sum(batch.tokens for batch in group)
         for batch in (micro.to(self.device) for whole in group for micro in whole.micro_batches()):
             with torch.autocast(self.device.type, torch.bfloat16,
                                 enabled=options.precision == "bf16" and getattr(self.model, "full", False)):
                 logits = self.model(*batch.inputs())
             loss = self.objective(logits.float(), batch)
             self.count(loss.detach(), logits.detach().float(), batch)
-            if self.read_every == 1:
+            if self.read_every == 1 and processes.count() == 1:
                 self.read_sums("loss")
             # Weighted by rows, so that accumulation equals one large batch.
             (loss * (len(batch.rows) / rows)).backward()
+        if processes.count() > 1:
+            self.add_gradients()
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), options.clip or math.inf)
         self.sums[self.SUMS.index("norm")] += norm
         if (progress.step + 1) % self.read_every == 0:
@@ -339,6 +339,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         progress.group += 1
         progress.step += 1
+
+    def add_gradients(self) -> None:
+        """Adds up the gradients of all processes; each weighted its own by its share of the step's rows."""
+        parameters = list(self.parameters.values())
+        if self.graded is None:  # a process without a row in this step cannot know
+            there = processes.add(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)).tolist()
+            self.graded = [p for p, found in zip(parameters, there, strict=True) if found]
+        flat = processes.add(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.graded]))
+        for p, grad in zip(self.graded, flat.split([p.numel() for p in self.graded]), strict=True):
+            p.grad = grad.view_as(p)
 
     def learning_rate(self, step: int) -> float:
         """Returns the share of the peak rate at optimiser step `step` (from 0)."""
@@ -350,18 +360,18 @@ class Trainer:
         if self.confusion is None:
             self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
         self.confusion.view(-1).index_add_(0, batch.labels * classes + predictions, torch.ones_like(predictions))
-        self.sums[:3] += torch.stack([loss.double() * rows, F.cross_entropy(logits, batch.labels, reduction="sum").double(),
-                                      (predictions == batch.labels).sum().double()])
-        self.progress.sums["rows"] += rows
-        self.progress.sums["tokens"] += batch.tokens
+        kind = self.sums.dtype
+        self.sums[:3] += torch.stack([loss.to(kind) * rows, F.cross_entropy(logits, batch.labels, reduction="sum").to(kind),
+                                      (predictions == batch.labels).sum().to(kind)])
 
     def read_sums(self, upto: str = "norm") -> None:
-        """Reads the sums from the device into `progress`.
+        """Reads the sums of all processes from the device into `progress`.
 
         Raises:
             Diverged: a loss or a gradient norm was not finite (`upto` loss: the norm of this step is not there yet).
         """
-        values = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
+        parts = processes.gather(self.sums.cpu())
+        values = dict(zip(self.SUMS, parts.sum(0).tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             raise self.diverged(f"loss {values['loss']}")
         if upto == "norm" and not math.isfinite(values["norm"]):
@@ -369,15 +379,33 @@ class Trainer:
                        "an earlier step")
             raise self.diverged(f"gradient norm {values['norm']}, {bad}'s first")
         self.progress.sums.update(values)
-        if self.confusion is not None:
-            self.progress.confusion = self.confusion.tolist()
+        self.progress.parts = parts.tolist() if processes.count() > 1 else []
+
+    def read_confusion(self) -> None:
+        """Reads the confusion matrix of all processes from the device into `progress`."""
+        (classes,) = processes.largest(0 if self.confusion is None else len(self.confusion))
+        own = torch.zeros(classes, classes, dtype=torch.int64) if self.confusion is None else self.confusion.cpu().clone()
+        self.progress.confusion = processes.add(own).tolist()
+
+    def validate(self) -> tuple[dict[str, dict], dict[str, list]]:
+        """Scores the development splits; several processes stop together after it, if one was asked to."""
+        if processes.count() == 1:
+            return validate(self.model, self.dev)
+        with deferred():
+            self.save()  # before, for a launcher that asked its processes to stop does not wait long
+            result = validate(self.model, self.dev)
+            (signal,) = processes.largest(self.stop() or 0)
+        if signal:
+            raise Interrupted(signal)
+        return result
 
     def finish_epoch(self, validation: dict[str, dict], matrices: dict[str, list]) -> None:
         """Adds the epoch's line to the history, keeps its weights if they are the best so far, and saves."""
         progress, options = self.progress, self.options
         peak = self.optimizer.param_groups[0]["peak"]
         progress.history.append({
-            "epoch": progress.epoch, "train": _train_scores(progress), "validation": validation, "confusion": matrices,
+            "epoch": progress.epoch, "train": scores_of_sums(progress.sums, progress.confusion), "validation": validation,
+            "confusion": matrices,
             # By formula: a run resumed after the epoch's last step has set no rate of its own.
             "learning_rate": peak * self.learning_rate(progress.step - 1), "seconds": progress.sums["seconds"],
             "tokens": int(progress.sums["tokens"])})
@@ -387,7 +415,8 @@ class Trainer:
             progress.best_score, progress.best_epoch = score, progress.epoch
             self.best.update({name: p.detach().cpu().clone() for name, p in self.parameters.items()})
         progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
-        progress.epoch, progress.group, progress.sums, progress.confusion = progress.epoch + 1, 0, {}, []
+        progress.epoch, progress.group, progress.sums = progress.epoch + 1, 0, {}
+        progress.parts, progress.confusion = [], []
         self.sums.zero_()
         self.confusion = None
         self.save()
@@ -405,6 +434,7 @@ class Trainer:
             return
         if self.progress.sums:
             self.read_sums()
+            self.read_confusion()
         save_checkpoint(self.path, self.model, self.optimizer, self.progress, self.best)
         self.saved_at = time.perf_counter()
 
@@ -415,26 +445,17 @@ class Trainer:
                         ("" if self.options.anomaly else ", or find the operation with --anomaly"))
 
 
-def _train_scores(progress: Progress) -> dict[str, float]:
-    """Returns loss, cross-entropy, accuracy and MCC of an epoch's training sentences, from its sums."""
-    from sklearn.metrics import matthews_corrcoef
-
-    sums, cells = progress.sums, [(i, j, count) for i, row in enumerate(progress.confusion)
-                                  for j, count in enumerate(row) if count]
-    labels, predictions, weights = zip(*cells, strict=True)
-    return {"loss": sums["loss"] / sums["rows"], "cross_entropy": sums["cross_entropy"] / sums["rows"],
-            "accuracy": sums["correct"] / sums["rows"],
-            "mcc": float(matthews_corrcoef(labels, predictions, sample_weight=weights))}
-
-
 # ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
                     best: dict[str, Tensor]) -> None:
-    """Writes the whole state of a training into one file, atomically; the one before stands until then."""
-    tensors = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    """Writes the whole state of a training into one file, atomically; the one before stands until then.
+
+    All processes come here, with the same state but for their random numbers; the first writes.
+    """
+    tensors = {name: processes.gather(source.get_rng_state()) for name, source in machine.random_sources().items()}
+    if not processes.first():
+        return
     for name, p in trainable(model).items():
         tensors[f"model.{name}"] = p.detach()
         for key, value in optimizer.state.get(p, {}).items():
@@ -464,9 +485,10 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             # Names are optimizer.<key>.<parameter>: whatever keys the optimiser has, the checkpoint brings them back.
             optimizer.state[p] = {key.split(".")[1]: value.to(p.device) for key, value in tensors.items()
                                   if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
-    torch.set_rng_state(tensors["rng"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    for name, source in machine.random_sources().items():
+        states = torch.atleast_2d(tensors[name]) if name in tensors else []  # by process
+        if processes.rank() < len(states):
+            source.set_rng_state(states[processes.rank()].clone())  # it reads from the beginning of a tensor's memory
     return Progress(**json.loads(text)), {
         name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
 

@@ -1,4 +1,4 @@
-"""What share of a training its checkpoints cost, at the defaults: one after each epoch and every ten minutes.
+"""Measures what share of a training its checkpoints cost, at the defaults: one after each epoch and every ten minutes.
 
     python benchmarks/checkpoint_cost.py
 
@@ -32,12 +32,12 @@ OPTIONS = train_utils.TrainOptions(seed=1)
 
 def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
           ) -> tuple[list[float], list[float], int, int]:
-    """Seconds of each step and of each save, bytes of a checkpoint, and the optimiser steps of an epoch."""
+    """Measures seconds of each step and of each save, bytes of a checkpoint, and the optimiser steps of an epoch."""
     inputs.seed_everything(1)
     classifier, _ = load_classifier(model, task.num_labels)
     classifier.configure("lora", LoRAOptions())
     classifier.to(common.device())
-    max_length = min(common.MAX_LENGTH, max_length_of(classifier.net.config))
+    max_length = min(common.MAX_LENGTH, max_length_of(classifier.net))
     batches = data_utils.make_batches(task.train, load_tokenizer(model), max_length, OPTIONS.batch_size, 1)
     chosen = [batches[i] for i in common.spread_sample(steps + 1, len(batches), 1)]
     optimizer, objective = train_utils.make_optimizer(classifier, OPTIONS), train_utils.cross_entropy()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, samples of CoLA, both sides' models, alternation, and one form of report.
+"""Gives the benchmarks what they share: options, samples of CoLA, both sides' models, alternation, and one form of report.
 
 A benchmark is a function (args, work folder) -> Report; `main` runs it. Nothing here is a result: every
 figure that is printed was measured in the run that prints it.
@@ -35,7 +35,7 @@ from data_utils import Batch, Split  # noqa: E402
 from model import TextClassifier, lora_layers  # noqa: E402
 from record.files import UserError, make_folder  # noqa: E402
 from record.folder import git_commit  # noqa: E402
-from record.machine import cpu_name  # noqa: E402
+from record.machine import cpu_name, device  # noqa: E402, F401 (device: for the benchmarks)
 
 LABELS, MAX_LENGTH = 2, 512
 TOLERANCE = 1e-4  # between the two sides' losses on one batch
@@ -44,12 +44,12 @@ TOLERANCE = 1e-4  # between the two sides' losses on one batch
 # ---------------------------------------------------------------- figures
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and spread."""
+    """Returns median and spread."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def paired_ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """a / b round by round: what slows the machine in one round slows both sides of its ratio."""
+    """Returns a / b round by round: what slows the machine in one round slows both sides of its ratio."""
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
@@ -69,7 +69,7 @@ def alternate(sides: dict[str, Callable[[int], float]], rounds: int) -> dict[str
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first to the left, figures to the right."""
+    """Returns a text table, columns as wide as their widest cell; the first to the left, figures to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(
@@ -77,26 +77,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def figure(value: float) -> str:
-    """A number for a table: three significant digits, or all of a larger one's whole part."""
+    """Formats a number for a table: three significant digits, or all of a larger one's whole part."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 @dataclass
 class Report:
-    """What a benchmark checked and measured, and the targets beside it."""
+    """Collects what a benchmark checked and measured, and the targets beside it."""
 
     checks: list[dict] = field(default_factory=list)
     measurements: list[dict] = field(default_factory=list)
     targets: list[dict] = field(default_factory=list)
 
     def check(self, what: str, difference: float, tolerance: float) -> None:
-        """Both sides compute the same, or nothing is timed."""
+        """Stops the benchmark unless both sides compute the same."""
         if not difference <= tolerance:  # NaN fails too
             raise SystemExit(f"{what}: the sides differ by {difference:g}; at most {tolerance:g} is allowed")
         self.checks.append({"what": what, "difference": difference, "tolerance": tolerance})
 
     def check_bits(self, what: str, a: Tensor, b: Tensor) -> None:
-        """Equal bit for bit and not all zeros, or nothing is timed."""
+        """Stops the benchmark unless both are equal bit for bit and not all zeros."""
         difference = 0.0 if torch.equal(a, b) else max(float((a - b).abs().max()), 1e-45)
         self.check(what, difference if a.any() else float("nan"), 0.0)
 
@@ -104,7 +104,7 @@ class Report:
         self.measurements.append({"what": what, "unit": unit, **summary(values)})
 
     def target(self, what: str, values: Sequence[float], goal: float, unit: str = "x", at_most: bool = False) -> None:
-        """The issue's target beside the median that was measured."""
+        """Notes a target beside the median that was measured."""
         measured = summary(values)
         met = measured["median"] <= goal if at_most else measured["median"] >= goal
         self.targets.append({"what": what, "unit": unit, **measured,
@@ -124,7 +124,7 @@ class Report:
 
 
 def machine() -> dict:
-    """What the figures belong to; the load average shows whether the machine was quiet when the run began."""
+    """Describes the machine; the load average shows whether it was quiet when the run began."""
     return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0], "system": platform.platform(),
@@ -168,14 +168,10 @@ def main(doc: str, benchmark: Callable[[argparse.Namespace, Path], Report],
 
 
 def set_threads(args: argparse.Namespace) -> None:
-    """Threads of this process and of those it starts."""
+    """Sets the threads of this process and of those it starts."""
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
         torch.set_num_threads(args.threads)
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronize() -> None:
@@ -187,7 +183,7 @@ def synchronize() -> None:
 # ---------------------------------------------------------------- data
 
 def tokenizer_of(base: str):
-    """The model's tokenizer with a pad token, so that every side pads with the same id."""
+    """Loads the model's tokenizer with a pad token, so that every side pads with the same id."""
     tokenizer = load_tokenizer(base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -195,19 +191,19 @@ def tokenizer_of(base: str):
 
 
 def batches_of(split: Split, base: str, batch_size: int) -> list[Batch]:
-    """A split in this project's batches, shortest first; the same in every process."""
+    """Returns a split in this project's batches, shortest first; the same in every process."""
     return data_utils.split_large(data_utils.make_batches(split, tokenizer_of(base), MAX_LENGTH, batch_size, seed=1,
                                                           beginnings=True))
 
 
 def thinned(split: Split, rows: int) -> Split:
-    """About `rows` sentences, evenly spread over the file."""
+    """Takes about `rows` sentences, evenly spread over the file."""
     step = max(1, len(split) // rows)
     return Split(split.sentences[::step], split.labels[::step], split.sources[::step])
 
 
 def spread_sample(count: int, total: int, seed: int) -> list[int]:
-    """`count` of the numbers below `total`, one from each of as many equal ranges.
+    """Draws `count` of the numbers below `total`, one from each of as many equal ranges.
 
     Of batches in order of length it takes short and long ones in the proportion of the whole epoch.
     """
@@ -216,7 +212,7 @@ def spread_sample(count: int, total: int, seed: int) -> list[int]:
 
 
 def padding_percent(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
-    """Share of pads, in percent, where rows are batched in this order and padded to the longest of the batch."""
+    """Returns the share of pads, in percent, where rows are batched in this order and padded to the longest of the batch."""
     groups = [[lengths[row] for row in order[i:i + batch_size]] for i in range(0, len(order), batch_size)]
     return 100.0 * (1 - sum(map(sum, groups)) / sum(max(group) * len(group) for group in groups))
 
@@ -224,7 +220,7 @@ def padding_percent(lengths: Sequence[int], order: Sequence[int], batch_size: in
 # ---------------------------------------------------------------- models
 
 def base_of(model: str, work: Path) -> str:
-    """A folder with the base model as safetensors, for every side: `gpt2` (124M, random weights) or `smollm2`.
+    """Makes a folder with the base model as safetensors, for every side: `gpt2` (124M, random weights) or `smollm2`.
 
     GPT-2's weights have no say in its speed. Its tokenizer here is SmolLM2's: a trained one, with ids
     below GPT-2's 50,257.
@@ -240,7 +236,7 @@ def base_of(model: str, work: Path) -> str:
 
 
 def peft_classifier(base: str, adapter: Path, pad_token_id: int, best: bool):
-    """PEFT's side: `transformers`' own classifier of the same base under the adapter and head in a folder.
+    """Builds PEFT's side: `transformers`' own classifier of the same base under the adapter and head in a folder.
 
     Args:
         best: the fused form of GPT-2's activation and no dropout; else as the documentation shows it: the
@@ -269,7 +265,7 @@ def as_if_trained(classifier: TextClassifier) -> TextClassifier:
 
 
 def epoch_seconds(model, batches: list[Batch], objective: train_utils.Objective, **more) -> float:
-    """Training seconds of one epoch through `train_utils.fit`, the loop that every run goes through."""
+    """Returns the training seconds of one epoch through `train_utils.fit`, the loop that every run goes through."""
     options = train_utils.TrainOptions(seed=1, epochs=1, lr=1e-4, warmup=0.0, schedule="constant", **more)
     first = replace(batches[0], rows=torch.arange(len(batches[0].rows)))  # validated after the epoch, off the clock
     return train_utils.fit(model, batches, {"in_domain": [first]}, objective, options).history[-1]["seconds"]

@@ -1,9 +1,9 @@
-"""What scikit-learn's logistic regression makes of the numeric features alone: the figure that a run must beat.
+"""Scores scikit-learn's logistic regression on the numeric features alone: the figure that a run must beat.
 
     python benchmarks/features_reference.py --task buzzer --data DIR --feature-columns Gpr_confidence,Length_char
 
 The rows, classes and evaluation split are those that `run.py LoRA` reads with the same options; features are
-standardised on the training rows, missing values stand at the mean with a mark of their own.
+standardised on the training rows; a missing value is replaced by the mean and marked.
 """
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from record.files import UserError
 
 
 def reference(task: data_utils.Task) -> dict[str, dict[str, float]]:
-    """n, accuracy, MCC, macro-F1 and the majority's accuracy of logistic regression on each evaluation split."""
+    """Returns n, accuracy, MCC, macro-F1 and the majority's accuracy of logistic regression on each evaluation split."""
     model = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler(), LogisticRegression(max_iter=1000))
     model.fit(np.array(task.train.features), task.train.labels)
     result = {}

@@ -1,4 +1,4 @@
-"""Nothing frozen is computed twice: what keeping it saves, in time of an epoch.
+"""Measures what caching the output of frozen parts saves, in time of an epoch.
 
     python benchmarks/frozen_reuse.py
     python benchmarks/frozen_reuse.py --quick --json
@@ -39,7 +39,7 @@ CROSS_ENTROPY = train_utils.cross_entropy()
 
 
 def classifier(base: str, method: str = "lora", layers: str | None = None) -> TextClassifier:
-    """GPT-2 with a head, as `run.py LoRA --method METHOD --layers LAYERS` trains it."""
+    """Builds GPT-2 with a head, as `run.py LoRA --method METHOD --layers LAYERS` trains it."""
     made, _ = load_classifier(base, common.LABELS)
     torch.manual_seed(0)
     made.configure(method, LoRAOptions(layers=layers))
@@ -47,12 +47,12 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
 
 
 def copies(batches: list[Batch]) -> list[Batch]:
-    """The same batches with nothing cached."""
-    return [replace(batch, cached=None, micro=copies(batch.micro)) for batch in batches]
+    """Returns the same batches with nothing cached."""
+    return [replace(batch, cached=None, micro=batch.micro and copies(batch.micro)) for batch in batches]
 
 
 def check_kept(report: Report, what: str, model: TextClassifier, cached: list[Batch]) -> None:
-    """Logits and gradients of the shortest and the longest batch, from cached results and fresh."""
+    """Compares logits and gradients of the shortest and the longest batch, from cached results and fresh."""
     for name, batch in (("shortest", cached[0]), ("longest", cached[-1])):
         results = []
         for one in (batch, replace(batch, cached=None)):
@@ -68,7 +68,7 @@ def check_kept(report: Report, what: str, model: TextClassifier, cached: list[Ba
 
 
 def timed(work) -> float:
-    """Seconds that a call takes."""
+    """Returns the seconds that a call takes."""
     synchronize()
     start = time.perf_counter()
     work()

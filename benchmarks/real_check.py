@@ -1,4 +1,4 @@
-"""A few hundred CoLA sentences with SmolLM2-135M: the loss falls, and the saved adapter's logits are PEFT's.
+"""Trains SmolLM2-135M on a few hundred CoLA sentences: the loss falls, and the saved adapter's logits are PEFT's.
 
     python benchmarks/real_check.py --data DIR_WITH_THE_COLA_TSV_FILES
 
@@ -20,6 +20,7 @@ import data_utils
 import run
 from benchmarks.peft_reference import load_smollm2
 from experiments import evaluate
+from record.machine import device
 
 
 def main() -> int:
@@ -41,9 +42,9 @@ def main() -> int:
         split = data_utils.load_task("cola", args.data).limit(args.limit).dev["in_domain"]
         batches = data_utils.make_batches(split, tokenizer, options["max_length"], 32, 0)[:4]
         with torch.inference_mode():
-            difference = max(float((ours(*batch.inputs()) - reference(
+            difference = max(float((ours(*batch.to(device()).inputs()).cpu() - reference(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits).abs().max()) for batch in batches)
-            size = float(ours(*batches[0].inputs()).abs().max())
+            size = float(ours(*batches[0].to(device()).inputs()).abs().max())
     result = {"loss_epoch_1": losses[0], "loss_epoch_2": losses[1], "logits_difference": difference, "largest_logit": size}
     print(json.dumps(result) if args.json else result)
     if losses[1] >= losses[0] or difference > 1e-4 * max(1.0, size):

@@ -67,12 +67,12 @@ COUNTED = {
 # ---------------------------------------------------------------- figures
 
 def figure(value: float) -> str:
-    """Three digits, whole numbers from 1,000 on."""
+    """Formats a number with three digits, whole numbers from 1,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def mean(spread: dict, form: str = ".3f", factor: float = 1) -> str:
-    """Mean and, where there are several seeds, sample standard deviation."""
+    """Formats the mean and, if there are several seeds, the sample standard deviation."""
     std = spread.get("std", spread.get("sd"))
     return f"{factor * spread['mean']:{form}}" + ("" if std is None else f" ± {factor * std:{form}}")
 
@@ -82,7 +82,7 @@ def accuracy_and_mcc(scores: dict) -> str:
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Markdown; columns whose head ends with a colon stand to the right."""
+    """Returns the lines of a Markdown table; columns whose head ends with a colon stand to the right."""
     lines = ["| " + " | ".join(cell.rstrip(":") for cell in head) + " |",
              "| " + " | ".join("---:" if cell.endswith(":") else "---" for cell in head) + " |"]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
@@ -94,28 +94,29 @@ def seeds_of(result: dict) -> str:
 
 
 def cpu_of(result: dict) -> str:
-    """The name of the GPU or the CPU, without trade marks."""
+    """Returns the name of the GPU or the CPU, without trade marks."""
     where = result.get("machine", result)
     return re.sub(r"\((R|TM)\)", "", where.get("gpu") or where["cpu"])
 
 
 def machine_of(result: dict) -> str:
-    """On what something was measured."""
+    """Says on what a result was measured."""
     where = result.get("machine", result)
     versions = result.get("versions", where)
     threads = f"{where['threads']} of {where['cores']} cores" if "cores" in where else f"{where['threads']} thread(s)"
-    return f"{cpu_of(result)}, {threads}; torch {versions['torch']}, transformers {versions['transformers']}"
+    library = f", float32 products by {where['matmul']}" if where.get("matmul") else ""
+    return f"{cpu_of(result)}, {threads}{library}; torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def commits_of(results: Iterable[dict]) -> str:
-    """At which commits; "not recorded" for a result that does not know its commit."""
+    """Says at which commits results were measured; "not recorded" for one that does not know its commit."""
     commits = {commit for result in results for commit in result.get("git_commits", [result.get("machine", {}).get(
         "git_commit")])}
     return "commit " + ", ".join(sorted({commit[:7] if commit else "not recorded" for commit in commits}))
 
 
 def measured_on(results: Iterable[dict]) -> list[str]:
-    """A line for each machine."""
+    """Returns a line for each machine that results were measured on."""
     by_machine: dict[str, list[dict]] = {}
     for result in results:
         by_machine.setdefault(machine_of(result), []).append(result)
@@ -130,7 +131,7 @@ def majority(results: dict[str, dict], names: Iterable[str]) -> dict[str, float]
 
 
 def cola(results: dict[str, dict]) -> list[str]:
-    """Every training on CoLA: best and last epoch on each split, with the command."""
+    """Shows every training on CoLA: best and last epoch on each split, with the command."""
     splits, names = ("in_domain", "out_of_domain", "all"), [name for name, *_ in TRAININGS]
     rows = []
     if share := majority(results, names):
@@ -154,7 +155,7 @@ def cola(results: dict[str, dict]) -> list[str]:
 
 
 def student(results: dict[str, dict]) -> list[str]:
-    """Size and speed of a distillation's student beside its teacher's."""
+    """Shows size and speed of a distillation's student beside its teacher's."""
     result = results.get("cola_distil")
     if result is None:
         return [f"Student against teacher, size and speed: {NOT_RUN}."]
@@ -167,7 +168,7 @@ def student(results: dict[str, dict]) -> list[str]:
 # ---------------------------------------------------------------- comparisons and sweeps
 
 def comparison(name: str, results: dict[str, dict]) -> list[str]:
-    """One row for each entry of a comparison."""
+    """Shows a row for each entry of a comparison."""
     label, command = STUDIES[name]
     result = results.get(name)
     command = result["command"] if result else command
@@ -193,7 +194,7 @@ def comparison(name: str, results: dict[str, dict]) -> list[str]:
 
 
 def sweep(name: str, results: dict[str, dict]) -> list[str]:
-    """A grid over two options: the first one's values are rows, the second one's are columns."""
+    """Shows a grid over two options: the first one's values as rows, the second one's as columns."""
     label, command = STUDIES[name]
     result = results.get(name)
     lines = ["```", *wrapped(result["command"] if result else command), "```", ""]
@@ -218,7 +219,7 @@ def sweep(name: str, results: dict[str, dict]) -> list[str]:
 
 
 def buzzer(results: dict[str, dict]) -> list[str]:
-    """The comparison, and logistic regression on the same numbers."""
+    """Shows the comparison on buzzer, and logistic regression on the same numbers."""
     reference = results.get("features_reference")
     command = ("python benchmarks/features_reference.py --task buzzer --data ../shared/data/buzzer "
                f"--feature-columns {FEATURES}")
@@ -229,7 +230,7 @@ def buzzer(results: dict[str, dict]) -> list[str]:
 
 
 def wrapped(command: str, width: int = 118) -> list[str]:
-    """A command in lines that a shell reads as one."""
+    """Breaks a command into lines that a shell reads as one."""
     lines = [""]
     for word in command.split(" "):
         if len(lines[-1]) + len(word) > width:
@@ -241,7 +242,7 @@ def wrapped(command: str, width: int = 118) -> list[str]:
 # ---------------------------------------------------------------- programs that measure
 
 def shown(result: dict | None) -> str:
-    """A command without --json, which changes no figure."""
+    """Returns a result's command without --json, which changes no figure."""
     return result["command"].removesuffix(" --json") if result else ""
 
 
@@ -253,7 +254,7 @@ def measured_row(row: dict) -> list[str]:
 
 
 def measured(results: Iterable[dict], keys: tuple[str, ...]) -> list[str]:
-    """A table for each result, under its machine; of each result the rows under `keys`."""
+    """Shows a table for each result, under its machine; of each result the rows under `keys`."""
     lines, machine = [], None
     for result in sorted(results, key=machine_of):
         if machine != (machine := machine_of(result)):
@@ -271,24 +272,24 @@ def measured(results: Iterable[dict], keys: tuple[str, ...]) -> list[str]:
 
 
 def of_program(name: str, results: dict[str, dict]) -> list[str]:
-    """All that one program measured."""
+    """Shows all that one program measured."""
     found = [result for result in results.values() if result.get("benchmark") == name]
     return measured(found, ("targets", "measurements")) if found else [f"`python benchmarks/{name}.py`: {NOT_RUN}."]
 
 
 def speed(results: dict[str, dict]) -> list[str]:
-    """What was aimed at, and what was reached."""
+    """Shows what was aimed at, and what was reached."""
     found = [result for result in results.values() if result.get("benchmark") in SPEED]
     return measured(found, ("targets",)) if found else [f"{', '.join(SPEED)}: {NOT_RUN}."]
 
 
 def measurements(results: dict[str, dict]) -> list[str]:
-    """What the programs of `speed` measured beside their targets."""
+    """Shows what the programs of `speed` measured beside their targets."""
     return measured([result for result in results.values() if result.get("benchmark") in SPEED], ("measurements",))
 
 
 def reliability(results: dict[str, dict]) -> list[str]:
-    """What was damaged or killed, and what held; what a checkpoint costs."""
+    """Shows what was damaged or killed, and what held; what a checkpoint costs."""
     rows, used = [], []
     for name, (label, counts, command) in COUNTED.items():
         result = results.get(name)
@@ -306,7 +307,7 @@ def reliability(results: dict[str, dict]) -> list[str]:
 # ---------------------------------------------------------------- the README's one table
 
 def summary(results: dict[str, dict]) -> list[str]:
-    """The figures that a reader looks for first."""
+    """Shows the figures that a reader looks for first."""
     rows = []
     if share := majority(results, [name for name, *_ in TRAININGS]):
         rows.append(["CoLA, majority class", f"{share['all']:.3f} / 0", ""])
@@ -333,7 +334,27 @@ def summary(results: dict[str, dict]) -> list[str]:
     return table(["what", "accuracy / MCC, or how many times as fast", "command"], rows)
 
 
-SECTIONS = {"summary": summary, "cola": cola, "student": student, "speed": speed,
+def architectures(results: dict[str, dict]) -> list[str]:
+    """What works with which architecture: those of which all does by name, the others in a table with the lines said."""
+    if "architectures" not in results:
+        return [f"`python benchmarks/architectures.py`: {NOT_RUN}."]
+    result = results["architectures"]
+    outcomes, lines = result["outcomes"], {}
+
+    def cell(outcome: str) -> str:
+        word, _, line = ("yes", "", "") if outcome == "works" else ("yes", *outcome.partition(", ")[1:]) if (
+            outcome.startswith("works, ")) else ("no", "", outcome)
+        return f"{word} ({lines.setdefault(line, len(lines) + 1)})" if line else word
+
+    whole = [name for name, found in outcomes.items() if set(found.values()) == {"works"}]
+    rows = [[f"`{name}`", *map(cell, found.values())] for name, found in outcomes.items() if name not in whole]
+    return [f"Of {len(outcomes)} architectures everything works with {len(whole)}: "
+            f"{', '.join(f'`{name}`' for name in whole)}.", "",
+            *table(["model type", *next(iter(outcomes.values()))], rows), "",
+            *(f"{number}. {line}" for line, number in lines.items()), "", shown(result), *measured_on([result])]
+
+
+SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "student": student, "speed": speed,
             "measurements": measurements, "reliability": reliability, "buzzer": buzzer,
             "serving": lambda results: of_program("serving", results),
             "rotten_tomatoes": lambda results: comparison("rotten_tomatoes", results),
@@ -353,7 +374,7 @@ def read_results() -> dict[str, dict]:
 
 
 def filled(page: str, results: dict[str, dict]) -> str:
-    """The page with its marked sections replaced.
+    """Returns the page with its marked sections replaced.
 
     Raises:
         KeyError: a section has a name that is neither one of SECTIONS nor a program's.

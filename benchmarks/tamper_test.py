@@ -31,20 +31,20 @@ WRITTEN_ANEW = ("metrics.jsonl", "student.safetensors")
 
 
 def call(*arguments) -> tuple[int, str]:
-    """Exit status and stderr of run.py."""
+    """Calls run.py; returns exit status and stderr."""
     with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
         status = toy.main(*arguments)
     return status, errors.getvalue()
 
 
 def stopping_after(steps: int):
-    """A patch: SIGTERM seems to arrive after so many steps."""
+    """Returns a patch under which SIGTERM seems to arrive after so many steps."""
     calls = []
     return mock.patch("record.signals.received", lambda: 15 if (calls.append(1) or len(calls) == steps) else None)
 
 
 def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
-    """The run folders and, for each, the command lines that read it."""
+    """Makes the run folders; returns them and, for each, the command lines that read it."""
     toy.write_model(work / "model")
     toy.write_cola(work / "cola")
     plots = ("--plots", str(work / "plots"))
@@ -70,7 +70,7 @@ def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
 
 
 def damaged(whole: bytes, draw: random.Random, cut: bool) -> bytes:
-    """The bytes with one bit flipped, or cut at a random place."""
+    """Returns the bytes with one bit flipped, or cut at a random place."""
     place = draw.randrange(len(whole))
     if cut:
         return whole[:place]
@@ -82,7 +82,7 @@ def harmless(name: str, path: Path) -> bool:
 
 
 def tamper(work: Path, flips: int, seed: int) -> list[dict]:
-    """A row for each file: how many flips and cuts were tried and noticed, and what went wrong."""
+    """Returns a row for each file: how many flips and cuts were tried and noticed, and what went wrong."""
     draw, rows = random.Random(seed), []
     for name, (folder, readers) in folders(work).items():
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):

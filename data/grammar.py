@@ -1,4 +1,4 @@
-"""The built-in grammar: a small grammar of English, and the CoLA-like task made with it.
+"""Draws acceptable and unacceptable sentences from a small grammar of English, and makes a CoLA-like task of them.
 
     python -m data.grammar        prints an acceptable and an unacceptable sentence of each phenomenon
 
@@ -141,7 +141,7 @@ HELD_OUT = {
 
 
 class Noun(NamedTuple):
-    """A noun phrase and what agrees with it; gender is "m", "f" or "n"."""
+    """Holds a noun phrase and what agrees with it; gender is "m", "f" or "n"."""
 
     text: str
     plural: bool
@@ -156,7 +156,7 @@ class Noun(NamedTuple):
 
 
 class Verb(NamedTuple):
-    """A verb's five forms."""
+    """Holds a verb's five forms."""
 
     base: str
     s: str
@@ -166,14 +166,14 @@ class Verb(NamedTuple):
 
 
 def add_s(word: str) -> str:
-    """The plural of a regular noun, the third person of a verb."""
+    """Returns the plural of a regular noun, or the third person of a verb."""
     if re.search(r"[^aeiou]y$", word):
         return word[:-1] + "ies"
     return word + ("es" if re.search(r"(s|x|ch|sh)$", word) else "s")
 
 
 def inflect(entry: str) -> Verb:
-    """`sleep/slept/slept` or `arrive` to its forms; the lexicon gives what the rules would get wrong."""
+    """Returns the forms of `sleep/slept/slept` or `arrive`; the lexicon gives what the rules would get wrong."""
     base, *given = entry.split("/")
     past = re.sub(r"([^aeiou])y$", r"\1i", base).removesuffix("e") + "ed"
     regular = [past, past, base.removesuffix("e") + "ing"]
@@ -181,13 +181,13 @@ def inflect(entry: str) -> Verb:
 
 
 def finish(text: str) -> str:
-    """Capital first letter, `a` to `an` before a vowel."""
+    """Capitalises the first letter, and makes `a` before a vowel `an`."""
     text = re.sub(r"\ba (?=[aeiou])", "an ", text)
     return text[0].upper() + text[1:]
 
 
 class Scene(dict):
-    """The words of one pair: a slot is drawn when a template first names it, and stays the same for both sentences."""
+    """Draws the words of one pair: a slot when a template first names it, and the same word for both sentences."""
 
     def __init__(self, rng: random.Random, entries: dict[str, list[str]]):
         super().__init__()
@@ -215,7 +215,7 @@ class Scene(dict):
         return inflect(self.word(kind))
 
     def noun(self, kind: str) -> tuple[str, str]:
-        """Singular and plural."""
+        """Returns singular and plural."""
         singular, _, irregular = self.word(kind).partition("/")
         return singular, irregular or add_s(singular)
 
@@ -237,13 +237,13 @@ class Scene(dict):
         return Noun(self.phrase("thing", "heavy", plural), plural, "n")
 
     def beside(self, other: Noun) -> str:
-        """A modifier that puts the noun `other` between a subject and its verb."""
+        """Returns a modifier that puts the noun `other` between a subject and its verb."""
         verb, who = self.verb("praise"), self.pick("who", "that")
         seen = self.pick(verb.past, verb.base if other.plural else verb.s)
         return self.pick(f" {self['near']} {other}", f" {who} {verb.past} {other}", f" {who} {other} {seen}")
 
     def verb_phrase(self) -> tuple[Verb, str]:
-        """A verb and its objects, with the space before them."""
+        """Returns a verb and its objects, with the space before them."""
         person, thing = self.person(names=0.2), self.thing()
         kind, *rests = self.pick(
             ("sneeze", ""), ("praise", f" {person}"), ("fix", f" {thing}"), ("rely", f" {person}"),
@@ -262,7 +262,7 @@ class Scene(dict):
         }[tense]
 
     def clause(self, kind: str) -> str:
-        """A subject and a finite verb."""
+        """Returns a subject and a finite verb."""
         subject = self.person(names=0.2)
         return f"{subject} {self.finite(self.verb(kind), subject.plural, self.pick('present', 'past'))}"
 
@@ -271,7 +271,7 @@ class Scene(dict):
         return self.pick(place, place, " again", " today") if self.chance(0.3) else ""
 
     def queen(self) -> Noun:
-        """Somebody whom the reflexive of {king} cannot mean."""
+        """Returns a person whom the reflexive of {king} cannot mean."""
         while True:
             queen = self.person(genders="mf", names=0.2)
             if queen.self != self["king"].self:
@@ -334,7 +334,7 @@ SLOTS = {
 
 
 def pair(phenomenon: str, rng: random.Random, entries: dict[str, list[str]]) -> tuple[str, str]:
-    """An acceptable sentence of the phenomenon, and the same with one violation."""
+    """Draws an acceptable sentence of the phenomenon, and the same with one violation."""
     templates = re.sub(r"\s+\|", " |", {**IN_DOMAIN, **HELD_OUT}[phenomenon].strip()).splitlines()
     scene = Scene(rng, entries)
     good, *spoilt = rng.choice(templates).strip().split(" | ")
@@ -345,7 +345,7 @@ def pair(phenomenon: str, rng: random.Random, entries: dict[str, list[str]]) -> 
 
 
 def lexicon(words: str) -> dict[str, list[str]]:
-    """The entries of each class: "train" (none held out), "held-out" (only those, if a class has any) or "all"."""
+    """Returns the entries of each class: "train" (none held out), "held-out" (only those, if a class has any) or "all"."""
     chosen = {}
     for kind, text in LEXICON.items():
         entries = text.split()
@@ -356,7 +356,10 @@ def lexicon(words: str) -> dict[str, list[str]]:
 
 
 def draw(phenomena: list[str], words: str, n: int, share: float, rng: random.Random, seen: set[str]) -> list[Row]:
-    """`n` rows, `share` of them acceptable, of the phenomena in turn, then shuffled; none in `seen`, which grows."""
+    """Draws `n` rows, `share` of them acceptable, of the phenomena in turn, and shuffles them.
+
+    A sentence in `seen` is not drawn again; `seen` grows by the new ones.
+    """
     entries, rows = lexicon(words), []
     while len(rows) < n:
         phenomenon, label = phenomena[len(rows) % len(phenomena)], int(rng.random() < share)
@@ -369,7 +372,7 @@ def draw(phenomena: list[str], words: str, n: int, share: float, rng: random.Ran
 
 
 def draw_task(rng: random.Random, seen: set[str]) -> dict[str, list[Row]]:
-    """The rows of the task's three files; `seen` grows by their sentences."""
+    """Draws the rows of the task's three files; `seen` grows by their sentences."""
     out_of_domain = [*IN_DOMAIN, *HELD_OUT, *HELD_OUT]  # four rows of 16 are of a held-out phenomenon
     return {
         "in_domain_train.tsv": draw([*IN_DOMAIN], "train", N_TRAIN, ACCEPTABLE_SHARE, rng, seen),
@@ -379,10 +382,31 @@ def draw_task(rng: random.Random, seen: set[str]) -> dict[str, list[Row]]:
 
 
 def draw_corpus() -> list[str]:
-    """What the language model learns from: acceptable sentences, all words, all phenomena, none of the task's."""
+    """Draws the corpus of the language model: acceptable sentences, all words and phenomena, no sentence of the task."""
     rng, seen = random.Random(SEED), set()
     draw_task(rng, seen)
     return [sentence for _, _, sentence in draw([*IN_DOMAIN, *HELD_OUT], "all", N_CORPUS, 1.0, rng, seen)]
+
+
+def draw_pairs(n: int) -> list[tuple[str, str, str]]:
+    """Draws minimal pairs: phenomenon, the acceptable sentence, the same with one violation; the same pairs each time.
+
+    Of held-out words, and none of their sentences is in the task or in the language model's corpus.
+
+    Args:
+        n: pairs of each phenomenon.
+    """
+    seen = {*draw_corpus(), *(row[2] for rows in draw_task(random.Random(SEED), set()).values() for row in rows)}
+    rng, entries, found = random.Random(SEED + 1), lexicon("held-out"), []
+    for phenomenon in (*IN_DOMAIN, *HELD_OUT):
+        kept = 0
+        while kept < n:
+            both = pair(phenomenon, rng, entries)
+            if not seen.intersection(both):
+                seen.update(both)
+                found.append((phenomenon, *both))
+                kept += 1
+    return found
 
 
 def write_tiny_task(folder: Path) -> None:

@@ -1,14 +1,23 @@
-"""The Hugging Face Hub: whether it answers at all."""
+"""Asks whether the Hugging Face Hub answers at all, and reads its data sets by name."""
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.tables import Table
+from record.files import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @functools.cache
 def hub_unreachable() -> bool:
-    """Whether the Hugging Face Hub gives no answer; its cache alone can be read then.
+    """Returns whether the Hugging Face Hub gives no answer, so that only its cache can be read.
 
-    Asked once a process: left to itself, the library would retry each file for half a minute.
+    Asks once in each process: the library alone would retry each file for half a minute.
     """
     from huggingface_hub import constants, get_session
 
@@ -16,3 +25,42 @@ def hub_unreachable() -> bool:
         return get_session().head(constants.ENDPOINT, timeout=5).status_code >= 500
     except Exception:  # offline by choice, or whatever its HTTP library raises for refused, unknown or timed out
         return True
+
+
+def is_dataset_name(data: str | Path) -> bool:
+    """Whether `--data` may be the name of a data set on the Hub, owner/name: a local path always wins."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(data)) is not None and not Path(data).exists()
+
+
+@functools.cache
+def load_dataset(name: str) -> dict[str, datasets.Dataset]:
+    """The splits of a data set on the Hub by their names; from the cache where it cannot be reached.
+
+    Raises:
+        UserError: there is no such data set, or it can neither be downloaded nor read from the cache.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is raised as well, and said once
+    offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = offline or hub_unreachable()  # or it would retry for minutes
+    try:
+        return {str(split): rows for split, rows in datasets.load_dataset(name).items()}
+    except Exception as error:  # its own classes, huggingface_hub's, pyarrow's and those of the HTTP library
+        missing = "no such file or folder here, and as a data set of the Hugging Face Hub"
+        if datasets.config.HF_HUB_OFFLINE:
+            raise UserError(f"--data {name}: {missing} it is not cached, and the Hub cannot be reached") from None
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"--data {name}: {missing} it cannot be loaded ({said})") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def read_dataset(name: str, split: str) -> Table:
+    """A split of a data set on the Hub as a table, with the class names of its features."""
+    from datasets import ClassLabel
+
+    rows = load_dataset(name)[split]
+    return Table(Path(name) / split, rows[:], {
+        column: feature.names for column, feature in rows.features.items() if isinstance(feature, ClassLabel)})

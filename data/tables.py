@@ -1,6 +1,6 @@
-"""Generic labelled tables: CSV, TSV, JSON Lines or Parquet -> texts, classes and numeric features.
+"""Reads labelled tables (CSV, TSV, JSON Lines, Parquet) into texts, classes and numeric features.
 
-    python -c "import tables; print(tables.read_table('FILE.csv').columns.keys())"
+    python -c "from data import tables; print(tables.read_table('FILE.csv').columns.keys())"
 
 Files are read by `datasets`. What a cell means is decided here and nowhere else: in CSV and TSV nothing
 is guessed from its looks (a review that says "NA" is a text), and every mistake is named by file and row.
@@ -28,35 +28,35 @@ MISSING = ("", "na", "n/a", "nan", "null", "none")  # of a number
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled sentences, in file order."""
+    """Holds labelled sentences, in file order."""
 
     sentences: list[str]
     labels: list[int]
     sources: list[str] = field(default_factory=list)  # CoLA's source code: the publication, or the phenomenon
-    features: list[list[float]] = field(default_factory=list)  # a row of numbers each, NaN where one is missing
+    features: list[list[float]] = field(default_factory=list)  # for each sentence its numbers, NaN where one is missing
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows) -> Split:
-        """The given rows, in that order."""
+        """Returns the given rows, in that order."""
         return Split(*([values[row] for row in rows] if values else []
                        for values in (self.sentences, self.labels, self.sources, self.features)))
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a file, all of the same length."""
+    """Holds the columns of a file, all of the same length."""
 
     path: Path
     columns: dict[str, list]
-    names: dict[str, list[str]] = field(default_factory=dict)  # of the classes that a column's numbers stand for
+    names: dict[str, list[str]] = field(default_factory=dict)  # column -> names of the classes that its numbers stand for
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def column(self, name: str, option: str) -> list:
-        """The values under `name`.
+        """Returns the values under `name`.
 
         Raises:
             UserError: no such column; the ones that exist are named.
@@ -97,7 +97,7 @@ def read_table(path: Path | str) -> Table:
 
 
 def _read(path: Path, kind: str, header: list[str] | None) -> Table:
-    """A file's columns; those of CSV and Parquet through `datasets`, whose cache is a folder that goes at once."""
+    """Reads a file's columns, CSV and Parquet through `datasets`, whose cache folder is removed at once."""
     if kind == "JSON Lines":
         rows = _json_lines(path)
         names = dict.fromkeys(key for row in rows for key in row)
@@ -105,7 +105,7 @@ def _read(path: Path, kind: str, header: list[str] | None) -> Table:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is raised as well, and said once
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the library raises what it logs
     arguments, read = {}, datasets.Dataset.from_parquet
     if header is not None:
         read = datasets.Dataset.from_csv
@@ -116,7 +116,7 @@ def _read(path: Path, kind: str, header: list[str] | None) -> Table:
             rows = read(str(path), cache_dir=cache, keep_in_memory=True, **arguments)
             return Table(path, rows[:], {name: feature.names for name, feature in rows.features.items()
                                          if isinstance(feature, datasets.ClassLabel)})
-    except Exception as error:  # pandas', pyarrow's and its own classes, of which it wraps some
+    except Exception as error:  # pandas', pyarrow's and the library's own classes; some are wrapped
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
             return Table(path, {})
@@ -125,7 +125,11 @@ def _read(path: Path, kind: str, header: list[str] | None) -> Table:
 
 
 def _header(path: Path, kind: str, start: bytes) -> list[str]:
-    """The names of a CSV's or TSV's columns."""
+    """Returns the names of a CSV's or TSV's columns.
+
+    Raises:
+        UserError: not UTF-8, JSON, separated by another character, or two columns of the same name.
+    """
     import csv
 
     try:
@@ -157,7 +161,7 @@ def _header(path: Path, kind: str, start: bytes) -> list[str]:
 def one_hot_columns(path: Path, rows: list[dict]) -> Table:
     """Turns keys like "guess:Ishmael": 1 into a column `guess` with the value "Ishmael".
 
-    So the quiz-bowl sets write what was once text for a linear model.
+    The quiz-bowl sets are written like that: their text was once the input of a linear model.
     """
     decoded = []
     for row in rows:
@@ -168,7 +172,7 @@ def one_hot_columns(path: Path, rows: list[dict]) -> Table:
 
 
 def read_one_hot_jsonl(path: Path | str) -> Table:
-    """A JSON Lines file whose rows name their text as one-hot keys; see `one_hot_columns`.
+    """Reads a JSON Lines file whose rows name their text as one-hot keys; see `one_hot_columns`.
 
     Raises:
         UserError: unreadable, empty, or a line that is no JSON object.
@@ -180,9 +184,9 @@ def read_one_hot_jsonl(path: Path | str) -> Table:
 
 
 def _json_lines(path: Path) -> list[dict]:
-    """The objects of a JSON Lines file, blank lines left out.
+    """Reads the objects of a JSON Lines file and skips blank lines.
 
-    Not through `datasets`, whose reader (pyarrow's) dies of a segmentation fault where the first line is `null`.
+    `datasets` is not used: its reader (pyarrow's) ends in a segmentation fault if the first line is `null`.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -205,7 +209,7 @@ def _json_lines(path: Path) -> list[dict]:
 # ---------------------------------------------------------------- columns
 
 def texts_of(table: Table, options: TableOptions, separator: str) -> list[str]:
-    """The text of each row: by the template, or the text columns joined by the tokenizer's separator.
+    """Returns the text of each row: the filled template, or the text columns joined by the tokenizer's separator.
 
     Raises:
         UserError: an unknown column, a malformed template, an empty text.
@@ -240,7 +244,7 @@ def _as_text(value) -> str:
 
 
 def labels_of(table: Table, column: str) -> list[str]:
-    """Each row's class by name: strings as they are, whole numbers in digits, booleans as false and true.
+    """Returns each row's class by name: strings as they are, whole numbers in digits, booleans as false and true.
 
     Raises:
         UserError: no such column, a missing label, labels of mixed types, or numbers with a fraction.
@@ -272,7 +276,7 @@ def labels_of(table: Table, column: str) -> list[str]:
 
 
 def classes_of(names: list[str], where: str) -> list[str]:
-    """The classes in order: numbers by value, false before true, strings by the alphabet.
+    """Returns the classes in order: numbers by value, false before true, strings by the alphabet.
 
     Raises:
         UserError: fewer than two classes, or classes numbered from 0 with one left out.
@@ -287,7 +291,7 @@ def classes_of(names: list[str], where: str) -> list[str]:
 
 
 def features_of(table: Table, columns: tuple[str, ...]) -> list[list[float]]:
-    """The numeric columns by row, NaN where a cell is empty.
+    """Returns the numeric columns by row, NaN where a cell is empty.
 
     Raises:
         UserError: an unknown column, or a cell that is neither a finite number nor empty.
@@ -309,7 +313,7 @@ def features_of(table: Table, columns: tuple[str, ...]) -> list[list[float]]:
 
 def read_split(table: Table, options: TableOptions, separator: str, classes: list[str] | None = None
                ) -> tuple[Split, list[str]]:
-    """A table as a labelled split, and its classes.
+    """Makes a labelled split of a table; returns it and its classes.
 
     Args:
         classes: of the training split; those found here if None.
@@ -333,7 +337,7 @@ def read_split(table: Table, options: TableOptions, separator: str, classes: lis
 
 
 def check_features(train: Split, columns: tuple[str, ...], where: str) -> dict[str, int]:
-    """Missing values of each feature in the training split.
+    """Counts the missing values of each feature in the training split.
 
     Raises:
         UserError: a feature without a single value.
@@ -349,7 +353,7 @@ def check_features(train: Split, columns: tuple[str, ...], where: str) -> dict[s
 # ---------------------------------------------------------------- splits
 
 def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Path] | float]:
-    """The training file, and the evaluation files by name or the share of the training rows to set aside.
+    """Finds the training file, and the evaluation files by name or the share of the training rows to set aside.
 
     Args:
         data: a file, or a folder with `train` and, say, `validation` in one of the formats.
@@ -358,11 +362,7 @@ def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Pat
     Raises:
         UserError: no such file or split; those that exist are named.
     """
-    share = None
-    if eval_split is not None and re.fullmatch(r"0?\.\d+", eval_split):
-        share = float(eval_split)
-        if not 0 < share < 1:
-            raise UserError(f"--eval-split {eval_split}: expected a share of the training rows between 0 and 1")
+    share = _share(eval_split)
     if not data.is_dir():
         if not data.exists():
             raise UserError(f"--data {data}: no such file or folder")
@@ -378,13 +378,39 @@ def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Pat
     if "train" not in files:
         raise UserError(f"--data {data}: no training file; expected train{', train'.join(SUFFIXES)}"
                         + (f" (it has {', '.join(files)})" if files else ""))
-    names = [eval_split] if eval_split else [name for name in EVAL_SPLITS if name in files][:1]
-    for name in {"train", *names} if share is None else {"train"}:
-        if name not in files:
-            raise UserError(f"--eval-split {name}: {data} has no such file; it has {', '.join(files)}")
+    train, chosen = choose_splits(list(files), eval_split, str(data), "file")
+    for name in [train, *(chosen if isinstance(chosen, list) else [])]:
         if len(files[name]) > 1:
             raise UserError(f"--data {data}: {name} stands there twice ({', '.join(p.name for p in files[name])})")
-    return files["train"][0], share or ({name: files[name][0] for name in names} or 0.1)
+    return files[train][0], {name: files[name][0] for name in chosen} if isinstance(chosen, list) else chosen
+
+
+def choose_splits(there: list[str], eval_split: str | None, where: str, kind: str = "split"
+                  ) -> tuple[str, list[str] | float]:
+    """The training split, and the evaluation split in a list or the share of the training rows to set aside.
+
+    A split called `test` is evaluated on only where `eval_split` names it: public ones often have no labels.
+
+    Raises:
+        UserError: no such split; those that exist are named.
+    """
+    if "train" not in there:
+        raise UserError(f"{where}: no {kind} called train; it has {', '.join(there)}")
+    if share := _share(eval_split):
+        return "train", share
+    names = [eval_split] if eval_split else [name for name in EVAL_SPLITS if name in there][:1]
+    if names and names[0] not in there:
+        raise UserError(f"--eval-split {names[0]}: {where} has no such {kind}; it has {', '.join(there)}")
+    return "train", names or 0.1
+
+
+def _share(eval_split: str | None) -> float | None:
+    """`--eval-split` as a share of the training rows, if it is one."""
+    if eval_split is None or not re.fullmatch(r"0?\.\d+", eval_split):
+        return None
+    if not 0 < float(eval_split) < 1:
+        raise UserError(f"--eval-split {eval_split}: expected a share of the training rows between 0 and 1")
+    return float(eval_split)
 
 
 def set_aside(split: Split, share: float, where: str) -> tuple[Split, Split]:

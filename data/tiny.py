@@ -1,4 +1,4 @@
-"""The tiny GPT-2 that learned the built-in grammar: trained on first use, then kept in the user's cache folder.
+"""Trains the tiny GPT-2 on the built-in grammar at its first use, and caches it in the user's cache folder.
 
     python -c "from data import tiny; print(tiny.tiny_model_folder())"
 """
@@ -21,7 +21,7 @@ STEPS, TOKENS_PER_STEP, LEARNING_RATE = 800, 1024, 3e-3
 
 
 def train_tokenizer(corpus: list[str]):
-    """GPT-2's kind of tokenizer: byte-level BPE, <|endoftext|> as begin and end, no pad token."""
+    """Trains a tokenizer of GPT-2's kind: byte-level BPE, <|endoftext|> as first and last token, no pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -40,7 +40,7 @@ def train_tokenizer(corpus: list[str]):
 
 
 def equal_length_batches(sequences: list[list[int]], rng: random.Random) -> Iterator[list[list[int]]]:
-    """Endless batches of about TOKENS_PER_STEP tokens; the sentences of one have one length, so no pad is computed."""
+    """Yields batches of about TOKENS_PER_STEP tokens without end; a batch holds sentences of one length and no pads."""
     by_length: dict[int, list[list[int]]] = {}
     for sequence in sequences:
         by_length.setdefault(len(sequence), []).append(sequence)
@@ -110,7 +110,7 @@ def recipe() -> str:
 
 
 def tiny_model_folder(cache: Path | None = None) -> Path:
-    """The folder of the tiny GPT-2 and its tokenizer, for `from_pretrained`; trained on first use (a minute or so).
+    """Returns the folder of the tiny GPT-2 and its tokenizer, trained on first use (a minute or so).
 
     The folder is `lora-distil/tiny-<recipe>` below `cache`. It appears whole or not at all, and two
     processes that need it at once train it once. The caller's random state is untouched.
@@ -130,7 +130,7 @@ def tiny_model_folder(cache: Path | None = None) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
             threads = torch.get_num_threads()
             # Two threads, whatever the machine has: more would wait for each other, and the bytes are the same on a
             # laptop and on a server.

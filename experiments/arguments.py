@@ -7,13 +7,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from experiments.parser import EPOCHS, LEARNING_RATE, default, saving
+from record import processes
 from record.files import UserError
 from record.options import DistilOptions, LoRAOptions, RunOptions, TableOptions, TrainOptions
 
 
 def note(text: str) -> None:
     """Tells the person at the terminal something that is no result."""
-    print(text, file=sys.stderr, flush=True)
+    if processes.says(text):
+        print(text, file=sys.stderr, flush=True)
 
 
 def need_packages(mode: str, *packages: str) -> None:

@@ -26,10 +26,13 @@ from tqdm import tqdm
 
 import train_utils
 from experiments import finetune
-from experiments.variants import Entry
+from experiments.significance import over_seeds, paired_differences
+from experiments.variants import Entry, seeds_of
 from record.files import UserError, locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance, read_run
+from record.machine import device
 from report import records, studies
+from report import seeds as seeds_tables
 
 RUN = Path(__file__).parents[1] / "run.py"
 PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: between fork and exec there is no time for it
@@ -46,11 +49,7 @@ class CompareOptions:
     out: Path
     settings: dict  # every option as resolved: a comparison goes on only under the same ones
     overwrite: bool = False
-
-
-def seeds_of(sr: str, count: int) -> list[str]:
-    """SR, SR + 1, ...: five digits each; 00000 follows 99999."""
-    return [f"{(int(sr) + i) % 100_000:05d}" for i in range(count)]
+    against: str | None = None  # the entry that is subtracted from every other one, seed by seed
 
 
 def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) -> dict:
@@ -63,6 +62,9 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
         UserError: bad input, before anything is written; other options than the folder's; a run that failed.
         signals.Interrupted: asked to stop; the run at work has saved its state.
     """
+    names = [entry.name for entry in options.entries]
+    if options.against not in (None, *names):
+        raise UserError(f"--against {options.against}: no such entry; expected one of {', '.join(names)}")
     task = [check(entry) for entry in options.entries][0]
     seeds = seeds_of(options.sr, options.seeds)
     plan = {entry.name: [(seeds[0], rate) for rate in entry.rates or [None]] for entry in options.entries}
@@ -75,7 +77,8 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
         def run(entry: Entry, seed: str, rate: float | None) -> dict:
             name = "-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed])
             bar.set_postfix_str(name)
-            summary = finished_run(entry, seed, rate, folder / name, threads)
+            words = ["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"])]
+            summary = finished_run(words, folder / name, threads)
             runs.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
                          "status": "finished" if summary else "diverged", "summary": summary})
             bar.update()
@@ -89,10 +92,15 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
             bar.update(0 if chosen else len(seeds) - 1)
             rows.append(aggregate(entry, tried, [r for r in [chosen, *others] if r and r["summary"]], folder))
         result = {"mode": "compare", "sr": options.sr, "model": options.entries[0].options.model, "task": task.name,
-                  "seeds": seeds, "selection": selection(runs), **record, "entries": rows, "runs": runs}
+                  "seeds": seeds, "selection": selection(runs), **record, "entries": rows, "runs": runs,
+                  "differences": differences(rows, options.against)}
         write_json(folder / "compare.json", result)
-        write_file(folder / "compare.tex", studies.compare_latex(records.read_json(folder / "compare.json")))
-    say(studies.compare_text(records.read_json(options.out / "compare.json")))
+        written = records.read_json(folder / "compare.json")
+        write_file(folder / "compare.tex", studies.compare_latex(written))
+        write_file(folder / "compare_intervals.tex", seeds_tables.intervals_latex(written))
+    say(studies.compare_text(written))
+    if len(seeds) > 1:
+        say(seeds_tables.intervals_text(written))
     return result
 
 
@@ -118,7 +126,7 @@ def study_folder(out: Path, config: dict, overwrite: bool):
         if overwrite and (folder / "config.json").exists():
             for log in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]/log.txt"):  # its runs, and nothing else that may lie here
                 shutil.rmtree(log.parent)
-            for name in ("compare.json", "compare.tex", "config.json"):
+            for name in ("compare.json", "compare.tex", "compare_intervals.tex", "config.json"):
                 (folder / name).unlink(missing_ok=True)
         if (folder / "config.json").exists():
             same_settings(read_json(folder / "config.json"), config, folder)
@@ -146,8 +154,11 @@ def _said(value) -> str:
 
 # ---------------------------------------------------------------- one run
 
-def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path, threads: int | None) -> dict | None:
+def finished_run(words: list[str], folder: Path, threads: int | None) -> dict | None:
     """The summary of a run, which is started or resumed if it is not finished; None if it diverged.
+
+    Args:
+        words: of its command line, but for its folder: mode, SR, options.
 
     Raises:
         UserError: the run failed; names its log.
@@ -158,8 +169,7 @@ def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path, thre
         with filelock.FileLock(folder / ".lock"):
             pass  # the child of a killed comparison may still be at work here: now it has ended
     if not (folder / "summary.json").exists() and not diverged.exists():
-        words = ["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"]), f"--out={folder}", "--resume",
-                 "--no-plots"]
+        words = [*words, f"--out={folder}", "--resume", "--no-plots", f"--device={device().type}"]
         status = run_child(words, folder / "log.txt", threads)
         last = next((line for line in reversed((folder / "log.txt").read_text(errors="replace").splitlines())
                      if line.strip()), "no output")
@@ -168,7 +178,9 @@ def finished_run(entry: Entry, seed: str, rate: float | None, folder: Path, thre
         elif status:
             how = f"exit status {status}" if status > 0 else f"signal {-status}"
             raise UserError(f"{folder.name}: the run failed ({how}: {last}); see {folder / 'log.txt'}")
-    return None if diverged.exists() else {**read_run(folder, "LoRA")[1], "size_bytes": size_on_disk(folder)}
+    if not (folder / "summary.json").exists():
+        return None
+    return {**read_run(folder, words[0])[1], "size_bytes": size_on_disk(folder)}
 
 
 def run_child(words: list[str], log: Path, threads: int | None = None) -> int:
@@ -227,12 +239,6 @@ def selection(runs: list[dict]) -> dict | None:
                      "score": "mcc", "learning_rate": "first seed", "epoch": "every seed"}
 
 
-def spread(values: list[float]) -> dict:
-    """Mean and sample standard deviation (n - 1), which a single value does not have."""
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None,
-            "values": values}
-
-
 def aggregate(entry: Entry, tried: list[dict], kept: list[dict], folder: Path) -> dict:
     """One row: means over the seeds at the chosen learning rate.
 
@@ -249,15 +255,17 @@ def aggregate(entry: Entry, tried: list[dict], kept: list[dict], folder: Path) -
     summaries = [run["summary"] for run in kept]
     counts = summaries[0]["parameters"]
     row["parameters"] = {**counts, "trainable_percent": 100 * counts["trainable"] / counts["total"]}
-    for which, key in (("best", "validation"), ("last", "last_validation")):
-        row[which] = {split: {
-            name: spread([summary[key][split][name] for summary in summaries])
-            for name in ("accuracy", "mcc", "macro_f1") if all(name in summary[key][split] for summary in summaries)}
-            for split in summaries[0][key]}
-        row[which + "_epoch"] = spread([summary[which + "_epoch"] for summary in summaries])
+    row |= over_seeds(summaries)
     row["majority_accuracy"] = {split: values["majority_accuracy"] for split, values in summaries[0]["validation"].items()}
     trains = [summary["train"] for summary in summaries]
     row["seconds_per_epoch"] = statistics.fmean(train["seconds"] / max(1, train["epochs"]) for train in trains)
     row["peak_memory_bytes"] = max(train["peak_memory_bytes"] for train in trains)
     row["size_bytes"] = max(summary["size_bytes"] for summary in summaries)
     return row
+
+
+def differences(rows: list[dict], against: str | None) -> list[dict]:
+    """Every entry minus the entry `against`, paired by seed; nothing without one."""
+    other = next((row for row in rows if row["entry"] == against and row["seeds"]), None)
+    return [{"entry": row["entry"], "minus": against, **paired_differences(row, other)}
+            for row in rows if other and row is not other and row["seeds"]]

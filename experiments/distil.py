@@ -19,7 +19,7 @@ from data_utils import Batch, Task
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
-from record import tensors
+from record import processes, tensors
 from record.files import sha256, write_file, write_json
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from record.machine import device
@@ -36,8 +36,8 @@ def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) ->
         with torch.inference_mode():
             for batch in batches:
                 model(*batch.to(device()).inputs())
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if device().type != "cpu":
+                getattr(torch, device().type).synchronize()
         best = min(best, time.perf_counter() - start)
     return rows / best
 
@@ -52,7 +52,7 @@ def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) ->
         UserError: the file is damaged.
     """
     key = tensors.weights_digest(teacher) + tensors.batches_digest(batches)
-    if path.exists():
+    if processes.of_first(path.exists()):
         kept, its_key = tensors.load_checked(path)
         if its_key == key:
             return kept["logits"]
@@ -172,7 +172,7 @@ def train_student(run: Prepared, phase: str, objective: train_utils.Objective, f
 
 def _texts_only(batches: list[Batch]) -> list[Batch]:
     """Returns the batches without numeric features, for the student reads text alone."""
-    return [replace(batch, features=None, micro=_texts_only(batch.micro)) for batch in batches]
+    return [replace(batch, features=None, micro=batch.micro and _texts_only(batch.micro)) for batch in batches]
 
 
 def comparison_table(summary: dict) -> str:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import data_utils
 import train_utils
 from data.backbones import load_tokenizer
 from data.digests import tokenizer_digest
+from data_utils import Split
 from experiments.inputs import check_base, separator_of
 from lora import adapters, amx
 from lora.matmul import set_precision
@@ -79,28 +81,41 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
     return student.to(device()).eval(), tokenizer, config["options"]
 
 
-def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> dict:
-    """Scores a saved run on a labelled file of its task's format.
+def answers(folder: Path, data: Path) -> tuple[Tensor, Split, list[str]]:
+    """Returns a saved run's logits (N, labels) of a labelled file, the file's rows, and the classes' names.
 
     Args:
-        folder: of a finished LoRA or distillation run.
+        folder: of a finished LoRA or distillation run (of which the student answers).
         data: in the format of the run's task, with the run's columns.
-        predictions: if given, a TSV of sentence, label, prediction and probability (of the prediction).
-
-    Returns:
-        n, loss, accuracy, mcc, macro_f1, majority_accuracy, by_class {confusion, per_class}.
     """
     config, summary = read_run(folder)
     warn_of_changed_data(config, data)
     model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)
     classes = config.get("classes", data_utils.COLA_CLASSES)
     split = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
-    if summary["mode"] == "distil":
+    return logits_of(model, split, tokenizer, options), split, classes
+
+
+def logits_of(model: TextClassifier | DistilRNN, split: Split, tokenizer, options: dict) -> Tensor:
+    """Returns logits (N, labels) of a split's rows, batched as the run with these options batched development rows."""
+    if isinstance(model, DistilRNN):
         split = replace(split, features=[])  # the student reads text alone
-    batches = data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], options["seed"],
-                                      options.get("batch_tokens"), options.get("truncate", "tail"),
-                                      beginnings=True)
-    logits = train_utils.compute_logits(model, batches)
+    return train_utils.compute_logits(model, data_utils.make_batches(
+        split, tokenizer, options["max_length"], options["batch_size"], options["seed"], options.get("batch_tokens"),
+        options.get("truncate", "tail"), beginnings=True))
+
+
+def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> dict:
+    """Scores a saved run on a labelled file of its task's format.
+
+    Args:
+        folder, data: see `answers`.
+        predictions: if given, a TSV of sentence, label, prediction and probability (of the prediction).
+
+    Returns:
+        n, loss, accuracy, mcc, macro_f1, majority_accuracy, by_class {confusion, per_class}.
+    """
+    logits, split, classes = answers(folder, data)
     if predictions is not None:
         probability, chosen = logits.softmax(-1).max(-1)
         rows = zip(split.sentences, split.labels, chosen.tolist(), probability.tolist(), strict=True)

@@ -17,18 +17,20 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import train_utils
-from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of
+from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of, public_name
 from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.model_card import write_repository
 from lora import adapters, frozen
 from lora.matmul import set_precision
 from model import TextClassifier, count_parameters, load_classifier
-from record import machine, tensors
+from record import machine, processes, tensors
 from record.files import write_file
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from record.machine import device
 from record.options import RunOptions, as_json, settings_of
+from serving.merge import label_maps
 from train_utils import best_and_last, selection_split, training_summary
 
 SANITY_PROMPT, SANITY_TOKENS = "The", 12
@@ -88,6 +90,7 @@ class Prepared:
     """What a fine-tuning starts from."""
 
     task: Task
+    tokenizer: object
     classifier: TextClassifier
     batches: list[Batch]  # the training split's
     dev: dict[str, list[Batch]]  # the development splits', by name
@@ -108,7 +111,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     task = load_task(options, tokenizer)
     tokenizer_sha256 = tokenizer_digest(tokenizer)
     classifier, lm = load_classifier(options.model, task.num_labels)
-    max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net.config))
+    max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net))
     sane = lm is not None and options.method == "lora"
     ids = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS) if sane else None
     weights = tensors.digest_meanwhile(classifier.net.base_model)  # on a core that tokenising leaves idle
@@ -131,7 +134,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     classifier.to(device())
     base = {"base_sha256": weights.result(), "base_config_sha256": config_digest(classifier.net.config),
             "tokenizer_sha256": tokenizer_sha256}
-    return Prepared(task, classifier, batches, dev, max_length, counts, sanity, base)
+    return Prepared(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, base)
 
 
 def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable[[str], None]) -> None:
@@ -140,9 +143,10 @@ def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable
     if not options.keep or prefix.lowest == 0 or not run.classifier.reads_text:
         return
     start, used = time.perf_counter(), 0
-    for split in (run.batches, *run.dev.values()):
+    for split in (run.batches, *map(processes.own, run.dev.values())):
         used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
-    say(f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
+    say(f"  {prefix.why_not}; they are computed each time" if prefix.why_not else
+        f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
         f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
 
 
@@ -166,7 +170,8 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     options = resolve_precision(options)
     run = prepare(options, say)
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
-    config = {**provenance(as_json(settings), run.task.files), **run.base, "classes": list(run.task.classes)}
+    config = {**provenance(as_json(settings), run.task.files), **run.base, "classes": list(run.task.classes),
+              **label_maps(run.task.classes)}
     with run_folder(options, config) as folder:
         recorder = Recorder(folder, say)
 
@@ -188,7 +193,9 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
                    "method": options.method, "classes": list(run.task.classes), "parameters": run.counts,
                    **best_and_last(progress.best_epoch, history, run.task.classes),
                    "train": training_summary(progress, run.batches), "sanity": run.sanity}
-        finish(folder, summary)
+        lora = options.method == "lora"
+        finish(folder, summary, *(write_repository(folder, options, run.task, run.tokenizer, run.max_length, summary)
+                                  if lora else ()))
     return summary
 
 
@@ -223,9 +230,11 @@ def save_trained(classifier: TextClassifier, method: str, folder: Path, base: st
         write_file(folder / name, save({n: t.cpu().contiguous() for n, t in tensors.items()}))
 
     if method == "lora":
-        adapters.save_adapter(classifier, folder, base)
+        adapters.save_adapter(classifier, folder, public_name(base))
     elif method != "features":
         state = classifier.net.state_dict(prefix="net.")
+        # Of weights that are tied (BART's embeddings) one name is enough.
+        state = dict(sorted({(t.data_ptr(), t.shape): (name, t) for name, t in state.items()}.values()))
         heads = tuple(f"net.{head}." for head in classifier.head_names())
         write("trained.safetensors", {n: t for n, t in state.items() if method == "full" or n.startswith(heads)})
     if classifier.feature_head is not None:

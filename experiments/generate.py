@@ -16,12 +16,18 @@ from experiments.inputs import check_base
 from lora import adapters
 from lora.matmul import speed_up
 from record.files import UserError, check_sums, read_json
+from record.machine import device
 
 
 def base_model(adapter: Path) -> str:
-    """The base model of a saved adapter, whose files are checked first if it is a run's."""
+    """The base model of a saved adapter, as `--model` names it; a run's files are checked first.
+
+    A run recorded what it was started with; `adapter_config.json` has the base's name for others.
+    """
     check_sums(adapter)
-    return adapters.base_of(adapter)
+    base = adapters.base_of(adapter)
+    options = read_json(adapter / "config.json").get("options") if (adapter / "config.json").exists() else None
+    return options["model"] if isinstance(options, dict) and isinstance(options.get("model"), str) else base
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -72,9 +78,9 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
         if (adapter / "config.json").exists():
             check_base(adapter, read_json(adapter / "config.json"), model, lm, tokenizer)
         adapters.load_adapter(lm, adapter, head=False)
-    lm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    lm.to(device()).eval()
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    context = max_length_of(lm.config)
+    context = max_length_of(lm)
     encoded = [tokenizer(prompt, verbose=False).input_ids or [start] for prompt in prompts]
     for ids in encoded:  # before the first text, not after half of them
         if len(ids) + max_new_tokens > context:

@@ -13,9 +13,10 @@ import torch
 import data_utils
 from data.backbones import load_config
 from data.digests import config_digest, tokenizer_digest
+from data.hub import is_dataset_name, load_dataset
 from data_utils import Batch, Task
 from lora import amx
-from record import machine, tensors
+from record import machine, processes, tensors
 from record.files import UserError
 from record.folder import recorded_config
 from record.options import RunOptions, TrainOptions
@@ -54,6 +55,12 @@ def _task_of(model: str | None, data: str | None) -> str:
     """The task that somebody means who named none: by what lies under --data."""
     if data is None:
         return "tiny" if model == "tiny" else DEFAULT_TASK
+    if is_dataset_name(data):
+        try:
+            load_dataset(data)
+            return "csv"
+        except UserError:  # said where the task is loaded
+            return DEFAULT_TASK
     folder = Path(data)
     is_cola = any((folder / name).exists() for name in data_utils.COLA_FILES.values())
     return "csv" if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not is_cola else DEFAULT_TASK
@@ -111,7 +118,7 @@ def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptio
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
                                             options.batch_tokens, truncate, beginnings or bool(split)))
             for split, rows in {"": task.train, **task.dev}.items()]
-    return data_utils.split_large(make[0][1]), dict(make[1:])
+    return data_utils.split_large(make[0][1], processes.rank(), processes.count()), dict(make[1:])
 
 
 def resolve_precision(options: RunOptions) -> RunOptions:

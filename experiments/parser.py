@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from record import processes
 from record.options import ROLES, DistilOptions, LoRAOptions, RNNConfig, RunOptions, TableOptions, TrainOptions
 
 # The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
@@ -23,8 +24,9 @@ LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5
 METHODS = ("lora", "full", "head", "features", "none")
 
 def complain(message) -> None:
-    """One line on stderr, whatever the message quotes."""
-    print("run.py:", str(message).replace("\n", " "), file=sys.stderr)
+    """One line on stderr, whatever the message quotes; of several processes the first that ends tells why."""
+    if processes.says("the end"):
+        print("run.py:", str(message).replace("\n", " "), file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,8 +131,9 @@ def _most_used(parser: Parser, mode: str) -> None:
     if mode == "LoRA":
         parser.add(GENERAL, "--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a "
                                             "local folder or GGUF file, smollm2, minilm, or tiny")
-    parser.add(GENERAL, "--data", metavar="DIR|FILE",
-               help="folder with the task's files, or a CSV, TSV, JSONL or Parquet file; the Hub's if not given")
+    parser.add(GENERAL, "--data", metavar="DIR|FILE|NAME",
+               help="folder with the task's files, a CSV, TSV, JSONL or Parquet file, or the name of a data set on the Hub, "
+                    "such as stanfordnlp/sst2; the Hub's files of the task if not given")
     if mode == "LoRA":
         parser.add(GENERAL, "--rank", type=int, default=LoRAOptions.rank, help="of each update")
     parser.add(GENERAL, "--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
@@ -162,7 +165,6 @@ def add_finetune_options(parser: Parser, method: bool = True) -> None:
     _training_options(parser)
     parser.add(TRAINING, "--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
     _folder_options(parser)
-    parser.add(FOLDER, "--no-plots", action="store_true", help="draw none")
 
 
 def _data_options(parser: Parser) -> None:
@@ -221,6 +223,12 @@ def _folder_options(parser: Parser) -> None:
     parser.add(FOLDER, "--save-every", type=_save_every, default=f"{TrainOptions.save_every:g}min", metavar="Nmin|Nsteps",
                help="minutes, or optimiser steps, between checkpoints in an epoch")
     parser.add(FOLDER, "--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
+    parser.add(FOLDER, "--no-plots", action="store_true", help="draw none")
+
+
+def _seeds_option(parser: Parser, group: str, default: int | None, more: str) -> None:
+    parser.add(group, "--seeds", type=_number(int, 1, 1000, "a whole number from 1 to 1000"), default=default,
+               help=f"how many: SR, SR + 1, ...; 00000 follows 99999{more}")
 
 
 def default(table: dict, task: str):
@@ -254,11 +262,19 @@ def _gen(parser: Parser) -> None:
 def _lora(parser: Parser) -> None:
     """inject LoRA into a backbone and fine-tune it on a task"""
     add_finetune_options(parser)
+    _seeds_option(parser, GENERAL, None, "; a run each (in runs/, or in --out), and their means with 95 %% intervals")
 
 
 def _distil(parser: Parser) -> None:
     """distil a LoRA run into a small RNN, and train the RNN alone beside it"""
-    parser.add(GENERAL, "--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given")
+    add_distil_options(parser)
+    _seeds_option(parser, GENERAL, None, "; each with the teacher of its own seed, or --teacher")
+
+
+def add_distil_options(parser: Parser) -> None:
+    """What a distillation has."""
+    parser.add(GENERAL, "--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given; with --seeds also a "
+                                                     "folder that holds LoRA-SR of every seed")
     _most_used(parser, "distil")
     parser.add(GENERAL, "--temperature", type=_positive, default=DistilOptions.temperature,
                help="softens teacher and student in the KD loss")
@@ -286,8 +302,8 @@ def _compare(parser: Parser) -> None:
     parser.add("comparison", "--set", action="append", default=[], metavar="NAME:OPTION=VALUE[,...]",
                help="one more entry, with options of LoRA's: r2:method=lora,rank=2,targets=q+v "
                     "(+ stands for the comma within targets and layers); may be given several times")
-    parser.add("comparison", "--seeds", type=_number(int, 1, 1000, "a whole number from 1 to 1000"), default=3,
-               help="how many: SR, SR + 1, ...; 00000 follows 99999")
+    _seeds_option(parser, "comparison", 3, "")
+    parser.add("comparison", "--against", metavar="ENTRY", help="print every other entry minus this one, paired by seed")
     parser.add("comparison", "--lr-grid", type=_list(_positive), metavar="LR[,...]",
                help="learning rates that each entry chooses from; --lr if not given, or each method's default")
     add_finetune_options(parser, method=False)
@@ -359,9 +375,45 @@ def _serve(parser: Parser) -> None:
     parser.add("limits", "--timeout", type=_positive, default=30.0, metavar="SECONDS", help="to answer a request; more: 504")
 
 
+def _test(parser: Parser) -> None:
+    """test the difference between two finished runs on one labelled file"""
+    parser.usage = "run.py test RUN_A RUN_B --data FILE [options]"
+    parser.add_argument("other", metavar="RUN_B", type=Path)
+    parser.add("scoring", "--data", type=Path, required=True, metavar="FILE", help="in the format of the runs' task")
+    parser.add("scoring", "--json", action="store_true", help="print one JSON object")
+    parser.add("test", "--resamples", type=_number(int, 100, 10 ** 7, "a whole number from 100 to 10000000"), default=10_000,
+               help="of the sentences, with replacement")
+    parser.add("test", "--seed", type=_number(int, 0, 10 ** 9, "a whole number of at least 0"), default=0,
+               help="of the resamples")
+
+
+def _diagnose(parser: Parser) -> None:
+    """find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements"""
+    parser.add("diagnosis", "--data", type=Path, metavar="FILE",
+               help="in the format of the run's task; its development files if not given")
+    parser.add("diagnosis", "--pairs", type=Path, metavar="FILE",
+               help="TSV of minimal pairs with the columns phenomenon, paradigm, good, bad (BLiMP's; figures of "
+                    "published.tsv beside it are shown too); the built-in grammar's if not given")
+    parser.add("diagnosis", "--limit", type=_count, help="so many pairs of each paradigm: a quick look")
+    parser.add("diagnosis", "--json", action="store_true", help="print one JSON object")
+    parser.add(FOLDER, "--out", type=Path, help="of JSON, tables and plots; diagnose-RUN beside the run if not given")
+
+
 def _repeat(parser: Parser) -> None:
     """repeat a finished run from its config.json; exit status 1 if the result differs"""
     parser.add(FOLDER, "--out", type=Path, help="keep the repetition in this folder")
+
+
+def _export(parser: Parser) -> None:
+    """write a distillation's student as an ONNX model that needs neither PyTorch nor this project"""
+    parser.add(GENERAL, "--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add(GENERAL, "--int8", action="store_true", help="8-bit weights: a quarter of the size; says what it costs")
+    parser.add(GENERAL, "--control", action="store_true", help="the no-KD baseline instead of the student")
+
+
+def _merge(parser: Parser) -> None:
+    """write a fine-tuned classifier as a plain transformers checkpoint, its adapter merged"""
+    parser.add(GENERAL, "--out", type=Path, required=True, metavar="DIR", help="a new folder")
 
 
 def _report(parser: Parser) -> None:
@@ -379,9 +431,12 @@ def _submit(parser: Parser) -> None:
 
 # Modes that start something take SR, those that read a run take its folder; run.py has a function for each.
 MODES = {"gen": _gen, "LoRA": _lora, "distil": _distil, "compare": _compare, "sweep": _sweep, "eval": _eval,
-         "predict": _predict, "serve": _serve, "repeat": _repeat, "report": _report, "submit": _submit}
-READS_A_RUN = ("eval", "repeat")
+         "test": _test, "diagnose": _diagnose, "predict": _predict, "serve": _serve, "export": _export, "merge": _merge,
+         "repeat": _repeat, "report": _report, "submit": _submit}
+READS_A_RUN = ("eval", "test", "diagnose", "export", "merge", "repeat")
 OWN_ARGUMENTS = {"predict": "RUN_DIR [TEXT ...]", "serve": "--adapter NAME=DIR ..."}  # neither SR nor just a run's folder
+READS_FILES_ONLY = ("report", "submit")  # they do without PyTorch
+SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several times for one run
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
@@ -398,4 +453,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         elif name not in OWN_ARGUMENTS:
             modes[name].add_argument("sr", metavar="SR", type=sr_type, help="five digits: the seed, and the run's name")
         add_options(modes[name])
+        if name not in READS_FILES_ONLY:
+            modes[name].add("machine", "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                            help="auto: the GPU that CUDA finds, else the CPU; mps: an Apple GPU")
     return parser, modes

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from experiments import distil, finetune
-from record.folder import changes, read_run, without_times
+from lora import adapters
+from record.files import read_json
+from record.folder import TOKENIZER_FILES, changes, read_run, without_times
 from record.options import DistilOptions, RunOptions, rebuild
 
 
@@ -35,19 +37,27 @@ def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop:
 
 
 def differences(folder: Path, again: Path) -> Iterator[str]:
-    """What two runs' folders do not share: weights and their configuration byte for byte, results without times."""
+    """What two runs' folders do not share: weights and what describes them byte for byte, results without times."""
     weights = {path.name for one in (folder, again) for pattern in ("*.safetensors", "*_config.json")
                for path in one.glob(pattern)}
-    for name in sorted(weights):
+    for name in sorted({*weights, *TOKENIZER_FILES}):
         one, other = folder / name, again / name
         if not (one.exists() and other.exists()):
-            yield f"{name} is there only once"
-        elif one.read_bytes() != other.read_bytes():
+            if name not in TOKENIZER_FILES:  # an older run has none of these
+                yield f"{name} is there only once"
+        elif _content(one) != _content(other):
             yield f"{name} differs"
     for name in ("metrics.jsonl", "summary.json"):
         one, other = (_results(path / name) for path in (folder, again))
         if one != other:
             yield f"{name} differs ({_first_difference(one, other)})"
+
+
+def _content(path: Path) -> bytes | dict:
+    """What two runs' files must share: the bytes; an adapter's configuration but for where this machine has the base."""
+    if path.name != adapters.CONFIG_FILE:
+        return path.read_bytes()
+    return {key: value for key, value in read_json(path).items() if key != "base_model_name_or_path"}
 
 
 def _results(path: Path) -> list:

@@ -222,13 +222,14 @@ def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
 
 
 def keep_best(study: optuna.Study, out: Path) -> None:
-    """Removes the weights of every finished trial here but the best of all."""
+    """Removes weights and tokenizer of every finished trial here but the best of all."""
     best = best_trial(study)
     kept = best and best.user_attrs.get("same_as", best.number)
     for trial in _done(study):
         if trial.number != kept:
-            for file in trial_folder(out, trial.number).glob("*.safetensors"):
-                file.unlink()
+            folder = trial_folder(out, trial.number)
+            for file in (*folder.glob("*.safetensors"), folder / "tokenizer.json"):
+                file.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- one trial

@@ -1,14 +1,16 @@
-"""Many fine-tunings from one command line: the entries of a comparison, the options that a sweep searches."""
+"""Many runs from one command line: a comparison's entries, the options that a sweep searches, a run's seeds."""
 from __future__ import annotations
 
+import argparse
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from experiments.arguments import finetune_options
-from experiments.parser import Parser, add_finetune_options, closest, sr_type
+from experiments.arguments import choose, distil_options, finetune_options
+from experiments.parser import Parser, add_distil_options, add_finetune_options, closest, sr_type
 from record.files import UserError
-from record.options import FREE, RunOptions, as_json
+from record.options import FREE, RunOptions, TableOptions, as_json, settings_of
 
 # What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
 COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",
@@ -26,6 +28,17 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class SeedRun:
+    """Holds one seed's run of `LoRA` or `distil` with `--seeds`."""
+
+    seed: str
+    folder: Path
+    words: list[str]  # of its command line, but for its folder: mode, SR, options
+    options: dict  # as its config.json records them; without those that only the run itself resolves
+    run: RunOptions
+
+
+@dataclass(frozen=True)
 class Range:
     """Numbers from low to high, whole ones where both are."""
 
@@ -36,11 +49,11 @@ class Range:
 
 class Variant(Parser):
     """Parses the options of one entry or trial; an error names the option that held them."""
-    def __init__(self, where: str):
+    def __init__(self, where: str, add_options: Callable[[Parser], None] = add_finetune_options):
         super().__init__(prog=where, add_help=False)
         self.where = where
         self.add_argument("sr", type=sr_type)
-        add_finetune_options(self)
+        add_options(self)
 
     def error(self, message: str):
         raise UserError(f"{self.where}: {message}")
@@ -115,7 +128,7 @@ def entries(args) -> list[Entry]:
 
 def settings(args, *more: str) -> dict:
     """Returns every option of a comparison or sweep that may change its results."""
-    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", *FREE, *more)
+    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", "device", *FREE, *more)
     return as_json({name: value for name, value in vars(args).items() if name not in skipped})
 
 
@@ -165,3 +178,42 @@ def trial_options(args, values: dict, folder: Path) -> RunOptions:
     parsed = parser.parse_args([args.sr, *parser.words(args, {name: str(value) for name, value in values.items()})])
     parsed.lr = values.get("lr") or args.lr
     return replace(finetune_options(parsed), out=folder, overwrite=True)
+
+
+# ---------------------------------------------------------------- seeds of one run
+
+def seeds_of(sr: str, count: int) -> list[str]:
+    """Returns SR, SR + 1, ...: five digits each; 00000 follows 99999."""
+    return [f"{(int(sr) + i) % 100_000:05d}" for i in range(count)]
+
+
+def seed_runs(args) -> list[SeedRun]:
+    """Returns the runs that `LoRA` or `distil` with --seeds stands for: LoRA-12345, LoRA-12346, ... in runs/ or --out.
+
+    A student of each seed has the teacher of the same seed, or the one that --teacher names.
+
+    Raises:
+        UserError: bad options, a seed without a teacher.
+    """
+    if args.mode == "LoRA":
+        choose(args)  # once: every seed trains the same
+    folder, found = args.out or Path("runs"), []
+    parser = Variant(args.mode, add_finetune_options if args.mode == "LoRA" else add_distil_options)
+    for seed in seeds_of(args.sr, args.seeds):
+        one = argparse.Namespace(**{**vars(args), "sr": seed, "out": folder / f"{args.mode}-{seed}"})
+        if args.mode == "LoRA":
+            options = finetune_options(one)
+            recorded, resolved = asdict(options.lora), ["max_length", "precision"]
+        else:
+            if args.teacher and not (args.teacher / "config.json").exists():
+                one.teacher = args.teacher / f"LoRA-{seed}"
+            options, student = distil_options(one)
+            one.teacher, recorded = student.teacher, asdict(student)
+            resolved = ["model", "data", "limit", "max_length", "precision", "embedding_size", "hidden_size",
+                        *(field.name for field in fields(TableOptions))]
+        recorded = as_json({**recorded, **asdict(options.train), **settings_of(options)})
+        words = [args.mode, seed, *parser.words(one, {}), *([] if args.lr is None else [f"--lr={args.lr!r}"])]
+        unknown = [name for name in resolved if recorded[name] in (None, [], "auto", getattr(TableOptions, name, None))]
+        known = {name: value for name, value in recorded.items() if name not in (*FREE, *unknown)}
+        found.append(SeedRun(seed, one.out, words, known, options))
+    return found

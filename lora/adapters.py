@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.pytorch_utils import Conv1D
 
+from data.backbones import freeze_backbone, fresh_modules
 from lora.linear import LoRALinear, lora_layers
 from lora.mixed import shape_of
 from record.files import UserError, read_json, write_file, write_json
@@ -54,7 +56,7 @@ def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
             ranks[name] = layer.lora_A.shape[0]
             times = len(layer.slices)
             alphas[name] = layer.alpha * (math.sqrt(times) if layer.rslora else times)
-    for name in classifier.head_names():
+    for name in _saved_whole(classifier):
         for key, value in classifier.net.get_submodule(name).state_dict().items():
             state[f"{PREFIX}{name}.{key}"] = value
     first = next(iter(layers.values()))
@@ -68,8 +70,26 @@ def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
 
 
+def misread_by_peft(net: PreTrainedModel, names: list[str]) -> list[str]:
+    """Adapted modules that PEFT takes for the experts of a mixture, fused into one tensor since `transformers` 5: dense
+    layers and shared experts of the same name. It loads their adapters as if they were the experts'.
+    """
+    fused = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
+    experts = fused.get({"mixtral": "mixtral", **_MODEL_TO_CONVERSION_PATTERN}.get(net.config.model_type), ())
+    return [name for name in names if name.rpartition(".")[2] in experts]
+
+
+def _saved_whole(classifier: TextClassifier) -> list[str]:
+    """Modules that PEFT takes for the head: it goes by how a name ends, and asks for the weights of each (ModernVBERT's
+    vision model has a `head` of its own).
+    """
+    heads, adapted = classifier.head_names(), lora_layers(classifier.net)
+    return [name for name, _ in classifier.net.named_modules() if name in heads or name.endswith(tuple(
+        f".{head}" for head in heads)) and not any(other.startswith(name) for other in adapted)]
+
+
 def base_of(folder: Path) -> str:
-    """Name or path of the base model an adapter was made for.
+    """Returns name or path of the base model that an adapter was made for.
 
     Raises:
         UserError: no adapter there, or one that does not say.
@@ -153,15 +173,18 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
     own, inside = net.state_dict(), net.base_model_prefix + "."
     whole = {key: value for key, value in adapter.whole.items() if head or key.startswith(inside)}
     wrong = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
-    missing = [key for key in own if head and not key.startswith(inside) and key not in whole]
+    fresh = tuple(f"{name}." for name in fresh_modules(net))  # of the backbone, and yet the head's
+    missing = [key for key in own if head and key not in whole and (key.startswith(fresh) or not key.startswith(inside))]
     if missing:
-        raise UserError(f"{folder / WEIGHTS_FILE}: no classification head for this model ({missing[0]} is missing)")
+        lost = ("; the base lacks it too, and where the adapter was trained it was another: PEFT saves it with "
+                "modules_to_save" if missing[0].startswith(fresh) else "")
+        raise UserError(f"{folder / WEIGHTS_FILE}: no classification head for this model ({missing[0]} is missing{lost})")
     if wrong:
         raise UserError(f"{folder / WEIGHTS_FILE}: {wrong[0]} does not exist or has another shape in this model")
     with torch.no_grad():
         for key, value in whole.items():
             own[key].copy_(value)
-    net.base_model.requires_grad_(False)
+    freeze_backbone(net)
     for name, (A, B) in adapter.pairs.items():
         layer = LoRALinear(net.get_submodule(name), A.shape[0], adapter.alphas[name], adapter.dropout, adapter.rslora)
         with torch.no_grad():
@@ -172,7 +195,7 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
 
 
 def _pattern(config: dict, key: str, name: str, default):
-    """PEFT's pattern lookup: the first key that is the module's name or its dotted ending."""
+    """Looks a module up in PEFT's patterns: the first key that is the module's name or its dotted ending."""
     for pattern, value in (config.get(key) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value

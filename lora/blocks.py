@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from lora import amx
 from lora.linear import by_tiles, frozen_linear
 from lora.prologue import ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
+from record.machine import send
 
 ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
 SHORT = 32  # tokens of a sentence up to which amx.attend computes it: of longer ones PyTorch's products are faster
@@ -47,7 +48,7 @@ def fuse(backbone: nn.Module) -> bool:
                                      FusedDistilBertAttention) for base in ours.__bases__}
     blocks = [module for module in backbone.modules() if type(module) in (
         GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock, *known.values())]
-    if len(blocks) != config.num_hidden_layers:
+    if not blocks or len(blocks) != config.num_hidden_layers:
         return False
     for module in backbone.modules():
         module.__class__ = known.get(type(module), type(module))
@@ -89,18 +90,19 @@ class UniqueTokens:
 
 
 def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | None = None) -> UniqueTokens:
-    """Rows of a right-padded batch (B, T).
+    """Rows of a right-padded batch (B, T); its mask is asked on the CPU, where batches keep it.
 
     Args:
         keys: of each sentence; those with different keys (adapters, say) share no row.
     """
     B, T = input_ids.shape
     lengths = attention_mask.sum(1)
-    if input_ids.is_cuda:  # one shape for all batches of a size, and nothing that waits for the GPU
+    mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None]
+    if not input_ids.is_cpu:  # one shape for all batches of a size, and nothing that waits for the GPU
         places = torch.arange(T, device=input_ids.device).expand(B, T)
-        return UniqueTokens(input_ids.reshape(-1, 1), places.reshape(-1, 1), None, None,
-                    torch.arange(B, device=input_ids.device) * T + lengths - 1,
-                    attention_mask.bool()[:, None, None], (B, T))
+        last = send(torch.arange(B, device=lengths.device) * T + lengths - 1, input_ids.device)
+        return UniqueTokens(input_ids.reshape(-1, 1), places.reshape(-1, 1), None, None, last,
+                            None if mask is None else send(mask, input_ids.device), (B, T))
     rows: dict[tuple[int, int], int] = {}  # (row of what came before, token) -> row
     index, first, last = [], [], []
     for b, (sentence, length) in enumerate(zip(input_ids.tolist(), lengths.tolist(), strict=True)):
@@ -115,8 +117,7 @@ def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | N
     index, first, last = map(torch.tensor, (index, first, last))
     plain = len(first) == B * T
     return UniqueTokens(input_ids.reshape(-1)[first, None], (first % T)[:, None], None if plain else index,
-                None if plain else first, last, None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None],
-                (B, T))
+                None if plain else first, last, mask, (B, T))
 
 
 def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float, unique: UniqueTokens,

@@ -1,4 +1,4 @@
-"""Nothing frozen is computed twice: what enters the lowest trained block is computed once and cached.
+"""Nothing frozen is computed twice: what leaves the frozen blocks below the lowest trained one is computed once and cached.
 
     prefix = FrozenPrefix(classifier)      # after inject_lora
     prefix.cache(batches)                   # once; each batch now carries its hidden states
@@ -7,40 +7,48 @@
 The composition of the batches is fixed for a run, so a cached tensor is the very result that a fresh
 computation of the same batch gives, bit for bit. Nothing is cached beyond the process, hence nothing
 can go stale. Dropout inside the frozen part is off throughout training.
+
+Blocks hand on a tensor or a tuple, heads read one token, all of them or a pooler's output: that is found out by running
+two sentences both ways. Where the logits are not the same bit for bit, nothing is cached and `why_not` says so.
 """
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from data.backbones import blocks_of
+from data.backbones import blocks_of, fresh_modules
 from data_utils import Batch
+from record import machine
 from record.files import UserError
 
 if TYPE_CHECKING:
     from model import TextClassifier
 
 
-
 class _Reached(Exception):
-    """Carries the hidden states out of a forward pass that need not go on."""
+    """Carries a block's output out of a forward pass that need not go on."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, output):
         super().__init__()
-        self.hidden = hidden
+        self.output = output
+
+
+class NotCacheable(Exception):
+    """Says why what the frozen part computes cannot be cached."""
 
 
 def lowest_trained_block(classifier: TextClassifier) -> int:
     """Number of the lowest block with a trained parameter; 0 if the embeddings train, the count if only the head does."""
-    backbone = classifier.net.base_model
-    blocks = blocks_of(backbone)[1]
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    if any(p.requires_grad and id(p) not in inside for p in backbone.parameters()):
+    net = classifier.net
+    blocks = list(blocks_of(net.base_model).values())
+    inside = {id(p) for module in (*blocks, *map(net.get_submodule, fresh_modules(net))) for p in module.parameters()}
+    if any(p.requires_grad and id(p) not in inside for p in net.base_model.parameters()):
         return 0
     return next((i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())), len(blocks))
 
@@ -50,65 +58,133 @@ class FrozenPrefix:
 
     Attributes:
         lowest: number of the lowest trained block.
-        head_only: nothing in the backbone trains; its pooled output is cached instead of hidden states.
+        head_only: nothing in the backbone trains; its output is cached, as much of it as the head reads.
+        why_not: why nothing can be cached, as `cache` has found; else empty.
     """
 
     def __init__(self, classifier: TextClassifier):
         self.classifier = classifier
         self.backbone = classifier.net.base_model
-        self.blocks = blocks_of(self.backbone)[1]
+        self.blocks = list(blocks_of(self.backbone).values())
         self.lowest = lowest_trained_block(classifier)
-        self.head_only = self.lowest == len(self.blocks)
+        self.head_only = not any(p.requires_grad for p in self.backbone.parameters())
         self.cached: Tensor | None = None  # what the pass that is running starts from
+        self.why_not = ""
+        self.checked = False
+        self.first_token = True  # of an encoder's last hidden states the first alone is cached
         if self.head_only:
-            self._wrap(self.backbone, self._backbone_output)
+            self._wrap(self.backbone, self._head_input)
         else:
-            for i, block in enumerate(self.blocks[:self.lowest]):
-                self._wrap(block, (lambda hidden: self.cached) if i == 0 else (lambda hidden: hidden))
+            for block in self.blocks[:self.lowest]:
+                self._wrap(block, self._block_output)
         classifier.prefix = self
 
-    def _wrap(self, module: nn.Module, instead) -> None:
-        """Lets the module answer with `instead(its first input)` while there is something cached to start from."""
+    def _wrap(self, module: nn.Module, instead: Callable) -> None:
+        """Lets the module answer by `instead` while there is something cached to start from."""
         forward = module.forward
-
-        def answer(*args, **kwargs):
-            if self.cached is None:
-                return forward(*args, **kwargs)
-            return instead(args[0] if args else kwargs.get("hidden_states"))
-        module.forward = answer
-
-    def _backbone_output(self, _) -> BaseModelOutputWithPooling:
-        """Kept (B, 1 or 2, C): the pooled token's hidden state and, where the architecture has one, its pooler's output."""
-        return BaseModelOutputWithPooling(last_hidden_state=self.cached[:, :1], pooler_output=self.cached[:, -1])
+        module.forward = lambda *args, **kwargs: (forward if self.cached is None else instead)(*args, **kwargs)
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Tensor:
-        """What the trained part reads of a batch: (B, T, C), or (B, 1 or 2, C) if only the head trains."""
+        """What the trained part reads of a batch: hidden states (B, T, C), or fewer if only the head trains.
+
+        Raises:
+            NotCacheable: it reads more than that.
+        """
         device = next(self.backbone.parameters()).device
-        input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        inputs = batch.input_ids.to(device), batch.attention_mask
         was_training = self.classifier.training
         self.classifier.eval()
         try:
-            if self.head_only:
-                return self._pooled(input_ids, mask)
-            hook = self.blocks[self.lowest].register_forward_pre_hook(_stop, with_kwargs=True)
+            if self.head_only and self.classifier.decoder:
+                return self.classifier.pool(*inputs).unsqueeze(1)
+            hook = (self.backbone if self.head_only else self.blocks[self.lowest - 1]).register_forward_hook(_stop)
             try:
-                self.classifier.text_logits(input_ids, mask)
+                self.classifier.text_logits(*inputs)
             except _Reached as reached:
-                return reached.hidden
+                return self._read_by_head(reached.output) if self.head_only else self._hidden_of(reached.output)
             finally:
                 hook.remove()
         finally:
             self.classifier.train(was_training)
-        raise RuntimeError(f"block {self.lowest} was never reached")
+        raise NotCacheable("a frozen block is never reached")
 
-    def _pooled(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        if self.classifier.decoder:
-            return self.classifier.pool(input_ids, mask).unsqueeze(1)
-        output = self.backbone(**self.classifier.encoder_inputs(input_ids, mask))
-        pooler = getattr(output, "pooler_output", None)
-        first = output.last_hidden_state[:, 0]
-        return torch.stack([first] if pooler is None else [first, pooler], 1)
+    # A block's output is hidden states, or a tuple or list that begins with them; what else is in it (attention weights,
+    # say) is not cached, and `_check` finds out whether somebody misses it.
+
+    def _hidden_of(self, output: Tensor | tuple) -> Tensor:
+        """The hidden states in a block's output, whose form `_block_output` gives back."""
+        self.more = (None,) * (len(output) - 1) if isinstance(output, tuple | list) else None
+        hidden = output if self.more is None else output[0]
+        if not isinstance(hidden, Tensor):
+            raise NotCacheable("their output is not hidden states")
+        return hidden
+
+    def _block_output(self, *args, **kwargs) -> Tensor | tuple:
+        return self.cached if self.more is None else (self.cached, *self.more)
+
+    # The backbone's output is hidden states and, in some architectures, its pooler's output.
+
+    def _read_by_head(self, output) -> Tensor:
+        """What the head may read of the backbone's output: (B, T or 1, C), and the pooler's output as one row more."""
+        hidden, pooler = (getattr(output, name, None) for name in ("last_hidden_state", "pooler_output"))
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            raise NotCacheable("its backbone hands on no hidden states by name")
+        self.output_class, self.pooler = type(output), pooler is not None
+        hidden = hidden[:, :1] if self.first_token else hidden
+        return hidden if pooler is None else torch.cat([hidden, pooler.unsqueeze(1)], 1)
+
+    def _head_input(self, *args, **kwargs):
+        """The backbone's output again, laid out in memory as it was: products of other strides are rounded otherwise."""
+        hidden = self.cached[:, :-1] if self.pooler else self.cached
+        tokens = (args[0] if args else kwargs["input_ids"]).shape[1]
+        if self.first_token and not self.classifier.known:
+            hidden = F.pad(hidden, (0, 0, 0, tokens - 1))  # with zeros that nobody reads
+        states = {"last_hidden_state": hidden.contiguous()}
+        if self.pooler:
+            states["pooler_output"] = self.cached[:, -1].contiguous()
+        return self.output_class(**states)
+
+    def _check(self, batches: list[Batch]) -> None:
+        """Runs two sentences with pads and two without both ways, where the architecture is not one that tests hold.
+
+        Raises:
+            NotCacheable: from what is cached the outcome is another, or cannot be computed.
+        """
+        if self.classifier.by_length:
+            raise NotCacheable("sentences of each length are computed on their own")
+        if self.classifier.known or self.head_only and self.classifier.decoder:
+            return
+        kinds = {bool(batch.attention_mask.all()): batch for batch in sorted(batches, key=lambda b: b.input_ids.shape[1])}
+        for batch in (_two_rows(batch) for batch in kinds.values()):
+            fresh = self._outcome(batch)
+            if self.head_only and self.first_token:
+                # A head that reads another token, too, or all of them gives other logits; all zeros would prove nothing.
+                self.first_token = bool(fresh.any()) and self._same(batch, fresh)
+            if not (self.head_only and self.first_token or self._same(batch, fresh)):
+                raise NotCacheable("what follows them depends on more than their hidden states")
+
+    def _same(self, batch: Batch, fresh: Tensor) -> bool:
+        batch.cached = self.compute(batch)
+        try:
+            return torch.equal(self._outcome(batch), fresh)
+        except Exception as error:  # whatever code meets hidden states of a form that it did not expect
+            if machine.exhausted(error):
+                raise
+            return False
+
+    @torch.inference_mode()
+    def _outcome(self, batch: Batch) -> Tensor:
+        """The logits, or (a fresh head's may be all zeros) the backbone's output where a part of that trains."""
+        outputs, was_training = [], self.classifier.training
+        hook = self.backbone.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        batch = batch.to(next(self.backbone.parameters()).device)
+        try:
+            logits = self.classifier.eval().text_logits(*batch.inputs())
+        finally:
+            hook.remove()
+            self.classifier.train(was_training)
+        return logits if self.head_only else outputs[0]
 
     def cache(self, batches: list[Batch], folder: Path | None = None, budget: int = 2 << 30, used: int = 0) -> int:
         """Computes and attaches `cached` to each batch, or to each of its parts.
@@ -123,12 +199,23 @@ class FrozenPrefix:
         Returns:
             Bytes of the budget that are used now.
         """
-        for batch in (piece for whole in batches for piece in whole.micro_batches()):
+        pinned = next(self.backbone.parameters()).is_cuda
+        pieces = [piece for whole in batches for piece in whole.micro_batches()]
+        if not self.checked:
+            try:
+                self._check(pieces)
+            except NotCacheable as error:
+                self.why_not = f"a {self.backbone.config.model_type} model's frozen blocks cannot be cached: {error}"
+            self.checked = True
+        if self.why_not:
+            return used
+        for batch in pieces:
             # A copy outside inference mode, for autograd will save it.
             hidden = self.compute(batch).cpu()
             size = hidden.numel() * hidden.element_size()
             if used + size <= budget:
-                batch.cached, used = hidden.clone(), used + size
+                # Pinned, it is copied to a GPU beside what the GPU computes.
+                batch.cached, used = hidden.pin_memory() if pinned else hidden.clone(), used + size
                 continue
             try:
                 with tempfile.NamedTemporaryFile(dir=folder, prefix=".cached-") as file:
@@ -143,7 +230,11 @@ class FrozenPrefix:
         return used
 
 
-def _stop(module, args, kwargs):
-    raise _Reached(args[0] if args else kwargs["hidden_states"])
+def _two_rows(batch: Batch) -> Batch:
+    """Its first and its last sentence: the shortest and the longest."""
+    ends = [0, -1]
+    return Batch(batch.input_ids[ends], batch.attention_mask[ends], batch.labels[ends], batch.rows[ends], 0)
 
 
+def _stop(module, args, output):
+    raise _Reached(output)

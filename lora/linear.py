@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora import amx
-from lora.matmul import by_onednn, product
+from lora.matmul import add_update, by_onednn, narrow, product
 from lora.mixed import MixedLinear
 from lora.prologue import ApplyPrologue
 
@@ -59,6 +59,11 @@ class LoRALinear(nn.Module):
                                                device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.merged = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some of the library's blocks ask it for its type (T5)."""
+        return self.base.weight
 
     def block_B(self) -> Tensor:
         """B over all outputs, (out_features, rank * slices): block by block where there are slices."""
@@ -155,7 +160,7 @@ class _FrozenLinear(torch.autograd.Function):
         ctx.spans, ctx.ranks = spans, [len(A) for A in updates[:len(spans)]]
         A, B = _FrozenLinear.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
         y = x if prologue is None else prologue(x, tiles)  # (rows, in)
-        h = None if A is None else product(y, A)  # (rows, rank)
+        h = None if A is None else narrow(y, A)  # (rows, rank)
         ctx.save_for_backward(None if A is None and prologue is None else x, h, A, B, *weights)
         ctx.scaling, ctx.prologue, ctx.tiles = scaling, prologue, tiles
         sizes = list(map(len, weights))
@@ -174,7 +179,7 @@ class _FrozenLinear(torch.autograd.Function):
                     if bias is not None:
                         part.add_(bias)
         if A is not None:
-            out = product(h * scaling, B, add=out) if by_onednn(h, B) else out.addmm_(h, B.t(), alpha=scaling)
+            out = add_update(out, h, B, scaling)
         return out
 
     @staticmethod
@@ -182,28 +187,28 @@ class _FrozenLinear(torch.autograd.Function):
         x, h, A, B, *weights = ctx.saved_tensors
         grad_x = grad_B = grad_h = None
         if A is not None:
-            grad_h = product(grad, B.t()).mul_(ctx.scaling)  # (rows, rank)
+            grad_h = narrow(grad, B.t()).mul_(ctx.scaling)  # (rows, rank)
             # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
-            grad_B = product(h.t(), grad.t()).mul_(ctx.scaling)  # (rank, out), transposed
+            grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling)  # (rank, out), transposed
         if ctx.needs_input_grad[0]:
             parts = list(zip(grad.split(list(map(len, weights)), 1), weights, strict=True))
             if ctx.tiles:
                 grad_x = amx.matmul([(g, [W]) for g, W in (parts if A is None else [*parts, (grad_h, A)])])  # of y
             else:
-                if A is not None:
-                    parts.append((grad_h, A))
                 for g, W in parts:
                     if grad_x is None or W.dtype == grad.dtype:
                         grad_x = product(g.to(W.dtype), W.t(), add=grad_x).to(grad.dtype)
                     else:
                         grad_x.add_(product(g.to(W.dtype), W.t()))
+                if A is not None:
+                    grad_x = add_update(grad_x, grad_h, A.t(), 1.0)
             if ctx.prologue is not None:
                 x, grad_x = ctx.prologue.backward(x, grad_x, ctx.tiles)
         elif ctx.prologue is not None:
             x = ctx.prologue(x, ctx.tiles)
         grads = []
         if A is not None:
-            grads = [*product(grad_h.t(), x.t()).split(ctx.ranks), *(
+            grads = [*torch.mm(grad_h.t(), x).split(ctx.ranks), *(
                 part[:, span].t() for part, span in zip(grad_B.split(ctx.ranks), ctx.spans, strict=True))]
         return grad_x, None, None, None, None, None, None, *grads
 

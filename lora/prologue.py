@@ -55,7 +55,7 @@ class RMSNormPrologue:
         if tiles:
             return amx.rms_norm_backward(x, self.weight, self.eps, grad)
         u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
-        g = grad * self.weight
+        g = grad.to(u.dtype) * self.weight
         mean = torch.linalg.vecdot(g, u).div_(x.shape[-1]).unsqueeze_(-1)
         dx = g.addcmul_(u, mean.neg_()).mul_(r)
         return u.mul_(self.weight).to(x.dtype), dx.to(x.dtype)

@@ -1,1 +1,1 @@
-"""What keeps a run whole: its files and checksums, signals, memory, and the search for what is not finite."""
+"""What keeps a run whole: options, files and checksums, signals, memory, and the search for what is not finite."""

@@ -1,4 +1,4 @@
-"""--anomaly: which module is the first to compute something that is not finite.
+"""Names the first module that computes something not finite (`--anomaly`).
 
     with anomaly.watching(model):
         loss = objective(model(...))    # raises NotFinite, which names the module
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 
 class NotFinite(RuntimeError):
-    """NaN or infinity; the message names where."""
+    """Reports NaN or infinity; the message names the module."""
 
 
 def tensors_in(value) -> Iterator[Tensor]:
-    """The floating-point tensors in what a module takes or returns."""
+    """Yields the floating-point tensors in what a module takes or returns."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -37,7 +37,7 @@ def finite(value) -> bool:
 
 @contextmanager
 def watching(model: nn.Module):
-    """Checks every module's output and its gradient; several times slower. A fused block (fused.py) is one module.
+    """Checks every module's output and its gradient; several times slower. A fused block (lora/blocks.py) is one module.
 
     Raises:
         NotFinite: within the context, from a forward or backward pass.
@@ -64,7 +64,7 @@ def watching(model: nn.Module):
              for name, module in model.named_modules() if name]
     try:
         with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(True):
-            # The traceback of the forward pass; the one line of the error says it shorter.
+            # Hides the traceback of the forward pass: the error says it in one line.
             warnings.filterwarnings("ignore", message="(?s).*Error detected in ")
             yield
     except RuntimeError as error:

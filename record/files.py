@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checked reads, and the one error class of the house.
+"""Writes files that are whole or absent, reads them with checks, and defines the one error class of the project.
 
 A file is written under a temporary name, flushed to disk and renamed, so that a crash at any moment
 leaves either the old file or the new one. SHA256SUMS in a run's folder tells whether its files are still the ones
@@ -10,25 +10,30 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
 
+from record import processes
+
 SUMS = "SHA256SUMS"
 
 
 class UserError(ValueError):
-    """Something the user can mend: one line that names what is wrong and what was expected."""
+    """Reports what the user can mend, in one line that names what is wrong and what was expected."""
 
 
 def write_file(path: Path | str, data: bytes | str) -> None:
-    """Writes a file atomically and durably.
+    """Writes a file atomically and durably; of a run's several processes the first alone does.
 
     Raises:
         UserError: it cannot be written (folder, rights, full disk); what stood there before still stands.
     """
+    if not processes.first():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,7 +51,7 @@ def write_file(path: Path | str, data: bytes | str) -> None:
 
 
 def remove_temporaries(folder: Path | str) -> None:
-    """Removes what killed processes left of unfinished writes; nobody else may be writing there."""
+    """Removes the temporary files of killed processes; no other process may be writing there."""
     for path in Path(folder).glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -57,7 +62,7 @@ def write_json(path: Path | str, value) -> None:
 
 
 def json_text(value) -> str:
-    """JSON as the files of a run hold it."""
+    """Returns a value as JSON in the form that a run's files have."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -130,13 +135,46 @@ def check_folder(path: Path | str) -> None:
         raise UserError(f"{path}: the output folder cannot be made ({nearest} is not a folder that can be written to)")
 
 
+def check_new_folder(path: Path | str) -> None:
+    """Checks that `new_folder` could make a folder, and makes nothing.
+
+    Raises:
+        UserError: it exists and is not empty, or could not be made.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--out {path}: exists already; expected a new or an empty folder")
+    check_folder(path.absolute())
+
+
+@contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """A folder that appears whole, where what is done in it succeeds, or not at all.
+
+    Yields:
+        The folder under a temporary name beside `path`.
+
+    Raises:
+        UserError: see `check_new_folder`.
+    """
+    path = Path(path).absolute()
+    check_new_folder(path)
+    temporary = make_folder(make_folder(path.parent) / f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)  # an empty folder there is replaced
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def without_password(text: str) -> str:
-    """`text` with the password of every URL in it hidden."""
+    """Hides the password of every URL in a text."""
     return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def sha256(path: Path | str) -> str:
-    """The file's SHA-256, in hexadecimal.
+    """Returns the file's SHA-256, in hexadecimal.
 
     Raises:
         UserError: missing or unreadable.
@@ -161,7 +199,7 @@ def _sums_text(digests: dict[str, str]) -> str:
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
-    """The digests of SHA256SUMS by file name; None if there is no such file.
+    """Returns the digests of SHA256SUMS by file name; None if there is no such file.
 
     Raises:
         UserError: not every byte of it is as it was written.
@@ -182,7 +220,7 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 
 
 def check_sums(folder: Path, *names: str) -> bool:
-    """Checks that the files of a folder (or those of `names`) are what SHA256SUMS says; whether there is one.
+    """Checks the files of a folder (or those of `names`) against SHA256SUMS; returns whether there is one.
 
     Raises:
         UserError: one is missing or not the same; it is named.

@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, what stands in it, and reading it back.
+"""Opens a run's folder for one process, writes what a run records, and reads it back.
 
     runs/<mode>-<SR>/   config.json, metrics.jsonl, summary.json, weights, SHA256SUMS, tensorboard/
 
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from record import processes
 from record.files import (
     SUMS,
     UserError,
@@ -44,8 +45,12 @@ from record.machine import cpu_name, device, matmul, use_matmul, use_threads
 from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
-TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # no two runs share them
+TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # differ between any two runs
 CHECKPOINT = "checkpoint.safetensors"
+# What makes a LoRA run's folder a repository of the Hub, beside the adapter; the tag in a card's metadata tells it from
+# a README.md of somebody's own.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CARD, CARD_TAG = "README.md", "lora-distil"
 
 
 def recorded_config(options: RunOptions) -> dict | None:
@@ -77,15 +82,15 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
     Args:
         data_files: SHA-256 of every data file by its name.
     """
-    command = without_password("python run.py " + shlex.join(sys.argv[1:]))
+    command = without_password(f"{processes.launcher()} run.py {shlex.join(sys.argv[1:])}")
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "matmul": matmul(),
-            "git_commit": git_commit(), "data_files": data_files}
+            "processes": processes.count(), "git_commit": git_commit(), "data_files": data_files}
 
 
 def without_times(value):
-    """A result (any JSON value) without what no two runs share."""
+    """Returns a result (any JSON value) without TIMES."""
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if key not in TIMES}
     return [without_times(item) for item in value] if isinstance(value, list) else value
@@ -93,7 +98,7 @@ def without_times(value):
 
 @contextmanager
 def run_folder(options: RunOptions, config: dict):
-    """The run's folder, held by this process alone.
+    """Opens the run's folder and holds it for this process alone; of several processes the first holds it for all.
 
     A finished run is never written to without `--overwrite`, an unfinished one is only continued
     (`--resume`) or overwritten, and a resumed run must have the options it began with.
@@ -101,12 +106,16 @@ def run_folder(options: RunOptions, config: dict):
     Raises:
         UserError: any of these, another process at work there, or a folder that cannot be written.
     """
+    if not processes.first():
+        processes.wait()
+        yield Path(options.out)
+        return
     if options.repeats:
         _same_options(options.repeats, config, "repeat")
     folder = make_folder(options.out)
     with locked(folder, "run"):
         if options.overwrite:
-            _empty(folder)
+            empty_folder(folder)
         elif (folder / "summary.json").exists():
             raise UserError(f"{folder}: holds a finished run; choose another SR or --out, or pass --overwrite")
         elif any(folder.glob(f"*{CHECKPOINT}")):
@@ -119,16 +128,28 @@ def run_folder(options: RunOptions, config: dict):
         if not any(folder.glob(f"*{CHECKPOINT}")):  # a resumed run keeps the config that it began with
             write_json(folder / "config.json", config)
             write_sums(folder, {"config.json": sha256(folder / "config.json")})
+        processes.wait()
         yield folder
 
 
-def _empty(folder: Path) -> None:
-    """Removes what a run leaves behind; anything else in the folder is left alone."""
-    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json", SUMS):
+def empty_folder(folder: Path) -> None:
+    """Removes what a run leaves behind, and nothing else in the folder."""
+    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json",
+                 *TOKENIZER_FILES, SUMS):
         (folder / name).unlink(missing_ok=True)
+    if is_card(folder / CARD):
+        (folder / CARD).unlink()
     for file in folder.glob("*.safetensors"):
         file.unlink()
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def is_card(path: Path) -> bool:
+    """Whether a README.md is a run's model card: its metadata bears the tag."""
+    if not path.is_file():
+        return False
+    metadata = path.read_text(encoding="utf-8", errors="replace").removeprefix("---\n").partition("\n---\n")[0]
+    return f"- {CARD_TAG}" in metadata.splitlines()
 
 
 def _same_options(folder: Path, config: dict, what: str) -> None:
@@ -150,13 +171,13 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 
 def environment(config: dict) -> dict:
-    """What beside the options may change a result."""
-    return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"),
+    """Returns what may change a result beside the options."""
+    return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"), "processes": config.get("processes", 1),
             **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """How two configs' environments differ, in words."""
+    """Says in words how two configs' environments differ."""
     one, other = environment(before), environment(now)
     return [f"{key} was {one.get(key)}, now {other.get(key)}" for key in dict.fromkeys([*one, *other])
             if one.get(key) != other.get(key)]
@@ -169,7 +190,7 @@ def _warn_of_changes(folder: Path, config: dict) -> None:
 
 
 def warn_of_changed_data(config: dict, data: Path) -> None:
-    """Warns where a file is one that the run read, under the same path, and no longer the same."""
+    """Warns if the run read a file under the same path whose content was another."""
     for name, digest in config.get("data_files", {}).items():
         if Path(name).resolve() == Path(data).resolve() and sha256(data) != digest:
             warnings.warn(f"{data}: changed since the run read it (its SHA-256 is another)", stacklevel=2)
@@ -184,6 +205,8 @@ class Recorder:
 
     def __call__(self, history: list[dict], phase: str | None = None) -> None:
         """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
+        if not processes.first():
+            return
         self.lines = [line for line in self.lines if line.get("phase") != phase]
         self.lines += [{**({"phase": phase} if phase else {}), **line} for line in history]
         write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
@@ -216,20 +239,26 @@ class Recorder:
             raise UserError(f"{self.events}: cannot be written ({error.strerror})") from None
 
 
-def finish(folder: Path, summary: dict) -> None:
-    """The summary marks a run as finished; its checkpoints are no longer needed then."""
+def finish(folder: Path, summary: dict, *more: str) -> None:
+    """Writes SHA256SUMS and summary.json, which marks the run as finished, and removes its checkpoints.
+
+    Args:
+        more: files that SHA256SUMS lists beside weights and JSON.
+    """
+    if not processes.first():
+        return
     files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
              if not path.name.endswith(CHECKPOINT)]
-    digests = {path.name: sha256(path) for path in files}
+    digests = {path.name: sha256(path) for path in (*files, *(folder / name for name in more))}
     digests["summary.json"] = hashlib.sha256(json_text(summary).encode()).hexdigest()
-    write_sums(folder, digests)  # before the summary: a finished run is never without
+    write_sums(folder, digests)  # before the summary: a finished run always has its checksums
     write_json(folder / "summary.json", summary)
     for path in folder.glob(f"*{CHECKPOINT}"):
         path.unlink()
 
 
 def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
-    """config.json and summary.json of a finished run.
+    """Reads config.json and summary.json of a finished run.
 
     Raises:
         UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it. Or a

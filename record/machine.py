@@ -9,6 +9,10 @@ import resource
 import warnings
 from pathlib import Path
 
+from record.files import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+_chosen = "auto"
 MATMULS = ("onednn", "torch")  # oneDNN for float32 products, or whatever PyTorch calls
 _in_use: str | None = None  # what `use_matmul` was given last
 
@@ -23,7 +27,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def keep_freed_memory() -> None:
     """Makes glibc hold on to freed memory.
 
-    By default it hands large tensors back to the kernel as soon as they are freed, and every training
+    By default glibc hands large tensors back to the kernel as soon as they are freed, and every training
     step then pays the page faults of its activations anew. Does nothing with another C library.
     """
     try:
@@ -35,28 +39,74 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system once, where a lot of it will not be needed again (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
+
+
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU if there is one, else resident."""
+    """Returns the peak memory of this process in bytes: allocated on the GPU that computes, else resident (MPS too)."""
     import torch
 
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's, a GPU's or that of PyTorch's allocator for the CPU."""
+    """Returns whether an error says that memory ran out: Python's, a GPU's or that of PyTorch's allocator for the CPU."""
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or isinstance(error, RuntimeError) and bool(
         re.search("can't allocate memory|not enough memory|out of memory|bad_alloc", str(error)))
 
 
-def device():
-    """Returns the `torch.device` that computes: the first GPU, or the CPU."""
+def use_device(name: str) -> None:
+    """Chooses the device that computes.
+
+    Args:
+        name: one of DEVICES. auto: the GPU that CUDA finds, else the CPU; an Apple GPU is chosen by name alone, for no
+            test has run on one.
+
+    Raises:
+        UserError: there is no such device here.
+    """
     import torch
 
+    global _chosen
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, name == "auto"):
+        raise UserError(f"--device {name}: not there; this PyTorch ({torch.__version__}) finds "
+                        + ", ".join(kind for kind, found in there.items() if found))
+    _chosen = name
+
+
+def device():
+    """Returns the `torch.device` that computes: the one chosen, else the GPU that CUDA finds, else the CPU."""
+    import torch
+
+    if _chosen != "auto":
+        return torch.device(_chosen)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def send(tensor, to):
+    """Returns a tensor on a device; on its way to a GPU of CUDA nobody waits for what the GPU still computes."""
+    # MPS may read the tensor's memory after it was given back, so there the copy is waited for.
+    return tensor.to(to, non_blocking=to.type == "cuda")
+
+
+def random_sources() -> dict:
+    """Returns the random number generators that a training draws from, by name: each has get_rng_state and set_rng_state."""
+    import torch
+
+    sources = {"rng": torch}
+    if device().type != "cpu":
+        sources[f"rng.{device().type}"] = {"cuda": torch.cuda, "mps": torch.mps}[device().type]
+    return sources
 
 
 def use_threads(threads) -> None:
@@ -75,10 +125,19 @@ def use_threads(threads) -> None:
 
 
 @functools.cache
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """Whether this PyTorch can be asked for oneDNN's product."""
     import torch
 
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def cpu_description() -> str:
+    """Returns what the system says of the CPU, its vendor included."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()  # on Windows, the vendor too
 
 
 @functools.cache
@@ -89,12 +148,8 @@ def fastest_matmul() -> str:
     """
     import torch
 
-    try:
-        cpu = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        cpu = platform.processor()  # names the vendor on Windows
-    amd = "AuthenticAMD" in cpu and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "onednn" if amd and torch.backends.mkl.is_available() and _has_onednn() else "torch"
+    amd = "AuthenticAMD" in cpu_description() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "onednn" if amd and torch.backends.mkl.is_available() and has_onednn() else "torch"
 
 
 def matmul() -> str:
@@ -108,7 +163,7 @@ def use_matmul(library=None) -> None:
     Warns in one line where it cannot be had.
     """
     global _in_use
-    if library == "onednn" and not _has_onednn():
+    if library == "onednn" and not has_onednn():
         warnings.warn("matrix products by oneDNN cannot be had here, PyTorch's own are used: sums are rounded in another "
                       "order, and the result may differ in its last digits", stacklevel=2)
         library = "torch"

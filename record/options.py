@@ -1,4 +1,4 @@
-"""Every option of a run as a dataclass: its type, its default, and the way to config.json and back.
+"""Holds every option of a run in dataclasses, with type and default; writes them to config.json and reads them back.
 
     python -c "from record.options import LoRAOptions; print(LoRAOptions(rank=4))"
 
@@ -21,7 +21,7 @@ ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
 
 @dataclass(frozen=True)
 class LoRAOptions:
-    """What is adapted, and how."""
+    """Says which layers LoRA adapts, and how."""
 
     rank: int = 8  # rank of each update
     alpha: float = 16.0  # numerator of the scaling
@@ -33,7 +33,7 @@ class LoRAOptions:
 
 @dataclass(frozen=True)
 class TableOptions:
-    """Which columns of a table are what."""
+    """Says which columns of a table are text, label and features."""
 
     text_column: tuple[str, ...] = ()  # joined by the tokenizer's separator; text, sentence or review if none
     label_column: str = "label"  # strings, booleans or whole numbers
@@ -45,7 +45,7 @@ class TableOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a model is trained; the same for every method that is compared."""
+    """Says how a model is trained; the same for every method that is compared."""
 
     seed: int
     epochs: int = 3
@@ -68,7 +68,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class RNNConfig:
-    """Sizes of a `DistilRNN`."""
+    """Holds the sizes of a `DistilRNN`."""
 
     vocab_size: int
     num_labels: int = 2
@@ -82,7 +82,7 @@ class RNNConfig:
 
 @dataclass(frozen=True)
 class DistilOptions:
-    """The teacher, the sizes of the student and the KD loss."""
+    """Holds the teacher, the sizes of the student and the KD loss."""
 
     teacher: Path
     temperature: float = 4.0
@@ -97,7 +97,7 @@ class DistilOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What every run has."""
+    """Holds what every run has."""
 
     mode: str  # LoRA or distil
     sr: str  # five digits: the seed, and the run's name
@@ -122,7 +122,7 @@ class RunOptions:
 # ---------------------------------------------------------------- config.json
 
 def as_json(value):
-    """Options as plain JSON values."""
+    """Returns options as plain JSON values."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -131,15 +131,17 @@ def as_json(value):
 
 
 def settings_of(options: RunOptions) -> dict:
-    """What config.json records of these options; nested ones stand beside them, by their own names (train, lora: where
-    the mode uses them)."""
+    """Returns what config.json records of these options.
+
+    Nested options stand beside the others under their own names (`train`, `lora`), if the mode uses them.
+    """
     return {**{field.name: getattr(options, field.name) for field in fields(options)
                if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora", "table")},
             **asdict(options.table)}
 
 
 def rebuild(cls: type, values: dict, **given):
-    """An options object from what config.json recorded: the way back from `settings_of` and `as_json`.
+    """Builds an options object from what config.json recorded: the way back from `settings_of` and `as_json`.
 
     Raises:
         UserError: an option without a default was not recorded, or one is of another type than it has.
@@ -164,7 +166,7 @@ def rebuild(cls: type, values: dict, **given):
 
 
 def _is(kind, value) -> bool:
-    """Whether a JSON value can stand for an option of this type."""
+    """Returns whether a JSON value can stand for an option of this type."""
     if isinstance(kind, UnionType):
         return any(_is(one, value) for one in get_args(kind))
     if get_origin(kind) is tuple:

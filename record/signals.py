@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: at once outside a training step, after the step within it.
+"""Handles SIGINT and SIGTERM: at once outside a training step, after the step within it.
 
     signals.install()
     with signals.deferred():   # nothing is interrupted in here; at its end `Interrupted` is raised
@@ -15,7 +15,10 @@ _deferring = 0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody asked the process to stop. No Exception: a library's `except Exception` must not swallow it."""
+    """Reports that the process was asked to stop.
+
+    It is no `Exception`: a library's `except Exception` must not swallow it.
+    """
 
     def __init__(self, number: int):
         super().__init__(f"signal {number}")
@@ -44,13 +47,13 @@ def _handle(number: int, frame) -> None:
 
 
 def received() -> int | None:
-    """The signal that arrived, if one did."""
+    """Returns the signal that arrived, if one did."""
     return _received[0] if _received else None
 
 
 @contextmanager
 def deferred():
-    """What stands in this context is finished first, then `Interrupted` is raised if a signal has arrived."""
+    """Lets the body of the `with` statement finish, then raises `Interrupted` if a signal has arrived."""
     global _deferring
     _deferring += 1
     try:

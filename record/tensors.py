@@ -1,4 +1,4 @@
-"""Tensors in files and their checksums: safetensors that hold their own, digests of weights and of batches."""
+"""Reads and writes tensors with their checksum; computes digests of weights and of batches."""
 from __future__ import annotations
 
 import hashlib
@@ -31,12 +31,12 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 def save_checked(path: Path, tensors: dict[str, Tensor], text: str) -> None:
     """Writes tensors and a text into one safetensors file that holds its own SHA-256."""
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    # One entry, for the library writes several in any order: the same tensors and text must be the same bytes.
+    # One metadata entry: the library writes several in any order, and the same tensors and text must be the same bytes.
     write_file(path, save(tensors, {"checked": _checked_digest(tensors, text) + text}))
 
 
 def load_checked(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the text that `save_checked` wrote.
+    """Reads the tensors and the text that `save_checked` wrote.
 
     Raises:
         UserError: missing, or not every value is as it was written.
@@ -64,21 +64,21 @@ def _checked_digest(tensors: dict[str, Tensor], text: str) -> str:
 # ---------------------------------------------------------------- digests
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer, names included."""
+    """Returns the SHA-256 over every parameter and buffer, names included."""
     return _digest(_named_bytes(model))
 
 
 def digest_meanwhile(model: nn.Module) -> Future[str]:
-    """`weights_digest` of a model as it is now, computed beside what the caller goes on with: hashing holds no lock.
+    """Starts `weights_digest` of a model as it is now in a thread of its own: hashing does not hold Python's lock.
 
     Until the result is there nothing may write to the weights; they may be wrapped, moved or given another type.
     What goes wrong is raised by the future's `result()`. The end of the process does not wait for it.
     """
-    future, pieces = Future(), list(_named_bytes(model))
+    future, named = Future(), list(_named_bytes(model))
 
     def work() -> None:
         try:
-            future.set_result(_digest(pieces))
+            future.set_result(_digest(named))
         except BaseException as error:
             future.set_exception(error)
     threading.Thread(target=work, daemon=True).start()
@@ -86,15 +86,15 @@ def digest_meanwhile(model: nn.Module) -> Future[str]:
 
 
 def _named_bytes(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """Each parameter and buffer as its name, shape and type, and its bytes: a view where it is in memory already."""
+    """Yields of each parameter and buffer its name, shape and type, and its bytes (a view where it is in memory)."""
     for name, value in sorted(model.state_dict().items()):
         yield (f"{name}{tuple(value.shape)}{value.dtype}",
                value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _digest(pieces: Iterable[tuple[str, np.ndarray]]) -> str:
+def _digest(named: Iterable[tuple[str, np.ndarray]]) -> str:
     digest = hashlib.sha256()
-    for name, data in pieces:
+    for name, data in named:
         digest.update(name.encode())
         digest.update(data)
     return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""What runs left, as tables, plots and the PDF: it reads files and imports no other folder."""
+"""What runs left, as tables, plots and the PDF: this folder reads files and imports no other folder."""

@@ -1,4 +1,4 @@
-"""What a run left in runs/ -> tables, figures and the PDF in report/, and the zip to hand in.
+"""Writes tables, figures and the PDF in report/ from what a run left in runs/; zips what is handed in.
 
     python run.py report 12345      # plots/*-12345_*, report/results/, report/Report_12345.pdf
     python run.py submit 12345 ...  # Asst2_<first>_<last>_12345.zip
@@ -24,7 +24,7 @@ from report.tables import config_tables, distil_tables, epochs, lora_tables
 NOT_RUN = rb"\emph{not run}"
 TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results",
           "distil_size", "distil_epochs", "distil_options", "distil_provenance")
-STUDIES = ("compare", "sweep")  # many runs each: a table <study>_results and a figure, where there is one
+STUDIES = ("compare", "sweep")  # of many runs: a table <study>_results and a figure, if the study exists
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
 SUBMITTED = ("*.py", *(f"{room}/**/*.{kind}" for room in ("experiments", "lora", "data", "record", "report")
                              for kind in ("py", "c")), "docs/**/*.md", "docs/**/*.png", "tests/**/*.py",
@@ -48,10 +48,10 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
             continue
         summary, config = read_json(run_dir / "summary.json"), read_json(run_dir / "config.json")
         tables, derived = own(summary)
-        if summary.get("method") != "none":  # which trains nothing
+        if summary.get("method") != "none":  # that method trains nothing
             tables[f"{prefix}_epochs"] = epochs(read_metrics(run_dir / "metrics.jsonl"))
         tables |= config_tables(config, prefix)
-        plain_numbers = {key: value for key, value in summary.items() if key != "by_class"}  # that one has its table
+        plain_numbers = {key: value for key, value in summary.items() if key != "by_class"}  # `by_class` has its own table
         numbers |= dict(flatten(prefix, plain_numbers)) | dict(flatten(prefix, derived))
         files |= {f"{name}.tex": table.encode() for name, table in tables.items()}
         files |= {f"{mode}_{path.stem.rpartition('_')[2]}.pdf": path.read_bytes()
@@ -84,7 +84,7 @@ def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> 
     if not (latexmk := shutil.which("latexmk")):
         raise ReportError(f"latexmk not found; on Debian: apt install {DEBIAN}")
     write_report_results(sr, runs_dir, plots_dir, report_dir)
-    # LaTeX's own files go to a folder of their own: one that was broken off would trip the next build.
+    # LaTeX's own files go to a folder of their own: those of an interrupted build would break the next one.
     with tempfile.TemporaryDirectory() as build:
         done = subprocess.run([latexmk, "-pdf", "-cd", "-interaction=nonstopmode", "-halt-on-error", f"-outdir={build}",
                                str(report_dir / "main.tex")], stdin=subprocess.DEVNULL, capture_output=True,

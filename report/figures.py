@@ -1,9 +1,9 @@
-"""What a run left in runs/ -> curves in plots/; comparisons and sweeps too.
+"""Draws what a run, a comparison or a sweep left in runs/ into plots/.
 
     plot_run(Path("runs/LoRA-12345"), Path("plots"))
 
-It reads files only, through records.py, so that a figure
-cannot show anything but what a run wrote down: `metrics.jsonl`, `summary.json`, `compare.json`, `sweep.json`.
+Reads files only, through records.py, so that a figure shows nothing but what a run wrote down:
+`metrics.jsonl`, `summary.json`, `compare.json`, `sweep.json`.
 """
 
 import math
@@ -25,6 +25,7 @@ from report.records import (
     shown_splits,
     spoken,
 )
+from report.seeds import spoken_entry
 
 # quantity -> (name of its axis, key in "train", key in "validation", factor). The training loss drawn is the
 # cross-entropy, not the objective: with KD the objective holds the teacher's part too, and could not be compared.
@@ -40,7 +41,7 @@ PHASE_LOOKS = {"student": (BLUE, "o"), "scratch": (VERMILLION, "s")}
 # ---------------------------------------------------------------- runs
 
 def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
-    """One quantity over the epochs: training and validation, best epoch marked, baselines as horizontal lines.
+    """Draws one quantity over the epochs: training and validation, best epoch marked, baselines as horizontal lines.
 
     Args:
         metrics: the rows of `metrics.jsonl`; a distillation's carry "phase", and both students are drawn.
@@ -105,7 +106,7 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
 
 
 def confusion(summary: Record) -> Figure:
-    """How often each class was taken for which, in rows and as a share of each true class."""
+    """Draws how often each class was predicted as which, in rows and as a share of each true class."""
     split, scores = by_class(summary)
     matrix, classes = scores["confusion"], list(scores.section("per_class"))
     if not (isinstance(matrix, list) and len(matrix) == len(classes)
@@ -136,7 +137,7 @@ def confusion(summary: Record) -> Figure:
 # ---------------------------------------------------------------- comparisons and sweeps
 
 def compare_figure(compare: Record) -> Figure:
-    """Accuracy of the best epoch against trained parameters, with the majority class as a dashed line."""
+    """Draws accuracy of the best epoch against trained parameters, with the majority class as a dashed line."""
     done = sorted((entry for entry in compare["entries"] if "best" in entry),
                   key=lambda entry: entry.section("parameters").number("trainable"))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -166,7 +167,7 @@ def compare_figure(compare: Record) -> Figure:
 
 
 def _label_points(axes, x: list[float], y: list[float], names: list[str]) -> None:
-    """A name above each point; where neighbours stand close in x, above and below in turn."""
+    """Writes a name above each point; where neighbours stand close in x, above and below in turn."""
     for i, (at, value, name) in enumerate(zip(x, y, names, strict=True)):
         below = i % 2 == 1 and (at < 4 * max(x[i - 1], 1))
         axes.annotate(name.replace("$", r"\$"), (at, value), xytext=(7, -13 if below else 7), textcoords="offset points",
@@ -174,7 +175,7 @@ def _label_points(axes, x: list[float], y: list[float], names: list[str]) -> Non
 
 
 def sweep_figure(sweep: Record) -> Figure:
-    """Score against trained parameters, each option's importance, and the mean score of each set of roles or layers."""
+    """Draws score against trained parameters, each option's importance, and each set of roles or layers by its mean."""
     trials = [trial for trial in sweep["trials"] if trial["parameters"] and trial["score"] is not None]
     if not trials:
         raise ReportError(f"{sweep.source}: no trial has a score")
@@ -220,7 +221,7 @@ def sweep_figure(sweep: Record) -> Figure:
 
 
 def _bars(axes, names: list[str], values: list[float], sd: list[float] | None = None) -> None:
-    """Horizontal bars, the first on top."""
+    """Draws horizontal bars, the first on top."""
     axes.barh(range(len(names)), [0 if math.isnan(value) else value for value in values], color=BLUE, height=0.6,
               xerr=sd, capsize=3)
     axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names], fontsize="small")
@@ -230,7 +231,7 @@ def _bars(axes, names: list[str], values: list[float], sd: list[float] | None = 
 
 
 def _parameter_axis(axes, x: list[float]) -> None:
-    """Trained parameters on a logarithmic axis; a model that trains nothing stands at its 0."""
+    """Makes x a logarithmic axis of trained parameters; a model that trains nothing stands at 0."""
     low, high = min((value for value in x if value > 0), default=1), max(*x, 1)
     steps = (1, 2, 5) if high < 100 * low else (1,)
     ticks = [step * 10 ** power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -249,6 +250,31 @@ def _parameter_axis(axes, x: list[float]) -> None:
     axes.set_xlabel("trained parameters")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def seeds_figure(study: Record) -> Figure:
+    """Draws every seed's MCC as a dot, with mean and 95 % interval: a panel for each split, best and last epoch."""
+    splits = shown_splits(study.section("selection")["splits"])
+    lines = [(f"{spoken_entry(entry['entry'])}, {which} epoch", entry, which) for entry in study["entries"]
+             for which in ("best", "last") if which in entry]
+    figure = Figure(figsize=(8, 1.6 + 0.35 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, split in zip(figure.subplots(1, len(splits), sharey=True, squeeze=False)[0], splits, strict=True):
+        for i, (_, entry, which) in enumerate(lines):
+            spread = entry.section(which).section(split).section("mcc")
+            axes.plot(spread["values"], [i] * len(spread["values"]), "o", ms=4, color=BLUE, alpha=0.5,
+                      label=None if i else "one seed")
+            half = (spread["interval"][1] - spread["interval"][0]) / 2 if spread.get("interval") else 0
+            axes.errorbar([spread.number("mean")], [i + 0.22], xerr=[half], fmt="D", ms=4, capsize=4, color=VERMILLION,
+                          label=None if i else "mean, 95 % interval")
+        axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set(xlabel="Matthews correlation (0: majority class)", title=spoken(split))
+        axes.grid(alpha=0.25, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    figure.suptitle(f"{study['model']} on {study['task']}, {study['of']}, {len(study['seeds'])} seeds".replace("$", r"\$"))
+    return figure
 
 
 # ---------------------------------------------------------------- files
@@ -278,7 +304,11 @@ def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
 
 
 def plot_study(path: Path, plots_dir: Path) -> list[Path]:
-    """Draws a comparison (compare.json) or a sweep (sweep.json) as `<mode>-<SR>.png` and `.pdf`; the same bytes again."""
+    """Draws a comparison (compare.json), a sweep (sweep.json) or seeds (seeds.json) as `.png` and `.pdf`; the same bytes.
+
+    They are `<mode>-<SR>`, and those of seeds `<mode>-<SR>_seeds`, with the mode of the runs.
+    """
     study = read_json(path)
-    figure = {"compare": compare_figure, "sweep": sweep_figure}[study["mode"]](study)
-    return save_figure(figure, plots_dir / f"{study['mode']}-{study['sr']}")
+    figure = {"compare": compare_figure, "sweep": sweep_figure, "seeds": seeds_figure}[study["mode"]](study)
+    stem = f"{study['of']}-{study['sr']}_seeds" if study["mode"] == "seeds" else f"{study['mode']}-{study['sr']}"
+    return save_figure(figure, plots_dir / stem)

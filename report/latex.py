@@ -1,4 +1,4 @@
-"""Text and numbers as LaTeX: escaped, rounded, in tables."""
+"""Writes text and numbers as LaTeX: escaped, rounded, in tables."""
 
 import math
 import re
@@ -14,20 +14,20 @@ LATEX = {
 
 
 def escape(text: object) -> str:
-    """Any text as LaTeX that prints it: specials escaped, ligatures broken, what T1 fonts lack as [U+XXXX]."""
+    """Returns any text as LaTeX that prints it: specials escaped, ligatures broken, what T1 fonts lack as [U+XXXX]."""
     safe = re.sub(r"\s", " ", str(text)).translate(str.maketrans(LATEX))
     safe = re.sub("[^ -~\u00a1-\u00ff]", lambda match: f"{{[}}U+{ord(match[0]):04X}{{]}}", safe)
     return re.sub(r"([-<>,])(?=\1)", r"\1{}", safe)
 
 
 def breakable(text: object) -> str:
-    """`text` escaped, with places to break lines after / , = : _ and within very long words."""
+    """Escapes a text and adds places to break lines after / , = : _ and within very long words."""
     words = [re.findall("[^/,=:_]{1,32}[/,=:_]*|[/,=:_]+", word) for word in re.split(r"\s", str(text))]
     return " ".join(r"\allowbreak{}".join(map(escape, pieces)) for pieces in words)
 
 
 def shown(key: str, value: object) -> str:
-    """A result as LaTeX: shares in percent, losses and MCC with 3 decimals, counts as 124,439,808."""
+    """Returns a result as LaTeX: shares in percent, losses and MCC with 3 decimals, counts as 124,439,808."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "n/a"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -42,7 +42,7 @@ def shown(key: str, value: object) -> str:
 
 
 def plain(value: object) -> str:
-    """An option as it was given: no rounding, no thousands separators."""
+    """Returns an option as it was given: no rounding, no thousands separators."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
@@ -57,7 +57,7 @@ def flatten(prefix: str, value: object) -> Iterator[tuple[str, str]]:
 
 
 def tabular(columns: str, head: str, rows: list[list[str]], environment: str = "tabular") -> str:
-    """A booktabs table; `head` and `rows` are LaTeX already. A longtable* repeats its head on every page."""
+    """Returns a booktabs table; `head` and `rows` are LaTeX already. A longtable* repeats its head on every page."""
     repeat = "\\endhead\n" if environment == "longtable*" else ""
     body = "".join(" & ".join(row) + " \\\\\n" for row in rows)
     return (f"\\begin{{{environment}}}{{{columns}}}\n\\toprule\n{head} \\\\\n\\midrule\n{repeat}{body}\\bottomrule\n"
@@ -65,7 +65,7 @@ def tabular(columns: str, head: str, rows: list[list[str]], environment: str = "
 
 
 def grouped(before: list[str], groups: dict[str, list[str]], after: list[str] | None = None) -> str:
-    """A head of two lines: the groups' names with a rule below each, then every column's name."""
+    """Returns a head of two lines: the groups' names with a rule below each, then every column's name."""
     above, rules, column = [""] * len(before), "", len(before) + 1
     for name, names in groups.items():
         above.append(rf"\multicolumn{{{len(names)}}}{{c}}{{{escape(spoken(name))}}}")

@@ -1,4 +1,4 @@
-"""What a run left in runs/, as this folder reads it.
+"""Reads what a run left in runs/, for the rest of this folder.
 
     summary = read_json(Path("runs/LoRA-12345/summary.json"))
     summary.section("train").number("seconds")      # or an error that names the file and the field
@@ -18,11 +18,11 @@ PHASES = {"student": "student, KD", "scratch": "student, no teacher"}
 
 
 class ReportError(ValueError):
-    """What the user can put right, in one line: a run's file, a missing program, a name."""
+    """Reports what the user can mend, in one line: a run's file, a missing program, a name."""
 
 
 class Record(dict):
-    """A JSON object that knows its file, so that a missing or wrong field is reported with it."""
+    """Holds a JSON object and its file's name, so that a missing or wrong field is reported with the file."""
 
     def __init__(self, fields: dict, source: str) -> None:
         super().__init__(fields)
@@ -32,13 +32,13 @@ class Record(dict):
         raise ReportError(f"{self.source}: {key!r} is missing")
 
     def section(self, key: str) -> "Record":
-        """The object under `key`."""
+        """Returns the object under `key`."""
         if not isinstance(self[key], Record):
             raise ReportError(f"{self.source}: {key!r} must be an object, not {json.dumps(self[key])[:60]}")
         return self[key]
 
     def number(self, key: str) -> float:
-        """The number under `key`; null (JSON has no NaN) is NaN."""
+        """Returns the number under `key`; null (JSON has no NaN) is NaN."""
         value = self[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ReportError(f"{self.source}: {key!r} must be a number, not {json.dumps(value)[:60]}")
@@ -64,44 +64,44 @@ def _records(path: Path, by_line: bool) -> list[Record]:
 
 
 def read_json(path: Path) -> Record:
-    """The JSON object in a file. Raises ReportError naming the file where it is missing or malformed."""
+    """Returns the JSON object in a file. Raises ReportError naming the file where it is missing or malformed."""
     return _records(path, by_line=False)[0]
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The epochs of `metrics.jsonl`, as written. Raises ReportError naming file and line."""
+    """Returns the epochs of `metrics.jsonl`, as written. Raises ReportError naming file and line."""
     if not (epochs := _records(path, by_line=True)):
         raise ReportError(f"{path}: no epoch in it")
     return epochs
 
 
 def main_split(validation: Record) -> str:
-    """The split by which the best epoch is chosen: CoLA's in-domain one, or a task's only (first) one."""
+    """Returns the split by which the best epoch is chosen: CoLA's in-domain one, or a task's only (first) one."""
     if not validation:
         raise ReportError(f"{validation.source}: 'validation' has no split")
     return "in_domain" if "in_domain" in validation else next(iter(validation))
 
 
 def shown_splits(splits: list[str]) -> list[str]:
-    """`all` is in- and out-of-domain together, and in a wide table one too many."""
+    """Leaves out `all`, which is in- and out-of-domain together, and one column too many in a wide table."""
     return [split for split in splits if split != "all"]
 
 
 def by_class(summary: Record) -> tuple[str, Record]:
-    """The split that the best epoch was chosen on, and that epoch's scores by class there (the student's, of two)."""
+    """Returns the split that the best epoch was chosen on, and the scores by class there (of two students, the KD one's)."""
     scores = (summary.section("student") if summary["mode"] == "distil" else summary).section("by_class")
     split = main_split(scores)
     return split, scores.section(split)
 
 
 def spoken(split: str) -> str:
-    """A split's name in a sentence."""
+    """Returns a split's name as it stands in a sentence."""
     return split.replace("_", "-")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to, renamed to `path` at the end: readers never see half a file."""
+    """Yields a temporary path beside `path` and renames it to `path` at the end: readers never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:

@@ -1,4 +1,4 @@
-"""Comparisons and sweeps as tables, for the terminal and for LaTeX."""
+"""Makes tables of comparisons and sweeps, for the terminal and for LaTeX."""
 
 import math
 import re
@@ -9,21 +9,21 @@ from report.records import Record, ReportError, shown_splits, spoken
 # ---------------------------------------------------------------- comparisons
 
 def _spread(spread: Record, key: str) -> str:
-    """Mean and, where there are several seeds, sample standard deviation."""
+    """Returns mean and, if there are several seeds, sample standard deviation."""
     factor, digits = (100, 1) if key == "accuracy" else (1, 3)
     mean, sd = factor * spread.number("mean"), factor * spread.number("sd")
     return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" \u00b1 {sd:.{digits}f}")
 
 
 def _scores_of(entries: list[Record]) -> dict[str, str]:
-    """Key -> name of the scores that a comparison has."""
+    """Returns key -> name of the scores that a comparison has."""
     names = {"accuracy": "acc. %", "mcc": "MCC", "macro_f1": "macro-F1"}
     return {key: name for key, name in names.items() if all(
         key in scores for entry in entries for scores in entry.section("best").values())}
 
 
 def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list[str], list[list[str]]]:
-    """A comparison as plain text cells.
+    """Returns a comparison as plain text cells.
 
     Returns:
         the columns before the scores, the scores of each split, the columns after them, and the rows: the majority
@@ -59,7 +59,7 @@ def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list
 
 
 def compare_notes(compare: Record) -> list[str]:
-    """What a reader must know beside the table."""
+    """Returns what a reader must know beside the table."""
     selection, seeds = compare.section("selection"), compare["seeds"]
     main = selection["split"]
     others = [split for split in shown_splits(selection["splits"]) if split != main]
@@ -80,14 +80,14 @@ def compare_notes(compare: Record) -> list[str]:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows as lines of text: the first column to the left, the others to the right."""
+    """Returns rows as lines of text: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
                                                    ]).rstrip() for row in rows]
 
 
 def compare_text(compare: Record) -> str:
-    """The table of a comparison for the terminal."""
+    """Returns the table of a comparison for the terminal."""
     before, groups, after, rows = compare_rows(compare)
     above = [""] * len(before) + [spoken(split) if i == 0 else "" for split, names in groups.items()
                                   for i in range(len(names))] + [""] * len(after)
@@ -96,7 +96,7 @@ def compare_text(compare: Record) -> str:
 
 
 def compare_latex(compare: Record) -> str:
-    """The table of a comparison for the report."""
+    """Returns the table of a comparison for the report."""
     before, groups, after, rows = compare_rows(compare)
     head = grouped(list(map(escape, before)), {split: list(map(escape, names)) for split, names in groups.items()},
                     list(map(escape, after)))
@@ -105,14 +105,14 @@ def compare_latex(compare: Record) -> str:
 
 
 def _latex(cell: str) -> str:
-    """A plain cell as LaTeX: a number's minus is no hyphen."""
+    """Returns a plain cell as LaTeX: a number's minus is no hyphen."""
     return re.sub(r"^-(?=\d)", "$-$", escape(cell))
 
 
 # ---------------------------------------------------------------- sweeps
 
 def sweep_rows(sweep: Record, most: int = 10) -> tuple[list[str], list[list[str]]]:
-    """Head and rows, as plain text cells, of a sweep's best trials."""
+    """Returns head and rows, as plain text cells, of a sweep's best trials."""
     split, options = sweep.section("selection")["split"], list(sweep.section("search"))
     complete = sorted((trial for trial in sweep["trials"] if trial["state"] == "complete"),
                       key=lambda trial: (-trial.number("score"), trial.section("parameters").number("trainable")))
@@ -127,7 +127,7 @@ def sweep_rows(sweep: Record, most: int = 10) -> tuple[list[str], list[list[str]
 
 
 def sweep_notes(sweep: Record) -> list[str]:
-    """What a reader must know beside the table."""
+    """Returns what a reader must know beside the table."""
     states = [trial["state"] for trial in sweep["trials"]]
     counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     split = spoken(sweep.section("selection")["split"])
@@ -149,13 +149,13 @@ def _sweep_majority(sweep: Record) -> float | None:
 
 
 def sweep_text(sweep: Record) -> str:
-    """A sweep's best trials for the terminal."""
+    """Returns a sweep's best trials for the terminal."""
     head, rows = sweep_rows(sweep)
     return "\n".join([f"{sweep['model']} on {sweep['task']}: the best trials", *aligned([head, *rows]), *sweep_notes(sweep)])
 
 
 def sweep_latex(sweep: Record) -> str:
-    """A sweep's best trials for the report."""
+    """Returns a sweep's best trials for the report."""
     head, rows = sweep_rows(sweep)
     return tabular("r" * len(head), " & ".join(map(escape, head)), [[_latex(cell) for cell in row] for row in rows])
 

@@ -1,4 +1,4 @@
-"""One run as LaTeX tables: results, epochs, options, provenance."""
+"""Makes LaTeX tables of one run: results, epochs, options, provenance."""
 
 import math
 
@@ -11,7 +11,7 @@ METHODS = {"lora": "LoRA", "full": "full fine-tuning", "head": "head alone", "fe
 
 
 def epochs(metrics: list[Record]) -> str:
-    """Every epoch, training and each split; a distillation's two students one below the other."""
+    """Makes a table of every epoch, training and each split; a distillation's two students one below the other."""
     scores, phase = {"accuracy": r"acc.\,\%", "mcc": "MCC"}, None
     held_out = {"loss": "CE"} | scores
     train = ({"loss": "obj."} if "phase" in metrics[0] else {}) | {"cross_entropy": "CE"} | scores
@@ -29,7 +29,7 @@ def epochs(metrics: list[Record]) -> str:
 
 
 def _results(runs: dict[str, Record]) -> str:
-    """Accuracy and MCC on every split: the majority class, then each model's best and last epoch."""
+    """Makes a table of accuracy and MCC on every split: the majority class, then each model's best and last epoch."""
     splits = next(iter(runs.values())).section("validation")
     majority = [shown("accuracy", splits.section(split).number("majority_accuracy")) for split in splits]
     rows = [["majority class", "--"] + [cell for accuracy in majority for cell in (accuracy, "0")]]
@@ -44,7 +44,9 @@ def _results(runs: dict[str, Record]) -> str:
 
 
 def config_tables(config: Record, prefix: str) -> dict[str, str]:
-    """Every option as resolved (a student's architecture too), two to a line; command, versions, hashes of the data."""
+    """Makes tables of every option as resolved (a student's architecture too), two to a line, and of command, versions
+    and hashes of the data.
+    """
     def typed(value: object) -> str:
         return rf"\texttt{{{breakable(plain(value))}}}"
 
@@ -61,7 +63,7 @@ def config_tables(config: Record, prefix: str) -> dict[str, str]:
 
 
 def _classes(summary: Record) -> str:
-    """Precision, recall and F1 of each class at the best epoch."""
+    """Makes a table of precision, recall and F1 of each class at the best epoch."""
     scores = by_class(summary)[1].section("per_class")
     keys = ("n", "precision", "recall", "f1")
     rows = [[breakable(name)] + [shown("mcc" if key != "n" else key, scores.section(name).number(key)) for key in keys]
@@ -70,7 +72,7 @@ def _classes(summary: Record) -> str:
 
 
 def lora_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
-    """A LoRA run's own tables, and its result on the split that chose the epoch."""
+    """Makes a LoRA run's own tables, and its result on the split that chose the epoch."""
     split = main_split(summary.section("validation"))
     tables = {"lora_results": _results({METHODS.get(summary["method"], summary["method"]): summary})}
     if "by_class" in summary:
@@ -79,7 +81,7 @@ def lora_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
 
 
 def distil_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
-    """A distillation's own tables (accuracy and MCC; size and speed) and its derived numbers."""
+    """Makes a distillation's own tables (accuracy and MCC; size and speed) and its derived numbers."""
     models = {key: summary.section(key) for key in ("teacher", *PHASES)}
     teacher = models["teacher"]
     split = main_split(teacher.section("validation"))

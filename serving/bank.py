@@ -55,6 +55,8 @@ class AdapterBank:
     """
 
     def __init__(self, classifier: TextClassifier, tokenizer, model: str, precision: str = "fp32"):
+        if classifier.by_length:
+            raise UserError(f"--model {model}: sentences of different lengths cannot share its batches, and so adapters cannot")
         self.classifier = classifier.requires_grad_(False).eval()
         self.tokenizer, self.model, self.precision = tokenizer, model, precision
         self.digests = {"base_sha256": weights_digest(classifier.net.base_model),
@@ -211,14 +213,13 @@ class AdapterBank:
 
         Args:
             input_ids: (B, T), right-padded.
-            attention_mask: (B, T), 1 for a real token.
+            attention_mask: (B, T), 1 for a real token, on the CPU, as are the results.
             names: an adapter for each row, or None: the base under its own head.
         """
-        input_ids, attention_mask = (t.to(device()) for t in (input_ids, attention_mask))
-        slots = torch.tensor([0 if name is None else self.entry(name).slot for name in names], device=input_ids.device)
+        slots = torch.tensor([0 if name is None else self.entry(name).slot for name in names])
         classes = [len(self.own.classes if name is None else self.entry(name).reading.classes) for name in names]
         slots, order = slots.sort(stable=True)
-        logits = self._sorted_logits(input_ids[order], attention_mask[order], slots)
+        logits = self._sorted_logits(input_ids[order].to(device()), attention_mask[order], slots.to(device())).cpu()
         results: list[Tensor | None] = [None] * len(names)
         for place, row in enumerate(order.tolist()):
             results[row] = logits[place, :classes[row]]

@@ -39,7 +39,7 @@ class Student:
 
     def classify(self, texts: list[str]) -> list[dict | UserError]:
         return classify(self.tokenizer, [(self.reading, text) for text in texts],
-                        lambda batch, _: self.model(batch.input_ids.to(device()), batch.attention_mask.to(device())))
+                        lambda batch, _: self.model(batch.input_ids.to(device()), batch.attention_mask))
 
 
 class Full(Exception):

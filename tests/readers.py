@@ -42,9 +42,12 @@ def make(base: Path) -> Path:
         shutil.rmtree(base / name / "tensorboard")
     (base / "sums").mkdir()
     shutil.copy(base / "lora.sums", base / "sums" / "SHA256SUMS")
-    for name in ("config.json", "metrics.jsonl", "summary.json", "adapter_config.json", "adapter_model.safetensors"):
+    for name in ("config.json", "metrics.jsonl", "summary.json", "adapter_config.json", "adapter_model.safetensors",
+                 "README.md", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / "lora" / name, base / "sums" / name)
     (base / "prompts.txt").write_text("The cat\nsat on\n")
+    (base / "pairs.tsv").write_text("phenomenon\tparadigm\tgood\tbad\np\tq\tthe cat sat\tcat the sat\n")
+    (base / "published.tsv").write_text("paradigm\tphenomenon\tlstm\nq\tp\t0.5\n")
     columns = {"text": ["a cat", "the dog", "old mat", "red bird"], "label": ["x", "y", "x", "y"]}
     table = datasets.Dataset.from_dict(columns)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -64,6 +67,7 @@ def make(base: Path) -> Path:
 def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Each reader's name, the file of it that is damaged, and the call."""
     import data_utils
+    from data import pairs
     from experiments import evaluate, predict
     from experiments import generate as generation
     from lora import adapters
@@ -98,6 +102,8 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
         "JSON Lines": (base / "jsonl/train.jsonl", lambda: data_utils.load_task("csv", base / "jsonl")),
         "Parquet": (base / "parquet/train.parquet", lambda: data_utils.load_task("csv", base / "parquet")),
         "prompts": (base / "prompts.txt", lambda: generation.read_prompts(base / "prompts.txt")),
+        "minimal pairs": (base / "pairs.tsv", lambda: pairs.read_pairs(base / "pairs.tsv")),
+        "published figures": (base / "published.tsv", lambda: pairs.read_published(base / "published.tsv")),
         "adapter_config.json": (base / "lora/adapter_config.json", adapter),
         "adapter_model.safetensors": (base / "lora/adapter_model.safetensors", adapter),
         "gen --adapter": (base / "lora/adapter_config.json", lambda: generation.base_model(base / "lora")),

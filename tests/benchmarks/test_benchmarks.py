@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.common import (
     Report,
     alternate,
@@ -100,3 +101,22 @@ def test_the_reference_of_features_alone_reads_what_a_run_reads():
     rows.features[3][1] = float("nan")
     result = reference(Task("csv", rows, {"dev": rows.take(range(10, 30))}, {}))
     assert result["dev"]["n"] == 20 and result["dev"]["accuracy"] >= 0.95 and result["dev"]["majority_accuracy"] == 0.55
+
+
+def test_without_a_gpu_its_benchmarks_say_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main() == 2
+    out, errors = capsys.readouterr()
+    assert out == "" and errors.startswith("gpu.py: there is no GPU here ") and errors.count("\n") == 1
+
+
+def test_each_program_of_a_gpu_is_there_and_has_a_result_of_its_own():
+    files = {gpu.result_file(program, "NVIDIA H100 80GB HBM3").name for program in gpu.PROGRAMS}
+    assert files == {f"{name}_nvidia-h100-80gb-hbm3.json" for name in (
+        "gpu_checks", "train_throughput", "frozen_reuse", "inference")}
+    assert all((gpu.ROOT / "benchmarks" / program.split()[0]).exists() for program in gpu.PROGRAMS)
+
+
+def test_logits_are_compared_relative_to_the_largest():
+    assert gpu.largest_difference([torch.tensor([[9.0, 10.0]])], [torch.tensor([[9.5, 10.0]])]) == pytest.approx(0.05)
+    assert gpu.largest_difference([torch.tensor([[0.1, 0.2]])], [torch.tensor([[0.1, 0.3]])]) == pytest.approx(0.1)

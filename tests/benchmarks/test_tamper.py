@@ -32,7 +32,8 @@ def test_every_file_of_every_kind_of_run_was_tampered_with(rows):
              for run in ("LoRA", "distil", "LoRA, unfinished", "distil, unfinished")}
     common = {"config.json", "metrics.jsonl", "summary.json", "SHA256SUMS"}
     assert tried == {
-        "LoRA": common | {"adapter_config.json", "adapter_model.safetensors"},
+        "LoRA": common | {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json",
+                          "tokenizer_config.json"},
         "distil": common | {"student.safetensors", "scratch.safetensors", "student_config.json",
                             "teacher_logits.safetensors"},
         "LoRA, unfinished": {"config.json", "SHA256SUMS", "checkpoint.safetensors"},

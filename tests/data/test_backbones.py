@@ -5,24 +5,38 @@ import json
 
 import pytest
 import torch
-from conftest import CONTEXT, VOCAB, logits_of, one_line, toy_batch, toy_net
+from conftest import CONTEXT, VOCAB, one_line, toy_batch
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
+    BertForMaskedLM,
+    BertModel,
     DistilBertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
+    MptConfig,
     OPTConfig,
     RobertaConfig,
-    RobertaForSequenceClassification,
+    T5Config,
+    XLNetConfig,
 )
 
-from data.backbones import is_decoder, load_causal_lm, load_config, load_tokenizer, max_length_of
+from benchmarks.architectures import config_of
+from data.backbones import (
+    blocks_of,
+    classifier_on_meta,
+    is_decoder,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    max_length_of,
+)
 from lora.linear import lora_layers
-from model import LoRAOptions, TextClassifier, inject_lora, load_classifier
+from model import LoRAOptions, inject_lora, load_classifier
 from record.files import UserError
 
 # ---------------------------------------------------------------- what a model is
@@ -43,23 +57,102 @@ def test_decoders_are_told_from_encoders():
     assert [is_decoder(config) for config in (BertConfig(), DistilBertConfig(), RobertaConfig())] == [False] * 3
 
 
-def test_the_context_is_the_configurations():
-    assert max_length_of(GPT2Config()) == 1024
-    assert max_length_of(GPT2Config(n_positions=77)) == 77
-    assert max_length_of(DistilBertConfig(max_position_embeddings=40)) == 40
-    assert max_length_of(LlamaConfig(max_position_embeddings=99)) == 99
+@pytest.mark.parametrize("config, positions", [
+    (GPT2Config(), 1024), (GPT2Config(n_positions=77), 77), (DistilBertConfig(max_position_embeddings=40), 40),
+    (LlamaConfig(max_position_embeddings=99), 99), (XLNetConfig(), 512), (T5Config(), 512), (MptConfig(max_seq_len=88), 88)])
+def test_the_context_is_the_configurations_and_512_where_nothing_bounds_it(config, positions):
+    assert max_length_of(classifier_on_meta(config)) == positions
 
 
-def test_a_sentence_of_max_length_fits_and_one_more_does_not_where_positions_are_a_table():
-    roberta = RobertaForSequenceClassification(RobertaConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=20, pad_token_id=1)).eval()
-    for net in (toy_net("gpt2"), toy_net("bert"), roberta):
-        longest = max_length_of(net.config)
-        full = torch.full((1, longest + 1), 5)
-        assert logits_of(TextClassifier(net), (full[:, :-1], full[:, :-1] // 5)).isfinite().all()
+@pytest.mark.parametrize("architecture", [
+    "bert", "gpt2", "roberta", "camembert", "mpnet", "data2vec-text", "longformer", "esm", "ibert", "bart"])
+def test_a_sentence_of_max_length_fits_and_one_more_does_not_where_positions_are_a_table(architecture):
+    net = AutoModelForSequenceClassification.from_config(config_of(architecture)).eval()
+    longest = max_length_of(net)
+    ids = torch.full((1, longest + 1), 5)
+    ids[:, -2:] = 2  # the end, which BART pools at
+    with torch.no_grad():
+        assert net(input_ids=ids[:, :-1]).logits.isfinite().all()
         with pytest.raises((IndexError, RuntimeError)):
-            logits_of(TextClassifier(net), (full, full // 5))
+            net(input_ids=ids)
+
+
+@pytest.mark.parametrize("architecture", ["mpt", "xlnet", "t5", "bloom", "llama"])
+def test_a_sentence_of_max_length_fits_where_positions_are_relative(architecture):
+    net = AutoModelForSequenceClassification.from_config(config_of(architecture)).eval()
+    ids = torch.full((1, max_length_of(net)), 5)
+    ids[:, -1] = 2
+    with torch.no_grad():
+        assert net(input_ids=ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture, names", [
+    ("gpt2", ["h.0", "h.1"]), ("albert", ["encoder.albert_layer_groups.0"]),
+    ("bart", ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1"]),
+    ("xlm", ["attentions.0", "ffns.0", "attentions.1", "ffns.1"]),
+    ("funnel", ["encoder.blocks.0.0", "encoder.blocks.1.0"]), ("squeezebert", ["encoder.layers.0", "encoder.layers.1"]),
+    ("gemma3", ["language_model.layers.0", "language_model.layers.1"]),
+    ("markuplm", ["encoder.layer.0", "encoder.layer.1"]), ("mobilebert", ["encoder.layer.0", "encoder.layer.1"])])
+def test_blocks_are_named_in_the_order_in_which_they_are_computed(architecture, names):
+    backbone = classifier_on_meta(config_of(architecture)).base_model
+    blocks = blocks_of(backbone)
+    assert list(blocks) == names
+    assert all(backbone.get_submodule(name) is block for name, block in blocks.items())
+
+
+def test_a_model_without_a_list_of_blocks_is_one_line():
+    backbone = classifier_on_meta(config_of("bert")).base_model
+    backbone.encoder.layer = nn.ModuleList()
+    with pytest.raises(UserError, match="a bert model, in which no list of blocks is found") as error:
+        blocks_of(backbone)
+    one_line(error)
+
+
+# ---------------------------------------------------------------- what a checkpoint lacks
+
+def lacking_pooler(folder) -> str:
+    """A masked language model: BERT without the pooler that its classifier reads."""
+    torch.manual_seed(0)
+    BertForMaskedLM(config_of("bert")).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pooler_that_is_lacking_is_drawn_alike_each_time_and_belongs_to_the_head(tmp_path):
+    name, loaded = lacking_pooler(tmp_path), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loaded.append(load_classifier(name, 2)[0])
+    first, second = (c.net.bert.pooler.dense.weight for c in loaded)
+    assert torch.equal(first, second) and first.std() > 0.1  # not left as memory was
+    assert not torch.equal(*(c.net.classifier.weight for c in loaded))  # the head follows the run's seed
+    for method in ("head", "lora"):
+        classifier = load_classifier(name, 2)[0].configure(method, LoRAOptions(rank=2))
+        assert classifier.head_names() == ["bert.pooler", "classifier"]
+        trained = {n for n, p in classifier.net.named_parameters() if p.requires_grad and ".lora_" not in n}
+        assert trained == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+
+
+def test_a_pooler_that_is_there_stays_frozen(tmp_path):
+    torch.manual_seed(0)
+    BertModel(config_of("bert")).save_pretrained(tmp_path)
+    classifier = load_classifier(str(tmp_path), 2)[0].configure("head")
+    assert classifier.head_names() == ["classifier"] and not classifier.net.bert.pooler.dense.weight.requires_grad
+
+
+def test_other_weights_that_are_lacking_are_named_drawn_alike_and_stay_frozen(tmp_path):
+    torch.manual_seed(0)
+    net = BertModel(config_of("bert"))
+    state = {key: value for key, value in net.state_dict().items() if key != "encoder.layer.1.output.dense.weight"}
+    net.save_pretrained(tmp_path, state_dict=state)
+    loaded = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with pytest.warns(UserWarning, match=r"1 weights of the backbone .* at random: bert.encoder.layer.1.output.dense.w"):
+            loaded.append(load_classifier(str(tmp_path), 2)[0])
+    assert loaded[0].head_names() == ["classifier"]
+    first, second = (c.net.bert.state_dict() for c in loaded)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(torch.equal(first[key], state[key]) for key in state)  # what was in the file is as it was
 
 
 # ---------------------------------------------------------------- loading
@@ -168,6 +261,14 @@ def test_a_model_without_a_classification_class_is_one_line(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="mamba") as error:
         load_classifier(str(tmp_path), 2)
+    one_line(error)
+
+
+def test_a_configuration_that_cannot_be_built_is_one_line():
+    config = config_of("bert")
+    config.num_attention_heads = 5
+    with pytest.raises(UserError, match="a bert model cannot be built from its configuration: .*hidden size") as error:
+        is_decoder(config)
     one_line(error)
 
 

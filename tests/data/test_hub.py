@@ -5,14 +5,18 @@
 
 import hashlib
 import http.server
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
+import datasets
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
@@ -27,7 +31,10 @@ GEN = ("run.py", "gen", "12345", "--model", "gpt2", "--prompt", "The cat", "--ma
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The Hub's file endpoints over a folder: `<repository>/<file>` is served as `/<repository>/resolve/main/<file>`."""
+    """The Hub's file endpoints over a folder: `<repository>/<file>` is served as `/<repository>/resolve/main/<file>`.
+
+    Of a data set also what `datasets` asks before: which commit it is of, and which files it has.
+    """
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -63,7 +70,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.downloads.append(f"{repository}/{file}")
             self.wfile.write(data)
 
-    do_GET = do_HEAD = answer
+    def about(self):
+        """`/api/datasets/<repository>`, its `tree` of files, and its `paths-info` of files that are named."""
+        path = unquote(self.path.split("?")[0]).removeprefix("/api/")
+        repository, folder = "/".join(path.split("/")[:3]), self.server.folder / "/".join(path.split("/")[:3])
+        sent = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
+        rest = path.removeprefix(repository).strip("/").split("/", 2)
+        if not folder.is_dir():
+            return self.send(404, b"", ("X-Error-Code", "RepoNotFound"))
+        if rest[0] not in ("tree", "paths-info"):
+            return self.send_json({"id": repository.removeprefix("datasets/"), "sha": COMMIT, "siblings": []})
+        if rest[0] == "tree":
+            below = folder / (rest[2] if len(rest) > 2 else "")
+            found = sorted(below.rglob("*") if "recursive=true" in self.path.lower() else below.glob("*"))
+        else:
+            found = [folder / name for name in sent["paths"] if (folder / name).exists()]
+        self.send_json([{"type": "directory" if file.is_dir() else "file", "path": str(file.relative_to(folder)),
+                         "oid": hashlib.sha1(str(file).encode()).hexdigest(),
+                         "size": 0 if file.is_dir() else file.stat().st_size} for file in found])
+
+    def send_json(self, value):
+        self.send(200, json.dumps(value).encode(), ("Content-Type", "application/json"))
+
+    def send(self, status: int, data: bytes, *headers: tuple[str, str]):
+        self.send_response(status)
+        for name, value in (*headers, ("Content-Length", str(len(data)))):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.about() if self.path.startswith("/api/datasets/") else self.answer()
+
+    do_HEAD, do_POST = answer, about
 
     def revision(self) -> str:
         return COMMIT if f"/resolve/{COMMIT}/" in self.path else "main"
@@ -72,14 +111,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def python(*arguments: str, home: Path, endpoint: str, offline: bool = False):
+def python(*arguments: str, home: Path, endpoint: str, offline: bool = False, cwd: Path = HERE):
     """Runs Python in the repository with a Hub and a cache of its own; also gives the seconds it took."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
             and not name.lower().endswith("_proxy")}
     env = kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1",
                   "HF_HUB_OFFLINE": "1" if offline else "0"}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, *arguments], cwd=HERE, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
     return done, time.monotonic() - began
 
 
@@ -222,3 +261,102 @@ def test_reviews_come_from_the_hub_and_what_it_lacks_is_one_line(tmp_path):
     repository = "cornell-movie-review-data/rotten_tomatoes"
     assert lines[1] == str([f"{repository}/{split}.parquet" for split in ("train", "validation")])
     assert lines[2].startswith("error --task imdb: stanfordnlp/imdb") and len(lines) == 3
+
+
+# ---------------------------------------------------------------- data sets by name
+
+SST2 = """
+import json, sys
+from pathlib import Path
+import data_utils
+from record.options import TableOptions
+for options in (TableOptions(), TableOptions(eval_split="0.5"), TableOptions(text_column=("idx", "sentence"))):
+    task = data_utils.load_task("csv", "stanfordnlp/sst2", options)
+    print(json.dumps([len(task.train), {name: [len(split), split.sentences[1], split.labels[:2]] for name, split in
+                                        task.dev.items()}, task.classes, task.files]))
+for task, data, options in (("csv", "stanfordnlp/sst2", TableOptions(eval_split="test")),
+                            ("csv", "stanfordnlp/sst2", TableOptions(eval_split="dev")),
+                            ("csv", "stanfordnlp/sst2", TableOptions(label_column="sentiment")),
+                            ("cola", "stanfordnlp/sst2", TableOptions()), ("csv", "nobody/nothing", TableOptions())):
+    try:
+        data_utils.load_task(task, data, options)
+    except data_utils.UserError as error:
+        print("error", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def sst2(tmp_path_factory):
+    """A Hub with a data set of three splits, of which the test split has no labels."""
+    folder = tmp_path_factory.mktemp("sst2-hub")
+    features = datasets.Features({"idx": datasets.Value("int32"), "sentence": datasets.Value("string"),
+                                  "label": datasets.ClassLabel(names=["negative", "positive"])})
+    for split, rows in (("train", 20), ("validation", 8), ("test", 6)):
+        path = folder / f"datasets/stanfordnlp/sst2/data/{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(
+            {"idx": list(range(rows)), "sentence": [f"{split} sentence {row}." for row in range(rows)],
+             "label": [-1 if split == "test" else row % 2 for row in range(rows)]}, features=features).to_parquet(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sst2_home(sst2, tmp_path_factory):
+    """A cache that one use of the data set has filled, and what was printed, fetched and where."""
+    home = tmp_path_factory.mktemp("sst2-home")
+    with Hub(sst2) as hub:
+        done, _ = python("-c", SST2, home=home, endpoint=hub.endpoint)
+    return home, done, hub.downloads, hub.endpoint
+
+
+def test_a_data_set_by_name_has_the_columns_and_class_names_of_its_features(sst2_home):
+    _, done, fetched, _ = sst2_home
+    assert done.returncode == 0, done.stderr
+    whole, half, joined, *errors = done.stdout.splitlines()
+    train, dev, classes, files = json.loads(whole)
+    assert (train, dev, classes) == (20, {"validation": [8, "validation sentence 1.", [0, 1]]}, ["negative", "positive"])
+    assert list(files) == ["stanfordnlp/sst2/train", "stanfordnlp/sst2/validation"] and len(set(files.values())) == 2
+    assert json.loads(half)[:2][0] == 10 and json.loads(half)[1]["held_out"][0] == 10
+    assert json.loads(joined)[1]["validation"][1] == "1 validation sentence 1."
+    assert [error.partition("error ")[2].partition(";")[0] for error in errors[:2]] == [
+        "stanfordnlp/sst2/test, row 1: label '-1', which the training data lacks",
+        "--eval-split dev: --data stanfordnlp/sst2 has no such split"]
+    assert "has no column 'sentiment'" in errors[2] and "for --task csv" in errors[3]
+    assert errors[4].startswith("error --data nobody/nothing: no such file or folder here, and as a data set of the")
+    assert len(fetched) == len(set(fetched))  # nothing twice
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["HF_HUB_OFFLINE", "server gone"])
+def test_a_cached_data_set_needs_no_hub(sst2_home, offline):
+    home, online, _, endpoint = sst2_home
+    done, seconds = python("-c", SST2, home=home, endpoint=endpoint, offline=offline)
+    assert done.returncode == 0 and done.stdout.splitlines()[:-1] == online.stdout.splitlines()[:-1], done.stderr
+    assert "it is not cached, and the Hub cannot be reached" in done.stdout.splitlines()[-1]
+    assert seconds < 60
+
+
+RUNS = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import run
+lora = ["LoRA", "12345", "--model", sys.argv[1], "--epochs", "1", "--no-plots", "--out"]
+os.chdir(sys.argv[2])
+print("status", run.main([*lora, "hub", "--data", "stanfordnlp/sst2"]))
+print("status", run.main([*lora, "none", "--data", "some/thing"]))
+os.makedirs("stanfordnlp/sst2")
+open("stanfordnlp/sst2/train.csv", "w").write("text,label\\n" + "a,x\\nb,y\\n" * 10)
+print("status", run.main([*lora, "local", "--data", "stanfordnlp/sst2"]))
+"""
+
+
+def test_a_run_reads_a_data_set_by_name_and_a_local_path_wins(sst2, gpt2_folder, tmp_path):
+    with Hub(sst2) as hub:
+        done, _ = python("-c", RUNS, str(gpt2_folder), str(tmp_path), home=tmp_path / "home", endpoint=hub.endpoint)
+    assert re.findall(r"status (\d)", done.stdout) == ["0", "2", "0"], done.stderr
+    config = json.loads((tmp_path / "hub/config.json").read_text())
+    assert (config["options"]["task"], config["options"]["data"]) == ("csv", "stanfordnlp/sst2")
+    card = (tmp_path / "hub/README.md").read_text()
+    assert "- stanfordnlp/sst2" in card and "`stanfordnlp/sst2/train`" in card and "(negative, positive)" in card
+    assert "run.py: --data some/thing: no such file or folder here, and as a data set of the Hugging" in done.stderr
+    assert not (tmp_path / "none").exists()
+    assert json.loads((tmp_path / "local/config.json").read_text())["classes"] == ["x", "y"]

@@ -1,4 +1,4 @@
-"""One finished LoRA run, which the tests of fine-tuning, distillation and evaluation share."""
+"""One finished LoRA run and a distillation of it, which the tests of what is done with runs share."""
 import pytest
 import toy
 
@@ -19,3 +19,11 @@ def work(tmp_path_factory):
 def quick(monkeypatch):
     """Without drawing plots."""
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+
+
+@pytest.fixture(scope="session")
+def distilled_run(work):
+    """A distillation of that run."""
+    assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--out", work / "distilled", "--plots", work / "plots",
+                    "--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8, "--no-plots") == 0
+    return work / "distilled"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from scipy import stats
 
 from experiments import compare
 from record import signals
@@ -119,6 +120,23 @@ def test_means_and_sample_deviations_are_numpys(work, tmp_path, made_up):
     assert row["seconds_per_epoch"] == pytest.approx(np.mean([100005, 6, 7]) / 3)
     assert (row["peak_memory_bytes"], row["size_bytes"]) == (8 * 2 ** 20, 101)
     assert row["parameters"]["trainable_percent"] == 25
+
+
+def test_entries_have_intervals_and_are_subtracted_seed_by_seed(work, tmp_path, made_up, capsys):
+    assert call(work, tmp_path / "c", "--methods", "head,lora", "--lr-grid", "1e-4,1e-3") == 0
+    assert read_json(tmp_path / "c" / "compare.json")["differences"] == []
+    made_up.clear()
+    assert call(work, tmp_path / "c", "--methods", "head,lora", "--lr-grid", "1e-4,1e-3", "--against", "head") == 0
+    assert made_up == []  # only another table of the same comparison
+    found = rows(tmp_path / "c")
+    spread = found["lora"]["best"]["in_domain"]["mcc"]
+    assert spread["interval"] == pytest.approx(stats.t.interval(0.95, 2, spread["mean"], stats.sem(spread["values"])))
+    difference, = read_json(tmp_path / "c" / "compare.json")["differences"]
+    assert (difference["entry"], difference["minus"], difference["seeds"]) == ("lora", "head", ["99999", "00000", "00001"])
+    assert difference["last"]["in_domain"]["mcc"]["values"] == pytest.approx(
+        np.subtract(*(found[name]["last"]["in_domain"]["mcc"]["values"] for name in ("lora", "head"))))
+    assert "lora minus head" in capsys.readouterr().out
+    assert "lora minus head" in (tmp_path / "c" / "compare_intervals.tex").read_text()
 
 
 def test_a_rate_that_diverges_is_out_and_a_seed_that_diverges_is_told(work, tmp_path, made_up, capsys):
@@ -367,6 +385,7 @@ def test_changed_data_is_refused_by_its_file(work, tmp_path, made_up, capsys):
     (("--methods", "lora,lore"), "argument --methods: 'lore': expected one of lora, full, head, features, none"),
     (("--methods", "lora", "--method", "full"), "unknown option --method"),
     (("--methods", "features"), "--method features: needs --feature-columns"),
+    (("--methods", "lora,head", "--against", "full"), "--against full: no such entry; expected one of lora, head"),
     (("--data", "nowhere"), "--data nowhere")])
 def test_bad_input_is_one_line_and_nothing_is_written(work, tmp_path, monkeypatch, capsys, more, said):
     monkeypatch.chdir(tmp_path)

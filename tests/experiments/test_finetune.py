@@ -11,8 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_utils
 import train_utils
 from experiments import finetune
+from lora import amx
 from model import TextClassifier
-from record.files import read_json
+from record import machine
+from record.files import read_json, write_json
 from record.folder import without_times
 from record.signals import Interrupted
 from report import figures
@@ -24,7 +26,8 @@ def test_a_lora_run_leaves_exactly_the_files_of_the_contract(work):
     names = set(toy.tree(work / "LoRA"))
     events = {name for name in names if name.startswith("tensorboard/")}
     assert names - events == {"config.json", "metrics.jsonl", "summary.json", "adapter_config.json",
-                              "adapter_model.safetensors", "SHA256SUMS"}
+                              "adapter_model.safetensors", "SHA256SUMS", "README.md", "tokenizer.json",
+                              "tokenizer_config.json"}
     assert len(events) == 1
     assert set(toy.tree(work / "plots")) >= {f"LoRA-12345_{what}.{kind}" for what in ("loss", "accuracy", "mcc")
                                              for kind in ("png", "pdf")}
@@ -199,6 +202,41 @@ def test_a_resumed_run_has_as_many_threads_as_it_began_with(work, tmp_path, monk
     assert "threads" not in capsys.readouterr().err
     weights = [(run / "adapter_model.safetensors").read_bytes() for run in (tmp_path / "run", work / "LoRA")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("recorded, rule", [("torch", "onednn"), ("onednn", "torch"), (None, "onednn")])
+def test_a_resumed_run_has_the_library_for_products_that_it_began_with(work, tmp_path, monkeypatch, quick, recorded, rule):
+    """Whatever the rule says by now; a run from before there was a choice began with PyTorch's own."""
+    if not machine.has_onednn():
+        pytest.skip("this PyTorch was built without oneDNN")
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+    monkeypatch.setattr(machine, "fastest_matmul", lambda: recorded or "torch")
+    assert toy.lora(work, tmp_path / "whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(work, tmp_path / "run", patch)
+    for run in ("whole", "run"):
+        assert read_json(tmp_path / run / "config.json")["matmul"] == (recorded or "torch")
+    if recorded is None:
+        config = read_json(tmp_path / "run" / "config.json")
+        del config["matmul"]
+        write_json(tmp_path / "run" / "config.json", config)
+        toy.reseal(tmp_path / "run")
+    monkeypatch.setattr(machine, "fastest_matmul", lambda: rule)
+    machine.use_matmul()
+    assert toy.lora(work, tmp_path / "run", "--resume") == 0
+    assert machine.matmul() == (recorded or "torch")
+    weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
+    assert weights[0] == weights[1]
+    assert toy.lora(work, tmp_path / "new") == 0  # a run of its own goes by the rule again
+    assert read_json(tmp_path / "new" / "config.json")["matmul"] == rule == machine.matmul()
+
+
+def test_a_run_says_and_records_how_products_are_computed(work, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+    assert toy.lora(work, tmp_path / "run", "--epochs", 1) == 0
+    config = read_json(tmp_path / "run" / "config.json")
+    assert config["options"]["precision"] == ("bf16x3" if amx.available() else "fp32")
+    assert f"precision {config['options']['precision']}, float32 products by {config['matmul']}" in capsys.readouterr().out
 
 
 def test_a_run_stopped_while_plotting_leaves_no_half_plot_and_resume_draws_them(work, tmp_path, monkeypatch, capsys):

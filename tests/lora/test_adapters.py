@@ -8,10 +8,12 @@ import torch
 from conftest import ARCHITECTURES, VOCAB, adapted, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertForMaskedLM, BertForSequenceClassification, DeepseekV3ForSequenceClassification
 
-from lora.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, load_adapter, load_tensors, save_adapter
+from benchmarks.architectures import config_of
+from lora.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, load_adapter, load_tensors, misread_by_peft, save_adapter
 from lora.linear import lora_layers
-from model import LoRAOptions, TextClassifier, inject_lora
+from model import LoRAOptions, TextClassifier, inject_lora, load_classifier
 from record.files import UserError
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
@@ -193,6 +195,61 @@ def test_modules_of_the_backbone_that_peft_saved_whole_are_restored(tmp_path):
     with torch.no_grad():
         expected = model.eval()(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(logits_of(classifier.eval()), expected, atol=1e-5, rtol=0)
+
+
+def lacking_pooler(folder, seed: int = 0) -> str:
+    """A masked language model in a folder: BERT without the pooler that its classifier reads."""
+    torch.manual_seed(seed)
+    BertForMaskedLM(toy_net("bert").config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("saved", [["classifier", "pooler"], ["classifier"]])
+def test_pefts_adapter_of_a_base_without_a_pooler_brings_one_or_is_refused(tmp_path, saved):
+    base = lacking_pooler(tmp_path / "base")
+    torch.manual_seed(3)
+    net = BertForSequenceClassification.from_pretrained(base, num_labels=2).eval()
+    model = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"],
+                                                     modules_to_save=saved))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                p.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    classifier, _ = load_classifier(base, 2)
+    if "pooler" not in saved:
+        with pytest.raises(UserError, match=r"no classification head .*bert.pooler.dense.* is missing; the base lacks it"):
+            load_adapter(classifier.net, tmp_path / "adapter")
+        assert not lora_layers(classifier.net)
+        return
+    load_adapter(classifier.net, tmp_path / "adapter")
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits_of(classifier.eval()), expected, atol=1e-5, rtol=0)
+    trained = {name for name, p in classifier.net.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert trained == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+
+
+def test_an_adapter_brings_the_pooler_that_its_base_lacked(tmp_path):
+    base = lacking_pooler(tmp_path / "base")
+    classifier = load_classifier(base, 2)[0].configure("lora", LoRAOptions(rank=2))
+    randomize_B(classifier.net)
+    nn.init.normal_(classifier.net.bert.pooler.dense.weight, std=0.3)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(classifier, tmp_path / "adapter", base)
+    again, _ = load_classifier(base, 2)
+    assert not torch.allclose(again.net.bert.pooler.dense.weight, classifier.net.bert.pooler.dense.weight, atol=0.1)
+    load_adapter(again.net, tmp_path / "adapter")
+    assert torch.equal(logits_of(again.eval()), logits_of(classifier.eval()))
+
+
+@pytest.mark.parametrize("names, misread", [
+    (["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.o_proj"], ["model.layers.0.mlp.gate_proj"]),
+    (["model.layers.0.self_attn.o_proj"], [])])
+def test_layers_that_peft_takes_for_experts_are_named(names, misread):
+    assert misread_by_peft(toy_net("llama"), names) == []
+    assert misread_by_peft(DeepseekV3ForSequenceClassification(config_of("deepseek_v3")), names) == misread
 
 
 def test_a_language_model_takes_a_classifiers_adapter_without_its_head(tmp_path):

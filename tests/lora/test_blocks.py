@@ -70,7 +70,7 @@ def test_the_library_s_own_call_is_as_before(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_last_blocks_mlp_sees_the_pooled_tokens_only(architecture):
     classifier = adapted(architecture)
-    last = blocks_of(classifier.net.base_model)[1][-1]
+    last = list(blocks_of(classifier.net.base_model).values())[-1]
     down = [module for module in last.modules() if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__]
     assert down
     norm = {"gpt2": "ln_f", "llama": "norm"}.get(architecture)

@@ -2,20 +2,23 @@
 import hashlib
 import random
 import threading
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 import toy
 from conftest import ARCHITECTURES, adapted, randomize_B, toy_batch, toy_net
+from transformers import AutoModelForSequenceClassification
 
 import data_utils
 import train_utils
+from benchmarks.architectures import PAD, config_of
 from data.backbones import blocks_of
 from data_utils import Batch
 from experiments import distil
 from lora.frozen import FrozenPrefix, lowest_trained_block
-from model import LoRAOptions, TextClassifier, inject_lora
+from model import LoRAOptions, TextClassifier, inject_lora, probe
 from record import tensors
 from record.files import UserError, read_json
 from record.tensors import batches_digest, digest_meanwhile, weights_digest
@@ -56,7 +59,7 @@ def step(classifier: TextClassifier, batch: Batch) -> dict[str, torch.Tensor]:
 def attention_calls(classifier: TextClassifier, batch: Batch) -> list[int]:
     """How often each block's attention runs in a forward pass."""
     calls, hooks = [], []
-    for i, block in enumerate(blocks_of(classifier.net.base_model)[1]):
+    for i, block in enumerate(blocks_of(classifier.net.base_model).values()):
         attention = next(module for name, module in block.named_children() if "att" in name)
         calls.append(0)
         hooks.append(attention.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1)))
@@ -124,7 +127,7 @@ def test_dropout_inside_the_frozen_part_is_off_in_training():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_lowest_trained_block(architecture):
-    blocks = len(blocks_of(toy_net(architecture).base_model)[1])
+    blocks = len(blocks_of(toy_net(architecture).base_model))
     assert lowest_trained_block(adapted(architecture)) == 0
     assert lowest_trained_block(adapted(architecture, layers="0-0")) == 0
     assert lowest_trained_block(adapted(architecture, layers="1-1")) == 1
@@ -133,6 +136,70 @@ def test_the_lowest_trained_block(architecture):
     embeddings = made(architecture, "head")
     next(embeddings.net.base_model.parameters()).requires_grad_(True)
     assert lowest_trained_block(embeddings) == 0
+
+
+# ---------------------------------------------------------------- other architectures
+
+def made_of(architecture: str, part: str) -> TextClassifier:
+    """As `made`, of an architecture that is not fused."""
+    torch.manual_seed(0)
+    classifier = TextClassifier(AutoModelForSequenceClassification.from_config(config_of(architecture)).eval())
+    probe(classifier, architecture)
+    if part == "head":
+        return classifier.configure("head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its roles are not known
+        classifier.configure("lora", LoRAOptions(rank=4, layers="1", dropout=0.1))
+    randomize_B(classifier.net)
+    return classifier
+
+
+def batches_with_ends() -> list[Batch]:
+    """Toy batches in the ids of `config_of`, each sentence with an end token, which BART pools at."""
+    batches = toy_batches()
+    for batch in batches:
+        ids = (3 + batch.input_ids % 20).scatter(1, batch.attention_mask.sum(1, keepdim=True) - 1, 2)
+        batch.input_ids = ids.where(batch.attention_mask.bool(), torch.tensor(PAD))
+    return batches
+
+
+OTHERS = [("deberta", "upper"), ("mpnet", "upper"), ("falcon", "upper"), ("gpt_neo", "upper"), ("openai-gpt", "upper"),
+          ("deberta-v2", "head"), ("roberta", "head"), ("nomic_bert", "head"), ("eurobert", "head"), ("bart", "head"),
+          ("falcon", "head")]
+
+
+@pytest.mark.parametrize("architecture, part", OTHERS)
+def test_what_other_blocks_and_heads_hand_on_is_cached_bit_for_bit(architecture, part):
+    fresh = [step(made_of(architecture, part), batch) for batch in batches_with_ends()]
+    classifier, batches = made_of(architecture, part), batches_with_ends()
+    prefix = FrozenPrefix(classifier)
+    assert prefix.cache(batches) > 0 and not prefix.why_not
+    for expected, batch in zip(fresh, batches, strict=True):
+        found = step(classifier, batch)
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+        batch.cached += 1.0
+        assert not torch.equal(step(classifier, batch)["logits"], expected["logits"])  # it is what is read
+
+
+@pytest.mark.parametrize("architecture, tokens", [("roberta", 1), ("deberta", 1), ("eurobert", 12), ("bart", 12)])
+def test_of_the_backbones_output_no_more_is_cached_than_the_head_reads(architecture, tokens):
+    batches = batches_with_ends()
+    FrozenPrefix(made_of(architecture, "head")).cache(batches)
+    assert batches[0].input_ids.shape == (4, 12) and batches[0].cached.shape == (4, tokens, 32)
+
+
+@pytest.mark.parametrize("architecture, part, why", [
+    ("t5", "upper", "a t5 model's frozen blocks cannot be cached: what follows them depends on more than"),
+    ("fnet", "upper", "a fnet model's frozen blocks cannot be cached: sentences of each length are computed on their own"),
+    ("xlnet", "head", "a xlnet model's frozen blocks cannot be cached: sentences of each length")])
+def test_what_cannot_be_cached_is_said_and_computed_each_time(architecture, part, why):
+    classifier, batches = made_of(architecture, part), batches_with_ends()
+    prefix = FrozenPrefix(classifier)
+    assert prefix.cache(batches, used=7) == 7
+    assert prefix.why_not.startswith(why) and all(batch.cached is None for batch in batches)
+    for batch in batches_with_ends():
+        found, expected = step(classifier, batch), step(made_of(architecture, part), batch)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # ---------------------------------------------------------------- whole runs

@@ -4,7 +4,9 @@ import platform
 import pytest
 import torch
 
+from model import FeatureHead
 from record import machine
+from record.files import UserError
 
 
 def test_the_cpus_name_is_the_systems(tmp_path):
@@ -23,3 +25,64 @@ def test_threads_that_cannot_be_had_are_told_in_one_line(monkeypatch):
         machine.use_threads(77)
     for unusable in (None, True, 0, "2"):
         machine.use_threads(unusable)  # no warning, which would be an error here
+
+
+@pytest.fixture
+def auto():
+    """Puts the choice back after a test."""
+    yield
+    machine.use_device("auto")
+
+
+@pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "cpu"), (False, False, "cpu")])
+def test_auto_is_cudas_gpu_or_the_cpu(monkeypatch, auto, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    for name, kind in (("auto", expected), ("cpu", "cpu"), *((("cuda", "cuda"),) if cuda else ()),
+                       *((("mps", "mps"),) if mps else ())):
+        machine.use_device(name)
+        assert machine.device() == torch.device(kind)
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps", "tpu"])
+def test_a_device_that_is_not_there_is_told_and_changes_nothing(monkeypatch, auto, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"--device {name}: not there; this PyTorch .* finds cpu$"):
+        machine.use_device(name)
+    assert machine.device().type == "cpu"
+
+
+def test_float64_is_refused_where_the_device_has_none(monkeypatch, auto):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    machine.use_device("mps")
+    with pytest.raises(UserError, match="--device mps: has no float64"):
+        FeatureHead(torch.ones(2, 1, dtype=torch.float64), 2)
+
+
+@pytest.mark.parametrize("kind, sources", [("cpu", ["rng"]), ("cuda", ["rng", "rng.cuda"]), ("mps", ["rng", "rng.mps"])])
+def test_a_checkpoint_holds_the_random_numbers_of_the_device_that_computes(monkeypatch, kind, sources):
+    monkeypatch.setattr(machine, "_chosen", kind)
+    assert list(machine.random_sources()) == sources
+    assert all(callable(source.get_rng_state) and callable(source.set_rng_state)
+               for source in machine.random_sources().values())
+
+
+def test_a_library_that_cannot_be_had_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(machine, "has_onednn", lambda: False)
+    with pytest.warns(UserWarning, match="products by oneDNN cannot be had here, PyTorch's own are used: sums are rounded"):
+        machine.use_matmul("onednn")
+    assert machine.matmul() == "torch"
+    machine.use_matmul(77)  # nothing usable was recorded: by rule, without a warning, which would be an error here
+    assert machine.matmul() == machine.fastest_matmul()
+
+
+@pytest.mark.parametrize("cpu, width, library", [
+    ("vendor_id : AuthenticAMD", "AVX512", "onednn"), ("vendor_id : AuthenticAMD", "AVX2", "torch"),
+    ("vendor_id : GenuineIntel", "AVX512", "torch")])
+def test_the_library_is_chosen_by_vendor_and_width(monkeypatch, cpu, width, library):
+    monkeypatch.setattr(machine, "cpu_description", lambda: cpu)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "has_onednn", lambda: True)
+    assert machine.fastest_matmul.__wrapped__() == library

@@ -1,0 +1,112 @@
+"""The exported student: its size, how long one sentence takes on one core, sentences a second, and what int8 costs.
+
+    python benchmarks/export.py --threads 1
+    python benchmarks/export.py --quick --json
+
+    size         student.onnx at the default size, with GPT-2's 50,257 rows of embeddings, in float32 and int8
+    one sentence from the text to its logits, tokenisation included, the mean over CoLA's development sentences
+    sentences/s  the same sentences sorted by length in batches of 32, tokenised before, against the student in PyTorch
+    int8         accuracy and MCC on these sentences before and after; the student is trained on CoLA's labels for that
+
+The tokenizer is SmolLM2's, whose ids are below GPT-2's 50,257.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+from benchmarks import common  # first: it sets the environment that libraries read when imported
+from benchmarks.common import Report, paired_ratios
+from data_utils import Batch, Split, encode, make_batches
+from model import DistilRNN
+from record.options import RNNConfig, TrainOptions
+from serving import export
+from train_utils import cross_entropy, fit, scores
+
+GPT2_TOKENS, BATCH_SIZE, MAX_LENGTH = 50_257, 32, 128
+
+
+def trained_student(train: list[Batch], dev: list[Batch], epochs: int) -> DistilRNN:
+    """A student of the default sizes, trained on the labels alone."""
+    torch.manual_seed(0)
+    student = DistilRNN(RNNConfig(GPT2_TOKENS, common.LABELS))
+    options = TrainOptions(seed=0, epochs=epochs, batch_size=BATCH_SIZE, lr=3e-3)
+    fit(student, train, {"dev": dev}, cross_entropy(0.0), options, select="dev")
+    return student.eval()
+
+
+def seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def benchmark(args: argparse.Namespace, work: Path) -> Report:
+    report, task, threads = Report(), args.task.limit(200) if args.quick else args.task, args.threads or 1
+    torch.set_num_threads(threads)
+    tokenizer = common.tokenizer_of("smollm2")
+    rows = Split([text for split in task.dev.values() for text in split.sentences],
+                 [label for split in task.dev.values() for label in split.labels])
+    train, dev = (make_batches(split, tokenizer, MAX_LENGTH, BATCH_SIZE, seed=0) for split in (task.train, rows))
+    student = trained_student(train, dev, 1 if args.quick else 4)
+    folders = {}
+    for name in ("float32", "int8"):
+        folders[name] = work / name
+        export.write_student(student, tokenizer, ["0", "1"], rows, True, folders[name], max_length=MAX_LENGTH,
+                             int8=name == "int8", say=lambda text: print(text, file=sys.stderr))
+    sessions = {name: export.session(folder / export.MODEL_FILE, threads) for name, folder in folders.items()}
+    portable = export.portable_tokenizer(tokenizer, MAX_LENGTH, "tail")
+    ids = sorted(encode(tokenizer, rows.sentences, MAX_LENGTH), key=len)
+    inputs = export.padded(ids, BATCH_SIZE)
+    in_torch = [{name: torch.from_numpy(value) for name, value in batch.items()} for batch in inputs]
+    with torch.inference_mode():
+        expected = np.concatenate([student(**batch).numpy() for batch in in_torch])
+    difference = np.abs(export.onnx_logits(sessions["float32"], ids, BATCH_SIZE) - expected).max()
+    report.check("logits: onnxruntime, float32, against PyTorch", float(difference), export.TOLERANCE)
+
+    def one_by_one(session) -> float:
+        """Milliseconds a sentence."""
+        def call():
+            for text in rows.sentences:
+                row = portable.encode(text)
+                session.run(["logits"], {"input_ids": np.array([row.ids]), "attention_mask": np.array([row.attention_mask])})
+        return 1000 * seconds(call) / len(rows)
+
+    def in_batches(session) -> float:
+        return len(rows) / seconds(lambda: [session.run(["logits"], batch) for batch in inputs])
+
+    @torch.inference_mode()
+    def by_pytorch(_) -> float:
+        return len(rows) / seconds(lambda: [student(**batch) for batch in in_torch])
+
+    rounds = 2 if args.quick else 7
+    single = common.alternate({name: lambda _, session=session: one_by_one(session) for name, session in sessions.items()},
+                              rounds)
+    rates = common.alternate({"PyTorch": by_pytorch, **{name: lambda _, session=session: in_batches(session)
+                                                        for name, session in sessions.items()}}, rounds)
+    sizes = {name: (folder / export.MODEL_FILE).stat().st_size / 1e6 for name, folder in folders.items()}
+    report.target("int8: size of student.onnx", [sizes["int8"]], 8, "MB", at_most=True)
+    report.target("int8: one sentence", single["int8"], 1, "ms", at_most=True)
+    report.measure("float32: size of student.onnx", [sizes["float32"]], "MB")
+    report.measure("float32: one sentence", single["float32"], "ms")
+    for name, values in rates.items():
+        report.measure(f"{name}: batches of {BATCH_SIZE}", values, "sentences/s")
+    report.measure("batches: int8 / PyTorch", paired_ratios(rates["int8"], rates["PyTorch"]), "x")
+    labels = torch.tensor(rows.labels)
+    for name, session in sessions.items():
+        logits = export.onnx_logits(session, encode(tokenizer, rows.sentences, MAX_LENGTH))
+        measured = scores(torch.from_numpy(logits), labels)
+        report.measure(f"{name}: accuracy", [measured["accuracy"]], "")
+        report.measure(f"{name}: MCC", [measured["mcc"]], "")
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(__doc__, benchmark))

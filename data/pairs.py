@@ -1,0 +1,88 @@
+"""Reads minimal pairs: two sentences that differ in one respect, the first acceptable.
+
+    python -c "from data import pairs; print(pairs.read_pairs('blimp/pairs.tsv')[0])"
+
+A file of pairs is BLiMP's (Warstadt et al. 2020) as one table: tab-separated, with a header that has `phenomenon`,
+`paradigm`, `good` and `bad`. Other models' published accuracies stand in `published.tsv` beside it: `paradigm`, and a
+column for each model.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from data import grammar
+from record.files import UserError
+
+
+class Pair(NamedTuple):
+    """Holds an acceptable sentence and its unacceptable twin; several paradigms make up a phenomenon."""
+
+    phenomenon: str
+    paradigm: str
+    good: str
+    bad: str
+
+
+def built_in(limit: int) -> list[Pair]:
+    """Returns `limit` pairs of each phenomenon of the built-in grammar; a phenomenon is its own one paradigm."""
+    return [Pair(phenomenon, phenomenon, good, bad) for phenomenon, good, bad in grammar.draw_pairs(limit)]
+
+
+def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
+    """Reads a file of pairs, or the first `limit` of each paradigm.
+
+    Raises:
+        UserError: missing, not UTF-8, or without a column or a sentence; names the line.
+    """
+    rows, count, found = _rows(path, Pair._fields), {}, []
+    for number, row in rows:
+        pair = Pair(*(row[field].strip() for field in Pair._fields))
+        if not all(pair):
+            raise UserError(f"{path}, line {number}: {Pair._fields[pair.index('')]} is empty")
+        count[pair.paradigm] = count.get(pair.paradigm, 0) + 1
+        if limit is None or count[pair.paradigm] <= limit:
+            found.append(pair)
+    return found
+
+
+def read_published(path: Path) -> dict[str, dict[str, float]]:
+    """Reads published accuracies (0 to 1): model -> paradigm -> accuracy.
+
+    Raises:
+        UserError: see `read_pairs`; or an accuracy that is no number from 0 to 1.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for number, row in _rows(path, ("paradigm",)):
+        for model, text in row.items():
+            if model in ("paradigm", "phenomenon", "field"):
+                continue
+            try:
+                value = float(text)
+            except ValueError:
+                value = -1.0
+            if not 0 <= value <= 1:
+                raise UserError(f"{path}, line {number}: {model} is {text[:20]!r}; expected an accuracy from 0 to 1")
+            found.setdefault(model, {})[row["paradigm"]] = value
+    return found
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    """The lines of a TSV with a header, as dicts, with their numbers; at least one."""
+    try:
+        lines = Path(path).read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
+    header, *table = [line.removesuffix("\r").split("\t") for line in lines]
+    if lacking := [name for name in needed if name not in header]:
+        raise UserError(f"{path}: no column {lacking[0]}; expected a header with {', '.join(needed)}, separated by tabs")
+    found = []
+    for number, values in enumerate(table, 2):
+        if len(values) != len(header):
+            raise UserError(f"{path}, line {number}: {len(values)} column(s); expected {len(header)}, separated by tabs")
+        found.append((number, dict(zip(header, values, strict=True))))
+    if not found:
+        raise UserError(f"{path}: no row below its header")
+    return found

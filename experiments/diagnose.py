@@ -1,0 +1,377 @@
+"""Finds where a run is right and wrong: by source, length and phenomenon; calibration; disagreements.
+
+    python run.py diagnose runs/distil-12345
+    python run.py diagnose runs/distil-12345 --pairs blimp/pairs.tsv --limit 100
+
+A LoRA run is diagnosed beside its bare language model, a distillation beside its teacher, its no-KD baseline and the
+teacher's bare language model. diagnose.json holds every number; tables and plots are drawn from it (report/diagnosis.py).
+"""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from scipy.special import softmax
+from sklearn.metrics import matthews_corrcoef
+from tqdm import tqdm
+
+import data_utils
+import train_utils
+from data import pairs as minimal_pairs
+from data.backbones import is_decoder, load_causal_lm, load_config, max_length_of
+from data.pairs import Pair
+from data_utils import Split
+from experiments import calibration
+from experiments.evaluate import load_finetuned, load_student, logits_of
+from experiments.inputs import load_task, separator_of
+from record.files import check_folder, make_folder, sha256, write_json
+from record.folder import provenance, read_run, warn_of_changed_data
+from record.machine import device
+from record.options import RunOptions, TableOptions, rebuild
+from report import diagnosis
+
+BUILT_IN_PAIRS = 200  # of each phenomenon of the built-in grammar, where --limit does not say
+LENGTH_BINS = 5  # of about as many sentences each
+MOST = 50  # sentences in a list
+CHUNK = 4000  # sentences scored between two moves of the bar
+LM_TOKENS = 1024  # in a batch of the language model, pads included: its logits are as wide as the vocabulary
+
+
+@dataclass
+class Diagnosed:
+    """Holds the models of a run, and the rows that they answer."""
+
+    config: dict  # of the run
+    mode: str  # LoRA or distil
+    models: dict[str, tuple]  # teacher, student, scratch -> model, tokenizer, options
+    runs: dict[str, str]  # the run that each model comes from
+    splits: dict[str, Split]
+    files: dict[str, str]  # SHA-256 of every data file
+    left_out: list[str] = field(default_factory=list)  # what cannot be said, and why
+
+    @property
+    def classes(self) -> list[str]:
+        """Returns the classes' names."""
+        return self.config.get("classes", list(data_utils.COLA_CLASSES))
+
+
+class Answers:
+    """Computes every classifier's logits of the rows, by split and of all splits together.
+
+    Attributes:
+        by_split: model -> split -> logits (n, labels).
+        labels_of: split -> labels (n,).
+        logits: model -> logits (N, labels) of all rows; likewise `labels` (N,) and `predictions`, model -> (N,).
+        rows: all rows; `split_of` holds the split that each is of.
+    """
+
+    def __init__(self, run: Diagnosed):
+        splits, self.classes = run.splits, run.classes
+        self.by_split = {name: {split: logits_of(model, rows, tokenizer, options).double().numpy()
+                                for split, rows in splits.items()}
+                         for name, (model, tokenizer, options) in run.models.items()}
+        self.labels_of = {name: np.array(split.labels) for name, split in splits.items()}
+        self.rows = Split(*([item for split in splits.values() for item in getattr(split, key)]
+                            for key in ("sentences", "labels", "sources")))
+        self.split_of = [name for name, split in splits.items() for _ in range(len(split))]
+        self.logits = {name: np.concatenate(list(parts.values())) for name, parts in self.by_split.items()}
+        self.probabilities = {name: softmax(values, -1) for name, values in self.logits.items()}
+        self.predictions = {name: values.argmax(-1) for name, values in self.logits.items()}
+        self.labels = np.array(self.rows.labels)
+
+    def scores(self) -> dict[str, dict]:
+        """Returns every model's scores on every split, as a run's summary has them."""
+        return {name: {split: train_utils.scores(torch.from_numpy(values), torch.from_numpy(self.labels_of[split]))
+                       for split, values in parts.items()} for name, parts in self.by_split.items()}
+
+    def sentences(self, order) -> list[dict]:
+        """Returns the given rows: split, source, label, and every model's prediction with the label's probability."""
+        return [{"sentence": self.rows.sentences[i], "split": self.split_of[i],
+                 "source": self.rows.sources[i] if self.rows.sources else None, "label": self.classes[self.labels[i]],
+                 "models": {name: {"prediction": self.classes[self.predictions[name][i]],
+                                   "probability_of_label": float(values[i, self.labels[i]])}
+                            for name, values in self.probabilities.items()}} for i in order]
+
+
+def diagnose_run(folder: Path, data: Path | None = None, pairs: Path | None = None, limit: int | None = None,
+                 out: Path | None = None) -> dict:
+    """Diagnoses a finished run and writes diagnose.json, tables and plots.
+
+    Args:
+        folder: of a LoRA or distillation run.
+        data: in the format of the run's task; the run's development files if None.
+        pairs: a file of minimal pairs (`data.pairs`); the built-in grammar's if None.
+        limit: pairs of each paradigm.
+        out: folder of what is written; diagnose-<run> beside the run if None.
+
+    Returns:
+        What is in diagnose.json.
+
+    Raises:
+        UserError: bad input, before anything is written.
+    """
+    folder = Path(folder)
+    out = out or folder.parent / f"diagnose-{folder.name}"
+    check_folder(out)
+    chosen = minimal_pairs.read_pairs(pairs, limit) if pairs else None
+    published = pairs and pairs.with_name("published.tsv")
+    accuracies = minimal_pairs.read_published(published) if published and published.exists() else {}
+    run = load(folder, data)
+    answers = Answers(run)
+    read = [path for path, there in ((pairs, pairs), (published, accuracies)) if there]
+    files = {**run.files, **{str(path): sha256(path) for path in read}}
+    result = {
+        "mode": "diagnose", "run": str(folder), "of": run.mode, "model": run.config["options"]["model"],
+        "task": run.config["options"]["task"], "classes": run.classes,
+        **provenance({"data": data and str(data), "pairs": pairs and str(pairs), "limit": limit}, files),
+        "models": {}, "splits": {name: len(split) for name, split in run.splits.items()}, "scores": answers.scores(),
+        "by_source": by_source(run, answers),
+        "by_length": by_group(*length_groups([len(text.split()) for text in answers.rows.sentences]), answers.labels,
+                              answers.predictions),
+        "calibration": {name: calibrate(parts, answers.labels_of) for name, parts in answers.by_split.items()},
+        "disagreements": disagreements(run, answers), "all_wrong": all_wrong(answers)}
+    result["pairs"] = on_pairs(run, chosen, limit, str(pairs) if pairs else None, accuracies)
+    if pairs and not accuracies:
+        run.left_out.append(f"published figures: there is no {published}")
+    result["models"] = dict(run.runs)  # the bare language model is among them by now
+    result["left_out"] = run.left_out
+    make_folder(out)
+    write_json(out / "diagnose.json", result)
+    diagnosis.write(out / "diagnose.json", out)
+    return result
+
+
+# ---------------------------------------------------------------- what is diagnosed
+
+def load(folder: Path, data: Path | None) -> Diagnosed:
+    """Loads a run's models and rows, and warns of data or a teacher that changed since the run.
+
+    Raises:
+        UserError: not a finished run, or damaged; a teacher that is no more what it was.
+    """
+    config, summary = read_run(folder)
+    mode, models, runs, left_out = summary["mode"], {}, {}, []
+    if mode == "LoRA":
+        models["teacher"], runs["teacher"] = load_finetuned(folder), str(folder)
+    else:
+        if teacher := find_teacher(folder, summary["teacher"]["run"]):
+            models["teacher"], runs["teacher"] = load_finetuned(teacher), str(teacher)
+            changed = [name for name, digest in config.get("teacher_files", {}).items() if sha256(teacher / name) != digest]
+            if changed:
+                warnings.warn(f"{teacher}: changed since the student learned from it ({changed[0]} is another file)",
+                              stacklevel=2)
+        else:
+            left_out.append(f"the teacher: {summary['teacher']['run']} is not there")
+        for name in ("student", "scratch"):
+            models[name], runs[name] = load_student(folder, name), str(folder)
+    _, tokenizer, _ = next(iter(models.values()))
+    options = config["options"]
+    if data is not None:
+        warn_of_changed_data(config, data)
+        classes = config.get("classes", data_utils.COLA_CLASSES)
+        rows = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
+        splits, files = {data.stem: rows}, {str(data): sha256(data)}
+    else:
+        for name in config.get("data_files", {}):
+            if Path(name).exists():
+                warn_of_changed_data(config, Path(name))
+        task = load_task(rebuild(RunOptions, options, out=folder), tokenizer)
+        splits, files = task.dev, task.files
+    return Diagnosed(config, mode, models, runs, splits, files, left_out)
+
+
+def find_teacher(folder: Path, recorded: str) -> Path | None:
+    """Returns the teacher's folder: as recorded, or beside the run where both were moved; None if there is none."""
+    return next((path for path in (Path(recorded), folder.parent / Path(recorded).name) if (path / "config.json").exists()),
+                None)
+
+
+# ---------------------------------------------------------------- groups of rows
+
+def by_group(groups: list[str], order: list[str], labels: np.ndarray, predictions: dict[str, np.ndarray]) -> list[dict]:
+    """Returns n, the majority class's accuracy, and every model's accuracy and MCC of each group of rows.
+
+    MCC is None where all rows of a group have one label: it is not defined there.
+
+    Args:
+        groups: (N) each row's group.
+        order: the groups in the order of the result.
+        labels: (N,) class indices.
+        predictions: model -> (N,) class indices.
+    """
+    found, members = [], np.array(groups)
+    for group in order:
+        here = members == group
+        truth = labels[here]
+        found.append({"group": group, "n": int(here.sum()),
+                      "majority_accuracy": float(np.bincount(truth).max() / len(truth)),
+                      "models": {name: {
+                          "accuracy": float((said[here] == truth).mean()),
+                          "mcc": float(matthews_corrcoef(truth, said[here])) if len(set(truth.tolist())) > 1 else None}
+                          for name, said in predictions.items()}})
+    return found
+
+
+def by_source(run: Diagnosed, answers: Answers) -> list[dict] | None:
+    """Returns `by_group` by source, the largest first; None where the task has no sources."""
+    sources = answers.rows.sources
+    if len(set(sources)) < 2:
+        run.left_out.append(f"by source: the task {run.config['options']['task']} has no sources here")
+        return None
+    order = sorted(set(sources), key=lambda source: (-sources.count(source), source))
+    return by_group(sources, order, answers.labels, answers.predictions)
+
+
+def length_groups(words: list[int], bins: int = LENGTH_BINS) -> tuple[list[str], list[str]]:
+    """Returns each row's group by its number of words ("4-6"), and the groups in order, of about as many rows each."""
+    edges = np.unique(np.quantile(words, np.arange(1, bins) / bins, method="inverted_cdf")) if words else []
+    index = np.searchsorted(edges, words)  # edges are the largest length of their group
+    names = {}
+    for i in np.unique(index):
+        here = np.array(words)[index == i]
+        names[i] = f"{here.min()}" if here.min() == here.max() else f"{here.min()}-{here.max()}"
+    return [names[i] for i in index], list(names.values())
+
+
+# ---------------------------------------------------------------- calibration and single sentences
+
+def calibrate(logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> dict:
+    """Returns one model's calibration on every split, at a temperature fitted on the split that chose its epoch.
+
+    On that split the scaled figures flatter; on another one they show what the temperature is worth.
+    """
+    chosen = train_utils.selection_split(logits)
+    temperature = calibration.fit_temperature(logits[chosen], labels[chosen])
+    return {"fitted_on": chosen, "temperature": temperature, "splits": {
+        split: calibration.calibration(values, labels[split], temperature) for split, values in logits.items()}}
+
+
+def disagreements(run: Diagnosed, answers: Answers) -> list[dict] | None:
+    """Returns the sentences on which teacher and student differ most, by the total variation distance of probabilities."""
+    if not {"teacher", "student"} <= set(answers.probabilities):
+        run.left_out.append("disagreements: they need a teacher and a student, a distillation run's")
+        return None
+    distance = np.abs(answers.probabilities["teacher"] - answers.probabilities["student"]).sum(-1) / 2
+    order = np.argsort(-distance, kind="stable")[:MOST]
+    return [{**row, "distance": float(distance[i])} for i, row in zip(order, answers.sentences(order), strict=True)]
+
+
+def all_wrong(answers: Answers) -> dict:
+    """Returns the sentences that every classifier has wrong, beginning with the lowest mean probability of the label."""
+    wrong = np.flatnonzero(np.all([said != answers.labels for said in answers.predictions.values()], axis=0))
+    of_label = np.mean([values[wrong, answers.labels[wrong]] for values in answers.probabilities.values()], axis=0)
+    return {"n": len(wrong), "rows": answers.sentences(wrong[np.argsort(of_label, kind="stable")][:MOST])}
+
+
+# ---------------------------------------------------------------- minimal pairs
+
+def on_pairs(run: Diagnosed, pairs: list[Pair] | None, limit: int | None, file: str | None,
+             published: dict[str, dict[str, float]]) -> dict | None:
+    """Counts the minimal pairs of which each model scores the acceptable sentence higher, by paradigm and phenomenon.
+
+    A classifier scores a sentence by its logit of acceptable minus that of unacceptable, the bare language model by its
+    log-probability. None where the run's task is not one of acceptability and no pairs were given.
+    """
+    options = run.config["options"]
+    if pairs is None and options["task"] not in ("cola", "tiny"):
+        run.left_out.append(f"minimal pairs: {options['task']} is no task of acceptability; --pairs asks for them")
+        return None
+    pairs = pairs or minimal_pairs.built_in(limit or BUILT_IN_PAIRS)
+    sentences = list(dict.fromkeys(text for pair in pairs for text in (pair.good, pair.bad)))
+    judges = dict(scorers(run))
+    higher = {}
+    with tqdm(total=len(judges) * len(sentences), unit="sentence", desc="minimal pairs", dynamic_ncols=True) as bar:
+        for name, judge in judges.items():
+            bar.set_postfix_str(name)
+            scores = {}
+            for start in range(0, len(sentences), CHUNK):
+                part = sentences[start:start + CHUNK]
+                scores.update(zip(part, judge(part).tolist(), strict=True))
+                bar.update(len(part))
+            higher[name] = np.array([scores[pair.good] > scores[pair.bad] for pair in pairs])
+    if not higher:
+        return None
+    return {"file": file, "limit": limit, "n": len(pairs), "published": list(published),
+            "paradigms": pair_groups(pairs, "paradigm", higher, published),
+            "phenomena": pair_groups(pairs, "phenomenon", higher, published),
+            "overall": {"n": len(pairs), "models": {name: _share(values) for name, values in higher.items()},
+                        "published": _published({pair.paradigm for pair in pairs}, published)}}
+
+
+def pair_groups(pairs: list[Pair], key: str, higher: dict[str, np.ndarray], published: dict[str, dict[str, float]]
+                ) -> list[dict]:
+    """Returns the share of pairs of which each model scores the right sentence higher, by paradigm or phenomenon.
+
+    Args:
+        higher: model -> (N,) whether the model does.
+        published: model -> paradigm -> accuracy; of a phenomenon, the mean over its paradigms.
+    """
+    members, found = np.array([getattr(pair, key) for pair in pairs]), []
+    for group in dict.fromkeys(members.tolist()):
+        here = members == group
+        own = [pair for pair in pairs if getattr(pair, key) == group]
+        found.append({"group": group, "phenomenon": own[0].phenomenon, "n": len(own),
+                      "models": {name: _share(values[here]) for name, values in higher.items()},
+                      "published": _published({pair.paradigm for pair in own}, published)})
+    return found
+
+
+def _share(values: np.ndarray) -> dict:
+    """The share of True, with its 95 % interval (Wilson 1927)."""
+    interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(0.95, method="wilson")
+    return {"accuracy": float(values.mean()), "interval": [float(interval.low), float(interval.high)]}
+
+
+def _published(paradigms: set[str], published: dict[str, dict[str, float]]) -> dict[str, float]:
+    known = {name: [values[paradigm] for paradigm in paradigms if paradigm in values] for name, values in published.items()}
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
+
+
+def scorers(run: Diagnosed) -> Iterator[tuple]:
+    """Yields every model that can score a sentence: its name, and a function from sentences to scores (N,)."""
+    for name, (model, tokenizer, options) in run.models.items():
+        if getattr(model, "feature_head", None) is not None:
+            run.left_out.append(f"minimal pairs, {name}: it reads numeric features, which the pairs have not")
+        elif len(run.classes) != 2:
+            run.left_out.append(f"minimal pairs, {name}: it has more than the two classes of acceptability")
+        else:
+            yield name, lambda sentences, one=(model, tokenizer, options): acceptability(*one, sentences)
+    name, tokenizer = run.config["options"]["model"], next(iter(run.models.values()))[1]
+    if not is_decoder(load_config(name)):
+        run.left_out.append(f"minimal pairs, bare language model: {name} is an encoder, which gives no probability of a "
+                            "sentence")
+        return
+    lm = load_causal_lm(name).to(device())
+    run.runs["language_model"] = name
+    yield "language_model", lambda sentences: log_probabilities(lm, tokenizer, sentences)
+
+
+def acceptability(model, tokenizer, options: dict, sentences: list[str]) -> np.ndarray:
+    """Returns a classifier's logit of acceptable (its second class) minus that of unacceptable, (N,)."""
+    logits = logits_of(model, Split(sentences, [0] * len(sentences)), tokenizer, options)
+    return (logits[:, 1] - logits[:, 0]).double().numpy()
+
+
+@torch.inference_mode()
+def log_probabilities(lm, tokenizer, sentences: list[str], batch_tokens: int = LM_TOKENS) -> np.ndarray:
+    """Returns log-probabilities (N,) of sentences under a causal language model, in nats.
+
+    Sums over all tokens of the sentence, the first one given the beginning-of-text token where the tokenizer has any; an
+    end-of-text token is not scored.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    opening = [] if start is None else [start]
+    ids = [tokens if tokens[:1] == opening else opening + tokens
+           for tokens in data_utils.encode(tokenizer, sentences, max_length_of(lm) - len(opening))]
+    result = np.empty(len(ids))
+    for rows in data_utils.bucket_by_length([len(tokens) for tokens in ids], 1, 0, batch_tokens):
+        batch = data_utils.collate(ids, [0] * len(ids), rows, 0).to(lm.device)
+        logits = lm(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()  # (B, T - 1, vocabulary)
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
+        result[rows] = -(losses.double() * batch.attention_mask[:, 1:]).sum(1).cpu().numpy()
+    return result

@@ -1,0 +1,152 @@
+"""A LoRA run's folder as a repository of the Hugging Face Hub: the model card, and the tokenizer beside the adapter.
+
+    from huggingface_hub import upload_folder
+    upload_folder(folder_path="runs/LoRA-12345", repo_id="somebody/cola-lora")
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from data.backbones import hub_name
+from data.hub import is_dataset_name
+from data_utils import GLUE_REPOSITORY, HUB_TABLES, Task
+from record.files import write_file
+from record.folder import CARD, CARD_TAG, TOKENIZER_FILES, is_card
+from record.options import RunOptions
+from serving.merge import for_others, tokenizer_files
+from train_utils import selection_split
+
+METRICS = {"accuracy": ("accuracy", "accuracy"), "mcc": ("matthews_correlation", "MCC"), "macro_f1": ("f1", "macro F1")}
+TEXT = """---
+{metadata}
+---
+
+# {name}
+
+A LoRA adapter and its classification head for `{model}`: one text in, one of {count} classes out ({classes}).
+
+## Base
+
+{base}
+
+Adapted: {targets} in {layers}, rank {rank}, alpha {alpha:g}{rslora}; {trainable:,} of {total:,} parameters were trained
+({share:.2f} %).
+
+## Data
+
+Task `{task}`: {rows:,} training sentences{limit}. Files, with the first digits of their SHA-256:
+
+{files}
+
+## Results
+
+Of the saved weights (epoch {epoch} of {epochs}, chosen on the split `{selection}`), seed {seed}. A classifier that always
+says the commonest class has the accuracy in the last column and an MCC of 0.
+
+| split | sentences | accuracy | MCC | macro F1 | majority accuracy |
+| --- | --- | --- | --- | --- | --- |
+{results}
+
+## Limits
+
+{limits}
+
+## How to load
+
+```python
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+folder = "."  # this folder, or the repository's name on the Hub
+model = AutoPeftModelForSequenceClassification.from_pretrained(folder{num_labels}).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model.config.pad_token_id = tokenizer.pad_token_id
+logits = model(**tokenizer(["A sentence."], padding=True, return_tensors="pt")).logits
+labels = {labels}
+```
+
+`config.json` records every option, version and file of the training, and the class names as `id2label`.
+"""
+
+
+def write_repository(folder: Path, options: RunOptions, task: Task, tokenizer, max_length: int, summary: dict) -> list[str]:
+    """Writes model card and tokenizer into a run's folder; a README.md that is no model card of a run is left alone.
+
+    Args:
+        tokenizer: the base's; where it has no pad token, the files name one that others may pad with.
+        max_length: tokens to which texts were cut.
+        summary: as in summary.json.
+
+    Returns:
+        The files written.
+    """
+    files = tokenizer_files(for_others(tokenizer, max_length, options.table.truncate))
+    files = {name: data for name, data in files.items() if name in TOKENIZER_FILES}
+    if not (folder / CARD).exists() or is_card(folder / CARD):
+        files[CARD] = model_card(options, task, max_length, summary).encode()
+    for name, data in files.items():
+        write_file(folder / name, data)
+    return list(files)
+
+
+def model_card(options: RunOptions, task: Task, max_length: int, summary: dict) -> str:
+    """The text of README.md. The same run gives the same text: no date, no duration, no path of the machine."""
+    best, parameters, lora, classes = summary["validation"], summary["parameters"], options.lora, list(task.classes)
+    name, repository = f"{options.mode}-{options.sr}", dataset_of(options)
+    hub = hub_name(options.model)
+    results = [EvalResult(task_type="text-classification", task_name="Text Classification", dataset_name=task.name,
+                          dataset_type=repository or task.name, dataset_split=split, metric_type=kind, metric_name=shown,
+                          metric_value=values[key])
+               for split, values in best.items() for key, (kind, shown) in METRICS.items()]
+    metadata = ModelCardData(base_model=hub, library_name="peft", pipeline_tag="text-classification", model_name=name,
+                             tags=["lora", CARD_TAG], datasets=repository and [repository], metrics=[
+                                 kind for kind, _ in METRICS.values()], eval_results=results)
+    rows = [f"| {split} | {v['n']:,} | {v['accuracy']:.4f} | {v['mcc']:.4f} | {v['macro_f1']:.4f} | "
+            f"{v['majority_accuracy']:.4f} |" for split, v in best.items()]
+    return TEXT.format(
+        metadata=metadata.to_yaml(), name=name, model=hub or Path(options.model).name, count=len(classes),
+        classes=", ".join(classes[:20]) + (", ..." if len(classes) > 20 else ""), base=_base(options.model, hub),
+        targets=", ".join(lora.targets), layers=f"blocks {lora.layers}" if lora.layers else "all blocks", rank=lora.rank,
+        alpha=lora.alpha, rslora=" (rsLoRA)" if lora.rslora else "", trainable=parameters["trainable"],
+        total=parameters["total"], share=100 * parameters["trainable"] / parameters["total"], task=task.name,
+        rows=len(task.train), limit=" (--limit)" if options.limit else "",
+        files="\n".join(f"- `{file if repository else Path(file).name}` {digest[:12]}"
+                        for file, digest in task.files.items()),
+        epoch=summary["best_epoch"], epochs=summary["last_epoch"], selection=selection_split(task.dev),
+        seed=options.train.seed, results="\n".join(rows),
+        limits="\n".join(f"- {line}" for line in _limits(options, task, max_length)),
+        num_labels="" if len(classes) == 2 else f", num_labels={len(classes)}", labels=classes)
+
+
+def dataset_of(options: RunOptions) -> str | None:
+    """The Hub's name of the data set that a run reads; None where it reads files of its own."""
+    if options.data is None:
+        return GLUE_REPOSITORY if options.task == "cola" else HUB_TABLES.get(options.task, (None,))[0]
+    return options.data if is_dataset_name(options.data) else None
+
+
+def _base(model: str, hub: str | None) -> str:
+    if model == "smollm2":
+        return f"[`{hub}`](https://huggingface.co/{hub}), trained on its 4-bit copy (Q4_1, dequantised)."
+    if hub is not None:
+        return f"[`{hub}`](https://huggingface.co/{hub})."
+    if model == "tiny":
+        return "The tiny GPT-2 that comes with the training code and learned its built-in grammar; it is on no Hub."
+    return "A local model; `adapter_config.json` names its folder. To share the adapter, name a base that others have."
+
+
+def _limits(options: RunOptions, task: Task, max_length: int) -> list[str]:
+    """What a user has to know before trusting it."""
+    limits = ["Scores are those of one seed; another seed moves them, by several points of MCC on small splits.",
+              "Probabilities are not calibrated, and every text gets one of the classes, in whatever language it is.",
+              f"Texts longer than {max_length} tokens were cut ({options.table.truncate} cut)."]
+    if options.model == "smollm2":
+        limits.append("The results belong to the 4-bit copy of the base; with the Hub's own weights they differ a little.")
+    if options.table.feature_columns:
+        limits.append(f"It was trained beside a head for the numbers {', '.join(options.table.feature_columns)}, which PEFT "
+                      "does not load (features.safetensors): without it the logits are others.")
+    if task.num_labels != 2:
+        limits.append(f"PEFT does not read the number of classes from a folder: give num_labels={task.num_labels} as below.")
+    return limits

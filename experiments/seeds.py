@@ -1,0 +1,131 @@
+"""Runs `LoRA` or `distil` with several seeds, and gives means and intervals.
+
+    python run.py LoRA 12345 --seeds 5
+    python run.py distil 12345 --seeds 5
+
+Each seed is an ordinary run in an ordinary folder (runs/LoRA-12345, runs/LoRA-12346, ...), made by `run.py` in a process
+of its own; finished runs are kept. Means and intervals go to runs/LoRA-12345-seeds/.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from experiments import compare, finetune
+from experiments.significance import over_seeds, paired_differences
+from experiments.variants import SeedRun
+from record.files import UserError, locked, make_folder, read_json, write_file, write_json
+from record.folder import empty_folder, provenance
+from report import records
+from report import seeds as tables
+from train_utils import selection_split
+
+# The models of a run's summary, and whether two of them are compared seed by seed.
+MODELS = {"LoRA": (None,), "distil": ("teacher", "student", "scratch")}
+DIFFERENCES = {"LoRA": (), "distil": (("student", "scratch"), ("student", "teacher"))}
+
+
+@dataclass(frozen=True)
+class SeedsOptions:
+    """Holds what is repeated, and where the results go."""
+
+    mode: str  # LoRA or distil
+    sr: str
+    runs: list[SeedRun]
+    out: Path  # folder of seeds.json
+    settings: dict  # every option as given
+    overwrite: bool = False
+
+
+def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict:
+    """Runs the seeds that are missing and writes seeds.json and seeds.tex.
+
+    Returns:
+        What is in seeds.json.
+
+    Raises:
+        UserError: bad input, before anything is written; a folder that holds a run with other options or data; a run
+            that failed, or all of them diverged.
+        signals.Interrupted: asked to stop; the run at work has saved its state.
+    """
+    if options.mode == "LoRA":
+        finetune.check(options.runs[0].run)
+    if not options.overwrite:
+        for run in options.runs:
+            check_options(run)
+    with locked(make_folder(options.out), "study of seeds"):
+        if options.overwrite:
+            for run in options.runs:
+                with locked(make_folder(run.folder), "run"):
+                    empty_folder(run.folder)
+                    (run.folder / "diverged.txt").unlink(missing_ok=True)
+        threads = next((read_json(run.folder / "config.json").get("threads") for run in options.runs
+                        if (run.folder / "config.json").exists()), None) or torch.get_num_threads()
+        done = {}
+        with tqdm(options.runs, unit="run", desc=f"{options.mode} seeds", dynamic_ncols=True) as bar:
+            for run in bar:
+                bar.set_postfix_str(run.folder.name)
+                if summary := compare.finished_run(run.words, run.folder, threads):
+                    done[run.seed] = summary
+        if not done:
+            raise UserError(f"{options.runs[0].folder} and the other seeds' runs diverged; lower --lr")
+        finished = [run for run in options.runs if run.seed in done]
+        write_json(options.out / "seeds.json", result := {
+            "mode": "seeds", "of": options.mode, "sr": options.sr, **provenance(options.settings, same_data(finished)),
+            **results(options.mode, done), "seeds": [run.seed for run in options.runs],
+            "runs": [{"seed": run.seed, "folder": str(run.folder), "status": "finished" if run.seed in done else "diverged"}
+                     for run in options.runs]})
+        written = records.read_json(options.out / "seeds.json")
+        write_file(options.out / "seeds.tex", tables.intervals_latex(written))
+    say(tables.seeds_text(written))
+    return result
+
+
+def check_options(run: SeedRun) -> None:
+    """Checks that a run that is already in the folder has the options of this study.
+
+    Raises:
+        UserError: it has others; names the first.
+    """
+    path = run.folder / "config.json"
+    before = read_json(path).get("options", {}) if path.exists() else {}
+    for name, value in run.options.items():
+        if name in before and before[name] != value:
+            raise UserError(f"{run.folder}: holds a run with another {name}: {before[name]}, now {value}; choose another "
+                            "SR or --out, or pass --overwrite")
+
+
+def same_data(runs: list[SeedRun]) -> dict[str, str]:
+    """Returns the digests of the data files that all runs read.
+
+    Raises:
+        UserError: a run read another file than the first one.
+    """
+    first, *others = [(run.folder, read_json(run.folder / "config.json").get("data_files", {})) for run in runs]
+    for folder, files in others:
+        for name in files.keys() | first[1].keys():
+            if files.get(name) != first[1].get(name):
+                raise UserError(f"{folder}: read another {name} than {first[0]}; pass --overwrite to run every seed again")
+    return first[1]
+
+
+def results(mode: str, done: dict[str, dict]) -> dict:
+    """Returns spreads and paired differences of every model, from the finished runs' summaries by seed."""
+    first, seeds = next(iter(done.values())), list(done)
+    parts = {name or mode: [summary[name] if name else summary for summary in done.values()] for name in MODELS[mode]}
+    rows = {name: {"entry": name, "seeds": seeds, "parameters": models[0]["parameters"], **over_seeds(models)}
+            for name, models in parts.items()}
+    validation = next(iter(parts.values()))[0]["validation"]
+    own = {"method": first["method"]} if mode == "LoRA" else {
+        "distillation": {key: first["distillation"][key] for key in ("temperature", "alpha")},
+        "teachers": list(dict.fromkeys(summary["teacher"]["run"] for summary in done.values()))}
+    return {"model": first["model"], "task": first["task"], **own,
+            "selection": {"split": selection_split(validation), "splits": list(validation)},
+            "majority_accuracy": {split: values["majority_accuracy"] for split, values in validation.items()},
+            "entries": list(rows.values()),
+            "differences": [{"entry": one, "minus": other, **paired_differences(rows[one], rows[other])}
+                            for one, other in DIFFERENCES[mode]]}

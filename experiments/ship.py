@@ -1,0 +1,81 @@
+"""What leaves the lab: a distillation's student as an ONNX file, a fine-tuned classifier as a plain checkpoint.
+
+    python run.py export runs/distil-12345 --out student --int8
+    python run.py merge runs/LoRA-12345 --out merged
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import data_utils
+from data_utils import Split
+from experiments.evaluate import load_finetuned, load_student
+from experiments.inputs import load_task
+from lora.matmul import set_precision
+from record.files import UserError, check_new_folder
+from record.folder import read_run
+from record.options import RunOptions, rebuild
+from serving import export, merge
+
+STAND_INS = 100  # sentences of each split of the built-in task
+
+
+def export_run(folder: Path, out: Path, int8: bool = False, control: bool = False, say: Callable[[str], None] = print
+               ) -> None:
+    """Writes the student of a distillation run (or its no-KD baseline) as an ONNX model with all that it needs.
+
+    Raises:
+        UserError: not a finished distillation, `out` is not new, a package is missing, or onnxruntime disagrees.
+    """
+    check_new_folder(out)
+    export.require("onnx")
+    export.require("onnxruntime")
+    student, tokenizer, options = load_student(folder, "scratch" if control else "student")
+    classes = read_run(folder)[0].get("classes", data_utils.COLA_CLASSES)
+    if len(classes) != student.config.num_labels:
+        raise UserError(f"{folder}: damaged student ({student.config.num_labels} outputs for {len(classes)} classes)")
+    rows, labelled = development_rows(folder, options, classes, tokenizer, say)
+    export.write_student(student.cpu(), tokenizer, classes, rows, labelled, out, max_length=options["max_length"],
+                         truncate=options.get("truncate", "tail"), int8=int8, say=say)
+
+
+def merge_run(folder: Path, out: Path, say: Callable[[str], None] = print) -> None:
+    """Writes a fine-tuned classifier as a plain `transformers` checkpoint, its adapter merged.
+
+    Raises:
+        UserError: not a finished LoRA run, one that reads more than text, `out` is not new, or the adapter is not finite.
+    """
+    check_new_folder(out)
+    config, _ = read_run(folder, "LoRA")
+    options = config["options"]
+    if options.get("feature_columns"):
+        raise UserError(f"{folder}: reads the features {', '.join(options['feature_columns'])} beside the text, for which a "
+                        "plain checkpoint has no place")
+    classifier, tokenizer, _ = load_finetuned(folder)
+    if options["precision"] == "bf16x3":
+        set_precision(classifier.net.base_model, "fp32")  # a checkpoint is computed the plain way
+    classes = config.get("classes", data_utils.COLA_CLASSES)
+    rows, _ = development_rows(folder, options, classes, tokenizer, say)
+    merge.write_checkpoint(classifier.cpu(), tokenizer, classes, rows.sentences, out, max_length=options["max_length"],
+                           truncate=options.get("truncate", "tail"), exact=options["precision"] != "bf16", say=say)
+
+
+def development_rows(folder: Path, options: dict, classes: list[str], tokenizer, say: Callable[[str], None]
+                     ) -> tuple[Split, bool]:
+    """The run's development sentences, all splits together, and whether their labels are real.
+
+    Where the run's data are gone, sentences of the built-in grammar stand in, and that is said.
+    """
+    try:
+        task = load_task(rebuild(RunOptions, options, out=folder), tokenizer)
+        if list(task.classes) != list(classes):
+            raise UserError("the classes are no longer those of the run")
+        labelled = True
+    except UserError as error:
+        say(f"  the run's data cannot be read ({error}); the built-in task's sentences stand in for the check")
+        task, labelled = data_utils.load_task("tiny").limit(STAND_INS), False
+    splits = [replace(split, features=[]) for split in task.dev.values()]
+    return Split([text for split in splits for text in split.sentences],
+                 [label for split in splits for label in split.labels]), labelled

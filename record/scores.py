@@ -1,0 +1,51 @@
+"""What a run records of predictions: accuracy, MCC and macro-F1, the confusion matrix, and scores by class."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
+    """n, mean cross-entropy (nats), accuracy, MCC, macro-F1, and the accuracy of always saying the commonest label.
+
+    Macro-F1 is over all classes that the logits know; one that is neither there nor predicted counts 0.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # late: the first step does not wait for it
+
+    truth, predictions, classes = labels.numpy(), logits.argmax(-1).numpy(), range(logits.shape[1])
+    return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
+            "accuracy": float(accuracy_score(truth, predictions)),
+            "mcc": float(matthews_corrcoef(truth, predictions)),
+            "macro_f1": float(f1_score(truth, predictions, labels=classes, average="macro", zero_division=0)),
+            "majority_accuracy": float(torch.bincount(labels).max()) / len(labels)}
+
+
+def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
+    """The confusion matrix [label][prediction]."""
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
+
+
+def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict[str, int | float]]:
+    """Precision, recall and F1 of each class by name, and n, its rows, from a confusion matrix; a share of nothing is 0."""
+    counts, result = np.array(matrix), {}
+    for i, name in enumerate(names):
+        hits, said, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
+        result[name] = {"n": int(there), "precision": float(hits / said) if said else 0.0,
+                        "recall": float(hits / there) if there else 0.0,
+                        "f1": float(2 * hits / (said + there)) if said + there else 0.0}
+    return result
+
+
+def scores_of_sums(sums: dict[str, float], matrix: list[list[int]]) -> dict[str, float]:
+    """Loss, cross-entropy, accuracy and MCC of an epoch's training rows, from sums over them and the confusion matrix."""
+    from sklearn.metrics import matthews_corrcoef
+
+    cells = [(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count]
+    labels, predictions, weights = zip(*cells, strict=True)
+    return {"loss": sums["loss"] / sums["rows"], "cross_entropy": sums["cross_entropy"] / sums["rows"],
+            "accuracy": sums["correct"] / sums["rows"],
+            "mcc": float(matthews_corrcoef(labels, predictions, sample_weight=weights))}

@@ -1,0 +1,274 @@
+"""A student as an ONNX file that needs neither PyTorch nor this project.
+
+    python run.py export runs/distil-12345 --out student --int8
+
+The graph is written with ONNX's own LSTM and GRU, whose `sequence_lens` does what packing does in PyTorch: the backward
+direction begins at a sentence's last real token.
+"""
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data_utils
+import train_utils
+from data_utils import Split
+from model import DistilRNN
+from record.files import UserError, new_folder, write_file, write_json
+
+INSTALL = "pip install -r requirements-serve.txt"
+OPSET, IR_VERSION = 17, 8  # read by onnxruntime 1.14 (of 2023) and newer
+TOLERANCE = 1e-5  # of float32 logits, absolute where they are small, relative where they are large
+MODEL_FILE, TOKENIZER_FILE, LABELS_FILE, EXAMPLE_FILE = "student.onnx", "tokenizer.json", "labels.json", "example.py"
+# PyTorch stacks an LSTM's gates as input, forget, cell, output and a GRU's as reset, update, new; ONNX as input, output,
+# forget, cell and as update, reset, new. https://onnx.ai/onnx/operators/onnx__LSTM.html
+GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
+EXAMPLE = '''"""Classifies sentences with the exported student: python example.py "A sentence." "Another one."
+
+Needs: pip install onnxruntime tokenizers numpy
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+here = Path(__file__).parent
+tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
+session = onnxruntime.InferenceSession(here / "student.onnx", providers=["CPUExecutionProvider"])
+labels = json.loads((here / "labels.json").read_text(encoding="utf-8"))
+
+sentences = sys.argv[1:] or ["The cat sat on the mat.", "The cat sat mat the on."]
+batch = tokenizer.encode_batch(sentences)  # padded to the longest; pads are masked
+inputs = {"input_ids": np.array([row.ids for row in batch], dtype=np.int64),
+          "attention_mask": np.array([row.attention_mask for row in batch], dtype=np.int64)}
+logits = session.run(["logits"], inputs)[0]
+probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+probabilities /= probabilities.sum(-1, keepdims=True)
+for sentence, row in zip(sentences, probabilities):
+    print(f"{labels[row.argmax()]}\\t{row.max():.4f}\\t{sentence}")
+'''
+
+
+def require(name: str):
+    """Imports a package that only shipping needs.
+
+    Raises:
+        UserError: it is not installed; says how to get it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"the package {name.split('.')[0]} is not installed; {INSTALL}") from None
+
+
+# ---------------------------------------------------------------- the graph
+
+def onnx_model(student: DistilRNN):
+    """The student as an ONNX model: input_ids, attention_mask (batch, length) int64 -> logits (batch, labels) float32.
+
+    Raises:
+        UserError: the package onnx is not installed.
+    """
+    onnx = require("onnx")
+    helper, numpy_helper, types = require("onnx.helper"), require("onnx.numpy_helper"), onnx.TensorProto
+    config, weights, nodes = student.config, [], []
+
+    def constant(name: str, value) -> str:
+        weights.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def node(kind: str, inputs: list[str], output: str, **attributes) -> str:
+        nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    ids = node("Gather", [constant("embedding", _array(student.embedding.weight)), "input_ids"], "embedded")  # (B, T, E)
+    axis_1, axis_2 = constant("axis_1", np.array([1])), constant("axis_2", np.array([2]))
+    lengths = node("ReduceSum", ["attention_mask", axis_1], "lengths", keepdims=0)  # (B,)
+    lengths = node("Cast", [lengths], "sequence_lens", to=types.INT32)
+    states = node("Transpose", [ids], "time_first", perm=[1, 0, 2])  # (T, B, E)
+    shape = constant("both_directions", np.array([0, 0, 2 * config.hidden_size]))
+    for layer in range(config.rnn_layers):
+        matrices = [constant(f"{part}_{layer}", value) for part, value in zip("WRB", _gates(student, layer), strict=True)]
+        more = {"linear_before_reset": 1} if config.cell == "gru" else {}
+        nodes.append(helper.make_node(config.cell.upper(), [states, *matrices, lengths], [f"directions_{layer}"],
+                                      name=f"rnn_{layer}", hidden_size=config.hidden_size, direction="bidirectional",
+                                      **more))
+        states = node("Transpose", [f"directions_{layer}"], f"side_by_side_{layer}", perm=[0, 2, 1, 3])  # (T, B, 2, H)
+        states = node("Reshape", [states, shape], f"states_{layer}")  # (T, B, 2H)
+    states = node("Transpose", [states], "batch_first", perm=[1, 0, 2])  # (B, T, 2H)
+    mask = node("Unsqueeze", [node("Cast", ["attention_mask"], "real", to=types.BOOL), axis_2], "mask")  # (B, T, 1)
+    outside = constant("outside", np.array(-np.inf if config.pooling == "max" else 0.0, dtype=np.float32))
+    masked = node("Where", [mask, states, outside], "masked")
+    if config.pooling == "max":
+        pooled = node("ReduceMax", [masked], "pooled", axes=[1], keepdims=0)  # (B, 2H)
+    else:
+        total = node("ReduceSum", [masked, axis_1], "total", keepdims=0)
+        count = node("Unsqueeze", [node("Cast", [lengths], "counts", to=types.FLOAT), axis_1], "count")  # (B, 1)
+        pooled = node("Div", [total, count], "pooled")
+    node("Gemm", [pooled, constant("classifier", _array(student.classifier.weight)),
+                  constant("classifier_bias", _array(student.classifier.bias))], "logits", transB=1)
+    inputs = [helper.make_tensor_value_info(name, types.INT64, ["batch", "length"])
+              for name in ("input_ids", "attention_mask")]
+    outputs = [helper.make_tensor_value_info("logits", types.FLOAT, ["batch", config.num_labels])]
+    model = helper.make_model(helper.make_graph(nodes, "DistilRNN", inputs, outputs, weights),
+                              opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _array(value: torch.Tensor) -> np.ndarray:
+    return value.detach().cpu().float().numpy()
+
+
+def _gates(student: DistilRNN, layer: int) -> tuple[np.ndarray, ...]:
+    """A layer's W (2, gates x H, in), R (2, gates x H, H) and B (2, 2 x gates x H), gates in ONNX's order."""
+    order = GATES[student.config.cell]
+
+    def ordered(name: str) -> np.ndarray:
+        pieces = np.split(_array(getattr(student.rnn, name)), len(order))
+        return np.concatenate([pieces[gate] for gate in order])
+
+    sides = [{part: ordered(f"{part}_l{layer}{direction}") for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+             for direction in ("", "_reverse")]
+    return (np.stack([side["weight_ih"] for side in sides]), np.stack([side["weight_hh"] for side in sides]),
+            np.stack([np.concatenate([side["bias_ih"], side["bias_hh"]]) for side in sides]))
+
+
+def write_int8(model, path: Path) -> None:
+    """Writes the model with 8-bit weights: embedding table and LSTM; activations are quantised as they come.
+
+    The weights are unsigned: products of unsigned with signed bytes overflow on CPUs without VNNI. The classifier, a few
+    hundred numbers, stays float32, and so does a GRU, of which onnxruntime has no 8-bit form.
+    """
+    quantization = require("onnxruntime.quantization")
+    logging.disable(logging.WARNING)  # it advises a preparation that is for exported graphs
+    try:
+        quantization.quantize_dynamic(model, path, op_types_to_quantize=["Gather", "LSTM"],
+                                      weight_type=quantization.QuantType.QUInt8)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ---------------------------------------------------------------- the folder
+
+def write_student(student: DistilRNN, tokenizer, classes: list[str], rows: Split, labelled: bool, out: Path, *,
+                  max_length: int, truncate: str = "tail", int8: bool = False, say: Callable[[str], None] = print) -> None:
+    """Writes student.onnx, tokenizer.json, labels.json and example.py into a new folder, checked or not at all.
+
+    Args:
+        student: on the CPU, in evaluation mode.
+        rows: real sentences on which onnxruntime and PyTorch have to agree.
+        labelled: whether the labels of `rows` are real; what int8 costs is told in accuracy and MCC then.
+        out: must not exist yet, or be empty.
+        max_length: tokens to which a text is cut; of a text too long `truncate` (head, tail or middle) is cut.
+        int8: whether student.onnx gets 8-bit weights.
+
+    Raises:
+        UserError: a package is missing, the folder is not new, or the file does not give PyTorch's logits.
+    """
+    model = onnx_model(student)
+    require("onnxruntime")
+    ids = data_utils.encode(tokenizer, rows.sentences, max_length, truncate)
+    expected = _torch_logits(student, ids)
+    with new_folder(out) as folder:
+        write_file(folder / TOKENIZER_FILE, portable_tokenizer(tokenizer, max_length, truncate).to_str(pretty=True))
+        if truncate == "middle":
+            say("  tokenizer.json cuts no text: it has no way to cut the middle, as the run does")
+        else:
+            _check_tokenizer(folder / TOKENIZER_FILE, rows.sentences, ids)
+        write_file(folder / MODEL_FILE, model.SerializeToString())
+        logits = onnx_logits(session(folder / MODEL_FILE), ids)
+        difference = float(np.abs(logits - expected).max() / max(1.0, np.abs(expected).max()))
+        if not difference <= TOLERANCE:
+            raise UserError(f"{out}: onnxruntime's logits differ from PyTorch's by {difference:.1e}; expected at most "
+                            f"{TOLERANCE:.0e}; nothing was written")
+        say(f"  onnxruntime's logits equal PyTorch's on {len(ids):,} sentences (largest difference {difference:.1e})")
+        if int8:
+            size = (folder / MODEL_FILE).stat().st_size
+            write_int8(model, folder / MODEL_FILE)
+            say(f"  int8: {(folder / MODEL_FILE).stat().st_size / 1e6:.2f} MB (float32: {size / 1e6:.2f} MB), "
+                + _cost(logits, onnx_logits(session(folder / MODEL_FILE), ids), rows.labels if labelled else None))
+        write_json(folder / LABELS_FILE, list(classes))
+        write_file(folder / EXAMPLE_FILE, EXAMPLE)
+
+
+def _cost(before: np.ndarray, after: np.ndarray, labels: list[int] | None) -> str:
+    """What int8 changes, in words."""
+    same = int((before.argmax(-1) == after.argmax(-1)).sum())
+    verdicts = f"{same:,} of {len(before):,} verdicts are float32's"
+    if labels is None:
+        return verdicts
+    one, other = (train_utils.scores(torch.from_numpy(logits), torch.tensor(labels)) for logits in (before, after))
+    return "; ".join(f"{name} {one[key]:.4f} -> {other[key]:.4f} ({other[key] - one[key]:+.4f})"
+                     for key, name in (("accuracy", "accuracy"), ("mcc", "MCC"))) + f"; {verdicts}"
+
+
+def portable_tokenizer(tokenizer, max_length: int, truncate: str):
+    """The tokenizer as the library `tokenizers` reads it, padding and cutting as the run did."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json form")
+    portable = Tokenizer.from_str(backend.to_str())
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    portable.enable_padding(pad_id=pad_id, pad_token=tokenizer.convert_ids_to_tokens(pad_id))
+    if truncate == "middle":
+        portable.no_truncation()
+    else:
+        portable.enable_truncation(max_length, direction={"tail": "right", "head": "left"}[truncate])
+    return portable
+
+
+def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]]) -> None:
+    """Compares the written tokenizer's token ids with those that the run's own gives."""
+    from tokenizers import Tokenizer
+
+    written = Tokenizer.from_file(str(path))
+    for sentence, row, expected in zip(sentences, written.encode_batch(sentences), ids, strict=True):
+        real = [token for token, mask in zip(row.ids, row.attention_mask, strict=True) if mask]
+        if real != expected:
+            raise UserError(f"{TOKENIZER_FILE} makes other tokens of {sentence[:60]!r} than the run's tokenizer; "
+                            "nothing was written")
+
+
+# ---------------------------------------------------------------- answers
+
+def session(path: Path, threads: int | None = None):
+    """An onnxruntime session on the CPU; a fixed number of threads if given."""
+    onnxruntime = require("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    if threads:
+        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def padded(ids: list[list[int]], batch_size: int) -> list[dict[str, np.ndarray]]:
+    """Token ids as the graph's inputs, right-padded, batch by batch in the order given."""
+    batches = []
+    for start in range(0, len(ids), batch_size):
+        rows = ids[start:start + batch_size]
+        width = max(map(len, rows))
+        batches.append({"input_ids": np.array([row + [0] * (width - len(row)) for row in rows], dtype=np.int64),
+                        "attention_mask": np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows],
+                                                   dtype=np.int64)})
+    return batches
+
+
+def onnx_logits(session, ids: list[list[int]], batch_size: int = 32) -> np.ndarray:
+    """Logits (N, labels) of token ids through onnxruntime."""
+    return np.concatenate([session.run(["logits"], inputs)[0] for inputs in padded(ids, batch_size)])
+
+
+@torch.inference_mode()
+def _torch_logits(student: DistilRNN, ids: list[list[int]], batch_size: int = 32) -> np.ndarray:
+    return np.concatenate([student(torch.from_numpy(inputs["input_ids"]), torch.from_numpy(inputs["attention_mask"])).numpy()
+                           for inputs in padded(ids, batch_size)])

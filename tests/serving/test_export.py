@@ -1,0 +1,152 @@
+"""A student as ONNX: onnxruntime's logits against PyTorch's, and the example in an environment that has nothing else."""
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import one_line, write_tokenizer
+
+from data_utils import Split, encode
+from model import DistilRNN
+from record.files import UserError
+from record.options import RNNConfig
+from serving import export
+
+SENTENCES = ["The cat sat on the mat.", "A dog", "cat", "The dog ran to the mat on the cat.", "Café, naïve: 東京 🐈"]
+
+
+def student(**changes) -> DistilRNN:
+    torch.manual_seed(0)
+    made = DistilRNN(RNNConfig(**{"vocab_size": 280, "embedding_size": 7, "hidden_size": 5, "num_labels": 3, **changes}))
+    with torch.no_grad():
+        for p in made.parameters():  # so large that each gate matters
+            p.normal_(std=0.7)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def write(made: DistilRNN, tokenizer, out: Path, said: list | None = None, **more) -> Path:
+    more = {"max_length": 32, **more}
+    export.write_student(made, tokenizer, ["no", "yes", "maybe"], Split(SENTENCES, [0, 1, 2, 1, 0]), True, out,
+                         say=(said if said is not None else []).append, **more)
+    return out
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_graph_computes_the_students_logits_of_padded_batches_and_of_single_sentences(tmp_path, cell, layers, pooling):
+    made = student(cell=cell, rnn_layers=layers, pooling=pooling)
+    (tmp_path / "m.onnx").write_bytes(export.onnx_model(made).SerializeToString())
+    session = export.session(tmp_path / "m.onnx", threads=1)
+    assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask"]
+    assert [value.name for value in session.get_outputs()] == ["logits"]
+    for lengths in ((5, 9, 1, 12), (4, 4), (1,)):  # any batch, any length
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(0, 280, mask.shape)
+        with torch.inference_mode():
+            expected = made(ids, mask).numpy()
+        logits = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+        assert np.abs(expected).max() > 0.1 and np.abs(logits - expected).max() < 1e-5
+        alone = np.concatenate([session.run(None, {"input_ids": row[None, :n].numpy(),
+                                                   "attention_mask": np.ones((1, n), dtype=np.int64)})[0]
+                                for row, n in zip(ids, lengths, strict=True)])
+        assert np.abs(logits - alone).max() < 1e-5
+
+
+def test_the_folder_holds_all_that_is_needed_and_appears_whole(tmp_path, tokenizer):
+    said = []
+    out = write(student(), tokenizer, tmp_path / "deep" / "out", said)
+    assert {path.name for path in out.iterdir()} == {"student.onnx", "tokenizer.json", "labels.json", "example.py"}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert json.loads((out / "labels.json").read_text()) == ["no", "yes", "maybe"]
+    assert "equal PyTorch's on 5 sentences" in said[0]
+    with pytest.raises(UserError) as error:
+        write(student(), tokenizer, out)
+    assert "exists already; expected a new or an empty folder" in one_line(error)
+    (tmp_path / "empty").mkdir()
+    assert write(student(), tokenizer, tmp_path / "empty").joinpath("student.onnx").exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_a_file_that_answers_otherwise_is_not_left(tmp_path, tokenizer, monkeypatch, what):
+    if what == "weights":
+        monkeypatch.setattr(export, "onnx_model", lambda made, whole=export.onnx_model: whole(student(hidden_size=6)))
+    else:
+        monkeypatch.setattr(export, "portable_tokenizer", lambda *args, whole=export.portable_tokenizer: whole(
+            args[0], 3, args[2]))
+    with pytest.raises(UserError) as error:
+        write(student(), tokenizer, tmp_path / "out")
+    assert ("logits differ from PyTorch's" if what == "weights" else "makes other tokens of") in one_line(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("truncate", ["tail", "head"])
+def test_long_texts_are_cut_as_the_run_cuts_them(tmp_path, tokenizer, truncate):
+    from tokenizers import Tokenizer
+
+    with pytest.warns(UserWarning, match="truncated"):
+        out = write(student(), tokenizer, tmp_path / "out", max_length=4, truncate=truncate)
+        expected = encode(tokenizer, SENTENCES, 4, truncate)
+    ids = [row.ids for row in Tokenizer.from_file(str(out / "tokenizer.json")).encode_batch(SENTENCES)]
+    assert max(map(len, expected)) == 4 and [row[:len(e)] for row, e in zip(ids, expected, strict=True)] == expected
+
+
+def test_int8_weights_are_a_quarter_of_the_size_and_cost_what_is_said(tmp_path, tokenizer):
+    made, said = student(vocab_size=5000, embedding_size=32, hidden_size=24), []
+    float32 = write(made, tokenizer, tmp_path / "float32") / "student.onnx"
+    int8 = write(made, tokenizer, tmp_path / "int8", said, int8=True) / "student.onnx"
+    assert int8.stat().st_size < 0.3 * float32.stat().st_size
+    graph = onnx.load(int8).graph
+    assert {"DynamicQuantizeLSTM", "DequantizeLinear"} <= {node.op_type for node in graph.node}
+    assert max(weight.data_type == onnx.TensorProto.FLOAT and np.prod(weight.dims) for weight in graph.initializer) < 400
+    ids = encode(tokenizer, SENTENCES, 32)
+    logits = [export.onnx_logits(export.session(path, threads=1), ids) for path in (float32, int8)]
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 0.1 * np.abs(logits[0]).max()
+    right = [float((values.argmax(-1) == [0, 1, 2, 1, 0]).mean()) for values in logits]
+    assert f"accuracy {right[0]:.4f} -> {right[1]:.4f}" in said[1] and "MCC" in said[1] and "verdicts" in said[1]
+
+
+ALONE = """
+import importlib.util, runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+assert not any(importlib.util.find_spec(name) for name in ("torch", "transformers", "onnx", "serving", "model"))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_example_needs_onnxruntime_tokenizers_and_numpy_alone(tmp_path, tokenizer):
+    made = student()
+    out, links = write(made, tokenizer, tmp_path / "out"), tmp_path / "links"
+    links.mkdir()
+    for name in ("onnxruntime", "tokenizers", "numpy"):
+        package = Path(importlib.util.find_spec(name).origin).parent
+        for path in (package, package.with_name(f"{name}.libs")):
+            if path.exists():
+                (links / path.name).symlink_to(path)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", ALONE, links, out / "example.py", *SENTENCES], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        chances = torch.cat([made(torch.tensor([ids]), torch.ones(1, len(ids))) for ids in encode(
+            tokenizer, SENTENCES, 32)]).softmax(-1).max(-1)
+    assert done.stdout.splitlines() == [
+        f"{['no', 'yes', 'maybe'][label]}\t{chance:.4f}\t{sentence}"
+        for label, chance, sentence in zip(chances.indices.tolist(), chances.values.tolist(), SENTENCES, strict=True)]
+    assert len([line for line in export.EXAMPLE.splitlines() if line.strip()]) <= 26
+
+
+def test_a_missing_package_is_said_with_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="^the package onnxruntime is not installed; pip install -r requirements-serve.txt$"):
+        export.require("onnxruntime")
