@@ -56,7 +56,7 @@ class AdapterBank:
 
     def __init__(self, classifier: TextClassifier, tokenizer, model: str, precision: str = "fp32"):
         if classifier.by_length:
-            raise UserError(f"--model {model}: sentences of different lengths cannot share its batches, and so adapters cannot")
+            raise UserError(f"--model {model}: sentences of different lengths cannot share a batch, so adapters cannot")
         self.classifier = classifier.requires_grad_(False).eval()
         self.tokenizer, self.model, self.precision = tokenizer, model, precision
         self.digests = {"base_sha256": weights_digest(classifier.net.base_model),
