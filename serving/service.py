@@ -28,6 +28,7 @@ from serving.worker import Full, Worker
 
 PAGE = Path(__file__).parent / "page"
 MEDIA = {"index.html": "text/html", "page.js": "text/javascript", "style.css": "text/css"}
+DRAINED = 8  # times the largest body that is taken: so much of a larger one is read before it is refused
 HEADERS = [(b"content-security-policy",
             b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; "
             b"form-action 'none'; frame-ancestors 'none'"),
@@ -149,11 +150,15 @@ class Guard:
         return await self.app(scope, replay, guarded)
 
     async def _body(self, scope, receive) -> tuple[bytes | None, Response | None]:
-        """The body, or the answer that refuses it."""
+        """The body, or the answer that refuses it.
+
+        A body that is too large is read to its end, and dropped, unless it is far too large: most clients read no answer
+        before they have sent everything.
+        """
         most, close = self.limits.body, {"connection": "close"}
         too_large = _error(413, f"the body is larger than {most:,} bytes", close)
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > most:
+        if length.isdigit() and int(length[:20]) > DRAINED * most:
             return None, too_large
         parts, size = [], 0
         try:
@@ -162,11 +167,13 @@ class Guard:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None, None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
+                    size += len(message.get("body", b""))
+                    if size <= most:
+                        parts.append(message.get("body", b""))
+                    ended = not message.get("more_body", False)
+                    if size > DRAINED * most or ended and size > most:
                         return None, too_large
-                    if not message.get("more_body", False):
+                    if ended:
                         return b"".join(parts), None
         except TimeoutError:
             return None, _error(408, f"the body did not arrive within {self.limits.body_seconds:g} s", close)

@@ -274,8 +274,9 @@ def test_clients_that_go_away_or_never_end_disturb_nobody(runs, expected):
         start = time.monotonic()
         assert raw(port, head + b"content-length: 1000\r\n\r\n", b"{").startswith(b"HTTP/1.1 408")
         assert time.monotonic() - start < 5
-        chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
-        assert raw(port, head + b"transfer-encoding: chunked\r\n\r\n", *[chunk] * 17).startswith(b"HTTP/1.1 413")
+        head, chunk = head + b"transfer-encoding: chunked\r\n\r\n", b"10000\r\n" + b" " * 65536 + b"\r\n"
+        assert raw(port, head, *[chunk] * 17, b"0\r\n\r\n").startswith(b"HTTP/1.1 413")
+        assert raw(port, head, *[chunk] * 130).startswith(b"HTTP/1.1 413")  # without an end
         assert raw(port, b"\x16\x03\x01 no http\r\n\r\n").startswith(b"HTTP/1.1 400")
         check({"adapter": "cola", "texts": TEXTS}, load.Answer(*classify(port, adapter="cola", texts=TEXTS), 0.0), expected)
 
@@ -332,7 +333,7 @@ def test_the_page_loads_nothing_from_elsewhere(port):
         assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy and "*" not in policy
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def browser():
     """Headless Chromium; .ci/run installs it and sets NEEDS_BROWSER, so that nothing is skipped there."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
