@@ -33,7 +33,7 @@ from data.backbones import (
     load_config,
 )
 from lora.adapters import misread_by_peft
-from lora.blocks import fuse, unique_tokens
+from lora.blocks import UniqueTokens, fuse, unique_tokens
 from lora.linear import LoRALinear, lora_layers, weight_of
 from lora.matmul import speed_up
 from record import machine
@@ -275,10 +275,14 @@ class TextClassifier(nn.Module):
             mask = mask.bool()[:, None, None]  # as attention takes it: any other the library asks whether it masks anything
         return {"input_ids": input_ids, "attention_mask": mask, **({"pooled": True} if self.fused() else {})}
 
-    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, C)
-        """A decoder's hidden state at the last real token."""
+    def pool(self, input_ids: Tensor, attention_mask: Tensor, unique: UniqueTokens | None = None) -> Tensor:
+        """A decoder's hidden state at the last real token, (B, T), (B, T) -> (B, C).
+
+        Args:
+            unique: the batch's unique tokens where they are known already.
+        """
         if self.fused():
-            unique = unique_tokens(input_ids, attention_mask)
+            unique = unique or unique_tokens(input_ids, attention_mask)
             # The blocks read no mask; without one the library would make one, and ask the positions whether it is needed.
             none = unique.ids.new_ones(1, 1, 1, 1)
             return self.net.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions,

@@ -8,6 +8,8 @@
     python run.py eval RUN_DIR --data FILE
     python run.py test RUN_A RUN_B --data FILE     is the difference between two runs more than chance?
     python run.py diagnose RUN_DIR                 where a run is right and wrong
+    python run.py predict RUN_DIR "A sentence."
+    python run.py serve --adapter NAME=RUN_DIR
     python run.py export RUN_DIR --out DIR   a distillation's student as an ONNX file
     python run.py merge RUN_DIR --out DIR    a fine-tuned classifier as a plain transformers checkpoint
     python run.py repeat RUN_DIR   repeat a run from its config.json and compare
@@ -44,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in MODES:
         parser.error(f"unknown mode {argv[0]}{closest(argv[0], MODES)}")
     args, unknown = parser.parse_known_args(argv)
+    if args.mode == "predict":  # argparse takes sentences before the options, or after them
+        args.texts += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         known = ["-h", "--help", *(name for action in modes[args.mode].options.values() for name in action.option_strings)]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], known)}")
@@ -82,6 +87,9 @@ def _call(args) -> int:
         return 1
     except (UserError, ReportError) as error:
         complain(error)
+    except BrokenPipeError:  # whoever read the results has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         complain(f"{error.filename or 'a file or connection'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
@@ -291,6 +299,44 @@ def evaluate(args) -> None:
               f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
 
 
+def predict(args) -> None:
+    """`predict`: prints class and probability of sentences."""
+    from tqdm import tqdm
+
+    from experiments import predict
+    from experiments.arguments import named
+    from record.files import UserError
+
+    if bool(args.run) == bool(args.adapter) or args.adapter and (args.control or args.texts or not args.file):
+        raise UserError("predict: expected RUN_DIR, or --adapter NAME=DIR (several times) with --file")
+    if bool(args.texts) == bool(args.file):
+        raise UserError("predict: expected sentences, or --file FILE" + (", not both" if args.file else ""))
+    predictor = predict.BankPredictor(named(args.adapter, "--adapter")) if args.adapter else \
+        predict.RunPredictor(args.run, args.control)
+    if args.texts:
+        print("\n".join(predict.line_of(result, args.json) for result in predict.predict_texts(predictor, args.texts)))
+        return
+    with tqdm(unit="rows", delay=2) as bar:
+        def progress(rows: int, file) -> None:
+            if file.size:
+                bar.unit, bar.unit_scale, bar.total = "B", True, file.size
+            bar.update(file.file.tell() - bar.n if file.size else rows)
+            sys.stdout.flush()
+
+        for result in predict.predict_file(predictor, args.file, args.format, progress):
+            tqdm.write(predict.line_of(result, args.json))  # to stdout, with the bar out of the way
+
+
+def serve(args) -> int:
+    """`serve`: answers requests until it is told to stop."""
+    from experiments.arguments import need_packages
+
+    need_packages("serve", "fastapi", "uvicorn", "prometheus_client")
+    from experiments import serve
+
+    return serve.run_service(args)
+
+
 def test(args) -> None:
     """`test`: tests the difference of two runs on a file."""
     from experiments import significance
@@ -360,8 +406,8 @@ def submit(args) -> None:
 
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
-         "test": test, "diagnose": diagnose, "export": export, "merge": merge, "repeat": repeat, "report": report,
-         "submit": submit}
+         "test": test, "diagnose": diagnose, "predict": predict, "serve": serve, "export": export, "merge": merge,
+         "repeat": repeat, "report": report, "submit": submit}
 
 
 if __name__ == "__main__":

@@ -356,6 +356,7 @@ def architectures(results: dict[str, dict]) -> list[str]:
 
 SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "student": student, "speed": speed,
             "measurements": measurements, "reliability": reliability, "buzzer": buzzer,
+            "serving": lambda results: of_program("serving", results),
             "rotten_tomatoes": lambda results: comparison("rotten_tomatoes", results),
             "movie_reviews": lambda results: comparison("movie_reviews", results),
             "rank_against_roles": lambda results: sweep("rank_against_roles", results)}

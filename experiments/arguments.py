@@ -1,6 +1,7 @@
 """Parsed arguments -> typed options, with the defaults that depend on model, task or method."""
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,30 @@ def note(text: str) -> None:
     """Tells the person at the terminal something that is no result."""
     if processes.says(text):
         print(text, file=sys.stderr, flush=True)
+
+
+def need_packages(mode: str, *packages: str) -> None:
+    """Checks that the packages of requirements-serve.txt which a mode imports are installed.
+
+    Raises:
+        UserError: one is not; says how to install it.
+    """
+    lacking = [name for name in packages if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(f"{mode}: the package {lacking[0]} is not installed; pip install -r requirements-serve.txt")
+
+
+def named(pairs: list[tuple[str, Path]], option: str) -> dict[str, Path]:
+    """Returns folders by name.
+
+    Raises:
+        UserError: a name is given twice.
+    """
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{option} {name}: the name is given twice")
+    return dict(pairs)
 
 
 def _of(cls: type, args, **given):

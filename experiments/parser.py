@@ -334,6 +334,47 @@ def _eval(parser: Parser) -> None:
                help="write sentence, label, prediction and probability")
 
 
+def _named_folder(text: str) -> tuple[str, Path]:
+    """An argparse type: NAME=DIR."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DIR")
+    return name, Path(folder)
+
+
+def _predict(parser: Parser) -> None:
+    """ask a saved run about sentences: class and probability"""
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, nargs="?",
+                        help="of any mode; of a distillation its student is asked")
+    parser.add_argument("texts", metavar="TEXT", nargs="*", help="sentences to classify")
+    parser.add("prediction", "--file", type=Path, metavar="FILE",
+               help="text (a sentence a line), CSV, TSV, JSONL or Parquet with the run's columns; - for standard input")
+    parser.add("prediction", "--format", choices=("text", "csv", "tsv", "jsonl", "parquet"),
+               help="of --file; by its ending if not given")
+    parser.add("prediction", "--json", action="store_true", help="print one JSON object a line")
+    parser.add("prediction", "--control", action="store_true", help="ask a distillation's no-KD baseline")
+    parser.add("prediction", "--adapter", type=_named_folder, action="append", default=[], metavar="NAME=DIR",
+               help='instead of RUN_DIR, several times: LoRA runs on one base; each row of --file names its own, '
+                    '{"adapter": "NAME", "text": "..."}')
+
+
+def _serve(parser: Parser) -> None:
+    """answer requests over HTTP: many adapters on one base, and students beside them"""
+    parser.add("models", "--adapter", type=_named_folder, action="append", default=[], metavar="NAME=DIR",
+               help="a LoRA run, several times; all on one base")
+    parser.add("models", "--student", type=_named_folder, action="append", default=[], metavar="NAME=DIR",
+               help="a distillation, several times")
+    parser.add("models", "--adapters-root", type=Path, metavar="DIR",
+               help="folder from which adapters may be added while the service runs; none if not given")
+    parser.add("network", "--host", default="127.0.0.1", help="address to listen on")
+    parser.add("network", "--port", type=_number(int, 0, 65535, "a port from 0 (any that is free) to 65535"), default=8000,
+               help="0: any that is free")
+    parser.add("limits", "--max-queue", type=_count, default=1024, metavar="TEXTS", help="texts that may wait; more: 429")
+    parser.add("limits", "--max-texts", type=_count, default=256, metavar="TEXTS", help="texts of a request; more: 413")
+    parser.add("limits", "--max-characters", type=_count, default=20000, metavar="N", help="characters of a text; more: 413")
+    parser.add("limits", "--timeout", type=_positive, default=30.0, metavar="SECONDS", help="to answer a request; more: 504")
+
+
 def _test(parser: Parser) -> None:
     """test the difference between two finished runs on one labelled file"""
     parser.usage = "run.py test RUN_A RUN_B --data FILE [options]"
@@ -390,9 +431,10 @@ def _submit(parser: Parser) -> None:
 
 # Modes that start something take SR, those that read a run take its folder; run.py has a function for each.
 MODES = {"gen": _gen, "LoRA": _lora, "distil": _distil, "compare": _compare, "sweep": _sweep, "eval": _eval,
-         "test": _test, "diagnose": _diagnose, "export": _export, "merge": _merge, "repeat": _repeat, "report": _report,
-         "submit": _submit}
+         "test": _test, "diagnose": _diagnose, "predict": _predict, "serve": _serve, "export": _export, "merge": _merge,
+         "repeat": _repeat, "report": _report, "submit": _submit}
 READS_A_RUN = ("eval", "test", "diagnose", "export", "merge", "repeat")
+OWN_ARGUMENTS = {"predict": "RUN_DIR [TEXT ...]", "serve": "--adapter NAME=DIR ..."}  # neither SR nor just a run's folder
 READS_FILES_ONLY = ("report", "submit")  # they do without PyTorch
 SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several times for one run
 
@@ -403,12 +445,12 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(dest="mode", required=True, metavar="MODE", parser_class=Parser)
     modes = {}
     for name, add_options in MODES.items():
-        what = "RUN_DIR" if name in READS_A_RUN else "SR"
+        what = OWN_ARGUMENTS.get(name, "RUN_DIR" if name in READS_A_RUN else "SR")
         modes[name] = commands.add_parser(name, help=add_options.__doc__, description=add_options.__doc__,
                                           usage=f"run.py {name} {what} [options]")
         if name in READS_A_RUN:
             modes[name].add_argument("run", metavar="RUN_DIR", type=Path)
-        else:
+        elif name not in OWN_ARGUMENTS:
             modes[name].add_argument("sr", metavar="SR", type=sr_type, help="five digits: the seed, and the run's name")
         add_options(modes[name])
         if name not in READS_FILES_ONLY:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.pytorch_utils import Conv1D
 
 from data.backbones import freeze_backbone, fresh_modules
 from lora.linear import LoRALinear, lora_layers
+from lora.mixed import shape_of
 from record.files import UserError, read_json, write_file, write_json
 from record.tensors import load_tensors
 
@@ -98,21 +100,28 @@ def base_of(folder: Path) -> str:
     return base
 
 
-def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[str]:
-    """Puts a saved adapter on a model: `LoRALinear` where it adapts, its head in place of the model's.
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's files hold."""
 
-    Args:
-        net: a sequence classifier, or (with `head=False`) the language model of the same backbone.
-        folder: as `save_adapter` or PEFT's `save_pretrained` writes it.
-        head: whether to load the task head too.
+    pairs: dict[str, tuple[Tensor, Tensor]]  # by the adapted module's name: A (rank, in) and B (out, rank)
+    alphas: dict[str, float]
+    dropout: float
+    rslora: bool
+    whole: dict[str, Tensor]  # other tensors by name: the head, and whatever of the backbone was trained as a whole
 
-    Returns:
-        Names of the adapted modules.
+    def scaling(self, name: str) -> float:
+        """Scaling of a module's update."""
+        rank = len(self.pairs[name][0])
+        return self.alphas[name] / (math.sqrt(rank) if self.rslora else rank)
+
+
+def read_adapter(net: nn.Module, folder: Path) -> Adapter:
+    """Reads an adapter for a model, of which nothing is changed.
 
     Raises:
         UserError: missing or damaged files, an unsupported kind of adapter, or one for another base.
     """
-    folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
     used = [key for key in UNSUPPORTED if config.get(key)]
     if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
@@ -132,21 +141,37 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
                         "expected") from None
     modules = dict(net.named_modules())
     pairs = {}
-    for name in names:  # everything is checked before anything is changed
+    for name in names:
         A, B = state.pop(f"{PREFIX}{name}.lora_A.weight"), state.pop(f"{PREFIX}{name}.lora_B.weight", None)
-        base = modules.get(name)
-        expected = (base.nx, base.nf) if isinstance(base, Conv1D) else \
-            (base.in_features, base.out_features) if isinstance(base, nn.Linear) else None
+        expected = shape_of(modules.get(name))
         rank = B.shape[1] if B is not None and B.ndim == 2 else 0
         if expected is None or rank < 1 or A.shape != (rank, expected[0]) or B.shape != (expected[1], rank):
             raise UserError(f"{folder}: adapter for another base: {name} "
                             f"{'does not exist' if expected is None else 'has another shape'} in this model; "
                             f"it was made for {config.get('base_model_name_or_path')}")
         pairs[name] = A, B
+    return Adapter(pairs, alphas, dropout, bool(config.get("use_rslora")),
+                   {key.removeprefix(PREFIX): value for key, value in state.items()})
+
+
+def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[str]:
+    """Puts a saved adapter on a model: `LoRALinear` where it adapts, its head in place of the model's.
+
+    Args:
+        net: a sequence classifier, or (with `head=False`) the language model of the same backbone.
+        folder: as `save_adapter` or PEFT's `save_pretrained` writes it.
+        head: whether to load the task head too.
+
+    Returns:
+        Names of the adapted modules.
+
+    Raises:
+        UserError: see `read_adapter`; nothing was changed.
+    """
+    folder = Path(folder)
+    adapter = read_adapter(net, folder)
     own, inside = net.state_dict(), net.base_model_prefix + "."
-    # Whole modules: the head, and whatever of the backbone somebody trained with PEFT's modules_to_save.
-    whole = {key.removeprefix(PREFIX): value for key, value in state.items()}
-    whole = {key: value for key, value in whole.items() if head or key.startswith(inside)}
+    whole = {key: value for key, value in adapter.whole.items() if head or key.startswith(inside)}
     wrong = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
     fresh = tuple(f"{name}." for name in fresh_modules(net))  # of the backbone, and yet the head's
     missing = [key for key in own if head and key not in whole and (key.startswith(fresh) or not key.startswith(inside))]
@@ -160,13 +185,13 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
         for key, value in whole.items():
             own[key].copy_(value)
     freeze_backbone(net)
-    for name, (A, B) in pairs.items():
-        layer = LoRALinear(modules[name], A.shape[0], alphas[name], dropout, bool(config.get("use_rslora")))
+    for name, (A, B) in adapter.pairs.items():
+        layer = LoRALinear(net.get_submodule(name), A.shape[0], adapter.alphas[name], adapter.dropout, adapter.rslora)
         with torch.no_grad():
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
         net.set_submodule(name, layer)
-    return names
+    return list(adapter.pairs)
 
 
 def _pattern(config: dict, key: str, name: str, default):

@@ -89,8 +89,12 @@ class UniqueTokens:
         return x if self.first is None else x.index_select(0, self.first)
 
 
-def unique_tokens(input_ids: Tensor, attention_mask: Tensor) -> UniqueTokens:
-    """Rows of a right-padded batch (B, T); its mask is asked on the CPU, where batches keep it."""
+def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | None = None) -> UniqueTokens:
+    """Rows of a right-padded batch (B, T); its mask is asked on the CPU, where batches keep it.
+
+    Args:
+        keys: of each sentence; those with different keys (adapters, say) share no row.
+    """
     B, T = input_ids.shape
     lengths = attention_mask.sum(1)
     mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None]
@@ -102,7 +106,7 @@ def unique_tokens(input_ids: Tensor, attention_mask: Tensor) -> UniqueTokens:
     rows: dict[tuple[int, int], int] = {}  # (row of what came before, token) -> row
     index, first, last = [], [], []
     for b, (sentence, length) in enumerate(zip(input_ids.tolist(), lengths.tolist(), strict=True)):
-        row = -1
+        row = -1 if keys is None else -1 - keys[b]
         for t, token in enumerate(sentence[:length]):
             row = rows.setdefault((row, token), len(rows))
             if row == len(first):

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora import amx
 from lora.matmul import add_update, by_onednn, narrow, product
+from lora.mixed import MixedLinear
 from lora.prologue import ApplyPrologue
 
 DENSE_ROWS = 64  # rows of input from which on a copy of strided weights pays, which oneDNN wants without gaps
@@ -216,7 +217,7 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
     """The outputs of layers that read the same input, side by side: (rows, in) -> (rows, sum of their outputs).
 
     Args:
-        linears: each an `nn.Linear`, a `Conv1D` or a `LoRALinear`, frozen.
+        linears: each an `nn.Linear`, a `Conv1D`, a `LoRALinear` or a `MixedLinear`, frozen.
         x: (rows, in).
         prologue: computes the layers' input from x; one of the classes of prologue.py, or None.
         outputs: of a single layer, computes these outputs only.
@@ -224,6 +225,8 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
     Raises:
         RuntimeError: a weight requires a gradient, which it would not get here.
     """
+    if any(isinstance(linear, MixedLinear) for linear in linears):
+        return _mixed_linear(linears, x if prologue is None else prologue(x), outputs)
     layers = [layer for layer in linears if isinstance(layer, LoRALinear) and not layer.merged]
     if any(layer.dropout.p > 0 and layer.training for layer in layers) or len({la.scaling for la in layers}) > 1:
         y = x if prologue is None else ApplyPrologue.apply(x, prologue)
@@ -245,6 +248,18 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
              if linear in layers]
     return _FrozenLinear.apply(x, layers[0].scaling if layers else 1.0, prologue, weights, biases, by_tiles(linears, x),
                                spans, *(layer.lora_A.to(x.dtype) for layer in layers), *(B.to(x.dtype) for B in Bs))
+
+
+@torch.no_grad()
+def _mixed_linear(linears: list[nn.Module], x: Tensor, outputs: slice) -> Tensor:
+    """`frozen_linear` where each row has an adapter of its own: the frozen product of all rows, then their updates."""
+    bases = [linear.base if isinstance(linear, MixedLinear) else linear for linear in linears]
+    y = frozen_linear(bases, x, outputs=outputs)
+    parts = [y] if len(bases) == 1 else y.split([len(weight_of(base)) for base in bases], 1)
+    for linear, part in zip(linears, parts, strict=True):
+        if isinstance(linear, MixedLinear):
+            linear.add_update(part, x, outputs)
+    return y
 
 
 def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:

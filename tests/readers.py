@@ -5,6 +5,7 @@ A reader is one line in `readers`: the file that is damaged, and a call that rea
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -67,7 +68,7 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Each reader's name, the file of it that is damaged, and the call."""
     import data_utils
     from data import pairs
-    from experiments import evaluate
+    from experiments import evaluate, predict
     from experiments import generate as generation
     from lora import adapters
     from model import load_classifier
@@ -87,7 +88,15 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     def rebuilt():
         return rebuild(RunOptions, folder.read_run(base / "lora")[0]["options"], out=base)
 
+    predictor = functools.cache(lambda: predict.RunPredictor(base / "lora"))
+
+    def predicted(path: Path):
+        return lambda: [json.dumps(result, allow_nan=False) for result in predict.predict_file(predictor(), path)]
+
     return {
+        **{f"predict: {kind}": (path, predicted(path)) for kind, path in {
+            "text": base / "prompts.txt", "TSV": dev, "CSV": base / "csv/train.csv",
+            "JSON Lines": base / "jsonl/train.jsonl", "Parquet": base / "parquet/train.parquet"}.items()},
         "CoLA's TSV": (base / "cola/in_domain_dev.tsv", lambda: data_utils.load_task("cola", base / "cola")),
         "CSV": (base / "csv/train.csv", lambda: data_utils.load_task("csv", base / "csv")),
         "JSON Lines": (base / "jsonl/train.jsonl", lambda: data_utils.load_task("csv", base / "jsonl")),

@@ -1,0 +1,182 @@
+"""Asks a run about sentences: class by name and probability, in order, however long the file.
+
+    python run.py predict runs/LoRA-12345 "The cat sat on the mat."
+    python run.py predict runs/distil-12345 --file FILE.csv --json
+    python run.py predict --adapter cola=runs/LoRA-1 --adapter reviews=runs/LoRA-2 --file FILE.jsonl --json
+"""
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+import data_utils
+from data import stream, tables
+from data.tables import Table
+from data_utils import Batch
+from experiments.evaluate import load_finetuned, load_student
+from experiments.inputs import separator_of
+from record.files import UserError
+from record.folder import read_run
+from record.machine import device
+from record.options import TableOptions, rebuild
+from serving import texts
+from serving.bank import AdapterBank
+from serving.texts import Reading
+
+WINDOW = 256  # rows that are read, batched by length and answered at a time
+
+
+class RunPredictor:
+    """A run's model.
+
+    Args:
+        folder: of a finished run of any mode.
+        control: of a distillation, the student that had no teacher.
+
+    Raises:
+        UserError: not such a run, or damaged.
+    """
+
+    def __init__(self, folder: Path, control: bool = False):
+        config, summary = read_run(folder)
+        if control and summary["mode"] != "distil":
+            raise UserError(f"--control: {folder} is a {summary['mode']} run; a distillation has a no-KD baseline")
+        if summary["mode"] == "distil":
+            self.model, self.tokenizer, options = load_student(folder, "scratch" if control else "student")
+            options = {**options, "feature_columns": []}  # the student reads text alone
+        else:
+            self.model, self.tokenizer, options = load_finetuned(folder)
+        self.reading, self.task = Reading.of(config), options["task"]
+        self.columns = rebuild(TableOptions, options)
+        if self.task == "buzzer" and self.columns.template is None and not self.columns.text_column:
+            self.columns = replace(self.columns, template=data_utils.BUZZER_TEMPLATE)
+        self.separator = separator_of(self.tokenizer)
+
+    def check(self, rows: stream.Rows) -> None:
+        """Checks once what the file's header says.
+
+        Raises:
+            UserError: the columns that the run reads are not there.
+        """
+        if rows.names is not None and self.task != "buzzer":
+            self.parse(Table(rows.path, {name: ["1"] for name in rows.names}))
+        elif rows.kind == "text" and self.columns.feature_columns:
+            raise UserError(f"{rows.path}: the run reads feature columns ({', '.join(self.columns.feature_columns)}); "
+                            "expected a CSV, TSV, JSON Lines or Parquet file")
+
+    def parse(self, table: Table) -> tuple[str, list[float]]:
+        """Text and features of a table of one row."""
+        return (tables.texts_of(table, self.columns, self.separator)[0],
+                (tables.features_of(table, self.columns.feature_columns) or [[]])[0])
+
+    def row(self, path: Path, kind: str, columns: dict) -> tuple[str, list[float]]:
+        """Text and features of a file's row.
+
+        Raises:
+            UserError: a column is missing, the text is empty, or a feature is no number.
+        """
+        if kind == "text":
+            return columns["text"], []
+        if kind == "jsonl":  # an absent key is a missing value, as in training
+            columns = {**dict.fromkeys(self.columns.feature_columns), **columns}
+        table = Table(path, {name: [value] for name, value in columns.items()})
+        if self.task == "buzzer":
+            table = tables.one_hot_columns(path, [columns])
+        try:
+            return self.parse(table)
+        except UserError as error:
+            raise UserError(str(error).removeprefix(f"{path}, row 1: ")) from None
+
+    def classify(self, rows: list[tuple[str, list[float]]]) -> list[dict | UserError]:
+        """Label, probability and probabilities of each text, or its error."""
+        def logits(batch: Batch, _) -> Tensor:
+            return self.model(*batch.to(device()).inputs())
+
+        features = [numbers for _, numbers in rows] if self.columns.feature_columns else None
+        return texts.classify(self.tokenizer, [(self.reading, text) for text, _ in rows], logits, features)
+
+
+class BankPredictor:
+    """Adapters on one base: each row names its own, or none."""
+
+    def __init__(self, adapters: dict[str, Path]):
+        self.bank = AdapterBank.of(adapters)
+
+    def check(self, rows: stream.Rows) -> None:
+        if rows.kind == "text" or rows.names is not None and not {"adapter", "text"} <= set(rows.names):
+            raise UserError(f'{rows.path}: with --adapter, expected JSON Lines such as {{"adapter": "NAME", "text": "..."}}')
+
+    def row(self, path: Path, kind: str, columns: dict) -> tuple[str, str | None]:
+        name, text = columns.get("adapter") or None, columns.get("text")
+        if not isinstance(text, str):
+            raise UserError("text is missing or no string")
+        if not isinstance(name, str | None):
+            raise UserError("adapter is no string")
+        return text, name
+
+    def classify(self, rows: list[tuple[str, str | None]]) -> list[dict | UserError]:
+        return self.bank.classify([(name, text) for text, name in rows])
+
+
+def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str | None = None,
+                 progress: Callable[[int, stream.Rows], None] = lambda rows, file: None) -> Iterator[dict]:
+    """Answers a file's rows in order, a window at a time.
+
+    Args:
+        kind: one of `stream.FORMATS`; by the file's ending if None.
+        progress: told after each window how many rows it had, and the file.
+
+    Yields:
+        text, label, probability and probabilities of each row; or error and line of a bad one.
+
+    Raises:
+        UserError: the file cannot be read at all.
+    """
+    cola = isinstance(predictor, RunPredictor) and predictor.task in ("cola", "tiny")
+    if isinstance(predictor, BankPredictor) and str(path) == "-":
+        kind = kind or "jsonl"
+    rows = stream.open_rows(path, kind, cola)
+    predictor.check(rows)
+    while window := list(itertools.islice(rows.rows, WINDOW)):
+        parsed: list = []
+        for row in window:
+            try:
+                parsed.append(UserError(row.error) if row.error else predictor.row(path, rows.kind, row.columns))
+            except UserError as error:
+                parsed.append(error)
+        good = [row for row in parsed if not isinstance(row, UserError)]
+        answers = iter(predictor.classify(good))
+        for row, given in zip(window, parsed, strict=True):
+            answer = given if isinstance(given, UserError) else next(answers)
+            yield {"error": str(answer), "line": row.line} if isinstance(answer, UserError) else {"text": given[0], **answer}
+        progress(len(window), rows)
+
+
+def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
+    """Answers sentences.
+
+    Raises:
+        UserError: one of them cannot be read, or the run reads feature columns too.
+    """
+    if predictor.columns.feature_columns:
+        raise UserError(f"the run reads feature columns ({', '.join(predictor.columns.feature_columns)}) beside the text; "
+                        "give --file with them")
+    answers = predictor.classify([(text, []) for text in sentences])
+    for number, answer in enumerate(answers, 1):
+        if isinstance(answer, UserError):
+            raise UserError(f"sentence {number}: {answer}")
+    return [{"text": text, **answer} for text, answer in zip(sentences, answers, strict=True)]
+
+
+def line_of(result: dict, as_json: bool) -> str:
+    """A result as a line: JSON, or label, probability and text between tabs."""
+    if as_json:
+        return json.dumps(result, ensure_ascii=False)
+    if "error" in result:
+        return f"error\tline {result['line']}\t{result['error']}"
+    return f"{result['label']}\t{result['probability']:.4f}\t{' '.join(result['text'].split())}"

@@ -1,0 +1,268 @@
+"""Any number of adapters on one frozen base; one batch mixes them row by row.
+
+    bank = AdapterBank.on("gpt2")
+    bank.load("cola", Path("runs/LoRA-12345"))
+    bank.logits(input_ids, attention_mask, ["cola", None, "reviews"])       # (classes,) of each row
+
+The base is in memory once, each adapter's matrices once (lora/mixed.py); ranks, targets and numbers of classes may
+differ. A row without an adapter gets the base under its own head. Nothing here trains.
+"""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.backbones import load_config, load_tokenizer
+from data.digests import config_digest, tokenizer_digest
+from lora.adapters import WEIGHTS_FILE, Adapter, read_adapter
+from lora.blocks import unique_tokens
+from lora.matmul import set_precision
+from lora.mixed import MixedHead, MixedLinear, Routing
+from model import TextClassifier, load_classifier
+from record.files import UserError, sha256
+from record.folder import read_run
+from record.machine import device
+from record.tensors import load_tensors, weights_digest
+from serving.texts import Reading, classify
+
+PARTS = {"base_sha256": "weights", "base_config_sha256": "configuration", "tokenizer_sha256": "tokenizer"}
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter of a bank."""
+
+    slot: int
+    reading: Reading
+    task: str | None
+    parameters: int  # of adapter and head
+    sha256: str | None  # of the file that holds them
+
+
+class AdapterBank:
+    """A frozen base with adapters by name.
+
+    Args:
+        classifier: the base under its own head, without an adapter; the bank takes it over.
+        tokenizer: the base's.
+        model: name or path of the base, for errors.
+        precision: fp32, or bf16 for adapters that were trained on a base in bfloat16.
+    """
+
+    def __init__(self, classifier: TextClassifier, tokenizer, model: str, precision: str = "fp32"):
+        if classifier.by_length:
+            raise UserError(f"--model {model}: sentences of different lengths cannot share a batch, so adapters cannot")
+        self.classifier = classifier.requires_grad_(False).eval()
+        self.tokenizer, self.model, self.precision = tokenizer, model, precision
+        self.digests = {"base_sha256": weights_digest(classifier.net.base_model),
+                        "base_config_sha256": config_digest(classifier.net.config),
+                        "tokenizer_sha256": tokenizer_digest(tokenizer)}  # as a run records them
+        set_precision(classifier.net.base_model, precision)
+        self.net, self.routing = classifier.net, Routing()
+        self.entries: dict[str, Entry] = {}
+        labels = self.net.config.id2label
+        self.own = Reading(tuple(str(labels[label]) for label in range(self.net.config.num_labels)),
+                           tokenizer.model_max_length)
+        self.heads: dict[str, MixedHead] = {}
+        for head in classifier.head_names():
+            for name, module in list(self.net.get_submodule(head).named_modules(prefix=head)):
+                if isinstance(module, nn.Linear):
+                    self.heads[name] = MixedHead(module, self.routing)
+                elif any(True for _ in module.parameters(recurse=False)):
+                    raise UserError(f"--model {model}: its head has a {type(module).__name__} ({name}), of which a bank of "
+                                    "adapters cannot hold one for each")
+        for name, head in self.heads.items():
+            self.net.set_submodule(name, head)
+
+    @classmethod
+    def on(cls, model: str, precision: str = "fp32") -> AdapterBank:
+        """Loads the base `--model`.
+
+        Raises:
+            UserError: it cannot be had, or its head is of a kind that cannot be mixed.
+        """
+        torch.manual_seed(0)  # where the base has no head of its own, the one that it is given is always the same
+        classifier, _ = load_classifier(model, load_config(model).num_labels)
+        return cls(classifier.to(device()), load_tokenizer(model), model, precision)
+
+    @classmethod
+    def of(cls, adapters: dict[str, Path]) -> AdapterBank:
+        """Loads adapters by name, and the base of the first one, which has to be that of all.
+
+        Raises:
+            UserError: see `on` and `load`.
+        """
+        options = read_run(next(iter(adapters.values())), "LoRA")[0]["options"]
+        bank = cls.on(options["model"], _precision(options))
+        for name, folder in adapters.items():
+            bank.load(name, folder)
+        return bank
+
+    # ------------------------------------------------------------ adapters come and go
+
+    def load(self, name: str, folder: Path) -> None:
+        """Adds the adapter of a LoRA run (or the head of a run with --method head).
+
+        Raises:
+            UserError: not such a run, damaged, for another base, or a name that is taken. The bank is as it was.
+        """
+        config, summary = read_run(folder, "LoRA")
+        options, folder = config["options"], Path(folder)
+        if options["method"] not in ("lora", "head") or options.get("feature_columns"):
+            what = "reads feature columns" if options.get("feature_columns") else f"has --method {options['method']}"
+            raise UserError(f"{folder}: {what}, which adapters on a shared frozen base cannot have; "
+                            f"python run.py predict {folder} reads it alone")
+        if _precision(options) != self.precision:
+            raise UserError(f"{folder}: was trained on a base in {_precision(options)}, and the shared one is in "
+                            f"{self.precision}")
+        recorded = {key: config[key] for key in self.digests if config.get(key) is not None}
+        other = [PARTS[key] for key, digest in recorded.items() if digest != self.digests[key]]
+        if other or not recorded and options["model"] != self.model:
+            raise UserError(f"{folder}: adapter for another base: it was made for {options['model']}, whose "
+                            f"{other[0] if other else 'name'} is not that of {self.model} here")
+        file = folder / (WEIGHTS_FILE if options["method"] == "lora" else "trained.safetensors")
+        if options["method"] == "lora":
+            adapter = read_adapter(self.net, folder)
+        else:
+            state = load_tensors(file)
+            adapter = Adapter({}, {}, 0.0, False, {key.removeprefix("net."): value for key, value in state.items()})
+        self.add(name, adapter, Reading.of(config), file, summary.get("task"))
+
+    def add(self, name: str, adapter: Adapter, reading: Reading, file: Path | None = None, task: str | None = None
+            ) -> None:
+        """Adds an adapter under a name.
+
+        Args:
+            file: where its weights stand, if they do in one.
+
+        Raises:
+            UserError: a name that is taken or malformed, an adapter or head that does not fit. The bank is as it was.
+        """
+        where = file or name
+        if not re.fullmatch(NAME, name):
+            raise UserError(f"adapter name {name[:80]!r}: expected up to 64 letters, digits, dots, dashes and underscores")
+        if name in self.entries:
+            raise UserError(f"adapter {name}: the name is taken")
+        whole = dict(adapter.whole)
+        heads = {head: (whole.pop(f"{head}.weight", None), whole.pop(f"{head}.bias", None)) for head in self.heads}
+        if whole:
+            raise UserError(f"{where}: {next(iter(whole))} is no LoRA matrix and not of the head; adapters on a shared "
+                            "frozen base cannot change it")
+        last = list(self.heads)[-1]
+        for head, (weight, bias) in heads.items():
+            inputs = self.heads[head].pool.widths[0]
+            outputs = None if weight is None or weight.ndim != 2 else len(weight)
+            if outputs is None or weight.shape[1] != inputs or (bias is not None) != self.heads[head].has_bias or (
+                    bias is not None and bias.shape != (outputs,)):
+                raise UserError(f"{where}: no classification head for this model ({head})")
+            if outputs != (len(reading.classes) if head == last else len(self.heads[head].pool.rows[0])):
+                raise UserError(f"{where}: the head ({head}) has {outputs} outputs and the run {len(reading.classes)} "
+                                "classes")
+        tensors = [tensor for pair in (*adapter.pairs.values(), *heads.values()) for tensor in pair if tensor is not None]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise UserError(f"{where}: the adapter holds values that are not finite")
+        slot = next(slot for slot in range(1, len(self.entries) + 2) if all(e.slot != slot for e in self.entries.values()))
+        for module, (A, B) in adapter.pairs.items():
+            self._mixed(module).pool.put(slot, A, (adapter.scaling(module) * B.float()).t())
+        for head, (weight, bias) in heads.items():
+            self.heads[head].put(slot, weight, bias)
+        self.entries[name] = Entry(slot, reading, task, sum(tensor.numel() for tensor in tensors),
+                                   None if file is None else sha256(file))
+
+    def _mixed(self, name: str) -> MixedLinear:
+        """The module of that name, which mixes from now on."""
+        module = self.net.get_submodule(name)
+        if not isinstance(module, MixedLinear):
+            module = MixedLinear(module, self.routing)
+            self.net.set_submodule(name, module)
+        return module
+
+    def remove(self, name: str) -> None:
+        """Removes an adapter.
+
+        Raises:
+            UserError: no adapter has that name.
+        """
+        slot = self.entry(name).slot
+        for module in self.net.modules():
+            if isinstance(module, MixedLinear | MixedHead):
+                module.pool.drop(slot)
+        del self.entries[name]
+
+    def entry(self, name: str) -> Entry:
+        """The adapter of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name not in self.entries:
+            known = ", ".join(list(self.entries)[:20]) or "none"
+            raise UserError(f"unknown adapter {name[:80]!r}; expected one of {known}")
+        return self.entries[name]
+
+    # ------------------------------------------------------------ batches
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, names: list[str | None]) -> list[Tensor]:
+        """Logits (classes,) of each row, by its own adapter.
+
+        Args:
+            input_ids: (B, T), right-padded.
+            attention_mask: (B, T), 1 for a real token, on the CPU, as are the results.
+            names: an adapter for each row, or None: the base under its own head.
+        """
+        slots = torch.tensor([0 if name is None else self.entry(name).slot for name in names])
+        classes = [len(self.own.classes if name is None else self.entry(name).reading.classes) for name in names]
+        slots, order = slots.sort(stable=True)
+        logits = self._sorted_logits(input_ids[order].to(device()), attention_mask[order], slots.to(device())).cpu()
+        results: list[Tensor | None] = [None] * len(names)
+        for place, row in enumerate(order.tolist()):
+            results[row] = logits[place, :classes[row]]
+        return results
+
+    def _sorted_logits(self, input_ids: Tensor, attention_mask: Tensor, slots: Tensor) -> Tensor:
+        """Logits (B, most classes) of rows that are sorted by slot."""
+        B, T = input_ids.shape
+        present, group = torch.unique_consecutive(slots, return_inverse=True)  # (G,), (B,)
+
+        def ends(groups: Tensor) -> Tensor:
+            return torch.bincount(groups, minlength=len(present)).cumsum(0)
+
+        of_sentences, net = ends(group), self.net
+        if not (self.classifier.decoder and self.classifier.fused()):
+            self.routing.set(present, {B: of_sentences, B * T: of_sentences * T})
+            if self.classifier.decoder:
+                return net.score(self.classifier.pool(input_ids, attention_mask)).float()
+            return net(**self.classifier.encoder_inputs(input_ids, attention_mask)).logits.float()
+        unique = unique_tokens(input_ids, attention_mask, group.tolist())
+        if len(unique.ids) == B and T > 1:  # a product's rows could not be told from the sentences': share none
+            unique = unique_tokens(input_ids, attention_mask, list(range(B)))
+        token = torch.arange(B * T, device=input_ids.device) if unique.first is None else unique.first
+        self.routing.set(present, {B: of_sentences, len(unique.ids): ends(group[token // T])})
+        return net.score(self.classifier.pool(input_ids, attention_mask, unique)).float()
+
+    def classify(self, rows: list[tuple[str | None, str]]) -> list[dict | UserError]:
+        """Label, probability and probabilities of each (adapter, text), or its error; see `texts.classify`."""
+        results: list[dict | UserError | None] = [None] * len(rows)
+        known, readings = [], []
+        for row, (name, text) in enumerate(rows):
+            try:
+                readings.append((self.own if name is None else self.entry(name).reading, text))
+                known.append(row)
+            except UserError as error:
+                results[row] = error
+        answers = classify(self.tokenizer, readings, lambda batch, places: self.logits(
+            batch.input_ids, batch.attention_mask, [rows[known[place]][0] for place in places]))
+        for row, answer in zip(known, answers, strict=True):
+            results[row] = answer
+        return results
+
+
+def _precision(options: dict) -> str:
+    """Precision of the base that a run's adapter needs: bf16x3 is a way of computing fp32."""
+    return "bf16" if options["precision"] == "bf16" else "fp32"

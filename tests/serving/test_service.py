@@ -1,0 +1,451 @@
+"""The service over real sockets: right answers under load, and what bad input, bad clients and SIGTERM do to it."""
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import toy
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
+
+from benchmarks import load
+from experiments import predict
+from experiments.serve import listen, load_served_student
+from report import figures
+from serving.bank import AdapterBank
+from serving.service import Limits, create_app
+from serving.worker import Worker
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [text for text, _ in toy.toy_rows(30, 7)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two LoRA runs and a distillation on one base, and a run on another base, below one folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    toy.write_cola(folder / "cola")
+    small = ("--plots", folder / "plots", "--epochs", 2, "--batch-size", 8, "--lr", 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "plot_run", lambda *_: [])
+        for name, model, more in (("lora", "model", ()), ("qv", "model", ("--rank", 3, "--targets", "q,v")),
+                                  ("stranger", "other", ())):
+            toy.write_model(folder / model, seed=int(model == "other"))
+            assert toy.main("LoRA", "12345", "--model", folder / model, "--data", folder / "cola", "--out",
+                            folder / "root" / name, *small, *more) == 0
+        assert toy.main("distil", "12345", "--teacher", folder / "root" / "lora", "--out", folder / "distil", *small,
+                        "--embedding-size", 6, "--hidden-size", 5) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(runs) -> dict[tuple[str, str], dict]:
+    """By model and text, what each model alone says."""
+    folders = {"cola": "root/lora", "qv": "root/qv", "small": "distil", "new": "root/qv"}
+    return {(name, text): result for name, folder in folders.items()
+            for text, result in zip(TEXTS, predict.predict_texts(predict.RunPredictor(runs / folder), TEXTS), strict=True)}
+
+
+@contextlib.contextmanager
+def running(app):
+    """The port of a server in a thread of its own."""
+    bound = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
+    thread = threading.Thread(target=server.run, args=([bound],))
+    thread.start()
+    try:
+        toy.until(lambda: server.started or not thread.is_alive(), 30)
+        yield bound.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def make(runs, max_queue=1024, **limits):
+    """A worker and the application around it."""
+    adapters = {"cola": runs / "root" / "lora", "qv": runs / "root" / "qv"}
+    worker = Worker(AdapterBank.of(adapters), {"small": load_served_student(runs / "distil")}, max_queue)
+    return worker, create_app(worker, Limits(adapters_root=runs / "root", **limits))
+
+
+@pytest.fixture(scope="module")
+def app(runs):
+    return make(runs)[1]
+
+
+@pytest.fixture(scope="module")
+def port(app):
+    with running(app) as port:
+        yield port
+
+
+def call(port: int, method: str, path: str, body=None, **headers) -> tuple[int, dict | bytes, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    content = body if isinstance(body, bytes | None) else json.dumps(body)
+    connection.request(method, path, content, {"content-type": "application/json", **headers})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    is_json = response.headers.get_content_type() == "application/json"
+    return response.status, json.loads(content) if is_json else content, response.headers
+
+
+def classify(port: int, **body) -> tuple[int, dict]:
+    return call(port, "POST", "/v1/classify", body)[:2]
+
+
+def check(question: dict, answer: load.Answer, expected) -> None:
+    """The answer is that of the model alone."""
+    assert answer.status == 200, answer
+    (kind, name), = [(key, question[key]) for key in ("adapter", "student") if key in question]
+    assert set(answer.body) == {kind, "results"} and answer.body[kind] == name
+    assert len(answer.body["results"]) == len(question["texts"])
+    for text, result in zip(question["texts"], answer.body["results"], strict=True):
+        alone = expected[name, text]
+        assert set(result) == {"label", "probability", "probabilities"}
+        assert result["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
+        assert result["probability"] == max(result["probabilities"].values()) == result["probabilities"][result["label"]]
+
+
+# ---------------------------------------------------------------- answers
+
+def test_adapters_and_students_answer_as_they_do_alone(port, expected):
+    for name in ("cola", "qv", "small"):
+        question = {"adapter": name, "texts": TEXTS}
+        check(question, load.Answer(*classify(port, **question), 0.0), expected)
+    question = {"student": "small", "texts": TEXTS[:1]}
+    check(question, load.Answer(*classify(port, **question), 0.0), expected)
+    assert expected["cola", TEXTS[0]]["probabilities"] != pytest.approx(expected["qv", TEXTS[0]]["probabilities"], abs=1e-3)
+
+
+def questions(count: int, names: tuple[str, ...], seed: int = 0) -> list[dict]:
+    draw = random.Random(seed)
+    return [{"adapter": draw.choice(names), "texts": draw.sample(TEXTS, draw.choice((1, 1, 1, 2, 5)))} for _ in range(count)]
+
+
+def metrics(port: int) -> dict[str, float]:
+    families = text_string_to_metric_families(call(port, "GET", "/metrics")[1].decode())
+    return {sample.name + "".join(f" {value}" for value in sample.labels.values()): sample.value
+            for family in families for sample in family.samples}
+
+
+def test_many_clients_share_batches_and_each_gets_its_own_answer(port, expected):
+    before, asked = metrics(port), questions(400, ("cola", "qv", "small"))
+    for question, answer in zip(asked, asyncio.run(load.ask(port, asked, 32)), strict=True):
+        check(question, answer, expected)
+    after = metrics(port)
+    assert after["requests_total /v1/classify 200"] - before.get("requests_total /v1/classify 200", 0) == 400
+    assert after["batch_texts_count"] - before["batch_texts_count"] < 200  # so they were batched
+    assert after["batch_texts_sum"] - before["batch_texts_sum"] == sum(len(q["texts"]) for q in asked)
+    assert after["queue_texts"] == 0 and after["adapters"] == 2
+
+
+def test_adapters_come_and_go_under_load(port, expected):
+    """Requests for the one that comes and goes are answered right or are told that it is unknown."""
+    asked = questions(300, ("cola", "new", "qv"))
+
+    async def both():
+        client, changes = load.Client(port), []
+        answers = asyncio.create_task(load.ask(port, asked, 16))
+        while not answers.done():
+            changes.append(await client.call("POST", "/v1/adapters", {"name": "new", "folder": "qv"}))
+            changes.append(await client.call("DELETE", "/v1/adapters/new"))
+        client.close()
+        return await answers, [change.status for change in changes]
+    answers, changes = asyncio.run(both())
+    assert set(changes[::2]) == {201} and set(changes[1::2]) == {200}
+    for question, answer in zip(asked, answers, strict=True):
+        if question["adapter"] == "new" and answer.status == 404:
+            assert answer.body["error"].startswith("unknown adapter 'new'; expected one of cola, qv")
+        else:
+            check(question, answer, expected)
+    assert any(q["adapter"] == "new" and a.status == 200 for q, a in zip(asked, answers, strict=True))
+
+
+def test_what_is_served_is_listed(port):
+    listed = call(port, "GET", "/v1/adapters")[1]
+    assert [(a["name"], a["task"], a["classes"]) for a in listed["adapters"]] == [
+        ("cola", "cola", ["0", "1"]), ("qv", "cola", ["0", "1"])]
+    assert [(s["name"], s["teacher"]) for s in listed["students"]] == [("small", "cola")]
+    assert call(port, "GET", "/healthz")[:2] == (200, {"status": "ok"})
+
+
+# ---------------------------------------------------------------- bad input
+
+LONG = "the cat " * 3000
+BAD = [({"adapter": "nobody", "texts": ["x"]}, 404, "unknown adapter 'nobody'; expected one of cola, qv, small"),
+       ({"student": "cola", "texts": ["x"]}, 404, "unknown student 'cola'; expected one of small"),
+       ({"texts": ["x"]}, 422, "expected either adapter or student"),
+       ({"adapter": "cola", "student": "small", "texts": ["x"]}, 422, "expected either adapter or student"),
+       ({"adapter": "cola"}, 422, "texts: Field required"),
+       ({"adapter": "cola", "texts": []}, 422, "texts: List should have"),
+       ({"adapter": "cola", "texts": ["x", " \n"]}, 422, "texts.1: the text is empty"),
+       ({"adapter": "cola", "texts": ["x", 3]}, 422, "texts.1: Input should be a valid string"),
+       ({"adapter": "cola", "texts": "x"}, 422, "texts: Input should be a valid list"),
+       ({"adapter": "cola", "texts": ["x"], "more": 1}, 422, "more: Extra inputs are not permitted"),
+       ({"adapter": "cola", "texts": ["\ud800"]}, 422, "texts.0: the text is no valid Unicode"),
+       ({"adapter": "\ud800", "texts": ["x"]}, 404, "unknown adapter"),
+       ({"adapter": "cola", "texts": [LONG]}, 413, "24,000 "),
+       ({"adapter": "cola", "texts": ["x"] * 257}, 413, "257 texts; expected at most 256"), ([], 422, "the body: "),
+       (b"{", 400, "not JSON"), (b"", 422, "the body: "), (b"[" * 100000, 400, ""),
+       (b"\xff\xfe", 400, ""), (b"9" * 5000, 400, ""),
+       (b'{"adapter": "cola", "texts": [NaN]}', 422, "texts.0"), (b" " * (2 << 20), 413, "larger than 1,048,576 bytes")]
+
+
+@pytest.mark.parametrize("body, status, says", BAD)
+def test_bad_requests_are_told_what_is_wrong(port, expected, body, status, says):
+    got, answer, _ = call(port, "POST", "/v1/classify", body)
+    assert got == status and says in answer["error"] and set(answer) == {"error"} and len(answer["error"]) <= 1000
+    assert classify(port, adapter="cola", texts=TEXTS[:1])[0] == 200
+
+
+@pytest.mark.parametrize("body, status, says", [
+    ({"name": "cola", "folder": "qv"}, 409, "the name is taken"),
+    ({"name": "small", "folder": "qv"}, 409, "the name is taken"),
+    ({"name": "x", "folder": "../distil"}, 403, "outside"), ({"name": "x", "folder": "/etc"}, 403, "outside"),
+    ({"name": "x", "folder": "out"}, 403, "outside"), ({"name": "x", "folder": "nowhere"}, 404, "no such folder"),
+    ({"name": "x", "folder": "\0"}, 404, "no such folder"), ({"name": "x", "folder": "a" * 5000}, 404, "no such folder"),
+    ({"name": "x", "folder": "."}, 400, "not a run's folder"),
+    ({"name": "x", "folder": "stranger"}, 400, "for another base"),
+    ({"name": "x", "folder": "damaged"}, 400, "damaged"),
+    ({"name": "x/y", "folder": "qv"}, 422, "name: String should match"),
+    ({"name": "x", "folder": "targets"}, 400, "for another base: transformer.h.0.attn.c_nowhere does not exist")])
+def test_what_cannot_be_added_is_refused(port, runs, body, status, says):
+    root = runs / "root"
+    if not (root / "out").exists():
+        (root / "out").symlink_to(runs / "distil")
+        for name in ("damaged", "targets"):
+            shutil.copytree(root / "qv", root / name)
+        (root / "damaged" / "adapter_model.safetensors").write_bytes(b"x")
+        weights = root / "targets" / "adapter_model.safetensors"
+        save_file({name.replace(".c_attn.", ".c_nowhere."): tensor for name, tensor in load_file(weights).items()}, weights)
+        toy.reseal(root / "targets")
+    got, answer, _ = call(port, "POST", "/v1/adapters", body)
+    assert (got, says in answer["error"]) == (status, True), answer
+    assert [a["name"] for a in call(port, "GET", "/v1/adapters")[1]["adapters"]] == ["cola", "qv"]
+
+
+def test_unknown_paths_and_methods_are_json_too(port):
+    assert call(port, "GET", "/nowhere")[0] == 404 and call(port, "PUT", "/v1/classify", {})[0] == 405
+    assert "error" in call(port, "DELETE", "/v1/adapters/nobody")[1]
+
+
+def test_a_service_without_a_root_adds_nothing(runs):
+    worker = Worker(None, {"small": load_served_student(runs / "distil")})
+    with running(create_app(worker, Limits())) as port:
+        assert call(port, "POST", "/v1/adapters", {"name": "x", "folder": "qv"})[0] == 403
+        assert call(port, "DELETE", "/v1/adapters/small")[0] == 404
+        assert classify(port, adapter="small", texts=["x"])[0] == 200
+
+
+def raw(port: int, *pieces: bytes, read: bool = True) -> bytes:
+    """What a server answers to bytes."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+            return connection.recv(4096) if read else b""
+        except ConnectionError:  # it closed before everything was sent
+            return connection.recv(4096)
+
+
+def test_clients_that_go_away_or_never_end_disturb_nobody(runs, expected):
+    _, app = make(runs, body_seconds=0.5)
+    head = b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    body = json.dumps({"adapter": "cola", "texts": TEXTS}).encode()
+    with running(app) as port:
+        for _ in range(20):
+            raw(port, head + b"content-length: %d\r\n\r\n" % len(body), body, read=False)
+            raw(port, head + b"content-length: %d\r\n\r\n" % len(body), body[:9], read=False)
+        start = time.monotonic()
+        assert raw(port, head + b"content-length: 1000\r\n\r\n", b"{").startswith(b"HTTP/1.1 408")
+        assert time.monotonic() - start < 5
+        chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+        assert raw(port, head + b"transfer-encoding: chunked\r\n\r\n", *[chunk] * 17).startswith(b"HTTP/1.1 413")
+        assert raw(port, b"\x16\x03\x01 no http\r\n\r\n").startswith(b"HTTP/1.1 400")
+        check({"adapter": "cola", "texts": TEXTS}, load.Answer(*classify(port, adapter="cola", texts=TEXTS), 0.0), expected)
+
+
+def test_a_full_queue_and_a_slow_answer_are_told(runs, monkeypatch):
+    worker, app = make(runs, max_queue=10, seconds=1.0)
+    go, slow = threading.Event(), worker.bank.classify
+    monkeypatch.setattr(worker.bank, "classify", lambda rows: (go.wait(20), slow(rows))[1])
+    with running(app) as port:
+        async def statuses() -> list[int]:
+            asked = [{"adapter": "cola", "texts": TEXTS[:4]}] * 3 + [{"adapter": "cola", "texts": TEXTS[:11]}]
+            return [answer.status for answer in await load.ask(port, asked, 4)]
+        assert asyncio.run(statuses()).count(504) == 2  # eight texts wait and get no answer in time ...
+        answered = asyncio.run(statuses())
+        assert answered.count(429) == 2 and answered.count(504) == 2  # ... and there is no room for four or eleven more
+        go.set()
+        assert classify(port, adapter="cola", texts=TEXTS[:4])[0] == 200
+        assert worker.waiting == 0
+
+
+def test_a_failure_of_one_request_leaves_the_others_of_its_batch(runs, monkeypatch):
+    worker, app = make(runs)
+    whole = worker.bank.classify
+
+    def failing(rows):
+        if any(text == "fail" for _, text in rows):
+            raise RuntimeError("out of memory")
+        return whole(rows)
+    monkeypatch.setattr(worker.bank, "classify", failing)
+    with running(app) as port:
+        asked = [{"adapter": "cola", "texts": ["fail" if i == 5 else TEXTS[i]]} for i in range(12)]
+        answers = asyncio.run(load.ask(port, asked, 12))
+    assert [answer.status for answer in answers] == [500 if i == 5 else 200 for i in range(12)]
+    assert answers[5].body == {"error": "the service failed (RuntimeError)"}
+
+
+def test_any_body_that_the_schema_allows_or_does_not(app, port):
+    """A few hundred; benchmarks/fuzz_service.py sends them in thousands."""
+    from benchmarks import fuzz_service
+
+    result = fuzz_service.fuzz(f"http://127.0.0.1:{port}", cases=30)
+    assert result["failed"] == [] and result["tried"] >= 150
+    assert {a["name"] for a in call(port, "GET", "/v1/adapters")[1]["adapters"]} >= {"cola", "qv"}
+
+
+# ---------------------------------------------------------------- the page
+
+def test_the_page_loads_nothing_from_elsewhere(port):
+    for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/style.css", "text/css")):
+        status, content, headers = call(port, "GET", path)
+        assert status == 200 and headers.get_content_type() == kind
+        assert not re.search(rb"https?:|//[a-z]|url\(|@import|<script(?! src=)|style=|\son\w+=", content)
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy and "*" not in policy
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; .ci/run installs it and sets NEEDS_BROWSER, so that nothing is skipped there."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None and not os.environ.get("NEEDS_BROWSER"):
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
+def test_the_page_asks_teacher_and_student(port, expected, browser):
+    page = browser.new_page()
+    asked, trouble = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector("#task option:nth-child(2)", state="attached")
+    page.select_option("#task", "cola")
+    page.fill("#text", TEXTS[3])
+    page.click("#ask")
+    page.wait_for_selector("#student .time")
+    for kind, name in (("teacher", "cola"), ("student", "small")):
+        alone = expected[name, TEXTS[3]]
+        assert page.inner_text(f"#{kind} .verdict") == alone["label"]
+        percent = f"{100 * alone['probability']:.1f} %"
+        assert re.fullmatch(rf"{percent} in \d+\.\d ms \({name}\)", page.inner_text(f"#{kind} .time"))
+        bars = page.eval_on_selector_all(f"#{kind} meter", "meters => meters.map(meter => meter.value)")
+        assert bars == pytest.approx(list(alone["probabilities"].values()), abs=1e-5)
+    page.select_option("#task", "qv")  # a task without a student
+    page.fill("#text", "<img src=x onerror=alert(1)> the cat")
+    page.click("#ask")
+    page.locator("#teacher .time", has_text="(qv)").wait_for()
+    assert page.is_hidden("#student") and page.query_selector("img") is None and trouble == []
+    page.fill("#text", " ")
+    page.click("#ask")
+    page.wait_for_selector("#error:not([hidden])")
+    assert page.inner_text("#error") == "texts.0: the text is empty"
+    assert all(url.startswith(f"http://127.0.0.1:{port}/") for url in asked) and len(asked) >= 7
+    assert [text for text in trouble if "status of 422" not in text] == []
+    page.close()
+
+
+# ---------------------------------------------------------------- the command
+
+@contextlib.contextmanager
+def served(*arguments):
+    """`run.py serve` in a process of its own, and its port."""
+    process = subprocess.Popen([sys.executable, "run.py", "serve", *map(str, arguments)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        line = process.stdout.readline()
+        match = re.fullmatch(r"serving on http://127\.0\.0\.1:(\d+)\n", line)
+        assert match, (line, process.stderr.read() if process.poll() is not None else "")
+        yield process, int(match[1])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_in_the_middle_loses_no_accepted_request(runs, expected):
+    arguments = ("--adapter", f"cola={runs / 'root/lora'}", "--adapter", f"qv={runs / 'root/qv'}", "--student",
+                 f"small={runs / 'distil'}", "--port", 0)
+    with served(*arguments) as (process, port):
+        asked = questions(4000, ("cola", "qv", "small"))
+
+        async def until_it_stops():
+            answers = asyncio.create_task(load.ask(port, asked, 24))
+            await asyncio.sleep(0.7)
+            process.send_signal(signal.SIGTERM)
+            return await answers
+        answers = asyncio.run(until_it_stops())
+        out, err = process.communicate(timeout=30)
+    good = [(question, answer) for question, answer in zip(asked, answers, strict=True) if answer.status is not None]
+    for question, answer in good:
+        check(question, answer, expected)
+    assert 24 <= len(good) < len(asked)  # it was stopped in the middle
+    assert out == f"stopped: {len(good)} of {len(good)} accepted requests answered\n"  # none that a client did not get
+    assert err == "" and process.returncode == 0
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ((), "expected --adapter NAME=DIR or --student"),
+    (("--adapter", "a=RUN", "--adapter", "a=RUN"), "the name is given twice"),
+    (("--adapter", "a=RUN", "--adapters-root", "nowhere"), "--adapters-root nowhere: no such folder"),
+    (("--adapter", "a=nowhere"), "not a run's folder"), (("--student", "a=RUN"), "a LoRA run"),
+    (("--adapter", "a=RUN", "--port", "70000"), "expected a port from 0"),
+    (("--adapter", "a=RUN", "--host", "192.0.2.1"), "cannot listen there"),
+    (("--adapter", "a=RUN", "--host", "no such host"), "cannot listen there")])
+def test_bad_arguments_are_one_line(runs, capsys, arguments, says):
+    assert toy.main("serve", *(str(word).replace("RUN", str(runs / "root/lora")) for word in arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and err.count("\n") == 1
+
+
+def test_a_port_in_use_is_told(runs, capsys):
+    with listen("127.0.0.1", 0) as bound:
+        bound.listen()
+        port = bound.getsockname()[1]
+        assert toy.main("serve", "--adapter", f"a={runs / 'root/lora'}", "--port", port) == 2
+    assert f"--port {port}: cannot listen there (Address already in use)" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_with_the_way_to_install_it(runs, capsys, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "uvicorn" else found(name, *more))
+    assert toy.main("serve", "--student", f"x={runs / 'distil'}") == 2
+    assert capsys.readouterr().err == (
+        "run.py: serve: the package uvicorn is not installed; pip install -r requirements-serve.txt\n")
