@@ -163,4 +163,7 @@ def set_precision(backbone: nn.Module, precision: str) -> None:
                 if not p.requires_grad:
                     p.data = p.data.bfloat16()
         if on_cpu:
+            for p in backbone.parameters():  # what stays float32 lies in the mapped checkpoint and would keep all of it
+                if not p.requires_grad and p.dtype == torch.float32:
+                    p.data = p.data.clone()
             machine.release_freed_memory()

@@ -84,7 +84,7 @@ def full_disk(work: Path, expected: dict) -> dict | None:
 
 def main() -> None:
     import run  # noqa: F401
-    from experiments import distil  # noqa: F401
+    from experiments import distil, finetune  # noqa: F401
     from report import figures  # noqa: F401 (imported here, once, for the children)
 
     with tempfile.TemporaryDirectory() as folder:

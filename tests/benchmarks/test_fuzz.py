@@ -16,7 +16,8 @@ from report import build, records
 
 CASES = 20  # of each reader
 NAMES = ("predict: text", "predict: TSV", "predict: CSV", "predict: JSON Lines", "predict: Parquet",
-         "CoLA's TSV", "CSV", "JSON Lines", "Parquet", "prompts", "adapter_config.json", "adapter_model.safetensors",
+         "CoLA's TSV", "CSV", "JSON Lines", "Parquet", "prompts", "minimal pairs", "published figures",
+         "adapter_config.json", "adapter_model.safetensors",
          "gen --adapter", "LoRA config.json", "LoRA summary.json", "trained.safetensors", "student_config.json",
          "student.safetensors", "distil config.json", "teacher_logits", "SHA256SUMS", "options of config.json",
          "report: metrics.jsonl", "report: summary.json")
