@@ -2,8 +2,8 @@
 
     python -c "import model; print(model.load_classifier('tiny', num_labels=2)[0])"
 
-Backbones are the library's own, their blocks under `fused.py`'s classes. This file adds what the library does
-not have: the roles (q, k, v, o, mlp) that name a backbone's projections, and the small student.
+Backbones are the library's own; `lora/blocks.py` gives their blocks a faster forward pass. This file adds what the library
+does not have: the roles (q, k, v, o, mlp) that name a backbone's projections, and the small student.
 """
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FUSED_QKV = "attn.c_attn"
 # ---------------------------------------------------------------- LoRA
 
 def parse_layers(text: str | None, blocks: int) -> list[int]:
-    """Block numbers of "0-11", "0,2,4-5" or None (all).
+    """Returns the block numbers of "0-11", "0,2,4-5" or None (all).
 
     Raises:
         UserError: malformed, or beyond the model's blocks.
@@ -76,7 +76,7 @@ def parse_layers(text: str | None, blocks: int) -> list[int]:
 
 
 def find_targets(backbone: nn.Module, targets: tuple[str, ...], rank: int = 1) -> dict[str, set[str] | None]:
-    """Linear modules inside the blocks that the targets name; a block has them or not (experts, recurrent blocks).
+    """Finds the linear modules inside the blocks that the targets name; not every block has all of them (experts, say).
 
     Args:
         rank: of the updates. Where the roles are not known and every linear layer is adapted, those too narrow for it are
@@ -162,7 +162,7 @@ def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
 
 
 def count_parameters(net: nn.Module) -> dict[str, int | float]:
-    """Total and trainable parameters, shared ones counted once, and the reduction in percent."""
+    """Counts total and trainable parameters, shared ones once, and the reduction in percent."""
     total = sum(p.numel() for p in net.parameters())
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return {"total": total, "trainable": trainable, "reduction_percent": 100.0 * (1 - trainable / total)}
@@ -175,29 +175,29 @@ class TextClassifier(nn.Module):
 
     `net` is the library's own class (GPT2ForSequenceClassification, ...), so parameter names are those
     of its checkpoints and of PEFT's adapters. A decoder is pooled at the last real token, and needs no
-    attention mask: with right padding and causal attention no real token ever sees a pad. Where the blocks
-    are of a known kind (`fused`) they compute for the pooled token alone what it alone needs.
+    attention mask: with right padding and causal attention no real token ever attends to a pad. If the architecture
+    is known (`fused`), the last block computes the pooled token alone.
     """
 
     def __init__(self, net: PreTrainedModel):
         super().__init__()
         self.net = net
         self.decoder = isinstance(getattr(net, "score", None), nn.Linear)
-        self.by_length = False  # whether sentences of each length are computed on their own, without a pad (`probe`)
+        self.by_length = False  # whether sentences of each length are computed apart, without a pad (set by `probe`)
         self.known = fuse(net.base_model)
         speed_up(net)
-        self.method = "lora"  # set by `configure`, with the next
-        self.feature_head: FeatureHead | None = None  # reads numbers beside the text, where there are any
-        self.prefix: FrozenPrefix | None = None  # where the results of frozen blocks are cached
+        self.method = "lora"  # set by `configure`, as is `feature_head`
+        self.feature_head: FeatureHead | None = None  # None without numeric features
+        self.prefix: FrozenPrefix | None = None  # set by the caller to cache what frozen blocks compute
 
     @property
     def full(self) -> bool:
-        """Whether the backbone itself is trained."""
+        """Returns whether the backbone itself is trained."""
         return self.method == "full"
 
     @property
     def reads_text(self) -> bool:
-        """Whether the text has a say in the logits; if not, the features alone have."""
+        """Returns whether the logits depend on the text; if not, they depend on the features alone."""
         return self.method != "features"
 
     def configure(self, method: str, lora: LoRAOptions | None = None, features: Tensor | None = None) -> TextClassifier:
@@ -234,7 +234,7 @@ class TextClassifier(nn.Module):
         """
         config = copy.deepcopy(lm.config)
         config.num_labels = num_labels
-        lm.config.pad_token_id = None  # pooling goes by the mask; a pad id would only make the backbone warn
+        lm.config.pad_token_id = None  # pooling reads the mask; with a pad id the backbone would only warn
         with torch.device("meta"):
             net = AutoModelForSequenceClassification.from_config(config)
         setattr(net, net.base_model_prefix, lm.base_model)
@@ -243,13 +243,13 @@ class TextClassifier(nn.Module):
         return cls(net)
 
     def head_names(self) -> list[str]:
-        """The modules that are no part of the pretrained backbone: the task head."""
+        """Returns the names of the task head's modules, which are no part of the pretrained backbone."""
         children = [n for n, module in self.net.named_children()
                     if n != self.net.base_model_prefix and any(True for _ in module.parameters())]
         return [*fresh_modules(self.net), *children]
 
     def train(self, mode: bool = True) -> TextClassifier:
-        """Training mode reaches the backbone's own dropout only where the backbone itself is trained."""
+        """Sets training mode; the backbone's own dropout stays off unless the backbone itself is trained."""
         super().train(mode)
         if not self.full:
             self.net.base_model.eval()
@@ -258,26 +258,26 @@ class TextClassifier(nn.Module):
         return self
 
     def fused(self) -> bool:
-        """Whether the blocks may go their shorter way, which has no gradients for the backbone's own weights."""
+        """Returns whether the fused blocks compute, which give the backbone's own weights no gradient."""
         trained = torch.is_grad_enabled() and next(self.net.base_model.parameters()).requires_grad
         return self.known and not self.full and not trained
 
     def encoder_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict:
-        """What an encoder is called with: no mask where it would mask nothing."""
+        """Returns the arguments of an encoder's forward pass, without a mask where no token is a pad."""
         mask = None if bool(attention_mask.all()) else send(attention_mask, input_ids.device)
         if mask is not None and not mask.is_cpu and self.known and self.net.config._attn_implementation == "sdpa":
             mask = mask.bool()[:, None, None]  # as attention takes it: any other the library asks whether it masks anything
         return {"input_ids": input_ids, "attention_mask": mask, **({"pooled": True} if self.fused() else {})}
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor, unique: UniqueTokens | None = None) -> Tensor:
-        """A decoder's hidden state at the last real token, (B, T), (B, T) -> (B, C).
+        """Returns a decoder's hidden states at the last real token, (B, T), (B, T) -> (B, C).
 
         Args:
-            unique: the batch's unique tokens where they are known already.
+            unique: the batch's unique tokens, if already computed.
         """
         if self.fused():
             unique = unique or unique_tokens(input_ids, attention_mask)
-            # The blocks read no mask; without one the library would make one, and ask the positions whether it is needed.
+            # Fused blocks read no mask. Without this one, the library would build one and wait for the GPU in doing so.
             none = unique.ids.new_ones(1, 1, 1, 1)
             return self.net.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions,
                                        use_cache=False, unique=unique).last_hidden_state[:, 0]
@@ -287,12 +287,12 @@ class TextClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cached: Tensor | None = None,
                 features: Tensor | None = None) -> Tensor:
-        """Logits (B, labels) of token ids (B, T).
+        """Returns logits (B, labels) of token ids (B, T).
 
         Args:
             input_ids: (B, T), right-padded.
-            attention_mask: (B, T), 1 for a real token; on the CPU, whatever the device, nothing waits for it.
-            cached: what `self.prefix` computed of this batch; the frozen part is not run then.
+            attention_mask: (B, T), 1 for a real token; kept on the CPU, so that reading it does not wait for a GPU.
+            cached: what `self.prefix` computed of this batch; if given, the frozen part is not computed.
             features: (B, F) numbers for the feature head, NaN where one is missing.
         """
         if self.feature_head is None:
@@ -301,7 +301,7 @@ class TextClassifier(nn.Module):
         return logits + self.text_logits(input_ids, attention_mask, cached) if self.reads_text else logits
 
     def text_logits(self, input_ids: Tensor, attention_mask: Tensor, cached: Tensor | None = None) -> Tensor:
-        """What the text alone says, (B, labels)."""
+        """Returns the logits (B, labels) that the text alone gives."""
         if self.prefix is not None:
             self.prefix.cached = cached
         try:
@@ -316,7 +316,7 @@ class TextClassifier(nn.Module):
                 self.prefix.cached = None
 
     def logits_by_length(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits of the library's own forward pass, the sentences of each length together and without a pad."""
+        """Computes logits by the library's own forward pass, the sentences of each length together and without a pad."""
         lengths = attention_mask.sum(1)
         logits = [(rows, self.net(input_ids=input_ids[rows, :length]).logits.float()) for length in lengths.unique()
                   for rows in [(lengths == length).nonzero()[:, 0]]]
@@ -324,10 +324,10 @@ class TextClassifier(nn.Module):
 
 
 class FeatureHead(nn.Module):
-    """What numeric features add to the logits: standardised, missing values marked, one hidden layer.
+    """A network with one hidden layer from numeric features, standardised and with missing values marked, to logits.
 
     Mean and standard deviation are those of the training rows and are saved with the weights. A missing
-    value stands at the mean and raises a mark of its own. The last layer starts at zero, so that a
+    value becomes the mean, and a second input marks it as missing. The last layer starts at zero, so that a
     fresh head changes nothing.
 
     Args:
@@ -351,7 +351,7 @@ class FeatureHead(nn.Module):
         eps = torch.finfo(features.dtype).eps
         constant = variance <= count * eps * variance + (count * mean * eps).square()
         self.register_buffer("mean", mean)
-        # A constant feature says nothing; dividing it by 1 leaves it at zero.
+        # A constant feature carries no information; dividing by 1 leaves it at zero.
         self.register_buffer("std", torch.where(constant, 1.0, variance.sqrt()))
         self.hidden = nn.Linear(2 * features.shape[1], hidden_size)
         self.out = nn.Linear(hidden_size, num_labels)
@@ -367,10 +367,10 @@ class FeatureHead(nn.Module):
 
 
 def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrainedModel | None]:
-    """The backbone of `--model` under a fresh head; for a decoder also the language model that shares it.
+    """Returns the backbone of `--model` under a fresh head, and for a decoder the language model that shares the backbone.
 
     Raises:
-        UserError: it cannot be had, or is no classifier of text alone.
+        UserError: the model cannot be loaded, or is no classifier of text alone.
     """
     config = load_config(name)
     if is_decoder(config) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -391,8 +391,8 @@ def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrai
 def probe(classifier: TextClassifier, name: str) -> None:
     """Runs two short sentences through an architecture that is not known here; turns `by_length` on where it has to be.
 
-    Logits must not depend on what else is in the batch. Those of some architectures do: XLNet's head reads the last
-    column, pad or not; FNet mixes all columns; others sum over windows or hash. Without a pad each is right.
+    Logits must not depend on what else is in the batch, but those of some architectures do: XLNet's head reads the last
+    column, pad or not; FNet mixes all columns; others sum over windows or hash. Without a pad all are right.
 
     Raises:
         UserError: it cannot compute logits of token ids alone, or draws random numbers in doing so (Reformer's hashes).
@@ -442,14 +442,13 @@ class DistilRNN(nn.Module):
         self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
-        embedded = self.dropout(self.embedding(input_ids))  # (B, T, E)
-        lengths = attention_mask.sum(1)  # asked on the CPU, where batches keep their mask
+        x = self.dropout(self.embedding(input_ids))  # (B, T, E)
+        lengths = attention_mask.sum(1)  # on the CPU, where batches keep their mask
         if bool((lengths == input_ids.shape[1]).all()):
-            states, _ = self.rnn(embedded)  # (B, T, 2H)
-        else:  # packed, or the backward direction would read the pads first; sorted here, for the library asks the GPU
+            states, _ = self.rnn(x)  # (B, T, 2H)
+        else:  # packed, or the backward direction would read pads first; sorted here: the library would wait for the GPU
             sizes, order = lengths.cpu().sort(descending=True)
-            packed = nn.utils.rnn.pack_padded_sequence(embedded.index_select(0, send(order, embedded.device)), sizes,
-                                                        batch_first=True)
+            packed = nn.utils.rnn.pack_padded_sequence(x.index_select(0, send(order, x.device)), sizes, batch_first=True)
             states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True,
                                                          total_length=input_ids.shape[1])
             states = states.index_select(0, send(order.argsort(), states.device))
@@ -468,7 +467,7 @@ def student_parameters(config: RNNConfig) -> int:
 
 
 def student_config(vocab_size: int, num_labels: int, budget: int, **sizes) -> RNNConfig:
-    """The default student, shrunk step by step until it fits `budget` parameters.
+    """Returns the default student, shrunk step by step until it fits `budget` parameters.
 
     Sizes given explicitly (not None) are taken as they are.
 

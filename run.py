@@ -119,7 +119,7 @@ def _import_libraries() -> None:
 
 
 def _less_memory(args) -> str:
-    """What to try where memory ran out."""
+    """Returns advice on what to try where memory ran out."""
     size, tokens = getattr(args, "batch_size", None), getattr(args, "batch_tokens", None)
     if tokens:
         less = f" with --batch-tokens {tokens}; try --batch-tokens {max(1, tokens // 2)}"
@@ -187,7 +187,7 @@ def _train(args, options, start) -> int:
 
 
 def _only_plots_missing(options, plots: Path) -> bool:
-    """Whether the run is finished and was stopped before its plots were."""
+    """Returns whether the run is finished but was stopped before its plots were drawn."""
     from report import figures
 
     finished = all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl"))

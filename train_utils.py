@@ -1,7 +1,7 @@
 """The one training loop, its objectives (cross-entropy, KD), evaluation and checkpoints.
 
-`fit` trains any model that maps (input_ids, attention_mask) to logits: the LoRA classifier and the
-student go through the same lines, so that what is compared was trained alike.
+`fit` trains any model that maps (input_ids, attention_mask) to logits: the LoRA classifier and the student are trained by
+the same code, so that comparisons are fair.
 """
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Objective = Callable[[Tensor, Batch], Tensor]
 
 
 class Diverged(RuntimeError):
-    """The loss or a gradient is no longer finite."""
+    """Says that the loss or a gradient is no longer finite."""
 
 
 @dataclass
 class Progress:
-    """Where a training is; all of it is in a checkpoint."""
+    """The position and the sums of a training; a checkpoint holds all of it."""
 
     epoch: int = 1  # the epoch that is running, from 1
     group: int = 0  # optimiser steps done in it
@@ -55,7 +55,7 @@ class Progress:
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
             label_smoothing: float = 0.0) -> Tensor:
-    """alpha T² KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 - alpha) CE.
+    """Computes alpha T² KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 - alpha) CE.
 
     Hinton et al. 2015, section 2: gradients of the soft part shrink with 1 / T², hence the T². KL is
     averaged over the batch.
@@ -74,12 +74,12 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temp
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Objective:
-    """The objective of training without a teacher."""
+    """Returns the loss of training without a teacher."""
     return lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
 
 
 def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label_smoothing: float = 0.0) -> Objective:
-    """The objective of training under a teacher whose logits (N, labels) were computed once, by row."""
+    """Returns the objective of training under a teacher, whose logits (N, labels) by row were computed once."""
     return lambda logits, batch: kd_loss(logits, teacher_logits[batch.rows], batch.labels, temperature, alpha,
                                          label_smoothing)
 
@@ -88,9 +88,9 @@ def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label
 
 @torch.inference_mode()
 def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """Logits (N, labels) of every row, in the split's own order, on the CPU in float32.
+    """Computes logits (N, labels) of every row, in the split's own order, on the CPU in float32.
 
-    Of several processes each computes every so manieth batch, and all get all logits.
+    Several processes share the batches, and each process gets all logits.
     """
     was_training = model.training
     model.eval()
@@ -105,7 +105,7 @@ def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
 
 
 def labels_of(batches: list[Batch]) -> Tensor:
-    """Labels (N,) of every row, in the split's own order."""
+    """Returns labels (N,) of every row, in the split's own order."""
     labels = torch.empty(sum(len(batch.rows) for batch in batches), dtype=torch.int64)
     for batch in batches:
         labels[batch.rows] = batch.labels
@@ -113,7 +113,7 @@ def labels_of(batches: list[Batch]) -> Tensor:
 
 
 def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, dict], dict[str, list]]:
-    """Scores and confusion matrix of every development split and, where there are several, of `all` of them together."""
+    """Computes scores and confusion matrix of every development split and, if there are several, of `all` together."""
     answers = {name: (compute_logits(model, batches), labels_of(batches)) for name, batches in dev.items()}
     if len(dev) > 1:
         answers["all"] = tuple(torch.cat(parts) for parts in zip(*answers.values(), strict=True))
@@ -122,11 +122,12 @@ def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, d
 
 
 def selection_split(splits) -> str:
-    """The split (by name, of the task or of its scores) whose MCC chooses the best epoch: in-domain where there is one."""
+    """Returns the name of the split whose MCC chooses the best epoch: in-domain where there is one."""
     return "in_domain" if "in_domain" in splits else next(iter(splits))
 
 
 def training_summary(progress: Progress, batches: list[Batch]) -> dict:
+    """Returns the entry `train` of summary.json: sums over the epochs, padding and peak memory."""
     seconds, tokens = (sum(line[key] for line in progress.history) for key in ("seconds", "tokens"))
     return {"epochs": len(progress.history), "steps": progress.step, "seconds": seconds, "tokens": tokens,
             "tokens_per_second": tokens / seconds if seconds else 0.0,
@@ -134,7 +135,7 @@ def training_summary(progress: Progress, batches: list[Batch]) -> dict:
 
 
 def best_and_last(best_epoch: int, history: list[dict], classes: tuple[str, ...]) -> dict:
-    """Best and last epoch, alike; the best one by class too."""
+    """Returns the scores of the best and the last epoch, and of the best one also by class."""
     best, last = next(line for line in history if line["epoch"] == best_epoch), history[-1]
     by_class = {split: {"confusion": matrix, "per_class": per_class(matrix, classes)}
                 for split, matrix in best["confusion"].items()}
@@ -145,7 +146,7 @@ def best_and_last(best_epoch: int, history: list[dict], classes: tuple[str, ...]
 # ---------------------------------------------------------------- the loop
 
 def learning_rate_factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Share of the peak rate at optimiser step `step` (from 0) of `total`: linear warm-up, then decay to 0."""
+    """Returns the share of the peak rate at optimiser step `step` (from 0) of `total`: linear warm-up, then decay to 0."""
     rising = math.ceil(warmup * total)
     if step < rising:
         return (step + 1) / rising
@@ -154,12 +155,12 @@ def learning_rate_factor(step: int, total: int, warmup: float, schedule: str) ->
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
+    """Returns the parameters that train, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW; no decay on vectors (biases, norms), and a rate of its own for the head if asked."""
+    """Makes AdamW, without decay on vectors (biases, norms), and with a rate of its own for the head if given."""
     head = (*(f"net.{name}." for name in model.head_names()), "feature_head.") if hasattr(model, "head_names") else ()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trainable(model).items():
@@ -200,14 +201,15 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
 
 
 class Trainer:
-    """One training: the model, its data and optimiser, and where it is.
+    """One training: the model, its data, its optimiser and its progress.
 
-    On a GPU a step waits for nothing: losses, hits and gradient norms are summed on the device, and read (which waits for
-    the device) every `read_every` steps and before every checkpoint, so that no checkpoint holds what is not finite. On
-    a CPU, where reading costs nothing, they are read in every step.
+    On a GPU a step waits for nothing: losses, correct predictions and gradient norms are summed on the device. The sums are
+    read (which waits for the device) every `read_every` steps and before every checkpoint, so that no checkpoint holds
+    a value that is not finite. On a CPU, where reading costs nothing, they are read in every step.
 
-    Several processes compute a part of each batch's rows each (`data_utils.split_large`) and add up their gradients: a
-    step is the same step however many there are. Process r draws its dropout from the seed plus SEEDS times r.
+    Each of several processes computes a part of each batch's rows (`data_utils.split_large`), and their gradients are added
+    up: a step is the same step, whatever the number of processes. Process r draws its dropout from the seed plus SEEDS
+    times r.
     """
 
     SEEDS = 100_000  # runs have seeds of five digits
@@ -228,7 +230,7 @@ class Trainer:
         # MPS has no float64; its sums of an epoch are right to about six digits.
         kind = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(self.SUMS), dtype=kind, device=self.device)  # of this process
-        self.graded: list[nn.Parameter] | None = None  # those that a backward pass reaches, in some process
+        self.graded: list[nn.Parameter] | None = None  # the parameters that get a gradient, in any of the processes
         self.confusion: Tensor | None = None  # (classes, classes) of the running epoch: [label][prediction]
         self.total_steps = options.epochs * math.ceil(len(batches) / options.accumulate)
         self.saved_at = time.perf_counter()
@@ -264,7 +266,7 @@ class Trainer:
                     validation, matrices = self.validate()
             except anomaly.NotFinite as found:
                 raise self.diverged(str(found)) from None
-            except Interrupted:  # between two steps, or in the validation, which changes nothing of the state
+            except Interrupted:  # between two steps, or in the validation, which changes no state
                 if processes.count() == 1:
                     self.save()
                 raise
@@ -276,7 +278,7 @@ class Trainer:
         return self.progress
 
     def train_epoch(self) -> None:
-        """Runs (the rest of) one epoch."""
+        """Runs one epoch, or the rest of the epoch after a resume."""
         options, progress = self.options, self.progress
         self.model.train()
         order = epoch_order(len(self.batches), options.seed, progress.epoch)
@@ -304,7 +306,7 @@ class Trainer:
                     raise Interrupted(signal)
         self.read_sums()
         self.read_confusion()
-        progress.sums["seconds"] = before + time.perf_counter() - start  # now that a GPU has done what it was given
+        progress.sums["seconds"] = before + time.perf_counter() - start  # again, after the GPU has finished
 
     def step(self, group: list[Batch]) -> None:
         """Takes one optimiser step over the batches of a group.
@@ -341,9 +343,9 @@ class Trainer:
         progress.step += 1
 
     def add_gradients(self) -> None:
-        """Adds up the gradients of all processes; each weighted its own by its share of the step's rows."""
+        """Adds up the gradients of all processes; each gradient is weighted already by its process's share of the rows."""
         parameters = list(self.parameters.values())
-        if self.graded is None:  # a process without a row in this step cannot know
+        if self.graded is None:  # a process without a row in this step has no gradient to tell by
             there = processes.add(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)).tolist()
             self.graded = [p for p, found in zip(parameters, there, strict=True) if found]
         flat = processes.add(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.graded]))
@@ -392,7 +394,7 @@ class Trainer:
         if processes.count() == 1:
             return validate(self.model, self.dev)
         with deferred():
-            self.save()  # before, for a launcher that asked its processes to stop does not wait long
+            self.save()  # first, because a launcher that stops its processes does not wait long
             result = validate(self.model, self.dev)
             (signal,) = processes.largest(self.stop() or 0)
         if signal:
@@ -400,13 +402,13 @@ class Trainer:
         return result
 
     def finish_epoch(self, validation: dict[str, dict], matrices: dict[str, list]) -> None:
-        """Adds the epoch's line to the history, keeps its weights if they are the best so far, and saves."""
+        """Adds the epoch's line to the history, copies its weights if they are the best so far, and saves."""
         progress, options = self.progress, self.options
         peak = self.optimizer.param_groups[0]["peak"]
         progress.history.append({
             "epoch": progress.epoch, "train": scores_of_sums(progress.sums, progress.confusion), "validation": validation,
             "confusion": matrices,
-            # By formula: a run resumed after the epoch's last step has set no rate of its own.
+            # By the formula: a run that is resumed after the epoch's last step has not set the optimiser's rate.
             "learning_rate": peak * self.learning_rate(progress.step - 1), "seconds": progress.sums["seconds"],
             "tokens": int(progress.sums["tokens"])})
         chosen = validation[self.select]
@@ -423,13 +425,13 @@ class Trainer:
         self.on_epoch(progress.history)
 
     def save_is_due(self) -> bool:
-        """Whether a checkpoint inside the epoch is due, by steps or by minutes."""
+        """Returns whether a checkpoint inside the epoch is due, by steps or by minutes."""
         if self.options.save_steps:
             return self.progress.step % self.options.save_steps == 0
         return time.perf_counter() - self.saved_at > 60 * self.options.save_every
 
     def save(self) -> None:
-        """Writes the checkpoint, if there is a folder for it; what is not finite is never saved."""
+        """Writes the checkpoint, if there is a folder for it; never one with values that are not finite."""
         if self.path is None:
             return
         if self.progress.sums:
@@ -449,9 +451,9 @@ class Trainer:
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
                     best: dict[str, Tensor]) -> None:
-    """Writes the whole state of a training into one file, atomically; the one before stands until then.
+    """Writes the whole state of a training into one file, atomically: until then the previous file stays.
 
-    All processes come here, with the same state but for their random numbers; the first writes.
+    All processes call this function, with the same state but for their random numbers; the first one writes.
     """
     tensors = {name: processes.gather(source.get_rng_state()) for name, source in machine.random_sources().items()}
     if not processes.first():
@@ -482,13 +484,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"model.{name}"])
-            # Names are optimizer.<key>.<parameter>: whatever keys the optimiser has, the checkpoint brings them back.
+            # Names are optimizer.<key>.<parameter>, so that any optimiser's keys are restored.
             optimizer.state[p] = {key.split(".")[1]: value.to(p.device) for key, value in tensors.items()
                                   if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
     for name, source in machine.random_sources().items():
         states = torch.atleast_2d(tensors[name]) if name in tensors else []  # by process
         if processes.rank() < len(states):
-            source.set_rng_state(states[processes.rank()].clone())  # it reads from the beginning of a tensor's memory
+            source.set_rng_state(states[processes.rank()].clone())  # cloned, because it reads from the start of the storage
     return Progress(**json.loads(text)), {
         name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
 

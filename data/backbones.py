@@ -39,19 +39,19 @@ HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "minilm": "senten
 
 
 def hub_name(name: str) -> str | None:
-    """What `--model` is called on the Hugging Face Hub; None for the built-in model, a folder or a GGUF file."""
+    """Returns the name of `--model` on the Hugging Face Hub; None for the built-in model, a folder or a GGUF file."""
     if name in HUB_NAMES:
         return HUB_NAMES[name]
     return None if name == "tiny" or Path(name).exists() else name
 
 
 def public_name(name: str) -> str:
-    """What others give to `from_pretrained` to load `--model`: its name on the Hub, or the path of its folder."""
+    """Returns what `from_pretrained` takes to load `--model`: its name on the Hub, or the path of its folder."""
     return hub_name(name) or _locate(name)[0]
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
-    """`--model` as a path or Hub name, and the keyword arguments that `from_pretrained` needs for it."""
+    """Returns `--model` as a path or Hub name, and the keyword arguments that `from_pretrained` needs for it."""
     if name == "tiny":
         from data import tiny
 
@@ -110,14 +110,14 @@ def from_pretrained(auto_class, name: str, **kwargs):
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of `--model`, padding on the right."""
+    """Loads the tokenizer of `--model`, which pads on the right."""
     tokenizer = from_pretrained(AutoTokenizer, name)
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def load_config(name: str):
-    """The configuration of `--model`, with GPT-2's activation in its fused form (the same function)."""
+    """Loads the configuration of `--model`, with PyTorch's faster form of GPT-2's activation (the same function)."""
     config = from_pretrained(AutoConfig, name)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"
@@ -125,7 +125,7 @@ def load_config(name: str):
 
 
 def load_causal_lm(name: str, config=None) -> PreTrainedModel:
-    """The causal language model of `--model`, float32, in evaluation mode.
+    """Loads the causal language model of `--model`, float32, in evaluation mode.
 
     Raises:
         UserError: it cannot be had or is not a causal language model; says how to get it.
@@ -166,7 +166,7 @@ def load_sequence_classifier(name: str, config) -> PreTrainedModel:
 
 
 def max_length_of(model: nn.Module) -> int:
-    """Tokens that fit the model's context; 512 where nothing bounds it (relative positions: XLNet, T5)."""
+    """Returns how many tokens fit the model's context; 512 where nothing bounds it (relative positions: XLNet, T5)."""
     config = model.config.get_text_config()
     given = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     limit = next((int(n) for n in given if n is not None and int(n) > 0), 512)
@@ -178,7 +178,7 @@ def max_length_of(model: nn.Module) -> int:
 
 
 def classifier_on_meta(config) -> PreTrainedModel:
-    """The sequence classifier of a configuration, without weights.
+    """Builds the sequence classifier of a configuration, without weights.
 
     Raises:
         UserError: transformers has none for that architecture, or cannot build it here.
@@ -195,12 +195,12 @@ def classifier_on_meta(config) -> PreTrainedModel:
 
 
 def is_decoder(config) -> bool:
-    """Whether the architecture's own head reads the last token (GPT-2, Llama ...), and not what an encoder pools."""
+    """Returns whether the architecture's own head reads the last token, as GPT-2's and Llama's do."""
     return isinstance(getattr(classifier_on_meta(config), "score", None), nn.Linear)
 
 
 def blocks_of(backbone: nn.Module) -> dict[str, nn.Module]:
-    """The backbone's transformer blocks by their dotted names, in the order in which they are computed.
+    """Returns the backbone's transformer blocks by their dotted names, in the order of computation.
 
     They stand in the outermost lists of modules that hold weight matrices: one list, or an encoder's and a decoder's. Where
     two lists stand side by side (XLM: attention, feed-forward) they take turns. Lists that text does not pass through (a
@@ -230,12 +230,12 @@ def blocks_of(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 def _holds_matrices(module: nn.Module) -> bool:
-    """Whether it holds a weight matrix that is no embedding."""
+    """Returns whether a module holds a weight matrix that is no embedding."""
     return any(p.ndim > 1 for m in module.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
 
 
 def _elements(name: str, modules: nn.ModuleList) -> dict[str, nn.Module]:
-    """The elements of a list by name; of a list of lists (Funnel) those of the inner ones."""
+    """Returns the elements of a list by name; of a list of lists (Funnel), the elements of the inner lists."""
     found = {}
     for i, module in enumerate(modules):
         found.update(_elements(f"{name}.{i}", module) if isinstance(module, nn.ModuleList) else {f"{name}.{i}": module})
@@ -284,7 +284,7 @@ def draw_missing(net: PreTrainedModel, missing: Iterable[str]) -> list[str]:
 
 
 def fresh_modules(net: PreTrainedModel) -> list[str]:
-    """Parts of the backbone that its files lack and that belong to the task head, by full name (`draw_missing`)."""
+    """Returns the full names of the backbone's parts that its files lack and that belong to the head (`draw_missing`)."""
     return [f"{net.base_model_prefix}.{name}" for name, module in net.base_model.named_children()
             if getattr(module, "fresh", False)]
 

@@ -85,7 +85,7 @@ def open_rows(path: Path | str, kind: str | None = None, cola: bool = False) -> 
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, str, str | None]]:
-    """Number, text and error of each line; bytes that are not UTF-8 stand as lone surrogates."""
+    """Yields number, text and error of each line; bytes that are not UTF-8 stand as lone surrogates."""
     number = 0
     while line := file.readline(LONGEST):
         number, error = number + 1, None
@@ -128,7 +128,7 @@ def _json_line(line: tuple[int, str, str | None]) -> Row:
 
 def _separated(path: Path, lines: Iterator[tuple[int, str, str | None]], kind: str, headless: bool
                ) -> tuple[list[str], Iterator[Row]]:
-    """The header of a CSV or TSV, and its rows."""
+    """Returns the header of a CSV or TSV, and an iterator over its rows."""
     errors: dict[int, str] = {}  # of lines that belong to the record that is read
 
     def texts() -> Iterator[str]:

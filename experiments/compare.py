@@ -105,7 +105,7 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
 
 
 def check(entry: Entry):
-    """The entry's task; what is wrong with one of its options is told with its name."""
+    """Returns the entry's task; an error in one of its options names the entry."""
     try:
         return finetune.check(entry.options)
     except UserError as error:
@@ -116,7 +116,7 @@ def check(entry: Entry):
 
 @contextmanager
 def study_folder(out: Path, config: dict, overwrite: bool):
-    """The comparison's folder, held by this process alone; its config.json is what it began with.
+    """Opens the comparison's folder for this process alone; its config.json states the options it began with.
 
     Raises:
         UserError: other options or data than it began with, another process at work there.
@@ -155,7 +155,7 @@ def _said(value) -> str:
 # ---------------------------------------------------------------- one run
 
 def finished_run(words: list[str], folder: Path, threads: int | None) -> dict | None:
-    """The summary of a run, which is started or resumed if it is not finished; None if it diverged.
+    """Returns the summary of a run, which is started or resumed if it is not finished; None if it diverged.
 
     Args:
         words: of its command line, but for its folder: mode, SR, options.
@@ -204,55 +204,55 @@ def run_child(words: list[str], log: Path, threads: int | None = None) -> int:
 
 
 def _threads(threads: int | None) -> dict[str, str]:
-    """Environment variables that give a child so many threads, more than there are cores too (MKL_DYNAMIC)."""
+    """Returns environment variables that give a child so many threads, even more than cores (MKL_DYNAMIC)."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"} if threads else {}
 
 
 def _end_with_parent() -> None:
-    """Linux: lets the kernel send SIGTERM to the child, which then saves its state, when this process is killed."""
+    """Lets the kernel (of Linux) send SIGTERM to the child, which then saves its state, when this process is killed."""
     if PRCTL:
         PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of sys/prctl.h
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of the weights that a finished run saved."""
+    """Returns the bytes of the weights that a finished run saved."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- many runs
 
 def score(summary: dict) -> tuple[float, float]:
-    """What chooses a learning rate: as an epoch is chosen, MCC on the selection split, then the lowest loss."""
+    """Returns (MCC, -loss) on the selection split, by which a learning rate is chosen, as an epoch is."""
     values = summary["validation"][train_utils.selection_split(summary["validation"])]
     return values["mcc"], -values["loss"]
 
 
 def choose_rate(tried: list[dict]) -> dict | None:
-    """The run with the best score; None if every one diverged."""
+    """Returns the run with the best score; None if every run diverged."""
     return max((run for run in tried if run["summary"]), key=lambda run: score(run["summary"]), default=None)
 
 
 def selection(runs: list[dict]) -> dict | None:
-    """By what learning rate and epoch were chosen."""
+    """Describes how learning rate and epoch were chosen."""
     done = next((run["summary"] for run in runs if run["summary"]), None)
     return done and {"split": train_utils.selection_split(done["validation"]), "splits": list(done["validation"]),
                      "score": "mcc", "learning_rate": "first seed", "epoch": "every seed"}
 
 
-def aggregate(entry: Entry, tried: list[dict], kept: list[dict], folder: Path) -> dict:
-    """One row: means over the seeds at the chosen learning rate.
+def aggregate(entry: Entry, tried: list[dict], chosen: list[dict], folder: Path) -> dict:
+    """Computes one row of the table: means over the seeds at the chosen learning rate.
 
     Args:
         tried: the first seed's run at every learning rate.
-        kept: the runs at the chosen one that did not diverge; none if every learning rate diverged.
+        chosen: the runs at the chosen one that did not diverge; none if every learning rate diverged.
     """
     row = {"entry": entry.name, "method": entry.options.method, "model": entry.options.model, "words": entry.words,
            "tried": [{"learning_rate": run["learning_rate"],
                       "mcc": score(run["summary"])[0] if run["summary"] else None} for run in tried],
-           "learning_rate": kept[0]["learning_rate"] if kept else None, "seeds": [run["seed"] for run in kept]}
-    if not kept:
+           "learning_rate": chosen[0]["learning_rate"] if chosen else None, "seeds": [run["seed"] for run in chosen]}
+    if not chosen:
         return row
-    summaries = [run["summary"] for run in kept]
+    summaries = [run["summary"] for run in chosen]
     counts = summaries[0]["parameters"]
     row["parameters"] = {**counts, "trainable_percent": 100 * counts["trainable"] / counts["total"]}
     row |= over_seeds(summaries)
@@ -265,7 +265,7 @@ def aggregate(entry: Entry, tried: list[dict], kept: list[dict], folder: Path) -
 
 
 def differences(rows: list[dict], against: str | None) -> list[dict]:
-    """Every entry minus the entry `against`, paired by seed; nothing without one."""
+    """Computes every entry minus the entry `against`, paired by seed; nothing if `against` is not given."""
     other = next((row for row in rows if row["entry"] == against and row["seeds"]), None)
     return [{"entry": row["entry"], "minus": against, **paired_differences(row, other)}
             for row in rows if other and row is not other and row["seeds"]]

@@ -322,7 +322,7 @@ def pair_groups(pairs: list[Pair], key: str, higher: dict[str, np.ndarray], publ
 
 
 def _share(values: np.ndarray) -> dict:
-    """The share of True, with its 95 % interval (Wilson 1927)."""
+    """Computes the share of True, with its 95 % interval (Wilson 1927)."""
     interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(0.95, method="wilson")
     return {"accuracy": float(values.mean()), "interval": [float(interval.low), float(interval.high)]}
 

@@ -43,7 +43,7 @@ def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) ->
 
 
 def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) -> Tensor:
-    """The teacher's logits (N, labels) on the training split: computed once and kept in a file.
+    """Returns the teacher's logits (N, labels) on the training split: computed once and cached in a file.
 
     The file is keyed on the teacher's weights and on the token ids, so that a changed teacher, data
     set or tokenizer is never answered from it.
@@ -53,9 +53,9 @@ def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) ->
     """
     key = tensors.weights_digest(teacher) + tensors.batches_digest(batches)
     if processes.of_first(path.exists()):
-        kept, its_key = tensors.load_checked(path)
+        cached, its_key = tensors.load_checked(path)
         if its_key == key:
-            return kept["logits"]
+            return cached["logits"]
     logits = train_utils.compute_logits(teacher, batches)
     tensors.save_checked(path, {"logits": logits}, key)
     return logits
@@ -116,7 +116,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
 
     Raises:
         UserError: bad input, a teacher that is not a finished LoRA run.
-        train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
+        train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
     use_recorded_machine(options)
     options = resolve_precision(options)
@@ -176,7 +176,7 @@ def _texts_only(batches: list[Batch]) -> list[Batch]:
 
 
 def comparison_table(summary: dict) -> str:
-    """Teacher, student and control side by side, for the terminal."""
+    """Formats teacher, student and no-KD baseline side by side, for the terminal."""
     names = {"teacher": "teacher", "student": "student with KD", "scratch": "student without"}
     splits = list(summary["teacher"]["validation"])
     head = "".join(f"{split + ' acc':>20}{'MCC':>8}" for split in splits)

@@ -27,7 +27,7 @@ from record.options import RNNConfig, TableOptions, rebuild
 
 
 def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
-    """The classifier of a LoRA run, its tokenizer and its options.
+    """Loads the classifier of a LoRA run, its tokenizer and its options.
 
     Raises:
         UserError: not a finished LoRA run, or damaged.
@@ -61,7 +61,7 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
 
 
 def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object, dict]:
-    """The student of a distillation run (or its control, `scratch`), its tokenizer and the run's options.
+    """Loads the student of a distillation run (or the no-KD baseline, `scratch`), its tokenizer and the run's options.
 
     Raises:
         UserError: not a finished distillation run, or damaged.

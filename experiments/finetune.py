@@ -37,7 +37,7 @@ SANITY_PROMPT, SANITY_TOKENS = "The", 12
 
 
 def parameter_table(counts: dict) -> str:
-    """Total, trainable and frozen parameters and the reduction, for the terminal."""
+    """Formats total, trainable and frozen parameters and the reduction, for the terminal."""
     rows = [("total", f"{counts['total']:,}"), ("trainable", f"{counts['trainable']:,}"),
             ("frozen", f"{counts['total'] - counts['trainable']:,}"), ("reduction", f"{counts['reduction_percent']:.2f} %")]
     return "\n".join(f"  {name:<10} {value:>16}" for name, value in rows)
@@ -46,7 +46,7 @@ def parameter_table(counts: dict) -> str:
 # ---------------------------------------------------------------- a fresh adapter changes nothing
 
 def greedy(lm, tokenizer, prompt: str, tokens: int) -> Tensor:
-    """Token ids (1, T) of a greedy continuation, prompt included."""
+    """Generates greedily: returns token ids (1, T), prompt included."""
     ids, end = tokenizer(prompt, return_tensors="pt").input_ids.to(lm.device), lm.generation_config.eos_token_id
     with torch.inference_mode():
         return lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
@@ -55,7 +55,7 @@ def greedy(lm, tokenizer, prompt: str, tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def is_greedy(lm, ids: Tensor, prompt: int) -> bool:
-    """Whether each token of (1, T) after the first `prompt` ones is the model's likeliest: one pass, not one a token."""
+    """Returns whether each token of (1, T) after the first `prompt` tokens is the likeliest, by one forward pass."""
     logits = lm(input_ids=ids, use_cache=False).logits  # (1, T, vocabulary)
     return torch.equal(logits[:, prompt - 1:-1].argmax(-1), ids[:, prompt:])
 
@@ -164,7 +164,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
 
     Raises:
         UserError: bad input, before anything is written.
-        train_utils.Diverged, signals.Interrupted: the last good checkpoint is kept.
+        train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
     use_recorded_machine(options)
     options = resolve_precision(options)

@@ -20,7 +20,7 @@ from record.machine import device
 
 
 def base_model(adapter: Path) -> str:
-    """The base model of a saved adapter, as `--model` names it; a run's files are checked first.
+    """Returns the base model of a saved adapter, as `--model` names it, after checking the run's files.
 
     A run recorded what it was started with; `adapter_config.json` has the base's name for others.
     """

@@ -26,7 +26,7 @@ DEFAULT_MODEL, DEFAULT_TASK = "gpt2", "cola"
 
 def choose(model: str | None, task: str | None, data: str | None, notice: Callable[[str], None],
            need_task: bool = True) -> tuple[str, str, str | None]:
-    """Fills in the defaults: GPT-2 on CoLA, or the embedded pair where the Hub cannot be reached.
+    """Fills in the defaults: GPT-2 on CoLA, or the built-in model and task where the Hub cannot be reached.
 
     Only somebody who named neither model, task nor data is served the embedded default; what was asked
     for by name is never replaced.
@@ -52,7 +52,7 @@ def choose(model: str | None, task: str | None, data: str | None, notice: Callab
 
 
 def _task_of(model: str | None, data: str | None) -> str:
-    """The task that somebody means who named none: by what lies under --data."""
+    """Chooses the task by what lies under --data, where no task was named."""
     if data is None:
         return "tiny" if model == "tiny" else DEFAULT_TASK
     if is_dataset_name(data):
@@ -100,7 +100,7 @@ def check_base(folder: Path, config: dict, model: str, net, tokenizer) -> None:
 
 
 def separator_of(tokenizer) -> str:
-    """What joins several text columns: the tokenizer's separator, or its end-of-text mark where it has none."""
+    """Returns what joins several text columns: the tokenizer's separator, or its end-of-text mark where it has none."""
     mark = tokenizer.sep_token or tokenizer.eos_token
     return f" {mark} " if mark else " "
 

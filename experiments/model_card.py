@@ -92,7 +92,7 @@ def write_repository(folder: Path, options: RunOptions, task: Task, tokenizer, m
 
 
 def model_card(options: RunOptions, task: Task, max_length: int, summary: dict) -> str:
-    """The text of README.md. The same run gives the same text: no date, no duration, no path of the machine."""
+    """Returns the text of README.md. The same run gives the same text: no date, no duration, no path of the machine."""
     best, parameters, lora, classes = summary["validation"], summary["parameters"], options.lora, list(task.classes)
     name, repository = f"{options.mode}-{options.sr}", dataset_of(options)
     hub = hub_name(options.model)
@@ -121,7 +121,7 @@ def model_card(options: RunOptions, task: Task, max_length: int, summary: dict) 
 
 
 def dataset_of(options: RunOptions) -> str | None:
-    """The Hub's name of the data set that a run reads; None where it reads files of its own."""
+    """Returns the Hub's name of the data set that a run reads; None where it reads files of its own."""
     if options.data is None:
         return GLUE_REPOSITORY if options.task == "cola" else HUB_TABLES.get(options.task, (None,))[0]
     return options.data if is_dataset_name(options.data) else None
@@ -138,7 +138,7 @@ def _base(model: str, hub: str | None) -> str:
 
 
 def _limits(options: RunOptions, task: Task, max_length: int) -> list[str]:
-    """What a user has to know before trusting it."""
+    """Returns what a user has to know before trusting the model."""
     limits = ["Scores are those of one seed; another seed moves them, by several points of MCC on small splits.",
               "Probabilities are not calibrated, and every text gets one of the classes, in whatever language it is.",
               f"Texts longer than {max_length} tokens were cut ({options.table.truncate} cut)."]

@@ -24,7 +24,7 @@ LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5
 METHODS = ("lora", "full", "head", "features", "none")
 
 def complain(message) -> None:
-    """One line on stderr, whatever the message quotes; of several processes the first that ends tells why."""
+    """Prints one line on stderr, whatever the message quotes; of several processes only the first that fails does so."""
     if processes.says("the end"):
         print("run.py:", str(message).replace("\n", " "), file=sys.stderr, flush=True)
 
@@ -56,14 +56,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def closest(word: str, known) -> str:
-    """The end of an error: the known word that was probably meant, or all of them."""
+    """Returns the end of an error message: the known word that was probably meant, or all known words."""
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.4)
     return f"; did you mean {by_lower[close[0]]}?" if close else f"; expected one of {', '.join(known)}"
 
 
 def _number(kind, low, high, what: str):
-    """An argparse type: a number within bounds."""
+    """Returns an argparse type: a number within bounds."""
     def parse(text: str):
         try:
             value = kind(text)
@@ -88,7 +88,7 @@ def _save_every(text: str) -> str:
 
 
 def saving(text: str) -> dict:
-    """`--save-every` as TrainOptions has it."""
+    """Returns `--save-every` as the fields of TrainOptions."""
     what = "minutes, such as 10 or 10min, or steps, such as 50steps"
     if text.endswith("steps"):
         return {"save_every": TrainOptions.save_every,
@@ -97,7 +97,7 @@ def saving(text: str) -> dict:
 
 
 def _one_of(words):
-    """An argparse type: one of these words."""
+    """Returns an argparse type: one of these words."""
     def parse(text: str) -> str:
         if text not in words:
             raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(words)}")
@@ -106,7 +106,7 @@ def _one_of(words):
 
 
 def _list(kind):
-    """An argparse type: values with commas between them, each once."""
+    """Returns an argparse type: values with commas between them, each once."""
     def parse(text: str) -> list:
         values = [kind(part.strip()) for part in text.split(",")]
         if len(set(values)) < len(values):
@@ -127,7 +127,7 @@ GENERAL, MODEL, ADAPTER, DATA, TRAINING, FOLDER = "most used", "model", "adapter
 
 
 def _most_used(parser: Parser, mode: str) -> None:
-    """The options that people change first stand first."""
+    """Adds the options that people change most; help lists them first."""
     if mode == "LoRA":
         parser.add(GENERAL, "--model", help="gpt2 (the default), gpt2-medium, distilgpt2 ..., any Hugging Face name, a "
                                             "local folder or GGUF file, smollm2, minilm, or tiny")
@@ -142,7 +142,7 @@ def _most_used(parser: Parser, mode: str) -> None:
 
 
 def add_finetune_options(parser: Parser, method: bool = True) -> None:
-    """What a fine-tuning has; `compare` (whose entries have a method each) and `sweep` take the same."""
+    """Adds the options of a fine-tuning; `compare` (whose entries have a method each) and `sweep` take the same."""
     _most_used(parser, "LoRA")
     if method:
         parser.add(MODEL, "--method", choices=METHODS, default=RunOptions.method,
@@ -183,7 +183,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _table_options(parser: Parser) -> None:
-    """What the columns of a table mean."""
+    """Adds the options that say what the columns of a table mean."""
     parser.add(DATA, "--text-column", type=_names, default=TableOptions.text_column, metavar="A,B",
                help="joined by the tokenizer's separator; text, sentence or review if not given")
     parser.add(DATA, "--template", metavar="TEXT", help='instead: column names in braces, "Q: {question} A: {guess}"')
@@ -232,7 +232,7 @@ def _seeds_option(parser: Parser, group: str, default: int | None, more: str) ->
 
 
 def default(table: dict, task: str):
-    """The task's entry of a table of defaults, or that of all others."""
+    """Returns the task's entry of a table of defaults, or the entry for all other tasks."""
     return table.get(task, table[""])
 
 
@@ -272,7 +272,7 @@ def _distil(parser: Parser) -> None:
 
 
 def add_distil_options(parser: Parser) -> None:
-    """What a distillation has."""
+    """Adds the options of a distillation."""
     parser.add(GENERAL, "--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given; with --seeds also a "
                                                      "folder that holds LoRA-SR of every seed")
     _most_used(parser, "distil")

@@ -70,12 +70,12 @@ class RunPredictor:
                             "expected a CSV, TSV, JSON Lines or Parquet file")
 
     def parse(self, table: Table) -> tuple[str, list[float]]:
-        """Text and features of a table of one row."""
+        """Returns text and features of a table of one row."""
         return (tables.texts_of(table, self.columns, self.separator)[0],
                 (tables.features_of(table, self.columns.feature_columns) or [[]])[0])
 
     def row(self, path: Path, kind: str, columns: dict) -> tuple[str, list[float]]:
-        """Text and features of a file's row.
+        """Returns text and features of a file's row.
 
         Raises:
             UserError: a column is missing, the text is empty, or a feature is no number.
@@ -93,7 +93,7 @@ class RunPredictor:
             raise UserError(str(error).removeprefix(f"{path}, row 1: ")) from None
 
     def classify(self, rows: list[tuple[str, list[float]]]) -> list[dict | UserError]:
-        """Label, probability and probabilities of each text, or its error."""
+        """Returns label, probability and probabilities of each text, or its error."""
         def logits(batch: Batch, _) -> Tensor:
             return self.model(*batch.to(device()).inputs())
 
@@ -174,7 +174,7 @@ def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
 
 
 def line_of(result: dict, as_json: bool) -> str:
-    """A result as a line: JSON, or label, probability and text between tabs."""
+    """Formats a result as a line: JSON, or label, probability and text between tabs."""
     if as_json:
         return json.dumps(result, ensure_ascii=False)
     if "error" in result:

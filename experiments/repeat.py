@@ -37,7 +37,7 @@ def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop:
 
 
 def differences(folder: Path, again: Path) -> Iterator[str]:
-    """What two runs' folders do not share: weights and what describes them byte for byte, results without times."""
+    """Lists the differences of two runs' folders: weights and their description byte for byte, results without times."""
     weights = {path.name for one in (folder, again) for pattern in ("*.safetensors", "*_config.json")
                for path in one.glob(pattern)}
     for name in sorted({*weights, *TOKENIZER_FILES}):
@@ -54,14 +54,14 @@ def differences(folder: Path, again: Path) -> Iterator[str]:
 
 
 def _content(path: Path) -> bytes | dict:
-    """What two runs' files must share: the bytes; an adapter's configuration but for where this machine has the base."""
+    """Returns what two runs' files must share: all bytes, but for the base's path in an adapter's configuration."""
     if path.name != adapters.CONFIG_FILE:
         return path.read_bytes()
     return {key: value for key, value in read_json(path).items() if key != "base_model_name_or_path"}
 
 
 def _results(path: Path) -> list:
-    """The objects of a .json or .jsonl file, without times; a run that trains nothing has no metrics."""
+    """Returns the objects of a .json or .jsonl file, without times; a run that trains nothing has no metrics."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -69,7 +69,7 @@ def _results(path: Path) -> list:
 
 
 def _first_difference(one, other, where: str = "") -> str:
-    """The first value that two JSON values do not share: "validation.loss was 0.5, now 0.6"."""
+    """Describes the first value that two JSON values do not share: "validation.loss was 0.5, now 0.6"."""
     if type(one) is type(other) and isinstance(one, dict | list):
         keys = list(dict.fromkeys([*one, *other])) if isinstance(one, dict) else range(max(len(one), len(other)))
         for key in keys:

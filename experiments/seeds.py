@@ -4,7 +4,7 @@
     python run.py distil 12345 --seeds 5
 
 Each seed is an ordinary run in an ordinary folder (runs/LoRA-12345, runs/LoRA-12346, ...), made by `run.py` in a process
-of its own; finished runs are kept. Means and intervals go to runs/LoRA-12345-seeds/.
+of its own; finished runs stay. Means and intervals go to runs/LoRA-12345-seeds/.
 """
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from serving.worker import Student, Worker
 
 
 def load_served_student(folder) -> Student:
-    """The student of a distillation.
+    """Loads the student of a distillation.
 
     Raises:
         UserError: not a distillation, or damaged.
@@ -32,7 +32,7 @@ def load_served_student(folder) -> Student:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound.
+    """Returns a socket that is bound.
 
     Raises:
         UserError: the port is in use, or the address is not this machine's.

@@ -65,7 +65,7 @@ def merge_run(folder: Path, out: Path, say: Callable[[str], None] = print) -> No
 
 def development_rows(folder: Path, options: dict, classes: list[str], tokenizer, say: Callable[[str], None]
                      ) -> tuple[Split, bool]:
-    """The run's development sentences, all splits together, and whether their labels are real.
+    """Returns the run's development sentences, all splits together, and whether their labels are real.
 
     Where the run's data are gone, sentences of the built-in grammar stand in, and that is said.
     """

@@ -107,7 +107,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
 
 
 def check(options: SweepOptions):
-    """The task, after a look at every combination of what may not fit the model."""
+    """Returns the task, after checking that the ends of every searched range fit the model."""
     ends = {name: [s.low, s.high] if isinstance(s, Range) else s for name, s in options.search.items()}
     first = {name: values[0] for name, values in ends.items()}
     for values in itertools.product(*(ends[name] for name in STRUCTURE if name in ends)):
@@ -120,7 +120,7 @@ def check(options: SweepOptions):
 
 @contextmanager
 def _storage_errors(options: SweepOptions):
-    """A database that cannot be used is the user's error; the URL is told without its password."""
+    """Turns the errors of a database that cannot be used into a UserError, whose URL has no password."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
@@ -130,7 +130,7 @@ def _storage_errors(options: SweepOptions):
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
-    """The database; where another process makes its tables this very moment, the next attempt finds them."""
+    """Opens the database; where another process creates its tables at this moment, tries again."""
     for attempt in range(5):
         try:
             return optuna.storages.RDBStorage(
@@ -145,7 +145,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
 
 
 def open_study(options: SweepOptions, record: dict) -> optuna.Study:
-    """The study, made with all its trials waiting, or found and checked for the same options."""
+    """Opens the study: a new one with all its trials waiting, or an existing one with the same options."""
     if options.storage is None:
         make_folder(options.out)
     url = options.storage or f"sqlite:///{options.out / 'study.db'}"
@@ -216,7 +216,7 @@ def trial_folder(out: Path, number: int) -> Path:
 
 
 def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
-    """The highest score; of equals, the one that trains fewest parameters."""
+    """Returns the trial with the highest score; of equals, the one that trains fewest parameters."""
     return max(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), default=None, key=lambda trial: (
         trial.value, -trial.user_attrs["parameters"]["trainable"], -trial.number))
 
@@ -224,9 +224,9 @@ def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
 def keep_best(study: optuna.Study, out: Path) -> None:
     """Removes weights and tokenizer of every finished trial here but the best of all."""
     best = best_trial(study)
-    kept = best and best.user_attrs.get("same_as", best.number)
+    chosen = best and best.user_attrs.get("same_as", best.number)
     for trial in _done(study):
-        if trial.number != kept:
+        if trial.number != chosen:
             folder = trial_folder(out, trial.number)
             for file in (*folder.glob("*.safetensors"), folder / "tokenizer.json"):
                 file.unlink(missing_ok=True)
@@ -272,7 +272,7 @@ class Trial:
             raise
 
     def suggest(self, trial: optuna.Trial) -> dict:
-        """The trial's value of every searched option.
+        """Returns the trial's value of every searched option.
 
         The sampler is seeded with SR and the trial's number: two processes, or one that was started again, must not
         draw the same values once more.
@@ -291,7 +291,7 @@ class Trial:
         return values
 
     def run(self, trial: optuna.Trial, run: RunOptions) -> float:
-        """Fine-tunes; the score."""
+        """Fine-tunes and returns the score."""
         def on_epoch(history: list[dict], counts: dict) -> None:
             epoch = history[-1]["epoch"]
             trial.set_user_attr("parameters", counts)
@@ -313,7 +313,7 @@ class Trial:
 # ---------------------------------------------------------------- all trials
 
 def results(study: optuna.Study, options: SweepOptions) -> dict:
-    """Every trial, the importance of each option, and the mean score of each choice."""
+    """Collects every trial, the importance of each option, and the mean score of each choice."""
     trials = []
     for trial in study.trials:
         attributes = trial.user_attrs
@@ -338,7 +338,7 @@ def results(study: optuna.Study, options: SweepOptions) -> dict:
 
 
 def importance(study: optuna.Study, options: SweepOptions) -> dict[str, float] | None:
-    """Share of the scores' variance that each option explains (fANOVA, Hutter et al. 2014); None where it says nothing."""
+    """Computes the share of the scores' variance that each option explains (fANOVA, Hutter et al. 2014), or None."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(options.search) < 2 or len(complete) < 4 or len({trial.value for trial in complete}) < 2:
         return None

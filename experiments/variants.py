@@ -59,7 +59,7 @@ class Variant(Parser):
         raise UserError(f"{self.where}: {message}")
 
     def words(self, args, changes: dict[str, str]) -> list[str]:
-        """What of `args` is no default, with `changes` (option -> value as written), as words of a command line."""
+        """Returns what in `args` is no default, with `changes` (option -> value as written), as words of a command line."""
         words = []
         for action in self.options.values():
             value = getattr(args, action.dest, action.default)
@@ -84,14 +84,14 @@ class Variant(Parser):
         return words
 
     def option(self, name: str):
-        """The option `name`, dashes or underscores in it alike."""
+        """Returns the option `name`, dashes or underscores in it alike."""
         if name not in self.options:
             self.error(f"unknown option {name}{closest(name, self.options)}")
         return self.options[name]
 
 
 def _entry(args, name: str, changes: dict[str, str], where: str) -> Entry:
-    """An entry of a comparison: the common options with its own changes."""
+    """Parses an entry of a comparison: the common options with its own changes."""
     parser = Variant(where)
     for option in changes:
         if option in (*COMMON, "lr", "epochs", "batch_size", "batch_tokens", "accumulate", "patience"):

@@ -206,16 +206,16 @@ class FrozenPrefix:
             Bytes of the budget that are used now.
         """
         pinned = next(self.backbone.parameters()).is_cuda
-        pieces = [piece for whole in batches for piece in whole.micro_batches()]
+        parts = [part for whole in batches for part in whole.micro_batches()]
         if not self.checked:
             try:
-                self._check(pieces)
+                self._check(parts)
             except NotCacheable as error:
                 self.why_not = f"a {self.backbone.config.model_type} model's frozen blocks cannot be cached: {error}"
             self.checked = True
         if self.why_not:
             return used
-        for batch in pieces:
+        for batch in parts:
             # A copy outside inference mode, for autograd will save it.
             hidden = self.compute(batch).cpu()
             size = hidden.numel() * hidden.element_size()

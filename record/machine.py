@@ -126,7 +126,7 @@ def use_threads(threads) -> None:
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether this PyTorch can be asked for oneDNN's product."""
+    """Returns whether this build of PyTorch has oneDNN's linear operators."""
     import torch
 
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
-    """n, mean cross-entropy (nats), accuracy, MCC, macro-F1, and the accuracy of always saying the commonest label.
+    """Computes n, mean cross-entropy (nats), accuracy, MCC, macro-F1, and the accuracy of always saying the commonest label.
 
     Macro-F1 is over all classes that the logits know; one that is neither there nor predicted counts 0.
     """
@@ -23,14 +23,14 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
 
 
 def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
-    """The confusion matrix [label][prediction]."""
+    """Counts the confusion matrix [label][prediction]."""
     from sklearn.metrics import confusion_matrix
 
     return confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
 
 
 def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict[str, int | float]]:
-    """Precision, recall and F1 of each class by name, and n, its rows, from a confusion matrix; a share of nothing is 0."""
+    """Computes precision, recall, F1 and n (rows) of each class from a confusion matrix; a share of no rows is 0."""
     counts, result = np.array(matrix), {}
     for i, name in enumerate(names):
         hits, said, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
@@ -41,7 +41,7 @@ def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict
 
 
 def scores_of_sums(sums: dict[str, float], matrix: list[list[int]]) -> dict[str, float]:
-    """Loss, cross-entropy, accuracy and MCC of an epoch's training rows, from sums over them and the confusion matrix."""
+    """Computes loss, cross-entropy, accuracy and MCC of an epoch's training rows from their sums and confusion matrix."""
     from sklearn.metrics import matthews_corrcoef
 
     cells = [(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count]

@@ -175,7 +175,7 @@ class AdapterBank:
                                    None if file is None else sha256(file))
 
     def _mixed(self, name: str) -> MixedLinear:
-        """The module of that name, which mixes from now on."""
+        """Returns the module of that name as a `MixedLinear`, which replaces the module if necessary."""
         module = self.net.get_submodule(name)
         if not isinstance(module, MixedLinear):
             module = MixedLinear(module, self.routing)
@@ -195,7 +195,7 @@ class AdapterBank:
         del self.entries[name]
 
     def entry(self, name: str) -> Entry:
-        """The adapter of that name.
+        """Returns the adapter of that name.
 
         Raises:
             UserError: there is none.
@@ -209,7 +209,7 @@ class AdapterBank:
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, attention_mask: Tensor, names: list[str | None]) -> list[Tensor]:
-        """Logits (classes,) of each row, by its own adapter.
+        """Computes logits (classes,) of each row, by its own adapter.
 
         Args:
             input_ids: (B, T), right-padded.
@@ -226,7 +226,7 @@ class AdapterBank:
         return results
 
     def _sorted_logits(self, input_ids: Tensor, attention_mask: Tensor, slots: Tensor) -> Tensor:
-        """Logits (B, most classes) of rows that are sorted by slot."""
+        """Computes logits (B, most classes) of rows that are sorted by slot."""
         B, T = input_ids.shape
         present, group = torch.unique_consecutive(slots, return_inverse=True)  # (G,), (B,)
 
@@ -247,7 +247,7 @@ class AdapterBank:
         return net.score(self.classifier.pool(input_ids, attention_mask, unique)).float()
 
     def classify(self, rows: list[tuple[str | None, str]]) -> list[dict | UserError]:
-        """Label, probability and probabilities of each (adapter, text), or its error; see `texts.classify`."""
+        """Returns label, probability and probabilities of each (adapter, text), or its error; see `texts.classify`."""
         results: list[dict | UserError | None] = [None] * len(rows)
         known, readings = [], []
         for row, (name, text) in enumerate(rows):
@@ -264,5 +264,5 @@ class AdapterBank:
 
 
 def _precision(options: dict) -> str:
-    """Precision of the base that a run's adapter needs: bf16x3 is a way of computing fp32."""
+    """Returns the precision of the base that a run's adapter needs: bf16x3 is a way of computing fp32."""
     return "bf16" if options["precision"] == "bf16" else "fp32"

@@ -59,7 +59,7 @@ for sentence, row in zip(sentences, probabilities):
 # ---------------------------------------------------------------- the graph
 
 def onnx_model(student: DistilRNN):
-    """The student as an ONNX model: input_ids, attention_mask (batch, length) int64 -> logits (batch, labels) float32.
+    """Builds an ONNX model: input_ids, attention_mask (batch, length) int64 -> logits (batch, labels) float32.
 
     Raises:
         UserError: the package onnx is not installed.
@@ -116,7 +116,7 @@ def _array(value: torch.Tensor) -> np.ndarray:
 
 
 def _gates(student: DistilRNN, layer: int) -> tuple[np.ndarray, ...]:
-    """A layer's W (2, gates x H, in), R (2, gates x H, H) and B (2, 2 x gates x H), gates in ONNX's order."""
+    """Returns a layer's W (2, gates x H, in), R (2, gates x H, H) and B (2, 2 x gates x H), gates in ONNX's order."""
     order = GATES[student.config.cell]
 
     def ordered(name: str) -> np.ndarray:
@@ -188,7 +188,7 @@ def write_student(student: DistilRNN, tokenizer, classes: list[str], rows: Split
 
 
 def _cost(before: np.ndarray, after: np.ndarray, labels: list[int] | None) -> str:
-    """What int8 changes, in words."""
+    """Describes what int8 changes, in words."""
     same = int((before.argmax(-1) == after.argmax(-1)).sum())
     verdicts = f"{same:,} of {len(before):,} verdicts are float32's"
     if labels is None:
@@ -199,7 +199,7 @@ def _cost(before: np.ndarray, after: np.ndarray, labels: list[int] | None) -> st
 
 
 def portable_tokenizer(tokenizer, max_length: int, truncate: str):
-    """The tokenizer as the library `tokenizers` reads it, padding and cutting as the run did."""
+    """Returns the tokenizer as the library `tokenizers` reads it; it pads and cuts as the run did."""
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -230,7 +230,7 @@ def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]]) -> 
 # ---------------------------------------------------------------- answers
 
 def session(path: Path, threads: int | None = None):
-    """An onnxruntime session on the CPU; a fixed number of threads if given."""
+    """Opens an onnxruntime session on the CPU, with a fixed number of threads if given."""
     onnxruntime = require("onnxruntime")
     options = onnxruntime.SessionOptions()
     if threads:
@@ -239,7 +239,7 @@ def session(path: Path, threads: int | None = None):
 
 
 def padded(ids: list[list[int]], batch_size: int) -> list[dict[str, np.ndarray]]:
-    """Token ids as the graph's inputs, right-padded, batch by batch in the order given."""
+    """Returns token ids as the graph's inputs, right-padded, batch by batch in the order given."""
     batches = []
     for start in range(0, len(ids), batch_size):
         rows = ids[start:start + batch_size]
@@ -251,7 +251,7 @@ def padded(ids: list[list[int]], batch_size: int) -> list[dict[str, np.ndarray]]
 
 
 def onnx_logits(session, ids: list[list[int]], batch_size: int = 32) -> np.ndarray:
-    """Logits (N, labels) of token ids through onnxruntime."""
+    """Computes logits (N, labels) of token ids by onnxruntime."""
     return np.concatenate([session.run(["logits"], inputs)[0] for inputs in padded(ids, batch_size)])
 
 

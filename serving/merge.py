@@ -23,7 +23,7 @@ TOLERANCE = {True: 1e-5, False: 1e-2}  # of logits, relative where they are larg
 
 
 def for_others(tokenizer, max_length: int, truncate: str):
-    """A copy of a tokenizer for those who load it with `transformers` alone: it pads on the right and cuts as the run did.
+    """Copies a tokenizer for users of `transformers` alone: the copy pads on the right and cuts as the run did.
 
     A checkpoint of `transformers` pools a decoder at the last token that is no pad. GPT-2, which has no pad token, gets
     its end-of-text mark; a tokenizer that ends each text with that mark gets another of its own, and one that has no
@@ -44,22 +44,22 @@ def for_others(tokenizer, max_length: int, truncate: str):
 
 
 def tokenizer_files(tokenizer) -> dict[str, bytes]:
-    """A tokenizer's files by name, without what its loading left in them: whether it came from the Hub or a folder."""
+    """Returns a tokenizer's files by name, without the entries that say where it was loaded from."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     config = json.loads(files["tokenizer_config.json"])
-    kept = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "gguf_file")}
-    return {**files, "tokenizer_config.json": json_text(kept).encode()}
+    entries = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "gguf_file")}
+    return {**files, "tokenizer_config.json": json_text(entries).encode()}
 
 
 def label_maps(classes: list[str]) -> dict[str, dict]:
-    """Class names as a `transformers` config has them."""
+    """Returns class names as a `transformers` config has them."""
     return {"id2label": dict(enumerate(classes)), "label2id": {name: label for label, name in enumerate(classes)}}
 
 
 def plain_state(classifier: TextClassifier) -> dict[str, Tensor]:
-    """The classifier's weights under the names of `transformers`, adapters merged, float32. Changes the classifier.
+    """Returns the weights under the names of `transformers`, adapters merged, float32. Changes the classifier.
 
     Raises:
         UserError: the adapter or the head holds values that are not finite.
@@ -122,7 +122,7 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, classes: list[str], 
 
 
 def config_of(config: PreTrainedConfig, classes: list[str], tokenizer) -> PreTrainedConfig:
-    """The model's configuration with class names, and the id that pads."""
+    """Returns the model's configuration with class names and the pad id."""
     config = copy.deepcopy(config)
     config.num_labels = len(classes)
     for name, value in label_maps(classes).items():

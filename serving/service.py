@@ -85,7 +85,7 @@ def _errors(*statuses: int) -> dict:
 
 
 def _json(value, status: int = 200, headers: dict | None = None) -> Response:
-    """JSON whatever strings hold: lone surrogates are escaped."""
+    """Returns JSON whatever the strings hold: lone surrogates are escaped."""
     return Response(json.dumps(value), status, headers, "application/json")
 
 
@@ -150,7 +150,7 @@ class Guard:
         return await self.app(scope, replay, guarded)
 
     async def _body(self, scope, receive) -> tuple[bytes | None, Response | None]:
-        """The body, or the answer that refuses it.
+        """Reads the body; returns it, or the answer that refuses it.
 
         A body that is too large is read to its end, and dropped, unless it is far too large: most clients read no answer
         before they have sent everything.
@@ -180,7 +180,7 @@ class Guard:
 
 
 def create_app(worker: Worker, limits: Limits) -> Guard:
-    """The ASGI application; it starts the worker and stops it."""
+    """Makes the ASGI application, which starts and stops the worker."""
     metrics = Metrics(worker)
 
     @contextlib.asynccontextmanager
@@ -210,7 +210,7 @@ def create_app(worker: Worker, limits: Limits) -> Guard:
 
 
 def _file(name: str) -> Callable[[], Response]:
-    """The endpoint of one of the page's files."""
+    """Returns the endpoint of one of the page's files."""
     content = (PAGE / name).read_bytes()
 
     def file() -> Response:
@@ -240,7 +240,7 @@ def _add_errors(app: FastAPI) -> None:
 def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics) -> None:
     @app.post("/v1/classify", response_model=Answer, response_model_exclude_none=True, responses=_errors(404))
     async def classify(question: Question) -> Response:
-        """Label and probabilities of each text."""
+        """Returns label and probabilities of each text."""
         start = time.perf_counter()
         if (question.adapter is None) == (question.student is None):
             return _error(422, "expected either adapter or student")
@@ -273,7 +273,7 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
 def _add_adapters(app: FastAPI, worker: Worker, limits: Limits) -> None:
     @app.get("/v1/adapters")
     async def adapters() -> Response:
-        """The adapters and students that are served."""
+        """Lists the adapters and students that are served."""
         entries = dict(worker.bank.entries) if worker.bank else {}
         return _json({
             "base": worker.bank.model if worker.bank else None,

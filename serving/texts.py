@@ -36,7 +36,7 @@ class Reading:
 
 
 def encode(tokenizer, reading: Reading, texts: list[str]) -> list[list[int] | UserError]:
-    """Token ids of each text, or what is wrong with it."""
+    """Returns the token ids of each text, or what is wrong with the text."""
     wrong = [_wrong(text) for text in texts]
     good = [text for text, error in zip(texts, wrong, strict=True) if error is None]
     try:
@@ -49,7 +49,7 @@ def encode(tokenizer, reading: Reading, texts: list[str]) -> list[list[int] | Us
 
 
 def _wrong(text: str) -> UserError | None:
-    """What stops a text from being read at all."""
+    """Returns why a text cannot be read, or None."""
     if not text.strip():
         return UserError("the text is empty")
     try:
@@ -62,7 +62,7 @@ def _wrong(text: str) -> UserError | None:
 @torch.inference_mode()
 def classify(tokenizer, rows: list[tuple[Reading, str]], logits: Callable[[Batch, list[int]], list[Tensor] | Tensor],
              features: list[list[float]] | None = None) -> list[dict | UserError]:
-    """Label, probability and probabilities of each text, or its error.
+    """Returns label, probability and probabilities of each text, or its error.
 
     Args:
         rows: how a text is read, and the text.
@@ -91,7 +91,7 @@ def classify(tokenizer, rows: list[tuple[Reading, str]], logits: Callable[[Batch
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:
-    """Rows of about equal length, at most BATCH_SIZE of them and BATCH_TOKENS tokens."""
+    """Groups rows of about equal length, at most BATCH_SIZE of them and BATCH_TOKENS tokens."""
     return [rows[start:start + BATCH_SIZE]
             for rows in data_utils.bucket_by_length(lengths, BATCH_SIZE, 0, BATCH_TOKENS)
             for start in range(0, len(rows), BATCH_SIZE)]

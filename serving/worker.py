@@ -91,7 +91,7 @@ class Worker:
         await asyncio.to_thread(self._thread.join)
 
     def find(self, name: str, kinds: tuple[str, ...] = ("adapter", "student")) -> Key:
-        """The model of a name: an adapter, else a student.
+        """Returns the model of a name: an adapter, else a student.
 
         Raises:
             UserError: there is none.
@@ -104,7 +104,7 @@ class Worker:
         raise UserError(f"unknown {kinds[0]} {name[:80]!r}; expected one of {known}")
 
     async def classify(self, key: Key, texts: list[str]) -> list[dict | UserError]:
-        """Label, probability and probabilities of each text, or its error.
+        """Returns label, probability and probabilities of each text, or its error.
 
         Raises:
             Full: too many texts wait already.
