@@ -373,7 +373,7 @@ def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) 
 # ---------------------------------------------------------------- batches
 
 def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_tokens: int | None = None,
-                     beginnings: list[list[int]] | None = None) -> list[list[int]]:
+                     shared_prefixes: list[list[int]] | None = None) -> list[list[int]]:
     """Groups rows into batches of about equal length.
 
     Rows are sorted by length, ties broken by the seed, and cut into runs. Every row stands in exactly
@@ -385,13 +385,13 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
         seed: breaks ties between rows of equal length.
         batch_tokens: if given, bounds rows x longest row of a batch instead of counting rows (a
             single row longer than that still makes a batch of its own).
-        beginnings: the rows' token ids, if rows of equal length with a shared prefix shall stand together, NEIGHBOURS
+        shared_prefixes: the rows' token ids, if rows of equal length with a shared prefix shall stand together, NEIGHBOURS
             at a time.
     """
     shuffle = random.Random(seed)
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], shuffle.random()))
-    if beginnings is not None:
-        order = _neighbours(order, lengths, beginnings, shuffle)
+    if shared_prefixes is not None:
+        order = _neighbours(order, lengths, shared_prefixes, shuffle)
     batches, current = [], []
     for row in order:
         full = len(current) == batch_size if batch_tokens is None else (len(current) + 1) * lengths[row] > batch_tokens
@@ -432,18 +432,18 @@ def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: in
 
 
 def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed: int,
-                 batch_tokens: int | None = None, truncate: str = "tail", beginnings: bool = False) -> list[Batch]:
+                 batch_tokens: int | None = None, truncate: str = "tail", shared_prefixes: bool = False) -> list[Batch]:
     """Makes length-bucketed batches of a split, tokenised and padded once for the whole run.
 
     Args:
-        beginnings: whether sentences of equal length with a shared prefix stand together, a few at a time: a decoder
+        shared_prefixes: whether sentences of equal length with a shared prefix stand together, a few at a time: a decoder
             computes the prefix once (`lora.blocks.UniqueTokens`).
     """
     ids = encode(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     buckets = bucket_by_length([len(tokens) for tokens in ids], batch_size, seed, batch_tokens,
-                               ids if beginnings else None)
+                               ids if shared_prefixes else None)
     return [collate(ids, split.labels, rows, pad_id, split.features) for rows in buckets]
 
 

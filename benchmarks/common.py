@@ -193,7 +193,7 @@ def tokenizer_of(base: str):
 def batches_of(split: Split, base: str, batch_size: int) -> list[Batch]:
     """Returns a split in this project's batches, shortest first; the same in every process."""
     return data_utils.split_large(data_utils.make_batches(split, tokenizer_of(base), MAX_LENGTH, batch_size, seed=1,
-                                                          beginnings=True))
+                                                          shared_prefixes=True))
 
 
 def thinned(split: Split, rows: int) -> Split:

@@ -34,7 +34,7 @@ def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
     logits = []
     for split in task.dev.values():
         for batch in data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], seed=1,
-                                             beginnings=True):
+                                             shared_prefixes=True):
             logits.append(classifier(*batch.to(common.device()).inputs()).float().cpu())
     return torch.cat(logits)
 

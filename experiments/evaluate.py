@@ -102,7 +102,7 @@ def logits_of(model: TextClassifier | DistilRNN, split: Split, tokenizer, option
         split = replace(split, features=[])  # the student reads text alone
     return train_utils.compute_logits(model, data_utils.make_batches(
         split, tokenizer, options["max_length"], options["batch_size"], options["seed"], options.get("batch_tokens"),
-        options.get("truncate", "tail"), beginnings=True))
+        options.get("truncate", "tail"), shared_prefixes=True))
 
 
 def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> dict:

@@ -112,11 +112,12 @@ def load_task(options: RunOptions, tokenizer) -> Task:
     return task.limit(options.limit) if options.limit else task
 
 
-def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str, beginnings: bool = False
-             ) -> tuple[list[Batch], dict[str, list[Batch]]]:
-    # Scores do not depend on who stands in a batch, but for rounding: alike for all models, as in `evaluate_run`.
+def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str,
+                     shared_prefixes: bool = False) -> tuple[list[Batch], dict[str, list[Batch]]]:
+    """Makes the batches of the training split, of which this process has its part, and of each development split."""
+    # Rounding depends on which sentences share a batch: development batches are the same for all models and `evaluate_run`.
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
-                                            options.batch_tokens, truncate, beginnings or bool(split)))
+                                            options.batch_tokens, truncate, shared_prefixes or bool(split)))
             for split, rows in {"": task.train, **task.dev}.items()]
     return data_utils.split_large(make[0][1], processes.rank(), processes.count()), dict(make[1:])
 

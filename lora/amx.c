@@ -5,8 +5,8 @@
  * left out (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
  * Computations"). Tiles multiply bfloat16 and add up in float32.
  *
- * Frozen weights are split anew for every product: kept, their parts would take the weights' memory once more for each of
- * forward and backward, which want them in different orders.
+ * Frozen weights are split anew for every matmul: if cached, their parts would take the weights' memory once more for
+ * each of forward and backward, which read them in different orders.
  *
  * A tile holds 16 rows of 16 pairs of bfloat16. TDPBF16PS is c[m][n] += a[m][i].first b[i][n].first + the same of the
  * second, over i < 16, for 16 rows m and columns n. Here pair i is of k = i and k = i + 16, in a and in b: any order
@@ -293,7 +293,7 @@ end:
     return failed;
 }
 
-/* ---------------------------------------------------------------- what stands before a product: see lora.py
+/* ---------------------------------------------------------------- prologues: see prologue.py
  *
  * Forward writes y. Backward is given x and the gradient of y; it writes y again and dx, the gradient of x. */
 
@@ -402,11 +402,11 @@ void rms_norm_backward(const float *x, const float *weight, float eps, const flo
     }
 }
 
-/* ---------------------------------------------------------------- attention to short chains of rows: see fused.py
+/* ---------------------------------------------------------------- attention to short chains of rows: see blocks.py
  *
  * Token i attends to length[i] rows: chain[start[i]] and those that follow it there, the last of which is its own.
  * q is (tokens, heads, size); k and v are (rows, groups, size), heads / groups heads sharing each. Rows lie ldq and
- * ldk numbers apart. Where cos and sin (rows, size) are given, q and k are turned by their rows' angles first. */
+ * ldk numbers apart. Where cos and sin (rows, size) are given, q and k are rotated by their rows' angles first. */
 typedef struct {
     const long *chain, *start, *length;
     float *q, *k, *v;
@@ -423,8 +423,8 @@ static inline float dot(const float *a, const float *b, long n) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* Channels i and i + size / 2 of a head are one complex number: turned by an angle, or back. */
-static void turn(float *x, const float *cos, const float *sin, float sign, long heads, long size) {
+/* Channels i and i + size / 2 of a head are one complex number, rotated by an angle, or back. */
+static void rotate(float *x, const float *cos, const float *sin, float sign, long heads, long size) {
     for (long half = size / 2; heads > 0; heads--, x += size)
         for (long i = 0; i < half; i += 16) {
             __m512 a = load(x + i, half - i), b = load(x + half + i, half - i);
@@ -435,12 +435,12 @@ static void turn(float *x, const float *cos, const float *sin, float sign, long 
 }
 
 /* q and k, or their gradients, in place. */
-static void turn_all(const Attention *x, float *q, float *k, float sign, int threads) {
+static void rotate_all(const Attention *x, float *q, float *k, float sign, int threads) {
     #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < x->tokens + x->rows; i++) {
         long row = i < x->tokens ? x->chain[x->start[i] + x->length[i] - 1] : i - x->tokens;
         float *numbers = i < x->tokens ? q + i * x->ldq : k + row * x->ldk;
-        turn(numbers, x->cos + row * x->size, x->sin + row * x->size, sign, i < x->tokens ? x->heads : x->groups, x->size);
+        rotate(numbers, x->cos + row * x->size, x->sin + row * x->size, sign, i < x->tokens ? x->heads : x->groups, x->size);
     }
 }
 
@@ -450,7 +450,7 @@ int attend(const Attention *x, float *y, float *lse, long longest, int threads) 
     long size = x->size, space = (longest + 15) / 16 * 16, shared = x->heads / x->groups;
     float *weights = aligned_alloc(64, threads * space * sizeof(float));
     if (!weights) return 1;
-    if (x->cos) turn_all(x, x->q, x->k, 1, threads);
+    if (x->cos) rotate_all(x, x->q, x->k, 1, threads);
     #pragma omp parallel for num_threads(threads)
     for (long task = 0; task < x->tokens * x->heads; task++) {
         long i = task / x->heads, h = task % x->heads, count = x->length[i], column = h / shared * size;
@@ -477,7 +477,7 @@ int attend(const Attention *x, float *y, float *lse, long longest, int threads) 
     return 0;
 }
 
-/* dq, dk and dv, laid out as q, k and v (which stay turned), from grad, the gradient of y. With p the softmax:
+/* dq, dk and dv, laid out as q, k and v (which stay rotated), from grad, the gradient of y. With p the softmax:
  * dv = p^T grad, ds = p (grad v^T - sum(grad y)), dq = scale ds k, dk = scale ds^T q (Dao 2023, FlashAttention-2). */
 int attend_backward(const Attention *x, const float *y, const float *lse, const float *grad, float *dq, float *dk, float *dv,
                     int threads) {
@@ -527,7 +527,7 @@ int attend_backward(const Attention *x, const float *y, const float *lse, const 
                 }
         }
     }
-    if (x->cos) turn_all(x, dq, dk, -1, threads);
+    if (x->cos) rotate_all(x, dq, dk, -1, threads);
 end:
     free(offset), free(p);
     return failed;

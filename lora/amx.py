@@ -1,12 +1,12 @@
-"""float32 products by bfloat16 tiles, for CPUs that have them (AMX: Intel's Xeons since 2023), and what goes with them.
+"""Computes float32 matmuls, prologues and attention by AMX tiles of bfloat16 (Intel's Xeons since 2023).
 
     amx.load()                                       # compiles amx.c once; UserError where CPU or compiler are missing
     amx.matmul([(x, [weight.t()]), (h, [B.t()])], [bias])  # x W^T + h B^T + bias
     amx.attend(q, k, v, chains, size, scale)               # softmax(scale q k^T) v
 
-In a product each number is the sum of two bfloat16, which leaves 16 bits of mantissa where float32 has 24, TF32 11 and
-bfloat16 8. A row's outcome does not depend on the other rows. What stands before a product and attention is float32 as
-ever, in one pass over the numbers where PyTorch takes several.
+In a matmul each number is the sum of two bfloat16, which gives 16 bits of mantissa; float32 has 24, TF32 11, bfloat16 8.
+A row's result does not depend on the other rows. Prologues and attention stay float32 and make one pass over the numbers
+where PyTorch makes several.
 """
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Attention(ctypes.Structure):
 
 
 def flags_of_cpu() -> set[str]:
-    """What Linux says this CPU can do; nothing elsewhere."""
+    """Returns the CPU features that Linux lists; an empty set on other systems."""
     try:
         return set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -61,10 +61,10 @@ def flags_of_cpu() -> set[str]:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """amx.c, compiled into the user's cache folder by the first run that asks for it.
+    """Loads amx.c, which the first run that needs it compiles into the user's cache folder.
 
     Raises:
-        UserError: this CPU, system or compiler cannot do it.
+        UserError: the CPU has no tiles, the system refuses them, or no compiler works.
     """
     if missing := sorted(NEEDED - flags_of_cpu()):
         raise UserError(f"{OPTION}: this CPU has no {', '.join(missing)}; use fp32")
@@ -98,7 +98,7 @@ def _compile(compiler: list[str], library: Path) -> None:
 
 
 def available() -> bool:
-    """Whether `load` succeeds."""
+    """Returns whether `load` succeeds."""
     try:
         load()
     except UserError:
@@ -108,7 +108,7 @@ def available() -> bool:
 
 def matmul(terms: list[tuple[Tensor, list[Tensor]]], biases: list[Tensor | None] = (None,),
            out: Tensor | None = None) -> Tensor:
-    """sum of a b over the terms, plus bias, for bs that lie side by side: (M, K) (K, N) each -> (M, sum of N).
+    """Computes the sum of a b over the terms, plus bias, for bs that lie side by side: (M, K) (K, N) each -> (M, sum of N).
 
     Args:
         terms: a, and its bs; float32 on the CPU. A b may be the transpose of a contiguous matrix.
@@ -147,12 +147,12 @@ def matmul(terms: list[tuple[Tensor, list[Tensor]]], biases: list[Tensor | None]
     return out
 
 
-# ---------------------------------------------------------------- what stands before a product
+# ---------------------------------------------------------------- prologues
 
 # All are (rows, n). Forward gives y; backward, given x and the gradient of y, gives y again and the gradient of x.
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU's tanh form."""
+    """Computes GELU in its tanh form."""
     x = x.contiguous()
     y = torch.empty_like(x)
     load().gelu(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
@@ -167,7 +167,7 @@ def gelu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, of gate and up side by side: (rows, 2 n) -> (rows, n)."""
+    """Computes silu(gate) * up, of gate and up side by side: (rows, 2 n) -> (rows, n)."""
     x, y = x.contiguous(), x.new_empty(len(x), x.shape[1] // 2)
     load().swiglu(x.data_ptr(), y.data_ptr(), *y.shape, torch.get_num_threads())
     return y
@@ -181,7 +181,7 @@ def swiglu_backward(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x²) + eps) of each row."""
+    """Computes weight * x / sqrt(mean(x²) + eps) of each row."""
     x = x.contiguous()
     y = torch.empty_like(x)
     load().rms_norm(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), *x.shape, torch.get_num_threads())
@@ -212,21 +212,21 @@ class Chains:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
            rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v over each token's chain, head by head.
+    """Computes softmax(scale q k^T) v over each token's chain, head by head.
 
-    Made for short chains: its time goes with the sum of their lengths, and long ones are better served by products.
+    Made for short chains: the time grows with the sum of their lengths, and for long chains matmuls are faster.
 
     Args:
         q: (N, heads * size), float32, as k and v. Rows of each may lie apart; k's and v's by as much.
-        k: (rows, groups * size): so many heads in turn share a key.
+        k: (rows, groups * size): consecutive query heads share a key head.
         v: as k.
-        rotary: cosine and sine (rows, size) of the rotary embedding: q and k are turned first, in place.
+        rotary: cosine and sine (rows, size) of the rotary embedding: q and k are rotated first, in place.
 
     Returns:
         y (N, heads * size), and (N, heads): what `attend_backward` wants.
 
     Raises:
-        ValueError: numbers that do not lie as said.
+        ValueError: strides other than those described.
         MemoryError
     """
     y, lse = q.new_empty(q.shape), q.new_empty(len(q), q.shape[1] // size)
@@ -239,7 +239,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: fl
 def attend_backward(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
                     rotary: tuple[Tensor, Tensor] | None, y: Tensor, lse: Tensor, grad: Tensor,
                     out: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Writes the gradients of q, k and v as they were before they were turned.
+    """Writes the gradients of q, k and v as they were before rotation.
 
     Args:
         q: as `attend` left it, like k.
@@ -247,7 +247,7 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, 
         out: where the gradients go; their rows lie as q's, k's and v's.
 
     Raises:
-        ValueError: numbers that do not lie as said.
+        ValueError: strides other than those described.
         MemoryError
     """
     if [t.stride() for t in out] != [t.stride() for t in (q, k, v)]:
@@ -260,7 +260,7 @@ def attend_backward(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
                rotary: tuple[Tensor, Tensor] | None):
-    """The structure's address. It holds none of the tensors: the caller does."""
+    """Returns the structure's address; the caller must keep the tensors alive."""
     if q.stride(1) != 1 or k.stride(1) != 1 or k.stride() != v.stride() or not all(t.is_contiguous() for t in rotary or ()):
         raise ValueError("attention wants rows that are contiguous, k's and v's as far apart, and whole tables of angles")
     cos, sin = (None, None) if rotary is None else (t.data_ptr() for t in rotary)

@@ -1,16 +1,16 @@
-"""Transformer blocks that compute no more than the classifier reads, and keep no more than training needs.
+"""Transformer blocks that compute no more than the classifier reads, and save no more than training needs.
 
     fuse(net.base_model)                           # GPT-2, Llama, BERT, DistilBERT; says whether it knows the model
     unique = unique_tokens(input_ids, attention_mask)      # a decoder's
     net.base_model(input_ids=unique.ids, position_ids=unique.positions, unique=unique)      # hidden states (B, 1, C)
 
-The classes below are those of `transformers` with another way through the same parameters; without the
-argument `unique` (or `pooled`) they are the library's in every respect. The outcome is the same up to rounding:
+The classes below are subclasses of those of `transformers`, with a second forward pass over the same parameters; without
+the argument `unique` (or `pooled`) they behave as the library's. The result is the same up to rounding:
 
 - One token of each sentence is read in the end. The last block computes queries, output projection and MLP
   for that token alone; of the others it needs keys and values only.
-- In a decoder, tokens with the same beginning have the same hidden state: sentences that begin alike share
-  the rows of their common beginning. Pads have no row.
+- In a decoder, tokens with the same prefix have the same hidden state: sentences with a shared prefix share its rows. Pads
+  have no row.
 - Frozen layers go through `frozen_linear`, which groups them and recomputes what is cheap.
 """
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lora.prologue import ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RM
 from record.machine import send
 
 ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
-SHORT = 32  # tokens of a sentence up to which amx.attend computes it: of longer ones PyTorch's products are faster
+SHORT = 32  # tokens of a sentence up to which amx.attend computes attention; for longer ones PyTorch is faster
 
 
 def fuse(backbone: nn.Module) -> bool:
@@ -64,11 +64,11 @@ def fuse(backbone: nn.Module) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- decoders: one row for each different beginning
+# ---------------------------------------------------------------- decoders: one row for each different prefix
 
 @dataclass
 class UniqueTokens:
-    """The tokens of a batch (B, T) that are computed: U rows."""
+    """The tokens of a batch (B, T) that a decoder computes: U rows."""
 
     ids: Tensor  # (U, 1) token ids
     positions: Tensor  # (U, 1)
@@ -80,7 +80,7 @@ class UniqueTokens:
 
     @cached_property
     def chains(self) -> tuple[amx.Chains, amx.Chains]:
-        """What each row attends to, and what each sentence's last token does."""
+        """Returns the rows that each row attends to, and those that each sentence's last token attends to."""
         B, T = self.shape
         chain = torch.arange(B * T) if self.index is None else self.index
         first = chain if self.first is None else self.first
@@ -97,10 +97,10 @@ class UniqueTokens:
 
 
 def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | None = None) -> UniqueTokens:
-    """Rows of a right-padded batch (B, T); its mask is asked on the CPU, where batches keep it.
+    """Finds the unique tokens of a right-padded batch (B, T), whose mask is on the CPU.
 
     Args:
-        keys: of each sentence; those with different keys (adapters, say) share no row.
+        keys: one for each sentence; sentences with different keys (adapters, say) share no row.
     """
     B, T = input_ids.shape
     lengths = attention_mask.sum(1)
@@ -129,16 +129,16 @@ def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | N
 
 def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float, unique: UniqueTokens,
            rotary: tuple[Tensor, Tensor] | None = None, tiles: bool = False) -> Tensor:
-    """Causal attention, y (U, C), or of each sentence's last token alone, (B, C).
+    """Computes causal attention, y (U, C), or that of each sentence's last token alone, (B, C).
 
     Args:
         q: (B, C) if it is of the last tokens, or queries, keys and values of all rows side by side. It and kv may be
             written over.
         kv: (U, keys and values side by side), or None: they are in q.
-        heads: how many of queries, and how many of keys: so many of the former in turn share a key.
+        heads: numbers of query heads and of key heads; consecutive query heads share a key head.
         size: channels of a head.
         rotary: cosine and sine (U, size) of the rotary embedding, if the model has one.
-        tiles: whether amx.py may compute it.
+        tiles: whether the AMX kernel may compute it.
     """
     C, K = heads[0] * size, heads[1] * size
     if tiles and unique.shape[1] <= SHORT:
@@ -151,17 +151,17 @@ def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scal
     if kv is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=C != K)
         return unique.gather(y.transpose(1, 2).flatten(2))
-    # Heads that share a key stand as so many queries of it.
+    # Query heads that share a key head are passed as several queries of that head.
     y = F.scaled_dot_product_attention(q.reshape(len(q), heads[1], -1, size), k, v, unique.mask, scale=scale)
     return y.reshape(len(q), C)
 
 
 class _Attend(torch.autograd.Function):
-    """The same by amx.py: each row once, and nothing spread out. Keeps what it is given and y."""
+    """`attend` by the AMX kernel, which reads each row in place. Saves its inputs and y for the backward pass."""
 
     @staticmethod
     def parts(q: Tensor, kv: Tensor | None, C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values."""
+        """Returns queries, keys and values."""
         return q.split([C, K, K], 1) if kv is None else (q, *kv.split(K, 1))
 
     @staticmethod
@@ -170,7 +170,7 @@ class _Attend(torch.autograd.Function):
         ctx.widths, ctx.chains = widths, unique.chains[kv is not None]
         ctx.how = size, scale, rotary
         y, lse = amx.attend(*_Attend.parts(q, kv, *widths), ctx.chains, *ctx.how)
-        ctx.save_for_backward(q, kv, y, lse)  # turned by now; whoever computed them has no use for them
+        ctx.save_for_backward(q, kv, y, lse)  # rotated in place by now
         return y
 
     @staticmethod
@@ -214,7 +214,7 @@ class FusedGPT2Block(GPT2Block):
 class _Rotate(torch.autograd.Function):
     """Rotary position embedding (Su et al. 2021) of the first heads of x, in place.
 
-    Channels i and i + n / 2 of a head are turned as one complex number; backward turns them back.
+    Channels i and i + n / 2 of a head are rotated as one complex number; backward rotates the gradient back.
     """
 
     @staticmethod
@@ -274,7 +274,7 @@ class FusedLlamaLayer(LlamaDecoderLayer):
 # ---------------------------------------------------------------- encoders: [CLS] is read
 
 def attend_to_all(q: Tensor, kv: Tensor, size: int, scale: float, mask: Tensor | None) -> Tensor:
-    """Attention of q (B, T or 1, C) over k and v side by side (B, T, 2 C) -> as q."""
+    """Computes attention of q (B, T or 1, C) over k and v side by side (B, T, 2 C) -> as q."""
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, *kv.chunk(2, -1)))
     if mask is not None and mask.shape[2] != q.shape[2]:
         mask = mask[:, :, :q.shape[2]]
@@ -282,13 +282,13 @@ def attend_to_all(q: Tensor, kv: Tensor, size: int, scale: float, mask: Tensor |
 
 
 def project(linears: list[nn.Module], x: Tensor, prologue=None) -> Tensor:
-    """`frozen_linear` of x (B, T, in)."""
+    """Computes `frozen_linear` of x (B, T, in)."""
     return frozen_linear(linears, x.flatten(0, 1), prologue).unflatten(0, x.shape[:2])
 
 
 def qkv_attention(q: nn.Module, k: nn.Module, v: nn.Module, x: Tensor, size: int, scale: float, mask: Tensor | None,
                   last: bool) -> Tensor:
-    """Attention of x (B, T, C) to itself; of its first token alone if `last`."""
+    """Computes attention of x (B, T, C) to itself; that of its first token alone if `last`."""
     if last:
         return attend_to_all(project([q], x[:, :1]), project([k, v], x), size, scale, mask)
     qkv = project([q, k, v], x)

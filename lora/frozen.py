@@ -1,4 +1,4 @@
-"""Nothing frozen is computed twice: what leaves the frozen blocks below the lowest trained one is computed once and cached.
+"""Caches what the frozen blocks below the lowest trained block compute, so that it is computed once.
 
     classifier.prefix = FrozenPrefix(classifier)       # after inject_lora
     classifier.prefix.cache(batches)                    # once; each batch now carries its hidden states
@@ -8,8 +8,9 @@ The composition of the batches is fixed for a run, so a cached tensor is the ver
 computation of the same batch gives, bit for bit. Nothing is cached beyond the process, hence nothing
 can go stale. Dropout inside the frozen part is off throughout training.
 
-Blocks hand on a tensor or a tuple, heads read one token, all of them or a pooler's output: that is found out by running
-two sentences both ways. Where the logits are not the same bit for bit, nothing is cached and `why_not` says so.
+Blocks return a tensor or a tuple; heads read one token, all tokens or a pooler's output. `cache` finds out which by
+computing a few sentences with and without the cache: unless the logits are the same bit for bit, nothing is cached and
+`why_not` says why.
 """
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class NotCacheable(Exception):
 
 
 def lowest_trained_block(classifier: TextClassifier) -> int:
-    """Number of the lowest block with a trained parameter; 0 if the embeddings train, the count if only the head does."""
+    """Returns the number of the lowest block that trains: 0 if embeddings train, the count if the head alone does."""
     net = classifier.net
     blocks = list(blocks_of(net.base_model).values())
     inside = {id(p) for module in (*blocks, *map(net.get_submodule, fresh_modules(net))) for p in module.parameters()}
@@ -61,8 +62,8 @@ class FrozenPrefix:
 
     Attributes:
         lowest: number of the lowest trained block.
-        head_only: nothing in the backbone trains; its output is cached, as much of it as the head reads.
-        why_not: why nothing can be cached, as `cache` has found; else empty.
+        head_only: whether nothing in the backbone trains; then as much of its output is cached as the head reads.
+        why_not: why nothing can be cached, set by `cache`; empty otherwise.
     """
 
     def __init__(self, classifier: TextClassifier):
@@ -71,10 +72,10 @@ class FrozenPrefix:
         self.blocks = list(blocks_of(self.backbone).values())
         self.lowest = lowest_trained_block(classifier)
         self.head_only = not any(p.requires_grad for p in self.backbone.parameters())
-        self.cached: Tensor | None = None  # what the pass that is running starts from
+        self.cached: Tensor | None = None  # set for the running forward pass by the classifier
         self.why_not = ""
         self.checked = False
-        self.first_token = True  # of an encoder's last hidden states the first alone is cached
+        self.first_token = True  # whether only the first of an encoder's last hidden states is cached
         if self.head_only:
             self._wrap(self.backbone, self._head_input)
         else:
@@ -92,10 +93,10 @@ class FrozenPrefix:
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Tensor:
-        """What the trained part reads of a batch: hidden states (B, T, C), or fewer if only the head trains.
+        """Computes what the trained part reads of a batch: hidden states (B, T, C), or fewer if only the head trains.
 
         Raises:
-            NotCacheable: it reads more than that.
+            NotCacheable: the trained part reads more than that.
         """
         device = next(self.backbone.parameters()).device
         inputs = batch.input_ids.to(device), batch.attention_mask
@@ -116,10 +117,10 @@ class FrozenPrefix:
         raise NotCacheable("a frozen block is never reached")
 
     # A block's output is hidden states, or a tuple or list that begins with them; what else is in it (attention weights,
-    # say) is not cached, and `_check` finds out whether somebody misses it.
+    # say) is not cached, and `_check` finds out whether a later layer needs it.
 
     def _hidden_of(self, output: Tensor | tuple) -> Tensor:
-        """The hidden states in a block's output, whose form `_block_output` gives back."""
+        """Returns the hidden states in a block's output, and notes its form for `_block_output`."""
         self.more = (None,) * (len(output) - 1) if isinstance(output, tuple | list) else None
         hidden = output if self.more is None else output[0]
         if not isinstance(hidden, Tensor):
@@ -132,7 +133,7 @@ class FrozenPrefix:
     # The backbone's output is hidden states and, in some architectures, its pooler's output.
 
     def _read_by_head(self, output) -> Tensor:
-        """What the head may read of the backbone's output: (B, T or 1, C), and the pooler's output as one row more."""
+        """Returns what the head may read of the backbone's output: (B, T or 1, C), the pooler's output as the last row."""
         hidden, pooler = (getattr(output, name, None) for name in ("last_hidden_state", "pooler_output"))
         if not isinstance(hidden, Tensor) or hidden.ndim != 3:
             raise NotCacheable("its backbone hands on no hidden states by name")
@@ -141,21 +142,21 @@ class FrozenPrefix:
         return hidden if pooler is None else torch.cat([hidden, pooler.unsqueeze(1)], 1)
 
     def _head_input(self, *args, **kwargs):
-        """The backbone's output again, laid out in memory as it was: products of other strides are rounded otherwise."""
+        """Rebuilds the backbone's output with its strides: with other strides matmuls round differently."""
         hidden = self.cached[:, :-1] if self.pooler else self.cached
         tokens = (args[0] if args else kwargs["input_ids"]).shape[1]
         if self.first_token and not self.classifier.known:
-            hidden = F.pad(hidden, (0, 0, 0, tokens - 1))  # with zeros that nobody reads
+            hidden = F.pad(hidden, (0, 0, 0, tokens - 1))  # zeros, which the head does not read
         states = {"last_hidden_state": hidden.contiguous()}
         if self.pooler:
             states["pooler_output"] = self.cached[:, -1].contiguous()
         return self.output_class(**states)
 
     def _check(self, batches: list[Batch]) -> None:
-        """Runs two sentences with pads and two without both ways, where the architecture is not one that tests hold.
+        """Compares cached and fresh results on two sentences with pads and two without, if the architecture is not known.
 
         Raises:
-            NotCacheable: from what is cached the outcome is another, or cannot be computed.
+            NotCacheable: the results differ, or cannot be computed from the cache.
         """
         if self.classifier.by_length:
             raise NotCacheable("sentences of each length are computed on their own")
@@ -181,7 +182,7 @@ class FrozenPrefix:
 
     @torch.inference_mode()
     def _outcome(self, batch: Batch) -> Tensor:
-        """The logits, or (a fresh head's may be all zeros) the backbone's output where a part of that trains."""
+        """Returns the logits, or the backbone's output where a part of it trains (a fresh head's logits may be zeros)."""
         outputs, was_training = [], self.classifier.training
         hook = self.backbone.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
         batch = batch.to(next(self.backbone.parameters()).device)
@@ -193,7 +194,7 @@ class FrozenPrefix:
         return logits if self.head_only else outputs[0]
 
     def cache(self, batches: list[Batch], folder: Path | None = None, budget: int = 2 << 30, used: int = 0) -> int:
-        """Computes and attaches `cached` to each batch, or to each of its parts.
+        """Computes and attaches `cached` to each batch, or to each of its micro-batches.
 
         Args:
             batches: of any split; their composition must not change afterwards.
@@ -216,16 +217,16 @@ class FrozenPrefix:
         if self.why_not:
             return used
         for batch in parts:
-            # A copy outside inference mode, for autograd will save it.
+            # Copied outside inference mode, because autograd will save the tensor.
             hidden = self.compute(batch).cpu()
             size = hidden.numel() * hidden.element_size()
             if used + size <= budget:
-                # Pinned, it is copied to a GPU beside what the GPU computes.
+                # Pinned, so that copying to a GPU overlaps with computation.
                 batch.cached, used = hidden.pin_memory() if pinned else hidden.clone(), used + size
                 continue
             try:
                 with tempfile.NamedTemporaryFile(dir=folder, prefix=".cached-") as file:
-                    # Written, not copied into a mapping of an empty file: on a full disk that would be a SIGBUS.
+                    # Written, not copied into a mapped empty file, which raises SIGBUS if the disk is full.
                     file.write(hidden.contiguous().view(-1).view(torch.uint8).numpy())
                     file.flush()
                     batch.cached = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
@@ -237,7 +238,7 @@ class FrozenPrefix:
 
 
 def _two_rows(batch: Batch) -> Batch:
-    """Its first and its last sentence: the shortest and the longest."""
+    """Returns a batch of the first and the last sentence, the shortest and the longest."""
     ends = [0, -1]
     return Batch(batch.input_ids[ends], batch.attention_mask[ends], batch.labels[ends], batch.rows[ends], 0)
 

@@ -1,10 +1,10 @@
-"""LoRALinear, and the one product that every frozen layer of a training step goes through.
+"""LoRALinear, and `frozen_linear`, the one matmul that every frozen layer of a training step goes through.
 
     frozen_linear([q_proj, k_proj, v_proj], x, RMSNormPrologue(norm))    # (rows, C) -> (rows, q + k + v)
 
-A training step with LoRA keeps for its backward pass far more than it trains. `product` keeps little: what
-stands before a frozen layer (a norm, an activation) is cheap, so it is computed again in the backward pass
-instead of being kept, and layers that read the same input are one product.
+A training step with LoRA saves far more for its backward pass than it trains. `frozen_linear` saves little: the prologue
+of a frozen layer (a norm, an activation) is cheap, so the backward pass recomputes it, and layers that read the same
+input are one matmul.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora.matmul import add_update, by_onednn, narrow, product
 from lora.mixed import MixedLinear
 from lora.prologue import ApplyPrologue
 
-DENSE_ROWS = 64  # rows of input from which on a copy of strided weights pays, which oneDNN wants without gaps
+DENSE_ROWS = 64  # input rows from which copying strided weights pays off: oneDNN is fast on dense weights only
 
 
 class LoRALinear(nn.Module):
@@ -62,11 +62,11 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight: some of the library's blocks ask it for its type (T5)."""
+        """Returns the frozen weight: some of the library's blocks (T5's) read its type."""
         return self.base.weight
 
     def block_B(self) -> Tensor:
-        """B over all outputs, (out_features, rank * slices): block by block where there are slices."""
+        """Returns B over all outputs, (out_features, rank * slices): block by block where there are slices."""
         if self.slices == [(0, self.out_features)]:
             return self.lora_B
         block = self.lora_B.new_zeros(self.out_features, self.lora_A.shape[0])
@@ -87,7 +87,7 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self) -> Tensor:
-        """The update of W, (out_features, in_features), in float32."""
+        """Returns the update of W, (out_features, in_features), in float32."""
         return self.scaling * (self.block_B().float() @ self.lora_A.float())
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the update out of the frozen weight again."""
+        """Subtracts the update from the frozen weight again."""
         self._shift(merge=False)
 
     def _shift(self, merge: bool) -> None:
@@ -119,12 +119,12 @@ class LoRALinear(nn.Module):
 
 
 def lora_layers(net: nn.Module) -> dict[str, LoRALinear]:
-    """Every `LoRALinear` by its full name."""
+    """Returns every `LoRALinear` by its full name."""
     return {name: module for name, module in net.named_modules() if isinstance(module, LoRALinear)}
 
 
 def weight_of(linear: nn.Linear | Conv1D) -> Tensor:
-    """The weight as (out_features, in_features), a view where it is stored transposed."""
+    """Returns the weight as (out_features, in_features), a view where it is stored transposed."""
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
 
@@ -136,15 +136,15 @@ class _FrozenLinear(torch.autograd.Function):
     `spans` are the outputs that each update covers; their As come next, then as many Bs. Together they are one LoRA
     of the summed rank: the As are stacked, and the Bs form one block matrix.
 
-    Keeps x and the narrow y A^T for the backward pass, computes y again there, and adds each update in
-    place, so that no second (rows, features) tensor is written in either direction. Where W is bfloat16 and
-    x is not, only the products with W run in bfloat16. With `tiles`, amx.py computes products and updates.
+    Saves x and the narrow y A^T for the backward pass, recomputes y there, and adds each update in place, so that no
+    second (rows, features) tensor is written in either direction. If W is bfloat16 and x is not, only the matmuls with
+    W run in bfloat16. If `tiles`, the AMX kernel computes matmuls and updates.
     """
 
     @staticmethod
     def stack(spans: list[slice], As: tuple[Tensor, ...], Bs: tuple[Tensor, ...], outputs: int
               ) -> tuple[Tensor | None, Tensor | None]:
-        """A (rank, in) and B (outputs, rank) of all updates; None without any."""
+        """Returns A (rank, in) and B (outputs, rank) of all updates; None if there are no updates."""
         if not spans:
             return None, None
         if len(spans) == 1 and len(Bs[0]) == outputs:
@@ -188,7 +188,7 @@ class _FrozenLinear(torch.autograd.Function):
         grad_x = grad_B = grad_h = None
         if A is not None:
             grad_h = narrow(grad, B.t()).mul_(ctx.scaling)  # (rows, rank)
-            # h^T grad, not grad^T h: with the narrow matrix in front the product is 2 to 3 times as fast on a CPU.
+            # h^T grad, not grad^T h: with the narrow matrix in front the matmul is 2 to 3 times as fast on a CPU.
             grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling)  # (rank, out), transposed
         if ctx.needs_input_grad[0]:
             parts = list(zip(grad.split(list(map(len, weights)), 1), weights, strict=True))
@@ -214,7 +214,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: slice = slice(None)) -> Tensor:
-    """The outputs of layers that read the same input, side by side: (rows, in) -> (rows, sum of their outputs).
+    """Computes the outputs of layers that read the same input, side by side: (rows, in) -> (rows, sum of their outputs).
 
     Args:
         linears: each an `nn.Linear`, a `Conv1D`, a `LoRALinear` or a `MixedLinear`, frozen.
@@ -223,7 +223,7 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
         outputs: of a single layer, computes these outputs only.
 
     Raises:
-        RuntimeError: a weight requires a gradient, which it would not get here.
+        RuntimeError: a weight requires a gradient, which this function does not compute.
     """
     if any(isinstance(linear, MixedLinear) for linear in linears):
         return _mixed_linear(linears, x if prologue is None else prologue(x), outputs)
@@ -252,7 +252,7 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
 
 @torch.no_grad()
 def _mixed_linear(linears: list[nn.Module], x: Tensor, outputs: slice) -> Tensor:
-    """`frozen_linear` where each row has an adapter of its own: the frozen product of all rows, then their updates."""
+    """Computes `frozen_linear` where each row has its own adapter: one frozen matmul of all rows, then their updates."""
     bases = [linear.base if isinstance(linear, MixedLinear) else linear for linear in linears]
     y = frozen_linear(bases, x, outputs=outputs)
     parts = [y] if len(bases) == 1 else y.split([len(weight_of(base)) for base in bases], 1)
@@ -263,7 +263,7 @@ def _mixed_linear(linears: list[nn.Module], x: Tensor, outputs: slice) -> Tensor
 
 
 def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:
-    """Whether amx.py computes these layers' products with x, and what stands between them."""
+    """Returns whether the AMX kernels compute these layers' matmuls with x, and their prologues."""
     bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
     return all(getattr(base, "tiles", False) for base in bases) and all(
         t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, *(base.weight for base in bases)))

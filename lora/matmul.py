@@ -1,4 +1,4 @@
-"""x W^T by the library that is fastest on this CPU, for frozen and plain linears alike.
+"""Computes x W^T by the library that is fastest on this CPU, for frozen and plain linears alike.
 
     product(x, W, bias)                # (rows, in) (out, in) -> (rows, out); no gradients
     speed_up(net)                      # every nn.Linear and Conv1D of a model computes by `product` from now on
@@ -20,24 +20,24 @@ from lora import amx
 from record import machine
 from record.files import UserError
 
-# oneDNN keeps the code that it makes for every shape, half a MiB each, and the rows of a batch of sentences are hardly
-# ever as many as before: more than one step's shapes are not worth keeping. Read at the first product.
+# oneDNN caches the code that it generates for each shape, half a MiB each, and batches of sentences rarely repeat their
+# number of rows: caching more than one step's shapes does not pay. oneDNN reads the variable at its first matmul.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def is_dense(W: Tensor) -> bool:
-    """Whether a matrix, or its transpose, has no gaps between its rows: oneDNN's fast code needs that."""
+    """Returns whether a matrix, or its transpose, has no gaps between its rows, as oneDNN's fast code needs."""
     return W.is_contiguous() or W.t().is_contiguous()
 
 
 def by_onednn(x: Tensor, W: Tensor) -> bool:
-    """Whether oneDNN is called for x W^T."""
+    """Returns whether oneDNN computes x W^T."""
     return (machine.matmul() == "onednn" and x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu"
             and x.numel() > 0 and is_dense(W))
 
 
 def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """x W^T + bias + add, without gradients.
+    """Computes x W^T + bias + add, without gradients.
 
     Args:
         x: (rows, in).
@@ -56,23 +56,23 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None
 
 
 def narrow(x: Tensor, W: Tensor) -> Tensor:
-    """x W^T for a W of few rows: LoRA's A, or B transposed.
+    """Computes x W^T for a W of few rows: LoRA's A, or B transposed.
 
-    MKL does it on any CPU, and oneDNN would keep code for every number of rows. On an AMD CPU it is 1.4 to 8 times as
-    fast with the narrow matrix in front.
+    MKL computes it on any CPU, because oneDNN would cache code for each number of rows. On an AMD CPU it is 1.4 to 8
+    times as fast with the narrow matrix in front.
     """
     return torch.mm(W.contiguous(), x.t()).t() if machine.matmul() == "onednn" else torch.mm(x, W.t())
 
 
 def add_update(out: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """out + scaling h B^T for a narrow h (rows, rank); may write over out (rows, outputs)."""
+    """Computes out + scaling h B^T for a narrow h (rows, rank); may write over out (rows, outputs)."""
     if out.shape[1] % 1024 == 0 and by_onednn(h, B):  # rows 4 KiB apart share cache lines: MKL takes 7 times as long
         return product(h * scaling, B, add=out)
     return out.addmm_(h, B.t(), alpha=scaling)
 
 
 class _Product(torch.autograd.Function):
-    """`product` with gradients for x, W and bias; computed in W's type where x has another."""
+    """`product` with gradients for x, W and bias; computed in W's type if x has another type."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,16 +92,16 @@ class _Product(torch.autograd.Function):
 
 
 def _apply(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x W^T + bias for an x of any shape; None where PyTorch's own way is to be taken."""
+    """Computes x W^T + bias for an x of any shape; returns None where PyTorch's own `forward` should compute it."""
     if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype and not by_onednn(x, W):
         return None
     return _Product.apply(x.reshape(-1, x.shape[-1]), W, bias).view(*x.shape[:-1], len(W))
 
 
 class FastLinear(nn.Linear):
-    """`nn.Linear` by the fastest library; its weight may be of another type than its input."""
+    """`nn.Linear` by the fastest library; its weight may have another type than its input."""
 
-    tiles = False  # whether amx.py computes this layer's products in the fused blocks
+    tiles = False  # set by `set_precision`: whether the AMX kernel computes this layer in the fused blocks
 
     def forward(self, x: Tensor) -> Tensor:
         y = _apply(x, self.weight, self.bias)
@@ -109,9 +109,9 @@ class FastLinear(nn.Linear):
 
 
 class FastConv1D(Conv1D):
-    """`Conv1D`, likewise."""
+    """`Conv1D` by the fastest library; its weight may have another type than its input."""
 
-    tiles = False
+    tiles = False  # as in FastLinear
 
     def forward(self, x: Tensor) -> Tensor:
         y = _apply(x, self.weight.t(), self.bias)
@@ -119,7 +119,7 @@ class FastConv1D(Conv1D):
 
 
 class FastEmbedding(nn.Embedding):
-    """`nn.Embedding`, whose rows are float32 on a CPU where they are kept in bfloat16."""
+    """`nn.Embedding` that returns float32 rows on a CPU even if its weight is bfloat16."""
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = super().forward(ids)
@@ -142,11 +142,11 @@ def set_precision(backbone: nn.Module, precision: str) -> None:
 
     fp32: in float32, by the library that `record.machine` chose.
 
-    bf16: their weights, and frozen embeddings, become bfloat16. On a CPU activations and all else stay float32: its
-    matrix products gain from bfloat16, its other operations lose. On a GPU all that is frozen becomes bfloat16.
+    bf16: frozen linears and embeddings become bfloat16. On a CPU activations and all else stay float32: bfloat16 makes
+    its matmuls faster, and its other operations slower. On a GPU everything frozen becomes bfloat16.
 
-    bf16x3: all numbers stay float32, and a product of the fused blocks with a frozen weight, the update's second factor
-    beside it, is three of bfloat16 (amx.py).
+    bf16x3: all numbers stay float32. In the fused blocks each matmul with a frozen weight, and with B of the update, is
+    computed as three bfloat16 matmuls (amx.py).
 
     Raises:
         UserError: bf16x3, and this machine cannot do it.
@@ -167,7 +167,7 @@ def set_precision(backbone: nn.Module, precision: str) -> None:
                 if not p.requires_grad:
                     p.data = p.data.bfloat16()
         if on_cpu:
-            for p in backbone.parameters():  # what stays float32 lies in the mapped checkpoint and would keep all of it
+            for p in backbone.parameters():  # copied out of the mapped checkpoint, which would stay in memory
                 if not p.requires_grad and p.dtype == torch.float32:
                     p.data = p.data.clone()
             machine.release_freed_memory()

@@ -6,7 +6,7 @@
     y = frozen_linear([layer], x)
 
 Rows stand sorted by adapter, so that each adapter's rows are one run of them and both narrow products of all adapters
-are one grouped product each (`torch.nn.functional.grouped_mm`). Multiplying by all matrices side by side and masking is
+are one grouped matmul each (`torch.nn.functional.grouped_mm`). Multiplying by all matrices side by side and masking is
 5 to 20 times as slow with 32 adapters of rank 8; batched products need as many rows of each sentence.
 """
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.matmul import product
 
-ALIGNMENT = 4  # float32 values: a grouped product takes matrices whose rows begin at multiples of 16 bytes
+ALIGNMENT = 4  # float32 values: a grouped matmul takes matrices whose rows begin at multiples of 16 bytes
 
 
 class RowPool:
@@ -25,7 +25,7 @@ class RowPool:
 
     Args:
         widths: columns of each of the matrices that a slot has; all of a slot's have the same number of rows.
-        like: a tensor of the device on which they are kept.
+        like: a tensor on the device where they are stored.
     """
 
     def __init__(self, widths: tuple[int, ...], like: Tensor):
@@ -65,7 +65,7 @@ class RowPool:
         self.free += range(size - 1, old - 1, -1)
 
     def gather(self, slots: Tensor) -> list[Tensor]:
-        """The matrices of ascending slots (G,), filled up with zero rows: (G, rows, width) each."""
+        """Returns the matrices of ascending slots (G,), filled up with zero rows: (G, rows, width) each."""
         known = slots[slots < len(self.table)]
         index = F.pad(self.table.index_select(0, known), (0, 0, 0, len(slots) - len(known)))  # the last have no rows here
         index = index[:, :int((index != 0).any(0).sum())]
@@ -74,7 +74,7 @@ class RowPool:
 
 
 class Routing:
-    """Which adapter each row is for, in the forward pass that runs."""
+    """The adapter of each row in the running forward pass."""
 
     def __init__(self):
         self.slots, self.ends = torch.zeros(0), {}
@@ -84,13 +84,13 @@ class Routing:
 
         Args:
             slots: (G,) the adapters present, ascending.
-            ends: by a product's number of rows, (G,): where each adapter's rows end.
+            ends: by a matmul's number of rows, (G,): where each adapter's rows end.
         """
         self.slots = slots
         self.ends = {rows: end.to(torch.int32) for rows, end in ends.items()}
 
     def product(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """Each adapter's rows of x times its matrix: (rows, in), (G, in, out) -> (rows, out)."""
+        """Computes each adapter's rows of x times its matrix: (rows, in), (G, in, out) -> (rows, out)."""
         if len(x) not in self.ends:
             raise RuntimeError(f"a layer reads {len(x)} rows; expected {' or '.join(map(str, self.ends))}")
         if len(matrices) == 1:
@@ -101,7 +101,7 @@ class Routing:
         return F.grouped_mm(x, matrices, offs=self.ends[len(x)])
 
     def spread(self, values: Tensor, rows: int) -> Tensor:
-        """Each adapter's values for each of its rows: (G, n) -> (rows, n)."""
+        """Repeats each adapter's values for each of its rows: (G, n) -> (rows, n)."""
         ends = self.ends[rows]
         return values.repeat_interleave(torch.diff(ends, prepend=ends.new_zeros(1)), 0)
 
@@ -155,7 +155,7 @@ class MixedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All weights: their type and device are what a caller may ask for."""
+        """Returns all weights; a caller may read their type and device."""
         return self.pool.data[0]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in) -> (B, most classes of those present)
@@ -165,7 +165,7 @@ class MixedHead(nn.Module):
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of an `nn.Linear`, a `Conv1D` or what wraps one here; None for anything else."""
+    """Returns (in_features, out_features) of an `nn.Linear`, a `Conv1D` or what wraps one here; None for anything else."""
     if isinstance(linear, MixedLinear):
         return shape_of(linear.base)
     if isinstance(linear, nn.Linear):

@@ -3,7 +3,7 @@
     y = prologue(x)                                 # (rows, n): a norm or an activation, its weights frozen
     y, grad_x = prologue.backward(x, grad_y)        # y once more, and the gradient of x
 
-With `tiles`, a prologue that amx.py computes in one pass is computed there.
+If `tiles`, use the AMX kernel where amx.py has one for the prologue.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora import amx
 
 
 class LayerNormPrologue:
-    """`nn.LayerNorm`."""
+    """Layer normalisation by the weights of an `nn.LayerNorm`."""
 
     def __init__(self, norm: nn.LayerNorm):
         self.norm = norm
@@ -35,13 +35,13 @@ class LayerNormPrologue:
 
 
 class RMSNormPrologue:
-    """Llama's: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
+    """Llama's RMS normalisation: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
 
     def __init__(self, norm: nn.Module):
         self.weight, self.eps = norm.weight, norm.variance_epsilon
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x / rms and 1 / rms."""
+        """Returns x / rms and 1 / rms."""
         x = x.float() if x.dtype == torch.bfloat16 else x
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
         return x * r, r
@@ -62,10 +62,10 @@ class RMSNormPrologue:
 
 
 class GELUPrologue:
-    """GELUPrologue's tanh form (`gelu_new`, `gelu_pytorch_tanh`), as x sigmoid(2 K (x + C x³)).
+    """GELU in its tanh form (`gelu_new`, `gelu_pytorch_tanh`), as x sigmoid(2 K (x + C x³)).
 
-    On a CPU some rows at a time, so that they stay in the cache from one operation to the next: forward and
-    both results of backward take as long together as PyTorch's kernels take for forward and gradient.
+    A CPU computes ROWS rows at a time, which stay in its cache from one operation to the next: forward and both
+    results of backward together take as long as PyTorch's kernels take for forward and gradient.
     """
 
     K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
@@ -97,7 +97,7 @@ class GELUPrologue:
 
 
 class ExactGELUPrologue:
-    """GELUPrologue with the error function."""
+    """GELU by the error function (`gelu`)."""
 
     def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
         return F.gelu(x)
@@ -107,7 +107,7 @@ class ExactGELUPrologue:
 
 
 class SwiGLUPrologue:
-    """silu(gate) * up, of gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
+    """SwiGLU, silu(gate) * up with gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
 
     def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
         if tiles:
