@@ -19,18 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from data.backbones import (
     blocks_of,
-    draw_head,
-    draw_missing,
     freeze_backbone,
     fresh_modules,
-    from_pretrained,
     is_decoder,
     load_causal_lm,
     load_config,
+    load_sequence_classifier,
 )
 from lora.adapters import misread_by_peft
 from lora.blocks import UniqueTokens, fuse, unique_tokens
@@ -43,9 +40,6 @@ from record.options import ROLES, LoRAOptions, RNNConfig
 
 if TYPE_CHECKING:
     from lora.frozen import FrozenPrefix
-
-# Loading weights shows a bar only where it takes a while: an error after it stays one line.
-transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{"delay": 2, **kwargs}))
 
 # Which module of a block plays which role. GPT-2 computes q, k and v in one fused projection.
 ROLE_MODULES = {
@@ -384,22 +378,7 @@ def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrai
         classifier = TextClassifier.from_causal_lm(lm, num_labels)
     else:
         lm, config.num_labels = None, num_labels
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # its table of missing weights; the head's, which is fresh, ought to be
-        try:
-            net, info = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32,
-                                        output_loading_info=True, ignore_mismatched_sizes=True)
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        wrong = [key for key, *_ in info["mismatched_keys"] if key.startswith(net.base_model_prefix + ".")]
-        if wrong:
-            raise UserError(f"--model {name}: cannot be loaded: {wrong[0]} has another shape than config.json says")
-        draw_head(net)
-        lacking = draw_missing(net, info["missing_keys"])
-        if lacking:
-            warnings.warn(f"--model {name}: {len(lacking)} weights of the backbone are not in its files and start at "
-                          f"random: {', '.join(lacking[:4])}", stacklevel=2)
-        classifier = TextClassifier(net)
+        classifier = TextClassifier(load_sequence_classifier(name, config))
     if not classifier.head_names():
         raise UserError(f"--model {name}: the head of a {config.model_type} classifier is a part of its backbone; expected "
                         "one apart from it, which alone is trained and saved")

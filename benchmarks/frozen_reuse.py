@@ -79,6 +79,7 @@ def timed(work) -> float:
 def measure_head(report: Report, base: str, batches: list[Batch], rounds: int) -> None:
     model = classifier(base, "head")
     prefix, cached = FrozenPrefix(model), copies(batches)
+    model.prefix = prefix
     prefix.cache(cached)
     check_kept(report, "head", model, cached)
     seconds = common.alternate({
@@ -92,6 +93,7 @@ def measure_head(report: Report, base: str, batches: list[Batch], rounds: int) -
 def measure_layers(report: Report, base: str, batches: list[Batch], rounds: int) -> None:
     everything, upper = classifier(base), classifier(base, layers="6-11")
     prefix, cached = FrozenPrefix(upper), copies(batches)
+    upper.prefix = prefix
     prefix.cache(cached)
     check_kept(report, "layers 6-11", upper, cached)
     seconds = common.alternate({

@@ -1,6 +1,6 @@
 """Backbones and tokenizers from the Hugging Face Hub, a local folder, a GGUF file or a Python package.
 
-    python -c "import backbones; print(backbones.load_causal_lm('tiny'))"
+    python -c "from data import backbones; print(backbones.load_causal_lm('tiny'))"
 
 The models are `transformers`' own; this file finds them and turns what can go wrong into one line.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from data.hub import hub_unreachable
 from record.files import UserError
@@ -80,8 +82,18 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
+def _late_bar(bar, args, kwargs):
+    """Returns a progress bar that shows after two seconds: after a short load, an error stays one line."""
+    return bar(*args, **{"delay": 2, **kwargs})
+
+
 def from_pretrained(auto_class, name: str, **kwargs):
-    """`auto_class.from_pretrained` with the errors of the user's made into one line."""
+    """Calls `auto_class.from_pretrained` for `--model`.
+
+    Raises:
+        UserError: the library raised anything; says in one line what, and what to do.
+    """
+    transformers_logging.set_tqdm_hook(_late_bar)
     path, located = _locate(name)
     if auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
         kwargs["use_safetensors"] = True  # never unpickle
@@ -125,6 +137,32 @@ def load_causal_lm(name: str, config=None) -> PreTrainedModel:
         del lm.config.quantization_config
         lm.is_quantized = False
     return lm.eval()
+
+
+def load_sequence_classifier(name: str, config) -> PreTrainedModel:
+    """Loads the sequence classifier of `--model`, float32, and draws its task head anew.
+
+    Weights of the backbone that its files lack are drawn too, with a warning that names them.
+
+    Raises:
+        UserError: it cannot be had, or its weights do not fit its configuration.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # hides the table of missing weights: the head's are expected to be missing
+    try:
+        net, info = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32,
+                                    output_loading_info=True, ignore_mismatched_sizes=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    wrong = [key for key, *_ in info["mismatched_keys"] if key.startswith(net.base_model_prefix + ".")]
+    if wrong:
+        raise UserError(f"--model {name}: cannot be loaded: {wrong[0]} has another shape than config.json says")
+    draw_head(net)
+    lacking = draw_missing(net, info["missing_keys"])
+    if lacking:
+        warnings.warn(f"--model {name}: {len(lacking)} weights of the backbone are not in its files and start at "
+                      f"random: {', '.join(lacking[:4])}", stacklevel=3)
+    return net
 
 
 def max_length_of(model: nn.Module) -> int:

@@ -139,9 +139,9 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
 
 def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable[[str], None]) -> None:
     """Computes what the frozen blocks below the lowest trained one make of every batch, once."""
-    prefix = frozen.FrozenPrefix(run.classifier)
-    if not options.keep or prefix.lowest == 0 or not run.classifier.reads_text:
+    if not options.keep or not run.classifier.reads_text or frozen.lowest_trained_block(run.classifier) == 0:
         return
+    prefix = run.classifier.prefix = frozen.FrozenPrefix(run.classifier)
     start, used = time.perf_counter(), 0
     for split in (run.batches, *map(processes.own, run.dev.values())):
         used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)

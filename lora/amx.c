@@ -28,6 +28,13 @@
 
 typedef uint16_t bf16;
 
+_Static_assert(TILE * sizeof(bf16) == 16 * 64, "a tile is 16 rows of 64 bytes");
+_Static_assert(COLUMNS == 32, "multiply and the packing of b take two tiles of 16 columns");
+_Static_assert(DEPTH % 32 == 0, "a block is packed in whole tiles, each of 32 rows of b");
+_Static_assert(BLOCK == DEPTH / 32 * 2 * TILE, "pack_a writes two tiles for each 32 columns of a");
+_Static_assert(BLOCK * sizeof(bf16) % 64 == 0 && 16 * COLUMNS * sizeof(float) % 64 == 0,
+               "aligned_alloc takes multiples of the alignment, and each thread's buffer begins at one");
+
 /* A term of the sum is a (M, K) times b (K, N). The columns of the result are in parts, each with a b of its own for
  * every term: weights of layers that read the same a. b is stored as (N, K) if transposed. Rows lie lda and ldb numbers
  * apart. */
@@ -37,6 +44,8 @@ typedef struct { const float *bias; long N; } Part; /* bias (N) may be missing *
 
 /* DEPTH columns or fewer of a term's a, from k on, and the rows of b that meet them. */
 typedef struct { const float *a; long k, depth, lda; const Right *right; } Block;
+
+_Static_assert(sizeof(Term) == 24 && sizeof(Right) == 24 && sizeof(Part) == 16, "amx.py fills them in as 8-byte fields");
 
 /* Columns of a part, from n on, and where they go. */
 typedef struct { long part, n, columns; float *c; } Panel;
@@ -54,6 +63,7 @@ int request_tiles(void) {
 
 static void configure_tiles(void) {
     struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
+    _Static_assert(sizeof config == 64, "LDTILECFG reads 64 bytes");
     for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
     _tile_loadconfig(&config);
 }
@@ -229,6 +239,7 @@ int matmul(const Term *terms, long count, const Right *rights, const Part *parts
     {
         configure_tiles();
         bf16 b[2 * DEPTH * COLUMNS] __attribute__((aligned(64)));
+        _Static_assert(sizeof b == DEPTH / 32 * 4 * TILE * sizeof(bf16), "four tiles are packed for each 32 rows of b");
         /* Each thread packs all of a for itself: what another core has just written is slow to read. */
         bf16 *a = packed + omp_get_thread_num() * together * tiles * BLOCK;
         float *sum = sums + omp_get_thread_num() * tiles * 16 * COLUMNS;
@@ -403,6 +414,8 @@ typedef struct {
     long tokens, rows, heads, groups, size, ldq, ldk;
     float scale;
 } Attention;
+
+_Static_assert(sizeof(Attention) == 16 * 8, "amx.py declares the same fields: 15 of 8 bytes, then scale, padded");
 
 static inline float dot(const float *a, const float *b, long n) {
     __m512 sum = number(0);

@@ -36,7 +36,14 @@ SHORT = 32  # tokens of a sentence up to which amx.attend computes it: of longer
 
 
 def fuse(backbone: nn.Module) -> bool:
-    """Turns the blocks into the classes below; False, and nothing done, where the architecture is not known."""
+    """Swaps the classes of the blocks and of their attention for the fused ones of this file.
+
+    The class of an existing module is swapped, and no new module built, so that the parameters and their names stay those
+    of the checkpoint. This function and `lora.matmul.speed_up` are the only two that swap classes.
+
+    Returns:
+        Whether the architecture is known; if not, nothing is changed.
+    """
     config = backbone.config
     activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None) \
         or getattr(config, "activation", None)
@@ -191,6 +198,8 @@ class FusedGPT2Attention(GPT2Attention):
 
 
 class FusedGPT2Block(GPT2Block):
+    last = False  # set by `fuse`: whether this is the model's last block, which computes the pooled token alone
+
     def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, **kwargs):
         if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -249,6 +258,8 @@ class FusedLlamaAttention(LlamaAttention):
 
 
 class FusedLlamaLayer(LlamaDecoderLayer):
+    last = False  # as in FusedGPT2Block
+
     def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, **kwargs):
         if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -301,6 +312,8 @@ class FusedBertAttention(BertAttention):
 
 
 class FusedBertLayer(BertLayer):
+    last = False  # as in FusedGPT2Block
+
     def forward(self, hidden_states, attention_mask=None, *args, pooled=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -320,6 +333,8 @@ class FusedDistilBertAttention(DistilBertSelfAttention):
 
 
 class FusedDistilBertBlock(TransformerBlock):
+    last = False  # as in FusedGPT2Block
+
     def forward(self, hidden_states, attention_mask=None, pooled=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, **kwargs)

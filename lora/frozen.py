@@ -1,7 +1,7 @@
 """Nothing frozen is computed twice: what leaves the frozen blocks below the lowest trained one is computed once and cached.
 
-    prefix = FrozenPrefix(classifier)      # after inject_lora
-    prefix.cache(batches)                   # once; each batch now carries its hidden states
+    classifier.prefix = FrozenPrefix(classifier)       # after inject_lora
+    classifier.prefix.cache(batches)                    # once; each batch now carries its hidden states
     logits = classifier(batch.input_ids, batch.attention_mask, batch.cached)
 
 The composition of the batches is fixed for a run, so a cached tensor is the very result that a fresh
@@ -56,6 +56,9 @@ def lowest_trained_block(classifier: TextClassifier) -> int:
 class FrozenPrefix:
     """The part of a classifier below its lowest trained block.
 
+    The caller assigns it to `classifier.prefix`: through that attribute the classifier says, for each forward pass, what
+    cached result to start from.
+
     Attributes:
         lowest: number of the lowest trained block.
         head_only: nothing in the backbone trains; its output is cached, as much of it as the head reads.
@@ -77,10 +80,13 @@ class FrozenPrefix:
         else:
             for block in self.blocks[:self.lowest]:
                 self._wrap(block, self._block_output)
-        classifier.prefix = self
 
     def _wrap(self, module: nn.Module, instead: Callable) -> None:
-        """Lets the module answer by `instead` while there is something cached to start from."""
+        """Wraps the module's forward: returns what `instead` returns while a cached result is set, else computes.
+
+        The forward of this one object is wrapped, because the library's forward, which calls the module, offers no way to
+        begin after a block. This method is the only one that wraps a forward.
+        """
         forward = module.forward
         module.forward = lambda *args, **kwargs: (forward if self.cached is None else instead)(*args, **kwargs)
 

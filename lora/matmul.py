@@ -127,7 +127,11 @@ class FastEmbedding(nn.Embedding):
 
 
 def speed_up(net: nn.Module) -> None:
-    """Turns a model's linears and embeddings into the classes above: the same parameters under the same names."""
+    """Swaps the classes of a model's linears and embeddings for the fast ones of this file.
+
+    The class of an existing module is swapped, and no new module built, so that the parameters and their names stay those
+    of the checkpoint. This function and `lora.blocks.fuse` are the only two that swap classes.
+    """
     fast = {nn.Linear: FastLinear, Conv1D: FastConv1D, nn.Embedding: FastEmbedding}
     for module in net.modules():
         module.__class__ = fast.get(type(module), type(module))

@@ -79,7 +79,8 @@ def test_kept_logits_and_gradients_equal_fresh_ones_bit_for_bit(architecture, pa
     classifier, untouched = made(architecture, part), made(architecture, part)
     fresh = [step(untouched, batch) for batch in toy_batches()]
     batches = toy_batches()
-    used = FrozenPrefix(classifier).cache(batches, tmp_path, budget)
+    classifier.prefix = FrozenPrefix(classifier)
+    used = classifier.prefix.cache(batches, tmp_path, budget)
     assert used == (sum(batch.cached.nbytes for batch in batches) if budget else 0)
     assert list(tmp_path.iterdir()) == []  # what is mapped has no name
     for expected, batch, unkept in zip(fresh, batches, toy_batches(), strict=True):
@@ -93,7 +94,8 @@ def test_kept_logits_and_gradients_equal_fresh_ones_bit_for_bit(architecture, pa
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_frozen_blocks_are_not_run_where_their_results_are_kept(architecture, part):
     classifier, batches = made(architecture, part), toy_batches()
-    FrozenPrefix(classifier).cache(batches[:1])
+    classifier.prefix = FrozenPrefix(classifier)
+    classifier.prefix.cache(batches[:1])
     assert attention_calls(classifier, batches[1]) == [1, 1]
     assert attention_calls(classifier, batches[0]) == ([0, 1] if part == "upper" else [0, 0])
 
@@ -102,7 +104,8 @@ def test_frozen_blocks_are_not_run_where_their_results_are_kept(architecture, pa
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_kept_is_what_is_read(architecture, part):
     classifier, batch = made(architecture, part), toy_batches()[0]
-    FrozenPrefix(classifier).cache([batch])
+    classifier.prefix = FrozenPrefix(classifier)
+    classifier.prefix.cache([batch])
     before = step(classifier, batch)["logits"]
     batch.cached += torch.randn(batch.cached.shape)
     assert not torch.equal(step(classifier, batch)["logits"], before)
@@ -110,7 +113,7 @@ def test_what_is_kept_is_what_is_read(architecture, part):
 
 def test_past_the_budget_the_rest_is_mapped_and_the_same(tmp_path):
     classifier, batches, other = made("gpt2", "upper"), toy_batches(), toy_batches()
-    prefix = FrozenPrefix(classifier)
+    prefix = classifier.prefix = FrozenPrefix(classifier)
     prefix.cache(batches)
     sizes = [batch.cached.nbytes for batch in batches]
     assert prefix.cache(other, tmp_path, budget=sizes[0] + sizes[2]) == sizes[0] + sizes[2]  # the second is mapped
@@ -172,7 +175,7 @@ OTHERS = [("deberta", "upper"), ("mpnet", "upper"), ("falcon", "upper"), ("gpt_n
 def test_what_other_blocks_and_heads_hand_on_is_cached_bit_for_bit(architecture, part):
     fresh = [step(made_of(architecture, part), batch) for batch in batches_with_ends()]
     classifier, batches = made_of(architecture, part), batches_with_ends()
-    prefix = FrozenPrefix(classifier)
+    prefix = classifier.prefix = FrozenPrefix(classifier)
     assert prefix.cache(batches) > 0 and not prefix.why_not
     for expected, batch in zip(fresh, batches, strict=True):
         found = step(classifier, batch)
@@ -184,7 +187,9 @@ def test_what_other_blocks_and_heads_hand_on_is_cached_bit_for_bit(architecture,
 @pytest.mark.parametrize("architecture, tokens", [("roberta", 1), ("deberta", 1), ("eurobert", 12), ("bart", 12)])
 def test_of_the_backbones_output_no_more_is_cached_than_the_head_reads(architecture, tokens):
     batches = batches_with_ends()
-    FrozenPrefix(made_of(architecture, "head")).cache(batches)
+    classifier = made_of(architecture, "head")
+    classifier.prefix = FrozenPrefix(classifier)
+    classifier.prefix.cache(batches)
     assert batches[0].input_ids.shape == (4, 12) and batches[0].cached.shape == (4, tokens, 32)
 
 
@@ -194,7 +199,7 @@ def test_of_the_backbones_output_no_more_is_cached_than_the_head_reads(architect
     ("xlnet", "head", "a xlnet model's frozen blocks cannot be cached: sentences of each length")])
 def test_what_cannot_be_cached_is_said_and_computed_each_time(architecture, part, why):
     classifier, batches = made_of(architecture, part), batches_with_ends()
-    prefix = FrozenPrefix(classifier)
+    prefix = classifier.prefix = FrozenPrefix(classifier)
     assert prefix.cache(batches, used=7) == 7
     assert prefix.why_not.startswith(why) and all(batch.cached is None for batch in batches)
     for batch in batches_with_ends():
