@@ -329,9 +329,10 @@ def predict(args) -> None:
 
 def serve(args) -> int:
     """`serve`: answers requests until it is told to stop."""
-    from experiments.arguments import need_packages
+    from serving.packages import require
 
-    need_packages("serve", "fastapi", "uvicorn", "prometheus_client")
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        require(package, "serve")
     from experiments import serve
 
     return serve.run_service(args)

@@ -1,7 +1,6 @@
 """Parsed arguments -> typed options, with the defaults that depend on model, task or method."""
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,17 +15,6 @@ def note(text: str) -> None:
     """Tells the person at the terminal something that is no result."""
     if processes.says(text):
         print(text, file=sys.stderr, flush=True)
-
-
-def need_packages(mode: str, *packages: str) -> None:
-    """Checks that the packages of requirements-serve.txt which a mode imports are installed.
-
-    Raises:
-        UserError: one is not; says how to install it.
-    """
-    lacking = [name for name in packages if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise UserError(f"{mode}: the package {lacking[0]} is not installed; pip install -r requirements-serve.txt")
 
 
 def named(pairs: list[tuple[str, Path]], option: str) -> dict[str, Path]:

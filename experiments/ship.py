@@ -18,6 +18,7 @@ from record.files import UserError, check_new_folder
 from record.folder import read_run
 from record.options import RunOptions, rebuild
 from serving import export, merge
+from serving.packages import require
 
 STAND_INS = 100  # sentences of each split of the built-in task
 
@@ -30,8 +31,8 @@ def export_run(folder: Path, out: Path, int8: bool = False, control: bool = Fals
         UserError: not a finished distillation, `out` is not new, a package is missing, or onnxruntime disagrees.
     """
     check_new_folder(out)
-    export.require("onnx")
-    export.require("onnxruntime")
+    require("onnx")
+    require("onnxruntime")
     student, tokenizer, options = load_student(folder, "scratch" if control else "student")
     classes = read_run(folder)[0].get("classes", data_utils.COLA_CLASSES)
     if len(classes) != student.config.num_labels:

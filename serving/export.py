@@ -7,7 +7,6 @@ direction begins at a sentence's last real token.
 """
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,8 @@ import train_utils
 from data_utils import Split
 from model import DistilRNN
 from record.files import UserError, new_folder, write_file, write_json
+from serving.packages import require
 
-INSTALL = "pip install -r requirements-serve.txt"
 OPSET, IR_VERSION = 17, 8  # read by onnxruntime 1.14 (of 2023) and newer
 TOLERANCE = 1e-5  # of float32 logits, absolute where they are small, relative where they are large
 MODEL_FILE, TOKENIZER_FILE, LABELS_FILE, EXAMPLE_FILE = "student.onnx", "tokenizer.json", "labels.json", "example.py"
@@ -55,18 +54,6 @@ probabilities /= probabilities.sum(-1, keepdims=True)
 for sentence, row in zip(sentences, probabilities):
     print(f"{labels[row.argmax()]}\\t{row.max():.4f}\\t{sentence}")
 '''
-
-
-def require(name: str):
-    """Imports a package that only shipping needs.
-
-    Raises:
-        UserError: it is not installed; says how to get it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"the package {name.split('.')[0]} is not installed; {INSTALL}") from None
 
 
 # ---------------------------------------------------------------- the graph

@@ -144,9 +144,3 @@ def test_the_example_needs_onnxruntime_tokenizers_and_numpy_alone(tmp_path, toke
         f"{['no', 'yes', 'maybe'][label]}\t{chance:.4f}\t{sentence}"
         for label, chance, sentence in zip(chances.indices.tolist(), chances.values.tolist(), SENTENCES, strict=True)]
     assert len([line for line in export.EXAMPLE.splitlines() if line.strip()]) <= 26
-
-
-def test_a_missing_package_is_said_with_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="^the package onnxruntime is not installed; pip install -r requirements-serve.txt$"):
-        export.require("onnxruntime")

@@ -443,10 +443,7 @@ def test_a_port_in_use_is_told(runs, capsys):
 
 
 def test_a_missing_package_is_told_with_the_way_to_install_it(runs, capsys, monkeypatch):
-    import importlib.util
-
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "uvicorn" else found(name, *more))
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert toy.main("serve", "--student", f"x={runs / 'distil'}") == 2
     assert capsys.readouterr().err == (
         "run.py: serve: the package uvicorn is not installed; pip install -r requirements-serve.txt\n")

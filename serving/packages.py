@@ -1,0 +1,23 @@
+"""Packages of requirements-serve.txt, which only the service and the export import."""
+from __future__ import annotations
+
+import importlib
+
+from record.files import UserError
+
+
+def require(name: str, mode: str | None = None):
+    """Imports a module of a package that is not among those of requirements.txt.
+
+    Args:
+        name: of the module, dotted or not.
+        mode: named in front of the error, where one is given.
+
+    Raises:
+        UserError: the package is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{f'{mode}: ' if mode else ''}the package {name.split('.')[0]} is not installed; "
+                        "pip install -r requirements-serve.txt") from None
