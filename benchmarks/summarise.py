@@ -330,7 +330,9 @@ def summary(results: dict[str, dict]) -> list[str]:
             rows += [[f"{label} ({', '.join(filter(None, (row['what'].removesuffix(end), cpu_of(result))))})",
                       measured_row(row)[1], f"`{shown(result)}`"]
                      for row in (*result.get("targets", ()), *result.get("measurements", ()))
-                     if result.get("benchmark") == program and row["what"].endswith(end)]
+                     # Older results do not say at which commit they were measured: docs/speed.md shows them, with that.
+                     if result.get("benchmark") == program and row["what"].endswith(end)
+                     and result["machine"].get("git_commit")]
     return table(["what", "accuracy / MCC, or how many times as fast", "command"], rows)
 
 
