@@ -28,11 +28,11 @@ def choose(model: str | None, task: str | None, data: str | None, notice: Callab
            need_task: bool = True) -> tuple[str, str, str | None]:
     """Fills in the defaults: GPT-2 on CoLA, or the built-in model and task where the Hub cannot be reached.
 
-    Only somebody who named neither model, task nor data is served the embedded default; what was asked
+    Only somebody who named neither model, task nor data is served the built-in default; what was asked
     for by name is never replaced.
 
     Args:
-        notice: told, visibly, when the embedded default is used instead.
+        notice: told, visibly, when the built-in default is used instead.
         need_task: whether the task's files must be there too.
     """
     if model is None and task == "tiny" and data is None:
@@ -47,7 +47,7 @@ def choose(model: str | None, task: str | None, data: str | None, notice: Callab
     except UserError:
         what = f"{DEFAULT_MODEL} and {DEFAULT_TASK} are" if need_task else f"{DEFAULT_MODEL} is"
         used = "--model tiny --task tiny" if need_task else "--model tiny"
-        notice(f"NOTICE: the Hugging Face Hub cannot be reached and {what} not cached; using the embedded {used} instead")
+        notice(f"NOTICE: the Hugging Face Hub cannot be reached and {what} not cached; using the built-in {used} instead")
         return "tiny", "tiny", None
 
 

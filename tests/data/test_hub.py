@@ -188,11 +188,11 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
-def test_without_a_hub_the_embedded_default_is_announced_and_nothing_named_is_replaced(tmp_path):
+def test_without_a_hub_the_built_in_default_is_announced_and_nothing_named_is_replaced(tmp_path):
     done, seconds = python("-c", UNREACHABLE, *GEN[1:], home=tmp_path, endpoint=refusing_endpoint())
     lines = done.stdout.splitlines()
     assert lines[0].startswith("NOTICE: the Hugging Face Hub cannot be reached")
-    assert lines[0].endswith("using the embedded --model tiny --task tiny instead")
+    assert lines[0].endswith("using the built-in --model tiny --task tiny instead")
     assert lines[1:4] == ["choice ('tiny', 'tiny', None)", "named ('gpt2', 'cola', None)",
                           "named ('gpt2', 'cola', 'some/folder')"]
     assert lines[4].startswith("error --task cola: nyu-mll/glue is not cached and the Hugging Face Hub cannot be reached")
