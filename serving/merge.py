@@ -19,7 +19,9 @@ from lora.linear import lora_layers
 from model import TextClassifier
 from record.files import UserError, json_text, new_folder, write_file
 
-TOLERANCE = {True: 1e-5, False: 1e-2}  # of logits, relative where they are large; False: the run computed in bfloat16
+# Of logits, relative where they are large; False: the run computed in bfloat16. Merged weights are rounded to float32: the
+# built-in model's logits then move by 2e-5, others' by 1e-7; a wrong merge moves them by far more.
+TOLERANCE = {True: 1e-4, False: 1e-2}
 
 
 def for_others(tokenizer, max_length: int, truncate: str):
