@@ -21,7 +21,8 @@ from record.machine import device
 from serving.bank import AdapterBank
 from serving.texts import Reading, classify
 
-WINDOW = 0.003  # seconds that the first request of a batch waits for others
+WINDOW = 0.003  # seconds that a batch waits for the next request
+SHARE, LONGEST = 0.025, 4  # or this share of the last batch's seconds; so many times as long while requests keep arriving
 BATCH_TEXTS = 64  # that are enough to begin
 
 Key = tuple[str, str]  # ("adapter" or "student", name)
@@ -132,22 +133,32 @@ class Worker:
     # ------------------------------------------------------------ the worker's thread
 
     def _run(self) -> None:
-        jobs: list[_Job] = []
+        window = WINDOW
         while True:
             job = self._queue.get()
             if job is None:
                 return
-            jobs, end = [job], time.monotonic() + WINDOW
+            jobs, end = [job], time.monotonic() + LONGEST * window
             while job is not None and sum(len(job.texts or ()) for job in jobs) < BATCH_TEXTS:
                 try:
-                    job = self._queue.get(timeout=max(0.0, end - time.monotonic()))
+                    job = self._queue.get(timeout=min(window, max(0.0, end - time.monotonic())))
                 except queue.Empty:
+                    if time.monotonic() < end and self._delivering(len(jobs)):
+                        continue
                     break
                 if job is not None:
                     jobs.append(job)
+            start = time.monotonic()
             self._work([job for job in jobs if not job.future.done()])
+            # Clients that get their answers together ask again together: without a longer window, a few of them would be
+            # the next batch, and all the others would wait for that one.
+            window = max(WINDOW, SHARE * (time.monotonic() - start))
             if job is None:
                 return
+
+    def _delivering(self, taken: int) -> bool:
+        """Returns whether the event loop still hands out answers, so that it reads no request yet."""
+        return self.accepted - self.answered > taken + self._queue.qsize()
 
     def _work(self, jobs: list[_Job]) -> None:
         """Answers jobs; those on either side of a call see the bank before and after it."""
