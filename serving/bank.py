@@ -123,8 +123,8 @@ class AdapterBank:
         recorded = {key: config[key] for key in self.digests if config.get(key) is not None}
         other = [PARTS[key] for key, digest in recorded.items() if digest != self.digests[key]]
         if other or not recorded and options["model"] != self.model:
-            raise UserError(f"{folder}: adapter for another base: it was made for {options['model']}, whose "
-                            f"{other[0] if other else 'name'} is not that of {self.model} here")
+            raise UserError(f"{folder}: adapter for another base: it was made for {options['model']}, which "
+                            f"differs from {self.model} here in {' and '.join(other) or 'name'}")
         file = folder / (WEIGHTS_FILE if options["method"] == "lora" else "trained.safetensors")
         if options["method"] == "lora":
             adapter = read_adapter(self.net, folder)

@@ -248,8 +248,9 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
             key = worker.find(question.adapter) if question.student is None else worker.find(question.student, ("student",))
         except UserError as error:
             return _error(404, error)
-        if len(question.texts) > limits.texts:
-            return _error(413, f"{len(question.texts)} texts; expected at most {limits.texts} in a request")
+        most = min(limits.texts, worker.max_queue)  # more would never find room
+        if len(question.texts) > most:
+            return _error(413, f"{len(question.texts)} texts; expected at most {most} in a request")
         for number, text in enumerate(question.texts):
             if len(text) > limits.characters:
                 return _error(413, f"texts.{number}: {len(text):,} characters; expected at most {limits.characters:,}")
@@ -307,7 +308,8 @@ def _add_adapters(app: FastAPI, worker: Worker, limits: Limits) -> None:
             return _error(429, "too many requests wait; try again", {"retry-after": "1"})
         except UserError as error:
             taken = new.name in worker.bank.entries
-            return _error(409 if taken else 400, error)
+            # Name the folder as the client does: where the root stands is nobody's business.
+            return _error(409 if taken else 400, str(error).replace(str(folder), new.folder))
         return _json({"name": new.name}, 201)
 
     @app.delete("/v1/adapters/{name}", responses=_errors(404))
