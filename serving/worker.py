@@ -22,7 +22,7 @@ from serving.bank import AdapterBank
 from serving.texts import Reading, classify
 
 WINDOW = 0.003  # seconds that a batch waits for the next request
-SHARE, LONGEST = 0.025, 4  # or this share of the last batch's seconds; so many times as long while requests keep arriving
+SHARE, LONGEST = 0.025, 4  # or a share of the last batch's time; in all, at most so many times as long
 BATCH_TEXTS = 64  # that are enough to begin
 
 Key = tuple[str, str]  # ("adapter" or "student", name)
@@ -78,7 +78,7 @@ class Worker:
     def __init__(self, bank: AdapterBank | None, students: dict[str, Student], max_queue: int = 1024,
                  on_batch: Callable[[int, float], None] = lambda texts, seconds: None):
         self.bank, self.students, self.max_queue, self.on_batch = bank, students, max_queue, on_batch
-        self.waiting = 0  # texts that are accepted and not yet answered; the event loop's alone, as are these two
+        self.waiting = 0  # texts accepted and not yet answered; written by the event loop alone, as are these two
         self.accepted = self.answered = 0  # requests
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -150,8 +150,8 @@ class Worker:
                     jobs.append(job)
             start = time.monotonic()
             self._work([job for job in jobs if not job.future.done()])
-            # Clients that get their answers together ask again together: without a longer window, a few of them would be
-            # the next batch, and all the others would wait for that one.
+            # Wait longer after a long batch: its clients ask again together, and the first few of them alone would make a
+            # small batch for which all the others wait.
             window = max(WINDOW, SHARE * (time.monotonic() - start))
             if job is None:
                 return
@@ -185,15 +185,16 @@ class Worker:
             try:
                 results = iter(self._results(together))
             except Exception as error:
-                if len(together) > 1:  # whatever is wrong with one of them, the others get their answers
+                if len(together) > 1:  # answer the others, whatever is wrong with one
                     for job in together:
                         self._classify([job])
                 else:
                     together[0].resolve(error=error)
                 continue
+            # Count first: whoever has an answer finds it counted.
+            self.on_batch(sum(len(job.texts) for job in together), time.perf_counter() - start)
             for job in together:
                 job.resolve([next(results) for _ in job.texts])
-            self.on_batch(sum(len(job.texts) for job in together), time.perf_counter() - start)
 
     def _results(self, jobs: list[_Job]) -> list[dict | UserError]:
         kind, name = jobs[0].key
