@@ -13,6 +13,7 @@
     python run.py export RUN_DIR --out DIR   a distillation's student as an ONNX file
     python run.py merge RUN_DIR --out DIR    a fine-tuned classifier as a plain transformers checkpoint
     python run.py repeat RUN_DIR   repeat a run from its config.json and compare
+    python run.py paper 12345      every run that the paper cites, then report/main.pdf
     python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
     python run.py submit 12345 --first-name A --last-name B
 
@@ -396,6 +397,30 @@ def repeat(args) -> int:
     return 1 if found else 0
 
 
+def paper(args) -> int:
+    """`paper`: runs the steps that are missing and builds the paper; exit status 1 where a step failed."""
+    from experiments import paper
+    from record.signals import Interrupted
+
+    quick = args.profile == "quick"
+    options = paper.PaperOptions(args.sr, args.profile, args.seeds, None if quick else args.data_root,
+                                 args.out or Path(f"runs/paper-{'quick-' if quick else ''}{args.sr}"), tuple(args.only),
+                                 args.overwrite)
+    if args.dry_run:
+        print(paper.plan(options))
+        return 0
+    try:
+        pdf, failures = paper.make_paper(options)
+    except Interrupted as error:
+        _note("run.py: stopped; continue with: python run.py "
+              + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
+        return 128 + error.signal
+    for failure in failures:
+        complain(failure)
+    print(f"paper: {pdf}")
+    return 1 if failures else 0
+
+
 def report(args) -> None:
     """`report`: builds the PDF."""
     from record.files import check_sums
@@ -415,7 +440,7 @@ def submit(args) -> None:
 
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
          "test": test, "diagnose": diagnose, "predict": predict, "serve": serve, "export": export, "merge": merge,
-         "repeat": repeat, "report": report, "submit": submit}
+         "repeat": repeat, "paper": paper, "report": report, "submit": submit}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_utils
 from benchmarks import common
 from data.tables import TableOptions
-from record.files import UserError
+from record.files import UserError, write_file
 
 
 def reference(task: data_utils.Task) -> dict[str, dict[str, float]]:
@@ -48,6 +48,7 @@ def main() -> int:
     parser.add_argument("--text-column", default="", help="separated by commas")
     parser.add_argument("--eval-split")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=Path, help="write the JSON object to this file")
     args = parser.parse_args()
     try:
         names = {name: tuple(filter(None, getattr(args, name).split(","))) for name in ("text_column", "feature_columns")}
@@ -57,6 +58,8 @@ def main() -> int:
         print(f"features_reference.py: {error}", file=sys.stderr)
         return 2
     result = reference(task)
+    if args.out:
+        write_file(args.out, common.result({"splits": result}) + "\n")
     if args.json:
         print(common.result({"splits": result}))
     else:

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,8 +183,13 @@ def finished_run(words: list[str], folder: Path, threads: int | None) -> dict | 
     return {**read_run(folder, words[0])[1], "size_bytes": size_on_disk(folder)}
 
 
-def run_child(words: list[str], log: Path, threads: int | None = None) -> int:
+def run_child(words: list[str], log: Path, threads: int | None = None, program: Path = RUN,
+              tick: Callable[[], None] | None = None) -> int:
     """Runs `python run.py WORDS` in a process of its own, with so many threads (all cores if None) and its output in `log`.
+
+    Args:
+        program: another program than run.py.
+        tick: called every second while the child runs.
 
     Returns the exit status, negative for a signal.
 
@@ -192,10 +197,14 @@ def run_child(words: list[str], log: Path, threads: int | None = None) -> int:
     its own: Ctrl-C would reach it too, and SIGINT after a signal ends it at once.
     """
     with open(log, "ab") as output:
-        child = subprocess.Popen([sys.executable, str(RUN), *words], stdin=subprocess.DEVNULL, stdout=output,
+        child = subprocess.Popen([sys.executable, str(program), *words], stdin=subprocess.DEVNULL, stdout=output,
                                  stderr=output, preexec_fn=_end_with_parent, process_group=0,
                                  env=os.environ | _threads(threads))
         try:
+            while tick:
+                with suppress(subprocess.TimeoutExpired):
+                    return child.wait(timeout=1)
+                tick()
             return child.wait()
         except KeyboardInterrupt:
             child.send_signal(signal.SIGTERM)

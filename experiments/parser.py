@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from experiments.steps import PROFILES
 from record import processes
 from record.options import ROLES, DistilOptions, LoRAOptions, RNNConfig, RunOptions, TableOptions, TrainOptions
 
@@ -416,6 +417,20 @@ def _merge(parser: Parser) -> None:
     parser.add(GENERAL, "--out", type=Path, required=True, metavar="DIR", help="a new folder")
 
 
+def _paper(parser: Parser) -> None:
+    """make every run that the paper cites, then report/main.pdf; started again, it goes on with what is missing"""
+    parser.add("paper", "--profile", choices=PROFILES, default=PROFILES[0],
+               help="quick: the built-in task, some minutes; full: real models and data, some hours on two cores")
+    parser.add("paper", "--data-root", type=Path, metavar="DIR",
+               help="for full: folder with cola/, rotten_tomatoes/, movie_reviews/, buzzer/ and blimp/; GPT-2 and GLUE's CoLA "
+                    "of the Hub if not given")
+    _seeds_option(parser, "paper", 3, "")
+    parser.add("paper", "--dry-run", action="store_true", help="print every step with its command, and run nothing")
+    parser.add("paper", "--only", type=_list(str), default=[], metavar="STEP[,...]", help="run these steps alone")
+    parser.add(FOLDER, "--out", type=Path, help="runs/paper-SR, or runs/paper-quick-SR, if not given")
+    parser.add(FOLDER, "--overwrite", action="store_true", help="remove what the steps left, and begin anew")
+
+
 def _report(parser: Parser) -> None:
     """tables and plots of the runs into report/Report_SR.pdf"""
     parser.add(FOLDER, "--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
@@ -432,7 +447,7 @@ def _submit(parser: Parser) -> None:
 # Modes that start something take SR, those that read a run take its folder; run.py has a function for each.
 MODES = {"gen": _gen, "LoRA": _lora, "distil": _distil, "compare": _compare, "sweep": _sweep, "eval": _eval,
          "test": _test, "diagnose": _diagnose, "predict": _predict, "serve": _serve, "export": _export, "merge": _merge,
-         "repeat": _repeat, "report": _report, "submit": _submit}
+         "repeat": _repeat, "paper": _paper, "report": _report, "submit": _submit}
 READS_A_RUN = ("eval", "test", "diagnose", "export", "merge", "repeat")
 OWN_ARGUMENTS = {"predict": "RUN_DIR [TEXT ...]", "serve": "--adapter NAME=DIR ..."}  # neither SR nor just a run's folder
 READS_FILES_ONLY = ("report", "submit")  # they do without PyTorch

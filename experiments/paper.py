@@ -1,0 +1,274 @@
+"""Makes every run that the paper cites, step by step, and then report/main.pdf.
+
+    python run.py paper 12345 --profile quick
+    python run.py paper 12345 --profile full --data-root ../shared/data --seeds 3
+
+The steps are declared in experiments/steps.py. Each is a command line in a process of its own, with its output in a log;
+what it leaves are ordinary runs and studies. A step that is done is kept, an interrupted one goes on where it stopped, and
+one that fails is named while the others go on. paper.json says what became of each; the report is made from it.
+"""
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments import compare
+from experiments.significance import paired_differences
+from experiments.steps import CHOSEN, Step, steps
+from experiments.variants import seeds_of
+from record.files import SUMS, UserError, check_sums, locked, make_folder, read_json, write_json
+from record.folder import provenance
+from report import build
+
+ROOT = compare.RUN.parent
+
+
+@dataclass(frozen=True)
+class PaperOptions:
+    """Says which paper is made, from what, and where its runs go."""
+
+    sr: str
+    profile: str  # quick or full
+    seeds: int
+    data_root: Path | None  # folder of the data sets; the Hub's GPT-2 and CoLA if None
+    out: Path
+    only: tuple[str, ...] = ()  # names of the steps to run; all if empty
+    overwrite: bool = False
+
+    @property
+    def steps(self) -> list[Step]:
+        """Returns the steps of the paper.
+
+        Raises:
+            UserError: `only` names a step that there is not.
+        """
+        found = steps(self.profile, self.sr, self.seeds, self.data_root, self.out)
+        names = [step.name for step in found]
+        if unknown := next((name for name in self.only if name not in names), None):
+            raise UserError(f"--only {unknown}: no such step; expected some of {','.join(names)}")
+        return found
+
+
+def plan(options: PaperOptions) -> str:
+    """Returns every step of the paper for the terminal: whether it is done, about how long it takes, its command."""
+    lines = []
+    for step in options.steps:
+        state = "done" if is_done(step, options) else f"about {step.minutes:g} min on two cores"
+        lines.append(f"{step.name} ({state}): {command(step)}")
+    return "\n".join(lines)
+
+
+def command(step: Step, rate: str = CHOSEN) -> str:
+    """Returns a step's command line, with the learning rate that the grid chose."""
+    return "python " + shlex.join(rate if word == CHOSEN else word for word in step.words)
+
+
+def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
+    """Runs what is missing of the paper, writes paper.json and builds report/main.pdf.
+
+    Returns:
+        The PDF, and what failed, a line each.
+
+    Raises:
+        UserError: bad input; another paper's folder; no Hub where it is needed.
+        signals.Interrupted: asked to stop; the step at work has saved its state.
+    """
+    wanted = [step for step in options.steps if not options.only or step.name in options.only]
+    check(options)
+    settings = {"profile": options.profile, "seeds": options.seeds,
+                "data_root": None if options.data_root is None else str(options.data_root)}
+    build.check_latex()
+    with locked(make_folder(options.out), "paper"):
+        if options.overwrite:
+            for step in options.steps:
+                shutil.rmtree(options.out / Path(step.done).parts[0], ignore_errors=True)
+            shutil.rmtree(options.out / "steps", ignore_errors=True)
+            (options.out / "config.json").unlink(missing_ok=True)
+        record = provenance(settings, {})
+        if (options.out / "config.json").exists():
+            compare.same_settings(read_json(options.out / "config.json"), record, options.out)
+        else:
+            write_json(options.out / "config.json", record)
+        failures = run_steps(wanted, options)
+        write_json(options.out / "paper.json", result(options, record))
+        pdf = build.build_paper(options.out, ROOT / "report")
+    return pdf, failures
+
+
+def check(options: PaperOptions) -> None:
+    """Checks that models and data are there, before hours of work.
+
+    Raises:
+        UserError: a folder of data, or the Hub, is not there.
+    """
+    if options.profile == "quick":
+        return
+    if options.data_root is not None:
+        missing = [name for name in ("cola", "rotten_tomatoes", "movie_reviews", "buzzer", "blimp")
+                   if not (options.data_root / name).is_dir()]
+        if missing:
+            raise UserError(f"--data-root {options.data_root}: has no folder {', '.join(missing)}; expected cola, "
+                            "rotten_tomatoes, movie_reviews, buzzer and blimp, or no --data-root for the Hub's GPT-2 and CoLA")
+    from data import backbones
+
+    for model in ("smollm2", "minilm") if options.data_root else ("gpt2",):
+        backbones.load_config(model)
+
+
+# ---------------------------------------------------------------- the steps
+
+def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
+    """Runs the steps that are not done; returns what failed, a line each."""
+    failures, folder = [], make_folder(options.out / "steps")
+    clock = Clock(wanted)
+    with tqdm(total=len(wanted), unit="step", desc="paper", dynamic_ncols=True,
+              bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]") as bar:
+        def tick(step: Step) -> None:
+            clock.show(bar, step)
+
+        for step in wanted:
+            state = folder / f"{step.name}.json"
+            try:
+                seconds = read_json(state)["seconds"] if is_done(step, options) else run_step(step, options, tick)
+                clock.done(step, seconds)
+            except UserError as error:
+                failures.append(f"step {step.name} failed: {error}")
+                write_json(state, {"name": step.name, "command": command(step), "status": "failed", "error": str(error)})
+                tqdm.write(f"run.py: {failures[-1]}; the other steps go on", file=sys.stderr)
+                clock.done(step, None)
+            bar.update()
+    return failures
+
+
+class Clock:
+    """Estimates the time left: the declared minutes of what is to do, by how long the steps done took beside theirs."""
+
+    def __init__(self, wanted: list[Step]):
+        self.left, self.declared, self.took = {step.name: step.minutes for step in wanted}, 0.0, 0.0
+        self.began = time.monotonic()
+
+    def done(self, step: Step, seconds: float | None) -> None:
+        """Counts a step that is over; one that failed (None) teaches nothing."""
+        self.left.pop(step.name)
+        if seconds is not None:
+            self.declared += step.minutes
+            self.took += seconds / 60
+        self.began = time.monotonic()
+
+    def minutes(self, step: Step) -> float:
+        """Returns the minutes that are left while `step` is at work."""
+        scale = self.took / self.declared if self.took else 1.0
+        here = max(0.0, scale * self.left[step.name] - (time.monotonic() - self.began) / 60)
+        return here + scale * sum(value for name, value in self.left.items() if name != step.name)
+
+    def show(self, bar: tqdm, step: Step) -> None:
+        left = self.minutes(step)
+        hours = f"{left / 60:.1f} h" if left >= 90 else f"{left:.0f} min"
+        bar.set_postfix_str(f"about {hours} left, {step.name}")
+
+
+def is_done(step: Step, options: PaperOptions) -> bool:
+    """Returns whether a step was done with the same command and all that it left is as it was written.
+
+    Raises:
+        UserError: a file of a run was damaged or changed since.
+    """
+    state = options.out / "steps" / f"{step.name}.json"
+    if not state.exists() or not (options.out / step.done).exists():
+        return False
+    before = read_json(state)
+    if before["status"] != "done" or before["words"] != step.words:
+        return False
+    for sums in sorted(options.out.glob(f"{step.runs or f'{step.name}/*'}/{SUMS}")):
+        check_sums(sums.parent)
+    return True
+
+
+def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) -> float:
+    """Runs one step and notes that it is done; returns its seconds, those of interrupted starts included.
+
+    Raises:
+        UserError: it failed, or needs a step that did; names the log.
+        signals.Interrupted: asked to stop; the step has saved its state.
+    """
+    for name in step.needs:
+        state = options.out / "steps" / f"{name}.json"
+        if not state.exists() or read_json(state)["status"] != "done":
+            raise UserError(f"it needs the step {name}, which is not done")
+    rate = link_runs(options) if CHOSEN in step.words else CHOSEN
+    state, log = options.out / "steps" / f"{step.name}.json", options.out / "steps" / f"{step.name}.log"
+    before = read_json(state) if state.exists() else {}
+    spent = before.get("seconds", 0.0) if before.get("words") == step.words and before.get("status") == "begun" else 0.0
+    note = {"name": step.name, "words": step.words, "command": command(step, rate)}
+    began = time.monotonic()
+    tick(step)
+    program, *words = [rate if word == CHOSEN else word for word in step.words]
+    try:
+        status = compare.run_child(words, log, program=ROOT / program, tick=lambda: tick(step))
+    except BaseException:
+        write_json(state, {**note, "status": "begun", "seconds": spent + time.monotonic() - began})
+        raise
+    seconds = spent + time.monotonic() - began
+    if status or not (options.out / step.done).exists():
+        last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no output")
+        how = f"exit status {status}" if status >= 0 else f"signal {-status}"
+        raise UserError(f"{how}: {last}; see {log}")
+    write_json(state, {**note, "status": "done", "seconds": seconds})
+    return seconds
+
+
+def link_runs(options: PaperOptions) -> str:
+    """Links the grid's runs at the chosen learning rate into cola/ as LoRA-<seed>: the same runs, not made again.
+
+    Returns the learning rate as a word of a command line.
+    """
+    entry = read_json(options.out / "grid" / "compare.json")["entries"][0]
+    if entry["learning_rate"] is None:
+        raise UserError("LoRA diverged at every learning rate of the grid")
+    rate, cola = repr(entry["learning_rate"]), make_folder(options.out / "cola")
+    for seed in entry["seeds"]:
+        link = cola / f"LoRA-{seed}"
+        if not link.exists():
+            link.unlink(missing_ok=True)  # of a grid that is gone
+            link.symlink_to(Path("..", "grid", f"lora-lr{rate}-{seed}"), target_is_directory=True)
+    return rate
+
+
+# ---------------------------------------------------------------- what became of them
+
+def result(options: PaperOptions, record: dict) -> dict:
+    """Returns paper.json: what became of every step, and the differences between steps, paired by seed."""
+    found = []
+    for step in options.steps:
+        state = options.out / "steps" / f"{step.name}.json"
+        known = read_json(state) if state.exists() else {}
+        done = known.get("status") == "done" and known["words"] == step.words and (options.out / step.done).exists()
+        found.append({"name": step.name, "command": known["command"] if done else command(step), "file": step.done,
+                      "status": "done" if done else known.get("status", "not run"),
+                      "seconds": known.get("seconds") if done else None})
+    return {"mode": "paper", "sr": options.sr, **record, "seeds": seeds_of(options.sr, options.seeds), "steps": found,
+            "differences": differences(options, {step["name"]: options.out / step["file"] for step in found
+                                                 if step["status"] == "done"})}
+
+
+def differences(options: PaperOptions, files: dict[str, Path]) -> list[dict]:
+    """Returns the differences between steps, paired by seed: LoRA minus PEFT, and each ablation minus the student.
+
+    Args:
+        files: the study that each finished step left.
+    """
+    def row(step: str, entry: str) -> dict | None:
+        return files.get(step) and next((row for row in read_json(files[step])["entries"] if row["entry"] == entry), None)
+
+    pairs = [("lora", "LoRA", "peft", "peft")] + [(name, "student", "distil", "student") for name in files
+                                                  if name.startswith("distil-")]
+    return [{"step": step, "entry": entry, "minus": minus, **paired_differences(one, other)}
+            for step, entry, other_step, minus in pairs
+            if (one := row(step, entry)) and (other := row(other_step, minus)) and one["seeds"] and other["seeds"]]

@@ -1,0 +1,128 @@
+"""Declares the runs that the paper cites: a plain list of steps for each profile. To change the paper's runs, edit here.
+
+    python run.py paper 12345 --profile full --data-root ../shared/data --dry-run
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PROFILES = ("quick", "full")
+CHOSEN = "CHOSEN"  # in a command line: the learning rate that the step `grid` chose
+RUN, PEFT, LOGISTIC = "run.py", "benchmarks/peft_reference.py", "benchmarks/features_reference.py"
+COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
+METHOD_RATES = "1e-4,5e-4,3e-3"  # of every method: full fine-tuning, LoRA and the head want rates far apart
+FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"  # of the quiz-bowl guesses
+# The student's ablations: name -> options of `distil` beside those of the paper's student.
+ABLATIONS = {"alpha-0.5": ["--kd-alpha", "0.5"], "temperature-1": ["--temperature", "1"], "gru": ["--cell", "gru"]}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Holds one command line of the paper."""
+
+    name: str
+    minutes: float  # on two cores: the first estimate of the time left
+    words: list[str]  # after `python`: the program, then its arguments
+    done: str  # the file in the paper's folder that it leaves when it is done
+    needs: tuple[str, ...] = ()  # steps without which it cannot begin
+    runs: str = ""  # pattern of its runs' folders, whose checksums are checked; NAME/* if empty
+
+
+def steps(profile: str, sr: str, seeds: int, data: Path | None, out: Path) -> list[Step]:
+    """Returns the steps of a profile in their order.
+
+    Args:
+        profile: quick (the built-in task and model) or full.
+        sr: the first seed.
+        seeds: how many.
+        data: folder with the data sets; the Hub's GPT-2 and CoLA if None. Not used by quick.
+        out: the paper's folder.
+    """
+    if profile == "quick":
+        return _quick(sr, str(seeds), out)
+    return [*_cola(["--model", "smollm2", "--data", f"{data}/cola"], sr, str(seeds), out, data),
+            *_other_tasks(sr, str(seeds), data, out)] if data else _cola(
+                ["--model", "gpt2", "--task", "cola"], sr, str(seeds), out, None)
+
+
+def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
+    task = ["--model", "tiny", "--task", "tiny"]
+    return [
+        *_lora(task, sr, seeds, out, TINY_RATES, ["--epochs", "6"], (1.5, 0.2, 2)),
+        *_distil(sr, seeds, out, ["--epochs", "12"], 0.7),
+        Step("rank", 1, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,8", "--search",
+                         "targets=q+v,all", "--limit", "1000", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json"),
+        Step("methods", 2, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora", "--seeds",
+                            seeds, "--limit", "1000", "--epochs", "4", *_to(out, "methods")], "methods/compare.json"),
+        Step("diagnose", 0.5, [RUN, "diagnose", f"{out}/cola/distil-{sr}", "--out", f"{out}/diagnose"],
+             "diagnose/diagnose.json", ("distil",))]
+
+
+def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) -> list[Step]:
+    """Returns the steps on CoLA: of a model on the public files, or of the Hub's."""
+    pairs = ["--pairs", f"{data}/blimp/pairs.tsv", "--limit", "100"] if data else []
+    found = [
+        *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (35, 1, 60)),
+        *_distil(sr, seeds, out, [], 4),
+        Step("diagnose", 6, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
+             "diagnose/diagnose.json", ("distil",))]
+    if data is None:  # the methods and the ranks on the one task that there is
+        found += [
+            Step("rank", 30, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,2,4,8,16",
+                              "--search", "targets=q+v,q+k+v+o,all", "--limit", "2000", "--epochs", "1",
+                              *_to(out, "rank")], "rank/sweep.json"),
+            Step("methods", 90, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora",
+                                 "--seeds", seeds, "--epochs", "3", *_to(out, "methods")], "methods/compare.json")]
+    return found
+
+
+def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: list[str],
+          minutes: tuple[float, float, float]) -> list[Step]:
+    """Returns LoRA and PEFT's reference with the same seeds, budget and learning rates to choose from."""
+    return [
+        Step("grid", minutes[0], [RUN, "compare", sr, *task, "--methods", "lora", "--lr-grid", rates, "--seeds", seeds,
+                                  *budget, *_to(out, "grid")], "grid/compare.json"),
+        # The grid's runs at the chosen rate are this command's: they are linked into its folder, and not run again.
+        Step("lora", minutes[1], [RUN, "LoRA", sr, *task, "--lr", CHOSEN, "--seeds", seeds, *budget, *_to(out, "cola")],
+             f"cola/LoRA-{sr}-seeds/seeds.json", ("grid",), "cola/LoRA-*"),
+        Step("peft", minutes[2], [PEFT, "--seed", sr, *task, "--lr-grid", rates, "--seeds", seeds, *budget,
+                                  "--out", f"{out}/peft"], "peft/compare.json")]
+
+
+def _distil(sr: str, seeds: str, out: Path, more: list[str], minutes: float) -> list[Step]:
+    """Returns the student with its no-KD baseline, and its ablations, each with the teacher of its own seed."""
+    def step(name: str, folder: str, flags: list[str]) -> Step:
+        return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola", *more, *flags,
+                                    *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
+                    f"{folder}/distil-*")
+    return [step("distil", "cola", []),
+            *(step(f"distil-{name}", f"distil-{name}", flags) for name, flags in ABLATIONS.items())]
+
+
+def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
+    """Returns the steps with MiniLM: ranks and methods on sentence polarity, long reviews, quiz-bowl guesses."""
+    polarity = ["--model", "minilm", "--task", "rotten_tomatoes", "--data", f"{data}/rotten_tomatoes"]
+    return [
+        Step("rank", 8, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
+                         "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
+                         "--epochs", "1", *_to(out, "rank")], "rank/sweep.json"),
+        Step("methods", 40, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
+                             "--seeds", seeds, "--lr-grid", METHOD_RATES, "--epochs", "3",
+                             *_to(out, "methods")], "methods/compare.json"),
+        Step("long", 100, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
+                           "review", "--max-length", "256", "--truncate", "head", "--batch-tokens", "4096", "--methods",
+                           "none,head,lora,full", "--against", "lora", "--seeds", seeds, "--lr-grid", METHOD_RATES,
+                           "--epochs", "10", "--patience", "3", *_to(out, "long")], "long/compare.json"),
+        Step("buzzer", 30, [RUN, "compare", sr, "--model", "minilm", "--task", "buzzer", "--data", f"{data}/buzzer",
+                            "--methods", "none", "--set", "text:method=head", "--set", "text-lora:method=lora", "--set",
+                            f"features:method=features,feature-columns={FEATURES}", "--set",
+                            f"both:method=head,feature-columns={FEATURES}", "--set",
+                            f"both-lora:method=lora,feature-columns={FEATURES}", "--against", "features", "--seeds", seeds,
+                            "--lr-grid", "3e-4,3e-3", "--epochs", "3", *_to(out, "buzzer")], "buzzer/compare.json"),
+        Step("logistic", 0.2, [LOGISTIC, "--task", "buzzer", "--data", f"{data}/buzzer", "--feature-columns", FEATURES,
+                               "--out", f"{out}/logistic.json"], "logistic.json")]
+
+
+def _to(out: Path, folder: str) -> list[str]:
+    return ["--out", f"{out}/{folder}", "--no-plots"]
