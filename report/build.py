@@ -1,6 +1,7 @@
 """Writes tables, figures and the PDF in report/ from what a run left in runs/; zips what is handed in.
 
     python run.py report 12345      # plots/*-12345_*, report/results/, report/Report_12345.pdf
+    python run.py paper 12345       # runs/paper-quick-12345/plots/, report/results/, report/main.pdf
     python run.py submit 12345 ...  # Asst2_<first>_<last>_12345.zip
 
 It reads files only and imports no other folder, so that a table cannot show anything but what a run wrote down:
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from report import figures
 from report.latex import breakable, escape, flatten
+from report.paper import paper_results
 from report.records import ReportError, read_json, read_metrics, replacing
 from report.studies import STUDY_TABLES
 from report.tables import config_tables, distil_tables, epochs, lora_tables
@@ -41,6 +43,11 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
 
     Raises ReportError where a file of a run is missing or malformed; report/results/ is then as it was.
     """
+    return _write(report_dir / "results", *_run_results(sr, runs_dir, plots_dir))
+
+
+def _run_results(sr: str, runs_dir: Path, plots_dir: Path) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Returns the numbers, and the files by name, of the runs and studies of `sr`."""
     numbers, files = {"sr": sr}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
     for mode, own in (("LoRA", lora_tables), ("distil", distil_tables)):
         run_dir, prefix = runs_dir / f"{mode}-{sr}", mode.lower()
@@ -64,14 +71,25 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
             files[f"{mode}.pdf"] = next(p for p in figures.plot_study(path, plots_dir) if p.suffix == ".pdf").read_bytes()
             numbers |= {f"{mode}.{key}": breakable(study[key]) for key in ("model", "task", "command")}
             numbers[f"{mode}.notes"] = escape(" ".join(notes(study)))
-    files["numbers.tex"] = "".join(f"\\setresult{{{key}}}{{{value}}}\n" for key, value in numbers.items()).encode()
-    results = report_dir / "results"
+    return numbers, files
+
+
+def _write(results: Path, numbers: dict[str, str], files: dict[str, bytes]) -> list[Path]:
+    """Writes numbers.tex and the files into report/results/, and removes all else there."""
+    files = files | {"numbers.tex": "".join(f"\\setresult{{{key}}}{{{value}}}\n" for key, value in numbers.items()).encode()}
     for name, content in files.items():
         with replacing(results / name) as temporary:
             temporary.write_bytes(content)
     for stale in set(results.iterdir()) - {results / name for name in files}:
         stale.unlink()
     return [results / name for name in files]
+
+
+def check_latex() -> str:
+    """Returns where latexmk is. Raises ReportError where it is not installed."""
+    if not (latexmk := shutil.which("latexmk")):
+        raise ReportError(f"latexmk not found; on Debian: apt install {DEBIAN}")
+    return latexmk
 
 
 def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> Path:
@@ -81,23 +99,45 @@ def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> 
     """
     if not any((runs_dir / f"{mode}-{sr}").is_dir() for mode in ("LoRA", "distil", *STUDIES)):
         raise ReportError(f"{runs_dir}: no run of {sr}; first `python run.py LoRA {sr}` or `python run.py distil {sr}`")
-    if not (latexmk := shutil.which("latexmk")):
-        raise ReportError(f"latexmk not found; on Debian: apt install {DEBIAN}")
+    check_latex()
     write_report_results(sr, runs_dir, plots_dir, report_dir)
+    return _compile(report_dir, f"Report_{sr}")
+
+
+def build_paper(folder: Path, report_dir: Path) -> Path:
+    """Writes the results of a paper's steps, runs latexmk and leaves `report/main.pdf`.
+
+    The document is that of a single run, here the first seed's, with the tables over seeds before it.
+
+    Args:
+        folder: the paper's, with paper.json.
+
+    Raises ReportError: a malformed file, latexmk is missing, or LaTeX failed (its log is then kept).
+    """
+    check_latex()
+    sr, plots = read_json(folder / "paper.json")["sr"], folder / "plots"
+    numbers, files = _run_results(sr, folder / "cola", plots)
+    more_numbers, more_files = paper_results(folder, plots)
+    _write(report_dir / "results", numbers | more_numbers, files | more_files)
+    return _compile(report_dir, "main")
+
+
+def _compile(report_dir: Path, name: str) -> Path:
+    """Runs latexmk on main.tex and leaves report/<name>.pdf, or where LaTeX failed report/<name>.log."""
     # LaTeX's own files go to a folder of their own: those of an interrupted build would break the next one.
     with tempfile.TemporaryDirectory() as build:
-        done = subprocess.run([latexmk, "-pdf", "-cd", "-interaction=nonstopmode", "-halt-on-error", f"-outdir={build}",
-                               str(report_dir / "main.tex")], stdin=subprocess.DEVNULL, capture_output=True,
-                              env=os.environ | {"max_print_line": "1000"}, check=False)
+        done = subprocess.run([check_latex(), "-pdf", "-cd", "-interaction=nonstopmode", "-halt-on-error",
+                               f"-outdir={build}", str(report_dir / "main.tex")], stdin=subprocess.DEVNULL,
+                              capture_output=True, env=os.environ | {"max_print_line": "1000"}, check=False)
         if done.returncode:
-            log, kept = Path(build, "main.log"), report_dir / f"Report_{sr}.log"
+            log, kept = Path(build, "main.log"), report_dir / f"{name}.log"
             kept.write_bytes(log.read_bytes() if log.exists() else done.stderr)
             said = re.search("^! .*", kept.read_text(errors="replace"), flags=re.MULTILINE)
             raise ReportError(f"{report_dir / 'main.tex'}: LaTeX failed: {said[0] if said else 'no error in its log'} "
                               f"(see {kept}; if a file was not found, on Debian: apt install {DEBIAN})")
-        with replacing(report_dir / f"Report_{sr}.pdf") as temporary:
+        with replacing(report_dir / f"{name}.pdf") as temporary:
             shutil.copyfile(Path(build, "main.pdf"), temporary)
-    return report_dir / f"Report_{sr}.pdf"
+    return report_dir / f"{name}.pdf"
 
 
 def make_submission(sr: str, first_name: str, last_name: str, root: Path) -> Path:
