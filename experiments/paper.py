@@ -115,7 +115,7 @@ def check(options: PaperOptions) -> None:
                    if not (options.data_root / name).is_dir()]
         if missing:
             raise UserError(f"--data-root {options.data_root}: has no folder {', '.join(missing)}; expected cola, "
-                            "rotten_tomatoes, movie_reviews, buzzer and blimp, or no --data-root for the Hub's GPT-2 and CoLA")
+                            "rotten_tomatoes, movie_reviews, buzzer and blimp, or no --data-root: GPT-2 and CoLA of the Hub")
     from data import backbones
 
     for model in ("smollm2", "minilm") if options.data_root else ("gpt2",):

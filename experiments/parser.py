@@ -422,8 +422,8 @@ def _paper(parser: Parser) -> None:
     parser.add("paper", "--profile", choices=PROFILES, default=PROFILES[0],
                help="quick: the built-in task, some minutes; full: real models and data, some hours on two cores")
     parser.add("paper", "--data-root", type=Path, metavar="DIR",
-               help="for full: folder with cola/, rotten_tomatoes/, movie_reviews/, buzzer/ and blimp/; GPT-2 and GLUE's CoLA "
-                    "of the Hub if not given")
+               help="for full: folder with cola/, rotten_tomatoes/, movie_reviews/, buzzer/ and blimp/; the Hub's GPT-2 and "
+                    "GLUE's CoLA if not given")
     _seeds_option(parser, "paper", 3, "")
     parser.add("paper", "--dry-run", action="store_true", help="print every step with its command, and run nothing")
     parser.add("paper", "--only", type=_list(str), default=[], metavar="STEP[,...]", help="run these steps alone")

@@ -37,7 +37,8 @@ class Paper:
 
     def entries(self, step: str) -> dict[str, Record]:
         """Returns a study's entries that have a result, by name; none if the step is not done."""
-        return {entry["entry"]: entry for entry in self.done[step]["entries"] if "best" in entry} if step in self.done else {}
+        rows = self.done[step]["entries"] if step in self.done else []
+        return {entry["entry"]: entry for entry in rows if "best" in entry}
 
     def difference(self, step: str) -> Record | None:
         """Returns a step's paired difference from the one that it is compared with."""

@@ -1,0 +1,191 @@
+"""The paper's steps: that they are commands which their programs take, and what becomes of them."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import toy
+
+import run
+from experiments import compare, paper, variants
+from experiments.paper import Clock, PaperOptions, make_paper, plan
+from experiments.steps import CHOSEN, RUN, Step, steps
+from record import signals
+from record.files import UserError, sha256, write_sums
+
+DATA = Path("../shared/data")
+PLANS = [("quick", None), ("full", DATA), ("full", None)]
+
+
+@pytest.mark.parametrize("profile, data", PLANS)
+def test_every_step_is_a_command_that_its_program_takes(profile, data, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(run, "_call", lambda args: parsed.append(args))
+    declared = steps(profile, "12345", 3, data, Path("out"))
+    assert len({step.name for step in declared}) == len(declared) > 8
+    for i, step in enumerate(declared):
+        program, *words = ["4e-4" if word == CHOSEN else word for word in step.words]
+        assert set(step.needs) <= {before.name for before in declared[:i]}
+        assert step.minutes > 0 and any(step.done.startswith(f"{word.removeprefix('out/')}") for word in words
+                                        if word.startswith("out/"))
+        if program == RUN:
+            assert toy.main(*words) is None, step
+            assert words[0] != "compare" or variants.entries(parsed[-1])
+            assert words[0] != "sweep" or variants.search(parsed[-1])
+        else:
+            source = (compare.RUN.parent / program).read_text()
+            assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
+
+
+@pytest.mark.parametrize("profile, data", PLANS)
+def test_lora_and_its_reference_have_the_same_budget(profile, data):
+    declared = {step.name: step.words for step in steps(profile, "12345", 3, data, Path("out"))}
+
+    def of(step: str, option: str) -> str:
+        return declared[step][declared[step].index(option) + 1]
+    for option in ("--model", "--lr-grid", "--seeds", "--epochs"):
+        assert of("grid", option) == of("peft", option)
+    assert of("lora", "--epochs") == of("grid", "--epochs") and of("lora", "--lr") == CHOSEN
+
+
+# ---------------------------------------------------------------- what becomes of the steps
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    """A paper of three steps, the last of which needs the second; each leaves a run when it is told to be well."""
+    out = tmp_path / "paper"
+    declared = [Step(name, 1, [RUN, name], f"{name}/result.json", needs) for name, needs in (
+        ("one", ()), ("two", ()), ("three", ("two",)))]
+    monkeypatch.setattr(paper, "steps", lambda *_: declared)
+    monkeypatch.setattr(paper.build, "build_paper", lambda folder, report: report / "main.pdf")
+    monkeypatch.setattr(paper.build, "check_latex", lambda: None)
+    fate, ran = {}, []
+
+    def child(words, log, program=None, tick=None):
+        ran.append(words[0])
+        log.write_text(f"{words[0]} says so\n")
+        if fate.get(words[0], 0) == "interrupt":
+            raise signals.Interrupted(2)
+        if not fate.get(words[0], 0):
+            folder = out / words[0]
+            (folder / "run").mkdir(parents=True, exist_ok=True)
+            (folder / "result.json").write_text('{"entries": []}')
+            (folder / "run" / "weights").write_text("1")
+            write_sums(folder / "run", {"weights": sha256(folder / "run" / "weights")})
+        return fate.get(words[0], 0)
+    monkeypatch.setattr(compare, "run_child", child)
+    return PaperOptions("12345", "quick", 3, None, out), fate, ran
+
+
+def states(options: PaperOptions) -> list[str]:
+    return [step["status"] for step in json.loads((options.out / "paper.json").read_text())["steps"]]
+
+
+def test_a_step_that_is_done_is_not_run_again(three):
+    options, _, ran = three
+    assert "about 1 min" in plan(options)
+    assert make_paper(options)[1] == [] and make_paper(options)[1] == []
+    assert ran == ["one", "two", "three"] and states(options) == ["done"] * 3
+    assert plan(options).count("(done)") == 3
+
+
+def test_a_step_that_fails_is_named_with_its_log_and_the_others_go_on(three):
+    options, fate, ran = three
+    fate["two"] = 2
+    failures = make_paper(options)[1]
+    assert ran == ["one", "two"] and states(options) == ["done", "failed", "failed"]
+    assert failures == [f"step two failed: exit status 2: two says so; see {options.out / 'steps' / 'two.log'}",
+                        "step three failed: it needs the step two, which is not done"]
+    fate.clear()
+    assert make_paper(options)[1] == []
+    assert ran == ["one", "two", "two", "three"] and states(options) == ["done"] * 3
+
+
+def test_a_step_that_left_nothing_failed_whatever_its_exit_status(three, monkeypatch):
+    options, *_ = three
+    monkeypatch.setattr(compare, "run_child", lambda words, log, **_: log.write_text("nothing\n") and 0)
+    assert "exit status 0: nothing" in make_paper(options)[1][0]
+
+
+def test_an_interrupted_step_goes_on_and_its_time_adds_up(three):
+    options, fate, ran = three
+    fate["two"] = "interrupt"
+    with pytest.raises(signals.Interrupted):
+        make_paper(options)
+    state = options.out / "steps" / "two.json"
+    before = json.loads(state.read_text())
+    assert before["status"] == "begun" and before["seconds"] >= 0
+    state.write_text(json.dumps({**before, "seconds": 1000.0}))
+    fate.clear()
+    assert make_paper(options)[1] == [] and ran == ["one", "two", "two", "three"]
+    assert 1000 < json.loads(state.read_text())["seconds"] < 1100
+
+
+def test_a_damaged_run_is_named(three):
+    options, *_ = three
+    make_paper(options)
+    (options.out / "one" / "run" / "weights").write_text("2")
+    assert "one/run/weights: damaged or changed" in make_paper(options)[1][0]
+
+
+def test_a_step_with_another_command_or_without_its_result_is_run(three, monkeypatch):
+    options, _, ran = three
+    make_paper(options)
+    shutil.rmtree(options.out / "one")
+    declared = paper.steps()
+    monkeypatch.setattr(paper, "steps", lambda *_: [*declared[:2], Step("three", 1, [RUN, "three", "--x"],
+                                                                      "three/result.json", ("two",))])
+    make_paper(options)
+    assert ran == ["one", "two", "three", "one", "three"]
+
+
+def test_another_number_of_seeds_is_refused_and_overwrite_begins_anew(three):
+    options, _, ran = three
+    make_paper(options)
+    five = PaperOptions("12345", "quick", 5, None, options.out)
+    with pytest.raises(UserError, match="began with another --seeds: 3, now 5"):
+        make_paper(five)
+    make_paper(PaperOptions("12345", "quick", 5, None, options.out, overwrite=True))
+    assert ran == ["one", "two", "three"] * 2
+
+
+def test_only_runs_the_named_steps(three):
+    options, _, ran = three
+    make_paper(PaperOptions(options.sr, "quick", 3, None, options.out, only=("two",)))
+    assert ran == ["two"] and states(options) == ["not run", "done", "not run"]
+    with pytest.raises(UserError, match="--only four: no such step; expected some of one,two,three"):
+        plan(PaperOptions(options.sr, "quick", 3, None, options.out, only=("four",)))
+
+
+def test_the_time_left_scales_with_the_steps_that_are_done():
+    steps = [Step(name, minutes, [], "") for name, minutes in (("a", 2), ("b", 4), ("c", 10))]
+    clock = Clock(steps)
+    assert clock.minutes(steps[0]) == pytest.approx(16, abs=0.1)
+    clock.done(steps[0], 60.0)  # half of what was declared
+    assert clock.minutes(steps[1]) == pytest.approx(7, abs=0.1)
+    clock.done(steps[1], None)  # a failed step changes no estimate
+    assert clock.minutes(steps[2]) == pytest.approx(5, abs=0.1)
+
+
+def test_a_folder_without_the_data_sets_is_told(tmp_path):
+    (tmp_path / "cola").mkdir()
+    with pytest.raises(UserError, match="has no folder rotten_tomatoes, movie_reviews, buzzer, blimp"):
+        make_paper(PaperOptions("12345", "full", 3, tmp_path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_the_chosen_rate_are_linked(tmp_path):
+    grid = tmp_path / "grid"
+    (grid / "lora-lr0.0004-12345").mkdir(parents=True)
+    (grid / "compare.json").write_text(json.dumps({"entries": [{"learning_rate": 4e-4, "seeds": ["12345"]}]}))
+    assert paper.link_runs(PaperOptions("12345", "full", 1, None, tmp_path)) == "0.0004"
+    assert (tmp_path / "cola" / "LoRA-12345").resolve() == (grid / "lora-lr0.0004-12345").resolve()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--only", "nothing"], "--only nothing: no such step"), (["--profile", "ful"], "--profile"),
+    (["--seeds", "0"], "--seeds"), (["--profile", "full", "--data-root", "no/such"], "has no folder cola")])
+def test_bad_input_is_one_line(words, said, tmp_path, capsys):
+    assert toy.main("paper", "12345", "--out", tmp_path / "out", *words) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
