@@ -49,12 +49,12 @@ def steps(profile: str, sr: str, seeds: int, data: Path | None, out: Path) -> li
 def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
     task = ["--model", "tiny", "--task", "tiny"]
     return [
-        *_lora(task, sr, seeds, out, TINY_RATES, ["--epochs", "6"], (1.5, 0.2, 2)),
-        *_distil(sr, seeds, out, ["--epochs", "12"], 0.7),
+        *_lora(task, sr, seeds, out, TINY_RATES, ["--epochs", "6"], (2, 0.2, 3)),
+        *_distil(sr, seeds, out, ["--epochs", "12"], 1.2, {"alpha-0.5": ABLATIONS["alpha-0.5"]}),
         Step("rank", 1, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,8", "--search",
-                         "targets=q+v,all", "--limit", "1000", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json"),
+                         "targets=q+v,all", "--limit", "600", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json"),
         Step("methods", 2, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora", "--seeds",
-                            seeds, "--limit", "1000", "--epochs", "4", *_to(out, "methods")], "methods/compare.json"),
+                            seeds, "--limit", "600", "--epochs", "4", *_to(out, "methods")], "methods/compare.json"),
         Step("diagnose", 0.5, [RUN, "diagnose", f"{out}/cola/distil-{sr}", "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
 
@@ -90,14 +90,15 @@ def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: l
                                   "--out", f"{out}/peft"], "peft/compare.json")]
 
 
-def _distil(sr: str, seeds: str, out: Path, more: list[str], minutes: float) -> list[Step]:
+def _distil(sr: str, seeds: str, out: Path, more: list[str], minutes: float, ablations: dict[str, list[str]] = ABLATIONS
+            ) -> list[Step]:
     """Returns the student with its no-KD baseline, and its ablations, each with the teacher of its own seed."""
     def step(name: str, folder: str, flags: list[str]) -> Step:
         return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola", *more, *flags,
                                     *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
                     f"{folder}/distil-*")
     return [step("distil", "cola", []),
-            *(step(f"distil-{name}", f"distil-{name}", flags) for name, flags in ABLATIONS.items())]
+            *(step(f"distil-{name}", f"distil-{name}", flags) for name, flags in ablations.items())]
 
 
 def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:

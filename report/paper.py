@@ -71,7 +71,8 @@ def paper_results(folder: Path, plots_dir: Path) -> tuple[dict[str, str], dict[s
                 numbers["paper.rank.notes"] = escape(" ".join(studies.sweep_notes(paper.done[name])))
     if "diagnose" in paper.done:
         found = paper.done["diagnose"]
-        numbers["paper.diagnose.left_out"] = escape("; ".join(found["left_out"]) or "nothing")
+        if found["left_out"]:
+            numbers["paper.diagnose.left_out"] = escape(f"Left out: {'; '.join(found['left_out'])}.")
         if found["pairs"]:
             n, limit = found["pairs"]["n"], found["pairs"]["limit"]
             numbers["paper.diagnose.pairs"] = escape(f"{n:,} pairs" + (f", the first {limit} of each paradigm" if limit else
