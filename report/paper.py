@@ -54,7 +54,7 @@ def paper_results(folder: Path, plots_dir: Path) -> tuple[dict[str, str], dict[s
     seeds = paper.record["seeds"]
     numbers = {"paper.profile": escape(paper.record.section("options")["profile"]), "paper.seeds": str(len(seeds)),
                "paper.range": f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0],
-               "paper.spread": escape(_spread_note(len(seeds))), "paper.cpu": escape(paper.record["cpu"]),
+               "paper.spread": _spread_note(len(seeds)), "paper.cpu": escape(paper.record["cpu"]),
                "paper.threads": str(paper.record["threads"])}
     for step in paper.record["steps"]:
         numbers[f"paper.{step['name']}.command"] = breakable(step["command"])
@@ -84,7 +84,7 @@ def paper_results(folder: Path, plots_dir: Path) -> tuple[dict[str, str], dict[s
 def _spread_note(seeds: int) -> str:
     """Says what stands behind a mean."""
     return "One seed: no standard deviation and no interval." if seeds == 1 else (
-        f"Mean over {seeds} seeds \u00b1 half of its 95 % interval (Student's t).")
+        rf"Mean over {seeds} seeds $\pm$ half of its 95\,\% interval (Student's $t$).")
 
 
 def value(spread: Record, key: str, signed: bool = False) -> str:
@@ -124,6 +124,7 @@ def _score_rows(rows: list[tuple[str, Record, bool]], splits: list[str]) -> list
     """Returns a line for the best and one for the last epoch of each (name, entry or difference, whether it is one)."""
     lines = []
     for name, row, signed in rows:
+        name = rf"\addlinespace {name}" if lines else name
         for which in ("best", "last"):
             if which in row:
                 epoch = f" ({row.section(which + '_epoch').number('mean'):.3g})" if f"{which}_epoch" in row else ""

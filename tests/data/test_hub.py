@@ -360,3 +360,26 @@ def test_a_run_reads_a_data_set_by_name_and_a_local_path_wins(sst2, gpt2_folder,
     assert "run.py: --data some/thing: no such file or folder here, and as a data set of the Hugging" in done.stderr
     assert not (tmp_path / "none").exists()
     assert json.loads((tmp_path / "local/config.json").read_text())["classes"] == ["x", "y"]
+
+
+PAPER = """
+import sys
+from report import build
+import run
+build.build_paper = lambda folder, report: report / "main.pdf"  # the project's own PDF is not to be written
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_the_paper_is_gpt2_on_cola_where_the_hub_is_in_reach(hub_folder, tmp_path):
+    words = ("paper", "12345", "--profile", "full", "--seeds", "1", "--only", "grid", "--out", str(tmp_path / "paper"))
+    with Hub(hub_folder) as hub:
+        done, _ = python("-c", PAPER, *words, home=tmp_path / "home", endpoint=hub.endpoint)
+    assert done.returncode == 0, done.stderr
+    grid = json.loads((tmp_path / "paper/grid/compare.json").read_text())
+    assert (grid["model"], grid["task"], len(grid["runs"])) == ("gpt2", "cola", 2)
+    assert all(name.startswith("nyu-mll/glue/cola/") for name in grid["data_files"]) and grid["entries"][0]["learning_rate"]
+    # Without the Hub: one line, before hours of work.
+    done, _ = python("-c", PAPER, *words[:-1], str(tmp_path / "other"), home=tmp_path / "none", endpoint=refusing_endpoint())
+    assert done.returncode == 2 and "run.py: --model gpt2: not a local folder, not cached" in done.stderr
+    assert not (tmp_path / "other").exists()
