@@ -249,9 +249,11 @@ def methods(paper: Paper, step: str) -> str | None:
                  f"{entry.number('size_bytes') / 1e6:.3g}"]
         for i, line in enumerate(_score_rows([("", entry, False)], splits)[:1 if rate is None else 2]):
             rows.append((before if i == 0 else blank) + line[1:] + (after if i == 0 else blank))
+            rows[-1][0] = rf"\addlinespace {rows[-1][0]}" if i == 0 else ""
     for row in study["differences"]:
         if "best" in row:
-            rows += [[escape(f"{row['entry']} minus {row['minus']}") if i == 0 else "", "", "", *line[1:], *blank]
+            name = rf"\addlinespace {escape(row['entry'])} minus {escape(row['minus'])}"
+            rows += [[name if i == 0 else "", "", "", *line[1:], *blank]
                      for i, line in enumerate(_score_rows([("", row, True)], splits))]
     if step == "buzzer" and "logistic" in paper.done:
         scores = next(iter(paper.done["logistic"].section("splits").values()))

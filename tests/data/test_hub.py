@@ -379,7 +379,3 @@ def test_the_paper_is_gpt2_on_cola_where_the_hub_is_in_reach(hub_folder, tmp_pat
     grid = json.loads((tmp_path / "paper/grid/compare.json").read_text())
     assert (grid["model"], grid["task"], len(grid["runs"])) == ("gpt2", "cola", 2)
     assert all(name.startswith("nyu-mll/glue/cola/") for name in grid["data_files"]) and grid["entries"][0]["learning_rate"]
-    # Without the Hub: one line, before hours of work.
-    done, _ = python("-c", PAPER, *words[:-1], str(tmp_path / "other"), home=tmp_path / "none", endpoint=refusing_endpoint())
-    assert done.returncode == 2 and "run.py: --model gpt2: not a local folder, not cached" in done.stderr
-    assert not (tmp_path / "other").exists()

@@ -7,6 +7,7 @@ import pytest
 import toy
 
 import run
+from data import backbones
 from experiments import compare, paper, variants
 from experiments.paper import Clock, PaperOptions, make_paper, plan
 from experiments.steps import CHOSEN, RUN, Step, steps
@@ -22,7 +23,7 @@ def test_every_step_is_a_command_that_its_program_takes(profile, data, monkeypat
     parsed = []
     monkeypatch.setattr(run, "_call", lambda args: parsed.append(args))
     declared = steps(profile, "12345", 3, data, Path("out"))
-    assert len({step.name for step in declared}) == len(declared) > 8
+    assert len({step.name for step in declared}) == len(declared) > 7
     for i, step in enumerate(declared):
         program, *words = ["4e-4" if word == CHOSEN else word for word in step.words]
         assert set(step.needs) <= {before.name for before in declared[:i]}
@@ -171,6 +172,15 @@ def test_a_folder_without_the_data_sets_is_told(tmp_path):
     (tmp_path / "cola").mkdir()
     with pytest.raises(UserError, match="has no folder rotten_tomatoes, movie_reviews, buzzer, blimp"):
         make_paper(PaperOptions("12345", "full", 3, tmp_path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_hub_nothing_begins(tmp_path, monkeypatch):
+    def gone(name):
+        raise UserError(f"--model {name}: not cached")
+    monkeypatch.setattr(backbones, "load_config", gone)
+    with pytest.raises(UserError, match="--model gpt2: not cached"):
+        make_paper(PaperOptions("12345", "full", 3, None, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
