@@ -98,8 +98,8 @@ def test_an_error_beside_the_main_thread_is_refused_like_any_other(work, refused
     assert refused("LoRA", "12345", "--model", work / "model", "--data", work / "cola") == "run.py: weights: gone"
 
 
-@pytest.mark.parametrize("mode", ["gen", "LoRA", "distil", "compare", "sweep", "eval", "export", "merge", "repeat", "report",
-                                  "submit"])
+@pytest.mark.parametrize("mode", ["gen", "LoRA", "distil", "compare", "sweep", "eval", "export", "merge", "repeat", "paper",
+                                  "report", "submit"])
 def test_every_mode_has_a_help_of_its_own(mode, capsys):
     assert toy.main(mode, "--help") == 0
     assert f"usage: run.py {mode}" in capsys.readouterr().out
