@@ -9,6 +9,7 @@ from pathlib import Path
 
 PROFILES = ("quick", "full")
 CHOSEN = "CHOSEN"  # in a command line: the learning rate that the step `grid` chose
+SWEPT = "rank/best"  # no run's checksums are checked: a sweep removes the weights of all trials but the best
 RUN, PEFT, LOGISTIC = "run.py", "benchmarks/peft_reference.py", "benchmarks/features_reference.py"
 COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
 METHOD_RATES = "1e-4,5e-4,3e-3"  # of every method: full fine-tuning, LoRA and the head want rates far apart
@@ -52,7 +53,8 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
         *_lora(task, sr, seeds, out, TINY_RATES, ["--epochs", "6"], (2, 0.2, 3)),
         *_distil(sr, seeds, out, ["--epochs", "12"], 1.2, {"alpha-0.5": ABLATIONS["alpha-0.5"]}),
         Step("rank", 1, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,8", "--search",
-                         "targets=q+v,all", "--limit", "600", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json"),
+                         "targets=q+v,all", "--limit", "600", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json",
+             runs=SWEPT),
         Step("methods", 2, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora", "--seeds",
                             seeds, "--limit", "600", "--epochs", "4", *_to(out, "methods")], "methods/compare.json"),
         Step("diagnose", 0.5, [RUN, "diagnose", f"{out}/cola/distil-{sr}", "--out", f"{out}/diagnose"],
@@ -71,7 +73,7 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
         found += [
             Step("rank", 30, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,2,4,8,16",
                               "--search", "targets=q+v,q+k+v+o,all", "--limit", "2000", "--epochs", "1",
-                              *_to(out, "rank")], "rank/sweep.json"),
+                              *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
             Step("methods", 90, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora",
                                  "--seeds", seeds, "--epochs", "3", *_to(out, "methods")], "methods/compare.json")]
     return found
@@ -107,7 +109,7 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
     return [
         Step("rank", 8, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
                          "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
-                         "--epochs", "1", *_to(out, "rank")], "rank/sweep.json"),
+                         "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
         Step("methods", 40, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
                              "--seeds", seeds, "--lr-grid", METHOD_RATES, "--epochs", "3",
                              *_to(out, "methods")], "methods/compare.json"),

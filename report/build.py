@@ -46,12 +46,13 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
     return _write(report_dir / "results", *_run_results(sr, runs_dir, plots_dir))
 
 
-def _run_results(sr: str, runs_dir: Path, plots_dir: Path) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Returns the numbers, and the files by name, of the runs and studies of `sr`."""
+def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "distil")
+                 ) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Returns the numbers, and the files by name, of the runs (of `modes`) and studies of `sr`."""
     numbers, files = {"sr": sr}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
     for mode, own in (("LoRA", lora_tables), ("distil", distil_tables)):
         run_dir, prefix = runs_dir / f"{mode}-{sr}", mode.lower()
-        if not run_dir.is_dir():
+        if mode not in modes or not run_dir.is_dir():
             continue
         summary, config = read_json(run_dir / "summary.json"), read_json(run_dir / "config.json")
         tables, derived = own(summary)
@@ -116,7 +117,9 @@ def build_paper(folder: Path, report_dir: Path) -> Path:
     """
     check_latex()
     sr, plots = read_json(folder / "paper.json")["sr"], folder / "plots"
-    numbers, files = _run_results(sr, folder / "cola", plots)
+    # A step that failed may have left an unfinished run: "not run" too.
+    finished = [mode for mode in ("LoRA", "distil") if (folder / "cola" / f"{mode}-{sr}" / "summary.json").exists()]
+    numbers, files = _run_results(sr, folder / "cola", plots, finished)
     more_numbers, more_files = paper_results(folder, plots)
     _write(report_dir / "results", numbers | more_numbers, files | more_files)
     return _compile(report_dir, "main")
