@@ -183,12 +183,12 @@ def finished_run(words: list[str], folder: Path, threads: int | None) -> dict | 
     return {**read_run(folder, words[0])[1], "size_bytes": size_on_disk(folder)}
 
 
-def run_child(words: list[str], log: Path, threads: int | None = None, program: Path = RUN,
+def run_child(words: list[str], log: Path, threads: int | None = None, program: Path | None = None,
               tick: Callable[[], None] | None = None) -> int:
     """Runs `python run.py WORDS` in a process of its own, with so many threads (all cores if None) and its output in `log`.
 
     Args:
-        program: another program than run.py.
+        program: run.py if None.
         tick: called every second while the child runs.
 
     Returns the exit status, negative for a signal.
@@ -197,7 +197,7 @@ def run_child(words: list[str], log: Path, threads: int | None = None, program: 
     its own: Ctrl-C would reach it too, and SIGINT after a signal ends it at once.
     """
     with open(log, "ab") as output:
-        child = subprocess.Popen([sys.executable, str(program), *words], stdin=subprocess.DEVNULL, stdout=output,
+        child = subprocess.Popen([sys.executable, str(program or RUN), *words], stdin=subprocess.DEVNULL, stdout=output,
                                  stderr=output, preexec_fn=_end_with_parent, process_group=0,
                                  env=os.environ | _threads(threads))
         try:
