@@ -285,7 +285,7 @@ def add_distil_options(parser: Parser) -> None:
                help=f"{RNNConfig.hidden_size}, or less to fit, of each direction")
     parser.add("student", "--rnn-layers", type=_count, default=RNNConfig.rnn_layers, help="of the RNN")
     parser.add("student", "--cell", choices=("lstm", "gru"), default=RNNConfig.cell, help="of the RNN")
-    parser.add("student", "--pooling", choices=("max", "mean"), default=RNNConfig.pooling, help="over real tokens")
+    parser.add("student", "--pooling", choices=("max", "mean", "attention"), default=RNNConfig.pooling, help="over real tokens")
     parser.add("student", "--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=RNNConfig.dropout,
                help="on embeddings and on the pooled vector")
     _data_options(parser)

@@ -76,7 +76,7 @@ class RNNConfig:
     hidden_size: int = 128  # of each direction
     rnn_layers: int = 1
     cell: str = "lstm"  # lstm or gru
-    pooling: str = "max"  # max or mean, over real tokens
+    pooling: str = "max"  # max, mean or attention, over real tokens
     dropout: float = 0.3  # on embeddings and on the pooled vector
 
 
