@@ -444,7 +444,7 @@ class DistilRNN(nn.Module):
             self.attention = nn.Linear(2 * config.hidden_size, 1, bias=False)  # a token's score, before softmax
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, rnn: nn.Module | None = None) -> Tensor:
-        """Returns the RNN's states (B, T, 2H), forward direction first; another `rnn` may stand in (its first layer, say)."""
+        """Returns the RNN's states (B, T, 2H), forward direction first, or those of another `rnn` in its place."""
         rnn, x = rnn or self.rnn, self.dropout(self.embedding(input_ids))  # (B, T, E)
         lengths = attention_mask.sum(1)  # on the CPU, where batches keep their mask
         if bool((lengths == input_ids.shape[1]).all()):

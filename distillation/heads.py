@@ -114,7 +114,7 @@ def token_ranks(batches: list[Batch], vocabulary: int) -> Tensor:
 
 
 def mean_loss(objective: Callable[[Outputs, Batch], Tensor]) -> Callable[[nn.Module, dict[str, list[Batch]]], tuple]:
-    """Returns what scores development splits that have no classes: the objective's mean over each split's rows, as `loss`."""
+    """Returns what scores development splits without classes: the objective's mean over each split's rows, as `loss`."""
     @torch.inference_mode()
     def score(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, dict], dict[str, list]]:
         was_training, device, found = model.training, next(model.parameters()).device, {}

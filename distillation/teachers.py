@@ -5,7 +5,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_utils import Batch
 from model import DistilRNN, TextClassifier
@@ -71,6 +71,17 @@ def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
         raise UserError(f"--match hidden: a {teacher.net.config.model_type} model does not give one hidden state a token; "
                         "choose --match none")
     return states[send(mask, states.device).bool()].float()
+
+
+class Averaged(nn.Module):
+    """Several teachers of one task, whose logits are averaged."""
+
+    def __init__(self, teachers: list[TextClassifier]):
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+
+    def forward(self, *inputs) -> Tensor:  # as a teacher takes them -> (B, labels)
+        return torch.stack([teacher(*inputs) for teacher in self.teachers]).mean(0)
 
 
 @dataclass
