@@ -489,7 +489,7 @@ def student_config(vocab_size: int, num_labels: int, budget: int, largest: tuple
         UserError: not even the smallest default fits.
     """
     sizes = {name: value for name, value in sizes.items() if value is not None}
-    for scale in (1, 0.75, 0.5, 0.375, 0.25, 0.125):
+    for scale in (1, 0.75, 0.5, 0.375, 0.25, *([0.1875] if largest else []), 0.125):
         first = largest or (RNNConfig.embedding_size, RNNConfig.hidden_size)
         default = {name: int(scale * size) for name, size in zip(("embedding_size", "hidden_size"), first, strict=True)}
         config = RNNConfig(vocab_size, num_labels, **{**default, **sizes})

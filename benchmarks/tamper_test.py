@@ -49,7 +49,8 @@ def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
     toy.write_cola(work / "cola")
     plots = ("--plots", str(work / "plots"))
     lora = ("LoRA", "12345", "--model", str(work / "model"), "--data", str(work / "cola"), *SMALL, *plots, "--out")
-    distil = ("distil", "12345", "--plain", "--teacher", str(work / "runs/LoRA-12345"), "--embedding-size", "4", "--hidden-size", "4",
+    distil = ("distil", "12345", "--plain", "--teacher", str(work / "runs/LoRA-12345"), "--embedding-size", "4",
+              "--hidden-size", "4",
               *SMALL, *plots, "--out")
     with mock.patch("report.figures.plot_run", lambda *_: []):
         made = [call(*lora, str(work / "runs/LoRA-12345"))[0], call(*distil, str(work / "runs/distil-12345"))[0]]

@@ -47,12 +47,15 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.mse_loss(student_logits, teacher_logits.detach())
 
 
-def hidden_mse(student_states: Tensor, teacher_states: Tensor) -> Tensor:
-    """Computes the mean squared difference of hidden states (tokens, d), over real tokens and dimensions.
+def hidden_mse(student_states: Tensor, teacher_states: Tensor, weights: Tensor) -> Tensor:
+    """Computes the weighted squared difference of hidden states (tokens, d): sum over dimensions, mean over real tokens.
 
-    Romero et al. 2015, "FitNets", equation 3 (there without the means): the student's states come through a projection.
+    Romero et al. 2015, "FitNets", equation 3 (there without weights): the student's states come through a projection.
+
+    Args:
+        weights: (d,) of the dimensions.
     """
-    return F.mse_loss(student_states, teacher_states.detach())
+    return ((student_states - teacher_states.detach()).square() @ weights).mean()
 
 
 # ---------------------------------------------------------------- objectives
@@ -79,9 +82,8 @@ def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label
     return objective
 
 
-def transfer(soft: Objective, gold: Objective, unlabelled: int, hidden: HiddenStates | None = None,
-             match_weight: float = 0.0) -> Objective:
-    """Returns the objective of the transfer set: each row's own loss, and beside it `match_weight` times `hidden_mse`.
+def transfer(soft: Objective, gold: Objective, unlabelled: int, hidden: HiddenStates | None = None) -> Objective:
+    """Returns the objective of the transfer set: the mean of each row's own loss, and `hidden_mse` beside it.
 
     Args:
         soft: of the rows without a gold label.
@@ -96,15 +98,15 @@ def transfer(soft: Objective, gold: Objective, unlabelled: int, hidden: HiddenSt
             if bool(chosen.any()):
                 part = replace(batch, labels=batch.labels[chosen], rows=batch.rows[chosen])
                 loss = loss + one(logits[chosen], part) * chosen.float().mean()
-        return loss if hidden is None else loss + match_weight * matched(outputs.matched, batch, hidden)
+        return loss if hidden is None else loss + matched(outputs.matched, batch, hidden)
     return objective
 
 
-def pretraining(hidden: HiddenStates | None, lm_weight: float, match_weight: float) -> Objective:
-    """Returns lm_weight x the language model's loss + match_weight x `hidden_mse`, where the model returns these."""
+def pretraining(hidden: HiddenStates | None, lm_weight: float) -> Objective:
+    """Returns lm_weight x the language model's loss + `hidden_mse`, where the model returns these."""
     def objective(outputs, batch: Batch) -> Tensor:
         loss = 0.0 if outputs.language is None else lm_weight * outputs.language
-        return loss if hidden is None else loss + match_weight * matched(outputs.matched, batch, hidden)
+        return loss if hidden is None else loss + matched(outputs.matched, batch, hidden)
     return objective
 
 
@@ -118,4 +120,5 @@ def matched(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tensor:
     if not bool(there.any()):
         return 0.0 * projected.sum()
     tokens = there.repeat_interleave(batch.attention_mask.sum(1))
-    return hidden_mse(projected[tokens.to(projected.device)], hidden.of(batch.rows.cpu()[there]).to(projected.device))
+    targets, weights = hidden.of(batch.rows.cpu()[there]), hidden.weights
+    return hidden_mse(projected[tokens.to(projected.device)], *(t.to(projected.device) for t in (targets, weights)))

@@ -25,6 +25,15 @@ class Reduction:
         return (rows - self.mean) @ self.components / self.std
 
 
+def token_scores(teacher: TextClassifier, hidden: Tensor) -> Tensor:
+    """Returns the logits around their mean (tokens, labels) that a decoder's head gives each prefix; of an encoder none."""
+    if not teacher.decoder or teacher.by_length:
+        return hidden.new_zeros(len(hidden), 0)
+    score = teacher.net.score
+    logits = score(hidden.to(score.weight.dtype)).float()
+    return logits - logits.mean(-1, keepdim=True)
+
+
 def principal_components(rows: Tensor, size: int) -> Reduction:
     """Computes the `size` first principal components of rows (N, C) (Pearson 1901), in float64.
 
@@ -86,9 +95,13 @@ class Averaged(nn.Module):
 
 @dataclass
 class HiddenStates:
-    """Reduced hidden states of many sentences, one after the other."""
+    """Reduced hidden states of many sentences, one after the other, and with a decoder the tokens' scores.
+
+    A token's scores are the logits (around their mean) that the head gives the sentence as far as the token.
+    """
 
     values: Tensor  # (tokens, d) float16, on the CPU
+    weights: Tensor  # (d,) of the dimensions in `objectives.hidden_mse`
     offsets: Tensor  # (N + 1,) where each sentence begins
 
     def __len__(self) -> int:

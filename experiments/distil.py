@@ -19,9 +19,9 @@ from data.digests import tokenizer_digest
 from data_utils import Batch, Task
 from distillation.teachers import Averaged, embed_as
 from experiments import stages
-from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES
 from experiments.stages import Stage
 from experiments.transfer import Source
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
@@ -32,7 +32,7 @@ from record.machine import device
 from record.options import DistilOptions, RNNConfig, RunOptions, TableOptions, as_json, rebuild, settings_of
 from train_utils import best_and_last, selection_split, training_summary
 
-LARGEST = (96, 256)  # embedding and hidden size of a student in stages, or less to fit its budget
+LARGEST = (128, 512)  # embedding and hidden size of a student in stages, or less to fit its budget
 
 
 def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) -> float:
@@ -117,7 +117,8 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
     if distil_options.augment is None:
         distil_options = replace(distil_options, augment=min(AUGMENT_MOST, AUGMENT_TIMES * len(task.train)))
     base = read_json(distil_options.teacher / "config.json").get("base_sha256")
-    return Prepared(options, distil_options, task, teacher, teachers, teacher_parameters, tokenizer, tokenizer_sha256, base, student,
+    return Prepared(options, distil_options, task, teacher, teachers, teacher_parameters, tokenizer, tokenizer_sha256, base,
+                    student,
                     batches, dev)
 
 

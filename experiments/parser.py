@@ -29,7 +29,7 @@ from record import processes
 from record.options import ROLES, DistilOptions, LoRAOptions, RNNConfig, RunOptions, TableOptions, TrainOptions
 
 # The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
-EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"plain tiny": 30, "plain": 15, "": 5}}
+EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"plain tiny": 30, "plain": 15, "": 3}}
 # By method: what is pretrained wants small steps, what starts from nothing large ones.
 LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5e-4, "": 5e-5},
                  "head": {"tiny": 1e-2, "": 1e-3}, "features": {"": 3e-3}, "none": {"": TrainOptions.lr},
@@ -38,9 +38,8 @@ LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5
 STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
           "kd_alpha": {"plain": DistilOptions.kd_alpha, "": 0.5},
           "student_embeddings": {"plain": "random", "": "teacher"}, "match": {"plain": "none", "": "hidden"},
-          "pretrain": {"plain": 0, "tiny": 2, "": 3},
-          "transfer": {"plain": 0, "tiny": 5, "": 5}}
-AUGMENT_TIMES, AUGMENT_MOST = 5, 40_000  # the transfer set's sentences: so many times the training set's, and at most
+          "pretrain": {"plain": 0, "": 0}, "transfer": {"plain": 0, "": 4}}
+AUGMENT_TIMES, AUGMENT_MOST = 7, 60_000  # the transfer set's sentences: so many times the training set's, and at most
 METHODS = ("lora", "full", "head", "features", "none")
 
 
@@ -271,15 +270,18 @@ def _stage_options(parser: Parser) -> None:
                help="plain sentences, one a line, to pretrain on and for the transfer set; may be given several times")
     parser.add(stages, "--augment", type=WHOLE, metavar="N",
                help="sentences that the teacher labels beside the training set: edits, plain ones, and what the language "
-                    f"model writes; 0: none; five times the training set, up to {AUGMENT_MOST:,}, if not given")
+                    f"model writes; 0: none; {AUGMENT_TIMES} times the training set, up to {AUGMENT_MOST:,}, if not given")
     parser.add(stages, "--pretrain", type=WHOLE, metavar="EPOCHS",
                help=f"of language modelling in both directions; {_defaults_text(STAGES['pretrain'])}")
     parser.add(stages, "--transfer", type=WHOLE, metavar="EPOCHS",
                help=f"on the teacher's labels of the transfer set; {_defaults_text(STAGES['transfer'])}")
     parser.add(stages, "--match", choices=("hidden", "none"),
                help=f"the teacher's hidden states, reduced by PCA; {_defaults_text(STAGES['match'])}")
-    parser.add(stages, "--match-size", type=COUNT, default=DistilOptions.match_size, metavar="D", help="to D dimensions")
+    parser.add(stages, "--match-size", type=COUNT, default=DistilOptions.match_size, metavar="D",
+               help="to D dimensions, or as many as there are")
     parser.add(stages, "--match-weight", type=NOT_NEGATIVE, default=DistilOptions.match_weight, help="in the loss")
+    parser.add(stages, "--score-weight", type=NOT_NEGATIVE, default=DistilOptions.score_weight,
+               help="of the logits that a decoder's head gives each prefix of a sentence, matched beside hidden states")
     parser.add(stages, "--lm-weight", type=NOT_NEGATIVE, default=DistilOptions.lm_weight,
                help="of language modelling in pretraining; 0: hidden states alone are matched there")
     parser.add(stages, "--gold-repeats", type=WHOLE, default=DistilOptions.gold_repeats, metavar="N",

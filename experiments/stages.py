@@ -78,7 +78,8 @@ def read(source: Source, task: Task, teachers: list, teacher_keys: list[str], op
     size = options.match_size if options.match == "hidden" else 0
     logits, hidden = [], None
     for teacher, key in zip(teachers, teacher_keys, strict=True):
-        one, states = source.outputs(teacher, key, ids[:labelled], size if hidden is None else 0)
+        one, states = source.outputs(teacher, key, ids[:labelled], size if hidden is None else 0, options.match_weight,
+                                     options.score_weight)
         logits.append(one)
         hidden = hidden or states
     logits = torch.stack(logits).mean(0)
@@ -90,7 +91,7 @@ def first_stages(sentences: Sentences, tokenizer, options: DistilOptions, train:
                  dev: dict[str, list[Batch]], device: torch.device) -> list[Stage]:
     """Returns the student's stages before the last one: pretraining and the transfer set, where they have epochs."""
     found, hidden = [], sentences.hidden
-    size = options.match_size if hidden is not None else 0
+    size = hidden.values.shape[1] if hidden is not None else 0
     if options.pretrain:
         language = options.lm_weight > 0 or hidden is None
         rows = range(len(sentences.ids) if language else sentences.labelled)
@@ -103,7 +104,7 @@ def first_stages(sentences: Sentences, tokenizer, options: DistilOptions, train:
                       for alpha in (1.0, options.kd_alpha))
         found.append(Stage(
             "transfer", _batches(sentences, tokenizer, rows, options, train), dev,
-            objectives.transfer(soft, gold, sentences.transfer, hidden, options.match_weight),
+            objectives.transfer(soft, gold, sentences.transfer, hidden),
             _stage_options(options, train, options.transfer), options.stage_dropout,
             (lambda student: Matched(student, size)) if size else bare))
     return found
@@ -135,12 +136,12 @@ def _pretrain(sentences: Sentences, tokenizer, rows: list[int], hidden: HiddenSt
     every = max(HELD_OUT_EVERY, len(rows) // HELD_OUT_MOST)
     held_out, rest = rows[::every], [row for at, row in enumerate(rows) if at % every] or rows
     batches, dev = (_batches(sentences, tokenizer, some, options, train) for some in (rest, held_out))
-    objective = objectives.pretraining(hidden, options.lm_weight or 1.0, options.match_weight)
+    objective = objectives.pretraining(hidden, options.lm_weight or 1.0)
     vocabulary = len(tokenizer)
     return Stage("pretrain", batches, {"held_out": dev}, objective, _stage_options(options, train, options.pretrain),
                  options.stage_dropout, lambda student: LanguageModel(
                      student, token_ranks(batches, vocabulary) if language else None,
-                     options.match_size if hidden is not None else 0))
+                     hidden.values.shape[1] if hidden is not None else 0))
 
 
 def _batches(sentences: Sentences, tokenizer, rows: list[int], options: DistilOptions, train: TrainOptions) -> list[Batch]:

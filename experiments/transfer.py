@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import DynamicCache
 
 import data_utils
 import train_utils
@@ -28,7 +29,8 @@ from data.backbones import load_causal_lm
 from data.edits import edit
 from data_utils import Batch, Task
 from distillation.heads import Outputs, mean_loss
-from distillation.teachers import HiddenStates, Reduction, hidden_states, principal_components
+from distillation.teachers import HiddenStates, Reduction, hidden_states, principal_components, token_scores
+from lora.linear import lora_layers
 from lora.matmul import set_precision, speed_up
 from model import TextClassifier, inject_lora
 from record import tensors
@@ -168,32 +170,36 @@ class Source:
         lm = load_causal_lm(self.model)
         speed_up(lm)
         lm.requires_grad_(False)
-        inject_lora(lm, LoRAOptions(rank=8))
-        set_precision(lm.base_model, "fp32")
+        inject_lora(lm, LoRAOptions(rank=16, alpha=32))
+        set_precision(lm.base_model, "bf16" if bf16_is_fast() else "fp32")
         model = Writer(lm).to(device())
-        start, end = start_and_end(self.tokenizer)
+        end = border(self.tokenizer)
         room = data_utils.encode(self.tokenizer, self.task.train.sentences, 8 * self.longest())
-        ids = [[start, *row, end] for row in room]
+        ids = [[end, *row, end] for row in room]
         rows = range(len(ids))
         train, held_out = ([row for row in rows if (row % 20 == 0) == out] for out in (False, True))
-        batches, dev = (batches_of(ids, [0] * len(ids), chosen, 1024, self.tokenizer) for chosen in (train, held_out))
-        options = TrainOptions(seed=0, epochs=1, lr=1e-3, precision="fp32", save_every=2)
+        batches, dev = (batches_of(ids, [0] * len(ids), chosen, 512, self.tokenizer) for chosen in (train, held_out))
+        options = TrainOptions(seed=0, epochs=1, lr=3e-4, weight_decay=0.0, precision="fp32", save_every=2)
         train_utils.fit(model, batches, {"held_out": dev}, language_loss, options, folder=self.folder, resume=True,
                         name="writer.", select="held_out", score=mean_loss(language_loss), stop=self.stop)
+        for layer in lora_layers(lm).values():
+            layer.merge()
         return lm.eval()
 
     # ------------------------------------------------------------ what the teachers say
 
-    def outputs(self, teacher: TextClassifier, teacher_key: str, ids: list[list[int]], size: int
-                ) -> tuple[Tensor, HiddenStates | None]:
+    def outputs(self, teacher: TextClassifier, teacher_key: str, ids: list[list[int]], size: int,
+                match_weight: float = 1.0, score_weight: float = 0.0) -> tuple[Tensor, HiddenStates | None]:
         """Returns a teacher's logits (N, labels) and reduced hidden states of sentences, cached in chunks.
 
         Args:
             teacher_key: digest of the teacher's weights.
             ids: token ids of each sentence.
-            size: dimensions of the hidden states; 0 for none.
+            size: dimensions of the hidden states, at most; 0 for none.
+            match_weight: of the hidden states; a dimension's own share is as its standard deviation.
+            score_weight: of the tokens' scores.
         """
-        pca = self.components(teacher, teacher_key, size) if size else None
+        pca, scale = self.components(teacher, teacher_key, size) if size else (None, None)
         logits, values = [], []
         with tqdm(total=len(ids), unit="sentence", desc="teacher", dynamic_ncols=True, delay=2) as bar:
             for start in range(0, len(ids), LABELLED):
@@ -202,7 +208,7 @@ class Source:
                 key = hashlib.sha256(f"{teacher_key} {size} {json.dumps(chunk)}".encode()).hexdigest()
                 path = self.folder / f"outputs-{key[:24]}.safetensors"
                 if not path.exists():
-                    tensors.save_checked(path, self.label(teacher, chunk, pca), key)
+                    tensors.save_checked(path, self.label(teacher, chunk, pca, scale), key)
                 found, its_key = tensors.load_checked(path)
                 if its_key != key:
                     raise UserError(f"{path}: holds other sentences' outputs; remove it")
@@ -211,12 +217,14 @@ class Source:
                 bar.update(len(chunk))
         if not size:
             return torch.cat(logits), None
-        lengths = torch.tensor([0, *map(len, ids)])
-        return torch.cat(logits), HiddenStates(torch.cat(values), lengths.cumsum(0))
+        lengths, scores = torch.tensor([0, *map(len, ids)]), len(scale)
+        weights = torch.cat([match_weight * pca.std / pca.std.sum(), torch.full((scores,), score_weight / max(1, scores))])
+        return torch.cat(logits), HiddenStates(torch.cat(values), weights, lengths.cumsum(0))
 
     @torch.inference_mode()
-    def label(self, teacher: TextClassifier, ids: list[list[int]], pca: Reduction | None) -> dict[str, Tensor]:
-        """Computes a chunk: logits (n, labels), and with `pca` hidden states (tokens, d) in float16."""
+    def label(self, teacher: TextClassifier, ids: list[list[int]], pca: Reduction | None, scale: Tensor | None
+              ) -> dict[str, Tensor]:
+        """Computes a chunk: logits (n, labels), and with `pca` hidden states and scores (tokens, d) in float16."""
         logits, parts = torch.empty(len(ids), teacher.net.config.num_labels), [None] * len(ids)
         for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer, shared=not pca):
             there = batch.to(device())
@@ -229,25 +237,34 @@ class Source:
                 logits[batch.rows] = teacher.net.score(last.to(teacher.net.score.weight.dtype)).float().cpu()
             else:
                 logits[batch.rows] = teacher(*there.inputs()).float().cpu()
-            for row, part in zip(batch.rows.tolist(), pca.reduce(hidden.cpu()).half().split(lengths.tolist()), strict=True):
+            states = torch.cat([pca.reduce(hidden.cpu()), token_scores(teacher, hidden).cpu() / scale], -1).half()
+            for row, part in zip(batch.rows.tolist(), states.split(lengths.tolist()), strict=True):
                 parts[row] = part
         return {"logits": logits, **({"hidden": torch.cat(parts)} if pca else {})}
 
-    def components(self, teacher: TextClassifier, teacher_key: str, size: int) -> Reduction:
-        """Returns the principal components of the teacher's hidden states on training sentences, cached in a file."""
+    def components(self, teacher: TextClassifier, teacher_key: str, size: int) -> tuple[Reduction, Tensor]:
+        """Returns the principal components of the teacher's hidden states, and the scale of its tokens' scores (labels,).
+
+        They are those of training sentences, and cached in a file.
+        """
         key = f"{teacher_key} {size}"
         path = self.folder / f"components-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         if not path.exists():
             ids = data_utils.encode(self.tokenizer, self.task.train.sentences, 512)
-            rows = random.Random(0).sample(range(len(ids)), len(ids))
             parts, tokens = [], 0
-            for batch in batches_of(ids, [0] * len(ids), rows[:PCA_TOKENS // 4], TOKENS, self.tokenizer):
+            for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
                 parts.append(hidden_states(teacher, batch.to(device())).cpu())
                 tokens += batch.tokens
-            if size > parts[0].shape[1]:
-                raise UserError(f"--match-size {size}: the teacher's hidden states have {parts[0].shape[1]} dimensions")
-            tensors.save_checked(path, vars(principal_components(torch.cat(parts), size)), key)
-        return Reduction(**tensors.load_checked(path)[0])
+                if tokens > PCA_TOKENS:
+                    break
+            hidden = torch.cat(parts)
+            with torch.inference_mode():
+                scale = token_scores(teacher, hidden.to(device())).std(0).clamp(min=1e-6).cpu()
+            pca = principal_components(hidden, min(size, hidden.shape[1]))
+            tensors.save_checked(path, {**vars(pca), "scale": scale}, key)
+        found, _ = tensors.load_checked(path)
+        scale = found.pop("scale")
+        return Reduction(**found), scale
 
 
 def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
@@ -259,10 +276,22 @@ def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
 
 def batches_of(ids: list[list[int]], labels: list[int], rows: list[int], tokens: int, tokenizer, seed: int = 0,
                shared: bool = False) -> list[Batch]:
-    """Makes length-bucketed batches of some rows of a list of token ids; a row may come several times."""
-    buckets = data_utils.bucket_by_length([len(ids[row]) for row in rows], 0, seed, tokens,
-                                          [ids[row] for row in rows] if shared else None)
+    """Makes batches of some rows of a list of token ids, in random order; a row may come several times.
+
+    A batch holds rows of one length and no pads: nothing has to be packed, which lets an RNN run three times as fast on a
+    CPU. With `shared` it holds rows of about one length with shared prefixes, for a decoder's fused blocks.
+    """
+    lengths, rng = [len(ids[row]) for row in rows], random.Random(seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if shared:
+        buckets = data_utils.bucket_by_length(lengths, 0, seed, tokens, [ids[row] for row in rows])
+    else:
+        buckets = []
+        order = sorted(range(len(rows)), key=lambda at: (lengths[at], rng.random()))
+        for length, group in itertools.groupby(order, key=lambda at: lengths[at]):
+            same, size = list(group), max(1, tokens // length)
+            buckets += [same[start:start + size] for start in range(0, len(same), size)]
+        rng.shuffle(buckets)
     return [data_utils.collate(ids, labels, [rows[at] for at in bucket], pad) for bucket in buckets]
 
 
@@ -286,10 +315,15 @@ def language_loss(outputs: Outputs, batch: Batch) -> Tensor:
     return outputs.language
 
 
-def start_and_end(tokenizer) -> tuple[int, int]:
-    """Returns the token that a text begins with, and the token that ends it."""
+def bf16_is_fast() -> bool:
+    """Returns whether this machine multiplies in bfloat16 without converting to float32 first."""
+    return device().type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def border(tokenizer) -> int:
+    """Returns the token that stood between texts in pretraining: a text begins and ends with it."""
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end, end
+    return tokenizer.get_vocab().get("<|endoftext|>", end)
 
 
 @torch.inference_mode()
@@ -299,10 +333,27 @@ def draw_sentences(lm, tokenizer, count: int, max_new_tokens: int, seed: int) ->
     Returns:
         `count` texts with single spaces; an empty one where the end did not come within `max_new_tokens`.
     """
-    start, end = start_and_end(tokenizer)
+    end = border(tokenizer)
+    never = [token for token in tokenizer.all_special_ids if token != end]
     torch.manual_seed(seed)
-    ids = torch.full((count, 1), start, device=lm.device)
-    drawn = lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                        max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=end)[:, 1:].tolist()
-    texts = [row[:row.index(end)] if end in row else [] for row in drawn]
+    cache, ids = DynamicCache(config=lm.config), torch.full((count, 1), end, device=lm.device)
+    texts, alive = [[] for _ in range(count)], list(range(count))
+    for step in range(max_new_tokens):
+        hidden = lm.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        logits = lm.lm_head(hidden).float()  # (B, V)
+        logits[:, never if step else [*never, end]] = -torch.inf
+        ids = torch.multinomial(logits.softmax(-1), 1)  # (B, 1)
+        drawn = ids[:, 0].tolist()
+        rows = [row for row, token in enumerate(drawn) if token != end]
+        for row in rows:
+            texts[alive[row]].append(drawn[row])
+        if len(rows) < len(alive):  # those that ended are not computed further
+            alive = [alive[row] for row in rows]
+            if not alive:
+                break
+            kept = torch.tensor(rows, device=lm.device)
+            cache.batch_select_indices(kept)
+            ids = ids[kept]
+    for row in alive:
+        texts[row] = []
     return [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) for row in texts]
