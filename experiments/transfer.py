@@ -4,8 +4,8 @@
 
 Edits of training sentences, plain sentences, sentences that the teacher's language model writes, and edits of those take
 turns, so that a smaller set is the beginning of a larger one. Everything is computed once and cached in chunks in
-`runs/transfer-KEY/`, beside the runs: KEY depends on the base model and on the sentences of the task and of --text, the
-names of the chunks on their content. A killed process loses a chunk at most.
+`runs/transfer-KEY/`, beside the runs: KEY depends on the base model and on the task's sentences, the names of the chunks of
+the teacher's outputs on their content. A killed process loses a chunk at most.
 """
 from __future__ import annotations
 
@@ -89,16 +89,15 @@ class Source:
     def of(cls, beside: Path, base_sha256: str, tokenizer_sha256: str, task: Task, tokenizer, model: str, decoder: bool,
            text: tuple[str, ...], stop: Stop) -> Source:
         """Opens the cache beside the runs in the folder `beside`."""
-        sentences = read_text(text)
         splits = {name: split.sentences for name, split in {"train": task.train, **task.dev}.items()}
         made_of = {"base_sha256": base_sha256, "tokenizer_sha256": tokenizer_sha256, "task": task.name,
                    **{f"{name}_sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()
-                      for name, rows in {**splits, "text": sentences}.items()}}
+                      for name, rows in splits.items()}}
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
         folder = make_folder(beside / f"transfer-{key}")
         if not (folder / "config.json").exists():
-            write_json(folder / "config.json", {**made_of, "model": model, "text": list(text)})
-        return cls(folder, task, tokenizer, model, decoder, sentences, stop)
+            write_json(folder / "config.json", {**made_of, "model": model})
+        return cls(folder, task, tokenizer, model, decoder, read_text(text), stop)
 
     def check_stop(self) -> None:
         if signal := self.stop():
@@ -128,28 +127,35 @@ class Source:
 
         A warning says where there are not so many.
         """
-        seen, found = self.known(), []
-        train = list(self.task.train.sentences)
-        plain = self.plain()
-        sources = {"edits": (edits_of(train, 1), True), "plain": (iter(plain), bool(plain)),
-                   "edits of plain": (edits_of(plain, 2), bool(plain)),
-                   "written": (self.written(), self.decoder), "more edits": (edits_of(train, 3), not plain)}
-        streams = {name: stream for name, (stream, there) in sources.items() if there}
+        seen, found, plain = self.known(), [], self.plain()
+        others = list(plain)  # what is edited beside training sentences; grows by what is written
+        streams = {"edit of training": edits_of(self.task.train.sentences, 1)}
+        if self.decoder:
+            streams["written"] = self.written()
+        if plain:
+            streams["plain"] = iter(plain)
+        if self.decoder or plain:
+            streams["edit of others"] = edits_of(others, 2)
+        turns = [*streams, *(["written"] if self.decoder and not plain else [])]
         with tqdm(total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2) as bar:
             while len(found) < count:
-                for name, stream in list(streams.items()):
-                    sentence = next((one for one in itertools.islice(stream, TRIES)
+                for name in list(turns):
+                    sentence = next((one for one in itertools.islice(streams[name], TRIES)
                                      if (key := normalised(one)) and key not in seen), None)
                     if sentence is None:
-                        del streams[name]
-                    elif len(found) < count:
+                        turns.remove(name)
+                        continue
+                    if name == "written":
+                        others.append(sentence)
+                    if len(found) < count:
                         seen.add(normalised(sentence))
                         found.append((name, sentence))
                         bar.update(1)
-                if not streams:
+                if not turns:
                     warnings.warn(f"--augment {count}: only {len(found):,} different sentences can be had", stacklevel=2)
                     break
-        write_file(self.folder / f"sentences-{count}.tsv", "".join(f"{name}\t{one}\n" for name, one in found))
+        rows = "".join(f"{name}\t{one}\n" for name, one in found)
+        write_file(self.folder / f"sentences-{hashlib.sha256(rows.encode()).hexdigest()[:12]}.tsv", rows)
         return [sentence for _, sentence in found]
 
     def written(self) -> Iterator[str]:
@@ -271,7 +277,7 @@ def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
     """Yields edits of sentences drawn at random, without end; nothing (an empty text) where there is none."""
     rng = random.Random(seed)
     while True:
-        yield edit(rng.choice(sentences), rng) or ""
+        yield edit(rng.choice(sentences), rng) or "" if sentences else ""
 
 
 def batches_of(ids: list[list[int]], labels: list[int], rows: list[int], tokens: int, tokenizer, seed: int = 0,
