@@ -183,8 +183,15 @@ def _train(args, options, start) -> int:
         complain(f"stopped; continue with: {again}" if begun else
                  "stopped before anything was trained; the same command begins again")
         return 128 + error.signal
-    print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+    _say_where("run", options.out, plots)
     return 0
+
+
+def _say_where(name: str, out: Path, plots: list[Path]) -> None:
+    """Prints where the results stand, and the plots where there are any."""
+    print(f"{name}: {out}")
+    if plots:
+        print(f"plots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
 
 
 def _only_plots_missing(options, plots: Path) -> bool:
@@ -284,7 +291,7 @@ def _study(args, options, start, name: str) -> int:
         _note("run.py: stopped; continue with: python run.py "
               + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
         return 128 + error.signal
-    print(f"{name}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+    _say_where(name, options.out, plots)
     return 0
 
 
