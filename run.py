@@ -140,6 +140,7 @@ def generate(args) -> None:
     from tqdm import tqdm
 
     from experiments import generate, inputs
+    from lora.generation import Sampling
 
     model = args.model or (generate.base_model(args.adapter) if args.adapter else None)
     model, _, _ = inputs.choose(model, None, None, _note, need_task=False)
@@ -147,9 +148,9 @@ def generate(args) -> None:
     if args.prompt_file:
         prompts += generate.read_prompts(args.prompt_file)
     for sample in generate.generate(
-            model, prompts or [""], seed=int(args.sr), max_new_tokens=args.max_new_tokens, greedy=args.greedy,
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, num_samples=args.num_samples,
-            adapter=args.adapter):
+            model, prompts or [""], seed=int(args.sr), max_new_tokens=args.max_new_tokens,
+            sampling=Sampling(args.greedy, args.temperature, args.top_k, args.top_p), num_samples=args.num_samples,
+            adapter=args.adapter, batch_size=args.batch_size, precision=args.precision):
         tqdm.write(sample)  # to stdout, with the bar out of the way
 
 
@@ -182,8 +183,15 @@ def _train(args, options, start) -> int:
         complain(f"stopped; continue with: {again}" if begun else
                  "stopped before anything was trained; the same command begins again")
         return 128 + error.signal
-    print(f"run: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+    _say_where("run", options.out, plots)
     return 0
+
+
+def _say_where(name: str, out: Path, plots: list[Path]) -> None:
+    """Prints where the results stand, and the plots where there are any."""
+    print(f"{name}: {out}")
+    if plots:
+        print(f"plots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
 
 
 def _only_plots_missing(options, plots: Path) -> bool:
@@ -283,7 +291,7 @@ def _study(args, options, start, name: str) -> int:
         _note("run.py: stopped; continue with: python run.py "
               + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
         return 128 + error.signal
-    print(f"{name}: {options.out}\nplots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+    _say_where(name, options.out, plots)
     return 0
 
 

@@ -8,7 +8,8 @@ GPT-2 124M with random weights serves; its adapters are of rank 8 on every proje
     memory       resident memory of a process that holds the base with 32 and with 256 adapters, against the base alone
     mixing       batches of 32 sentences of CoLA's development set, each under its own adapter: against the same batches
                  under one adapter in `LoRALinear`, and against PEFT's `adapter_names` (as its documentation shows it, and at
-                 its best: GPT-2's activation in its fused form)
+                 its best: GPT-2's activation in its fused form); and the base without an adapter, the most that mixing can
+                 reach
     clients      64 clients with a sentence a request over 8 adapters, against one client; `run.py serve` on one core, the
                  clients on the others
     coming and going    the same while adapters are added and removed, and SIGTERM in the middle
@@ -133,6 +134,7 @@ def measure_mixing(report: Report, args: argparse.Namespace, base: str, root: Pa
     alone = load_classifier(base, common.LABELS)[0]
     load_adapter(alone.net, root / "a0")
     alone.requires_grad_(False).eval()
+    bare = load_classifier(base, common.LABELS)[0].requires_grad_(False).eval()
     peft = {best: peft_mixer(base, root, tokenizer.pad_token_id, best) for best in (True, False)}
 
     def ours(batch: Batch) -> torch.Tensor:
@@ -156,6 +158,7 @@ def measure_mixing(report: Report, args: argparse.Namespace, base: str, root: Pa
     sides = common.alternate({
         "32 adapters mixed": lambda number: rate(ours, number),
         "one adapter alone": lambda number: rate(lambda batch: alone(batch.input_ids, batch.attention_mask), number),
+        "base without an adapter": lambda number: rate(lambda batch: bare(batch.input_ids, batch.attention_mask), number),
         "PEFT's adapter_names": lambda number: rate(lambda batch: theirs(batch, best=False), number),
         "PEFT's adapter_names at its best": lambda number: rate(theirs, number)}, rounds)
     for name, values in sides.items():

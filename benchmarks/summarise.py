@@ -59,6 +59,9 @@ COUNTED = {
     "fuzz": ("damaged files on every reader, answered by a result or one clear line / tried",
              lambda result: (result["tried"] - result["failed"], result["tried"]),
              "python benchmarks/fuzz.py --cases 12000"),
+    "fuzz_service": ("bodies for the service, valid and not, answered as its schema says / tried",
+                     lambda result: (result["tried"] - len(result["failed"]), result["tried"]),
+                     "python benchmarks/fuzz_service.py http://127.0.0.1:8000 --cases 2500"),
     "kill_test": ("killed at random moments and resumed to the same bytes / tried",
                   lambda result: (result["survived"], result["tried"]), "python benchmarks/kill_test.py --kills 100"),
 }

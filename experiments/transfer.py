@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import data_utils
 import train_utils
@@ -30,6 +29,7 @@ from data.edits import edit
 from data_utils import Batch, Task
 from distillation.heads import Outputs, mean_loss
 from distillation.teachers import HiddenStates, Reduction, hidden_states, principal_components, token_scores
+from lora.generation import draw
 from lora.linear import lora_layers
 from lora.matmul import set_precision, speed_up
 from model import TextClassifier, inject_lora
@@ -40,7 +40,8 @@ from record.options import LoRAOptions, TrainOptions
 from record.signals import Interrupted
 
 LABELLED = 1024  # sentences in a chunk of the teacher's outputs
-WRITTEN = 256  # sentences in a chunk that the language model writes, one batch
+WRITTEN = 1024  # sentences in a chunk that the language model writes
+TOGETHER = 256  # of them in a batch
 TOKENS = 2048  # tokens in a batch of the teacher's, pads included
 PCA_TOKENS = 30_000  # from which the principal components are computed
 TRIES = 1000  # edits or texts in a row that give nothing new: then there is nothing more to be had
@@ -332,7 +333,6 @@ def border(tokenizer) -> int:
     return tokenizer.get_vocab().get("<|endoftext|>", end)
 
 
-@torch.inference_mode()
 def draw_sentences(lm, tokenizer, count: int, max_new_tokens: int, seed: int) -> list[str]:
     """Draws texts from nothing, at temperature 1 from all tokens; the same seed, the same texts.
 
@@ -340,26 +340,5 @@ def draw_sentences(lm, tokenizer, count: int, max_new_tokens: int, seed: int) ->
         `count` texts with single spaces; an empty one where the end did not come within `max_new_tokens`.
     """
     end = border(tokenizer)
-    never = [token for token in tokenizer.all_special_ids if token != end]
-    torch.manual_seed(seed)
-    cache, ids = DynamicCache(config=lm.config), torch.full((count, 1), end, device=lm.device)
-    texts, alive = [[] for _ in range(count)], list(range(count))
-    for step in range(max_new_tokens):
-        hidden = lm.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        logits = lm.lm_head(hidden).float()  # (B, V)
-        logits[:, never if step else [*never, end]] = -torch.inf
-        ids = torch.multinomial(logits.softmax(-1), 1)  # (B, 1)
-        drawn = ids[:, 0].tolist()
-        rows = [row for row, token in enumerate(drawn) if token != end]
-        for row in rows:
-            texts[alive[row]].append(drawn[row])
-        if len(rows) < len(alive):  # those that ended are not computed further
-            alive = [alive[row] for row in rows]
-            if not alive:
-                break
-            kept = torch.tensor(rows, device=lm.device)
-            cache.batch_select_indices(kept)
-            ids = ids[kept]
-    for row in alive:
-        texts[row] = []
-    return [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) for row in texts]
+    rows = draw(lm, [[end]] * count, seed=seed, max_new_tokens=max_new_tokens, end={end}, batch_size=TOGETHER)
+    return [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) if row[-1] == end else "" for row in rows]

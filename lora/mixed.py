@@ -52,7 +52,7 @@ class RowPool:
     def drop(self, slot: int) -> None:
         """Forgets a slot; its rows are free for others."""
         if slot in self.rows:
-            self.free += self.rows.pop(slot)
+            self.free += reversed(self.rows.pop(slot))  # the next slot takes the rows in the same order
             self.table[slot] = 0
 
     def _grow(self, count: int) -> None:
@@ -65,12 +65,20 @@ class RowPool:
         self.free += range(size - 1, old - 1, -1)
 
     def gather(self, slots: Tensor) -> list[Tensor]:
-        """Returns the matrices of ascending slots (G,), filled up with zero rows: (G, rows, width) each."""
+        """Returns the matrices of ascending slots (G,), filled up with zero rows: (G, rows, width) each.
+
+        Copies nothing where the slots' rows follow one another, as they do for equal ranks; the copies cost as much as
+        they are read.
+        """
         known = slots[slots < len(self.table)]
         index = F.pad(self.table.index_select(0, known), (0, 0, 0, len(slots) - len(known)))  # the last have no rows here
         index = index[:, :int((index != 0).any(0).sum())]
-        return [data.index_select(0, index.reshape(-1)).view(*index.shape, data.shape[1])[..., :width]
-                for data, width in zip(self.data, self.widths, strict=True)]
+        rows = index.reshape(-1).tolist()
+        if rows and rows == list(range(rows[0], rows[0] + len(rows))):
+            parts = [data[rows[0]:rows[0] + len(rows)] for data in self.data]
+        else:
+            parts = [data.index_select(0, index.reshape(-1)) for data in self.data]
+        return [part.view(*index.shape, part.shape[1])[..., :width] for part, width in zip(parts, self.widths, strict=True)]
 
 
 class Routing:

@@ -61,7 +61,7 @@ class AdapterBank:
         self.tokenizer, self.model, self.precision = tokenizer, model, precision
         self.digests = {"base_sha256": weights_digest(classifier.net.base_model),
                         "base_config_sha256": config_digest(classifier.net.config),
-                        "tokenizer_sha256": tokenizer_digest(tokenizer)}  # as a run records them
+                        "tokenizer_sha256": tokenizer_digest(tokenizer)}  # under the keys of a run's config.json
         set_precision(classifier.net.base_model, precision)
         self.net, self.routing = classifier.net, Routing()
         self.entries: dict[str, Entry] = {}
@@ -86,7 +86,7 @@ class AdapterBank:
         Raises:
             UserError: it cannot be had, or its head is of a kind that cannot be mixed.
         """
-        torch.manual_seed(0)  # where the base has no head of its own, the one that it is given is always the same
+        torch.manual_seed(0)  # give a base without a head the same one each time
         classifier, _ = load_classifier(model, load_config(model).num_labels)
         return cls(classifier.to(device()), load_tokenizer(model), model, precision)
 
@@ -123,8 +123,8 @@ class AdapterBank:
         recorded = {key: config[key] for key in self.digests if config.get(key) is not None}
         other = [PARTS[key] for key, digest in recorded.items() if digest != self.digests[key]]
         if other or not recorded and options["model"] != self.model:
-            raise UserError(f"{folder}: adapter for another base: it was made for {options['model']}, whose "
-                            f"{other[0] if other else 'name'} is not that of {self.model} here")
+            raise UserError(f"{folder}: adapter for another base: it was made for {options['model']}, which "
+                            f"differs from {self.model} here in {' and '.join(other) or 'name'}")
         file = folder / (WEIGHTS_FILE if options["method"] == "lora" else "trained.safetensors")
         if options["method"] == "lora":
             adapter = read_adapter(self.net, folder)
@@ -240,7 +240,7 @@ class AdapterBank:
                 return net.score(self.classifier.pool(input_ids, attention_mask)).float()
             return net(**self.classifier.encoder_inputs(input_ids, attention_mask)).logits.float()
         unique = unique_tokens(input_ids, attention_mask, group.tolist())
-        if len(unique.ids) == B and T > 1:  # a product's rows could not be told from the sentences': share none
+        if len(unique.ids) == B and T > 1:  # share none: `Routing` tells tokens from sentences by their number
             unique = unique_tokens(input_ids, attention_mask, list(range(B)))
         token = torch.arange(B * T, device=input_ids.device) if unique.first is None else unique.first
         self.routing.set(present, {B: of_sentences, len(unique.ids): ends(group[token // T])})

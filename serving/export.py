@@ -142,7 +142,7 @@ def write_int8(model, path: Path) -> None:
     hundred numbers, stays float32, and so does a GRU, of which onnxruntime has no 8-bit form.
     """
     quantization = require("onnxruntime.quantization")
-    logging.disable(logging.WARNING)  # it advises a preparation that is for exported graphs
+    logging.disable(logging.WARNING)  # silence advice that is for traced graphs
     try:
         quantization.quantize_dynamic(model, path, op_types_to_quantize=["Gather", "LSTM"],
                                       weight_type=quantization.QuantType.QUInt8)

@@ -111,7 +111,7 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, classes: list[str], 
         plain.save_pretrained(folder)
         for name, data in tokenizer_files(tokenizer).items():
             write_file(folder / name, data)
-        for path in folder.iterdir():  # the weights too are for whoever may read the rest
+        for path in folder.iterdir():  # let whoever may read the config read the weights
             path.chmod((folder / "config.json").stat().st_mode)
         written = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
         logits = _logits(lambda **inputs: written.eval()(**inputs).logits, batches)

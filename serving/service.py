@@ -248,8 +248,9 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
             key = worker.find(question.adapter) if question.student is None else worker.find(question.student, ("student",))
         except UserError as error:
             return _error(404, error)
-        if len(question.texts) > limits.texts:
-            return _error(413, f"{len(question.texts)} texts; expected at most {limits.texts} in a request")
+        most = min(limits.texts, worker.max_queue)  # refuse what the queue could never hold
+        if len(question.texts) > most:
+            return _error(413, f"{len(question.texts)} texts; expected at most {most} in a request")
         for number, text in enumerate(question.texts):
             if len(text) > limits.characters:
                 return _error(413, f"texts.{number}: {len(text):,} characters; expected at most {limits.characters:,}")
@@ -262,7 +263,7 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
             return _error(504, f"no answer within {limits.seconds:g} s")
         for number, result in enumerate(results):
             if isinstance(result, UserError):
-                removed = str(result).startswith("unknown adapter")  # while the request waited
+                removed = str(result).startswith("unknown adapter")  # removed while the request waited
                 return _error(404, result) if removed else _error(422, f"texts.{number}: {result}")
         metrics.texts.labels(*key).inc(len(results))
         metrics.seconds.observe(time.perf_counter() - start)
@@ -293,7 +294,7 @@ def _add_adapters(app: FastAPI, worker: Worker, limits: Limits) -> None:
         root = limits.adapters_root.resolve()
         try:
             folder = (root / new.folder).resolve()
-        except (OSError, ValueError, RuntimeError):  # a name too long, a NUL in it, a loop of links
+        except (OSError, ValueError, RuntimeError):  # too long, with a NUL, or a loop of links
             return _error(404, "folder: no such folder below --adapters-root")
         if not folder.is_relative_to(root):
             return _error(403, "folder: outside --adapters-root")
@@ -307,7 +308,8 @@ def _add_adapters(app: FastAPI, worker: Worker, limits: Limits) -> None:
             return _error(429, "too many requests wait; try again", {"retry-after": "1"})
         except UserError as error:
             taken = new.name in worker.bank.entries
-            return _error(409 if taken else 400, error)
+            # Name the folder as the client does: where the root stands is no client's business.
+            return _error(409 if taken else 400, str(error).replace(str(folder), new.folder))
         return _json({"name": new.name}, 201)
 
     @app.delete("/v1/adapters/{name}", responses=_errors(404))
@@ -319,7 +321,7 @@ def _add_adapters(app: FastAPI, worker: Worker, limits: Limits) -> None:
             await worker.call(worker.bank.remove, name)
         except Full:
             return _error(429, "too many requests wait; try again", {"retry-after": "1"})
-        except UserError as error:  # somebody else was faster
+        except UserError as error:  # removed by another request
             return _error(404, error)
         return _json({"name": name})
 

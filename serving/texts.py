@@ -41,7 +41,7 @@ def encode(tokenizer, reading: Reading, texts: list[str]) -> list[list[int] | Us
     good = [text for text, error in zip(texts, wrong, strict=True) if error is None]
     try:
         found = iter(data_utils.encode(tokenizer, good, reading.max_length, reading.truncate) if good else [])
-    except UserError as error:  # one of them: find out which
+    except UserError as error:  # find out which text it is
         if len(texts) == 1:
             return [UserError(str(error).removeprefix("row 1: "))]
         return [ids for text in texts for ids in encode(tokenizer, reading, [text])]

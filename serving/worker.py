@@ -21,7 +21,8 @@ from record.machine import device
 from serving.bank import AdapterBank
 from serving.texts import Reading, classify
 
-WINDOW = 0.003  # seconds that the first request of a batch waits for others
+WINDOW = 0.003  # seconds that a batch waits for the next request
+SHARE, LONGEST = 0.025, 4  # or a share of the last batch's time; in all, at most so many times as long
 BATCH_TEXTS = 64  # that are enough to begin
 
 Key = tuple[str, str]  # ("adapter" or "student", name)
@@ -77,7 +78,7 @@ class Worker:
     def __init__(self, bank: AdapterBank | None, students: dict[str, Student], max_queue: int = 1024,
                  on_batch: Callable[[int, float], None] = lambda texts, seconds: None):
         self.bank, self.students, self.max_queue, self.on_batch = bank, students, max_queue, on_batch
-        self.waiting = 0  # texts that are accepted and not yet answered; the event loop's alone, as are these two
+        self.waiting = 0  # texts accepted and not yet answered; written by the event loop alone, as are these two
         self.accepted = self.answered = 0  # requests
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -132,22 +133,32 @@ class Worker:
     # ------------------------------------------------------------ the worker's thread
 
     def _run(self) -> None:
-        jobs: list[_Job] = []
+        window = WINDOW
         while True:
             job = self._queue.get()
             if job is None:
                 return
-            jobs, end = [job], time.monotonic() + WINDOW
+            jobs, end = [job], time.monotonic() + LONGEST * window
             while job is not None and sum(len(job.texts or ()) for job in jobs) < BATCH_TEXTS:
                 try:
-                    job = self._queue.get(timeout=max(0.0, end - time.monotonic()))
+                    job = self._queue.get(timeout=min(window, max(0.0, end - time.monotonic())))
                 except queue.Empty:
+                    if time.monotonic() < end and self._delivering(len(jobs)):
+                        continue
                     break
                 if job is not None:
                     jobs.append(job)
+            start = time.monotonic()
             self._work([job for job in jobs if not job.future.done()])
+            # Wait longer after a long batch: its clients ask again together, and the first few of them alone would make a
+            # small batch for which all the others wait.
+            window = max(WINDOW, SHARE * (time.monotonic() - start))
             if job is None:
                 return
+
+    def _delivering(self, taken: int) -> bool:
+        """Returns whether the event loop still hands out answers, so that it reads no request yet."""
+        return self.accepted - self.answered > taken + self._queue.qsize()
 
     def _work(self, jobs: list[_Job]) -> None:
         """Answers jobs; those on either side of a call see the bank before and after it."""
@@ -174,15 +185,16 @@ class Worker:
             try:
                 results = iter(self._results(together))
             except Exception as error:
-                if len(together) > 1:  # whatever is wrong with one of them, the others get their answers
+                if len(together) > 1:  # answer the others, whatever is wrong with one
                     for job in together:
                         self._classify([job])
                 else:
                     together[0].resolve(error=error)
                 continue
+            # Count first: whoever has an answer finds it counted.
+            self.on_batch(sum(len(job.texts) for job in together), time.perf_counter() - start)
             for job in together:
                 job.resolve([next(results) for _ in job.texts])
-            self.on_batch(sum(len(job.texts) for job in together), time.perf_counter() - start)
 
     def _results(self, jobs: list[_Job]) -> list[dict | UserError]:
         kind, name = jobs[0].key

@@ -25,6 +25,7 @@ from benchmarks import load
 from experiments import predict
 from experiments.serve import listen, load_served_student
 from report import figures
+from serving import worker as worker_module
 from serving.bank import AdapterBank
 from serving.service import Limits, create_app
 from serving.worker import Worker
@@ -288,14 +289,16 @@ def test_a_full_queue_and_a_slow_answer_are_told(runs, monkeypatch):
     monkeypatch.setattr(worker.bank, "classify", lambda rows: (go.wait(20), slow(rows))[1])
     with running(app) as port:
         async def statuses() -> list[int]:
-            asked = [{"adapter": "cola", "texts": TEXTS[:4]}] * 3 + [{"adapter": "cola", "texts": TEXTS[:11]}]
+            asked = [{"adapter": "cola", "texts": TEXTS[:4]}] * 4
             return [answer.status for answer in await load.ask(port, asked, 4)]
         assert asyncio.run(statuses()).count(504) == 2  # eight texts wait and get no answer in time ...
         answered = asyncio.run(statuses())
-        assert answered.count(429) == 2 and answered.count(504) == 2  # ... and there is no room for four or eleven more
+        assert answered.count(429) == 2 and answered.count(504) == 2  # ... and there is no room for four more
         go.set()
         assert classify(port, adapter="cola", texts=TEXTS[:4])[0] == 200
         assert worker.waiting == 0
+        assert classify(port, adapter="cola", texts=TEXTS[:11]) == (
+            413, {"error": "11 texts; expected at most 10 in a request"})  # which no wait would help
 
 
 def test_a_failure_of_one_request_leaves_the_others_of_its_batch(runs, monkeypatch):
@@ -314,12 +317,69 @@ def test_a_failure_of_one_request_leaves_the_others_of_its_batch(runs, monkeypat
     assert answers[5].body == {"error": "the service failed (RuntimeError)"}
 
 
+class Stub:
+    """Stands in for a bank: takes its time, and notes the texts of each batch."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.batches = seconds, []
+
+    def classify(self, rows):
+        self.batches.append([text for _, text in rows])
+        time.sleep(self.seconds)
+        return [{} for _ in rows]
+
+
+def test_the_window_grows_with_the_time_that_a_batch_takes(monkeypatch):
+    """Clients that got their answers together ask again one after the other, and still share a batch."""
+    monkeypatch.setattr(worker_module, "SHARE", 1.0)
+    bank = Stub(0.5)
+    worker = Worker(bank, {})
+
+    async def ask() -> None:
+        worker.start()
+        await worker.classify(("adapter", "a"), ["first"])
+        again = []
+        for text in ("a", "b", "c"):
+            again.append(asyncio.create_task(worker.classify(("adapter", "a"), [text])))
+            await asyncio.sleep(10 * worker_module.WINDOW)
+        await asyncio.gather(*again)
+        await worker.stop()
+    asyncio.run(ask())
+    assert bank.batches == [["first"], ["a", "b", "c"]]
+
+
+def test_a_batch_waits_while_answers_are_handed_out(monkeypatch):
+    """A request that the event loop has yet to read, for it still writes answers, is in the next batch."""
+    monkeypatch.setattr(worker_module, "LONGEST", 1000)
+    bank = Stub(0.1)
+    worker, key = Worker(bank, {}), ("adapter", "a")
+
+    async def first() -> None:
+        await worker.classify(key, ["1"])
+        time.sleep(10 * worker_module.WINDOW)  # not asyncio's: the loop is busy, and hands out the answer of 2 later
+        await worker.classify(key, ["4"])
+
+    async def third() -> None:
+        while not bank.batches:
+            await asyncio.sleep(0.01)
+        await worker.classify(key, ["3"])
+
+    async def ask() -> None:
+        asked = [asyncio.create_task(task) for task in (first(), worker.classify(key, ["2"]), third())]
+        await asyncio.sleep(0)  # both are submitted before the worker starts
+        worker.start()
+        await asyncio.gather(*asked)
+        await worker.stop()
+    asyncio.run(ask())
+    assert bank.batches == [["1", "2"], ["3", "4"]]
+
+
 def test_any_body_that_the_schema_allows_or_does_not(app, port):
     """A few hundred; benchmarks/fuzz_service.py sends them in thousands."""
     from benchmarks import fuzz_service
 
     result = fuzz_service.fuzz(f"http://127.0.0.1:{port}", cases=30)
-    assert result["failed"] == [] and result["tried"] >= 150
+    assert result["failed"] == [] and result["tried"] >= 150 and result["classified"] >= 5
     assert {a["name"] for a in call(port, "GET", "/v1/adapters")[1]["adapters"]} >= {"cola", "qv"}
 
 
