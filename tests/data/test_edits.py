@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from data import edits
 
-WORDS = st.lists(st.sampled_from("the a cat dogs has have saw Mary John to of who he walks is quickly I".split()), min_size=1,
-                 max_size=9)
+WORDS = st.lists(st.sampled_from("the a cat dogs has have saw Mary John to of who he walks is quickly I".split()),
+                 min_size=1, max_size=9)
 
 
 @given(WORDS, st.integers(0, 10 ** 6), st.sampled_from([".", "?", "!", ""]))

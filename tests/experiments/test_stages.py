@@ -99,7 +99,8 @@ def test_a_run_stopped_in_any_stage_and_resumed_ends_in_the_same_bytes(work, sta
         assert after[name] == whole[name]
     assert without_times(toy.lines_of(tmp_path / "run")) == without_times(toy.lines_of(staged / "run"))
     for name in ("student", "scratch"):
-        assert without_times(json.loads(after["summary.json"])[name]) == without_times(json.loads(whole["summary.json"])[name])
+        one, other = (json.loads(tree["summary.json"])[name] for tree in (after, whole))
+        assert without_times(one) == without_times(other)
 
 
 def test_the_ablations_leave_their_stage_out(work, staged, tmp_path):
