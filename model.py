@@ -440,24 +440,34 @@ class DistilRNN(nn.Module):
                         bidirectional=True)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        if config.pooling == "attention":
+            self.attention = nn.Linear(2 * config.hidden_size, 1, bias=False)  # a token's score, before softmax
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
-        x = self.dropout(self.embedding(input_ids))  # (B, T, E)
+    def states(self, input_ids: Tensor, attention_mask: Tensor, rnn: nn.Module | None = None) -> Tensor:
+        """Returns the RNN's states (B, T, 2H), forward direction first, or those of another `rnn` in its place."""
+        rnn, x = rnn or self.rnn, self.dropout(self.embedding(input_ids))  # (B, T, E)
         lengths = attention_mask.sum(1)  # on the CPU, where batches keep their mask
         if bool((lengths == input_ids.shape[1]).all()):
-            states, _ = self.rnn(x)  # (B, T, 2H)
-        else:  # packed, or the backward direction would read pads first; sorted here: the library would wait for the GPU
-            sizes, order = lengths.cpu().sort(descending=True)
-            packed = nn.utils.rnn.pack_padded_sequence(x.index_select(0, send(order, x.device)), sizes, batch_first=True)
-            states, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True,
-                                                         total_length=input_ids.shape[1])
-            states = states.index_select(0, send(order.argsort(), states.device))
+            return rnn(x)[0]
+        # Packed, or the backward direction would read pads first; sorted here: the library would wait for the GPU.
+        sizes, order = lengths.cpu().sort(descending=True)
+        packed = nn.utils.rnn.pack_padded_sequence(x.index_select(0, send(order, x.device)), sizes, batch_first=True)
+        states, _ = nn.utils.rnn.pad_packed_sequence(rnn(packed)[0], batch_first=True, total_length=input_ids.shape[1])
+        return states.index_select(0, send(order.argsort(), states.device))
+
+    def classify(self, states: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T, 2H), (B, T) -> (B, labels)
+        """Pools the states over real tokens and computes logits."""
         mask = send(attention_mask, states.device).bool().unsqueeze(-1)  # (B, T, 1)
         if self.config.pooling == "max":
             pooled = states.masked_fill(~mask, -math.inf).max(1).values
+        elif self.config.pooling == "attention":
+            pooled = (self.attention(states).masked_fill(~mask, -math.inf).softmax(1) * states).sum(1)
         else:
             pooled = states.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
         return self.classifier(self.dropout(pooled))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
+        return self.classify(self.states(input_ids, attention_mask), attention_mask)
 
 
 def student_parameters(config: RNNConfig) -> int:
@@ -466,17 +476,22 @@ def student_parameters(config: RNNConfig) -> int:
         return sum(p.numel() for p in DistilRNN(config).parameters())
 
 
-def student_config(vocab_size: int, num_labels: int, budget: int, **sizes) -> RNNConfig:
+def student_config(vocab_size: int, num_labels: int, budget: int, largest: tuple[int, int] | None = None, **sizes
+                   ) -> RNNConfig:
     """Returns the default student, shrunk step by step until it fits `budget` parameters.
 
     Sizes given explicitly (not None) are taken as they are.
+
+    Args:
+        largest: embedding and hidden size to begin with; those of `RNNConfig` if not given.
 
     Raises:
         UserError: not even the smallest default fits.
     """
     sizes = {name: value for name, value in sizes.items() if value is not None}
-    for scale in (1, 0.75, 0.5, 0.375, 0.25, 0.125):
-        default = {name: int(scale * getattr(RNNConfig, name)) for name in ("embedding_size", "hidden_size")}
+    for scale in (1, 0.75, 0.5, 0.375, 0.25, *([0.1875] if largest else []), 0.125):
+        first = largest or (RNNConfig.embedding_size, RNNConfig.hidden_size)
+        default = {name: int(scale * size) for name, size in zip(("embedding_size", "hidden_size"), first, strict=True)}
         config = RNNConfig(vocab_size, num_labels, **{**default, **sizes})
         if student_parameters(config) <= budget or {"embedding_size", "hidden_size"} <= set(sizes):
             return config

@@ -1,7 +1,7 @@
 """The one training loop, its objectives (cross-entropy, KD), evaluation and checkpoints.
 
-`fit` trains any model that maps (input_ids, attention_mask) to logits: the LoRA classifier and the student are trained by
-the same code, so that comparisons are fair.
+`fit` trains any model that maps (input_ids, attention_mask) to what its objective reads, logits above all: the LoRA
+classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair.
 """
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_utils import Batch, epoch_order, padding_percent
+from distillation.objectives import Objective, cross_entropy, distillation, kd_loss
 from record import anomaly, machine, processes
 from record.files import UserError
 from record.folder import CHECKPOINT
@@ -28,7 +29,10 @@ from record.scores import confusion, per_class, scores, scores_of_sums
 from record.signals import Interrupted, deferred
 from record.tensors import load_checked, save_checked
 
-Objective = Callable[[Tensor, Batch], Tensor]
+# The objectives, which are called by these names too.
+__all__ = ["Objective", "cross_entropy", "distillation", "kd_loss"]
+
+Scores = tuple[dict[str, dict], dict[str, list]]  # of each development split: scores, and confusion matrix
 
 
 class Diverged(RuntimeError):
@@ -49,39 +53,6 @@ class Progress:
     confusion: list[list[int]] = field(default_factory=list)  # of the running epoch: [label][prediction]
     history: list[dict] = field(default_factory=list)  # one object an epoch: the lines of metrics.jsonl
     finished: bool = False
-
-
-# ---------------------------------------------------------------- objectives
-
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
-            label_smoothing: float = 0.0) -> Tensor:
-    """Computes alpha T² KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 - alpha) CE.
-
-    Hinton et al. 2015, section 2: gradients of the soft part shrink with 1 / T², hence the T². KL is
-    averaged over the batch.
-
-    Args:
-        student_logits: (B, labels).
-        teacher_logits: (B, labels); no gradient flows there.
-        labels: (B,).
-        temperature: T.
-        alpha: weight of the soft part, 0 to 1.
-    """
-    soft = F.kl_div(F.log_softmax(student_logits / temperature, -1),
-                    F.log_softmax(teacher_logits.detach() / temperature, -1), reduction="batchmean", log_target=True)
-    hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
-    return alpha * temperature ** 2 * soft + (1 - alpha) * hard
-
-
-def cross_entropy(label_smoothing: float = 0.0) -> Objective:
-    """Returns the loss of training without a teacher."""
-    return lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
-
-
-def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label_smoothing: float = 0.0) -> Objective:
-    """Returns the objective of training under a teacher, whose logits (N, labels) by row were computed once."""
-    return lambda logits, batch: kd_loss(logits, teacher_logits[batch.rows], batch.labels, temperature, alpha,
-                                         label_smoothing)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -112,7 +83,7 @@ def labels_of(batches: list[Batch]) -> Tensor:
     return labels
 
 
-def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, dict], dict[str, list]]:
+def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> Scores:
     """Computes scores and confusion matrix of every development split and, if there are several, of `all` together."""
     answers = {name: (compute_logits(model, batches), labels_of(batches)) for name, batches in dev.items()}
     if len(dev) > 1:
@@ -173,28 +144,32 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW
 def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], objective: Objective,
         options: TrainOptions, *, folder: Path | None = None, resume: bool = False, name: str = "",
         select: str = "in_domain", on_epoch: Callable[[list[dict]], None] = lambda history: None,
-        stop: Callable[[], int | None] = lambda: None) -> Progress:
+        stop: Callable[[], int | None] = lambda: None, steps: int | None = None,
+        score: Callable[[nn.Module, dict[str, list[Batch]]], Scores] = validate) -> Progress:
     """Trains what requires a gradient and leaves the model with its best epoch's weights.
 
-    The best epoch is the one with the highest MCC on the split `select` (of equals, the lowest loss).
+    The best epoch is the one with the highest MCC on the split `select` (of equals, or where there is none, the lowest
+    loss).
 
     Args:
-        model: maps (input_ids, attention_mask) to logits.
+        model: maps (input_ids, attention_mask) to logits, or to anything with an attribute `logits` (None: no classes).
         batches: the training split, composition fixed for the run.
         dev: development splits, scored after each epoch.
-        objective: (logits, batch) -> mean loss of the batch.
+        objective: (what the model returns, batch) -> mean loss of the batch.
         folder: where the checkpoint goes (`<name>checkpoint.safetensors`); none if None.
         resume: go on from the checkpoint, if there is one.
         name: prefix of the checkpoint and label of the bar.
         on_epoch: called with the history after each epoch (and after a resume).
         stop: asked after each step; a signal number makes `fit` save and raise `Interrupted`.
+        steps: if given, optimiser steps instead of `options.epochs`; the last epoch ends with them.
+        score: scores the development splits.
 
     Raises:
         Diverged: a loss or gradient that is not finite; the last good checkpoint stands.
         UserError: a checkpoint that is damaged or of another model.
     """
     path = folder / f"{name}{CHECKPOINT}" if folder else None
-    trainer = Trainer(model, batches, dev, objective, options, path, name, select, on_epoch, stop)
+    trainer = Trainer(model, batches, dev, objective, options, path, name, select, on_epoch, stop, steps, score)
     if path and resume and path.exists():
         trainer.load()
     return trainer.run()
@@ -218,7 +193,8 @@ class Trainer:
 
     def __init__(self, model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], objective: Objective,
                  options: TrainOptions, path: Path | None, name: str, select: str,
-                 on_epoch: Callable[[list[dict]], None], stop: Callable[[], int | None]):
+                 on_epoch: Callable[[list[dict]], None], stop: Callable[[], int | None], steps: int | None,
+                 score: Callable[[nn.Module, dict[str, list[Batch]]], Scores]):
         self.model, self.batches, self.dev, self.objective, self.options = model, batches, dev, objective, options
         self.path, self.name, self.select, self.on_epoch, self.stop = path, name, select, on_epoch, stop
         self.device = next(model.parameters()).device
@@ -232,7 +208,9 @@ class Trainer:
         self.sums = torch.zeros(len(self.SUMS), dtype=kind, device=self.device)  # of this process
         self.graded: list[nn.Parameter] | None = None  # the parameters that get a gradient, in any of the processes
         self.confusion: Tensor | None = None  # (classes, classes) of the running epoch: [label][prediction]
-        self.total_steps = options.epochs * math.ceil(len(batches) / options.accumulate)
+        an_epoch = math.ceil(len(batches) / options.accumulate)
+        self.score, self.total_steps = score, steps or options.epochs * an_epoch
+        self.epochs = math.ceil(self.total_steps / an_epoch)
         self.saved_at = time.perf_counter()
         if self.device.type == "cuda":
             for batch in (part for whole in batches for part in whole.micro_batches()):
@@ -253,13 +231,13 @@ class Trainer:
             if len(progress.parts) == processes.count():
                 own = progress.parts[processes.rank()]
             self.sums += torch.tensor(own, dtype=self.sums.dtype).to(self.device)
-            if processes.first():
+            if processes.first() and progress.confusion:
                 self.confusion = torch.tensor(progress.confusion, device=self.device)
         self.on_epoch(self.progress.history)
 
     def run(self) -> Progress:
         """Trains all epochs that are left; see `fit`."""
-        while not self.progress.finished and self.progress.epoch <= self.options.epochs:
+        while not self.progress.finished and self.progress.epoch <= self.epochs:
             try:
                 with anomaly.watching(self.model) if self.options.anomaly else nullcontext():
                     self.train_epoch()
@@ -283,11 +261,12 @@ class Trainer:
         self.model.train()
         order = epoch_order(len(self.batches), options.seed, progress.epoch)
         groups = [order[i:i + options.accumulate] for i in range(0, len(order), options.accumulate)]
+        groups = groups[:progress.group + self.total_steps - progress.step]
         if not progress.sums:
             progress.sums = dict.fromkeys((*self.SUMS, "rows", "tokens", "seconds"), 0.0)
         self.saved_at = start = time.perf_counter()
         before = progress.sums["seconds"]
-        label = f"{self.name + ' ' if self.name else ''}epoch {progress.epoch}/{options.epochs}"
+        label = f"{self.name + ' ' if self.name else ''}epoch {progress.epoch}/{self.epochs}"
         with tqdm(total=len(self.batches), initial=min(progress.group * options.accumulate, len(self.batches)), unit="batch",
                   dynamic_ncols=True, desc=label) as bar, deferred():
             for group in groups[progress.group:]:
@@ -296,9 +275,9 @@ class Trainer:
                 sums["seconds"] = before + time.perf_counter() - start
                 bar.update(len(group))
                 if progress.step % self.read_every == 0:
-                    bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, accuracy "
-                                        f"{sums['correct'] / sums['rows']:.3f}, {sums['tokens'] / sums['seconds']:.0f} "
-                                        "tokens/s", refresh=False)
+                    accuracy = f"accuracy {sums['correct'] / sums['rows']:.3f}, " if self.confusion is not None else ""
+                    bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, {accuracy}"
+                                        f"{sums['tokens'] / sums['seconds']:.0f} tokens/s", refresh=False)
                 signal, due = processes.largest(self.stop() or 0, self.save_is_due())
                 if due or signal and processes.count() > 1:
                     self.save()
@@ -324,9 +303,10 @@ class Trainer:
         for batch in (micro.to(self.device) for whole in group for micro in whole.micro_batches()):
             with torch.autocast(self.device.type, torch.bfloat16,
                                 enabled=options.precision == "bf16" and getattr(self.model, "full", False)):
-                logits = self.model(*batch.inputs())
-            loss = self.objective(logits.float(), batch)
-            self.count(loss.detach(), logits.detach().float(), batch)
+                outputs = self.model(*batch.inputs())
+            outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
+            loss = self.objective(outputs, batch)
+            self.count(loss.detach(), getattr(outputs, "logits", outputs), batch)
             if self.read_every == 1 and processes.count() == 1:
                 self.read_sums("loss")
             # Weighted by rows, so that accumulation equals one large batch.
@@ -356,9 +336,14 @@ class Trainer:
         """Returns the share of the peak rate at optimiser step `step` (from 0)."""
         return learning_rate_factor(step, self.total_steps, self.options.warmup, self.options.schedule)
 
-    def count(self, loss: Tensor, logits: Tensor, batch: Batch) -> None:
-        """Adds a batch to the running epoch's sums, on the device."""
-        predictions, rows, classes = logits.argmax(-1), len(batch.rows), logits.shape[1]
+    def count(self, loss: Tensor, logits: Tensor | None, batch: Batch) -> None:
+        """Adds a batch to the running epoch's sums, on the device; without logits its loss alone."""
+        rows = len(batch.rows)
+        if logits is None:
+            self.sums[0] += loss.to(self.sums.dtype) * rows
+            return
+        logits = logits.detach()
+        predictions, classes = logits.argmax(-1), logits.shape[1]
         if self.confusion is None:
             self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
         self.confusion.view(-1).index_add_(0, batch.labels * classes + predictions, torch.ones_like(predictions))
@@ -389,13 +374,13 @@ class Trainer:
         own = torch.zeros(classes, classes, dtype=torch.int64) if self.confusion is None else self.confusion.cpu().clone()
         self.progress.confusion = processes.add(own).tolist()
 
-    def validate(self) -> tuple[dict[str, dict], dict[str, list]]:
+    def validate(self) -> Scores:
         """Scores the development splits; several processes stop together after it, if one was asked to."""
         if processes.count() == 1:
-            return validate(self.model, self.dev)
+            return self.score(self.model, self.dev)
         with deferred():
             self.save()  # first, because a launcher that stops its processes does not wait long
-            result = validate(self.model, self.dev)
+            result = self.score(self.model, self.dev)
             (signal,) = processes.largest(self.stop() or 0)
         if signal:
             raise Interrupted(signal)
@@ -412,7 +397,7 @@ class Trainer:
             "learning_rate": peak * self.learning_rate(progress.step - 1), "seconds": progress.sums["seconds"],
             "tokens": int(progress.sums["tokens"])})
         chosen = validation[self.select]
-        score = (chosen["mcc"], -chosen["loss"])
+        score = (chosen.get("mcc", 0.0), -chosen["loss"])
         if score > tuple(progress.best_score):
             progress.best_score, progress.best_epoch = score, progress.epoch
             self.best.update({name: p.detach().cpu().clone() for name, p in self.parameters.items()})

@@ -187,7 +187,8 @@ def stop_while_busy(work: Path, phase: str, number: signal.Signals, expected: di
     module, function, more = PHASES[phase]
     out = work / f"busy-{phase}"
     if phase == "teacher":
-        line = ["distil", "12345", "--teacher", str(work / "whole"), "--out", str(out), "--plots", str(work / "plots"),
+        line = ["distil", "12345", "--plain", "--teacher", str(work / "whole"), "--out", str(out), "--plots",
+                str(work / "plots"),
                 "--epochs", "1", "--embedding-size", "4", "--hidden-size", "4"]
     else:
         line = [*command(work, out), *more]

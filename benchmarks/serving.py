@@ -93,7 +93,7 @@ def make_runs(args: argparse.Namespace, base: str, work: Path) -> Path:
         save_file({name: tensor if ".lora_A." in name else torch.randn(tensor.shape) * 0.02
                    for name, tensor in trained.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
         write_sums(folder, {name: sha256(folder / name) for name in read_sums(folder)})
-    command("distil", "12345", "--teacher", root / "a0", *short, "--out", work / "student")
+    command("distil", "12345", "--plain", "--teacher", root / "a0", *short, "--out", work / "student")
     return root
 
 

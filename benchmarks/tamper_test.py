@@ -49,7 +49,8 @@ def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
     toy.write_cola(work / "cola")
     plots = ("--plots", str(work / "plots"))
     lora = ("LoRA", "12345", "--model", str(work / "model"), "--data", str(work / "cola"), *SMALL, *plots, "--out")
-    distil = ("distil", "12345", "--teacher", str(work / "runs/LoRA-12345"), "--embedding-size", "4", "--hidden-size", "4",
+    distil = ("distil", "12345", "--plain", "--teacher", str(work / "runs/LoRA-12345"), "--embedding-size", "4",
+              "--hidden-size", "4",
               *SMALL, *plots, "--out")
     with mock.patch("report.figures.plot_run", lambda *_: []):
         made = [call(*lora, str(work / "runs/LoRA-12345"))[0], call(*distil, str(work / "runs/distil-12345"))[0]]
@@ -62,7 +63,7 @@ def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
     readers = [("eval", "RUN", "--data", str(work / "cola/in_domain_dev.tsv")), ("repeat", "RUN"),
                ("report", "12345", "--runs", str(work / "runs"), *plots)]
     more = [("gen", "12345", "--adapter", "RUN", "--max-new-tokens", "1"),
-            ("distil", "12345", "--teacher", "RUN", "--out", str(work / "none"), *plots)]
+            ("distil", "12345", "--plain", "--teacher", "RUN", "--out", str(work / "none"), *plots)]
     return {"LoRA": (work / "runs/LoRA-12345", readers + more),
             "distil": (work / "runs/distil-12345", readers),
             "LoRA, unfinished": (work / "lora", [(*lora, "RUN", "--resume")]),

@@ -5,7 +5,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from experiments.parser import EPOCHS, LEARNING_RATE, default, saving
+from experiments.argument_types import saving
+from experiments.parser import EPOCHS, LEARNING_RATE, STAGES, default
 from record import processes
 from record.files import UserError
 from record.options import DistilOptions, LoRAOptions, RunOptions, TableOptions, TrainOptions
@@ -37,8 +38,9 @@ def _of(cls: type, args, **given):
 
 
 def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, **more) -> RunOptions:
-    train = _of(TrainOptions, args, seed=int(args.sr), epochs=args.epochs or default(EPOCHS[mode], task),
-                lr=args.lr or default(LEARNING_RATE[getattr(args, "method", mode)], task), **saving(args.save_every))
+    plain = getattr(args, "plain", False)
+    train = _of(TrainOptions, args, seed=int(args.sr), epochs=args.epochs or default(EPOCHS[mode], task, plain),
+                lr=args.lr or default(LEARNING_RATE[getattr(args, "method", mode)], task, plain), **saving(args.save_every))
     return _of(RunOptions, args, mode=mode, model=model, task=task, data=data, train=train,
                out=args.out or Path("runs") / f"{mode}-{args.sr}", **more)
 
@@ -69,8 +71,22 @@ def distil_options(args) -> tuple[RunOptions, DistilOptions]:
     """
     from record.folder import read_run
 
-    teacher = args.teacher or Path("runs") / f"LoRA-{args.sr}"
-    if not teacher.is_dir():
-        raise UserError(f"teacher {teacher}: no such run; python run.py LoRA {args.sr} makes it")
-    task = args.task or read_run(teacher, "LoRA")[0]["options"]["task"]
-    return _run_options(args, "distil", None, task, args.data), _of(DistilOptions, args, teacher=teacher)
+    teacher, *more = args.teacher or [Path("runs") / f"LoRA-{args.sr}"]
+    for folder in (teacher, *more):
+        if not folder.is_dir():
+            raise UserError(f"teacher {folder}: no such run; python run.py LoRA {args.sr} makes it")
+    recorded = read_run(teacher, "LoRA")[0]["options"]
+    task = args.task or recorded["task"]
+    stages = {name: default(table, task, args.plain) if getattr(args, name) is None else getattr(args, name)
+              for name, table in STAGES.items()}
+    given = [name for name in ("augment", "pretrain", "transfer", "text") if args.plain and getattr(args, name)]
+    if given:
+        raise UserError(f"--{given[0]}: not with --plain, whose one stage is the training set")
+    if recorded.get("feature_columns") or recorded["method"] == "features":
+        if args.augment:
+            raise UserError("--augment: the teacher reads feature columns, which new sentences do not have; leave it out")
+        stages.update(augment=0, match="none")
+    if stages.setdefault("augment", 0 if args.plain else args.augment) == 0:
+        stages["transfer"] = 0
+    return _run_options(args, "distil", None, task, args.data), _of(
+        DistilOptions, args, teacher=teacher, more_teachers=tuple(map(str, more)), text=tuple(args.text), **stages)

@@ -1,6 +1,7 @@
 """Distils a fine-tuned teacher into a `DistilRNN`, and trains the same student without the teacher beside it.
 
-    python run.py distil 12345
+    python run.py distil 12345              in stages: pretraining, the transfer set, the training set
+    python run.py distil 12345 --plain      on the training set alone
 """
 from __future__ import annotations
 
@@ -11,20 +12,27 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 import train_utils
 from data.digests import tokenizer_digest
 from data_utils import Batch, Task
+from distillation.teachers import Averaged, embed_as
+from experiments import stages
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES
+from experiments.stages import Stage
+from experiments.transfer import Source
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
 from record import processes, tensors
-from record.files import sha256, write_file, write_json
+from record.files import UserError, read_json, sha256, write_file, write_json
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from record.machine import device
 from record.options import DistilOptions, RNNConfig, RunOptions, TableOptions, as_json, rebuild, settings_of
 from train_utils import best_and_last, selection_split, training_summary
+
+LARGEST = (128, 512)  # embedding and hidden size of a student in stages, or less to fit its budget
 
 
 def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) -> float:
@@ -66,10 +74,14 @@ class Prepared:
     """What a distillation starts from."""
 
     options: RunOptions  # with what the teacher's run decides filled in
+    distil: DistilOptions  # likewise
     task: Task
-    teacher: TextClassifier
-    teacher_parameters: int
+    teacher: nn.Module  # the one, or several `Averaged`
+    teachers: list[TextClassifier]
+    teacher_parameters: int  # of the first
+    tokenizer: object
     tokenizer_sha256: str
+    base_sha256: str | None
     student: RNNConfig
     batches: list[Batch]  # the training split's, as the teacher reads them
     dev: dict[str, list[Batch]]  # the development splits', likewise
@@ -82,34 +94,51 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
         UserError: bad input, a teacher that is not a finished LoRA run.
     """
     seed_everything(int(options.sr), options.deterministic)
-    teacher, tokenizer, recorded = load_finetuned(distil_options.teacher)
+    folders = [distil_options.teacher, *map(Path, distil_options.more_teachers)]
+    loaded = [load_finetuned(folder) for folder in folders]
+    teachers, (_, tokenizer, recorded) = [one for one, _, _ in loaded], loaded[0]
+    for folder, (_, _, other) in zip(folders, loaded, strict=True):
+        for name in ("model", "task", "data", "limit"):
+            if other[name] != recorded[name]:
+                raise UserError(f"--teacher {folder}: its {name} is {other[name]}, the first one's {recorded[name]}; "
+                                "expected teachers of one task and base")
     tokenizer_sha256 = tokenizer_digest(tokenizer)
     options = replace(options, model=recorded["model"], task=options.task or recorded["task"],
                       data=options.data or recorded["data"], limit=options.limit or recorded["limit"],
                       max_length=options.max_length or recorded["max_length"], table=rebuild(TableOptions, recorded))
     task = load_task(options, tokenizer)
     batches, dev = make_all_batches(task, tokenizer, options.max_length, options.train, options.table.truncate)
-    teacher_parameters = count_parameters(teacher)["total"]
-    student = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, **{
+    teacher = teachers[0] if len(teachers) == 1 else Averaged(teachers)
+    teacher_parameters = count_parameters(teachers[0])["total"]
+    largest = None if distil_options.plain else LARGEST
+    student = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, largest, **{
         name: getattr(distil_options, name)
         for name in ("embedding_size", "hidden_size", "rnn_layers", "cell", "pooling", "dropout")})
-    return Prepared(options, task, teacher, teacher_parameters, tokenizer_sha256, student, batches, dev)
+    if distil_options.augment is None:
+        distil_options = replace(distil_options, augment=min(AUGMENT_MOST, AUGMENT_TIMES * len(task.train)))
+    base = read_json(distil_options.teacher / "config.json").get("base_sha256")
+    return Prepared(options, distil_options, task, teacher, teachers, teacher_parameters, tokenizer, tokenizer_sha256, base,
+                    student,
+                    batches, dev)
 
 
 def config_of(run: Prepared, distil_options: DistilOptions) -> dict:
     """Returns what config.json records of a distillation."""
     settings = {**asdict(run.options.train), **asdict(distil_options), **settings_of(run.options), **asdict(run.student)}
-    return {**provenance(as_json(settings), run.task.files), "architecture": asdict(run.student),
+    files = {**run.task.files, **{file: sha256(file) for file in distil_options.text}}
+    return {**provenance(as_json(settings), files), "architecture": asdict(run.student),
             "classes": list(run.task.classes), "tokenizer_sha256": run.tokenizer_sha256,
-            "teacher_files": {path.name: sha256(path)
-                              for path in sorted(Path(distil_options.teacher).glob("*.safetensors"))}}
+            "teacher_files": {path.name if number == 0 else str(path): sha256(path)
+                              for number, folder in enumerate((distil_options.teacher, *distil_options.more_teachers))
+                              for path in sorted(Path(folder).glob("*.safetensors"))}}
 
 
 def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[str], None] = print,
                stop: Callable[[], int | None] = lambda: None) -> dict:
     """Distils a fine-tuned teacher into a `DistilRNN`, then trains the same student without the teacher.
 
-    Both students start from the same weights and get the same batches, order and number of steps.
+    Both students start from the same weights and take the same number of steps in each stage; in the last one, on the
+    training set, they get the same batches in the same order.
 
     Returns:
         The summary, as in summary.json.
@@ -120,21 +149,29 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
     """
     use_recorded_machine(options)
     options = resolve_precision(options)
+    if processes.count() > 1 and not distil_options.plain:
+        raise UserError(f"distil in stages is for one process, and here are {processes.count()}; --plain takes several")
     run = prepare(options, distil_options)
-    options, parameters = run.options, student_parameters(run.student)
+    options, distil_options, parameters = run.options, run.distil, student_parameters(run.student)
     with run_folder(options, config_of(run, distil_options)) as folder:
         say(f"distilling {distil_options.teacher} ({run.teacher_parameters:,} parameters) into a student "
             f"({run.student.cell.upper()}) of {parameters:,} ({100 * parameters / run.teacher_parameters:.1f} %)")
+        first, control = stages_before(run, distil_options, stop)
         logits = teacher_logits(run.teacher, run.batches, folder / "teacher_logits.safetensors").to(device())
         smoothing, recorder = options.train.label_smoothing, Recorder(folder, say)
-        kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha, smoothing)
+        kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha, smoothing,
+                                      distil_options.kd_loss)
+        dev = {split: _texts_only(rows) for split, rows in run.dev.items()}
+        gold = Stage("gold", _texts_only(run.batches), dev, kd, options.train, run.student.dropout)
         say("student with KD")
-        student, loss = train_student(run, "student", kd, folder, recorder, stop)
+        student, loss = train_student(run, "student", [*first, gold], distil_options, folder, recorder, stop)
         say("the same student without the teacher")
-        scratch, _ = train_student(run, "scratch", train_utils.cross_entropy(smoothing), folder, recorder, stop)
+        gold = replace(gold, objective=train_utils.cross_entropy(smoothing))
+        scratch, _ = train_student(run, "scratch", [*control, gold], distil_options, folder, recorder, stop)
         write_json(folder / "student_config.json", asdict(run.student))
+        more = {"more_runs": list(distil_options.more_teachers)} if distil_options.more_teachers else {}
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": run.task.name,
-                   "teacher": {"run": str(distil_options.teacher), "parameters": run.teacher_parameters,
+                   "teacher": {"run": str(distil_options.teacher), **more, "parameters": run.teacher_parameters,
                                "validation": train_utils.validate(run.teacher, run.dev)[0],
                                "sentences_per_second": sentences_per_second(run.teacher, run.dev, passes=1)},
                    "student": student, "scratch": scratch,
@@ -145,29 +182,49 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
     return summary
 
 
-def train_student(run: Prepared, phase: str, objective: train_utils.Objective, folder: Path, recorder: Recorder,
-                  stop: Callable[[], int | None]) -> tuple[dict, float]:
-    """Trains one student and writes its weights.
+def stages_before(run: Prepared, distil_options: DistilOptions, stop: Callable[[], int | None]
+                  ) -> tuple[list[Stage], list[Stage]]:
+    """Returns the stages before the training set, the student's and the no-KD baseline's; none with --plain."""
+    if not (distil_options.pretrain or distil_options.transfer):
+        return [], []
+    options, tokenizer = run.options, run.tokenizer
+    source = Source.of(Path(options.out).parent, run.base_sha256 or tensors.weights_digest(run.teachers[0].net.base_model),
+                       run.tokenizer_sha256, run.task, tokenizer, options.model, run.teachers[0].decoder,
+                       distil_options.text, stop)
+    sentences = stages.read(source, run.task, run.teachers, [tensors.weights_digest(one) for one in run.teachers],
+                            distil_options, options.max_length, options.table.truncate)
+    dev = {split: _texts_only(rows) for split, rows in run.dev.items()}
+    first = stages.first_stages(sentences, tokenizer, distil_options, options.train, dev, device())
+    return first, stages.control_stages(first, sentences, tokenizer, distil_options, options.train)
+
+
+def train_student(run: Prepared, phase: str, its_stages: list[Stage], distil_options: DistilOptions, folder: Path,
+                  recorder: Recorder, stop: Callable[[], int | None]) -> tuple[dict, float]:
+    """Trains one student in its stages, the last of which is the training set, and writes its weights.
 
     Args:
         phase: `student` or `scratch`, the no-KD baseline: the name of its files and of its lines in metrics.jsonl.
 
     Returns:
-        Its part of the summary, and the training loss of its best epoch.
+        Its part of the summary, and the training loss of its best epoch in the last stage.
     """
-    options = run.options
-    batches, dev = _texts_only(run.batches), {split: _texts_only(rows) for split, rows in run.dev.items()}
+    options, several = run.options, len(its_stages) > 1
     torch.manual_seed(int(options.sr))  # the same initial weights and dropout for both
-    model = DistilRNN(run.student).to(device())
-    progress = train_utils.fit(
-        model, batches, dev, objective, options.train, folder=folder, resume=options.resume, name=f"{phase}.",
-        select=selection_split(run.task.dev), stop=stop, on_epoch=lambda history: recorder(history, phase))
+    model = DistilRNN(run.student)
+    if distil_options.student_embeddings == "teacher":
+        embed_as(run.teachers[0], model)
+    model, parts = model.to(device()), []
+    for number, stage in enumerate(its_stages):
+        progress, part = stages.run_stage(
+            model, stage, number, device(), folder, options.resume, phase, selection_split(run.task.dev),
+            lambda history, name=stage.name: recorder(history, phase, name if several else None), stop)
+        parts.append(part)
     write_file(folder / f"{phase}.safetensors", save({n: t.cpu() for n, t in model.state_dict().items()}))
     result = {"parameters": student_parameters(run.student),
               **best_and_last(progress.best_epoch, progress.history, run.task.classes),
-              "sentences_per_second": sentences_per_second(model.eval(), dev),
-              "train": training_summary(progress, batches)}
-    return result, progress.history[progress.best_epoch - 1]["train"]["loss"]
+              "sentences_per_second": sentences_per_second(model.eval(), its_stages[-1].dev),
+              "train": training_summary(progress, its_stages[-1].batches), **({"stages": parts} if several else {})}
+    return result, parts[-1]["loss"]
 
 
 def _texts_only(batches: list[Batch]) -> list[Batch]:

@@ -8,21 +8,41 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 import sys
 from pathlib import Path
 
+from experiments.argument_types import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    WHOLE,
+    list_of,
+    named_folder,
+    names_type,
+    number,
+    one_of,
+    save_every_type,
+    sr_type,
+)
 from experiments.steps import PROFILES
 from record import processes
 from record.options import ROLES, DistilOptions, LoRAOptions, RNNConfig, RunOptions, TableOptions, TrainOptions
 
 # The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
-EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"tiny": 30, "": 15}}
+EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"plain tiny": 30, "plain": 15, "": 3}}
 # By method: what is pretrained wants small steps, what starts from nothing large ones.
 LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5e-4, "": 5e-5},
                  "head": {"tiny": 1e-2, "": 1e-3}, "features": {"": 3e-3}, "none": {"": TrainOptions.lr},
-                 "distil": {"": 3e-3}}
+                 "distil": {"plain": 3e-3, "": 5e-4}}
+# Of a distillation in stages; `--plain` has those of DistilOptions.
+STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
+          "kd_alpha": {"plain": DistilOptions.kd_alpha, "": 0.5},
+          "student_embeddings": {"plain": "random", "": "teacher"}, "match": {"plain": "none", "": "hidden"},
+          "pretrain": {"plain": 0, "": 0}, "transfer": {"plain": 0, "": 4}}
+AUGMENT_TIMES, AUGMENT_MOST = 7, 60_000  # the transfer set's sentences: so many times the training set's, and at most
 METHODS = ("lora", "full", "head", "features", "none")
+
 
 def complain(message) -> None:
     """Prints one line on stderr, whatever the message quotes; of several processes only the first that fails does so."""
@@ -63,65 +83,6 @@ def closest(word: str, known) -> str:
     return f"; did you mean {by_lower[close[0]]}?" if close else f"; expected one of {', '.join(known)}"
 
 
-def _number(kind, low, high, what: str):
-    """Returns an argparse type: a number within bounds."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
-        return value
-    return parse
-
-
-_count = _number(int, 1, 10 ** 9, "a whole number of at least 1")
-_share = _number(float, 0, 1, "a number from 0 to 1")
-_positive = _number(float, 1e-30, 1e30, "a number above 0")
-_not_negative = _number(float, 0, 1e30, "a number of at least 0")
-
-
-def _save_every(text: str) -> str:
-    """An argparse type: minutes (a bare number, or 10min) or steps (50steps)."""
-    saving(text)
-    return text
-
-
-def saving(text: str) -> dict:
-    """Returns `--save-every` as the fields of TrainOptions."""
-    what = "minutes, such as 10 or 10min, or steps, such as 50steps"
-    if text.endswith("steps"):
-        return {"save_every": TrainOptions.save_every,
-                "save_steps": _number(int, 1, 10 ** 9, what)(text.removesuffix("steps"))}
-    return {"save_every": _number(float, 1e-30, 1e30, what)(text.removesuffix("min")), "save_steps": None}
-
-
-def _one_of(words):
-    """Returns an argparse type: one of these words."""
-    def parse(text: str) -> str:
-        if text not in words:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(words)}")
-        return text
-    return parse
-
-
-def _list(kind):
-    """Returns an argparse type: values with commas between them, each once."""
-    def parse(text: str) -> list:
-        values = [kind(part.strip()) for part in text.split(",")]
-        if len(set(values)) < len(values):
-            raise argparse.ArgumentTypeError(f"{text!r}: a value is given twice")
-        return values
-    return parse
-
-
-def sr_type(text: str) -> str:
-    if not re.fullmatch("[0-9]{5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected exactly five digits, such as 12345")
-    return text
-
-
 # ---------------------------------------------------------------- groups of options that several modes share
 
 GENERAL, MODEL, ADAPTER, DATA, TRAINING, FOLDER = "most used", "model", "adapter", "data", "training", "run folder"
@@ -137,8 +98,8 @@ def _most_used(parser: Parser, mode: str) -> None:
                     "such as stanfordnlp/sst2; the Hub's files of the task if not given")
     if mode == "LoRA":
         parser.add(GENERAL, "--rank", type=int, default=LoRAOptions.rank, help="of each update")
-    parser.add(GENERAL, "--epochs", type=_count, help=_defaults_text(EPOCHS[mode]))
-    parser.add(GENERAL, "--lr", type=_positive, help="; ".join(
+    parser.add(GENERAL, "--epochs", type=COUNT, help=_defaults_text(EPOCHS[mode]))
+    parser.add(GENERAL, "--lr", type=POSITIVE, help="; ".join(
         f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (METHODS[:-1] if mode == "LoRA" else (mode,))))
 
 
@@ -152,10 +113,10 @@ def add_finetune_options(parser: Parser, method: bool = True) -> None:
     parser.add(MODEL, "--precision", choices=("auto", "fp32", "bf16x3", "bf16"), default=TrainOptions.precision,
                help="of frozen linears; what trains stays float32")
     parser.add(MODEL, "--no-keep", action="store_true", help="recompute frozen blocks below the lowest trained one")
-    parser.add(MODEL, "--keep-memory", type=_not_negative, default=RunOptions.keep_memory, metavar="GIB",
+    parser.add(MODEL, "--keep-memory", type=NOT_NEGATIVE, default=RunOptions.keep_memory, metavar="GIB",
                help="of their cached results in memory; the rest is memory-mapped")
-    parser.add(ADAPTER, "--alpha", type=_positive, default=LoRAOptions.alpha, help="the update is scaled by alpha / rank")
-    parser.add(ADAPTER, "--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=LoRAOptions.dropout,
+    parser.add(ADAPTER, "--alpha", type=POSITIVE, default=LoRAOptions.alpha, help="the update is scaled by alpha / rank")
+    parser.add(ADAPTER, "--dropout", type=number(float, 0, 0.99, "a number from 0 to 0.99"), default=LoRAOptions.dropout,
                help="on the inputs of A")
     parser.add(ADAPTER, "--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
     parser.add(ADAPTER, "--targets", default=",".join(LoRAOptions.targets),
@@ -164,54 +125,46 @@ def add_finetune_options(parser: Parser, method: bool = True) -> None:
     _data_options(parser)
     _table_options(parser)
     _training_options(parser)
-    parser.add(TRAINING, "--head-lr", type=_positive, help="learning rate of the head; --lr if not given")
+    parser.add(TRAINING, "--head-lr", type=POSITIVE, help="learning rate of the head; --lr if not given")
     _folder_options(parser)
 
 
 def _data_options(parser: Parser) -> None:
     parser.add(DATA, "--task", choices=("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny"),
                help="csv: any table; cola if not given, unless --data holds tables or the built-in default is used")
-    parser.add(DATA, "--max-length", type=_count, help="tokens; the model's context if not given")
-    parser.add(DATA, "--limit", type=_count, help="so many rows of each split, evenly spaced: a quick look")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """An argparse type: names separated by commas."""
-    names = tuple(part.strip() for part in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected names separated by commas")
-    return names
+    parser.add(DATA, "--max-length", type=COUNT, help="tokens; the model's context if not given")
+    parser.add(DATA, "--limit", type=COUNT, help="so many rows of each split, evenly spaced: a quick look")
 
 
 def _table_options(parser: Parser) -> None:
     """Adds the options that say what the columns of a table mean."""
-    parser.add(DATA, "--text-column", type=_names, default=TableOptions.text_column, metavar="A,B",
+    parser.add(DATA, "--text-column", type=names_type, default=TableOptions.text_column, metavar="A,B",
                help="joined by the tokenizer's separator; text, sentence or review if not given")
     parser.add(DATA, "--template", metavar="TEXT", help='instead: column names in braces, "Q: {question} A: {guess}"')
     parser.add(DATA, "--label-column", default=TableOptions.label_column,
                help="strings, booleans or whole numbers; any number of classes")
     parser.add(DATA, "--eval-split", metavar="NAME|FILE|SHARE",
                help="validation, dev or eval if --data has it, else 0.1 of the training rows")
-    parser.add(DATA, "--feature-columns", type=_names, default=TableOptions.feature_columns, metavar="A,B",
+    parser.add(DATA, "--feature-columns", type=names_type, default=TableOptions.feature_columns, metavar="A,B",
                help="numbers that the head reads beside the text")
     parser.add(DATA, "--truncate", choices=("head", "tail", "middle"), default=TableOptions.truncate,
                help="the part of a text longer than --max-length that is cut")
 
 
 def _training_options(parser: Parser) -> None:
-    parser.add(TRAINING, "--batch-size", type=_count, default=TrainOptions.batch_size, help="sentences in a batch")
-    parser.add(TRAINING, "--batch-tokens", type=_count, help="instead of --batch-size: tokens in a batch, pads included")
-    parser.add(TRAINING, "--accumulate", type=_count, default=TrainOptions.accumulate, help="batches in an optimiser step")
+    parser.add(TRAINING, "--batch-size", type=COUNT, default=TrainOptions.batch_size, help="sentences in a batch")
+    parser.add(TRAINING, "--batch-tokens", type=COUNT, help="instead of --batch-size: tokens in a batch, pads included")
+    parser.add(TRAINING, "--accumulate", type=COUNT, default=TrainOptions.accumulate, help="batches in an optimiser step")
     parser.add(TRAINING, "--schedule", choices=("linear", "cosine", "constant"), default=TrainOptions.schedule,
                help="decay after warm-up")
-    parser.add(TRAINING, "--warmup", type=_share, default=TrainOptions.warmup, help="share of the steps")
-    parser.add(TRAINING, "--weight-decay", type=_not_negative, default=TrainOptions.weight_decay,
+    parser.add(TRAINING, "--warmup", type=SHARE, default=TrainOptions.warmup, help="share of the steps")
+    parser.add(TRAINING, "--weight-decay", type=NOT_NEGATIVE, default=TrainOptions.weight_decay,
                help="not on biases and norms")
-    parser.add(TRAINING, "--clip", type=_not_negative, default=TrainOptions.clip,
+    parser.add(TRAINING, "--clip", type=NOT_NEGATIVE, default=TrainOptions.clip,
                help="largest gradient norm; 0: no clipping")
-    parser.add(TRAINING, "--label-smoothing", type=_share, default=TrainOptions.label_smoothing,
+    parser.add(TRAINING, "--label-smoothing", type=SHARE, default=TrainOptions.label_smoothing,
                help="share of the label spread over all classes")
-    parser.add(TRAINING, "--patience", type=_count, help="stop after so many epochs without a better one")
+    parser.add(TRAINING, "--patience", type=COUNT, help="stop after so many epochs without a better one")
     parser.add(TRAINING, "--deterministic", action="store_true", help="deterministic kernels on a GPU too")
     parser.add(TRAINING, "--anomaly", action="store_true",
                help="name the first module that computes something not finite; several times slower")
@@ -221,25 +174,35 @@ def _folder_options(parser: Parser) -> None:
     parser.add(FOLDER, "--out", type=Path, help="the run's folder; runs/MODE-SR if not given")
     parser.add(FOLDER, "--resume", action="store_true", help="continue an unfinished run")
     parser.add(FOLDER, "--overwrite", action="store_true", help="replace a run that is already in the folder")
-    parser.add(FOLDER, "--save-every", type=_save_every, default=f"{TrainOptions.save_every:g}min", metavar="Nmin|Nsteps",
-               help="minutes, or optimiser steps, between checkpoints in an epoch")
+    parser.add(FOLDER, "--save-every", type=save_every_type, default=f"{TrainOptions.save_every:g}min",
+               metavar="Nmin|Nsteps", help="minutes, or optimiser steps, between checkpoints in an epoch")
     parser.add(FOLDER, "--plots", type=Path, default=Path("plots"), metavar="DIR", help="folder of the plots")
     parser.add(FOLDER, "--no-plots", action="store_true", help="draw none")
 
 
 def _seeds_option(parser: Parser, group: str, default: int | None, more: str) -> None:
-    parser.add(group, "--seeds", type=_number(int, 1, 1000, "a whole number from 1 to 1000"), default=default,
+    parser.add(group, "--seeds", type=number(int, 1, 1000, "a whole number from 1 to 1000"), default=default,
                help=f"how many: SR, SR + 1, ...; 00000 follows 99999{more}")
 
 
-def default(table: dict, task: str):
-    """Returns the task's entry of a table of defaults, or the entry for all other tasks."""
-    return table.get(task, table[""])
+def default(table: dict, task: str, plain: bool = False):
+    """Returns the task's entry of a table of defaults, or the entry for all other tasks.
+
+    Args:
+        plain: whether the entries for --plain come first.
+    """
+    keys = ([f"plain {task}", "plain"] if plain else []) + [task, ""]
+    return next(table[key] for key in keys if key in table)
 
 
 def _defaults_text(table: dict) -> str:
+    """Returns a table of defaults in words."""
+    def when(key: str) -> str:
+        plain, task = key.startswith("plain"), key.removeprefix("plain").strip()
+        return (" with --plain" if plain else "") + (f" for --task {task}" if task else "")
     otherwise = " otherwise" if len(table) > 1 else ""
-    return ", ".join(f"{value:g}" + (f" for --task {task}" if task else otherwise) for task, value in table.items())
+    return ", ".join((value if isinstance(value, str) else f"{value:g}") + (when(key) if key else otherwise)
+                     for key, value in table.items())
 
 
 # ---------------------------------------------------------------- the modes, one function each
@@ -249,14 +212,16 @@ def _gen(parser: Parser) -> None:
     parser.add(GENERAL, "--model", help="as for LoRA")
     parser.add(GENERAL, "--prompt", action="append", help="may be given several times")
     parser.add(GENERAL, "--prompt-file", type=Path, help="a UTF-8 file with one prompt a line")
-    parser.add(GENERAL, "--max-new-tokens", type=_count, default=40, help="of each sample")
+    parser.add(GENERAL, "--max-new-tokens", type=COUNT, default=40, help="of each sample")
     parser.add(GENERAL, "--adapter", type=Path, help="folder of a saved LoRA adapter")
-    parser.add("sampling", "--num-samples", type=_count, default=1, help="samples of each prompt")
+    parser.add(GENERAL, "--batch-size", type=COUNT, default=64, help="samples that are drawn together")
+    parser.add(GENERAL, "--precision", choices=("fp32", "bf16"), default="fp32", help="of the frozen linears")
+    parser.add("sampling", "--num-samples", type=COUNT, default=1, help="samples of each prompt")
     parser.add("sampling", "--greedy", action="store_true", help="the likeliest token each time")
-    parser.add("sampling", "--temperature", type=_positive, default=0.8, help="below 1: likelier tokens likelier still")
-    parser.add("sampling", "--top-k", type=_number(int, 0, 10 ** 9, "a whole number of at least 0"), default=50,
+    parser.add("sampling", "--temperature", type=POSITIVE, default=0.8, help="below 1: likelier tokens likelier still")
+    parser.add("sampling", "--top-k", type=number(int, 0, 10 ** 9, "a whole number of at least 0"), default=50,
                help="draw from the k likeliest tokens; 0: all")
-    parser.add("sampling", "--top-p", type=_number(float, 1e-9, 1, "a number above 0, up to 1"), default=0.95,
+    parser.add("sampling", "--top-p", type=number(float, 1e-9, 1, "a number above 0, up to 1"), default=0.95,
                help="draw from the likeliest tokens that hold this probability")
 
 
@@ -274,38 +239,77 @@ def _distil(parser: Parser) -> None:
 
 def add_distil_options(parser: Parser) -> None:
     """Adds the options of a distillation."""
-    parser.add(GENERAL, "--teacher", type=Path, help="folder of a LoRA run; runs/LoRA-SR if not given; with --seeds also a "
-                                                     "folder that holds LoRA-SR of every seed")
+    parser.add(GENERAL, "--teacher", type=Path, action="append", metavar="DIR",
+               help="folder of a LoRA run; runs/LoRA-SR if not given; given several times, logits are averaged; with "
+                    "--seeds also a folder that holds LoRA-SR of every seed")
+    parser.add(GENERAL, "--plain", action="store_true", help="one stage, on the training set alone, from random embeddings")
     _most_used(parser, "distil")
-    parser.add(GENERAL, "--temperature", type=_positive, default=DistilOptions.temperature,
-               help="softens teacher and student in the KD loss")
-    parser.add(GENERAL, "--kd-alpha", type=_share, default=DistilOptions.kd_alpha, help="weight of the teacher in the loss")
-    parser.add("student", "--embedding-size", type=_count,
+    parser.add(GENERAL, "--temperature", type=POSITIVE,
+               help="softens teacher and student in the KD loss; " + _defaults_text(STAGES["temperature"]))
+    parser.add(GENERAL, "--kd-alpha", type=SHARE,
+               help="weight of the teacher beside gold labels; " + _defaults_text(STAGES["kd_alpha"]))
+    parser.add(GENERAL, "--kd-loss", choices=("kl", "mse", "hard"), default=DistilOptions.kd_loss,
+               help="of soft labels by KL, of logits by MSE, or with the teacher's choice as a hard label")
+    _stage_options(parser)
+    parser.add("student", "--embedding-size", type=COUNT,
                help=f"{RNNConfig.embedding_size}, or less to fit 10 %% of the teacher's parameters")
-    parser.add("student", "--hidden-size", type=_count,
+    parser.add("student", "--hidden-size", type=COUNT,
                help=f"{RNNConfig.hidden_size}, or less to fit, of each direction")
-    parser.add("student", "--rnn-layers", type=_count, default=RNNConfig.rnn_layers, help="of the RNN")
+    parser.add("student", "--rnn-layers", type=COUNT, default=RNNConfig.rnn_layers, help="of the RNN")
     parser.add("student", "--cell", choices=("lstm", "gru"), default=RNNConfig.cell, help="of the RNN")
-    parser.add("student", "--pooling", choices=("max", "mean"), default=RNNConfig.pooling, help="over real tokens")
-    parser.add("student", "--dropout", type=_number(float, 0, 0.99, "a number from 0 to 0.99"), default=RNNConfig.dropout,
+    parser.add("student", "--pooling", choices=("max", "mean", "attention"), default=RNNConfig.pooling,
+               help="over real tokens")
+    parser.add("student", "--dropout", type=number(float, 0, 0.99, "a number from 0 to 0.99"), default=RNNConfig.dropout,
                help="on embeddings and on the pooled vector")
     _data_options(parser)
     _training_options(parser)
     _folder_options(parser)
 
 
+def _stage_options(parser: Parser) -> None:
+    """Adds what comes before the gold stage: pretraining, the transfer set, and what of the teacher is matched."""
+    stages = "stages"
+    parser.add(stages, "--text", action="append", default=[], metavar="FILE",
+               help="plain sentences, one a line, to pretrain on and for the transfer set; may be given several times")
+    parser.add(stages, "--augment", type=WHOLE, metavar="N",
+               help="sentences that the teacher labels beside the training set: edits, plain ones, and what the language "
+                    f"model writes; 0: none; {AUGMENT_TIMES} times the training set, up to {AUGMENT_MOST:,}, if not given")
+    parser.add(stages, "--pretrain", type=WHOLE, metavar="EPOCHS",
+               help=f"of language modelling in both directions; {_defaults_text(STAGES['pretrain'])}")
+    parser.add(stages, "--transfer", type=WHOLE, metavar="EPOCHS",
+               help=f"on the teacher's labels of the transfer set; {_defaults_text(STAGES['transfer'])}")
+    parser.add(stages, "--match", choices=("hidden", "none"),
+               help=f"the teacher's hidden states, reduced by PCA; {_defaults_text(STAGES['match'])}")
+    parser.add(stages, "--match-size", type=COUNT, default=DistilOptions.match_size, metavar="D",
+               help="to D dimensions, or as many as there are")
+    parser.add(stages, "--match-weight", type=NOT_NEGATIVE, default=DistilOptions.match_weight, help="in the loss")
+    parser.add(stages, "--score-weight", type=NOT_NEGATIVE, default=DistilOptions.score_weight,
+               help="of the logits that a decoder's head gives each prefix of a sentence, matched beside hidden states")
+    parser.add(stages, "--lm-weight", type=NOT_NEGATIVE, default=DistilOptions.lm_weight,
+               help="of language modelling in pretraining; 0: hidden states alone are matched there")
+    parser.add(stages, "--gold-repeats", type=WHOLE, default=DistilOptions.gold_repeats, metavar="N",
+               help="times that each epoch on the transfer set holds the training set too")
+    parser.add(stages, "--student-embeddings", choices=("teacher", "random"),
+               help=f"what the student starts from; {_defaults_text(STAGES['student_embeddings'])}")
+    parser.add(stages, "--stage-lr", type=POSITIVE, default=DistilOptions.stage_lr,
+               help="of pretraining and the transfer set; the training set has --lr")
+    parser.add(stages, "--stage-tokens", type=COUNT, default=DistilOptions.stage_tokens, help="in a batch there")
+    parser.add(stages, "--stage-dropout", type=number(float, 0, 0.99, "a number from 0 to 0.99"),
+               default=DistilOptions.stage_dropout, help="of the student there")
+
+
 def _compare(parser: Parser) -> None:
     """compare methods on one task: the same seeds, budget and learning rates for each"""
     parser.epilog = ("Each entry's learning rate is chosen on the first seed, by the best epoch's MCC. The same command "
                      "started again goes on with what is missing.")
-    parser.add("comparison", "--methods", type=_list(_one_of(METHODS)), default="none,head,lora,full",
+    parser.add("comparison", "--methods", type=list_of(one_of(METHODS)), default="none,head,lora,full",
                metavar="METHOD[,...]", help="an entry each")
     parser.add("comparison", "--set", action="append", default=[], metavar="NAME:OPTION=VALUE[,...]",
                help="one more entry, with options of LoRA's: r2:method=lora,rank=2,targets=q+v "
                     "(+ stands for the comma within targets and layers); may be given several times")
     _seeds_option(parser, "comparison", 3, "")
     parser.add("comparison", "--against", metavar="ENTRY", help="print every other entry minus this one, paired by seed")
-    parser.add("comparison", "--lr-grid", type=_list(_positive), metavar="LR[,...]",
+    parser.add("comparison", "--lr-grid", type=list_of(POSITIVE), metavar="LR[,...]",
                help="learning rates that each entry chooses from; --lr if not given, or each method's default")
     add_finetune_options(parser, method=False)
 
@@ -319,7 +323,7 @@ def _sweep(parser: Parser) -> None:
                     "or a range, lr=1e-4..1e-3 or alpha=1..64:log (rates are searched on a logarithmic scale, others on a "
                     "linear one unless :log follows); several times for several options")
     parser.add("search", "--sampler", choices=("tpe", "random", "grid"), default="tpe", help="grid: every combination, once")
-    parser.add("search", "--trials", type=_count, help="of all processes together; 20, or the whole grid, if not given")
+    parser.add("search", "--trials", type=COUNT, help="of all processes together; 20, or the whole grid, if not given")
     parser.add("search", "--storage", metavar="URL", help="a database that several processes share, such as "
                                                           "postgresql://HOST/DB; study.db in the folder if not given")
     parser.add("search", "--no-prune", action="store_true",
@@ -335,14 +339,6 @@ def _eval(parser: Parser) -> None:
                help="write sentence, label, prediction and probability")
 
 
-def _named_folder(text: str) -> tuple[str, Path]:
-    """An argparse type: NAME=DIR."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DIR")
-    return name, Path(folder)
-
-
 def _predict(parser: Parser) -> None:
     """ask a saved run about sentences: class and probability"""
     parser.add_argument("run", metavar="RUN_DIR", type=Path, nargs="?",
@@ -354,26 +350,26 @@ def _predict(parser: Parser) -> None:
                help="of --file; by its ending if not given")
     parser.add("prediction", "--json", action="store_true", help="print one JSON object a line")
     parser.add("prediction", "--control", action="store_true", help="ask a distillation's no-KD baseline")
-    parser.add("prediction", "--adapter", type=_named_folder, action="append", default=[], metavar="NAME=DIR",
+    parser.add("prediction", "--adapter", type=named_folder, action="append", default=[], metavar="NAME=DIR",
                help='instead of RUN_DIR, several times: LoRA runs on one base; each row of --file names its own, '
                     '{"adapter": "NAME", "text": "..."}')
 
 
 def _serve(parser: Parser) -> None:
     """answer requests over HTTP: many adapters on one base, and students beside them"""
-    parser.add("models", "--adapter", type=_named_folder, action="append", default=[], metavar="NAME=DIR",
+    parser.add("models", "--adapter", type=named_folder, action="append", default=[], metavar="NAME=DIR",
                help="a LoRA run, several times; all on one base")
-    parser.add("models", "--student", type=_named_folder, action="append", default=[], metavar="NAME=DIR",
+    parser.add("models", "--student", type=named_folder, action="append", default=[], metavar="NAME=DIR",
                help="a distillation, several times")
     parser.add("models", "--adapters-root", type=Path, metavar="DIR",
                help="folder from which adapters may be added while the service runs; none if not given")
     parser.add("network", "--host", default="127.0.0.1", help="address to listen on")
-    parser.add("network", "--port", type=_number(int, 0, 65535, "a port from 0 (any that is free) to 65535"), default=8000,
+    parser.add("network", "--port", type=number(int, 0, 65535, "a port from 0 (any that is free) to 65535"), default=8000,
                help="0: any that is free")
-    parser.add("limits", "--max-queue", type=_count, default=1024, metavar="TEXTS", help="texts that may wait; more: 429")
-    parser.add("limits", "--max-texts", type=_count, default=256, metavar="TEXTS", help="texts of a request; more: 413")
-    parser.add("limits", "--max-characters", type=_count, default=20000, metavar="N", help="characters of a text; more: 413")
-    parser.add("limits", "--timeout", type=_positive, default=30.0, metavar="SECONDS", help="to answer a request; more: 504")
+    parser.add("limits", "--max-queue", type=COUNT, default=1024, metavar="TEXTS", help="texts that may wait; more: 429")
+    parser.add("limits", "--max-texts", type=COUNT, default=256, metavar="TEXTS", help="texts of a request; more: 413")
+    parser.add("limits", "--max-characters", type=COUNT, default=20000, metavar="N", help="characters of a text; more: 413")
+    parser.add("limits", "--timeout", type=POSITIVE, default=30.0, metavar="SECONDS", help="to answer a request; more: 504")
 
 
 def _test(parser: Parser) -> None:
@@ -382,9 +378,9 @@ def _test(parser: Parser) -> None:
     parser.add_argument("other", metavar="RUN_B", type=Path)
     parser.add("scoring", "--data", type=Path, required=True, metavar="FILE", help="in the format of the runs' task")
     parser.add("scoring", "--json", action="store_true", help="print one JSON object")
-    parser.add("test", "--resamples", type=_number(int, 100, 10 ** 7, "a whole number from 100 to 10000000"), default=10_000,
+    parser.add("test", "--resamples", type=number(int, 100, 10 ** 7, "a whole number from 100 to 10000000"), default=10_000,
                help="of the sentences, with replacement")
-    parser.add("test", "--seed", type=_number(int, 0, 10 ** 9, "a whole number of at least 0"), default=0,
+    parser.add("test", "--seed", type=number(int, 0, 10 ** 9, "a whole number of at least 0"), default=0,
                help="of the resamples")
 
 
@@ -395,7 +391,7 @@ def _diagnose(parser: Parser) -> None:
     parser.add("diagnosis", "--pairs", type=Path, metavar="FILE",
                help="TSV of minimal pairs with the columns phenomenon, paradigm, good, bad (BLiMP's; figures of "
                     "published.tsv beside it are shown too); the built-in grammar's if not given")
-    parser.add("diagnosis", "--limit", type=_count, help="so many pairs of each paradigm: a quick look")
+    parser.add("diagnosis", "--limit", type=COUNT, help="so many pairs of each paradigm: a quick look")
     parser.add("diagnosis", "--json", action="store_true", help="print one JSON object")
     parser.add(FOLDER, "--out", type=Path, help="of JSON, tables and plots; diagnose-RUN beside the run if not given")
 
@@ -426,7 +422,7 @@ def _paper(parser: Parser) -> None:
                     "GLUE's CoLA if not given")
     _seeds_option(parser, "paper", 3, "")
     parser.add("paper", "--dry-run", action="store_true", help="print every step with its command, and run nothing")
-    parser.add("paper", "--only", type=_list(str), default=[], metavar="STEP[,...]", help="run these steps alone")
+    parser.add("paper", "--only", type=list_of(str), default=[], metavar="STEP[,...]", help="run these steps alone")
     parser.add(FOLDER, "--out", type=Path, help="runs/paper-SR, or runs/paper-quick-SR, if not given")
     parser.add(FOLDER, "--overwrite", action="store_true", help="remove what the steps left, and begin anew")
 

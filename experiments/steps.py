@@ -15,7 +15,8 @@ COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
 METHOD_RATES = "1e-4,5e-4,3e-3"  # of every method: full fine-tuning, LoRA and the head want rates far apart
 FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"  # of the quiz-bowl guesses
 # The student's ablations: name -> options of `distil` beside those of the paper's student.
-ABLATIONS = {"alpha-0.5": ["--kd-alpha", "0.5"], "temperature-1": ["--temperature", "1"], "gru": ["--cell", "gru"]}
+ABLATIONS = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"], "no-matching": ["--match", "none"],
+             "hard-labels": ["--kd-loss", "hard"]}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
     task = ["--model", "tiny", "--task", "tiny"]
     return [
         *_lora(task, sr, seeds, out, TINY_RATES, ["--epochs", "6"], (2, 0.2, 3)),
-        *_distil(sr, seeds, out, ["--epochs", "12"], 1.2, {"alpha-0.5": ABLATIONS["alpha-0.5"]}),
+        *_distil(sr, seeds, out, [], 3, {"plain": ABLATIONS["plain"]}),
         Step("rank", 1, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,8", "--search",
                          "targets=q+v,all", "--limit", "600", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json",
              runs=SWEPT),
@@ -64,9 +65,10 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
 def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) -> list[Step]:
     """Returns the steps on CoLA: of a model on the public files, or of the Hub's."""
     pairs = ["--pairs", f"{data}/blimp/pairs.tsv", "--limit", "100"] if data else []
+    text = [word for name in ("edited", "tatoeba") for word in ("--text", f"{data}/plain_text/{name}.txt")] if data else []
     found = [
         *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (35, 1, 60)),
-        *_distil(sr, seeds, out, [], 4),
+        *_distil(sr, seeds, out, text, 40),
         Step("diagnose", 6, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
     if data is None:  # the methods and the ranks on the one task that there is

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from experiments.argument_types import sr_type
 from experiments.arguments import choose, distil_options, finetune_options
-from experiments.parser import Parser, add_distil_options, add_finetune_options, closest, sr_type
+from experiments.parser import Parser, add_distil_options, add_finetune_options, closest
 from record.files import UserError
 from record.options import FREE, RunOptions, TableOptions, as_json, settings_of
 
@@ -69,6 +70,8 @@ class Variant(Parser):
             option = action.option_strings[-1]
             if action.nargs == 0:
                 words.append(option)
+            elif isinstance(action, argparse._AppendAction):
+                words += [f"{option}={one}" for one in value]
             elif isinstance(value, (list, tuple)):
                 words.append(f"{option}={','.join(map(str, value))}")
             else:
@@ -205,12 +208,12 @@ def seed_runs(args) -> list[SeedRun]:
             options = finetune_options(one)
             recorded, resolved = asdict(options.lora), ["max_length", "precision"]
         else:
-            if args.teacher and not (args.teacher / "config.json").exists():
-                one.teacher = args.teacher / f"LoRA-{seed}"
+            if args.teacher and not (args.teacher[0] / "config.json").exists():
+                one.teacher = [folder / f"LoRA-{seed}" for folder in args.teacher]
             options, student = distil_options(one)
-            one.teacher, recorded = student.teacher, asdict(student)
+            one.teacher, recorded = [student.teacher, *student.more_teachers], asdict(student)
             resolved = ["model", "data", "limit", "max_length", "precision", "embedding_size", "hidden_size",
-                        *(field.name for field in fields(TableOptions))]
+                        "augment", *(field.name for field in fields(TableOptions))]
         recorded = as_json({**recorded, **asdict(options.train), **settings_of(options)})
         words = [args.mode, seed, *parser.words(one, {}), *([] if args.lr is None else [f"--lr={args.lr!r}"])]
         unknown = [name for name in resolved if recorded[name] in (None, [], "auto", getattr(TableOptions, name, None))]

@@ -203,21 +203,24 @@ class Recorder:
         self.folder, self.say, self.lines = folder, say, []
         self.events = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
 
-    def __call__(self, history: list[dict], phase: str | None = None) -> None:
-        """Takes the history of one phase so far; rewrites the file, so that a resumed run repeats no line."""
+    def __call__(self, history: list[dict], phase: str | None = None, stage: str | None = None) -> None:
+        """Takes the history of a phase or stage so far; rewrites the file, so that a resumed run repeats no line."""
         if not processes.first():
             return
-        self.lines = [line for line in self.lines if line.get("phase") != phase]
-        self.lines += [{**({"phase": phase} if phase else {}), **line} for line in history]
+        names = {key: name for key, name in (("phase", phase), ("stage", stage)) if name}
+        self.lines = [line for line in self.lines if (line.get("phase"), line.get("stage")) != (phase, stage)]
+        self.lines += [{**names, **line} for line in history]
         write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         if not history:
             return
-        line, prefix = history[-1], f"{phase}/" if phase else ""
+        line, prefix = history[-1], "".join(f"{name}/" for name in names.values())
         self._scalars(line["epoch"], {f"{prefix}learning_rate": line["learning_rate"], **{
             f"{prefix}{split}/{key}": values[key] for split, values in {"train": line["train"], **line["validation"]}.items()
-            for key in ("loss", "accuracy", "mcc")}})
-        self.say(f"  epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, " + ", ".join(
-            f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" for split, v in line["validation"].items()))
+            for key in ("loss", "accuracy", "mcc") if key in values}})
+        where = f"{stage}, " if stage else ""
+        self.say(f"  {where}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, " + ", ".join(
+            f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" if "mcc" in v else f"{split} loss {v['loss']:.4f}"
+            for split, v in line["validation"].items()))
 
     def _scalars(self, epoch: int, values: dict[str, float]) -> None:
         """Appends an epoch to TensorBoard's file: its own writer is a thread, which fails unseen on a full disk."""

@@ -76,17 +76,37 @@ class RNNConfig:
     hidden_size: int = 128  # of each direction
     rnn_layers: int = 1
     cell: str = "lstm"  # lstm or gru
-    pooling: str = "max"  # max or mean, over real tokens
+    pooling: str = "max"  # max, mean or attention, over real tokens
     dropout: float = 0.3  # on embeddings and on the pooled vector
 
 
 @dataclass(frozen=True)
 class DistilOptions:
-    """Holds the teacher, the sizes of the student and the KD loss."""
+    """Holds the teacher, the sizes of the student, its stages and losses.
+
+    The defaults here are those of a plain distillation, one stage on the training set; the command line has others.
+    """
 
     teacher: Path
+    more_teachers: tuple[str, ...] = ()  # folders; logits are averaged
+    plain: bool = True  # gold stage alone, from random embeddings
     temperature: float = 4.0
     kd_alpha: float = 0.9
+    kd_loss: str = "kl"  # kl, mse (of logits) or hard (the teacher's choice alone)
+    student_embeddings: str = "random"  # random or teacher (reduced by PCA)
+    text: tuple[str, ...] = ()  # files of plain sentences, one a line
+    augment: int | None = 0  # sentences of the transfer set; None: a multiple of the training set's
+    pretrain: int = 0  # epochs of language modelling
+    transfer: int = 0  # epochs on the transfer set
+    stage_lr: float = 2e-3  # peak learning rate of both
+    stage_tokens: int = 512  # tokens in a batch of both
+    stage_dropout: float = 0.1  # of the student in both
+    lm_weight: float = 1.0  # of language modelling in pretraining; 0: hidden states are matched alone
+    match: str = "none"  # hidden or none: the teacher's last hidden states
+    match_size: int = 192  # dimensions to which these are reduced
+    match_weight: float = 1.0
+    score_weight: float = 0.5  # of the logits that a decoder's head gives each prefix of a sentence
+    gold_repeats: int = 2  # times that an epoch on the transfer set holds each training sentence
     embedding_size: int | None = None
     hidden_size: int | None = None
     rnn_layers: int = RNNConfig.rnn_layers

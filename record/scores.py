@@ -41,7 +41,12 @@ def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict
 
 
 def scores_of_sums(sums: dict[str, float], matrix: list[list[int]]) -> dict[str, float]:
-    """Computes loss, cross-entropy, accuracy and MCC of an epoch's training rows from their sums and confusion matrix."""
+    """Computes loss, cross-entropy, accuracy and MCC of an epoch's training rows from their sums and confusion matrix.
+
+    Without a matrix (rows without a class) the loss alone.
+    """
+    if not matrix:
+        return {"loss": sums["loss"] / sums["rows"]}
     from sklearn.metrics import matthews_corrcoef
 
     cells = [(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count]

@@ -28,7 +28,8 @@ TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_p
           "distil_size", "distil_epochs", "distil_options", "distil_provenance")
 STUDIES = ("compare", "sweep")  # of many runs: a table <study>_results and a figure, if the study exists
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
-SUBMITTED = ("*.py", *(f"{room}/**/*.{kind}" for room in ("experiments", "lora", "data", "record", "report")
+SUBMITTED = ("*.py", *(f"{room}/**/*.{kind}" for room in (
+    "experiments", "serving", "distillation", "lora", "data", "record", "report")
                              for kind in ("py", "c")), "docs/**/*.md", "docs/**/*.png", "tests/**/*.py",
              "benchmarks/**/*.py", "benchmarks/**/*.sh", "benchmarks/**/*.md",
              "requirements*.txt", "Makefile", "README.md", "LICENSE", "pyproject.toml", ".ci/run",

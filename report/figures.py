@@ -18,6 +18,7 @@ from report.records import (
     Record,
     ReportError,
     by_class,
+    last_stage,
     main_split,
     read_json,
     read_metrics,
@@ -49,6 +50,7 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
         quantity: "loss" (nats), "accuracy" (drawn in percent) or "mcc".
     """
     axis_name, train_key, key, factor = QUANTITIES[quantity]
+    metrics = last_stage(metrics)
     distil, first = summary["mode"] == "distil", metrics[0].section("validation")
     main = main_split(first)
     # `all` is in- and out-of-domain together: a third line between the two would say nothing new.
@@ -102,6 +104,30 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    return figure
+
+
+def stages_figure(metrics: list[Record], summary: Record) -> Figure:
+    """Draws a distillation's earlier stages: the objective in pretraining, MCC on the transfer set, of both students."""
+    stages = [stage for stage in ("pretrain", "transfer") if any(row.get("stage") == stage for row in metrics)]
+    figure = Figure(figsize=(4 * len(stages) + 2, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        key, axis_name = ("mcc", "Matthews correlation") if stage == "transfer" else ("loss", "its own objective")
+        for phase, (colour, marker) in PHASE_LOOKS.items():
+            rows = [row for row in metrics if (row.get("phase"), row.get("stage")) == (phase, stage)]
+            # Students take the same steps in epochs of different length: the axis is the share of the stage.
+            done = [row.number("epoch") / len(rows) for row in rows]
+            axes.plot(done, [row.section("train").number(key) for row in rows], ":", color=colour, marker=marker, ms=3,
+                      label=f"{PHASES[phase]}: train")
+            split = main_split(rows[0].section("validation")) if rows else ""
+            axes.plot(done, [row.section("validation").section(split).number(key) for row in rows], "-", color=colour,
+                      marker=marker, ms=4, label=f"{PHASES[phase]}: {'held out' if stage == 'pretrain' else 'validation'}")
+        axes.set(xlabel="share of the stage's steps", ylabel=axis_name, title=stage)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize="small", frameon=False)
+    figure.suptitle(f"{summary['model']} on {summary['task']} (SR {summary['sr']})".replace("$", r"\$"))
     return figure
 
 
@@ -290,13 +316,15 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
 
 
 def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
-    """Draws a run's loss, accuracy, MCC and confusion matrix as `<mode>-<SR>_<quantity>.png` and `.pdf`.
+    """Draws a run's loss, accuracy, MCC, confusion matrix and earlier stages as `<mode>-<SR>_<quantity>.png` and `.pdf`.
 
     Raises ReportError where a file of the run is missing or malformed.
     """
     summary, path = read_json(run_dir / "summary.json"), run_dir / "metrics.jsonl"
     metrics = read_metrics(path) if path.exists() or summary.get("method") != "none" else []  # "none" trains nothing
     figures = {quantity: curves(metrics, summary, quantity) for quantity in QUANTITIES if metrics}
+    if len(last_stage(metrics)) < len(metrics):
+        figures["stages"] = stages_figure(metrics, summary)
     if "by_class" in summary or "by_class" in summary.get("student", {}):
         figures["confusion"] = confusion(summary)
     return [path for quantity, figure in figures.items()

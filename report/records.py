@@ -75,6 +75,11 @@ def read_metrics(path: Path) -> list[Record]:
     return epochs
 
 
+def last_stage(metrics: list[Record]) -> list[Record]:
+    """Returns the epochs on the training set: those of a distillation's earlier stages have other scales and scores."""
+    return [row for row in metrics if row.get("stage", "gold") == "gold"]
+
+
 def main_split(validation: Record) -> str:
     """Returns the split by which the best epoch is chosen: CoLA's in-domain one, or a task's only (first) one."""
     if not validation:

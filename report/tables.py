@@ -3,7 +3,7 @@
 import math
 
 from report.latex import breakable, escape, grouped, plain, shown, tabular
-from report.records import PHASES, Record, by_class, main_split, spoken
+from report.records import PHASES, Record, by_class, last_stage, main_split, spoken
 
 METHODS = {"lora": "LoRA", "full": "full fine-tuning", "head": "head alone", "features": "features alone",
            "none": "untrained head"}
@@ -12,6 +12,7 @@ METHODS = {"lora": "LoRA", "full": "full fine-tuning", "head": "head alone", "fe
 
 def epochs(metrics: list[Record]) -> str:
     """Makes a table of every epoch, training and each split; a distillation's two students one below the other."""
+    metrics = last_stage(metrics)
     scores, phase = {"accuracy": r"acc.\,\%", "mcc": "MCC"}, None
     held_out = {"loss": "CE"} | scores
     train = ({"loss": "obj."} if "phase" in metrics[0] else {}) | {"cross_entropy": "CE"} | scores

@@ -92,10 +92,16 @@ def onnx_model(student: DistilRNN):
         states = node("Reshape", [states, shape], f"states_{layer}")  # (T, B, 2H)
     states = node("Transpose", [states], "batch_first", perm=[1, 0, 2])  # (B, T, 2H)
     mask = node("Unsqueeze", [node("Cast", ["attention_mask"], "real", to=types.BOOL), axis_2], "mask")  # (B, T, 1)
-    outside = constant("outside", np.array(-np.inf if config.pooling == "max" else 0.0, dtype=np.float32))
-    masked = node("Where", [mask, states, outside], "masked")
+    outside = constant("outside", np.array(0.0 if config.pooling == "mean" else -np.inf, dtype=np.float32))
+    scores = states
+    if config.pooling == "attention":
+        scores = node("MatMul", [states, constant("attention", _array(student.attention.weight.T))], "scores")  # (B, T, 1)
+    masked = node("Where", [mask, scores, outside], "masked")
     if config.pooling == "max":
         pooled = node("ReduceMax", [masked], "pooled", axes=[1], keepdims=0)  # (B, 2H)
+    elif config.pooling == "attention":
+        weighted = node("Mul", [node("Softmax", [masked], "weights", axis=1), states], "weighted")
+        pooled = node("ReduceSum", [weighted, axis_1], "pooled", keepdims=0)
     else:
         total = node("ReduceSum", [masked, axis_1], "total", keepdims=0)
         count = node("Unsqueeze", [node("Cast", [lengths], "counts", to=types.FLOAT), axis_1], "count")  # (B, 1)

@@ -33,7 +33,8 @@ def make(base: Path) -> Path:
     lora = ("LoRA", "12345", "--model", base / "model", "--data", base / "cola", *common, "--out")
     with mock.patch("report.figures.plot_run", lambda *_: []), contextlib.redirect_stdout(io.StringIO()):
         made = [toy.main(*lora, base / "lora"), toy.main(*lora, base / "head", "--method", "head"),
-                toy.main("distil", "12345", "--teacher", base / "lora", "--out", base / "distil", "--embedding-size", 4,
+                toy.main("distil", "12345", "--plain", "--teacher", base / "lora", "--out", base / "distil",
+                         "--embedding-size", 4,
                          "--hidden-size", 4, *common)]
     if made != [0, 0, 0]:
         raise RuntimeError(f"the runs to damage ended with {made}")

@@ -26,7 +26,7 @@ def student(seed: int = 0, **sizes) -> DistilRNN:
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
 @pytest.mark.parametrize("rnn_layers", [1, 2])
 def test_student_logits_do_not_depend_on_batch_mates_or_padding(cell, pooling, rnn_layers):
     net = student(cell=cell, pooling=pooling, rnn_layers=rnn_layers)
@@ -54,7 +54,7 @@ def lstm_direction(x: np.ndarray, weights: dict, suffix: str) -> np.ndarray:
     return np.stack(states)
 
 
-@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
 def test_the_lstm_student_is_its_formula_in_float64(pooling):
     net = student(pooling=pooling)
     weights = {name: p.detach().double().numpy() for name, p in net.named_parameters()}
@@ -64,7 +64,8 @@ def test_the_lstm_student_is_its_formula_in_float64(pooling):
     for row, length in enumerate((7, 4)):
         x = weights["embedding.weight"][ids[row, :length].numpy()]
         states = np.concatenate([lstm_direction(x, weights, ""), lstm_direction(x[::-1], weights, "_reverse")[::-1]], axis=1)
-        pooled = states.max(0) if pooling == "max" else states.mean(0)
+        shares = np.exp(states @ weights["attention.weight"][0]) if pooling == "attention" else np.ones(length)
+        pooled = states.max(0) if pooling == "max" else shares / shares.sum() @ states
         expected = weights["classifier.weight"] @ pooled + weights["classifier.bias"]
         np.testing.assert_allclose(logits[row].numpy(), expected, atol=1e-6)
 

@@ -49,7 +49,8 @@ def test_what_is_harmless_in_an_unfinished_run_is_written_anew(rows, work, tmp_p
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     shutil.copytree(work / "distil", tmp_path / "distil")
     (tmp_path / "distil" / name).write_bytes(b"rubbish")
-    assert toy.main("distil", "12345", "--teacher", work / "runs/LoRA-12345", "--embedding-size", 4, "--hidden-size", 4,
+    assert toy.main("distil", "12345", "--plain", "--teacher", work / "runs/LoRA-12345", "--embedding-size", 4,
+                    "--hidden-size", 4,
                     *tamper_test.SMALL, "--plots", tmp_path, "--out", tmp_path / "distil", "--resume") == 0
     assert list(repeat.differences(work / "runs/distil-12345", tmp_path / "distil")) == []
 

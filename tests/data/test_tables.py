@@ -343,7 +343,7 @@ def test_eval_of_a_table_run_repeats_its_summary(table_run, tmp_path, capsys):
 
 
 def test_a_student_of_a_teacher_with_features_reads_text_alone(table_run, tmp_path):
-    assert toy.main("distil", "12345", "--teacher", table_run / "run", "--epochs", "1", "--batch-size", "8",
+    assert toy.main("distil", "12345", "--plain", "--teacher", table_run / "run", "--epochs", "1", "--batch-size", "8",
                     "--embedding-size", "4", "--hidden-size", "4", "--out", tmp_path / "run", "--plots",
                     tmp_path / "plots") == 0
     summary = read_json(tmp_path / "run" / "summary.json")
@@ -355,7 +355,7 @@ def test_a_student_reads_text_alone_where_a_large_batch_is_computed_in_micro_bat
     monkeypatch.setattr(data_utils, "LARGE", 1.0)
     monkeypatch.setattr(distil, "make_all_batches", lambda *args: all_batches.append(made := make(*args)) or made)
     make, all_batches = inputs.make_all_batches, []
-    assert toy.main("distil", "12345", "--teacher", table_run / "run", "--epochs", "1", "--batch-size", "8",
+    assert toy.main("distil", "12345", "--plain", "--teacher", table_run / "run", "--epochs", "1", "--batch-size", "8",
                     "--embedding-size", "4", "--hidden-size", "4", "--out", tmp_path / "run", "--plots",
                     tmp_path / "plots") == 0
     assert any(batch.micro and batch.micro[0].features is not None for batch in all_batches[0][0])  # or it tests nothing

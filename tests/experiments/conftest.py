@@ -24,6 +24,7 @@ def quick(monkeypatch):
 @pytest.fixture(scope="session")
 def distilled_run(work):
     """A distillation of that run."""
-    assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--out", work / "distilled", "--plots", work / "plots",
+    assert toy.main("distil", "12345", "--plain", "--teacher", work / "LoRA", "--out", work / "distilled", "--plots",
+                    work / "plots",
                     "--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8, "--no-plots") == 0
     return work / "distilled"

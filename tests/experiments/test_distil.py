@@ -14,7 +14,7 @@ from record.files import read_json
 from record.folder import without_times
 from report import figures
 
-SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8)
+SMALL = ("--plain", "--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8)
 
 
 @pytest.fixture(scope="module")

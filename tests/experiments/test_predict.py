@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
         lora("numbers", *table, "--feature-columns", "x,y")
         lora("features", *table, "--feature-columns", "x,y", "--method", "features")
         lora("stranger", *cola, model="other")
-        assert toy.main("distil", "12345", "--teacher", folder / "lora", "--out", folder / "distil", *small,
+        assert toy.main("distil", "12345", "--plain", "--teacher", folder / "lora", "--out", folder / "distil", *small,
                         "--embedding-size", 6, "--hidden-size", 5) == 0
     return folder
 

@@ -32,7 +32,7 @@ def work(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "plot_run", lambda *_: [])
         assert lora(folder, folder / "lora", *ODD) == 0
-        assert toy.main("distil", "12345", "--teacher", folder / "lora", "--out", folder / "distil", "--plots",
+        assert toy.main("distil", "12345", "--plain", "--teacher", folder / "lora", "--out", folder / "distil", "--plots",
                         folder, *STUDENT) == 0
     return folder
 

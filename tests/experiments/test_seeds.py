@@ -33,7 +33,8 @@ def lora(work, folder, *more) -> int:
 
 
 def distil(folder, *more) -> int:
-    return toy.main("distil", "99999", "--teacher", folder / "runs", "--epochs", 2, "--batch-size", 8, "--lr", 0.02,
+    return toy.main("distil", "99999", "--plain", "--teacher", folder / "runs", "--epochs", 2, "--batch-size", 8, "--lr",
+                    0.02,
                     "--embedding-size", 6, "--hidden-size", 5, "--out", folder / "runs", "--plots", folder / "plots", *more)
 
 

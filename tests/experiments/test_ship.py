@@ -21,7 +21,8 @@ def distilled(work, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ship") / "distil"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "plot_run", lambda *_: [])
-        assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--out", folder, "--plots", work, "--epochs", 3,
+        assert toy.main("distil", "12345", "--plain", "--teacher", work / "LoRA", "--out", folder, "--plots", work,
+                        "--epochs", 3,
                         "--embedding-size", 8, "--hidden-size", 6, "--batch-size", 8, "--lr", 0.02) == 0
     return folder
 

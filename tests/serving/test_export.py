@@ -41,7 +41,7 @@ def write(made: DistilRNN, tokenizer, out: Path, said: list | None = None, **mor
     return out
 
 
-@pytest.mark.parametrize("pooling", ["max", "mean"])
+@pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_the_graph_computes_the_students_logits_of_padded_batches_and_of_single_sentences(tmp_path, cell, layers, pooling):

@@ -47,7 +47,8 @@ def runs(tmp_path_factory):
             toy.write_model(folder / model, seed=int(model == "other"))
             assert toy.main("LoRA", "12345", "--model", folder / model, "--data", folder / "cola", "--out",
                             folder / "root" / name, *small, *more) == 0
-        assert toy.main("distil", "12345", "--teacher", folder / "root" / "lora", "--out", folder / "distil", *small,
+        assert toy.main("distil", "12345", "--plain", "--teacher", folder / "root" / "lora", "--out", folder / "distil",
+                        *small,
                         "--embedding-size", 6, "--hidden-size", 5) == 0
     return folder
 

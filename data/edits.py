@@ -1,0 +1,126 @@
+"""Edits a sentence in one place, which breaks its grammar or keeps it: whoever labels the sentence decides.
+
+    python -m data.edits        prints an edit of each kind
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+Words = list[str]
+Edit = Callable[[Words, random.Random], Words | None]  # None: there is no place for it
+
+AGREEMENT = {one: other for pair in ("is are", "was were", "has have", "does do", "isn't aren't", "wasn't weren't",
+                                     "hasn't haven't", "doesn't don't") for one, other in (pair.split(), pair.split()[::-1])}
+PREPOSITIONS = ("to", "for", "of", "in", "on", "at", "by", "with", "from", "about")
+DETERMINERS = ("a", "an", "the", "this", "these", "that", "those", "some", "any", "every", "many", "much", "no")
+PRONOUNS = {"he": "him", "him": "he", "she": "her", "her": "she", "they": "them", "them": "they", "i": "me", "me": "I",
+            "we": "us", "us": "we", "himself": "themselves", "herself": "himself", "themselves": "itself",
+            "itself": "themselves", "who": "which", "which": "who"}
+FUNCTION_WORDS = {*DETERMINERS, *PREPOSITIONS, *PRONOUNS, *AGREEMENT, "it", "you", "there", "what", "how", "why", "when",
+                  "not", "and", "or", "but", "if", "that", "as", "so"} - {"i"}
+ENDS = ".?!"
+
+
+def swap_neighbours(words: Words, rng: random.Random) -> Words | None:
+    if len(words) < 2:
+        return None
+    at = rng.randrange(len(words) - 1)
+    return [*words[:at], words[at + 1], words[at], *words[at + 2:]]
+
+
+def drop_word(words: Words, rng: random.Random) -> Words | None:
+    if len(words) < 3:
+        return None
+    at = rng.randrange(len(words))
+    return words[:at] + words[at + 1:]
+
+
+def double_word(words: Words, rng: random.Random) -> Words:
+    at = rng.randrange(len(words))
+    return words[:at + 1] + words[at:]
+
+
+def move_word(words: Words, rng: random.Random) -> Words | None:
+    if len(words) < 3:
+        return None
+    left = list(words)
+    word = left.pop(rng.randrange(len(left)))
+    left.insert(rng.randrange(len(left) + 1), word)
+    return left
+
+
+def break_agreement(words: Words, rng: random.Random) -> Words | None:
+    """Exchanges is/are, was/were, has/have ..., or takes an -s off a noun or verb, or puts one on."""
+    def other(word: str) -> str | None:
+        if word.lower() in AGREEMENT:
+            return AGREEMENT[word.lower()]
+        if not word.isalpha() or not word.islower() or len(word) < 3 or word in FUNCTION_WORDS or word.endswith("ss"):
+            return None
+        return word[:-1] if word.endswith("s") else word + ("es" if word.endswith(("x", "ch", "sh")) else "s")
+    return _exchange(words, rng, other)
+
+
+def exchange_function_word(words: Words, rng: random.Random) -> Words | None:
+    """Puts another preposition or determiner, or a pronoun's other form, in a word's place."""
+    def other(word: str) -> str | None:
+        for group in (PREPOSITIONS, DETERMINERS):
+            if word.lower() in group:
+                return rng.choice([one for one in group if one != word.lower()])
+        return PRONOUNS.get(word.lower())
+    return _exchange(words, rng, other)
+
+
+def exchange_arguments(words: Words, rng: random.Random) -> Words | None:
+    """Exchanges two noun phrases: a determiner with the word after it, or a name."""
+    spans = []
+    for at, word in enumerate(words):
+        if word.lower() in DETERMINERS and at + 1 < len(words) and words[at + 1].lower() not in FUNCTION_WORDS:
+            spans.append((at, at + 2))
+        elif word.istitle() and word.isalpha() and at and word.lower() not in FUNCTION_WORDS:
+            spans.append((at, at + 1))
+    pairs = [(one, other) for one in spans for other in spans if one[1] <= other[0]]
+    if not pairs:
+        return None
+    (a, b), (c, d) = rng.choice(pairs)
+    return words[:a] + words[c:d] + words[b:c] + words[a:b] + words[d:]
+
+
+EDITS: tuple[Edit, ...] = (swap_neighbours, drop_word, double_word, move_word, break_agreement, exchange_function_word,
+                           exchange_arguments)
+
+
+def _exchange(words: Words, rng: random.Random, other: Callable[[str], str | None]) -> Words | None:
+    """Replaces one word, drawn among those for which `other` knows one."""
+    found = [(at, new) for at, word in enumerate(words) if (new := other(word))]
+    if not found:
+        return None
+    at, new = rng.choice(found)
+    return [*words[:at], new, *words[at + 1:]]
+
+
+def edit(sentence: str, rng: random.Random, edits: tuple[Edit, ...] = EDITS) -> str | None:
+    """Edits a sentence once, in a way drawn from those that find a place for it.
+
+    The mark at its end stays there, and its first letter keeps its case.
+
+    Returns:
+        The edited sentence, or None where every edit leaves it as it was.
+    """
+    body = sentence.rstrip(ENDS + " ")
+    end, words = sentence[len(body):], body.split()
+    if not words:
+        return None
+    for change in rng.sample(edits, len(edits)):
+        # Inside the sentence its first word is written small, if it is one that is.
+        small = [words[0].lower() if words[0].lower() in FUNCTION_WORDS else words[0], *words[1:]]
+        changed = change(small, rng)
+        if changed and changed != small:
+            text = " ".join(changed) + end
+            return text[0].upper() + text[1:] if words[0][0].isupper() else text
+    return None
+
+
+if __name__ == "__main__":
+    for kind in EDITS:
+        print(kind.__name__, edit("The teacher has given a book to Mary.", random.Random(), (kind,)), sep="\n    ")

@@ -1,0 +1,130 @@
+"""What a student wears in training alone: a language model's heads, and the projection onto the teacher's hidden states.
+
+    Matched(student, 64)            # logits, and the forward states projected onto 64 dimensions
+    LanguageModel(student, ranks)   # the tokens before and after each token
+
+None of their parameters is part of the student: in evaluation, export and serving `DistilRNN` stands alone.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data_utils import Batch
+from model import DistilRNN
+from record import processes
+from record.machine import send
+
+CUTOFFS = (2000, 10_000)  # ranks at which the adaptive softmax goes on to rarer, narrower clusters
+
+
+class Outputs(NamedTuple):
+    """Holds what a student with heads returns."""
+
+    logits: Tensor | None  # (B, labels); None: no classes
+    matched: Tensor | None = None  # (real tokens, d), row by row: the projected forward states
+    language: Tensor | None = None  # the language model's loss: mean of both directions (nats a token)
+
+
+class Matched(nn.Module):
+    """A student whose forward states are projected onto the teacher's hidden states; in evaluation the student alone.
+
+    The forward direction has read what a decoder has read at the same token, no more and no less.
+
+    Args:
+        size: dimensions of the teacher's reduced hidden states.
+    """
+
+    def __init__(self, student: DistilRNN, size: int):
+        super().__init__()
+        self.student = student
+        self.projection = nn.Linear(student.config.hidden_size, size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs | Tensor:
+        if not self.training:
+            return self.student(input_ids, attention_mask)
+        states = self.student.states(input_ids, attention_mask)  # (B, T, 2H)
+        ahead = states[..., :self.student.config.hidden_size][_real(attention_mask, states)]
+        return Outputs(self.student.classify(states, attention_mask), self.projection(ahead))
+
+
+class LanguageModel(nn.Module):
+    """A student as a language model in both directions, after Peters et al. 2018 (ELMo), equation 1.
+
+    Each direction predicts the token that it is about to read; both share one adaptive softmax (Grave et al. 2017), in which
+    rare tokens cost little. Of several layers the first is trained: in a second one each direction would have read the
+    other's states, which know the token.
+
+    Args:
+        ranks: (vocabulary,) the rank of each token id by frequency, 0 the most frequent; None: no language model, the
+            hidden states are matched alone.
+        size: dimensions of the teacher's reduced hidden states; 0: none are matched.
+    """
+
+    def __init__(self, student: DistilRNN, ranks: Tensor | None, size: int = 0):
+        super().__init__()
+        self.student, config = student, student.config
+        self.projection = nn.Linear(config.hidden_size, size) if size else None
+        self.rnn = first_layer(student)
+        self.softmax = None
+        if ranks is not None:
+            cutoffs = [cut for cut in CUTOFFS if cut < config.vocab_size] or [config.vocab_size // 2]
+            self.softmax = nn.AdaptiveLogSoftmaxWithLoss(config.hidden_size, config.vocab_size, cutoffs)
+            self.register_buffer("ranks", ranks, persistent=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        states = self.student.states(input_ids, attention_mask, self.rnn)
+        ahead, behind = self.student.dropout(states).chunk(2, -1)  # (B, T, H) each
+        real = _real(attention_mask, states)
+        matched = language = None
+        if self.projection is not None:
+            matched = self.projection(ahead[real])
+        if self.softmax is not None:
+            ids, pairs = self.ranks[input_ids], real[:, 1:]  # neighbours that are both real
+            language = (self.softmax(ahead[:, :-1][pairs], ids[:, 1:][pairs]).loss
+                        + self.softmax(behind[:, 1:][pairs], ids[:, :-1][pairs]).loss) / 2
+        return Outputs(None, matched, language)
+
+
+def _real(attention_mask: Tensor, states: Tensor) -> Tensor:
+    return send(attention_mask, states.device).bool()
+
+
+def first_layer(student: DistilRNN) -> nn.Module:
+    """Returns the student's RNN if it has one layer, else an RNN of one layer that shares the parameters of its first."""
+    config, rnn = student.config, student.rnn
+    if config.rnn_layers == 1:
+        return rnn
+    with torch.device("meta"):
+        first = type(rnn)(config.embedding_size, config.hidden_size, 1, batch_first=True, bidirectional=True)
+    for name, _ in list(first.named_parameters()):
+        setattr(first, name, getattr(rnn, name))
+    return first
+
+
+def token_ranks(batches: list[Batch], vocabulary: int) -> Tensor:
+    """Returns the rank (vocabulary,) of each token id by how often it occurs in the batches, 0 the most frequent."""
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    for batch in batches:
+        counts += torch.bincount(batch.input_ids[batch.attention_mask.bool()], minlength=vocabulary)
+    return counts.argsort(descending=True, stable=True).argsort()
+
+
+def mean_loss(objective: Callable[[Outputs, Batch], Tensor]) -> Callable[[nn.Module, dict[str, list[Batch]]], tuple]:
+    """Returns what scores development splits without classes: the objective's mean over each split's rows, as `loss`."""
+    @torch.inference_mode()
+    def score(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, dict], dict[str, list]]:
+        was_training, device, found = model.training, next(model.parameters()).device, {}
+        model.eval()
+        for name, batches in dev.items():
+            total = torch.zeros((), dtype=torch.float64)
+            for batch in (one.to(device) for one in processes.own(batches)):
+                total += objective(model(*batch.inputs()), batch).double().cpu() * len(batch.rows)
+            rows = sum(len(batch.rows) for batch in batches)
+            found[name] = {"n": rows, "loss": float(processes.add(total)) / rows}
+        model.train(was_training)
+        return found, {}
+    return score

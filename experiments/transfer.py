@@ -1,0 +1,344 @@
+"""The transfer set: sentences without labels, and what the teacher says of them.
+
+    python run.py distil 12345 --augment 40000 --text plain.txt
+
+Edits of training sentences, plain sentences, sentences that the teacher's language model writes, and edits of those take
+turns, so that a smaller set is the beginning of a larger one. Everything is computed once and cached in chunks in
+`runs/transfer-KEY/`, beside the runs: KEY depends on the base model and on the task's sentences, the names of the chunks of
+the teacher's outputs on their content. A killed process loses a chunk at most.
+"""
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data_utils
+import train_utils
+from data.backbones import load_causal_lm
+from data.edits import edit
+from data_utils import Batch, Task
+from distillation.heads import Outputs, mean_loss
+from distillation.teachers import HiddenStates, Reduction, hidden_states, principal_components, token_scores
+from lora.generation import draw
+from lora.linear import lora_layers
+from lora.matmul import set_precision, speed_up
+from model import TextClassifier, inject_lora
+from record import tensors
+from record.files import UserError, make_folder, read_json, write_file, write_json
+from record.machine import device
+from record.options import LoRAOptions, TrainOptions
+from record.signals import Interrupted
+
+LABELLED = 1024  # sentences in a chunk of the teacher's outputs
+WRITTEN = 1024  # sentences in a chunk that the language model writes
+TOGETHER = 256  # of them in a batch
+TOKENS = 2048  # tokens in a batch of the teacher's, pads included
+PCA_TOKENS = 30_000  # from which the principal components are computed
+TRIES = 1000  # edits or texts in a row that give nothing new: then there is nothing more to be had
+
+Stop = Callable[[], int | None]
+
+
+def normalised(sentence: str) -> str:
+    """Returns a sentence without case and punctuation, by which duplicates and development sentences are recognised."""
+    return " ".join("".join(c if c.isalnum() else " " for c in sentence.casefold()).split())
+
+
+def read_text(files: tuple[str, ...]) -> list[str]:
+    """Returns the sentences of text files, one a line.
+
+    Raises:
+        UserError: a file is missing, not UTF-8, or has no sentence.
+    """
+    found = []
+    for file in files:
+        try:
+            lines = [" ".join(line.split()) for line in Path(file).read_bytes().decode("utf-8").splitlines()]
+        except OSError as error:
+            raise UserError(f"--text {file}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--text {file}: not UTF-8 (byte {error.start})") from None
+        if not any(lines):
+            raise UserError(f"--text {file}: no sentence in it; expected one a line")
+        found += filter(None, lines)
+    return found
+
+
+@dataclass
+class Source:
+    """Holds what the transfer set is made of, and the folder of its cache."""
+
+    folder: Path
+    task: Task
+    tokenizer: object
+    model: str  # the base, as --model names it
+    decoder: bool  # whether it has a language model that writes
+    text: list[str]
+    stop: Stop
+
+    @classmethod
+    def of(cls, beside: Path, base_sha256: str, tokenizer_sha256: str, task: Task, tokenizer, model: str, decoder: bool,
+           text: tuple[str, ...], stop: Stop) -> Source:
+        """Opens the cache beside the runs in the folder `beside`."""
+        splits = {name: split.sentences for name, split in {"train": task.train, **task.dev}.items()}
+        made_of = {"base_sha256": base_sha256, "tokenizer_sha256": tokenizer_sha256, "task": task.name,
+                   **{f"{name}_sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest()
+                      for name, rows in splits.items()}}
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+        folder = make_folder(beside / f"transfer-{key}")
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", {**made_of, "model": model})
+        return cls(folder, task, tokenizer, model, decoder, read_text(text), stop)
+
+    def check_stop(self) -> None:
+        if signal := self.stop():
+            raise Interrupted(signal)
+
+    def known(self) -> set[str]:
+        """Returns the normalised sentences of the task, none of which may be in the transfer set."""
+        return {normalised(sentence) for split in (self.task.train, *self.task.dev.values()) for sentence in split.sentences}
+
+    # ------------------------------------------------------------ sentences
+
+    def plain(self) -> list[str]:
+        """Returns the sentences of --text as long as a training sentence is, shuffled, none of the task's."""
+        known, longest = self.known(), self.longest()
+        kept = {normalised(sentence): sentence for sentence in self.text if len(sentence.split()) <= longest}
+        found = [sentence for key, sentence in kept.items() if key and key not in known]
+        random.Random(0).shuffle(found)
+        return found
+
+    def longest(self) -> int:
+        """Returns the words of a long training sentence: 95 in 100 are no longer."""
+        lengths = sorted(len(sentence.split()) for sentence in self.task.train.sentences)
+        return lengths[len(lengths) * 95 // 100]
+
+    def sentences(self, count: int) -> list[str]:
+        """Returns `count` different sentences: edits, plain ones and written ones take turns.
+
+        A warning says where there are not so many.
+        """
+        seen, found, plain = self.known(), [], self.plain()
+        others = list(plain)  # what is edited beside training sentences; grows by what is written
+        streams = {"edit of training": edits_of(self.task.train.sentences, 1)}
+        if self.decoder:
+            streams["written"] = self.written()
+        if plain:
+            streams["plain"] = iter(plain)
+        if self.decoder or plain:
+            streams["edit of others"] = edits_of(others, 2)
+        turns = [*streams, *(["written"] if self.decoder and not plain else [])]
+        with tqdm(total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2) as bar:
+            while len(found) < count:
+                for name in list(turns):
+                    sentence = next((one for one in itertools.islice(streams[name], TRIES)
+                                     if (key := normalised(one)) and key not in seen), None)
+                    if sentence is None:
+                        turns.remove(name)
+                        continue
+                    if name == "written":
+                        others.append(sentence)
+                    if len(found) < count:
+                        seen.add(normalised(sentence))
+                        found.append((name, sentence))
+                        bar.update(1)
+                if not turns:
+                    warnings.warn(f"--augment {count}: only {len(found):,} different sentences can be had", stacklevel=2)
+                    break
+        rows = "".join(f"{name}\t{one}\n" for name, one in found)
+        write_file(self.folder / f"sentences-{hashlib.sha256(rows.encode()).hexdigest()[:12]}.tsv", rows)
+        return [sentence for _, sentence in found]
+
+    def written(self) -> Iterator[str]:
+        """Yields sentences that the base's language model writes after an epoch on the training sentences."""
+        lm, longest = None, self.longest()
+        for number in itertools.count():
+            self.check_stop()
+            path = self.folder / f"written-{number:05d}.json"
+            if not path.exists():
+                lm = lm or self.writer()
+                texts = draw_sentences(lm, self.tokenizer, WRITTEN, 3 * longest, number)
+                write_json(path, {"sentences": texts})
+            yield from (text if len(text.split()) <= longest else "" for text in read_json(path)["sentences"])
+
+    def writer(self):
+        """Returns the base's language model, adapted by LoRA for an epoch on the training sentences."""
+        torch.manual_seed(0)
+        lm = load_causal_lm(self.model)
+        speed_up(lm)
+        lm.requires_grad_(False)
+        inject_lora(lm, LoRAOptions(rank=16, alpha=32))
+        set_precision(lm.base_model, "bf16" if bf16_is_fast() else "fp32")
+        model = Writer(lm).to(device())
+        end = border(self.tokenizer)
+        room = data_utils.encode(self.tokenizer, self.task.train.sentences, 8 * self.longest())
+        ids = [[end, *row, end] for row in room]
+        rows = range(len(ids))
+        train, held_out = ([row for row in rows if (row % 20 == 0) == out] for out in (False, True))
+        batches, dev = (batches_of(ids, [0] * len(ids), chosen, 512, self.tokenizer) for chosen in (train, held_out))
+        options = TrainOptions(seed=0, epochs=1, lr=3e-4, weight_decay=0.0, precision="fp32", save_every=2)
+        train_utils.fit(model, batches, {"held_out": dev}, language_loss, options, folder=self.folder, resume=True,
+                        name="writer.", select="held_out", score=mean_loss(language_loss), stop=self.stop)
+        for layer in lora_layers(lm).values():
+            layer.merge()
+        return lm.eval()
+
+    # ------------------------------------------------------------ what the teachers say
+
+    def outputs(self, teacher: TextClassifier, teacher_key: str, ids: list[list[int]], size: int,
+                match_weight: float = 1.0, score_weight: float = 0.0) -> tuple[Tensor, HiddenStates | None]:
+        """Returns a teacher's logits (N, labels) and reduced hidden states of sentences, cached in chunks.
+
+        Args:
+            teacher_key: digest of the teacher's weights.
+            ids: token ids of each sentence.
+            size: dimensions of the hidden states, at most; 0 for none.
+            match_weight: of the hidden states; a dimension's own share is as its standard deviation.
+            score_weight: of the tokens' scores.
+        """
+        pca, scale = self.components(teacher, teacher_key, size) if size else (None, None)
+        logits, values = [], []
+        with tqdm(total=len(ids), unit="sentence", desc="teacher", dynamic_ncols=True, delay=2) as bar:
+            for start in range(0, len(ids), LABELLED):
+                self.check_stop()
+                chunk = ids[start:start + LABELLED]
+                key = hashlib.sha256(f"{teacher_key} {size} {json.dumps(chunk)}".encode()).hexdigest()
+                path = self.folder / f"outputs-{key[:24]}.safetensors"
+                if not path.exists():
+                    tensors.save_checked(path, self.label(teacher, chunk, pca, scale), key)
+                found, its_key = tensors.load_checked(path)
+                if its_key != key:
+                    raise UserError(f"{path}: holds other sentences' outputs; remove it")
+                logits.append(found["logits"])
+                values.append(found.get("hidden"))
+                bar.update(len(chunk))
+        if not size:
+            return torch.cat(logits), None
+        lengths, scores = torch.tensor([0, *map(len, ids)]), len(scale)
+        weights = torch.cat([match_weight * pca.std / pca.std.sum(), torch.full((scores,), score_weight / max(1, scores))])
+        return torch.cat(logits), HiddenStates(torch.cat(values), weights, lengths.cumsum(0))
+
+    @torch.inference_mode()
+    def label(self, teacher: TextClassifier, ids: list[list[int]], pca: Reduction | None, scale: Tensor | None
+              ) -> dict[str, Tensor]:
+        """Computes a chunk: logits (n, labels), and with `pca` hidden states and scores (tokens, d) in float16."""
+        logits, parts = torch.empty(len(ids), teacher.net.config.num_labels), [None] * len(ids)
+        for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer, shared=not pca):
+            there = batch.to(device())
+            if pca is None:
+                logits[batch.rows] = teacher(*there.inputs()).float().cpu()
+                continue
+            hidden, lengths = hidden_states(teacher, there), batch.attention_mask.sum(1)
+            if teacher.decoder and not teacher.by_length:
+                last = hidden[(lengths.cumsum(0) - 1).to(hidden.device)]
+                logits[batch.rows] = teacher.net.score(last.to(teacher.net.score.weight.dtype)).float().cpu()
+            else:
+                logits[batch.rows] = teacher(*there.inputs()).float().cpu()
+            states = torch.cat([pca.reduce(hidden.cpu()), token_scores(teacher, hidden).cpu() / scale], -1).half()
+            for row, part in zip(batch.rows.tolist(), states.split(lengths.tolist()), strict=True):
+                parts[row] = part
+        return {"logits": logits, **({"hidden": torch.cat(parts)} if pca else {})}
+
+    def components(self, teacher: TextClassifier, teacher_key: str, size: int) -> tuple[Reduction, Tensor]:
+        """Returns the principal components of the teacher's hidden states, and the scale of its tokens' scores (labels,).
+
+        They are those of training sentences, and cached in a file.
+        """
+        key = f"{teacher_key} {size}"
+        path = self.folder / f"components-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        if not path.exists():
+            ids = data_utils.encode(self.tokenizer, self.task.train.sentences, 512)
+            parts, tokens = [], 0
+            for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
+                parts.append(hidden_states(teacher, batch.to(device())).cpu())
+                tokens += batch.tokens
+                if tokens > PCA_TOKENS:
+                    break
+            hidden = torch.cat(parts)
+            with torch.inference_mode():
+                scale = token_scores(teacher, hidden.to(device())).std(0).clamp(min=1e-6).cpu()
+            pca = principal_components(hidden, min(size, hidden.shape[1]))
+            tensors.save_checked(path, {**vars(pca), "scale": scale}, key)
+        found, _ = tensors.load_checked(path)
+        scale = found.pop("scale")
+        return Reduction(**found), scale
+
+
+def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
+    """Yields edits of sentences drawn at random, without end; nothing (an empty text) where there is none."""
+    rng = random.Random(seed)
+    while True:
+        yield edit(rng.choice(sentences), rng) or "" if sentences else ""
+
+
+def batches_of(ids: list[list[int]], labels: list[int], rows: list[int], tokens: int, tokenizer, seed: int = 0,
+               shared: bool = False) -> list[Batch]:
+    """Makes batches of some rows of a list of token ids, in random order; a row may come several times.
+
+    A batch holds rows of one length and no pads: nothing has to be packed, which lets an RNN run three times as fast on a
+    CPU. With `shared` it holds rows of about one length with shared prefixes, for a decoder's fused blocks.
+    """
+    lengths, rng = [len(ids[row]) for row in rows], random.Random(seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    if shared:
+        buckets = data_utils.bucket_by_length(lengths, 0, seed, tokens, [ids[row] for row in rows])
+    else:
+        buckets = []
+        order = sorted(range(len(rows)), key=lambda at: (lengths[at], rng.random()))
+        for length, group in itertools.groupby(order, key=lambda at: lengths[at]):
+            same, size = list(group), max(1, tokens // length)
+            buckets += [same[start:start + size] for start in range(0, len(same), size)]
+        rng.shuffle(buckets)
+    return [data_utils.collate(ids, labels, [rows[at] for at in bucket], pad) for bucket in buckets]
+
+
+# ---------------------------------------------------------------- the language model that writes
+
+class Writer(nn.Module):
+    """A language model whose forward pass returns its loss on a batch that begins with the start token."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
+        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
+        real = attention_mask[:, 1:].bool().to(hidden.device)
+        logits = self.lm.lm_head(hidden[:, :-1][real]).float()  # (tokens, V)
+        return Outputs(None, language=nn.functional.cross_entropy(logits, input_ids[:, 1:][real]))
+
+
+def language_loss(outputs: Outputs, batch: Batch) -> Tensor:
+    return outputs.language
+
+
+def bf16_is_fast() -> bool:
+    """Returns whether this machine multiplies in bfloat16 without converting to float32 first."""
+    return device().type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def border(tokenizer) -> int:
+    """Returns the token that stood between texts in pretraining: a text begins and ends with it."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    return tokenizer.get_vocab().get("<|endoftext|>", end)
+
+
+def draw_sentences(lm, tokenizer, count: int, max_new_tokens: int, seed: int) -> list[str]:
+    """Draws texts from nothing, at temperature 1 from all tokens; the same seed, the same texts.
+
+    Returns:
+        `count` texts with single spaces; an empty one where the end did not come within `max_new_tokens`.
+    """
+    end = border(tokenizer)
+    rows = draw(lm, [[end]] * count, seed=seed, max_new_tokens=max_new_tokens, end={end}, batch_size=TOGETHER)
+    return [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) if row[-1] == end else "" for row in rows]

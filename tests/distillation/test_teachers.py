@@ -1,0 +1,75 @@
+"""What is reduced of a teacher: PCA against NumPy's singular values, its hidden states against the library's."""
+import numpy as np
+import pytest
+import torch
+from conftest import adapted, toy_batch
+
+from data_utils import Batch
+from distillation.teachers import Averaged, HiddenStates, embed_as, hidden_states, principal_components, token_scores
+from model import DistilRNN, RNNConfig
+
+
+def test_principal_components_are_those_of_a_singular_value_decomposition():
+    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)
+    pca = principal_components(rows, 3)
+    centred = rows.double().numpy() - rows.double().numpy().mean(0)
+    _, values, vectors = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(np.abs((vectors[:3] * pca.components.T.numpy()).sum(1)), 1, atol=1e-5)
+    np.testing.assert_allclose(pca.std.numpy(), values[:3] / np.sqrt(50), rtol=1e-5)
+    reduced = pca.reduce(rows)
+    np.testing.assert_allclose(reduced.mean(0).numpy(), 0, atol=1e-5)
+    np.testing.assert_allclose(reduced.numpy().std(0), 1, rtol=1e-4)
+    assert all(column[column.abs().argmax()] > 0 for column in pca.components.T)
+
+
+@pytest.mark.parametrize("size", [6, 40])
+def test_a_students_embeddings_are_the_teachers_main_components(size):
+    """As far as these go: of 32 channels no more than 32 dimensions can be had."""
+    teacher = adapted("gpt2")
+    torch.manual_seed(0)
+    student = DistilRNN(RNNConfig(101, embedding_size=size, hidden_size=5))
+    before = student.embedding.weight.detach().clone()
+    embed_as(teacher, student)
+    rows = teacher.net.base_model.get_input_embeddings().weight.detach().double().numpy()
+    centred = rows - rows.mean(0)
+    _, _, vectors = np.linalg.svd(centred, full_matrices=False)
+    there = min(size, 32)
+    expected = centred @ vectors[:there].T
+    found = student.embedding.weight.detach()
+    scaled = np.abs(expected / expected.std())
+    np.testing.assert_allclose(np.abs(found[:, :there].numpy()), scaled, atol=2e-2)
+    assert torch.equal(found[:, there:], before[:, there:])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_hidden_states_are_the_librarys_of_real_tokens(architecture):
+    teacher, (ids, mask) = adapted(architecture), toy_batch()
+    one = Batch(ids, mask, torch.zeros(4, dtype=torch.int64), torch.arange(4), int(mask.sum()))
+    found = hidden_states(teacher, one)
+    with torch.no_grad():
+        rows = [teacher.net(input_ids=ids[row:row + 1, :length], output_hidden_states=True).hidden_states[-1][0]
+                for row, length in enumerate(mask.sum(1).tolist())]
+    torch.testing.assert_close(found, torch.cat(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_the_last_tokens_scores_are_the_logits_around_their_mean():
+    teacher, (ids, mask) = adapted("gpt2"), toy_batch()
+    one = Batch(ids, mask, torch.zeros(4, dtype=torch.int64), torch.arange(4), int(mask.sum()))
+    with torch.no_grad():
+        logits, scores = teacher(ids, mask), token_scores(teacher, hidden_states(teacher, one))
+    last = mask.sum(1).cumsum(0) - 1
+    torch.testing.assert_close(scores[last], logits - logits.mean(-1, keepdim=True), atol=1e-5, rtol=1e-5)
+    assert token_scores(adapted("bert"), torch.zeros(3, 32)).shape == (3, 0)
+
+
+def test_several_teachers_are_averaged():
+    one, other = adapted("gpt2"), adapted("gpt2", seed=5)
+    with torch.no_grad():
+        found, parts = Averaged([one, other])(*toy_batch()), [teacher(*toy_batch()) for teacher in (one, other)]
+    assert not torch.allclose(*parts)
+    torch.testing.assert_close(found, (parts[0] + parts[1]) / 2)
+
+
+def test_hidden_states_are_taken_by_row():
+    states = HiddenStates(torch.arange(12).view(6, 2).half(), torch.ones(2), torch.tensor([0, 1, 3, 6]))
+    assert states.of(torch.tensor([2, 0])).tolist() == [[6, 7], [8, 9], [10, 11], [0, 1]]

@@ -1,0 +1,139 @@
+"""A distillation in stages: the transfer set, its cache, equal budgets, and a stopped one that ends in the same bytes."""
+import json
+
+import pytest
+import toy
+from safetensors.torch import load_file
+
+import train_utils
+from data_utils import load_task
+from experiments import transfer
+from experiments.transfer import normalised
+from record.files import read_json
+from record.folder import without_times
+from report import figures
+
+SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8, "--augment", 40, "--pretrain", 2,
+         "--transfer", 2, "--match-size", 4, "--stage-tokens", 64, "--no-plots")
+
+
+def distil(work, out, *more):
+    return toy.main("distil", "12345", "--teacher", work / "LoRA", "--text", work / "plain.txt", "--out", out, *SMALL, *more)
+
+
+@pytest.fixture(scope="module")
+def staged(work, tmp_path_factory):
+    """A run in stages in a folder of its own, with plain sentences some of which are the task's."""
+    dev = [sentence for sentence, _ in toy.toy_rows(12, 1)]
+    (work / "plain.txt").write_text("\n".join([*dev[:6], *(one.upper() + "!" for one in dev[6:]),
+                                               *(one for one, _ in toy.toy_rows(60, 9))]))
+    folder = tmp_path_factory.mktemp("staged")
+    assert distil(work, folder / "run") == 0
+    return folder
+
+
+def cache(folder):
+    (found,) = folder.glob("transfer-*")
+    return found
+
+
+def test_the_transfer_set_has_no_duplicate_and_no_sentence_of_the_task(work, staged):
+    (table,) = cache(staged).glob("sentences-*.tsv")
+    names, sentences = zip(*(line.split("\t") for line in table.read_text().splitlines()), strict=True)
+    task = load_task("cola", work / "cola")
+    known = {normalised(one) for split in (task.train, *task.dev.values()) for one in split.sentences}
+    found = [normalised(one) for one in sentences]
+    assert len(found) == len(set(found)) == 40 and not known.intersection(found)
+    assert set(names) == {"edit of training", "plain", "edit of others", "written"}
+
+
+def test_sentences_are_the_same_but_for_case_and_punctuation():
+    assert normalised("The cat, it seems, Sat!") == normalised("the cat it seems sat.") != normalised("the cat sat")
+
+
+def test_every_stage_has_its_lines_and_both_students_the_same_steps(staged):
+    summary, lines = read_json(staged / "run" / "summary.json"), toy.lines_of(staged / "run")
+    student, scratch = summary["student"]["stages"], summary["scratch"]["stages"]
+    assert [stage["stage"] for stage in student] == [stage["stage"] for stage in scratch] == ["pretrain", "transfer", "gold"]
+    assert [stage["steps"] for stage in student] == [stage["steps"] for stage in scratch]
+    for phase, stages in (("student", student), ("scratch", scratch)):
+        for stage in stages:
+            own = [line for line in lines if (line["phase"], line["stage"]) == (phase, stage["stage"])]
+            assert [line["epoch"] for line in own] == list(range(1, stage["epochs"] + 1))
+            assert ("mcc" in own[0]["train"]) == (stage["stage"] != "pretrain")
+
+
+def test_what_is_kept_is_the_student_alone(staged):
+    state = load_file(staged / "run" / "student.safetensors")
+    assert {name.split(".")[0] for name in state} == {"embedding", "rnn", "classifier"}
+    assert sum(value.numel() for value in state.values()) == (
+        read_json(staged / "run" / "summary.json")["student"]["parameters"])
+
+
+def test_a_second_run_computes_no_sentence_again(work, staged, monkeypatch):
+    for name in ("label", "writer"):
+        monkeypatch.setattr(transfer.Source, name, lambda *_: pytest.fail("computed again"))
+    assert distil(work, staged / "again") == 0
+    first, second = (toy.tree(staged / name) for name in ("run", "again"))
+    assert first["student.safetensors"] == second["student.safetensors"]
+
+
+def test_a_smaller_set_is_the_beginning_of_a_larger_one(work, staged, monkeypatch):
+    drawn, sentences = [], transfer.Source.sentences
+    monkeypatch.setattr(transfer.Source, "sentences", lambda self, count: drawn.append(
+        (sentences(self, count // 2), sentences(self, count))) or drawn[0][1])
+    assert distil(work, staged / "half") == 0
+    assert drawn[0][0] == drawn[0][1][:20]
+
+
+# The writer takes one step; each later stage of the student two to twenty.
+@pytest.mark.parametrize("stops", [2, 9, 25, 60])
+def test_a_run_stopped_in_any_stage_and_resumed_ends_in_the_same_bytes(work, staged, tmp_path, monkeypatch, stops):
+    calls = []
+    monkeypatch.setattr("record.signals.received", lambda: calls.append(1) or (15 if len(calls) == stops else None))
+    assert distil(work, tmp_path / "run") == 143
+    monkeypatch.undo()
+    assert distil(work, tmp_path / "run", "--resume") == 0
+    after, whole = toy.tree(tmp_path / "run"), toy.tree(staged / "run")
+    for name in ("student.safetensors", "scratch.safetensors", "teacher_logits.safetensors"):
+        assert after[name] == whole[name]
+    assert without_times(toy.lines_of(tmp_path / "run")) == without_times(toy.lines_of(staged / "run"))
+    for name in ("student", "scratch"):
+        one, other = (json.loads(tree["summary.json"])[name] for tree in (after, whole))
+        assert without_times(one) == without_times(other)
+
+
+def test_the_ablations_leave_their_stage_out(work, staged, tmp_path):
+    for more, stages in ((("--pretrain", 0), ["transfer", "gold"]), (("--augment", 0), ["pretrain", "gold"]),
+                         (("--match", "none", "--kd-loss", "hard", "--student-embeddings", "random"), None)):
+        out = tmp_path / "-".join(map(str, more))
+        assert distil(work, out, *more) == 0
+        found = [stage["stage"] for stage in read_json(out / "summary.json")["student"]["stages"]]
+        assert found == (stages or ["pretrain", "transfer", "gold"])
+
+
+def test_several_teachers_are_averaged(work, tmp_path, quick):
+    assert toy.lora(work, tmp_path / "other", "--rank", 2) == 0
+    seen, compute = [], train_utils.compute_logits
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_utils, "compute_logits", lambda *args: seen.append(compute(*args)) or seen[-1])
+        assert toy.main("distil", "12345", "--plain", "--teacher", work / "LoRA", "--teacher", tmp_path / "other", "--out",
+                        tmp_path / "run", "--epochs", 1, "--embedding-size", 6, "--hidden-size", 5, "--no-plots") == 0
+    kept = load_file(tmp_path / "run" / "teacher_logits.safetensors")["logits"]
+    assert kept.equal(seen[0])
+    assert read_json(tmp_path / "run" / "summary.json")["teacher"]["more_runs"] == [str(tmp_path / "other")]
+    assert len(read_json(tmp_path / "run" / "config.json")["teacher_files"]) == 2
+
+
+def test_plots_show_the_stages(work, staged, tmp_path):
+    assert {path.name for path in figures.plot_run(staged / "run", tmp_path)} >= {
+        "distil-12345_stages.png", "distil-12345_loss.png"}
+
+
+def test_bad_text_and_options_are_one_line(work, tmp_path, capsys):
+    for more, said in ((("--text", tmp_path / "none.txt"), "none.txt: cannot be read"), (("--plain",), "not with --plain")):
+        assert distil(work, tmp_path / "x", *more) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said in error
+    assert not (tmp_path / "x" / "summary.json").exists()
