@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel
 
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
 from experiments.inputs import check_base
 from lora import adapters
-from lora.matmul import speed_up
+from lora.generation import Sampling, draw
+from lora.matmul import set_precision, speed_up
 from record.files import UserError, check_sums, read_json
 from record.machine import device
 
@@ -47,24 +47,15 @@ def read_prompts(path: Path) -> list[str]:
     return [prompt.rstrip("\r") for prompt in prompts]
 
 
-class _Bar(BaseStreamer):
-    """Moves a progress bar on as tokens arrive; the first call is the prompt."""
-
-    def __init__(self, bar: tqdm):
-        self.bar, self.started = bar, False
-
-    def put(self, value) -> None:
-        if self.started:
-            self.bar.update(1)
-        self.started = True
-
-    def end(self) -> None:
-        pass
+def end_tokens(lm: PreTrainedModel) -> set[int]:
+    """Returns the tokens that end a text; an instruct model may have several."""
+    end = lm.generation_config.eos_token_id
+    return set() if end is None else set(end) if isinstance(end, list) else {end}
 
 
-def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, greedy: bool, temperature: float,
-             top_k: int, top_p: float, num_samples: int, adapter: Path | None) -> Iterator[str]:
-    """Yields `num_samples` texts of each prompt, prompt included, drawn with a KV cache.
+def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, sampling: Sampling, num_samples: int,
+             adapter: Path | None, batch_size: int = 64, precision: str = "fp32") -> Iterator[str]:
+    """Yields `num_samples` texts of each prompt, prompt included, in order.
 
     An empty prompt starts from the model's beginning-of-text token.
 
@@ -72,13 +63,14 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
         UserError: the model or adapter cannot be loaded, or a prompt leaves no room in the context.
     """
     lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
-    speed_up(lm)
+    speed_up(lm.requires_grad_(False))
     if adapter is not None:
         check_sums(adapter)
         if (adapter / "config.json").exists():
             check_base(adapter, read_json(adapter / "config.json"), model, lm, tokenizer)
         adapters.load_adapter(lm, adapter, head=False)
     lm.to(device()).eval()
+    set_precision(lm, precision)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     context = max_length_of(lm)
     encoded = [tokenizer(prompt, verbose=False).input_ids or [start] for prompt in prompts]
@@ -86,17 +78,8 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
         if len(ids) + max_new_tokens > context:
             raise UserError(f"prompt of {len(ids)} tokens plus --max-new-tokens {max_new_tokens}: the model's context holds "
                             f"{context}")
-    torch.manual_seed(seed)
-    sampling = {"do_sample": False} if greedy else {
-        "do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    with tqdm(total=len(prompts) * num_samples * max_new_tokens, unit="token", desc="generating",
-              dynamic_ncols=True) as bar:
-        for prompt_ids in encoded:
-            ids = torch.tensor([prompt_ids], device=lm.device)
-            for _ in range(num_samples):
-                with torch.inference_mode():
-                    out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-                                      use_cache=True, pad_token_id=tokenizer.eos_token_id, streamer=_Bar(bar), **sampling)
-                # A text may end early; the bar counts what was asked for.
-                bar.update(max_new_tokens - (out.shape[1] - ids.shape[1]))
-                yield tokenizer.decode(out[0], skip_special_tokens=True)
+    rows = [ids for ids in encoded for _ in range(num_samples)]
+    with tqdm(total=len(rows) * max_new_tokens, unit="token", desc="generating", dynamic_ncols=True) as bar:
+        for ids, new in zip(rows, draw(lm, rows, seed=seed, max_new_tokens=max_new_tokens, end=end_tokens(lm),
+                                       sampling=sampling, batch_size=batch_size, progress=bar.update), strict=True):
+            yield tokenizer.decode([*ids, *new], skip_special_tokens=True)

@@ -250,6 +250,8 @@ def _gen(parser: Parser) -> None:
     parser.add(GENERAL, "--prompt-file", type=Path, help="a UTF-8 file with one prompt a line")
     parser.add(GENERAL, "--max-new-tokens", type=_count, default=40, help="of each sample")
     parser.add(GENERAL, "--adapter", type=Path, help="folder of a saved LoRA adapter")
+    parser.add(GENERAL, "--batch-size", type=_count, default=64, help="samples that are drawn together")
+    parser.add(GENERAL, "--precision", choices=("fp32", "bf16"), default="fp32", help="of the frozen linears")
     parser.add("sampling", "--num-samples", type=_count, default=1, help="samples of each prompt")
     parser.add("sampling", "--greedy", action="store_true", help="the likeliest token each time")
     parser.add("sampling", "--temperature", type=_positive, default=0.8, help="below 1: likelier tokens likelier still")

@@ -15,6 +15,7 @@ the argument `unique` (or `pooled`) they behave as the library's. The result is 
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,8 +54,8 @@ def fuse(backbone: nn.Module) -> bool:
     known = {base: ours for ours in (FusedGPT2Block, FusedGPT2Attention, FusedLlamaLayer, FusedLlamaAttention,
                                      FusedBertLayer, FusedBertAttention, FusedBertSelfAttention, FusedDistilBertBlock,
                                      FusedDistilBertAttention) for base in ours.__bases__}
-    blocks = [module for module in backbone.modules() if type(module) in (
-        GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock, *known.values())]
+    kinds = (GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock)
+    blocks = [module for module in backbone.modules() if type(module) in (*kinds, *map(known.get, kinds))]  # or fused before
     if not blocks or len(blocks) != config.num_hidden_layers:
         return False
     for module in backbone.modules():
@@ -77,6 +78,7 @@ class UniqueTokens:
     last: Tensor  # (B,) row of each sentence's last token
     mask: Tensor | None  # (B, 1, 1, T) whether a token is real; None where all are
     shape: tuple[int, int]  # B, T
+    keep: Callable[[int, Tensor, Tensor], None] | None = None  # is given each block's number and all rows' keys and values
 
     @cached_property
     def chains(self) -> tuple[amx.Chains, amx.Chains]:
@@ -94,6 +96,13 @@ class UniqueTokens:
     def gather(self, x: Tensor) -> Tensor:  # (B, T, C) -> (U, C)
         x = x.flatten(0, 1)
         return x if self.first is None else x.index_select(0, self.first)
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, *how) -> Tensor:
+        """Computes a block's attention; see `attend`."""
+        y = attend(q, kv, heads, size, *how, unique=self)
+        if self.keep is not None:
+            self.keep(layer, *_Attend.parts(q, kv, heads[0] * size, heads[1] * size)[1:])
+        return y
 
 
 def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | None = None) -> UniqueTokens:
@@ -127,13 +136,13 @@ def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | N
                 None if plain else first, last, mask, (B, T))
 
 
-def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float, unique: UniqueTokens,
-           rotary: tuple[Tensor, Tensor] | None = None, tiles: bool = False) -> Tensor:
+def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float,
+           rotary: tuple[Tensor, Tensor] | None = None, tiles: bool = False, *, unique: UniqueTokens) -> Tensor:
     """Computes causal attention, y (U, C), or that of each sentence's last token alone, (B, C).
 
     Args:
-        q: (B, C) if it is of the last tokens, or queries, keys and values of all rows side by side. It and kv may be
-            written over.
+        q: (B, C) if it is of the last tokens, or queries, keys and values of all rows side by side. It and kv are rotated in
+            place.
         kv: (U, keys and values side by side), or None: they are in q.
         heads: numbers of query heads and of key heads; consecutive query heads share a key head.
         size: channels of a head.
@@ -193,8 +202,8 @@ class FusedGPT2Attention(GPT2Attention):
         else:
             q = frozen_linear([self.c_attn], hidden_states, LayerNormPrologue(norm))
         heads = (self.num_heads, self.num_heads)
-        return frozen_linear([self.c_proj], attend(q, kv, heads, self.head_dim, self.scaling, unique,
-                                             tiles=by_tiles([self.c_attn], q)))
+        return frozen_linear([self.c_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, None,
+                                                          by_tiles([self.c_attn], q)))
 
 
 class FusedGPT2Block(GPT2Block):
@@ -204,8 +213,9 @@ class FusedGPT2Block(GPT2Block):
         if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.squeeze(1)  # (U, C)
-        y = self.attn(x, unique=unique, norm=self.ln_1, last=self.last)
-        x = y.add_(x[unique.last] if self.last else x)
+        last = self.last and unique.last is not None
+        y = self.attn(x, unique=unique, norm=self.ln_1, last=last)
+        x = y.add_(x[unique.last] if last else x)
         y = frozen_linear([self.mlp.c_fc], x, LayerNormPrologue(self.ln_2))
         y = frozen_linear([self.mlp.c_proj], y, ACTIVATIONS[self.attn.config.activation_function])
         return y.add_(x).unsqueeze(1)
@@ -253,8 +263,8 @@ class FusedLlamaAttention(LlamaAttention):
         else:
             q = frozen_linear([self.q_proj, self.k_proj, self.v_proj], hidden_states, prologue)
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        return frozen_linear([self.o_proj], attend(q, kv, heads, self.head_dim, self.scaling, unique, rotary,
-                                             by_tiles([self.q_proj], q)))
+        return frozen_linear([self.o_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, rotary,
+                                                          by_tiles([self.q_proj], q)))
 
 
 class FusedLlamaLayer(LlamaDecoderLayer):
@@ -264,9 +274,10 @@ class FusedLlamaLayer(LlamaDecoderLayer):
         if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.squeeze(1)  # (U, C)
-        y = self.self_attn(x, unique=unique, norm=self.input_layernorm, last=self.last,
+        last = self.last and unique.last is not None
+        y = self.self_attn(x, unique=unique, norm=self.input_layernorm, last=last,
                            position_embeddings=kwargs["position_embeddings"])
-        x = y.add_(x[unique.last] if self.last else x)
+        x = y.add_(x[unique.last] if last else x)
         y = frozen_linear([self.mlp.gate_proj, self.mlp.up_proj], x, RMSNormPrologue(self.post_attention_layernorm))
         return frozen_linear([self.mlp.down_proj], y, SwiGLUPrologue()).add_(x).unsqueeze(1)
 

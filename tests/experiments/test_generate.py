@@ -8,16 +8,16 @@ from transformers import GPT2LMHeadModel
 from data.backbones import load_causal_lm, load_tokenizer
 from experiments.generate import base_model, generate, read_prompts
 from lora.adapters import save_adapter
+from lora.generation import Sampling
 from model import LoRAOptions, TextClassifier, inject_lora
 from record.files import UserError
 
 PROMPTS = ["The cat", "A dog ran to", "mat"]
 
 
-def texts(folder, prompts=("The cat sat",), **options) -> list[str]:
-    return list(generate(str(folder), list(prompts), **{
-        "seed": 12345, "max_new_tokens": 12, "greedy": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
-        "num_samples": 1, "adapter": None, **options}))
+def texts(folder, prompts=("The cat sat",), greedy=False, temperature=1.0, top_k=0, top_p=1.0, **options) -> list[str]:
+    return list(generate(str(folder), list(prompts), sampling=Sampling(greedy, temperature, top_k, top_p), **{
+        "seed": 12345, "max_new_tokens": 12, "num_samples": 1, "adapter": None, **options}))
 
 
 def saved_adapter(gpt2_folder, out, trained: bool):
@@ -78,6 +78,7 @@ def test_samples_come_prompt_by_prompt_in_order(gpt2_folder):
     assert [sample.startswith(prompt) for prompt in PROMPTS for sample in samples] == [
         row // 3 == which for which in range(3) for row in range(9)]
     assert len(set(samples)) == 9  # samples of one prompt differ
+    assert texts(gpt2_folder, PROMPTS, num_samples=3, batch_size=2) == samples
     assert samples[:3] == texts(gpt2_folder, PROMPTS[:1], num_samples=3)
 
 
@@ -97,8 +98,8 @@ def test_the_prompt_and_the_new_tokens_must_fit_the_context(gpt2_folder):
 
 
 def test_a_prompt_too_long_is_refused_before_anything_is_generated(gpt2_folder):
-    samples = generate(str(gpt2_folder), ["The cat", "mat " * 40], seed=1, max_new_tokens=2, greedy=True, temperature=1.0,
-                       top_k=0, top_p=1.0, num_samples=1, adapter=None)
+    samples = generate(str(gpt2_folder), ["The cat", "mat " * 40], seed=1, max_new_tokens=2,
+                       sampling=Sampling(greedy=True), num_samples=1, adapter=None)
     with pytest.raises(UserError, match="prompt of "):
         next(samples)
 
