@@ -48,8 +48,8 @@ class Library:
     """`transformers.generate`; shorter prompts are padded on the left."""
 
     def __init__(self, base: str, precision: str):
-        self.lm = AutoModelForCausalLM.from_pretrained(
-            base, config=load_config(base), dtype=torch.bfloat16 if precision == "bf16" else torch.float32).to(device()).eval()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.lm = AutoModelForCausalLM.from_pretrained(base, config=load_config(base), dtype=dtype).to(device()).eval()
 
     @torch.inference_mode()
     def texts(self, prompts: list[list[int]], new: int) -> list[list[int]]:

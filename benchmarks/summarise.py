@@ -47,10 +47,11 @@ STUDIES = {
                f"--set both-lora:method=lora,feature-columns={FEATURES} --seeds 3 --lr-grid 3e-4,3e-3 --epochs 3"),
 }
 # Programs whose targets docs/speed.md shows.
-SPEED = ("train_throughput", "frozen_reuse", "inference")
+SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
 # Their rows in the README: program, end of the row's name, label.
 HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
              ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
+             ("generation", ": fp32, ours / transformers.generate", "drawing texts, float32: this project / `transformers`"),
              ("inference", "student / teacher", "classifying: student / teacher"))
 # Programs that count what survived: label, keys of what held and of what was tried, command.
 COUNTED = {

@@ -153,8 +153,8 @@ def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scal
     if tiles and unique.shape[1] <= SHORT:
         return _Attend.apply(q, kv, (C, K), size, scale, unique, rotary)
     if rotary is not None:
-        q = _Rotate.apply(q, *(rotary if kv is None else (x[unique.last] for x in rotary)), C if kv is not None else C + K)
-        kv = None if kv is None else _Rotate.apply(kv, *rotary, K)
+        q = Rotate.apply(q, *(rotary if kv is None else (x[unique.last] for x in rotary)), C if kv is not None else C + K)
+        kv = None if kv is None else Rotate.apply(kv, *rotary, K)
     q, k, v = unique.spread(q).split([C, K, K], -1) if kv is None else (q.unsqueeze(1), *unique.spread(kv).split(K, -1))
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, size)
     if kv is None:
@@ -221,7 +221,7 @@ class FusedGPT2Block(GPT2Block):
         return y.add_(x).unsqueeze(1)
 
 
-class _Rotate(torch.autograd.Function):
+class Rotate(torch.autograd.Function):
     """Rotary position embedding (Su et al. 2021) of the first heads of x, in place.
 
     Channels i and i + n / 2 of a head are rotated as one complex number; backward rotates the gradient back.
@@ -242,12 +242,12 @@ class _Rotate(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.columns = columns
         ctx.mark_dirty(x)
-        return _Rotate.rotate(x, cos, sin, columns)
+        return Rotate.rotate(x, cos, sin, columns)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _Rotate.rotate(grad.clone(), cos, -sin, ctx.columns), None, None, None
+        return Rotate.rotate(grad.clone(), cos, -sin, ctx.columns), None, None, None
 
 
 class FusedLlamaAttention(LlamaAttention):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from lora.blocks import _Rotate, fuse, unique_tokens
+from lora.blocks import Rotate, fuse, unique_tokens
 
 PREFILL_TOKENS = 4096  # of prompts computed together, pads included: bounds memory
 # Settings of a generation_config.json that are given to `draw` or change no text.
@@ -153,7 +153,7 @@ class _Step:
         """Adds the keys and values in q (n, C + 2 K) to the cache; returns each row's attention to all its own, (n, C)."""
         n, C, K = len(q), heads[0] * size, heads[1] * size
         if rotary is not None:
-            q = _Rotate.rotate(q, *rotary, C + K)
+            q = Rotate.rotate(q, *rotary, C + K)
         q, *new = q.split([C, K, K], -1)
         for part, x in zip(self.cache.blocks[layer], new, strict=True):
             part[self.slots, :, self.positions[:, 0]] = x.view(n, heads[1], size)

@@ -7,7 +7,7 @@ from conftest import ARCHITECTURES, PAD, adapted, logits_of, toy_batch, toy_net
 from torch import nn
 
 from data.backbones import blocks_of
-from lora.blocks import _Rotate, fuse, unique_tokens
+from lora.blocks import Rotate, fuse, unique_tokens
 from model import LoRAOptions, TextClassifier, inject_lora
 from train_utils import trainable
 
@@ -142,7 +142,7 @@ def test_rotation_has_the_gradient_of_its_formula():
     torch.manual_seed(0)
     angle = torch.randn(3, 2, dtype=torch.float64).repeat(1, 2)
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
-    turned = lambda x: _Rotate.apply(x.clone(), angle.cos(), angle.sin(), 8)  # noqa: E731
+    turned = lambda x: Rotate.apply(x.clone(), angle.cos(), angle.sin(), 8)  # noqa: E731
     assert torch.autograd.gradcheck(turned, x)
     heads = x[:, :8].view(3, 2, 4)
     half = torch.cat([-heads[..., 2:], heads[..., :2]], -1)
