@@ -188,9 +188,10 @@ def stages_before(run: Prepared, distil_options: DistilOptions, stop: Callable[[
     if not (distil_options.pretrain or distil_options.transfer):
         return [], []
     options, tokenizer = run.options, run.tokenizer
-    source = Source.of(Path(options.out).parent, run.base_sha256 or tensors.weights_digest(run.teachers[0].net.base_model),
-                       run.tokenizer_sha256, run.task, tokenizer, options.model, run.teachers[0].decoder,
-                       distil_options.text, stop)
+    cache = distil_options.cache or Path(options.out).parent
+    base_sha256 = run.base_sha256 or tensors.weights_digest(run.teachers[0].net.base_model)
+    source = Source.of(cache, base_sha256, run.tokenizer_sha256, run.task, tokenizer, options.model,
+                       run.teachers[0].decoder, distil_options.text, stop)
     sentences = stages.read(source, run.task, run.teachers, [tensors.weights_digest(one) for one in run.teachers],
                             distil_options, options.max_length, options.table.truncate)
     dev = {split: _texts_only(rows) for split, rows in run.dev.items()}

@@ -274,6 +274,8 @@ def _stage_options(parser: Parser) -> None:
     parser.add(stages, "--augment", type=WHOLE, metavar="N",
                help="sentences that the teacher labels beside the training set: edits, plain ones, and what the language "
                     f"model writes; 0: none; {AUGMENT_TIMES} times the training set, up to {AUGMENT_MOST:,}, if not given")
+    parser.add(stages, "--cache", type=Path, metavar="DIR",
+               help="folder that caches these sentences and what the teacher says of them; beside the runs if not given")
     parser.add(stages, "--pretrain", type=WHOLE, metavar="EPOCHS",
                help=f"of language modelling in both directions; {_defaults_text(STAGES['pretrain'])}")
     parser.add(stages, "--transfer", type=WHOLE, metavar="EPOCHS",

@@ -94,11 +94,12 @@ def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: l
                                   "--out", f"{out}/peft"], "peft/compare.json")]
 
 
-def _distil(sr: str, seeds: str, out: Path, more: list[str], minutes: float, ablations: dict[str, list[str]] = ABLATIONS
+def _distil(sr: str, seeds: str, out: Path, text: list[str], minutes: float, ablations: dict[str, list[str]] = ABLATIONS
             ) -> list[Step]:
     """Returns the student with its no-KD baseline, and its ablations, each with the teacher of its own seed."""
     def step(name: str, folder: str, flags: list[str]) -> Step:
-        return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola", *more, *flags,
+        stages = [] if "--plain" in flags else [*text, "--cache", str(out)]
+        return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola", *stages, *flags,
                                     *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
                     f"{folder}/distil-*")
     return [step("distil", "cola", []),

@@ -15,7 +15,7 @@ from typing import get_args, get_origin, get_type_hints
 
 from record.files import UserError
 
-FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly")  # change no result: a resumed run may have others
+FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly", "cache")  # change no result: free to differ in a resume
 ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
 
 
@@ -95,6 +95,7 @@ class DistilOptions:
     kd_loss: str = "kl"  # kl, mse (of logits) or hard (the teacher's choice alone)
     student_embeddings: str = "random"  # random or teacher (reduced by PCA)
     text: tuple[str, ...] = ()  # files of plain sentences, one a line
+    cache: Path | None = None  # folder of the transfer set's cache; beside the runs if None
     augment: int | None = 0  # sentences of the transfer set; None: a multiple of the training set's
     pretrain: int = 0  # epochs of language modelling
     transfer: int = 0  # epochs on the transfer set
