@@ -21,7 +21,7 @@ from distillation.teachers import Averaged, embed_as
 from experiments import stages
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
-from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES
+from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES, default
 from experiments.stages import Stage
 from experiments.transfer import Source
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
@@ -115,7 +115,8 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
         name: getattr(distil_options, name)
         for name in ("embedding_size", "hidden_size", "rnn_layers", "cell", "pooling", "dropout")})
     if distil_options.augment is None:
-        distil_options = replace(distil_options, augment=min(AUGMENT_MOST, AUGMENT_TIMES * len(task.train)))
+        most = min(default(AUGMENT_MOST, task.name), AUGMENT_TIMES * len(task.train))
+        distil_options = replace(distil_options, augment=most)
     base = read_json(distil_options.teacher / "config.json").get("base_sha256")
     return Prepared(options, distil_options, task, teacher, teachers, teacher_parameters, tokenizer, tokenizer_sha256, base,
                     student,

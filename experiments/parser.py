@@ -40,7 +40,8 @@ STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
           "kd_alpha": {"plain": DistilOptions.kd_alpha, "": 0.5},
           "student_embeddings": {"plain": "random", "": "teacher"}, "match": {"plain": "none", "": "hidden"},
           "pretrain": {"plain": 0, "": 0}, "transfer": {"plain": 0, "": 4}}
-AUGMENT_TIMES, AUGMENT_MOST = 7, 60_000  # the transfer set's sentences: so many times the training set's, and at most
+AUGMENT_TIMES = 15  # sentences of the transfer set for each one of the training set, and at most:
+AUGMENT_MOST = {"tiny": 24_000, "": 120_000}
 METHODS = ("lora", "full", "head", "features", "none")
 
 
@@ -273,7 +274,7 @@ def _stage_options(parser: Parser) -> None:
                help="plain sentences, one a line, to pretrain on and for the transfer set; may be given several times")
     parser.add(stages, "--augment", type=WHOLE, metavar="N",
                help="sentences that the teacher labels beside the training set: edits, plain ones, and what the language "
-                    f"model writes; 0: none; {AUGMENT_TIMES} times the training set, up to {AUGMENT_MOST:,}, if not given")
+                    f"model writes; 0: none; {AUGMENT_TIMES} times the training set if not given, at most {_defaults_text(AUGMENT_MOST)}")
     parser.add(stages, "--cache", type=Path, metavar="DIR",
                help="folder that caches these sentences and what the teacher says of them; beside the runs if not given")
     parser.add(stages, "--pretrain", type=WHOLE, metavar="EPOCHS",
