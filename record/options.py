@@ -15,7 +15,7 @@ from typing import get_args, get_origin, get_type_hints
 
 from record.files import UserError
 
-FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly", "cache")  # change no result: free to differ in a resume
+FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly", "cache")  # change no result: a resume may have others
 ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
 
 
