@@ -1,4 +1,4 @@
-"""The one training loop, its objectives (cross-entropy, KD), evaluation and checkpoints.
+"""The one training loop, evaluation and checkpoints; objectives are in distillation/objectives.py.
 
 `fit` trains any model that maps (input_ids, attention_mask) to what its objective reads, logits above all: the LoRA
 classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair.
@@ -145,7 +145,7 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
         options: TrainOptions, *, folder: Path | None = None, resume: bool = False, name: str = "",
         select: str = "in_domain", on_epoch: Callable[[list[dict]], None] = lambda history: None,
         stop: Callable[[], int | None] = lambda: None, steps: int | None = None,
-        score: Callable[[nn.Module, dict[str, list[Batch]]], Scores] = validate) -> Progress:
+        score: Callable[[nn.Module, dict[str, list[Batch]]], Scores] | None = None) -> Progress:
     """Trains what requires a gradient and leaves the model with its best epoch's weights.
 
     The best epoch is the one with the highest MCC on the split `select` (of equals, or where there is none, the lowest
@@ -162,7 +162,7 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
         on_epoch: called with the history after each epoch (and after a resume).
         stop: asked after each step; a signal number makes `fit` save and raise `Interrupted`.
         steps: if given, optimiser steps instead of `options.epochs`; the last epoch ends with them.
-        score: scores the development splits.
+        score: scores the development splits; `validate` if None.
 
     Raises:
         Diverged: a loss or gradient that is not finite; the last good checkpoint stands.
@@ -193,8 +193,8 @@ class Trainer:
 
     def __init__(self, model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], objective: Objective,
                  options: TrainOptions, path: Path | None, name: str, select: str,
-                 on_epoch: Callable[[list[dict]], None], stop: Callable[[], int | None], steps: int | None,
-                 score: Callable[[nn.Module, dict[str, list[Batch]]], Scores]):
+                 on_epoch: Callable[[list[dict]], None], stop: Callable[[], int | None], steps: int | None = None,
+                 score: Callable[[nn.Module, dict[str, list[Batch]]], Scores] | None = None):
         self.model, self.batches, self.dev, self.objective, self.options = model, batches, dev, objective, options
         self.path, self.name, self.select, self.on_epoch, self.stop = path, name, select, on_epoch, stop
         self.device = next(model.parameters()).device
@@ -209,7 +209,7 @@ class Trainer:
         self.graded: list[nn.Parameter] | None = None  # the parameters that get a gradient, in any of the processes
         self.confusion: Tensor | None = None  # (classes, classes) of the running epoch: [label][prediction]
         an_epoch = math.ceil(len(batches) / options.accumulate)
-        self.score, self.total_steps = score, steps or options.epochs * an_epoch
+        self.score, self.total_steps = score or validate, steps or options.epochs * an_epoch
         self.epochs = math.ceil(self.total_steps / an_epoch)
         self.saved_at = time.perf_counter()
         if self.device.type == "cuda":

@@ -171,7 +171,7 @@ def run_stage(student: DistilRNN, stage: Stage, number: int, device: torch.devic
     progress = train_utils.fit(
         model, stage.batches, stage.dev, stage.objective, stage.options, folder=folder, resume=resume, name=f"{name}.",
         select=select if stage.classes else "held_out", stop=stop, on_epoch=on_epoch, steps=stage.steps,
-        score=train_utils.validate if stage.classes else mean_loss(stage.objective))
+        score=None if stage.classes else mean_loss(stage.objective))
     best = next(line for line in progress.history if line["epoch"] == progress.best_epoch)
     return progress, {"stage": stage.name, "best_epoch": progress.best_epoch, "validation": best["validation"],
                       "loss": best["train"]["loss"], **training_summary(progress, stage.batches)}

@@ -64,7 +64,8 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
         "12345", "cola", 9, 30, 1.0, work / "lora")
     options, student = handed["distil"]
     assert (options.train.epochs, options.train.batch_size, options.limit) == (2, 8, 30)
-    assert student == DistilOptions(work / "lora", 3.0, 0.5, 6, 5, 1, "gru", "mean", 0.1)
+    assert student == DistilOptions(work / "lora", temperature=3.0, kd_alpha=0.5, embedding_size=6, hidden_size=5,
+                                    rnn_layers=1, cell="gru", pooling="mean", dropout=0.1)
 
 
 @pytest.mark.parametrize("name", ["lora", "distil"])
