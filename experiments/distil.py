@@ -157,8 +157,10 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
     with run_folder(options, config_of(run, distil_options)) as folder:
         say(f"distilling {distil_options.teacher} ({run.teacher_parameters:,} parameters) into a student "
             f"({run.student.cell.upper()}) of {parameters:,} ({100 * parameters / run.teacher_parameters:.1f} %)")
-        first, control = stages_before(run, distil_options, stop)
-        logits = teacher_logits(run.teacher, run.batches, folder / "teacher_logits.safetensors").to(device())
+        first, control, logits = stages_before(run, distil_options, stop)
+        if logits is None:
+            logits = teacher_logits(run.teacher, run.batches, folder / "teacher_logits.safetensors")
+        logits = logits.to(device())
         smoothing, recorder = options.train.label_smoothing, Recorder(folder, say)
         kd = train_utils.distillation(logits, distil_options.temperature, distil_options.kd_alpha, smoothing,
                                       distil_options.kd_loss)
@@ -184,10 +186,13 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
 
 
 def stages_before(run: Prepared, distil_options: DistilOptions, stop: Callable[[], int | None]
-                  ) -> tuple[list[Stage], list[Stage]]:
-    """Returns the stages before the training set, the student's and the no-KD baseline's; none with --plain."""
+                  ) -> tuple[list[Stage], list[Stage], Tensor | None]:
+    """Returns the stages before the training set, the student's and the no-KD baseline's; none with --plain.
+
+    With them come the teacher's logits (N, labels) on the training set, which these stages read too; None without stages.
+    """
     if not (distil_options.pretrain or distil_options.transfer):
-        return [], []
+        return [], [], None
     options, tokenizer = run.options, run.tokenizer
     cache = distil_options.cache or Path(options.out).parent
     base_sha256 = run.base_sha256 or tensors.weights_digest(run.teachers[0].net.base_model)
@@ -197,7 +202,8 @@ def stages_before(run: Prepared, distil_options: DistilOptions, stop: Callable[[
                             distil_options, options.max_length, options.table.truncate)
     dev = {split: _texts_only(rows) for split, rows in run.dev.items()}
     first = stages.first_stages(sentences, tokenizer, distil_options, options.train, dev, device())
-    return first, stages.control_stages(first, sentences, tokenizer, distil_options, options.train)
+    control = stages.control_stages(first, sentences, tokenizer, distil_options, options.train)
+    return first, control, sentences.logits[sentences.transfer:]
 
 
 def train_student(run: Prepared, phase: str, its_stages: list[Stage], distil_options: DistilOptions, folder: Path,
