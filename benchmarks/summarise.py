@@ -19,7 +19,7 @@ ROOT = HERE.parent
 MARKED = re.compile(r"(<!-- ([\w-]+), by summarise\.py -->\n).*?(<!-- end of \2 -->\n)", re.DOTALL)
 UNITS = {"x": " ×", "%": " %", "s": " s", "MiB": " MiB"}
 NOT_RUN = "not run"
-COLA = "../shared/data/cola"
+COLA, PLAIN = "../shared/data/cola", "../shared/data/plain_text"
 # Trainings on CoLA: result, label of each of its rows, command while there is no result.
 TRAININGS = (
     ("cola_peft", {"peft": "PEFT + Trainer"}, f"python benchmarks/peft_reference.py --data {COLA} --seed SR"),
@@ -27,8 +27,14 @@ TRAININGS = (
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision fp32"),
     ("cola_lora_bf16", {"lora": "`LoRA`, bfloat16"},
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
+    ("cola_lora_r16", {"lora": "`LoRA`, bfloat16, rank 16"},
+     f"python run.py LoRA 20001 --model smollm2 --data {COLA} --rank 16 --alpha 32 --lr 3e-4 --epochs 5 --precision bf16 "
+     "--label-smoothing 0.1"),
     ("cola_distil", {"student": "`distil`: student with KD", "scratch": "`distil`: no-KD baseline"},
-     "python run.py distil SR --teacher runs/LoRA-SR"))
+     f"python run.py distil SR --teacher runs/LoRA-20001 --data {COLA} --text {PLAIN}/edited.txt "
+     f"--text {PLAIN}/tatoeba.txt --augment 120000"),
+    ("cola_distil_plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: no-KD baseline"},
+     "python run.py distil SR --plain --teacher runs/LoRA-SR"))
 # Comparisons and sweeps: result, label, command while there is no result.
 FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"
 STUDIES = {

@@ -156,7 +156,8 @@ def confusion(summary: Record) -> Figure:
         axes.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) * len(names) < 40 else 60,
                         ha="center" if max(map(len, names)) * len(names) < 40 else "right")
         axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"{spoken(split)}, n = {sum(map(sum, matrix)):,}")
+    whose = f"{PHASES['student']}: " if summary["mode"] == "distil" else ""
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{whose}{spoken(split)}, n = {sum(map(sum, matrix)):,}")
     return figure
 
 
