@@ -110,7 +110,7 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
 def stages_figure(metrics: list[Record], summary: Record) -> Figure:
     """Draws a distillation's earlier stages: the objective in pretraining, MCC on the transfer set, of both students."""
     stages = [stage for stage in ("pretrain", "transfer") if any(row.get("stage") == stage for row in metrics)]
-    figure = Figure(figsize=(4 * len(stages) + 2, 3.6), layout="constrained")
+    figure = Figure(figsize=(4 * len(stages) + 2, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         key, axis_name = ("mcc", "Matthews correlation") if stage == "transfer" else ("loss", "its own objective")
@@ -122,11 +122,11 @@ def stages_figure(metrics: list[Record], summary: Record) -> Figure:
                       label=f"{PHASES[phase]}: train")
             split = main_split(rows[0].section("validation")) if rows else ""
             axes.plot(done, [row.section("validation").section(split).number(key) for row in rows], "-", color=colour,
-                      marker=marker, ms=4, label=f"{PHASES[phase]}: {'held out' if stage == 'pretrain' else 'validation'}")
-        axes.set(xlabel="share of the stage's steps", ylabel=axis_name, title=stage)
+                      marker=marker, ms=4, label=f"{PHASES[phase]}: {'held out' if stage == 'pretrain' else spoken(split)}")
+        axes.set(xlabel="share of the stage's steps", ylabel=axis_name, title=f"stage: {stage}")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize="small", frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize="small", frameon=False)
     figure.suptitle(f"{summary['model']} on {summary['task']} (SR {summary['sr']})".replace("$", r"\$"))
     return figure
 
