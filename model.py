@@ -33,6 +33,7 @@ from lora.adapters import misread_by_peft
 from lora.blocks import UniqueTokens, fuse, unique_tokens
 from lora.linear import LoRALinear, lora_layers, weight_of
 from lora.matmul import speed_up
+from lora.recurrent import bidirectional
 from record import machine
 from record.files import UserError
 from record.machine import device, send
@@ -445,15 +446,8 @@ class DistilRNN(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, rnn: nn.Module | None = None) -> Tensor:
         """Returns the RNN's states (B, T, 2H), forward direction first, or those of another `rnn` in its place."""
-        rnn, x = rnn or self.rnn, self.dropout(self.embedding(input_ids))  # (B, T, E)
-        lengths = attention_mask.sum(1)  # on the CPU, where batches keep their mask
-        if bool((lengths == input_ids.shape[1]).all()):
-            return rnn(x)[0]
-        # Packed, or the backward direction would read pads first; sorted here: the library would wait for the GPU.
-        sizes, order = lengths.cpu().sort(descending=True)
-        packed = nn.utils.rnn.pack_padded_sequence(x.index_select(0, send(order, x.device)), sizes, batch_first=True)
-        states, _ = nn.utils.rnn.pad_packed_sequence(rnn(packed)[0], batch_first=True, total_length=input_ids.shape[1])
-        return states.index_select(0, send(order.argsort(), states.device))
+        x = self.dropout(self.embedding(input_ids))  # (B, T, E)
+        return bidirectional(rnn or self.rnn, x, attention_mask.sum(1))  # the mask is on the CPU, where batches keep it
 
     def classify(self, states: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T, 2H), (B, T) -> (B, labels)
         """Pools the states over real tokens and computes logits."""

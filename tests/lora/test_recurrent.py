@@ -1,0 +1,59 @@
+"""recurrent: both ways of running rows of different lengths give what each row gives alone, gradients included."""
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lora import recurrent
+from lora.recurrent import bidirectional
+
+
+def network(cell: str, layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    return {"lstm": nn.LSTM, "gru": nn.GRU}[cell](6, 8, layers, batch_first=True, bidirectional=True)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("pads", [0.0, 1e9], ids=["packed", "by direction"])
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), layers=st.integers(1, 3), longer=st.integers(0, 2))
+def test_rows_are_what_they_are_alone(cell, pads, lengths, layers, longer):
+    rnn, width = network(cell, layers), max(lengths) + longer
+    x = torch.randn(len(lengths), width, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recurrent, "PADS", pads)
+        states = bidirectional(rnn, x, torch.tensor(lengths))
+    assert states.shape == (len(lengths), width, 16)
+    alone = [rnn(x[row:row + 1, :length])[0][0] for row, length in enumerate(lengths)]
+    real = [states[row, :length] for row, length in enumerate(lengths)]
+    torch.testing.assert_close(torch.cat(real), torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+    weight = torch.randn(sum(lengths), 16, generator=torch.Generator().manual_seed(2))
+    inputs = [x, *rnn.parameters()]
+    for ours, theirs in zip(torch.autograd.grad((torch.cat(real) * weight).sum(), inputs),
+                            torch.autograd.grad((torch.cat(alone) * weight).sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_way_is_chosen_by_the_share_of_pads(monkeypatch):
+    """Rows of 9 and 2 tokens: 18 places for 11 tokens. Rows of 9 and 1, 1, 1: 36 places for 12."""
+    rnn, ways = network("lstm", 1), []
+    monkeypatch.setattr(recurrent, "_by_direction", lambda rnn, x, lengths: ways.append(len(lengths)) or rnn(x)[0])
+    for lengths in ([9, 2], [9, 1, 1, 1], [9, 9]):
+        bidirectional(rnn, torch.randn(len(lengths), 9, 6), torch.tensor(lengths))
+    assert ways == [2]
+
+
+def test_a_shared_first_layer_is_read(monkeypatch):
+    """A network whose parameters are another one's (distillation/heads.py) goes both ways, too."""
+    from distillation.heads import first_layer
+    from model import DistilRNN
+    from record.options import RNNConfig
+    torch.manual_seed(0)
+    first = first_layer(DistilRNN(RNNConfig(20, 2, 6, 8, rnn_layers=2)))
+    x, lengths = torch.randn(3, 5, 6), torch.tensor([5, 3, 4])
+    split = bidirectional(first, x, lengths)
+    monkeypatch.setattr(recurrent, "PADS", 0.0)
+    packed = bidirectional(first, x, lengths)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(split[row, :length], packed[row, :length], rtol=1e-5, atol=1e-6)
