@@ -1,33 +1,31 @@
-"""The one training loop, evaluation and checkpoints; objectives are in distillation/objectives.py.
+"""The one training loop and evaluation; objectives are in distillation/objectives.py.
 
 `fit` trains any model that maps (input_ids, attention_mask) to what its objective reads, logits above all: the LoRA
 classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair.
 """
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data_utils import Batch, epoch_order, padding_percent
 from distillation.objectives import Objective, cross_entropy, distillation, kd_loss
-from record import anomaly, machine, processes
-from record.files import UserError
+from record import anomaly, processes
+from record.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 from record.folder import CHECKPOINT
 from record.machine import peak_memory_bytes
 from record.options import TrainOptions
 from record.scores import confusion, per_class, scores, scores_of_sums
 from record.signals import Interrupted, deferred
-from record.tensors import load_checked, save_checked
 
 # The objectives, which are called by these names too.
 __all__ = ["Objective", "cross_entropy", "distillation", "kd_loss"]
@@ -37,22 +35,6 @@ Scores = tuple[dict[str, dict], dict[str, list]]  # of each development split: s
 
 class Diverged(RuntimeError):
     """Says that the loss or a gradient is no longer finite."""
-
-
-@dataclass
-class Progress:
-    """The position and the sums of a training; a checkpoint holds all of it."""
-
-    epoch: int = 1  # the epoch that is running, from 1
-    group: int = 0  # optimiser steps done in it
-    step: int = 0  # optimiser steps done in all
-    best_epoch: int = 0
-    best_score: tuple[float, float] = (-math.inf, -math.inf)  # MCC, then -loss
-    sums: dict[str, float] = field(default_factory=dict)  # of the running epoch
-    parts: list[list[float]] = field(default_factory=list)  # the same sums by process, where there are several
-    confusion: list[list[int]] = field(default_factory=list)  # of the running epoch: [label][prediction]
-    history: list[dict] = field(default_factory=list)  # one object an epoch: the lines of metrics.jsonl
-    finished: bool = False
 
 
 # ---------------------------------------------------------------- evaluation
@@ -125,11 +107,6 @@ def learning_rate_factor(step: int, total: int, warmup: float, schedule: str) ->
     return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[schedule]
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that train, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """Makes AdamW, without decay on vectors (biases, norms), and with a rate of its own for the head if given."""
     head = (*(f"net.{name}." for name in model.head_names()), "feature_head.") if hasattr(model, "head_names") else ()
@@ -149,7 +126,7 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
     """Trains what requires a gradient and leaves the model with its best epoch's weights.
 
     The best epoch is the one with the highest MCC on the split `select` (of equals, or where there is none, the lowest
-    loss).
+    loss). With `options.ema` the averaged weights are scored and kept.
 
     Args:
         model: maps (input_ids, attention_mask) to logits, or to anything with an attribute `logits` (None: no classes).
@@ -321,6 +298,35 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         progress.group += 1
         progress.step += 1
+        if options.ema:
+            self.update_average()
+
+    def update_average(self) -> None:
+        """Moves the average of the weights towards them (Polyak and Juditsky 1992), exponentially.
+
+        After k steps the decay is at most (1 + k) / (10 + k): the average forgets where the training began. It stands in the
+        optimiser's state, so that checkpoints hold it.
+        """
+        decay = min(self.options.ema, (1 + self.progress.step) / (10 + self.progress.step))
+        trained = [p for p in self.parameters.values() if self.optimizer.state[p]]  # others have had no gradient
+        averages = [self.optimizer.state[p].setdefault("average", p.detach().clone()) for p in trained]
+        get_ema_multi_avg_fn(decay)(averages, [p.detach() for p in trained], None)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Exchanges the weights for their average, where there is one, and back again."""
+        def swap() -> None:
+            with torch.no_grad():
+                for p in self.parameters.values():
+                    if (average := self.optimizer.state[p].get("average")) is not None:
+                        weight = p.clone()
+                        p.copy_(average)
+                        average.copy_(weight)
+        swap()
+        try:
+            yield
+        finally:
+            swap()
 
     def add_gradients(self) -> None:
         """Adds up the gradients of all processes; each gradient is weighted already by its process's share of the rows."""
@@ -377,10 +383,12 @@ class Trainer:
     def validate(self) -> Scores:
         """Scores the development splits; several processes stop together after it, if one was asked to."""
         if processes.count() == 1:
-            return self.score(self.model, self.dev)
+            with self.averaged():
+                return self.score(self.model, self.dev)
         with deferred():
             self.save()  # first, because a launcher that stops its processes does not wait long
-            result = self.score(self.model, self.dev)
+            with self.averaged():
+                result = self.score(self.model, self.dev)
             (signal,) = processes.largest(self.stop() or 0)
         if signal:
             raise Interrupted(signal)
@@ -400,7 +408,8 @@ class Trainer:
         score = (chosen.get("mcc", 0.0), -chosen["loss"])
         if score > tuple(progress.best_score):
             progress.best_score, progress.best_epoch = score, progress.epoch
-            self.best.update({name: p.detach().cpu().clone() for name, p in self.parameters.items()})
+            self.best.update({name: self.optimizer.state[p].get("average", p.detach()).cpu().clone()
+                              for name, p in self.parameters.items()})
         progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
         progress.epoch, progress.group, progress.sums = progress.epoch + 1, 0, {}
         progress.parts, progress.confusion = [], []
@@ -430,53 +439,3 @@ class Trainer:
         return Diverged(f"{what} at step {self.progress.step + 1} (epoch {self.progress.epoch}), learning rate "
                         f"{self.optimizer.param_groups[0]['lr']:.3g}; lower --lr" +
                         ("" if self.options.anomaly else ", or find the operation with --anomaly"))
-
-
-# ---------------------------------------------------------------- checkpoints
-
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
-                    best: dict[str, Tensor]) -> None:
-    """Writes the whole state of a training into one file, atomically: until then the previous file stays.
-
-    All processes call this function, with the same state but for their random numbers; the first one writes.
-    """
-    tensors = {name: processes.gather(source.get_rng_state()) for name, source in machine.random_sources().items()}
-    if not processes.first():
-        return
-    for name, p in trainable(model).items():
-        tensors[f"model.{name}"] = p.detach()
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    tensors.update({f"best.{name}": value for name, value in best.items()})
-    save_checked(path, tensors, json.dumps(vars(progress)))
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-                    ) -> tuple[Progress, dict[str, Tensor]]:
-    """Puts a checkpoint's state into model, optimiser and random number generators.
-
-    Returns:
-        progress, and the best epoch's weights by name.
-
-    Raises:
-        UserError: damaged (its checksum is wrong), or of another model.
-    """
-    tensors, text = load_checked(path)
-    parameters = trainable(model)
-    saved = {name: value.shape for name, value in tensors.items() if name.startswith("model.")}
-    if saved != {f"model.{name}": p.shape for name, p in parameters.items()}:
-        raise UserError(f"{path}: the checkpoint is of another model")
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(tensors[f"model.{name}"])
-            # Names are optimizer.<key>.<parameter>, so that any optimiser's keys are restored.
-            optimizer.state[p] = {key.split(".")[1]: value.to(p.device) for key, value in tensors.items()
-                                  if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
-    for name, source in machine.random_sources().items():
-        states = torch.atleast_2d(tensors[name]) if name in tensors else []  # by process
-        if processes.rank() < len(states):
-            source.set_rng_state(states[processes.rank()].clone())  # cloned, because it reads from the start of the storage
-    return Progress(**json.loads(text)), {
-        name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
-
-

@@ -26,6 +26,7 @@ from data import tiny  # noqa: E402
 from data.backbones import load_tokenizer, max_length_of  # noqa: E402
 from experiments import inputs  # noqa: E402
 from model import LoRAOptions, load_classifier  # noqa: E402
+from record import checkpoints  # noqa: E402
 
 OPTIONS = train_utils.TrainOptions(seed=1)
 
@@ -51,11 +52,11 @@ def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
         optimizer.zero_grad(set_to_none=True)
         common.synchronize()
         seconds.append(time.perf_counter() - start)
-    best = {name: p.detach().cpu().clone() for name, p in train_utils.trainable(classifier).items()}
+    best = {name: p.detach().cpu().clone() for name, p in checkpoints.trainable(classifier).items()}
     path, taken = work / f"{Path(model).name}.safetensors", []
     for _ in range(saves + 1):
         start = time.perf_counter()
-        train_utils.save_checkpoint(path, classifier, optimizer, train_utils.Progress(), best)
+        checkpoints.save_checkpoint(path, classifier, optimizer, checkpoints.Progress(), best)
         taken.append(time.perf_counter() - start)
     return seconds[1:], taken[1:], path.stat().st_size, len(batches)  # the first of each warms up
 

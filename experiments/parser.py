@@ -165,6 +165,8 @@ def _training_options(parser: Parser) -> None:
                help="largest gradient norm; 0: no clipping")
     parser.add(TRAINING, "--label-smoothing", type=SHARE, default=TrainOptions.label_smoothing,
                help="share of the label spread over all classes")
+    parser.add(TRAINING, "--ema", type=SHARE, default=TrainOptions.ema,
+               help="decay of the average of the weights, which is scored and kept in their place; 0: none")
     parser.add(TRAINING, "--patience", type=COUNT, help="stop after so many epochs without a better one")
     parser.add(TRAINING, "--deterministic", action="store_true", help="deterministic kernels on a GPU too")
     parser.add(TRAINING, "--anomaly", action="store_true",

@@ -19,8 +19,9 @@ from distillation.heads import LanguageModel, Matched, mean_loss, token_ranks
 from distillation.teachers import HiddenStates
 from experiments.transfer import Source, batches_of, normalised
 from model import DistilRNN
+from record.checkpoints import Progress
 from record.options import DistilOptions, TrainOptions
-from train_utils import Objective, Progress, training_summary
+from train_utils import Objective, training_summary
 
 HELD_OUT_EVERY, HELD_OUT_MOST = 50, 500  # sentences held out of pretraining
 SEEDS = 1_000_000  # stage k draws from the seed plus k times this: seeds have five digits

@@ -59,6 +59,7 @@ class TrainOptions:
     clip: float = 1.0  # largest global gradient norm; 0 for none
     accumulate: int = 1  # batches in an optimiser step
     label_smoothing: float = 0.0
+    ema: float = 0.0  # decay of the average of the weights that is scored and kept; 0: the weights themselves
     patience: int | None = None  # stop after so many epochs without a better one
     precision: str = "auto"  # of frozen linears: fp32, bf16x3, bf16, or the fastest that changes no prediction
     save_every: float = 10.0  # minutes between checkpoints inside an epoch

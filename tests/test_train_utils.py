@@ -22,6 +22,7 @@ from toy_training import (
 
 import train_utils
 from data_utils import collate, split_large
+from record.checkpoints import load_checkpoint, trainable
 from train_utils import (
     Diverged,
     compute_logits,
@@ -32,11 +33,9 @@ from train_utils import (
     kd_loss,
     labels_of,
     learning_rate_factor,
-    load_checkpoint,
     make_optimizer,
     per_class,
     scores,
-    trainable,
     validate,
 )
 

@@ -19,17 +19,10 @@ from toy_training import (
 )
 
 import train_utils
+from record.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 from record.files import UserError
 from record.signals import Interrupted
-from train_utils import (
-    Progress,
-    cross_entropy,
-    fit,
-    load_checkpoint,
-    make_optimizer,
-    save_checkpoint,
-    trainable,
-)
+from train_utils import cross_entropy, fit, make_optimizer
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DROPOUT = replace(OPTIONS, epochs=3, weight_decay=0.1, accumulate=2, schedule="cosine")  # 3 steps an epoch

@@ -17,9 +17,9 @@ from report import figures
 
 # Every option away from its default, so that one which is lost on the way back shows.
 ODD = ("--epochs", 2, "--batch-size", 7, "--lr", 0.02, "--head-lr", 0.01, "--weight-decay", 0.1, "--warmup", 0.2,
-       "--schedule", "cosine", "--clip", 0.5, "--accumulate", 2, "--label-smoothing", 0.1, "--patience", 5, "--max-length",
-       9, "--limit", 30, "--save-every", 3, "--rank", 3, "--alpha", 5, "--dropout", 0.2, "--rslora", "--targets", "q,mlp",
-       "--layers", "1", "--keep-memory", 1)
+       "--schedule", "cosine", "--clip", 0.5, "--accumulate", 2, "--label-smoothing", 0.1, "--ema", 0.9, "--patience", 5,
+       "--max-length", 9, "--limit", 30, "--save-every", 3, "--rank", 3, "--alpha", 5, "--dropout", 0.2, "--rslora",
+       "--targets", "q,mlp", "--layers", "1", "--keep-memory", 1)
 STUDENT = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8, "--temperature", 3, "--kd-alpha",
            0.5, "--cell", "gru", "--pooling", "mean", "--dropout", 0.1)
 
@@ -57,7 +57,7 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
     repeat.run_again(work / "distil", work / "distil")
     options = handed["lora"]
     precision = "bf16x3" if amx.available() else "fp32"  # what `auto` was resolved to
-    assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, 5, precision,
+    assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, 0.9, 5, precision,
                                          save_every=3.0)
     assert options.lora == LoRAOptions(3, 5.0, 0.2, True, ("q", "mlp"), "1")
     assert (options.sr, options.task, options.max_length, options.limit, options.keep_memory, options.repeats) == (
