@@ -2,9 +2,10 @@
 
     states = bidirectional(nn.LSTM(8, 16, batch_first=True, bidirectional=True), x, lengths)
 
-On a CPU an `nn.LSTM` of packed rows takes one small product a step, outside oneDNN's kernel for whole sequences, which takes
-all rows of one length at once and is several times as fast. That kernel needs no packing where pads come last in the order of
-reading: they do for the forward direction as it is, and for the backward one once each row is reversed within its own length.
+On a CPU an `nn.LSTM` of packed rows takes one small product a step, outside oneDNN's kernel for whole sequences, which
+takes all rows of one length at once and is several times as fast. That kernel needs no packing where pads come last in the
+order of reading: they do for the forward direction as it is, and for the backward one once each row is reversed within its
+own length.
 """
 from __future__ import annotations
 
