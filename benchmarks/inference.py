@@ -3,8 +3,9 @@
     python benchmarks/inference.py
     python benchmarks/inference.py --quick --json
 
-    sentences/s  DistilRNN at its default sizes against its teacher, GPT-2 124M without adapter (a merged one
-                 costs the same), both over CoLA's development sentences batched by length, on the CPU
+    sentences/s  DistilRNN at its default sizes against its teacher, both over CoLA's development sentences batched by
+                 length, on the CPU in float32: the plain one against GPT-2 124M, the one in stages against SmolLM2-135M;
+                 teachers without adapter (a merged one costs the same)
     --help       `python run.py --help` in a fresh process, from spawning it to its end
     start        `python run.py LoRA` on CoLA to the loss of its first batch, reading and tokenising the data
                  and the check of the generated text included, against a fresh process that imports the
@@ -77,15 +78,16 @@ def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Bat
     report.check(f"{what}: logits of a batch against its sentences alone, relative", difference, common.TOLERANCE)
 
 
-def measure_student(report: Report, args: argparse.Namespace, base: str, rounds: int) -> None:
+def measure_student(report: Report, args: argparse.Namespace, what: str, base: str, largest: tuple[int, int] | None,
+                    goal: float, rounds: int) -> None:
     task = args.task.limit(64) if args.quick else args.task
     dev = {name: common.batches_of(split, base, BATCH_SIZE) for name, split in task.dev.items()}
     teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).to(common.device()).eval()
     parameters = count_parameters(teacher)["total"]
     torch.manual_seed(0)
-    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10))
+    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10, largest))
     student = student.to(common.device()).eval()
-    sides = {"teacher": teacher, "student": student}
+    sides = {f"{what}: teacher": teacher, f"{what}: student": student}
     padded = next(b for b in dev["in_domain"][::-1] if b.tokens < b.input_ids.numel())
     for name, model in sides.items():
         check_batching(report, name, model, padded)
@@ -94,7 +96,7 @@ def measure_student(report: Report, args: argparse.Namespace, base: str, rounds:
                               for name, model in sides.items()}, rounds)
     for name, values in rates.items():
         report.measure(name, values, "sentences/s")
-    report.target("student / teacher", paired_ratios(rates["student"], rates["teacher"]), 50)
+    report.target(f"{what}: student / teacher", paired_ratios(*reversed(rates.values())), goal)
 
 
 def measure_help(report: Report) -> None:
@@ -125,7 +127,9 @@ def measure_start(report: Report, args: argparse.Namespace, name: str, base: str
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
     machine.keep_freed_memory()  # as every run does; it reaches teacher and student alike
     report, base = Report(), common.base_of("gpt2", work)
-    measure_student(report, args, base, 2 if args.quick else 5)
+    for what, teacher, largest, goal in (("plain, GPT-2", base, None, 50),
+                                         ("stages, SmolLM2", "smollm2", distil.LARGEST, 80)):
+        measure_student(report, args, what, teacher, largest, goal, 2 if args.quick else 5)
     measure_help(report)
     for name, model in (("smollm2", "smollm2"), ("gpt2", base)):  # a GGUF file, and a folder of safetensors
         measure_start(report, args, name, model, work, 1 if args.quick else 3)

@@ -8,8 +8,8 @@ GPT-2 124M with random weights serves; its adapters are of rank 8 on every proje
     memory       resident memory of a process that holds the base with 32 and with 256 adapters, against the base alone
     mixing       batches of 32 sentences of CoLA's development set, each under its own adapter: against the same batches
                  under one adapter in `LoRALinear`, and against PEFT's `adapter_names` (as its documentation shows it, and at
-                 its best: GPT-2's activation in its fused form); and the base without an adapter, the most that mixing can
-                 reach
+                 its best: GPT-2's activation in its fused form); the base without an adapter, the most that mixing can
+                 reach; and both sides on a base in bfloat16, PEFT's at its best
     clients      64 clients with a sentence a request over 8 adapters, against one client; `run.py serve` on one core, the
                  clients on the others
     coming and going    the same while adapters are added and removed, and SIGTERM in the middle
@@ -128,20 +128,23 @@ def measure_mixing(report: Report, args: argparse.Namespace, base: str, root: Pa
     batches = [batch for batch in make_batches(args.task.dev["in_domain"], tokenizer, common.MAX_LENGTH, 32, 1)
                if len(batch.rows) == 32]
     names = [f"a{number}" for number in range(ADAPTERS)]
-    bank = AdapterBank.on(base)
-    for name in names:
-        bank.add(name, read_adapter(bank.net, root / name), Reading(("0", "1"), common.MAX_LENGTH))
+    banks = {precision: AdapterBank.on(base, precision) for precision in ("fp32", "bf16")}
+    for bank in banks.values():
+        for name in names:
+            bank.add(name, read_adapter(bank.net, root / name), Reading(("0", "1"), common.MAX_LENGTH))
     alone = load_classifier(base, common.LABELS)[0]
     load_adapter(alone.net, root / "a0")
     alone.requires_grad_(False).eval()
     bare = load_classifier(base, common.LABELS)[0].requires_grad_(False).eval()
-    peft = {best: peft_mixer(base, root, tokenizer.pad_token_id, best) for best in (True, False)}
+    peft = {kind: peft_mixer(base, root, tokenizer.pad_token_id, best=kind != "documented")
+            for kind in ("documented", "best", "bf16")}
+    peft["bf16"].bfloat16()
 
-    def ours(batch: Batch) -> torch.Tensor:
-        return torch.stack(bank.logits(batch.input_ids, batch.attention_mask, names))
+    def ours(batch: Batch, precision: str = "fp32") -> torch.Tensor:
+        return torch.stack(banks[precision].logits(batch.input_ids, batch.attention_mask, names))
 
-    def theirs(batch: Batch, best: bool = True) -> torch.Tensor:
-        return peft[best](input_ids=batch.input_ids, attention_mask=batch.attention_mask, adapter_names=names).logits
+    def theirs(batch: Batch, kind: str = "best") -> torch.Tensor:
+        return peft[kind](input_ids=batch.input_ids, attention_mask=batch.attention_mask, adapter_names=names).logits
 
     sample = batches[len(batches) // 2]
     report.check("mixing: logits, ours and PEFT's", float((ours(sample) - theirs(sample)).abs().max()), common.TOLERANCE)
@@ -159,14 +162,19 @@ def measure_mixing(report: Report, args: argparse.Namespace, base: str, root: Pa
         "32 adapters mixed": lambda number: rate(ours, number),
         "one adapter alone": lambda number: rate(lambda batch: alone(batch.input_ids, batch.attention_mask), number),
         "base without an adapter": lambda number: rate(lambda batch: bare(batch.input_ids, batch.attention_mask), number),
-        "PEFT's adapter_names": lambda number: rate(lambda batch: theirs(batch, best=False), number),
-        "PEFT's adapter_names at its best": lambda number: rate(theirs, number)}, rounds)
+        "PEFT's adapter_names": lambda number: rate(lambda batch: theirs(batch, "documented"), number),
+        "PEFT's adapter_names at its best": lambda number: rate(theirs, number),
+        "32 adapters mixed, bfloat16": lambda number: rate(lambda batch: ours(batch, "bf16"), number),
+        "PEFT's adapter_names, bfloat16": lambda number: rate(lambda batch: theirs(batch, "bf16"), number)}, rounds)
     for name, values in sides.items():
         report.measure(f"mixing: {name}", values, "sentences/s")
     mixed = sides["32 adapters mixed"]
     report.target("mixing: 32 adapters / one alone", paired_ratios(mixed, sides["one adapter alone"]), 0.8)
     for name in ("PEFT's adapter_names", "PEFT's adapter_names at its best"):
         report.target(f"mixing: ours / {name}", paired_ratios(mixed, sides[name]), 4)
+    narrow = sides["32 adapters mixed, bfloat16"]
+    for name in ("PEFT's adapter_names", "PEFT's adapter_names, bfloat16"):
+        report.target(f"mixing: ours in bfloat16 / {name}", paired_ratios(narrow, sides[name]), 4)
 
 
 # ---------------------------------------------------------------- the service

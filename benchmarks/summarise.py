@@ -58,7 +58,7 @@ SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
 HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
              ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
              ("generation", ": fp32, ours / transformers.generate", "drawing texts, float32: this project / `transformers`"),
-             ("inference", "student / teacher", "classifying: student / teacher"))
+             ("inference", "stages, SmolLM2: student / teacher", "classifying: student / teacher"))
 # Programs that count what survived: label, keys of what held and of what was tried, command.
 COUNTED = {
     "tamper_test": ("flipped bits and cuts in every file of finished and unfinished runs, noticed / tried",
