@@ -39,9 +39,9 @@ LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5
 STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
           "kd_alpha": {"plain": DistilOptions.kd_alpha, "": 0.5},
           "student_embeddings": {"plain": "random", "": "teacher"}, "match": {"plain": "none", "": "hidden"},
-          "pretrain": {"plain": 0, "": 0}, "transfer": {"plain": 0, "": 4}}
-AUGMENT_TIMES = 15  # sentences of the transfer set for each one of the training set, and at most:
-AUGMENT_MOST = {"tiny": 24_000, "": 120_000}
+          "pretrain": {"plain": 0, "": 0}, "transfer": {"tiny": 4, "plain": 0, "": 3}}
+AUGMENT_TIMES = 28  # sentences of the transfer set for each one of the training set, and at most:
+AUGMENT_MOST = {"tiny": 24_000, "": 240_000}
 METHODS = ("lora", "full", "head", "features", "none")
 
 

@@ -39,12 +39,16 @@ def bidirectional(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
 
 def _by_direction(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
     """Computes each direction of each layer by itself, the backward one over reversed rows."""
-    at, last = torch.arange(x.shape[1]), lengths.unsqueeze(1) - 1
-    reverse = torch.where(at <= last, last - at, at).unsqueeze(-1)  # (B, T, 1), its own inverse
+    rows, width = x.shape[:2]
+    at, last = torch.arange(width), lengths.unsqueeze(1) - 1
+    reverse = torch.where(at <= last, last - at, at) + width * torch.arange(rows).unsqueeze(1)  # (B, T), its own inverse
+
+    def reversed_rows(y: Tensor) -> Tensor:
+        return y.flatten(0, 1).index_select(0, reverse.flatten()).view_as(y)
+
     for layer in range(rnn.num_layers):
-        ahead = _one(rnn, x, f"l{layer}")
-        behind = _one(rnn, x.gather(1, reverse.expand_as(x)), f"l{layer}_reverse")
-        x = torch.cat([ahead, behind.gather(1, reverse.expand_as(behind))], -1)
+        ahead, behind = _one(rnn, x, f"l{layer}"), _one(rnn, reversed_rows(x), f"l{layer}_reverse")
+        x = torch.cat([ahead, reversed_rows(behind)], -1)
     return x
 
 
