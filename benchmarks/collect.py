@@ -24,7 +24,7 @@ from record.files import UserError, make_folder, read_json, write_json  # noqa: 
 from record.folder import read_run  # noqa: E402
 
 # Options that say where a run stands and how it was started, with the number of their values.
-PLACE = {"--out": 1, "--plots": 1, "--save-every": 1, "--resume": 0, "--overwrite": 0, "--no-plots": 0}
+PLACE = {"--out": 1, "--plots": 1, "--cache": 1, "--save-every": 1, "--resume": 0, "--overwrite": 0, "--no-plots": 0}
 SAME = ("versions", "cpu", "device", "threads", "matmul", "data_files")  # what the runs of one result have in common
 STUDIES = ("compare", "sweep")
 
@@ -112,7 +112,7 @@ def collect_runs(folders: list[Path]) -> dict:
                                 f"{configs[0].get(key)}")
     first = summaries[0]
     rows = [row(name, [summary[name] for summary in summaries]) for name in ("teacher", "student", "scratch")
-            ] if first["mode"] == "distil" else [row(first.get("method", first["mode"]), summaries)]
+            if name in first] if first["mode"] == "distil" else [row(first.get("method", first["mode"]), summaries)]
     validation = (first["teacher"] if first["mode"] == "distil" else first)["validation"]
     return {"collected": first["mode"], "command": commands[0], "seeds": seeds, **about(configs), "model": first["model"],
             "task": first["task"], "rows": rows,

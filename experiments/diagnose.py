@@ -167,7 +167,7 @@ def load(folder: Path, data: Path | None) -> Diagnosed:
                               stacklevel=2)
         else:
             left_out.append(f"the teacher: {summary['teacher']['run']} is not there")
-        for name in ("student", "scratch"):
+        for name in ("student", *(["scratch"] if "scratch" in summary else [])):
             models[name], runs[name] = load_student(folder, name), str(folder)
     _, tokenizer, _ = next(iter(models.values()))
     options = config["options"]

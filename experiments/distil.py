@@ -138,7 +138,7 @@ def config_of(run: Prepared, distil_options: DistilOptions) -> dict:
 
 def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[str], None] = print,
                stop: Callable[[], int | None] = lambda: None) -> dict:
-    """Distils a fine-tuned teacher into a `DistilRNN`, then trains the same student without the teacher.
+    """Distils a fine-tuned teacher into a `DistilRNN`, then trains the same student without the teacher (`control`).
 
     Both students start from the same weights and take the same number of steps in each stage; in the last one, on the
     training set, they get the same batches in the same order.
@@ -170,16 +170,18 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         gold = Stage("gold", _texts_only(run.batches), dev, kd, options.train, run.student.dropout)
         say("student with KD")
         student, loss = train_student(run, "student", [*first, gold], distil_options, folder, recorder, stop)
-        say("the same student without the teacher")
-        gold = replace(gold, objective=train_utils.cross_entropy(smoothing))
-        scratch, _ = train_student(run, "scratch", [*control, gold], distil_options, folder, recorder, stop)
+        scratch = {}
+        if distil_options.control:
+            say("the same student without the teacher")
+            gold = replace(gold, objective=train_utils.cross_entropy(smoothing))
+            scratch["scratch"], _ = train_student(run, "scratch", [*control, gold], distil_options, folder, recorder, stop)
         write_json(folder / "student_config.json", asdict(run.student))
         more = {"more_runs": list(distil_options.more_teachers)} if distil_options.more_teachers else {}
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": run.task.name,
                    "teacher": {"run": str(distil_options.teacher), **more, "parameters": run.teacher_parameters,
                                "validation": train_utils.validate(run.teacher, run.dev)[0],
                                "sentences_per_second": sentences_per_second(run.teacher, run.dev, passes=1)},
-                   "student": student, "scratch": scratch,
+                   "student": student, **scratch,
                    "distillation": {"temperature": distil_options.temperature, "alpha": distil_options.kd_alpha,
                                     "loss": loss},
                    "train": student["train"]}
@@ -249,6 +251,8 @@ def comparison_table(summary: dict) -> str:
     head = "".join(f"{split + ' acc':>20}{'MCC':>8}" for split in splits)
     lines = [f"  {'':<16}{'parameters':>14}{'sentences/s':>13}" + head]
     for key, name in names.items():
+        if key not in summary:
+            continue
         row = summary[key]
         lines.append(f"  {name:<16}{row['parameters']:>14,}{row['sentences_per_second']:>13,.0f}" + "".join(
             f"{row['validation'][split]['accuracy']:>20.3f}{row['validation'][split]['mcc']:>8.3f}" for split in splits))

@@ -66,7 +66,9 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
     Raises:
         UserError: not a finished distillation run, or damaged.
     """
-    config, _ = read_run(folder, "distil")
+    config, summary = read_run(folder, "distil")
+    if name not in summary:
+        raise UserError(f"{folder}: has no no-KD baseline (it was run with --no-control)")
     sizes = read_json(Path(folder) / "student_config.json")
     try:
         student = DistilRNN(RNNConfig(**sizes))

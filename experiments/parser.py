@@ -246,6 +246,8 @@ def add_distil_options(parser: Parser) -> None:
                help="folder of a LoRA run; runs/LoRA-SR if not given; given several times, logits are averaged; with "
                     "--seeds also a folder that holds LoRA-SR of every seed")
     parser.add(GENERAL, "--plain", action="store_true", help="one stage, on the training set alone, from random embeddings")
+    parser.add(GENERAL, "--no-control", dest="control", action="store_false",
+               help="leave out the no-KD baseline: for ablations, whose baseline another run has trained already")
     _most_used(parser, "distil")
     parser.add(GENERAL, "--temperature", type=POSITIVE,
                help="softens teacher and student in the KD loss; " + _defaults_text(STAGES["temperature"]))

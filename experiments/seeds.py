@@ -24,7 +24,7 @@ from report import records
 from report import seeds as tables
 from train_utils import selection_split
 
-# The models of a run's summary, and whether two of them are compared seed by seed.
+# The models of a run's summary, where it has them, and which two are compared seed by seed.
 MODELS = {"LoRA": (None,), "distil": ("teacher", "student", "scratch")}
 DIFFERENCES = {"LoRA": (), "distil": (("student", "scratch"), ("student", "teacher"))}
 
@@ -116,7 +116,8 @@ def same_data(runs: list[SeedRun]) -> dict[str, str]:
 def results(mode: str, done: dict[str, dict]) -> dict:
     """Returns spreads and paired differences of every model, from the finished runs' summaries by seed."""
     first, seeds = next(iter(done.values())), list(done)
-    parts = {name or mode: [summary[name] if name else summary for summary in done.values()] for name in MODELS[mode]}
+    parts = {name or mode: [summary[name] if name else summary for summary in done.values()] for name in MODELS[mode]
+             if name is None or name in first}
     rows = {name: {"entry": name, "seeds": seeds, "parameters": models[0]["parameters"], **over_seeds(models)}
             for name, models in parts.items()}
     validation = next(iter(parts.values()))[0]["validation"]
@@ -128,4 +129,4 @@ def results(mode: str, done: dict[str, dict]) -> dict:
             "majority_accuracy": {split: values["majority_accuracy"] for split, values in validation.items()},
             "entries": list(rows.values()),
             "differences": [{"entry": one, "minus": other, **paired_differences(rows[one], rows[other])}
-                            for one, other in DIFFERENCES[mode]]}
+                            for one, other in DIFFERENCES[mode] if {one, other} <= rows.keys()]}

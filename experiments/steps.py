@@ -15,8 +15,10 @@ COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
 METHOD_RATES = "1e-4,5e-4,3e-3"  # of every method: full fine-tuning, LoRA and the head want rates far apart
 FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"  # of the quiz-bowl guesses
 # The student's ablations: name -> options of `distil` beside those of the paper's student.
-ABLATIONS = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"], "no-matching": ["--match", "none"],
-             "hard-labels": ["--kd-loss", "hard"]}
+ABLATIONS = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
+             "no-matching": ["--match", "none", "--no-control"],
+             "hard-labels": ["--match", "none", "--kd-loss", "hard", "--no-control"],
+             "language-model": ["--pretrain", "4", "--augment", "0", "--match", "none"]}
 
 
 @dataclass(frozen=True)

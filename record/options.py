@@ -91,6 +91,7 @@ class DistilOptions:
     teacher: Path
     more_teachers: tuple[str, ...] = ()  # folders; logits are averaged
     plain: bool = True  # gold stage alone, from random embeddings
+    control: bool = True  # train the same student without a teacher, too
     temperature: float = 4.0
     kd_alpha: float = 0.9
     kd_loss: str = "kl"  # kl, mse (of logits) or hard (the teacher's choice alone)

@@ -116,11 +116,13 @@ def stages_figure(metrics: list[Record], summary: Record) -> Figure:
         key, axis_name = ("mcc", "Matthews correlation") if stage == "transfer" else ("loss", "its own objective")
         for phase, (colour, marker) in PHASE_LOOKS.items():
             rows = [row for row in metrics if (row.get("phase"), row.get("stage")) == (phase, stage)]
+            if not rows:  # --no-control
+                continue
             # Students take the same steps in epochs of different length: the axis is the share of the stage.
             done = [row.number("epoch") / len(rows) for row in rows]
             axes.plot(done, [row.section("train").number(key) for row in rows], ":", color=colour, marker=marker, ms=3,
                       label=f"{PHASES[phase]}: train")
-            split = main_split(rows[0].section("validation")) if rows else ""
+            split = main_split(rows[0].section("validation"))
             axes.plot(done, [row.section("validation").section(split).number(key) for row in rows], "-", color=colour,
                       marker=marker, ms=4, label=f"{PHASES[phase]}: {'held out' if stage == 'pretrain' else spoken(split)}")
         axes.set(xlabel="share of the stage's steps", ylabel=axis_name, title=f"stage: {stage}")

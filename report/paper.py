@@ -186,9 +186,11 @@ def ablations(paper: Paper) -> str | None:
         entries = paper.entries(name)
         gain = next((row for row in paper.done[name]["differences"] if row["minus"] == "scratch" and "best" in row), None)
         change = paper.difference(name)
+        baseline = value(entries["scratch"].section("best").section(all_splits).section("mcc"), "mcc"
+                         ) if "scratch" in entries else ""
         rows.append([label, *(value(entries["student"].section("best").section(split).section("mcc"), "mcc")
                               for split in splits),
-                     value(entries["scratch"].section("best").section(all_splits).section("mcc"), "mcc"),
+                     baseline,
                      *(value(row.section("best").section(all_splits).section("mcc"), "mcc", True) if row else ""
                        for row in (gain, change))])
     head = grouped(["student"], {f"student: {split}": ["MCC"] for split in splits},

@@ -83,7 +83,7 @@ def lora_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
 
 def distil_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
     """Makes a distillation's own tables (accuracy and MCC; size and speed) and its derived numbers."""
-    models = {key: summary.section(key) for key in ("teacher", *PHASES)}
+    models = {key: summary.section(key) for key in ("teacher", *PHASES) if key != "scratch" or key in summary}
     teacher = models["teacher"]
     split = main_split(teacher.section("validation"))
     numbers, sizes = {"chosen": {"split": spoken(split)}}, []
@@ -94,8 +94,9 @@ def distil_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
         chosen = model.section("validation").section(split)
         numbers[key] = {"chosen": chosen, "smaller": smaller, "faster": faster}
         sizes.append([PHASES.get(key, key)] + [shown("", cell) for cell in (size, smaller, speed, faster)])
-    student, scratch = numbers["student"]["chosen"], numbers["scratch"]["chosen"]
-    numbers["gain"] = {key: student.number(key) - scratch.number(key) for key in ("accuracy", "mcc")}
+    if "scratch" in numbers:  # else --no-control
+        student, scratch = numbers["student"]["chosen"], numbers["scratch"]["chosen"]
+        numbers["gain"] = {key: student.number(key) - scratch.number(key) for key in ("accuracy", "mcc")}
     head = r"model & parameters & smaller ($\times$) & sentences/s & faster ($\times$)"
     return {"distil_results": _results({PHASES.get(key, key): model for key, model in models.items()}),
             "distil_size": tabular("lrrrr", head, sizes)}, numbers

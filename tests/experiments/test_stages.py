@@ -6,12 +6,13 @@ import toy
 from safetensors.torch import load_file
 
 import train_utils
+from benchmarks import collect
 from data_utils import load_task
-from experiments import transfer
+from experiments import seeds, transfer
 from experiments.transfer import normalised
 from record.files import read_json
 from record.folder import without_times
-from report import figures
+from report import figures, records, tables
 
 SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8, "--augment", 40, "--pretrain", 2,
          "--transfer", 2, "--match-size", 4, "--stage-tokens", 64, "--no-plots")
@@ -137,3 +138,29 @@ def test_bad_text_and_options_are_one_line(work, tmp_path, capsys):
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert said in error
     assert not (tmp_path / "x" / "summary.json").exists()
+
+
+def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_without(work, staged, tmp_path, monkeypatch,
+                                                                                     capsys):
+    run = tmp_path / "run"
+    assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--text", work / "plain.txt", "--out", run, *SMALL[:-1],
+                    "--plots", tmp_path / "plots", "--cache", staged, "--no-control") == 0
+    assert "student without" not in capsys.readouterr().out
+    assert (run / "student.safetensors").read_bytes() == (staged / "run" / "student.safetensors").read_bytes()
+    summary = records.read_json(run / "summary.json")
+    assert "scratch" not in summary and not list(run.glob("scratch*"))
+    assert {line["phase"] for line in toy.lines_of(run)} == {"student"}
+    assert (tmp_path / "plots" / "distil-12345_stages.png").exists()
+    study = seeds.results("distil", {12345: summary})
+    assert [row["entry"] for row in study["entries"]] == ["teacher", "student"]
+    assert [(row["entry"], row["minus"]) for row in study["differences"]] == [("student", "teacher")]
+    tables_of_run, numbers = tables.distil_tables(summary)
+    assert tables_of_run and "gain" not in numbers and "scratch" not in numbers
+    monkeypatch.setattr(collect, "typed", lambda command, seed: command)  # it has paths of this machine
+    assert [row["name"] for row in collect.collect([run])["rows"]] == ["teacher", "student"]
+    for mode, *more in (("predict", "A cat sat.", "--control"), ("export", "--control", "--out", tmp_path / "onnx")):
+        assert toy.main(mode, run, *more) == 2
+        error = capsys.readouterr().err
+        assert error.endswith(f"run.py: {run}: has no no-KD baseline (it was run with --no-control)\n")
+    assert toy.main("diagnose", run, "--out", tmp_path / "diagnosis") == 0
+    assert list(read_json(tmp_path / "diagnosis" / "diagnose.json")["models"]) == ["teacher", "student", "language_model"]
