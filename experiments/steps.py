@@ -98,10 +98,13 @@ def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: l
 
 def _distil(sr: str, seeds: str, out: Path, text: list[str], minutes: float, ablations: dict[str, list[str]] = ABLATIONS
             ) -> list[Step]:
-    """Returns the student with its no-KD baseline, and its ablations, each with the teacher of its own seed."""
+    """Returns the student with its no-KD baseline, and its ablations, all with the teacher of the first seed.
+
+    Its labels of the transfer set are computed once, for all of them.
+    """
     def step(name: str, folder: str, flags: list[str]) -> Step:
         stages = [] if "--plain" in flags else [*text, "--cache", str(out)]
-        return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola", *stages, *flags,
+        return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola/LoRA-{sr}", *stages, *flags,
                                     *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
                     f"{folder}/distil-*")
     return [step("distil", "cola", []),
