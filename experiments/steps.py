@@ -104,8 +104,8 @@ def _distil(sr: str, seeds: str, out: Path, text: list[str], minutes: float, abl
     """
     def step(name: str, folder: str, flags: list[str]) -> Step:
         stages = [] if "--plain" in flags else [*text, "--cache", str(out)]
-        return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola/LoRA-{sr}", *stages, *flags,
-                                    *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
+        return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola/LoRA-{sr}", *stages,
+                                    *flags, *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
                     f"{folder}/distil-*")
     return [step("distil", "cola", []),
             *(step(f"distil-{name}", f"distil-{name}", flags) for name, flags in ablations.items())]

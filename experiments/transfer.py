@@ -5,7 +5,8 @@
 Edits of training sentences, plain sentences, sentences that the teacher's language model writes, and edits of those take
 turns, so that a smaller set is the beginning of a larger one. Everything is computed once and cached in chunks in
 `runs/transfer-KEY/`, beside the runs: KEY depends on the base model and on the task's sentences, the names of the chunks of
-the teacher's outputs on their content. A killed process loses a chunk at most.
+the teacher's outputs on their content. A killed process loses a chunk at most, and several processes (seeds at a time) make
+different chunks.
 """
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ import hashlib
 import itertools
 import json
 import random
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,6 +48,7 @@ WRITTEN = 1024  # sentences in a chunk that the language model writes
 TOGETHER = 256  # of them in a batch
 TOKENS = 2048  # tokens in a batch of the teacher's, pads included
 PCA_TOKENS = 30_000  # from which the principal components are computed
+POLL = 0.5  # seconds between two looks at what other processes make
 TRIES = 1000  # edits or texts in a row that give nothing new: then there is nothing more to be had
 
 Stop = Callable[[], int | None]
@@ -164,11 +169,15 @@ class Source:
         lm, longest = None, self.longest()
         for number in itertools.count():
             self.check_stop()
-            path = self.folder / f"written-{number:05d}.json"
-            if not path.exists():
+            path, following = (self.folder / f"written-{k:05d}.json" for k in (number, number + 1))
+
+            def write(missing: Path) -> None:
+                nonlocal lm
                 lm = lm or self.writer()
-                texts = draw_sentences(lm, self.tokenizer, WRITTEN, 3 * longest, number)
-                write_json(path, {"sentences": texts})
+                seed = int(missing.stem.removeprefix("written-"))
+                write_json(missing, {"sentences": draw_sentences(lm, self.tokenizer, WRITTEN, 3 * longest, seed)})
+
+            share([path], write, self.check_stop, ahead=[following])
             yield from (text if len(text.split()) <= longest else "" for text in read_json(path)["sentences"])
 
     def writer(self):
@@ -187,8 +196,9 @@ class Source:
         train, held_out = ([row for row in rows if (row % 20 == 0) == out] for out in (False, True))
         batches, dev = (batches_of(ids, [0] * len(ids), chosen, 512, self.tokenizer) for chosen in (train, held_out))
         options = TrainOptions(seed=0, epochs=1, lr=3e-4, weight_decay=0.0, precision="fp32", save_every=2)
-        train_utils.fit(model, batches, {"held_out": dev}, language_loss, options, folder=self.folder, resume=True,
-                        name="writer.", select="held_out", score=mean_loss(language_loss), stop=self.stop)
+        with filelock.FileLock(self.folder / "writer.lock"):  # another process may train it: then it is ready here
+            train_utils.fit(model, batches, {"held_out": dev}, language_loss, options, folder=self.folder, resume=True,
+                            name="writer.", select="held_out", score=mean_loss(language_loss), stop=self.stop)
         for layer in lora_layers(lm).values():
             layer.merge()
         return lm.eval()
@@ -207,21 +217,27 @@ class Source:
             score_weight: of the tokens' scores.
         """
         pca, scale = self.components(teacher, teacher_key, size) if size else (None, None)
-        logits, values = [], []
-        with tqdm(total=len(ids), unit="sentence", desc="teacher", dynamic_ncols=True, delay=2) as bar:
-            for start in range(0, len(ids), LABELLED):
-                self.check_stop()
-                chunk = ids[start:start + LABELLED]
-                key = hashlib.sha256(f"{teacher_key} {size} {json.dumps(chunk)}".encode()).hexdigest()
-                path = self.folder / f"outputs-{key[:24]}.safetensors"
-                if not path.exists():
-                    tensors.save_checked(path, self.label(teacher, chunk, pca, scale), key)
-                found, its_key = tensors.load_checked(path)
-                if its_key != key:
-                    raise UserError(f"{path}: holds other sentences' outputs; remove it")
-                logits.append(found["logits"])
-                values.append(found.get("hidden"))
+        chunks: dict[Path, tuple[str, list]] = {}
+        for start in range(0, len(ids), LABELLED):
+            chunk = ids[start:start + LABELLED]
+            key = hashlib.sha256(f"{teacher_key} {size} {json.dumps(chunk)}".encode()).hexdigest()
+            chunks[self.folder / f"outputs-{key[:24]}.safetensors"] = key, chunk
+        missing = sum(len(chunk) for path, (_, chunk) in chunks.items() if not path.exists())
+        with tqdm(total=len(ids), initial=len(ids) - missing, unit="sentence", desc="teacher", dynamic_ncols=True, delay=2
+                  ) as bar:
+            def label(path: Path) -> None:
+                key, chunk = chunks[path]
+                tensors.save_checked(path, self.label(teacher, chunk, pca, scale), key)
                 bar.update(len(chunk))
+
+            share(list(chunks), label, self.check_stop)
+        logits, values = [], []
+        for path, (key, _) in chunks.items():
+            found, its_key = tensors.load_checked(path)
+            if its_key != key:
+                raise UserError(f"{path}: holds other sentences' outputs; remove it")
+            logits.append(found["logits"])
+            values.append(found.get("hidden"))
         if not size:
             return torch.cat(logits), None
         lengths, scores = torch.tensor([0, *map(len, ids)]), len(scale)
@@ -256,7 +272,8 @@ class Source:
         """
         key = f"{teacher_key} {size}"
         path = self.folder / f"components-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-        if not path.exists():
+
+        def compute(path: Path) -> None:
             ids = data_utils.encode(self.tokenizer, self.task.train.sentences, 512)
             parts, tokens = [], 0
             for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
@@ -269,9 +286,34 @@ class Source:
                 scale = token_scores(teacher, hidden.to(device())).std(0).clamp(min=1e-6).cpu()
             pca = principal_components(hidden, min(size, hidden.shape[1]))
             tensors.save_checked(path, {**vars(pca), "scale": scale}, key)
+
+        share([path], compute, self.check_stop)
         found, _ = tensors.load_checked(path)
         scale = found.pop("scale")
         return Reduction(**found), scale
+
+
+def share(wanted: list[Path], make: Callable[[Path], None], check_stop: Callable[[], None], ahead: Iterable[Path] = ()
+          ) -> None:
+    """Makes the files that are missing, each in one process alone; returns when all are there, whoever made them.
+
+    Args:
+        make: writes a file.
+        check_stop: called before each file; raises where the process was asked to stop.
+        ahead: what to make, in place of waiting, while other processes are at all that is wanted.
+    """
+    while missing := [path for path in wanted if not path.exists()]:
+        for path in (*missing, *ahead):
+            check_stop()
+            with suppress(filelock.Timeout), filelock.FileLock(f"{path}.lock", blocking=False):
+                try:
+                    if not path.exists():
+                        make(path)
+                        break
+                finally:  # who has waited for it looks for the file first
+                    Path(f"{path}.lock").unlink(missing_ok=True)
+        else:
+            time.sleep(POLL)
 
 
 def edits_of(sentences: list[str], seed: int) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """A distillation in stages: the transfer set, its cache, equal budgets, and a stopped one that ends in the same bytes."""
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import pytest
 import toy
 from safetensors.torch import load_file
@@ -12,6 +15,7 @@ from experiments import seeds, transfer
 from experiments.transfer import normalised
 from record.files import read_json
 from record.folder import without_times
+from record.signals import Interrupted
 from report import figures, records, tables
 
 SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8, "--augment", 40, "--pretrain", 2,
@@ -164,3 +168,51 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
         assert error.endswith(f"run.py: {run}: has no no-KD baseline (it was run with --no-control)\n")
     assert toy.main("diagnose", run, "--out", tmp_path / "diagnosis") == 0
     assert list(read_json(tmp_path / "diagnosis" / "diagnose.json")["models"]) == ["teacher", "student", "language_model"]
+
+
+def test_several_processes_make_each_file_once_and_all_of_them_get_every_file(tmp_path):
+    """Locks of files exclude threads as they do processes, for each lock opens the file anew."""
+    wanted, made = [tmp_path / f"{number}.json" for number in range(20)], []
+
+    def make(path) -> None:
+        made.append(path)
+        time.sleep(0.01)
+        path.write_text("{}")
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(transfer.share, wanted, make, lambda: None) for _ in range(3)]:
+            done.result()
+    assert sorted(made) == sorted(wanted)
+    assert sorted(tmp_path.iterdir()) == sorted(wanted)
+
+
+def test_what_will_be_wanted_is_made_in_place_of_waiting_and_only_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "POLL", 0.01)
+    one, two, made = tmp_path / "one", tmp_path / "two", []
+
+    def make(path) -> None:
+        made.append(path.name)
+        path.write_text("")
+
+    transfer.share([one], make, lambda: None, ahead=[two])
+    assert made == ["one"]
+    one.unlink()
+    other = filelock.FileLock(f"{one}.lock")  # another process is at the first one, and done after three looks
+    other.acquire()
+    looks = iter(range(4))
+
+    def check_stop() -> None:
+        if next(looks) == 3:
+            one.write_text("")
+
+    transfer.share([one], make, check_stop, ahead=[two])
+    other.release()
+    assert made == ["one", "two"]
+
+
+def test_a_stop_ends_the_wait_for_another_process(tmp_path):
+    def check_stop() -> None:
+        raise Interrupted(15)
+
+    with filelock.FileLock(tmp_path / "one.lock"), pytest.raises(Interrupted):
+        transfer.share([tmp_path / "one"], pytest.fail, check_stop)
