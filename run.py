@@ -210,6 +210,7 @@ def finetune(args) -> int:
 
     if args.seeds:
         return _seeds(args)
+    _check_jobs(args)
     options = arguments.finetune_options(args)
 
     def start(stop):
@@ -231,8 +232,16 @@ def distil(args) -> int:
 
     if args.seeds:
         return _seeds(args)
+    _check_jobs(args)
     options, student = arguments.distil_options(args)
     return _train(args, options, lambda stop: print(distil.comparison_table(distil.run_distil(options, student, stop=stop))))
+
+
+def _check_jobs(args) -> None:
+    from record.files import UserError
+
+    if args.jobs > 1:
+        raise UserError(f"--jobs {args.jobs}: only with --seeds, whose runs it counts")
 
 
 def _seeds(args) -> int:
@@ -244,7 +253,7 @@ def _seeds(args) -> int:
         raise UserError(f"--seeds is for one process, and here are {processes.count()}; start the seeds one by one")
     options = seeds.SeedsOptions(args.mode, args.sr, variants.seed_runs(args),
                                  (args.out or Path("runs")) / f"{args.mode}-{args.sr}-seeds", variants.settings(args),
-                                 args.overwrite)
+                                 args.overwrite, args.jobs)
 
     def start():
         from report import figures
@@ -262,7 +271,7 @@ def compare(args) -> int:
     arguments.choose(args)
     options = compare.CompareOptions(args.sr, variants.entries(args), args.seeds,
                                      args.out or Path(f"runs/compare-{args.sr}"), variants.settings(args, "against"),
-                                     args.overwrite, args.against)
+                                     args.overwrite, args.jobs, args.against)
     return _study(args, options, lambda: compare.run_comparison(options), "compare")
 
 
@@ -406,7 +415,7 @@ def paper(args) -> int:
     quick = args.profile == "quick"
     options = paper.PaperOptions(args.sr, args.profile, args.seeds, None if quick else args.data_root,
                                  args.out or Path(f"runs/paper-{'quick-' if quick else ''}{args.sr}"), tuple(args.only),
-                                 args.overwrite)
+                                 args.overwrite, args.jobs)
     if args.dry_run:
         print(paper.plan(options))
         return 0

@@ -4,8 +4,8 @@
 
 Each entry's learning rate is the one whose best epoch has the highest MCC (of equals, the lowest loss) on the
 selection split, with the first seed; the other seeds run at that rate alone. Every run is `run.py LoRA` in a
-process of its own, one after the other, for the peak memory of a process never falls again. It leaves an
-ordinary run folder in `runs/compare-SR/`, so that a comparison started again keeps what is finished.
+process of its own, for the peak memory of a process never falls again: one after the other, or `--jobs` at a time.
+It leaves an ordinary run folder in `runs/compare-SR/`, so that a comparison started again keeps what is finished.
 """
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,7 @@ class CompareOptions:
     out: Path
     settings: dict  # every option as resolved: a comparison goes on only under the same ones
     overwrite: bool = False
+    jobs: int = 1  # runs at a time; each has its part of the threads
     against: str | None = None  # the entry that is subtracted from every other one, seed by seed
 
 
@@ -74,21 +77,24 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
     with study_folder(options.out, record, options.overwrite) as folder, tqdm(
             total=total, unit="run", desc="compare", dynamic_ncols=True) as bar:
 
-        def run(entry: Entry, seed: str, rate: float | None) -> dict:
-            name = "-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed])
-            bar.set_postfix_str(name)
-            words = ["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"])]
-            summary = finished_run(words, folder / name, threads)
-            runs.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
-                         "status": "finished" if summary else "diverged", "summary": summary})
-            bar.update()
-            return runs[-1]
+        def run(entry: Entry, which: list[tuple[str, float | None]]) -> list[dict]:
+            names = ["-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed]) for seed, rate in which]
+            words = [["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"])] for seed, rate in which]
+            done = finished_runs(list(zip(words, [folder / name for name in names], strict=True)), threads, options.jobs)
+            for (seed, rate), name in zip(which, names, strict=True):
+                bar.set_postfix_str(name)
+                summary = next(done)
+                runs.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
+                             "status": "finished" if summary else "diverged", "summary": summary})
+                bar.update()
+            return runs[len(runs) - len(which):]
 
         threads = read_json(folder / "config.json").get("threads")  # recorded when the comparison began
+        threads = threads and max(1, threads // options.jobs)
         for entry in options.entries:
-            tried = [run(entry, *first) for first in plan[entry.name]]
+            tried = run(entry, plan[entry.name])
             chosen = choose_rate(tried)
-            others = [run(entry, seed, chosen["learning_rate"]) for seed in seeds[1:]] if chosen else []
+            others = run(entry, [(seed, chosen["learning_rate"]) for seed in seeds[1:]]) if chosen else []
             bar.update(0 if chosen else len(seeds) - 1)
             rows.append(aggregate(entry, tried, [r for r in [chosen, *others] if r and r["summary"]], folder))
         result = {"mode": "compare", "sr": options.sr, "model": options.entries[0].options.model, "task": task.name,
@@ -154,11 +160,44 @@ def _said(value) -> str:
 
 # ---------------------------------------------------------------- one run
 
-def finished_run(words: list[str], folder: Path, threads: int | None) -> dict | None:
+def finished_runs(runs: list[tuple[list[str], Path]], threads: int | None, jobs: int) -> Iterator[dict | None]:
+    """Yields what `finished_run` returns of each run's words and folder, in their order; `jobs` of them run at a time.
+
+    An error of one, or a signal, asks the others to stop; it is raised when they have saved their state.
+    """
+    if jobs == 1:
+        yield from (finished_run(words, folder, threads) for words, folder in runs)
+        return
+    stopped = threading.Event()
+
+    def tick() -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+
+    def one(run: tuple[list[str], Path]) -> dict | None:
+        tick()
+        try:
+            return finished_run(*run, threads, tick)
+        except BaseException:
+            stopped.set()  # at once, or this thread would begin another run
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield from pool.map(one, runs)
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def finished_run(words: list[str], folder: Path, threads: int | None, tick: Callable[[], None] | None = None
+                 ) -> dict | None:
     """Returns the summary of a run, which is started or resumed if it is not finished; None if it diverged.
 
     Args:
         words: of its command line, but for its folder: mode, SR, options.
+        tick: see `run_child`.
 
     Raises:
         UserError: the run failed; names its log.
@@ -170,7 +209,7 @@ def finished_run(words: list[str], folder: Path, threads: int | None) -> dict | 
             pass  # the child of a killed comparison may still be at work here: now it has ended
     if not (folder / "summary.json").exists() and not diverged.exists():
         words = [*words, f"--out={folder}", "--resume", "--no-plots", f"--device={device().type}"]
-        status = run_child(words, folder / "log.txt", threads)
+        status = run_child(words, folder / "log.txt", threads, **({"tick": tick} if tick else {}))
         last = next((line for line in reversed((folder / "log.txt").read_text(errors="replace").splitlines())
                      if line.strip()), "no output")
         if status == DIVERGED:
@@ -189,7 +228,7 @@ def run_child(words: list[str], log: Path, threads: int | None = None, program: 
 
     Args:
         program: run.py if None.
-        tick: called every second while the child runs.
+        tick: called every second while the child runs; a KeyboardInterrupt of it stops the child.
 
     Returns the exit status, negative for a signal.
 

@@ -17,14 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from experiments import compare
 from experiments.significance import paired_differences
-from experiments.steps import CHOSEN, Step, steps
+from experiments.steps import CHOSEN, RUN, Step, steps
 from experiments.variants import seeds_of
 from record.files import SUMS, UserError, check_sums, locked, make_folder, read_json, write_json
 from record.folder import provenance
+from record.machine import device
 from report import build
 
 ROOT = compare.RUN.parent
@@ -41,6 +43,7 @@ class PaperOptions:
     out: Path
     only: tuple[str, ...] = ()  # names of the steps to run; all if empty
     overwrite: bool = False
+    jobs: int | None = None  # runs of a step at a time; one for each core if None, one on a GPU
 
     @property
     def steps(self) -> list[Step]:
@@ -210,6 +213,8 @@ def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) ->
     began = time.monotonic()
     tick(step)
     program, *words = [rate if word == CHOSEN else word for word in step.words]
+    if program == RUN and "--seeds" in words:  # no part of `words`: it changes no result, and may differ when started again
+        words += ["--jobs", str(options.jobs or jobs_here(options.seeds))]
     try:
         status = compare.run_child(words, log, program=ROOT / program, tick=lambda: tick(step))
     except BaseException:
@@ -222,6 +227,11 @@ def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) ->
         raise UserError(f"{how}: {last}; see {log}")
     write_json(state, {**note, "status": "done", "seconds": seconds})
     return seconds
+
+
+def jobs_here(seeds: int) -> int:
+    """Returns how many seeds run at a time: small models gain more from a core each than from several together."""
+    return min(seeds, torch.get_num_threads()) if device().type == "cpu" else 1
 
 
 def link_runs(options: PaperOptions) -> str:

@@ -39,6 +39,7 @@ class SeedsOptions:
     out: Path  # folder of seeds.json
     settings: dict  # every option as given
     overwrite: bool = False
+    jobs: int = 1  # runs at a time; each has its part of the threads
 
 
 def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict:
@@ -64,12 +65,13 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
                     empty_folder(run.folder)
                     (run.folder / "diverged.txt").unlink(missing_ok=True)
         threads = next((read_json(run.folder / "config.json").get("threads") for run in options.runs
-                        if (run.folder / "config.json").exists()), None) or torch.get_num_threads()
+                        if (run.folder / "config.json").exists()), None) or max(1, torch.get_num_threads() // options.jobs)
         done = {}
+        summaries = compare.finished_runs([(run.words, run.folder) for run in options.runs], threads, options.jobs)
         with tqdm(options.runs, unit="run", desc=f"{options.mode} seeds", dynamic_ncols=True) as bar:
             for run in bar:
                 bar.set_postfix_str(run.folder.name)
-                if summary := compare.finished_run(run.words, run.folder, threads):
+                if summary := next(summaries):
                     done[run.seed] = summary
         if not done:
             raise UserError(f"{options.runs[0].folder} and the other seeds' runs diverged; lower --lr")

@@ -131,7 +131,7 @@ def entries(args) -> list[Entry]:
 
 def settings(args, *more: str) -> dict:
     """Returns every option of a comparison or sweep that may change its results."""
-    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", "device", *FREE, *more)
+    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", "device", "jobs", *FREE, *more)
     return as_json({name: value for name, value in vars(args).items() if name not in skipped})
 
 
