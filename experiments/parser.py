@@ -39,7 +39,8 @@ LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5
 STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
           "kd_alpha": {"plain": DistilOptions.kd_alpha, "": 0.5},
           "student_embeddings": {"plain": "random", "": "teacher"}, "match": {"plain": "none", "": "hidden"},
-          "pretrain": {"plain": 0, "": 0}, "transfer": {"tiny": 4, "plain": 0, "": 3}}
+          "pooling": {"plain": DistilOptions.pooling, "": "attention"}, "pretrain": {"plain": 0, "": 0},
+          "transfer": {"tiny": 4, "plain": 0, "": 3}}
 AUGMENT_TIMES = 28  # sentences of the transfer set for each one of the training set, and at most:
 AUGMENT_MOST = {"tiny": 24_000, "": 240_000}
 METHODS = ("lora", "full", "head", "features", "none")
@@ -265,8 +266,8 @@ def add_distil_options(parser: Parser) -> None:
                help=f"{RNNConfig.hidden_size}, or less to fit, of each direction")
     parser.add("student", "--rnn-layers", type=COUNT, default=RNNConfig.rnn_layers, help="of the RNN")
     parser.add("student", "--cell", choices=("lstm", "gru"), default=RNNConfig.cell, help="of the RNN")
-    parser.add("student", "--pooling", choices=("max", "mean", "attention"), default=RNNConfig.pooling,
-               help="over real tokens")
+    parser.add("student", "--pooling", choices=("max", "mean", "attention"),
+               help=f"over real tokens; {_defaults_text(STAGES['pooling'])}")
     parser.add("student", "--dropout", type=number(float, 0, 0.99, "a number from 0 to 0.99"), default=RNNConfig.dropout,
                help="on embeddings and on the pooled vector")
     _data_options(parser)

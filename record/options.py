@@ -103,7 +103,7 @@ class DistilOptions:
     transfer: int = 0  # epochs on the transfer set
     stage_lr: float = 2e-3  # peak learning rate of both
     stage_tokens: int = 512  # tokens in a batch of both
-    stage_dropout: float = 0.1  # of the student in both
+    stage_dropout: float = 0.2  # of the student in both
     lm_weight: float = 1.0  # of language modelling in pretraining; 0: hidden states are matched alone
     match: str = "none"  # hidden or none: the teacher's last hidden states
     match_size: int = 192  # dimensions to which these are reduced

@@ -70,7 +70,7 @@ def test_every_stage_has_its_lines_and_both_students_the_same_steps(staged):
 
 def test_what_is_kept_is_the_student_alone(staged):
     state = load_file(staged / "run" / "student.safetensors")
-    assert {name.split(".")[0] for name in state} == {"embedding", "rnn", "classifier"}
+    assert {name.split(".")[0] for name in state} == {"embedding", "rnn", "attention", "classifier"}
     assert sum(value.numel() for value in state.values()) == (
         read_json(staged / "run" / "summary.json")["student"]["parameters"])
 
