@@ -32,7 +32,7 @@ TRAININGS = (
      "--label-smoothing 0.1"),
     ("cola_distil", {"student": "`distil`: student with KD", "scratch": "`distil`: no-KD baseline"},
      f"python run.py distil SR --teacher runs/LoRA-20001 --data {COLA} --text {PLAIN}/edited.txt "
-     f"--text {PLAIN}/tatoeba.txt --augment 120000"),
+     f"--text {PLAIN}/tatoeba.txt --augment 300000"),
     ("cola_distil_plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: no-KD baseline"},
      "python run.py distil SR --plain --teacher runs/LoRA-SR"))
 # Comparisons and sweeps: result, label, command while there is no result.
