@@ -32,8 +32,8 @@ from record.machine import device
 from record.options import DistilOptions, RNNConfig, RunOptions, TableOptions, as_json, rebuild, settings_of
 from train_utils import best_and_last, selection_split, training_summary
 
-# Embedding and hidden size of a student in stages, or less to fit its budget. In 8-bit weights it fits into 8 MB, and it is
-# small for the sake of speed: twice the hidden size scores no better than twice the sentences.
+# Embedding and hidden size of a student in stages, or less to fit its budget. In 8-bit weights it fits into 8 MB, and more
+# sentences paid more than size: MCC 0.316 on CoLA with 300,000 of them, 0.291 with 120,000 and a hidden size of 512.
 LARGEST = (128, 288)
 
 
