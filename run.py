@@ -238,6 +238,7 @@ def distil(args) -> int:
 
 
 def _check_jobs(args) -> None:
+    """Refuses --jobs where there is one run."""
     from record.files import UserError
 
     if args.jobs > 1:

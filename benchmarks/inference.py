@@ -31,6 +31,7 @@ from benchmarks.common import Report, paired_ratios
 from data.backbones import PACKAGED
 from data_utils import Batch
 from experiments import distil
+from experiments.parser import LARGEST
 from model import DistilRNN, count_parameters, load_classifier, student_config
 from record import machine
 
@@ -128,7 +129,7 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     machine.keep_freed_memory()  # as every run does; it reaches teacher and student alike
     report, base = Report(), common.base_of("gpt2", work)
     for what, teacher, largest, goal in (("plain, GPT-2", base, None, 50),
-                                         ("stages, SmolLM2", "smollm2", distil.LARGEST, 80)):
+                                         ("stages, SmolLM2", "smollm2", LARGEST, 80)):
         measure_student(report, args, what, teacher, largest, goal, 2 if args.quick else 5)
     measure_help(report)
     for name, model in (("smollm2", "smollm2"), ("gpt2", base)):  # a GGUF file, and a folder of safetensors

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -80,17 +80,19 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
         def run(entry: Entry, which: list[tuple[str, float | None]]) -> list[dict]:
             names = ["-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed]) for seed, rate in which]
             words = [["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"])] for seed, rate in which]
-            done = finished_runs(list(zip(words, [folder / name for name in names], strict=True)), threads, options.jobs)
+            folders, found = [folder / name for name in names], []
+            done = finished_runs(list(zip(words, folders, strict=True)), threads, options.jobs)
             for (seed, rate), name in zip(which, names, strict=True):
                 bar.set_postfix_str(name)
                 summary = next(done)
-                runs.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
-                             "status": "finished" if summary else "diverged", "summary": summary})
+                found.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
+                              "status": "finished" if summary else "diverged", "summary": summary})
                 bar.update()
-            return runs[len(runs) - len(which):]
+            runs.extend(found)
+            return found
 
-        threads = read_json(folder / "config.json").get("threads")  # recorded when the comparison began
-        threads = threads and max(1, threads // options.jobs)
+        total_threads = read_json(folder / "config.json").get("threads")  # recorded when the comparison began
+        threads = threads_each([path.parent for path in sorted(folder.glob("*/config.json"))], total_threads, options.jobs)
         for entry in options.entries:
             tried = run(entry, plan[entry.name])
             chosen = choose_rate(tried)
@@ -160,12 +162,21 @@ def _said(value) -> str:
 
 # ---------------------------------------------------------------- one run
 
+def threads_each(folders: Iterable[Path], threads: int | None, jobs: int) -> int | None:
+    """Returns the threads of each of several runs: those of the first that has begun, else its part of `threads`.
+
+    Another number would add up in another order, and give the seeds begun now another rounding than the others.
+    """
+    begun = (read_json(folder / "config.json").get("threads") for folder in folders if (folder / "config.json").exists())
+    return next(begun, None) or (threads and max(1, threads // jobs))
+
+
 def finished_runs(runs: list[tuple[list[str], Path]], threads: int | None, jobs: int) -> Iterator[dict | None]:
     """Yields what `finished_run` returns of each run's words and folder, in their order; `jobs` of them run at a time.
 
     An error of one, or a signal, asks the others to stop; it is raised when they have saved their state.
     """
-    if jobs == 1:
+    if jobs == 1:  # in this thread, which signals reach by themselves
         yield from (finished_run(words, folder, threads) for words, folder in runs)
         return
     stopped = threading.Event()
@@ -209,7 +220,7 @@ def finished_run(words: list[str], folder: Path, threads: int | None, tick: Call
             pass  # the child of a killed comparison may still be at work here: now it has ended
     if not (folder / "summary.json").exists() and not diverged.exists():
         words = [*words, f"--out={folder}", "--resume", "--no-plots", f"--device={device().type}"]
-        status = run_child(words, folder / "log.txt", threads, **({"tick": tick} if tick else {}))
+        status = run_child(words, folder / "log.txt", threads, tick=tick)
         last = next((line for line in reversed((folder / "log.txt").read_text(errors="replace").splitlines())
                      if line.strip()), "no output")
         if status == DIVERGED:

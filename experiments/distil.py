@@ -21,7 +21,7 @@ from distillation.teachers import Averaged, embed_as
 from experiments import stages
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
-from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES, default
+from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES, LARGEST, default
 from experiments.stages import Stage
 from experiments.transfer import Source
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
@@ -31,10 +31,6 @@ from record.folder import Recorder, finish, provenance, run_folder, use_recorded
 from record.machine import device
 from record.options import DistilOptions, RNNConfig, RunOptions, TableOptions, as_json, rebuild, settings_of
 from train_utils import best_and_last, selection_split, training_summary
-
-# Embedding and hidden size of a student in stages, or less to fit its budget. In 8-bit weights it fits into 8 MB, and more
-# sentences paid more than size: MCC 0.316 on CoLA with 300,000 of them, 0.291 with 120,000 and a hidden size of 512.
-LARGEST = (128, 288)
 
 
 def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) -> float:

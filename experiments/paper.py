@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments import compare
 from experiments.significance import paired_differences
-from experiments.steps import CHOSEN, RUN, Step, steps
+from experiments.steps import CHOSEN, Step, steps
 from experiments.variants import seeds_of
 from record.files import SUMS, UserError, check_sums, locked, make_folder, read_json, write_json
 from record.folder import provenance
@@ -213,7 +213,7 @@ def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) ->
     began = time.monotonic()
     tick(step)
     program, *words = [rate if word == CHOSEN else word for word in step.words]
-    if program == RUN and "--seeds" in words:  # no part of `words`: it changes no result, and may differ when started again
+    if step.at_a_time:  # not among the step's own words: another number would make it another step
         words += ["--jobs", str(options.jobs or jobs_here(options.seeds))]
     try:
         status = compare.run_child(words, log, program=ROOT / program, tick=lambda: tick(step))

@@ -43,6 +43,9 @@ STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
           "transfer": {"tiny": 4, "plain": 0, "": 3}}
 AUGMENT_TIMES = 28  # sentences of the transfer set for each one of the training set, and at most:
 AUGMENT_MOST = {"tiny": 24_000, "": 240_000}
+# Embedding and hidden size of a student in stages, or less to fit its budget: in 8-bit weights it fits into 8 MB, and it
+# classifies about 75 times as many sentences a second as SmolLM2 on one core (benchmarks/inference.py).
+LARGEST = (128, 288)
 METHODS = ("lora", "full", "head", "features", "none")
 
 
@@ -261,9 +264,10 @@ def add_distil_options(parser: Parser) -> None:
                help="of soft labels by KL, of logits by MSE, or with the teacher's choice as a hard label")
     _stage_options(parser)
     parser.add("student", "--embedding-size", type=COUNT,
-               help=f"{RNNConfig.embedding_size}, or less to fit 10 %% of the teacher's parameters")
+               help=f"{LARGEST[0]} ({RNNConfig.embedding_size} with --plain), or less to fit 10 %% of the teacher's "
+                    "parameters")
     parser.add("student", "--hidden-size", type=COUNT,
-               help=f"{RNNConfig.hidden_size}, or less to fit, of each direction")
+               help=f"{LARGEST[1]} ({RNNConfig.hidden_size} with --plain), or less to fit, of each direction")
     parser.add("student", "--rnn-layers", type=COUNT, default=RNNConfig.rnn_layers, help="of the RNN")
     parser.add("student", "--cell", choices=("lstm", "gru"), default=RNNConfig.cell, help="of the RNN")
     parser.add("student", "--pooling", choices=("max", "mean", "attention"),

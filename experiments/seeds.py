@@ -64,8 +64,7 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
                 with locked(make_folder(run.folder), "run"):
                     empty_folder(run.folder)
                     (run.folder / "diverged.txt").unlink(missing_ok=True)
-        threads = next((read_json(run.folder / "config.json").get("threads") for run in options.runs
-                        if (run.folder / "config.json").exists()), None) or max(1, torch.get_num_threads() // options.jobs)
+        threads = compare.threads_each([run.folder for run in options.runs], torch.get_num_threads(), options.jobs)
         done = {}
         summaries = compare.finished_runs([(run.words, run.folder) for run in options.runs], threads, options.jobs)
         with tqdm(options.runs, unit="run", desc=f"{options.mode} seeds", dynamic_ncols=True) as bar:

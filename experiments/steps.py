@@ -31,6 +31,7 @@ class Step:
     done: str  # the file in the paper's folder that it leaves when it is done
     needs: tuple[str, ...] = ()  # steps without which it cannot begin
     runs: str = ""  # pattern of its runs' folders, whose checksums are checked; NAME/* if empty
+    at_a_time: bool = False  # whether several of its runs may be at work; not LoRA's, whose cost stands beside PEFT's
 
 
 def steps(profile: str, sr: str, seeds: int, data: Path | None, out: Path) -> list[Step]:
@@ -59,7 +60,8 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
                          "targets=q+v,all", "--limit", "600", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json",
              runs=SWEPT),
         Step("methods", 2, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora", "--seeds",
-                            seeds, "--limit", "600", "--epochs", "4", *_to(out, "methods")], "methods/compare.json"),
+                            seeds, "--limit", "600", "--epochs", "4", *_to(out, "methods")], "methods/compare.json",
+             at_a_time=True),
         Step("diagnose", 0.5, [RUN, "diagnose", f"{out}/cola/distil-{sr}", "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
 
@@ -79,7 +81,8 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
                               "--search", "targets=q+v,q+k+v+o,all", "--limit", "2000", "--epochs", "1",
                               *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
             Step("methods", 90, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora",
-                                 "--seeds", seeds, "--epochs", "3", *_to(out, "methods")], "methods/compare.json")]
+                                 "--seeds", seeds, "--epochs", "3", *_to(out, "methods")], "methods/compare.json",
+             at_a_time=True)]
     return found
 
 
@@ -106,7 +109,7 @@ def _distil(sr: str, seeds: str, out: Path, text: list[str], minutes: float, abl
         stages = [] if "--plain" in flags else [*text, "--cache", str(out)]
         return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola/LoRA-{sr}", *stages,
                                     *flags, *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
-                    f"{folder}/distil-*")
+                    f"{folder}/distil-*", at_a_time=True)
     return [step("distil", "cola", []),
             *(step(f"distil-{name}", f"distil-{name}", flags) for name, flags in ablations.items())]
 
@@ -120,17 +123,18 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
                          "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
         Step("methods", 40, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
                              "--seeds", seeds, "--lr-grid", METHOD_RATES, "--epochs", "3",
-                             *_to(out, "methods")], "methods/compare.json"),
+                             *_to(out, "methods")], "methods/compare.json", at_a_time=True),
         Step("long", 100, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
                            "review", "--max-length", "256", "--truncate", "head", "--batch-tokens", "4096", "--methods",
                            "none,head,lora,full", "--against", "lora", "--seeds", seeds, "--lr-grid", METHOD_RATES,
-                           "--epochs", "10", "--patience", "3", *_to(out, "long")], "long/compare.json"),
+                           "--epochs", "10", "--patience", "3", *_to(out, "long")], "long/compare.json", at_a_time=True),
         Step("buzzer", 30, [RUN, "compare", sr, "--model", "minilm", "--task", "buzzer", "--data", f"{data}/buzzer",
                             "--methods", "none", "--set", "text:method=head", "--set", "text-lora:method=lora", "--set",
                             f"features:method=features,feature-columns={FEATURES}", "--set",
                             f"both:method=head,feature-columns={FEATURES}", "--set",
                             f"both-lora:method=lora,feature-columns={FEATURES}", "--against", "features", "--seeds", seeds,
-                            "--lr-grid", "3e-4,3e-3", "--epochs", "3", *_to(out, "buzzer")], "buzzer/compare.json"),
+                            "--lr-grid", "3e-4,3e-3", "--epochs", "3", *_to(out, "buzzer")], "buzzer/compare.json",
+             at_a_time=True),
         Step("logistic", 0.2, [LOGISTIC, "--task", "buzzer", "--data", f"{data}/buzzer", "--feature-columns", FEATURES,
                                "--out", f"{out}/logistic.json"], "logistic.json")]
 

@@ -167,18 +167,20 @@ class Source:
     def written(self) -> Iterator[str]:
         """Yields sentences that the base's language model writes after an epoch on the training sentences."""
         lm, longest = None, self.longest()
+
+        def chunk(number: int) -> Path:
+            return self.folder / f"written-{number:05d}.json"
+
+        def write(path: Path) -> None:
+            nonlocal lm
+            lm = lm or self.writer()
+            seed = int(path.stem.removeprefix("written-"))
+            write_json(path, {"sentences": draw_sentences(lm, self.tokenizer, WRITTEN, 3 * longest, seed)})
+
         for number in itertools.count():
             self.check_stop()
-            path, following = (self.folder / f"written-{k:05d}.json" for k in (number, number + 1))
-
-            def write(missing: Path) -> None:
-                nonlocal lm
-                lm = lm or self.writer()
-                seed = int(missing.stem.removeprefix("written-"))
-                write_json(missing, {"sentences": draw_sentences(lm, self.tokenizer, WRITTEN, 3 * longest, seed)})
-
-            share([path], write, self.check_stop, ahead=[following])
-            yield from (text if len(text.split()) <= longest else "" for text in read_json(path)["sentences"])
+            share([chunk(number)], write, self.check_stop, ahead=[chunk(number + 1)])
+            yield from (text if len(text.split()) <= longest else "" for text in read_json(chunk(number))["sentences"])
 
     def writer(self):
         """Returns the base's language model, adapted by LoRA for an epoch on the training sentences."""

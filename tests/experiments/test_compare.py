@@ -51,7 +51,7 @@ def made_up(monkeypatch):
     """
     calls = []
 
-    def child(words, log, threads=None):
+    def child(words, log, threads=None, tick=None):
         calls.append(words)
         log.write_text("made up\n")
         method, rate, seed = option(words, "method") or "lora", option(words, "lr"), words[1]
@@ -79,7 +79,7 @@ def made_up(monkeypatch):
 @pytest.fixture
 def same_process(monkeypatch):
     """Children that train, in this process: importing PyTorch takes longest of all."""
-    def child(words, log, threads=None):
+    def child(words, log, threads=None, tick=None):
         log.touch()
         return toy.main(*words)
     monkeypatch.setattr(compare, "run_child", child)
@@ -266,7 +266,7 @@ def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work
 
 def test_children_have_as_many_threads_as_the_comparison_began_with(work, tmp_path, monkeypatch, made_up):
     began, asked, child = torch.get_num_threads(), [], compare.run_child
-    monkeypatch.setattr(compare, "run_child", lambda words, log, threads: asked.append(threads) or child(words, log))
+    monkeypatch.setattr(compare, "run_child", lambda words, log, threads, tick: asked.append(threads) or child(words, log))
     assert call(work, tmp_path / "c", "--methods", "lora") == 0
     torch.set_num_threads(began + 1)
     shutil.rmtree(tmp_path / "c" / "lora-lr0.0004-00001")
@@ -284,7 +284,7 @@ def test_a_child_uses_the_threads_that_it_is_given(tmp_path, monkeypatch):
 def test_a_stopped_comparison_names_the_command_that_goes_on(work, tmp_path, monkeypatch, made_up, capsys):
     child = compare.run_child
 
-    def stopped(words, log, threads=None):
+    def stopped(words, log, threads=None, tick=None):
         if len(made_up) == 2:
             raise signals.Interrupted(15)
         return child(words, log)
@@ -300,7 +300,7 @@ def test_a_stopped_comparison_names_the_command_that_goes_on(work, tmp_path, mon
 
 def test_a_child_that_fails_is_one_line_that_names_its_log(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_child",
-                        lambda words, log, threads: log.write_text("bar\nrun.py: no such thing\n") and 2)
+                        lambda words, log, threads, tick: log.write_text("bar\nrun.py: no such thing\n") and 2)
     assert call(work, tmp_path / "c", "--methods", "lora") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "lora-lr0.0004-99999: the run failed (exit status 2: run.py: no such thing); see" in last and "log.txt" in last

@@ -106,6 +106,6 @@ def test_the_papers_studies_of_seeds_have_the_jobs_and_keep_their_words(tmp_path
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     (tmp_path / "steps").mkdir()
     options = paper.PaperOptions("12345", "quick", 4, None, tmp_path, jobs=jobs)
-    paper.run_step(Step("one", 1, [RUN, *words], "done"), options, lambda step: None)
+    paper.run_step(Step("one", 1, [RUN, *words], "done", at_a_time=words[0] == "distil"), options, lambda step: None)
     assert seen == [*words, *expected]
     assert read_json(tmp_path / "steps" / "one.json")["words"] == [RUN, *words]

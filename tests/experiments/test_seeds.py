@@ -15,7 +15,7 @@ def studies(work, tmp_path_factory):
     """Two seeds of a LoRA run and of a distillation of each, trained in this process; and the children's words."""
     folder, words = tmp_path_factory.mktemp("seeds"), []
 
-    def child(arguments, log, threads=None):
+    def child(arguments, log, threads=None, tick=None):
         words.append(arguments)
         log.touch()
         return toy.main(*arguments)
@@ -45,7 +45,7 @@ def summaries(folder, mode) -> list[dict]:
 @pytest.fixture
 def no_children(monkeypatch):
     """Fails where a run is started."""
-    monkeypatch.setattr(compare, "run_child", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(compare, "run_child", lambda *_, **__: pytest.fail("a run was started"))
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
 
 
@@ -111,7 +111,7 @@ def test_a_run_with_other_options_is_refused_by_name(work, studies, no_children,
 def test_overwrite_runs_every_seed_again_and_a_diverged_one_is_told(work, monkeypatch, tmp_path, capsys):
     begun = []
 
-    def child(arguments, log, threads=None):
+    def child(arguments, log, threads=None, tick=None):
         begun.append(arguments[1])
         log.write_text("run.py: loss nan\n")
         if arguments[1] == "00000":
