@@ -52,10 +52,7 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
     axis_name, train_key, key, factor = QUANTITIES[quantity]
     metrics = last_stage(metrics)
     distil, first = summary["mode"] == "distil", metrics[0].section("validation")
-    main = main_split(first)
-    # `all` is in- and out-of-domain together: a third line between the two would say nothing new.
-    splits = [main] + [split for split in first if split not in (main, "all")]
-    styles = dict(zip(splits, ["-", "--", "-."], strict=False))
+    main, styles = main_split(first), line_styles(first)
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -90,7 +87,7 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
     if distil:
         level("teacher", summary.section("teacher").section("validation"), key, color=GREEN)
     if quantity == "accuracy":
-        styles = dict(zip(splits, ["--", (0, (1, 2))], strict=False))
+        styles = dict(zip(styles, ["--", (0, (1, 2))], strict=False))
         level("majority class", first, "majority_accuracy", color=GREY, linewidth=1)
     if quantity == "mcc":
         axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="majority class (0)")
@@ -107,6 +104,14 @@ def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
     return figure
 
 
+def line_styles(validation: Record) -> dict[str, str]:
+    """Returns the style of each development split's line, the split that chose the epoch first."""
+    main = main_split(validation)
+    # `all` is in- and out-of-domain together: a third line between the two would say nothing new.
+    splits = [main] + [split for split in validation if split not in (main, "all")]
+    return dict(zip(splits, ["-", "--", "-."], strict=False))
+
+
 def stages_figure(metrics: list[Record], summary: Record) -> Figure:
     """Draws a distillation's earlier stages: the objective in pretraining, MCC on the transfer set, of both students."""
     stages = [stage for stage in ("pretrain", "transfer") if any(row.get("stage") == stage for row in metrics)]
@@ -120,11 +125,13 @@ def stages_figure(metrics: list[Record], summary: Record) -> Figure:
                 continue
             # Students take the same steps in epochs of different length: the axis is the share of the stage.
             done = [row.number("epoch") / len(rows) for row in rows]
+            marker = marker if len(rows) <= 40 else ""  # more of them hide whether a line is dashed
             axes.plot(done, [row.section("train").number(key) for row in rows], ":", color=colour, marker=marker, ms=3,
                       label=f"{PHASES[phase]}: train")
-            split = main_split(rows[0].section("validation"))
-            axes.plot(done, [row.section("validation").section(split).number(key) for row in rows], "-", color=colour,
-                      marker=marker, ms=4, label=f"{PHASES[phase]}: {'held out' if stage == 'pretrain' else spoken(split)}")
+            for split, style in line_styles(rows[0].section("validation")).items():
+                axes.plot(done, [row.section("validation").section(split).number(key) for row in rows], style, color=colour,
+                          marker=marker, ms=4,
+                          label=f"{PHASES[phase]}: {'held out' if stage == 'pretrain' else spoken(split)}")
         axes.set(xlabel="share of the stage's steps", ylabel=axis_name, title=f"stage: {stage}")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

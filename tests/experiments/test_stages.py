@@ -134,6 +134,11 @@ def test_several_teachers_are_averaged(work, tmp_path, quick):
 def test_plots_show_the_stages(work, staged, tmp_path):
     assert {path.name for path in figures.plot_run(staged / "run", tmp_path)} >= {
         "distil-12345_stages.png", "distil-12345_loss.png"}
+    figure = figures.stages_figure(records.read_metrics(staged / "run" / "metrics.jsonl"),
+                                   records.read_json(staged / "run" / "summary.json"))
+    assert [[line.get_label() for line in axes.get_lines()] for axes in figure.axes] == [
+        [f"{name}: {what}" for name in ("student, KD", "student, no teacher") for what in stage]
+        for stage in (("train", "held out"), ("train", "in-domain", "out-of-domain"))]
 
 
 def test_bad_text_and_options_are_one_line(work, tmp_path, capsys):
