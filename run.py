@@ -416,7 +416,7 @@ def paper(args) -> int:
     quick = args.profile == "quick"
     options = paper.PaperOptions(args.sr, args.profile, args.seeds, None if quick else args.data_root,
                                  args.out or Path(f"runs/paper-{'quick-' if quick else ''}{args.sr}"), tuple(args.only),
-                                 args.overwrite, args.jobs)
+                                 args.overwrite, args.jobs, args.records, args.no_run)
     if args.dry_run:
         print(paper.plan(options))
         return 0

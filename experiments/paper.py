@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experiments import compare
+from experiments import compare, step_records
 from experiments.significance import paired_differences
 from experiments.steps import CHOSEN, Step, steps
 from experiments.variants import seeds_of
@@ -44,6 +44,8 @@ class PaperOptions:
     only: tuple[str, ...] = ()  # names of the steps to run; all if empty
     overwrite: bool = False
     jobs: int | None = None  # runs of a step at a time; one for each core if None, one on a GPU
+    records: Path | None = None  # folder of what finished steps left, all but the weights
+    no_run: bool = False  # builds the paper of what is there
 
     @property
     def steps(self) -> list[Step]:
@@ -63,7 +65,11 @@ def plan(options: PaperOptions) -> str:
     """Returns every step of the paper for the terminal: whether it is done, about how long it takes, its command."""
     lines = []
     for step in options.steps:
-        state = "done" if is_done(step, options) else f"about {step.minutes:g} min on two cores"
+        state = f"about {step.minutes:g} min on two cores"
+        if is_done(step, options):
+            state = "done"
+        elif options.records and step_records.has_record(step, options.records):
+            state = "recorded"
         lines.append(f"{step.name} ({state}): {command(step)}")
     return "\n".join(lines)
 
@@ -84,7 +90,10 @@ def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
         signals.Interrupted: asked to stop; the step at work has saved its state.
     """
     wanted = [step for step in options.steps if not options.only or step.name in options.only]
-    check(options)
+    if options.no_run:
+        wanted = []
+    else:
+        check(options)
     settings = {"profile": options.profile, "seeds": options.seeds,
                 "data_root": None if options.data_root is None else str(options.data_root)}
     build.check_latex()
@@ -99,10 +108,35 @@ def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
             compare.same_settings(read_json(options.out / "config.json"), record, options.out)
         else:
             write_json(options.out / "config.json", record)
-        failures = run_steps(wanted, options)
+        if options.records:
+            exchange(wanted, options)
+        failures = run_steps(wanted, options) if wanted else []
         write_json(options.out / "paper.json", result(options, record))
         pdf = build.build_paper(options.out, ROOT / "report")
     return pdf, failures
+
+
+def exchange(wanted: list[Step], options: PaperOptions) -> None:
+    """Records the steps that are done here, and takes from their records those that are not, unless they have to be run.
+
+    A step has to be run, whatever its record, if one needs it that is wanted and neither done nor recorded.
+    """
+    done = {step.name for step in options.steps if is_done(step, options)}
+    recorded = {step.name for step in options.steps if step_records.has_record(step, options.records)}
+    restored = {step.name for step in options.steps if step_records.is_restored(step, options.out)}
+    by_name = {step.name: step for step in options.steps}
+    needed, left = set(), [step for step in wanted if step.name not in done | recorded]
+    while left:
+        needs = {name for name in left.pop().needs if name not in needed}
+        needed |= needs
+        left += [by_name[name] for name in needs if name not in done - restored]
+    for step in options.steps:
+        if step.name in done - restored:
+            step_records.keep(step, options.out, options.records)
+        elif step.name in restored & needed:
+            step_records.forget(step, options.out, options.records)
+        elif step.name in recorded - done - needed:
+            step_records.restore(step, options.out, options.records)
 
 
 def check(options: PaperOptions) -> None:
@@ -141,6 +175,8 @@ def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
             try:
                 seconds = read_json(state)["seconds"] if is_done(step, options) else run_step(step, options, tick)
                 clock.done(step, seconds)
+                if options.records and not step_records.is_restored(step, options.out):
+                    step_records.keep(step, options.out, options.records)
             except UserError as error:
                 failures.append(f"step {step.name} failed: {error}")
                 write_json(state, {"name": step.name, "command": command(step), "status": "failed", "error": str(error)})
@@ -183,7 +219,7 @@ def is_done(step: Step, options: PaperOptions) -> bool:
     Raises:
         UserError: a file of a run was damaged or changed since.
     """
-    state = options.out / "steps" / f"{step.name}.json"
+    state = step_records.state_of(step, options.out)
     if not state.exists() or not (options.out / step.done).exists():
         return False
     before = read_json(state)
@@ -206,7 +242,7 @@ def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) ->
         if not state.exists() or read_json(state)["status"] != "done":
             raise UserError(f"it needs the step {name}, which is not done")
     rate = link_runs(options) if CHOSEN in step.words else CHOSEN
-    state, log = options.out / "steps" / f"{step.name}.json", options.out / "steps" / f"{step.name}.log"
+    state, log = step_records.state_of(step, options.out), options.out / "steps" / f"{step.name}.log"
     before = read_json(state) if state.exists() else {}
     spent = before.get("seconds", 0.0) if before.get("words") == step.words and before.get("status") == "begun" else 0.0
     note = {"name": step.name, "words": step.words, "command": command(step, rate)}
@@ -257,7 +293,7 @@ def result(options: PaperOptions, record: dict) -> dict:
     """Returns paper.json: what became of every step, and the differences between steps, paired by seed."""
     found = []
     for step in options.steps:
-        state = options.out / "steps" / f"{step.name}.json"
+        state = step_records.state_of(step, options.out)
         known = read_json(state) if state.exists() else {}
         done = known.get("status") == "done" and known["words"] == step.words and (options.out / step.done).exists()
         found.append({"name": step.name, "command": known["command"] if done else command(step), "file": step.done,

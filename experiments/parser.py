@@ -439,6 +439,10 @@ def _paper(parser: Parser) -> None:
     _seeds_option(parser, "paper", 3, "")
     parser.add("paper", "--dry-run", action="store_true", help="print every step with its command, and run nothing")
     parser.add("paper", "--only", type=list_of(str), default=[], metavar="STEP[,...]", help="run these steps alone")
+    parser.add("paper", "--no-run", action="store_true", help="run no step: build the paper of what is there")
+    parser.add("paper", "--records", type=Path, metavar="DIR",
+               help="folder of what finished steps left, all but the weights: a step recorded there is not run again, one "
+                    "that is run is added")
     parser.add(FOLDER, "--out", type=Path, help="runs/paper-SR, or runs/paper-quick-SR, if not given")
     parser.add(FOLDER, "--overwrite", action="store_true", help="remove what the steps left, and begin anew")
 

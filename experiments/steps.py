@@ -33,6 +33,11 @@ class Step:
     runs: str = ""  # pattern of its runs' folders, whose checksums are checked; NAME/* if empty
     at_a_time: bool = False  # whether several of its runs may be at work; not LoRA's, whose cost stands beside PEFT's
 
+    @property
+    def reported(self) -> bool:
+        """Returns whether the report reads its runs, and not only the table that it leaves."""
+        return Path(self.done).name == "seeds.json"
+
 
 def steps(profile: str, sr: str, seeds: int, data: Path | None, out: Path) -> list[Step]:
     """Returns the steps of a profile in their order.

@@ -54,8 +54,7 @@ def paper_results(folder: Path, plots_dir: Path) -> tuple[dict[str, str], dict[s
     seeds = paper.record["seeds"]
     numbers = {"paper.profile": escape(paper.record.section("options")["profile"]), "paper.seeds": str(len(seeds)),
                "paper.range": f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0],
-               "paper.spread": _spread_note(len(seeds)), "paper.cpu": escape(paper.record["cpu"]),
-               "paper.threads": str(paper.record["threads"])}
+               "paper.spread": _spread_note(len(seeds)), "paper.machines": escape(_machines(paper))}
     for step in paper.record["steps"]:
         numbers[f"paper.{step['name']}.command"] = breakable(step["command"])
     files = {f"paper_{name}.tex": table.encode() for name, table in _tables(paper).items() if table}
@@ -79,6 +78,13 @@ def paper_results(folder: Path, plots_dir: Path) -> tuple[dict[str, str], dict[s
                                                                      "") + (", BLiMP" if found["pairs"]["published"] else
                                                                             ", the built-in grammar's"))
     return numbers, files
+
+
+def _machines(paper: Paper) -> str:
+    """Names what the steps ran on: each processor with its number of threads, which may be several machines'."""
+    found = {(step["cpu"], step["threads"]) for step in paper.done.values() if {"cpu", "threads"} <= step.keys()}
+    return " and on ".join(f"{cpu} with {threads} thread{'s' if threads > 1 else ''}" for cpu, threads in sorted(
+        found or {(paper.record["cpu"], paper.record["threads"])}))
 
 
 def _spread_note(seeds: int) -> str:
@@ -311,7 +317,7 @@ def cost(paper: Paper) -> str | None:
         trains = [part.section("train") for part in parts]
         rows.append(["student with KD", size, size, f"{fmean(t.number('seconds') / t.number('epochs') for t in trains):.3g}",
                      f"{max(t.number('peak_memory_bytes') for t in trains) / 2 ** 20:,.0f}",
-                     f"{(runs[0] / 'student.safetensors').stat().st_size / 1e6:.3g}", speed])
+                     f"{4 * parts[0].number('parameters') / 1e6:.3g}", speed])  # float32; the weights may be elsewhere
     head = " & ".join(["", "parameters", "trained", "s/epoch", "peak MiB", "MB on disk", "sentences/s"])
     return tabular("lrrrrrr", head, rows) if rows else None
 

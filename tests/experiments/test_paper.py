@@ -1,6 +1,7 @@
 """The paper's steps: that they are commands which their programs take, and what becomes of them."""
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import toy
 
 import run
 from data import backbones
-from experiments import compare, paper, variants
+from experiments import compare, paper, step_records, variants
 from experiments.paper import Clock, PaperOptions, make_paper, plan
 from experiments.steps import CHOSEN, RUN, Step, steps
 from record import signals
@@ -201,3 +202,90 @@ def test_bad_input_is_one_line(words, said, tmp_path, capsys):
     assert toy.main("paper", "12345", "--out", tmp_path / "out", *words) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- records
+
+@pytest.fixture
+def recorded(three, tmp_path):
+    """The same paper with a folder of records; also on another machine, where its folder is empty."""
+    options, fate, ran = three
+    here = replace(options, records=tmp_path / "records")
+    make_paper(here)
+    ran.clear()
+
+    def elsewhere(**changes) -> PaperOptions:
+        shutil.rmtree(options.out)
+        return replace(here, **changes)
+    return here, elsewhere, ran
+
+
+def test_a_recorded_step_is_not_run_again_elsewhere(recorded):
+    here, elsewhere, ran = recorded
+    before = (here.out / "one" / "result.json").read_bytes()
+    options = elsewhere()
+    assert plan(options).count("(recorded)") == 3
+    assert make_paper(options)[1] == [] and ran == []
+    assert states(options) == ["done"] * 3 and (options.out / "one" / "result.json").read_bytes() == before
+    assert not (options.out / "one" / "run").exists()  # no weights
+    assert make_paper(options)[1] == [] and ran == []
+
+
+def test_a_step_whose_weights_are_needed_is_run_whatever_its_record(recorded):
+    here, elsewhere, ran = recorded
+    (here.records / "three.json").unlink()
+    options = elsewhere()
+    assert make_paper(options)[1] == [] and ran == ["two", "three"]  # three reads what two left
+    assert (here.records / "three.json").exists()
+
+
+def test_so_it_is_when_its_record_was_taken_before(recorded):
+    here, elsewhere, ran = recorded
+    options = elsewhere()
+    make_paper(options)
+    (here.records / "three.json").unlink()
+    shutil.rmtree(options.out / "three")
+    only = replace(options, only=("three",))
+    assert make_paper(only)[1] == ["step three failed: it needs the step two, which is not done"] and ran == []
+    assert make_paper(options)[1] == [] and ran == ["two", "three"]
+    assert (options.out / "two" / "run" / "weights").exists()
+
+
+def test_a_record_of_another_command_is_not_taken(recorded, monkeypatch):
+    _, elsewhere, ran = recorded
+    declared = paper.steps()
+    monkeypatch.setattr(paper, "steps", lambda *_: [Step("one", 1, [RUN, "one", "--x"], "one/result.json"), *declared[1:]])
+    assert make_paper(elsewhere())[1] == [] and ran == ["one"]
+
+
+def test_no_run_builds_the_paper_of_what_is_there(recorded, monkeypatch):
+    here, elsewhere, ran = recorded
+    (here.records / "one.json").unlink()
+    monkeypatch.setattr(paper, "check", lambda options: pytest.fail("models and data are not needed"))
+    options = elsewhere(no_run=True)
+    assert make_paper(options)[1] == [] and ran == [] and states(options) == ["not run", "done", "done"]
+
+
+def test_a_record_cannot_write_outside_the_folder(recorded):
+    here, elsewhere, _ = recorded
+    record = json.loads((here.records / "one.json").read_text())
+    (here.records / "one.json").write_text(json.dumps(record | {"files": {"../outside.json": "{}"}}))
+    with pytest.raises(UserError, match="one.json: ../outside.json lies outside the paper's folder"):
+        make_paper(elsewhere())
+    assert not (here.out.parent / "outside.json").exists()
+
+
+def test_a_study_of_seeds_is_recorded_with_what_the_report_reads_of_its_runs(tmp_path):
+    step = Step("lora", 1, [], "cola/LoRA-12345-seeds/seeds.json", (), "cola/LoRA-*")
+    out, again = tmp_path / "out", tmp_path / "again"
+    for folder, name in (("grid/x", "summary.json"), ("cola/LoRA-12345-seeds", "seeds.json"), ("steps", "lora.json")):
+        (out / folder).mkdir(parents=True)
+        (out / folder / name).write_text('{"words": []}\n')
+    (out / "grid" / "x" / "adapter.safetensors").write_text("weights")
+    (out / "cola" / "LoRA-12345").symlink_to("../grid/x")
+    step_records.keep(step, out, tmp_path / "records")
+    step_records.restore(step, again, tmp_path / "records")
+    assert sorted(str(path.relative_to(again)) for path in again.rglob("*.*")) == [
+        "cola/LoRA-12345-seeds/seeds.json", "cola/LoRA-12345/summary.json", "steps/lora.json"]
+    step_records.forget(step, again, tmp_path / "records")
+    assert not any(path.is_file() for path in again.rglob("*")) and not (again / "cola" / "LoRA-12345").exists()

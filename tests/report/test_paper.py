@@ -67,7 +67,6 @@ def made_up(folder: Path, done=tuple(STEPS), half: float | None = 0.05, seeds=SE
         summary = json.loads((run / "summary.json").read_text())
         summary["student"]["train"] = summary["train"]
         (run / "summary.json").write_text(json.dumps(summary))
-        (run / "student.safetensors").write_bytes(b"0" * 1500000)
     flags = {"distil-plain": " --out p/distil-plain --plain", "distil": " --out p/cola"}
     folder.mkdir(exist_ok=True)
     (folder / "paper.json").write_text(json.dumps({
@@ -88,6 +87,16 @@ def whole(tmp_path_factory):
     return tables.paper_results(made_up(folder), folder / "plots")
 
 
+def test_the_paper_names_every_machine_that_a_step_ran_on(tmp_path):
+    folder = made_up(tmp_path / "paper", ("grid", "lora", "peft"))
+    assert tables.paper_results(folder, tmp_path / "plots")[0]["paper.machines"] == "A CPU with 1 thread"
+    for name, cpu in (("grid", "A CPU"), ("peft", "B&W")):
+        study = json.loads((folder / STEPS[name]).read_text())
+        (folder / STEPS[name]).write_text(json.dumps(study | {"cpu": cpu, "threads": 2}))
+    assert tables.paper_results(folder, tmp_path / "plots")[0]["paper.machines"] == (
+        r"A CPU with 2 threads and on B\&W with 2 threads")
+
+
 def test_a_table_has_mean_and_half_of_the_interval_best_and_last_alike(whole):
     numbers, files = whole
     cola = files["paper_cola.tex"].decode()
@@ -104,7 +113,7 @@ def test_a_table_has_mean_and_half_of_the_interval_best_and_last_alike(whole):
     methods = files["paper_methods.tex"].decode()
     assert r"head & 12,345 & 0.0004 & best (2.5) & 80.0" in methods and "full &  &  & diverged" in methods
     assert r"head minus lora &  &  & best & +80.0\,$\pm$\,1.0 & $-$0.400\,$\pm$\,0.050" in methods
-    assert r"student with KD & 5,000,000 & 5,000,000 & 309 & 1,177 & 1.5 & 2,100" in files["paper_cost.tex"].decode()
+    assert r"student with KD & 5,000,000 & 5,000,000 & 309 & 1,177 & 20 & 2,100" in files["paper_cost.tex"].decode()
     assert numbers["paper.lora.minus.peft"] == r"+0.010\,$\pm$\,0.050"
     assert "Mean over 3 seeds" in numbers["paper.spread"]
 
