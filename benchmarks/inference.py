@@ -44,7 +44,7 @@ def until_the_loss(args):  # changed this late, so that the command itself impor
     import train_utils
     train_utils.cross_entropy = lambda *_: lambda logits, batch: os._exit(0)
     return finetune(args)
-run.finetune = until_the_loss
+run.CALLS['LoRA'] = until_the_loss
 sys.exit(run.main(sys.argv[1:]) or 1)
 """
 BARE = """
