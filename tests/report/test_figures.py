@@ -1,10 +1,11 @@
 """figures: runs, comparisons and sweeps made up (made_up.py), then drawn."""
 
+import json
 import struct
 from pathlib import Path
 
 import pytest
-from made_up import SR, comparison, distil_run, lora_run, search
+from made_up import COLA, SR, comparison, distil_run, epoch, lora_run, search
 from matplotlib.image import imread
 
 from report import figures
@@ -87,6 +88,24 @@ def test_distillation_draws_both_students_and_the_teacher_in_one_figure(tmp_path
     for name in ("student, KD", "student, no teacher"):
         assert list(loss[f"{name}: train"].get_ydata()) == pytest.approx([0.6, 0.3, 0.2, 0.15])
     assert "no KD term" in loss["student, KD: train"].axes.get_ylabel()
+
+
+def test_the_stages_are_drawn_by_their_share_with_every_split_of_both_students(tmp_path):
+    def line(phase: str, stage: str, number: int, splits=COLA) -> dict:
+        return epoch(number, splits, phase=phase, stage=stage)
+    rows = [line("student", "pretrain", n, ("held_out",)) for n in (1, 2)]
+    rows += [line("student", "transfer", n) for n in (1, 2)] + [line("scratch", "transfer", n) for n in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure = figures.stages_figure(read_metrics(tmp_path / "metrics.jsonl"), {"model": "m", "task": "t", "sr": SR})
+    pretrain, transfer = figure.axes
+    assert [text.get_text() for text in pretrain.get_legend().get_texts()] == ["student, KD: train", "student, KD: held out"]
+    lines = {line.get_label(): line for line in transfer.get_lines()}
+    assert list(lines) == [f"{name}: {curve}" for name in ("student, KD", "student, no teacher")
+                           for curve in ("train", "in-domain", "out-of-domain")]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == 6
+    assert list(lines["student, KD: in-domain"].get_xdata()) == [0.5, 1]
+    assert list(lines["student, no teacher: out-of-domain"].get_xdata()) == [0.25, 0.5, 0.75, 1]
+    assert list(lines["student, KD: out-of-domain"].get_ydata()) == pytest.approx([-0.01, 0.06])
 
 
 # ---------------------------------------------------------------- comparisons and sweeps
