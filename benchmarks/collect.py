@@ -1,11 +1,10 @@
 """Collects finished runs into one result: the seeds of a command become mean and sample standard deviation.
 
-    python benchmarks/collect.py --name cola_lora_fp32 runs/LoRA-12345 runs/LoRA-12346 runs/LoRA-12347
-    python benchmarks/collect.py --name rotten_tomatoes runs/compare-40001
+    python benchmarks/collect.py --name cola_lora_bf16 runs/LoRA-12345 runs/LoRA-12346 runs/LoRA-12347
 
-Reads the runs of one `LoRA`, `distil` or peft_reference.py command with several seeds, or one finished `compare` or
-`sweep`; writes benchmarks/results/NAME.json, from which summarise.py writes the tables of the pages. Several runs are
-one result only if they differ in nothing but the seed: the same command, data, versions, CPU and threads.
+Reads the runs of one `LoRA` or `distil` command with several seeds; writes benchmarks/results/NAME.json, from which
+summarise.py writes the tables of the pages. Runs are one result only if they differ in nothing but the seed: the same
+command, data, versions, CPU and threads. What the paper's steps leave comes to the pages by `run.py paper --records`.
 """
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from record.files import UserError, make_folder, read_json, write_json  # noqa: E402 (needs the path above)
+from record.files import UserError, make_folder, write_json  # noqa: E402 (needs the path above)
 from record.folder import read_run  # noqa: E402
 
 # Options that say where a run stands and how it was started, with the number of their values.
-PLACE = {"--out": 1, "--plots": 1, "--cache": 1, "--save-every": 1, "--resume": 0, "--overwrite": 0, "--no-plots": 0}
+PLACE = {"--out": 1, "--plots": 1, "--cache": 1, "--save-every": 1, "--jobs": 1,
+         "--resume": 0, "--overwrite": 0, "--no-plots": 0}
 SAME = ("versions", "cpu", "device", "threads", "matmul", "data_files")  # what the runs of one result have in common
-STUDIES = ("compare", "sweep")
 
 
 def typed(command: str, seed: str | None = None) -> str:
@@ -84,20 +83,13 @@ def row(name: str, parts: list[dict]) -> dict:
     return result
 
 
-def read(folder: Path) -> tuple[dict, dict]:
-    """Returns config.json and summary.json of a finished run; a run of this project is checked against its checksums."""
-    if (folder / "summary.json").exists() and read_json(folder / "summary.json").get("mode") == "peft":
-        return read_json(folder / "config.json"), read_json(folder / "summary.json")
-    return read_run(folder)
-
-
-def collect_runs(folders: list[Path]) -> dict:
+def collect(folders: list[Path]) -> dict:
     """Returns one result of the runs of one command.
 
     Raises:
         UserError: a run is not finished or damaged; two runs differ in more than the seed, or have the same seed.
     """
-    runs = [read(folder) for folder in folders]
+    runs = [read_run(folder) for folder in folders]
     configs, summaries = [config for config, _ in runs], [summary for _, summary in runs]
     seeds = [summary["sr"] for summary in summaries]
     if len(set(seeds)) < len(seeds):
@@ -121,34 +113,10 @@ def collect_runs(folders: list[Path]) -> dict:
                       for key in ("seconds", "peak_memory_bytes") if key in first["train"]}}
 
 
-def collect_study(folder: Path, mode: str) -> dict:
-    """Returns one result of a comparison or a sweep: its table's figures, without its runs and paths."""
-    study = read_json(folder / f"{mode}.json")
-    if mode == "compare":
-        figures = {"seeds": study["seeds"], "selection": study["selection"], "entries": [
-            {key: value for key, value in entry.items() if key != "words"} for entry in study["entries"]]}
-    else:
-        figures = {"seeds": [study["sr"]], **{key: study[key] for key in ("search", "selection", "importance", "best")},
-                   "trials": [{key: trial.get(key) for key in ("state", "params", "score", "parameters", "validation")}
-                              for trial in study["trials"]]}
-    return {"collected": mode, "command": typed(study["command"]), **about([study]), "model": study["model"],
-            "task": study["task"], **figures}
-
-
 def about(configs: list[dict]) -> dict:
     """Returns on what the runs ran; their commits may differ."""
     return {"git_commits": list(dict.fromkeys(config.get("git_commit") for config in configs)),
             **{key: configs[0].get(key) for key in SAME if key != "data_files"}}
-
-
-def collect(folders: list[Path]) -> dict:
-    """Returns the result of one study, or of the runs of one command."""
-    for mode in STUDIES:
-        if (folders[0] / f"{mode}.json").exists():
-            if len(folders) > 1:
-                raise UserError(f"{folders[0]}: a {mode} holds its seeds itself: give it alone")
-            return collect_study(folders[0], mode)
-    return collect_runs(folders)
 
 
 def main() -> int:

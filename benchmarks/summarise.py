@@ -1,7 +1,8 @@
-"""Writes the tables of README.md, docs/ and benchmarks/README.md from results/*.json: no figure is typed by hand.
+"""Writes the tables of README.md, docs/ and benchmarks/README.md from results/: no figure is typed by hand.
 
     python benchmarks/train_throughput.py --data DIR --json > benchmarks/results/train_throughput_NAME.json
-    python benchmarks/collect.py --name cola_lora_fp32 runs/LoRA-12345 runs/LoRA-12346 runs/LoRA-12347
+    python benchmarks/collect.py --name cola_lora_bf16 runs/LoRA-12345 runs/LoRA-12346 runs/LoRA-12347
+    python run.py paper 12345 --profile full --data-root ../shared/data --records benchmarks/results/paper
     python benchmarks/summarise.py
 
 A page marks where a table stands: `<!-- NAME, by summarise.py -->` before it and `<!-- end of NAME -->` after it. NAME
@@ -11,20 +12,31 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.collect import typed  # noqa: E402 (needs the path above)
+from experiments.significance import paired_differences  # noqa: E402
+from experiments.steps import ABLATIONS, CHOSEN, steps  # noqa: E402
+
 MARKED = re.compile(r"(<!-- ([\w-]+), by summarise\.py -->\n).*?(<!-- end of \2 -->\n)", re.DOTALL)
 UNITS = {"x": " ×", "%": " %", "s": " s", "MiB": " MiB"}
 NOT_RUN = "not run"
 COLA, PLAIN = "../shared/data/cola", "../shared/data/plain_text"
+# The paper's steps on real data, whose records are in results/paper/: results named paper/STEP.
+STEPS = {step.name: step for step in steps("full", "12345", 3, Path("../shared/data"), Path("runs/paper-12345"))}
+COMMANDS = {name: typed("python " + shlex.join("4e-4" if word == CHOSEN else word for word in step.words))
+            for name, step in STEPS.items()}
 # Trainings on CoLA: result, label of each of its rows, command while there is no result.
 TRAININGS = (
-    ("cola_peft", {"peft": "PEFT + Trainer"}, f"python benchmarks/peft_reference.py --data {COLA} --seed SR"),
-    ("cola_lora_fp32", {"lora": "`LoRA`, float32"},
-     f"python run.py LoRA SR --model smollm2 --data {COLA} --precision fp32"),
+    ("paper/peft", {"peft": "PEFT + Trainer"}, COMMANDS["peft"]),
+    ("paper/lora", {"LoRA": "`LoRA`, float32"}, COMMANDS["lora"]),
     ("cola_lora_bf16", {"lora": "`LoRA`, bfloat16"},
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
     ("cola_lora_r16", {"lora": "`LoRA`, bfloat16, rank 16"},
@@ -35,23 +47,11 @@ TRAININGS = (
      f"--text {PLAIN}/tatoeba.txt --augment 300000"),
     ("cola_distil_plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: no-KD baseline"},
      "python run.py distil SR --plain --teacher runs/LoRA-SR"))
-# Comparisons and sweeps: result, label, command while there is no result.
-FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"
-STUDIES = {
-    "rotten_tomatoes": ("MiniLM on rotten_tomatoes", "python run.py compare 40001 --model minilm --task rotten_tomatoes "
-                        "--data ../shared/data/rotten_tomatoes --seeds 2 --lr-grid 5e-5,5e-4 --head-lr 5e-3"),
-    "rank_against_roles": ("MiniLM on rotten_tomatoes", "python run.py sweep 60001 --model minilm --task rotten_tomatoes "
-                           "--data ../shared/data/rotten_tomatoes --limit 4000 --sampler grid --no-prune "
-                           "--search rank=1,2,4,8,16 --search targets=q+v,q+k+v+o,all --lr 5e-4 --head-lr 5e-3 --epochs 1"),
-    "movie_reviews": ("MiniLM on movie_reviews", "python run.py compare 50001 --model minilm "
-                      "--data ../shared/data/movie_reviews --text-column review --max-length 128 --truncate head "
-                      "--batch-tokens 4096 --methods head,lora,full --seeds 3 --epochs 2"),
-    "buzzer": ("MiniLM on buzzer", "python run.py compare 30001 --model minilm --task buzzer --data ../shared/data/buzzer "
-               "--methods none --set text:method=head --set text-lora:method=lora "
-               f"--set features:method=features,feature-columns={FEATURES} "
-               f"--set both:method=head,feature-columns={FEATURES} "
-               f"--set both-lora:method=lora,feature-columns={FEATURES} --seeds 3 --lr-grid 3e-4,3e-3 --epochs 3"),
-}
+# The paper's comparisons and its sweep: step, label.
+STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tomatoes", "long": "MiniLM on movie_reviews",
+           "buzzer": "MiniLM on buzzer"}
+STUDENTS = {"distil": [], **{f"distil-{name}": flags for name, flags in ABLATIONS.items()}}  # step -> its own options
+SHOWN = ("lora", "peft", "logistic", *STUDIES, *STUDENTS)  # on these pages; the paper shows every step
 # Programs whose targets docs/speed.md shows.
 SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
 # Their rows in the README: program, end of the row's name, label.
@@ -161,7 +161,17 @@ def cola(results: dict[str, dict]) -> list[str]:
                              *(accuracy_and_mcc(row[which][split]) for split in splits),
                              f"`{result['command']}`" if first else ""])
     return [*table(["what", "seeds", "epoch", "trained parameters:", "in-domain", "out-of-domain", "all", "command"], rows),
-            *measured_on(results[name] for name in names if name in results)]
+            *lora_minus_peft(results), *measured_on(results[name] for name in names if name in results)]
+
+
+def lora_minus_peft(results: dict[str, dict]) -> list[str]:
+    """Says by how much LoRA and PEFT's reference differ at equal budget, paired by seed, with 95 % intervals."""
+    if not {"paper/lora", "paper/peft"} <= results.keys():
+        return []
+    one, other = (results[name]["entries"][0] for name in ("paper/lora", "paper/peft"))
+    return ["", "LoRA minus PEFT at equal budget, MCC paired by seed, 95 % interval: " + "; ".join(
+        f"{which} epoch " + ", ".join(f"{split.replace('_', '-')} {difference(one, other, which, split)}"
+                                      for split in one[which]) for which in ("best", "last")) + "."]
 
 
 def student(results: dict[str, dict]) -> list[str]:
@@ -175,16 +185,41 @@ def student(results: dict[str, dict]) -> list[str]:
         for name in ("teacher", "student")])
 
 
+def ablations(results: dict[str, dict]) -> list[str]:
+    """Shows the paper's student and its variants: MCC of the best epoch, against the no-KD baseline and the first row."""
+    splits, rows = ("in_domain", "out_of_domain", "all"), []
+    studies = {name: {entry["entry"]: entry for entry in results[f"paper/{name}"]["entries"]} for name in STUDENTS
+               if f"paper/{name}" in results}
+    for name, flags in STUDENTS.items():
+        label = f"`{' '.join(flags)}`" if flags else "as it is"
+        if name not in studies:
+            rows.append([label, NOT_RUN, "", "", "", "", ""])
+            continue
+        student, control, first = studies[name]["student"], studies[name].get("scratch"), studies.get("distil")
+        rows.append([label, *(mean(student["best"][split]["mcc"]) for split in splits),
+                     mean(control["best"]["all"]["mcc"]) if control else "",
+                     difference(student, control) if control else "",
+                     difference(student, first["student"]) if first and name != "distil" else ""])
+    return ["```", *wrapped(COMMANDS["distil"]), "```", "",
+            *table(["its own options", "in-domain:", "out-of-domain:", "all:", "no-KD baseline, all:",
+                    "student minus it, all:", "minus the first row, all:"], rows),
+            *measured_on(results[f"paper/{name}"] for name in studies)]
+
+
+def difference(one: dict, other: dict, which: str = "best", split: str = "all") -> str:
+    """Says by how much two entries differ in MCC, paired by seed, with the 95 % interval."""
+    spread = paired_differences(one, other)[which][split]["mcc"]
+    return f"{spread['mean']:+.3f}" + (" ({:+.3f} to {:+.3f})".format(*spread["interval"]) if spread["interval"] else "")
+
+
 # ---------------------------------------------------------------- comparisons and sweeps
 
 def comparison(name: str, results: dict[str, dict]) -> list[str]:
-    """Shows a row for each entry of a comparison."""
-    label, command = STUDIES[name]
-    result = results.get(name)
-    command = result["command"] if result else command
-    lines = ["```", *wrapped(command), "```", ""]
+    """Shows a row for each entry of one of the paper's comparisons."""
+    result = results.get(f"paper/{name}")
+    lines = ["```", *wrapped(result["command"] if result else COMMANDS[name]), "```", ""]
     if result is None:
-        return [*lines, f"{label}: {NOT_RUN}."]
+        return [*lines, f"{STUDIES[name]}: {NOT_RUN}."]
     split, done = result["selection"]["split"], [entry for entry in result["entries"] if "best" in entry]
     rows = [["majority class", "", "", f"{100 * done[0]['majority_accuracy'][split]:.1f} %", "0", "", "", "", ""]]
     for entry in result["entries"]:
@@ -205,11 +240,10 @@ def comparison(name: str, results: dict[str, dict]) -> list[str]:
 
 def sweep(name: str, results: dict[str, dict]) -> list[str]:
     """Shows a grid over two options: the first one's values as rows, the second one's as columns."""
-    label, command = STUDIES[name]
-    result = results.get(name)
-    lines = ["```", *wrapped(result["command"] if result else command), "```", ""]
+    result = results.get(f"paper/{name}")
+    lines = ["```", *wrapped(result["command"] if result else COMMANDS[name]), "```", ""]
     if result is None:
-        return [*lines, f"{label}: {NOT_RUN}."]
+        return [*lines, f"{STUDIES[name]}: {NOT_RUN}."]
     (row_option, row_values), (column_option, column_values) = result["search"].items()
     split = result["selection"]["split"]
     cells = {(trial["params"][row_option], trial["params"][column_option]): trial for trial in result["trials"]
@@ -230,13 +264,12 @@ def sweep(name: str, results: dict[str, dict]) -> list[str]:
 
 def buzzer(results: dict[str, dict]) -> list[str]:
     """Shows the comparison on buzzer, and logistic regression on the same numbers."""
-    reference = results.get("features_reference")
-    command = ("python benchmarks/features_reference.py --task buzzer --data ../shared/data/buzzer "
-               f"--feature-columns {FEATURES}")
+    reference = results.get("paper/logistic")
     scores = next(iter(reference["splits"].values())) if reference else None
     said = f"{100 * scores['accuracy']:.1f} %, MCC {scores['mcc']:.3f}" if scores else NOT_RUN
+    command = shown(reference) or COMMANDS["logistic"]
     return [*comparison("buzzer", results), "",
-            f"scikit-learn's logistic regression on the same six numbers: {said} (`{shown(reference) or command}`)."]
+            f"scikit-learn's logistic regression on the same six numbers: {said} (`{command}`)."]
 
 
 def wrapped(command: str, width: int = 118) -> list[str]:
@@ -327,14 +360,13 @@ def summary(results: dict[str, dict]) -> list[str]:
             said = accuracy_and_mcc(next(row for row in result["rows"] if row["name"] == key)["best"]["all"]
                                     ) if result else NOT_RUN
             rows.append([f"CoLA, {label}", said, f"`{result['command'] if result else command}`"])
-    name = "rotten_tomatoes"
-    label, command = STUDIES[name]
-    if result := results.get(name):
+    label = STUDIES["methods"]
+    if result := results.get("paper/methods"):
         split = result["selection"]["split"]
         rows += [[f"{label}, `{entry['entry']}`", accuracy_and_mcc(entry["best"][split]), f"`{result['command']}`"]
                  for entry in result["entries"] if entry.get("method") in ("lora", "full") and "best" in entry]
     else:
-        rows.append([label, NOT_RUN, f"`{command}`"])
+        rows.append([label, NOT_RUN, f"`{COMMANDS['methods']}`"])
     for program, end, label in HEADLINES:
         for result in results.values():
             rows += [[f"{label} ({', '.join(filter(None, (row['what'].removesuffix(end), cpu_of(result))))})",
@@ -369,9 +401,9 @@ def architectures(results: dict[str, dict]) -> list[str]:
 SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "student": student, "speed": speed,
             "measurements": measurements, "reliability": reliability, "buzzer": buzzer,
             "serving": lambda results: of_program("serving", results),
-            "rotten_tomatoes": lambda results: comparison("rotten_tomatoes", results),
-            "movie_reviews": lambda results: comparison("movie_reviews", results),
-            "rank_against_roles": lambda results: sweep("rank_against_roles", results)}
+            "ablations": ablations, "methods": lambda results: comparison("methods", results),
+            "long": lambda results: comparison("long", results),
+            "rank": lambda results: sweep("rank", results)}
 
 
 # ---------------------------------------------------------------- pages
@@ -381,8 +413,23 @@ def pages() -> list[Path]:
 
 
 def read_results() -> dict[str, dict]:
-    """Returns every result by the name of its file."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+    """Returns every result by the name of its file, and what the paper's recorded steps left as paper/STEP."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
+    return found | {f"paper/{path.stem}": of_step(path.stem, json.loads(path.read_text()))
+                    for path in sorted((HERE / "results" / "paper").glob("*.json")) if path.stem in SHOWN}
+
+
+def of_step(name: str, record: dict) -> dict:
+    """Returns what a step left as a result: a comparison, a sweep, or the one entry of a study as a training."""
+    study = json.loads(record["files"][STEPS[name].done])
+    result = {**study, "command": typed(study["command"]), "git_commits": [study.get("git_commit")]}
+    if name in ("lora", "peft"):
+        entry = study["entries"][0]
+        result["rows"] = [{"name": entry["entry"], "trainable": entry["parameters"]["trainable"], **{
+            which: entry[which] for which in ("best", "last")}, **{
+            key: [int(epoch) for epoch in entry[key]["values"]] for key in ("best_epoch", "last_epoch")}}]
+        result["majority_accuracy"] = study.get("majority_accuracy", entry.get("majority_accuracy"))
+    return result
 
 
 def filled(page: str, results: dict[str, dict]) -> str:

@@ -12,10 +12,11 @@ CHOSEN = "CHOSEN"  # in a command line: the learning rate that the step `grid` c
 SWEPT = "rank/best"  # no run's checksums are checked: a sweep removes the weights of all trials but the best
 RUN, PEFT, LOGISTIC = "run.py", "benchmarks/peft_reference.py", "benchmarks/features_reference.py"
 COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
-METHOD_RATES = "1e-4,5e-4,3e-3"  # of every method: full fine-tuning, LoRA and the head want rates far apart
+# Of full fine-tuning and LoRA, which want rates far apart; the head has one of its own, for all methods alike.
+METHOD_RATES = ["--lr-grid", "1e-4,5e-4", "--head-lr", "5e-3"]
 FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"  # of the quiz-bowl guesses
 # The student's ablations: name -> options of `distil` beside those of the paper's student.
-ABLATIONS = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
+ABLATIONS: dict[str, list[str]] = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
              "no-matching": ["--match", "none", "--no-control"],
              "hard-labels": ["--match", "none", "--kd-loss", "hard", "--no-control"],
              "language-model": ["--pretrain", "4", "--augment", "0", "--match", "none"]}
@@ -60,7 +61,7 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
     task = ["--model", "tiny", "--task", "tiny"]
     return [
         *_lora(task, sr, seeds, out, TINY_RATES, ["--epochs", "6"], (2, 0.2, 3)),
-        *_distil(sr, seeds, out, [], 3, {"plain": ABLATIONS["plain"]}),
+        *_distil(sr, seeds, out, [], {"distil": 4, "distil-plain": 2}),
         Step("rank", 1, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,8", "--search",
                          "targets=q+v,all", "--limit", "600", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json",
              runs=SWEPT),
@@ -76,8 +77,10 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
     pairs = ["--pairs", f"{data}/blimp/pairs.tsv", "--limit", "100"] if data else []
     text = [word for name in ("edited", "tatoeba") for word in ("--text", f"{data}/plain_text/{name}.txt")] if data else []
     found = [
-        *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (35, 1, 60)),
-        *_distil(sr, seeds, out, text, 40),
+        *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (30, 1, 75)),
+        *_distil(sr, seeds, out, text, {
+            "distil": 65, "distil-plain": 4, "distil-no-transfer-set": 4, "distil-no-matching": 12, "distil-hard-labels": 12,
+            "distil-language-model": 36}),
         Step("diagnose", 6, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
     if data is None:  # the methods and the ranks on the one task that there is
@@ -86,8 +89,8 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
                               "--search", "targets=q+v,q+k+v+o,all", "--limit", "2000", "--epochs", "1",
                               *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
             Step("methods", 90, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora",
-                                 "--seeds", seeds, "--epochs", "3", *_to(out, "methods")], "methods/compare.json",
-             at_a_time=True)]
+                                 "--seeds", seeds, *METHOD_RATES, "--epochs", "3", *_to(out, "methods")],
+                 "methods/compare.json", at_a_time=True)]
     return found
 
 
@@ -104,36 +107,38 @@ def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: l
                                   "--out", f"{out}/peft"], "peft/compare.json")]
 
 
-def _distil(sr: str, seeds: str, out: Path, text: list[str], minutes: float, ablations: dict[str, list[str]] = ABLATIONS
-            ) -> list[Step]:
+def _distil(sr: str, seeds: str, out: Path, text: list[str], minutes: dict[str, float]) -> list[Step]:
     """Returns the student with its no-KD baseline, and its ablations, all with the teacher of the first seed.
 
     Its labels of the transfer set are computed once, for all of them.
+
+    Args:
+        minutes: of each step that there is, by name.
     """
-    def step(name: str, folder: str, flags: list[str]) -> Step:
+    def step(name: str) -> Step:
+        flags, folder = ABLATIONS.get(name.removeprefix("distil-"), []), "cola" if name == "distil" else name
         stages = [] if "--plain" in flags else [*text, "--cache", str(out)]
-        return Step(name, minutes, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola/LoRA-{sr}", *stages,
-                                    *flags, *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
+        return Step(name, minutes[name], [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola/LoRA-{sr}", *stages,
+                                          *flags, *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
                     f"{folder}/distil-*", at_a_time=True)
-    return [step("distil", "cola", []),
-            *(step(f"distil-{name}", f"distil-{name}", flags) for name, flags in ablations.items())]
+    return [step(name) for name in minutes]
 
 
 def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
     """Returns the steps with MiniLM: ranks and methods on sentence polarity, long reviews, quiz-bowl guesses."""
     polarity = ["--model", "minilm", "--task", "rotten_tomatoes", "--data", f"{data}/rotten_tomatoes"]
     return [
-        Step("rank", 8, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
+        Step("rank", 10, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
                          "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
                          "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
         Step("methods", 40, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
-                             "--seeds", seeds, "--lr-grid", METHOD_RATES, "--epochs", "3",
+                             "--seeds", seeds, *METHOD_RATES, "--epochs", "3",
                              *_to(out, "methods")], "methods/compare.json", at_a_time=True),
-        Step("long", 100, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
+        Step("long", 95, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
                            "review", "--max-length", "256", "--truncate", "head", "--batch-tokens", "4096", "--methods",
-                           "none,head,lora,full", "--against", "lora", "--seeds", seeds, "--lr-grid", METHOD_RATES,
-                           "--epochs", "10", "--patience", "3", *_to(out, "long")], "long/compare.json", at_a_time=True),
-        Step("buzzer", 30, [RUN, "compare", sr, "--model", "minilm", "--task", "buzzer", "--data", f"{data}/buzzer",
+                           "none,head,lora,full", "--against", "lora", "--seeds", seeds, *METHOD_RATES, "--epochs", "8",
+                           "--patience", "2", *_to(out, "long")], "long/compare.json", at_a_time=True),
+        Step("buzzer", 25, [RUN, "compare", sr, "--model", "minilm", "--task", "buzzer", "--data", f"{data}/buzzer",
                             "--methods", "none", "--set", "text:method=head", "--set", "text-lora:method=lora", "--set",
                             f"features:method=features,feature-columns={FEATURES}", "--set",
                             f"both:method=head,feature-columns={FEATURES}", "--set",

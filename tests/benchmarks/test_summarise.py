@@ -1,12 +1,14 @@
 """The pages hold exactly what the results say; a table's cells are the results' figures."""
 import json
 import re
+from pathlib import Path
 
 import made_up
 import pytest
 
 from benchmarks import summarise
-from benchmarks.collect import collect, row, typed
+from benchmarks.collect import row, typed
+from experiments.significance import over_seeds
 
 RESULTS = summarise.read_results()
 MACHINE = {"cpu": "A(R) CPU", "threads": 2, "device": "cpu", "versions": {"torch": "2.0", "transformers": "5.0"},
@@ -55,7 +57,7 @@ def part(mcc: float, rate: float = 100.0) -> dict:
 
 
 def test_a_training_is_mean_and_deviation_of_its_best_and_last_epoch():
-    results = {"cola_lora_fp32": trained(row("lora", [part(0.5), part(0.6)])),
+    results = {"paper/lora": trained(row("LoRA", [part(0.5), part(0.6)])),
                "cola_distil": trained(*(row(name, [part(0.1, rate)] * 2) for name, rate in (
                    ("teacher", 50.0), ("student", 7000.0), ("scratch", 7000.0))))}
     lines = summarise.cola(results)
@@ -75,9 +77,48 @@ def test_a_training_is_mean_and_deviation_of_its_best_and_last_epoch():
     assert summarise.student(results)[2:] == ["| teacher | 4,950,530 | 50 ± 0 |", "| student | 4,950,530 | 7,000 ± 0 |"]
 
 
+def recorded(step: str, path: Path) -> dict:
+    """What a step left, as its record has it."""
+    return summarise.of_step(step, {"files": {summarise.STEPS[step].done: path.read_text()}})
+
+
+def test_lora_and_its_reference_are_trainings_with_their_difference_paired_by_seed():
+    def study(step: str, entry: str, mccs: list[float]) -> dict:
+        row = {"entry": entry, "seeds": ["12345", "12346", "12347"], "parameters": {"trainable": 7},
+               "majority_accuracy": {"in_domain": 0.693, "out_of_domain": 0.686, "all": 0.689},
+               **over_seeds([part(mcc) for mcc in mccs])}
+        content = {"command": f"python run.py {step} 12345 --jobs 2 --out=runs/x", "seeds": row["seeds"], **MACHINE,
+                   "git_commit": "0123456789", "entries": [row]}
+        return summarise.of_step(step, {"files": {summarise.STEPS[step].done: json.dumps(content)}})
+    results = {"paper/lora": study("lora", "LoRA", [0.5, 0.6, 0.7]), "paper/peft": study("peft", "peft", [0.48, 0.6, 0.66])}
+    lines = summarise.cola(results)
+    assert any(line.startswith("| `LoRA`, float32 | 3 (12345 to 12347) | best (2) | 7 | 0.807 ± 0.000 / 0.600 ± 0.100 |")
+               and line.endswith("| `python run.py lora 12345` |") for line in lines)
+    half = 4.302653 * 0.02 / 3 ** 0.5  # of 0.02, 0 and 0.04: mean 0.02, deviation 0.02; Student's t, two degrees of freedom
+    said = f"{0.02:+.3f} ({0.02 - half:+.3f} to {0.02 + half:+.3f})"
+    assert ("LoRA minus PEFT at equal budget, MCC paired by seed, 95 % interval: best epoch in-domain "
+            f"{said}, out-of-domain {said}, all {said}; last epoch in-domain {said}, out-of-domain {said}, all {said}."
+            ) in lines
+    del results["paper/peft"]
+    assert not any("minus" in line for line in summarise.cola(results))
+
+
+def test_a_variant_of_the_student_stands_beside_its_baseline_and_the_first_row():
+    def study(**mccs: tuple[float, float]) -> dict:
+        return {**MACHINE, "entries": [{"entry": name, "seeds": ["12345", "12346"], **over_seeds([part(mcc) for mcc in two])}
+                                       for name, two in mccs.items()]}
+    lines = summarise.ablations({"paper/distil": study(student=(0.5, 0.6), scratch=(0.4, 0.4)),
+                                 "paper/distil-hard-labels": study(student=(0.45, 0.55))})
+    assert ("| as it is | 0.550 ± 0.071 | 0.450 ± 0.071 | 0.350 ± 0.071 | 0.200 ± 0.000 | +0.150 (-0.485 to +0.785) |  |"
+            ) in lines
+    hard = next(line for line in lines if "--kd-loss hard" in line)
+    assert hard.endswith("| 0.500 ± 0.071 | 0.400 ± 0.071 | 0.300 ± 0.071 |  |  | -0.050 (-0.050 to -0.050) |")
+    assert sum("not run" in line for line in lines) == 4
+
+
 def test_a_comparison_has_a_row_for_each_entry(tmp_path):
-    result = collect([made_up.comparison(tmp_path, **{**MACHINE, "git_commit": "0123456789"}).parent])
-    lines = summarise.comparison("rotten_tomatoes", {"rotten_tomatoes": result})
+    study = made_up.comparison(tmp_path, **{**MACHINE, "git_commit": "0123456789"})
+    lines = summarise.comparison("methods", {"paper/methods": recorded("methods", study)})
     assert lines[:3] == ["```", "python run.py compare 12345", "```"]
     assert "| majority class |  |  | 69.3 % | 0 |  |  |  |  |" in lines
     assert ("| lora | 123,456 (12 %) | 0.0004 | 81.2 ± 1.0 % | 0.212 ± 0.010 | 81.2 ± 1.0 % | 12.3 s | 600 MiB | 4.57 MB |"
@@ -92,7 +133,7 @@ def test_a_grid_has_one_option_in_rows_and_the_other_in_columns(tmp_path):
               for rank in (1, 2) for targets in ("q+v", "all") if (rank, targets) != (2, "all")]
     path = made_up.search(tmp_path, search={"rank": [1, 2], "targets": ["q+v", "all"]}, trials=trials, **MACHINE,
                           importance={"rank": 0.07, "targets": 0.93}, git_commit="0123456789")
-    lines = summarise.sweep("rank_against_roles", {"rank_against_roles": collect([path.parent])})
+    lines = summarise.sweep("rank", {"paper/rank": recorded("rank", path)})
     assert lines[4:8] == ["| rank | q+v | all |", "| --- | ---: | ---: |",
                           "| 1 | 80.7 % / 0.100 (1,000) | 80.7 % / 0.100 (1,000) |", "| 2 | 80.7 % / 0.200 (2,000) |  |"]
     assert lines[9] == "Share of the scores' variance that each option explains (fANOVA): `rank` 7 % and `targets` 93 %."
