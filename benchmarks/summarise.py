@@ -35,8 +35,9 @@ COMMANDS = {name: typed("python " + shlex.join("4e-4" if word == CHOSEN else wor
             for name, step in STEPS.items()}
 # Trainings on CoLA: result, label of each of its rows, command while there is no result.
 TRAININGS = (
-    ("paper/peft", {"peft": "PEFT + Trainer"}, COMMANDS["peft"]),
-    ("paper/lora", {"LoRA": "`LoRA`, float32"}, COMMANDS["lora"]),
+    ("paper/peft", {"peft": "PEFT + Trainer, rate of two"}, COMMANDS["peft"]),
+    ("paper/lora", {"LoRA": "`LoRA`, float32, rate of two"}, COMMANDS["lora"]),
+    ("cola_lora_fp32", {"lora": "`LoRA`, float32"}, f"python run.py LoRA SR --model smollm2 --data {COLA} --precision fp32"),
     ("cola_lora_bf16", {"lora": "`LoRA`, bfloat16"},
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
     ("cola_lora_r16", {"lora": "`LoRA`, bfloat16, rank 16"},

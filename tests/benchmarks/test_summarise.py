@@ -57,7 +57,7 @@ def part(mcc: float, rate: float = 100.0) -> dict:
 
 
 def test_a_training_is_mean_and_deviation_of_its_best_and_last_epoch():
-    results = {"paper/lora": trained(row("LoRA", [part(0.5), part(0.6)])),
+    results = {"cola_lora_fp32": trained(row("lora", [part(0.5), part(0.6)])),
                "cola_distil": trained(*(row(name, [part(0.1, rate)] * 2) for name, rate in (
                    ("teacher", 50.0), ("student", 7000.0), ("scratch", 7000.0))))}
     lines = summarise.cola(results)
@@ -70,7 +70,7 @@ def test_a_training_is_mean_and_deviation_of_its_best_and_last_epoch():
         f"0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR` |",
         f"|  |  | last (3) |  | 0.806 ± 0.000 / 0.350 ± {deviation:.3f} | 0.756 ± 0.000 / 0.250 ± {deviation:.3f} | "
         f"0.707 ± 0.000 / 0.150 ± {deviation:.3f} |  |"]
-    assert sum("not run" in line for line in lines) == 5  # PEFT's, bfloat16's two, and two of the plain recipe
+    assert sum("not run" in line for line in lines) == 6  # the equal budget's, bfloat16's and the plain recipe's, two each
     assert lines[-1] == "Measured on A CPU, 2 thread(s); torch 2.0, transformers 5.0; commit 0123456, abcdef0."
     assert f"| CoLA, `LoRA`, float32 | 0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR` |" in (
         summarise.summary(results))
@@ -92,7 +92,7 @@ def test_lora_and_its_reference_are_trainings_with_their_difference_paired_by_se
         return summarise.of_step(step, {"files": {summarise.STEPS[step].done: json.dumps(content)}})
     results = {"paper/lora": study("lora", "LoRA", [0.5, 0.6, 0.7]), "paper/peft": study("peft", "peft", [0.48, 0.6, 0.66])}
     lines = summarise.cola(results)
-    assert any(line.startswith("| `LoRA`, float32 | 3 (12345 to 12347) | best (2) | 7 | 0.807 ± 0.000 / 0.600 ± 0.100 |")
+    assert any(line.startswith("| `LoRA`, float32, rate of two | 3 (12345 to 12347) | best (2) | 7 | 0.807 ± 0.000 / 0.600")
                and line.endswith("| `python run.py lora 12345` |") for line in lines)
     half = 4.302653 * 0.02 / 3 ** 0.5  # of 0.02, 0 and 0.04: mean 0.02, deviation 0.02; Student's t, two degrees of freedom
     said = f"{0.02:+.3f} ({0.02 - half:+.3f} to {0.02 + half:+.3f})"
