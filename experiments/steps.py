@@ -15,6 +15,8 @@ COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
 # Of full fine-tuning and LoRA, which want rates far apart; the head has one of its own, for all methods alike.
 METHOD_RATES = ["--lr-grid", "1e-4,5e-4", "--head-lr", "5e-3"]
 FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"  # of the quiz-bowl guesses
+# Of the student's teacher, which need not keep to the budget of PEFT's reference.
+TEACHER = ["--rank", "16", "--alpha", "32", "--lr", "3e-4", "--epochs", "5", "--label-smoothing", "0.1"]
 # The student's ablations: name -> options of `distil` beside those of the paper's student.
 ABLATIONS: dict[str, list[str]] = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
              "no-matching": ["--match", "none", "--no-control"],
@@ -61,7 +63,7 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
     task = ["--model", "tiny", "--task", "tiny"]
     return [
         *_lora(task, sr, seeds, out, TINY_RATES, ["--epochs", "6"], (2, 0.2, 3)),
-        *_distil(sr, seeds, out, [], {"distil": 4, "distil-plain": 2}),
+        *_distil(sr, seeds, out, "lora", f"{out}/cola/LoRA-{sr}", [], {"distil": 4, "distil-plain": 2}),
         Step("rank", 1, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,8", "--search",
                          "targets=q+v,all", "--limit", "600", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json",
              runs=SWEPT),
@@ -78,7 +80,9 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
     text = [word for name in ("edited", "tatoeba") for word in ("--text", f"{data}/plain_text/{name}.txt")] if data else []
     found = [
         *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (30, 1, 75)),
-        *_distil(sr, seeds, out, text, {
+        Step("teacher", 16, [RUN, "LoRA", sr, *task, *TEACHER, "--out", f"{out}/teacher", "--no-plots"],
+             "teacher/summary.json", runs="teacher"),
+        *_distil(sr, seeds, out, "teacher", f"{out}/teacher", text, {
             "distil": 65, "distil-plain": 4, "distil-no-transfer-set": 4, "distil-no-matching": 12, "distil-hard-labels": 12,
             "distil-language-model": 36}),
         Step("diagnose", 6, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
@@ -107,19 +111,21 @@ def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: l
                                   "--out", f"{out}/peft"], "peft/compare.json")]
 
 
-def _distil(sr: str, seeds: str, out: Path, text: list[str], minutes: dict[str, float]) -> list[Step]:
-    """Returns the student with its no-KD baseline, and its ablations, all with the teacher of the first seed.
+def _distil(sr: str, seeds: str, out: Path, needs: str, teacher: str, text: list[str], minutes: dict[str, float]
+            ) -> list[Step]:
+    """Returns the student with its no-KD baseline, and its ablations, all with one teacher.
 
     Its labels of the transfer set are computed once, for all of them.
 
     Args:
+        needs: the step that trains the teacher, whose folder is `teacher`.
         minutes: of each step that there is, by name.
     """
     def step(name: str) -> Step:
         flags, folder = ABLATIONS.get(name.removeprefix("distil-"), []), "cola" if name == "distil" else name
         stages = [] if "--plain" in flags else [*text, "--cache", str(out)]
-        return Step(name, minutes[name], [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/cola/LoRA-{sr}", *stages,
-                                          *flags, *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", ("lora",),
+        return Step(name, minutes[name], [RUN, "distil", sr, "--seeds", seeds, "--teacher", teacher, *stages, *flags,
+                                          *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", (needs,),
                     f"{folder}/distil-*", at_a_time=True)
     return [step(name) for name in minutes]
 
