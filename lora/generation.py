@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lora.blocks import Rotate, fuse, unique_tokens
 
+BLOCK = 256  # tokens of the vocabulary: PyTorch's argmax and cumsum over all of it are ten times slower than by blocks
 PREFILL_TOKENS = 4096  # of prompts computed together, pads included: bounds memory
 # Settings of a generation_config.json that are given to `draw` or change no text.
 PLAIN = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache",
@@ -50,7 +51,9 @@ class Sampling:
             (n,) token ids.
         """
         if self.greedy:
-            return logits.argmax(-1)
+            block = _of_blocks(logits, torch.amax).argmax(-1, keepdim=True)
+            tokens, part = _of_block(logits, block)
+            return tokens.gather(1, part.argmax(-1, keepdim=True))[:, 0]
         logits, tokens = logits.div_(self.temperature), None
         if 0 < self.top_k < logits.shape[1]:
             logits, tokens = logits.topk(self.top_k)  # sorted
@@ -71,14 +74,48 @@ class Sampling:
 
     def _by_inverse(self, p: Tensor, uniform: Tensor) -> Tensor:
         """Inverts the cumulative distribution of each row of p (n, V), sorted if top_p cuts it: returns indices (n,)."""
-        sums = p.cumsum(-1)
-        total = sums[:, -1:]
+        uniform = uniform[:, None].to(p.dtype)
         if self.top_p < 1:
+            sums = p.cumsum(-1)
             kept = ((sums - p) < self.top_p).sum(-1, keepdim=True).clamp(min=1)
             total = sums.gather(1, kept - 1)
-        # Below the total, so that rounding never leads past the last token with a probability.
-        at = torch.minimum(uniform[:, None].to(p.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(sums, at, right=True)[:, 0].clamp(max=p.shape[1] - 1)
+            return _invert(p, uniform * total, total)[0][:, 0]
+        sums = _of_blocks(p, torch.sum)
+        block, rest = _invert(sums, uniform * sums.sum(-1, keepdim=True))
+        tokens, part = _of_block(p, block)
+        return tokens.gather(1, _invert(part * (tokens >= block * BLOCK), rest)[0])[:, 0]
+
+
+def _of_blocks(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduces each block of x (n, V), the last of which may be shorter: (n, blocks)."""
+    whole = (x.shape[1] - 1) // BLOCK * BLOCK
+    return torch.cat([reduce(x[:, :whole].unflatten(1, (-1, BLOCK)), -1), reduce(x[:, whole:], -1, keepdim=True)], 1)
+
+
+def _of_block(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the indices of a block (n, 1) of each row of x (n, V), and what stands there, (n, BLOCK) each.
+
+    With a shorter last block come values of the one before it.
+    """
+    first = (block * BLOCK).clamp(max=max(0, x.shape[1] - BLOCK))
+    at = first + torch.arange(min(BLOCK, x.shape[1]), device=x.device)
+    return at, x.gather(1, at)
+
+
+def _invert(p: Tensor, at: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Finds where the cumulative sum of each row of p (n, k) passes `at` (n, 1): the indices (n, 1), and how far into them.
+
+    No index has a probability of 0.
+
+    Args:
+        total: (n, 1) the cumulative sum of what may be chosen; of all if None.
+    """
+    sums = p.cumsum(-1)
+    total = sums[:, -1:] if total is None else total
+    # Below the total, so that rounding never leads past the last one with a probability.
+    at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(sums, at, right=True).clamp(max=p.shape[1] - 1)
+    return index, (at - sums.gather(1, index) + p.gather(1, index)).clamp(min=0)
 
 
 @dataclass

@@ -92,8 +92,10 @@ def library_distribution(logits, sampling: Sampling) -> torch.Tensor:
 @pytest.mark.parametrize("sampling", [
     Sampling(), Sampling(temperature=0.5), Sampling(top_k=4), Sampling(top_p=0.7), Sampling(top_k=1), Sampling(top_p=1e-9),
     Sampling(temperature=1.5, top_k=9, top_p=0.6)])
-def test_tokens_are_chosen_by_the_librarys_distribution(sampling):
+@pytest.mark.parametrize("block", [256, 8, 7])  # one, five whole ones, five and a part
+def test_tokens_are_chosen_by_the_librarys_distribution(sampling, block, monkeypatch):
     """Uniform numbers in equal steps choose each token as often as its probability says, to within a step."""
+    monkeypatch.setattr(generation, "BLOCK", block)
     steps = 2000
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * 2
     expected = library_distribution(logits, sampling)
@@ -103,7 +105,17 @@ def test_tokens_are_chosen_by_the_librarys_distribution(sampling):
         assert (chosen.bincount(minlength=40) / steps - p).abs().max() < 2 / steps
 
 
-def test_the_largest_uniform_number_chooses_no_impossible_token():
+@pytest.mark.parametrize("block", [256, 8, 7, 1])
+def test_the_likeliest_token_is_numpys(block, monkeypatch):
+    monkeypatch.setattr(generation, "BLOCK", block)
+    logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(0))
+    chosen = Sampling(greedy=True).choose(logits.clone(), torch.zeros(500))
+    assert chosen.tolist() == logits.numpy().argmax(-1).tolist() and len(chosen.unique()) == 40
+
+
+@pytest.mark.parametrize("block", [256, 2, 1])
+def test_the_largest_uniform_number_chooses_no_impossible_token(block, monkeypatch):
+    monkeypatch.setattr(generation, "BLOCK", block)
     logits = torch.tensor([[0.0, 1.0, -200.0]])
     almost = torch.tensor([1 - 2 ** -24])
     assert Sampling().choose(logits.clone(), almost).item() == 1
