@@ -21,8 +21,9 @@ from record import machine
 from record.files import UserError
 
 # oneDNN caches the code that it generates for each shape, half a MiB each, and batches of sentences rarely repeat their
-# number of rows: caching more than one step's shapes does not pay. oneDNN reads the variable at its first matmul.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# number of rows: caching more than the shapes of one kind of block, forward and backward, does not pay. oneDNN reads the
+# variable at its first matmul.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def is_dense(W: Tensor) -> bool:
