@@ -76,10 +76,37 @@ def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
         masked = {"attention_mask": send(mask, ids.device)} if "attention_mask" in inspect.signature(
             backbone.forward).parameters else {}
         states = backbone(input_ids=ids, **masked)[0]
-    if states.shape[:2] != ids.shape:
+    return _of_real_tokens(teacher, states, batch)
+
+
+def _of_real_tokens(teacher: TextClassifier, states: Tensor, batch: Batch) -> Tensor:
+    if states.shape[:2] != batch.input_ids.shape:
         raise UserError(f"--match hidden: a {teacher.net.config.model_type} model does not give one hidden state a token; "
                         "choose --match none")
-    return states[send(mask, states.device).bool()].float()
+    return states[send(batch.attention_mask, states.device).bool()].float()
+
+
+@torch.inference_mode()
+def states_and_logits(teacher: TextClassifier, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Computes `hidden_states` and the logits (B, labels) of a batch without features, in one forward pass.
+
+    Raises:
+        UserError: the backbone does not give one state a token.
+    """
+    ids, mask = batch.input_ids, batch.attention_mask
+    if teacher.decoder and not teacher.by_length:
+        hidden, head = hidden_states(teacher, batch), teacher.net.score
+        last = send(mask.sum(1).cumsum(0) - 1, hidden.device)
+        return hidden, head(hidden[last].to(head.weight.dtype)).float()
+    found = []
+    hook = teacher.net.base_model.register_forward_hook(lambda module, inputs, outputs: found.append(outputs[0]))
+    try:
+        given = teacher.encoder_inputs(ids, mask)
+        given.pop("pooled", None)  # with it the last block computes one token alone
+        logits = teacher.net(**given).logits.float()
+    finally:
+        hook.remove()
+    return _of_real_tokens(teacher, found[0], batch), logits
 
 
 class Averaged(nn.Module):

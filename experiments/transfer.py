@@ -32,7 +32,14 @@ from data.backbones import load_causal_lm
 from data.edits import edit
 from data_utils import Batch, Task
 from distillation.heads import Outputs, mean_loss
-from distillation.teachers import HiddenStates, Reduction, hidden_states, principal_components, token_scores
+from distillation.teachers import (
+    HiddenStates,
+    Reduction,
+    hidden_states,
+    principal_components,
+    states_and_logits,
+    token_scores,
+)
 from lora.generation import draw
 from lora.linear import lora_layers
 from lora.matmul import set_precision, speed_up
@@ -256,12 +263,8 @@ class Source:
             if pca is None:
                 logits[batch.rows] = teacher(*there.inputs()).float().cpu()
                 continue
-            hidden, lengths = hidden_states(teacher, there), batch.attention_mask.sum(1)
-            if teacher.decoder and not teacher.by_length:
-                last = hidden[(lengths.cumsum(0) - 1).to(hidden.device)]
-                logits[batch.rows] = teacher.net.score(last.to(teacher.net.score.weight.dtype)).float().cpu()
-            else:
-                logits[batch.rows] = teacher(*there.inputs()).float().cpu()
+            hidden, said = states_and_logits(teacher, there)
+            logits[batch.rows], lengths = said.cpu(), batch.attention_mask.sum(1)
             states = torch.cat([pca.reduce(hidden.cpu()), token_scores(teacher, hidden).cpu() / scale], -1).half()
             for row, part in zip(batch.rows.tolist(), states.split(lengths.tolist()), strict=True):
                 parts[row] = part

@@ -5,7 +5,15 @@ import torch
 from conftest import adapted, toy_batch
 
 from data_utils import Batch
-from distillation.teachers import Averaged, HiddenStates, embed_as, hidden_states, principal_components, token_scores
+from distillation.teachers import (
+    Averaged,
+    HiddenStates,
+    embed_as,
+    hidden_states,
+    principal_components,
+    states_and_logits,
+    token_scores,
+)
 from model import DistilRNN, RNNConfig
 
 
@@ -50,6 +58,19 @@ def test_hidden_states_are_the_librarys_of_real_tokens(architecture):
         rows = [teacher.net(input_ids=ids[row:row + 1, :length], output_hidden_states=True).hidden_states[-1][0]
                 for row, length in enumerate(mask.sum(1).tolist())]
     torch.testing.assert_close(found, torch.cat(rows), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "distilbert"])
+def test_states_and_logits_come_of_one_forward_pass(architecture):
+    teacher, (ids, mask) = adapted(architecture), toy_batch()
+    one = Batch(ids, mask, torch.zeros(4, dtype=torch.int64), torch.arange(4), int(mask.sum()))
+    with torch.no_grad():
+        states, logits = hidden_states(teacher, one), teacher(ids, mask)
+    passes = []
+    teacher.net.base_model.register_forward_hook(lambda *_: passes.append(1))
+    found = states_and_logits(teacher, one)
+    assert len(passes) == 1
+    torch.testing.assert_close(found, (states, logits), atol=1e-5, rtol=1e-5)
 
 
 def test_the_last_tokens_scores_are_the_logits_around_their_mean():
