@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import random
-import shlex
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Con
 
 import data_utils  # noqa: E402
 import train_utils  # noqa: E402
+from benchmarks import command  # noqa: E402
 from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
 from model import TextClassifier, lora_layers  # noqa: E402
@@ -134,7 +134,7 @@ def machine() -> dict:
 
 def result(measured: dict) -> str:
     """Returns one JSON object: what was measured, the program and command that measured it, and where."""
-    return json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": "python " + shlex.join(sys.argv),
+    return json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": command(),
                        "machine": machine(), **measured})
 
 

@@ -15,7 +15,6 @@ other seeds run at that rate alone; compare.json has the form of `compare`'s.
 """
 import argparse
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -25,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_utils import load_task  # noqa: E402 (needs the path above)
+from benchmarks import command  # noqa: E402 (needs the path above)
+from data_utils import load_task  # noqa: E402
 from experiments import compare  # noqa: E402
 from experiments.variants import seeds_of  # noqa: E402
 from record import signals  # noqa: E402
@@ -172,7 +172,7 @@ def train(args) -> dict:
                          "seconds": sum(epoch["seconds"] for epoch in callback.epochs),
                          "peak_memory_bytes": peak_memory_bytes()}}
     write_json(args.out / "config.json", {
-        "command": "python " + shlex.join(sys.argv), "versions": {
+        "command": command(), "versions": {
             name: version(name) for name in ("torch", "transformers", "peft")}, "cpu": cpu_name(),
         "device": str(trainer.args.device), "threads": torch.get_num_threads(), "git_commit": git_commit(),
         "data_files": task.files})
@@ -186,7 +186,7 @@ def study(args) -> None:
     task, seeds, runs = load_task(args.task, args.data), seeds_of(f"{args.seed:05d}", args.seeds), []
     settings = {name: getattr(args, name) for name in ("model", "task", "data", "epochs", "batch_size", "limit", "lr_grid")}
     record = provenance({**settings, "data": args.data and str(args.data)}, task.files)
-    record["command"] = "python " + shlex.join(sys.argv)
+    record["command"] = command()
     make_folder(args.out)
     if (args.out / "config.json").exists():
         compare.same_settings(read_json(args.out / "config.json"), record, args.out)

@@ -6,11 +6,12 @@ from pathlib import Path
 import made_up
 import pytest
 
-from benchmarks import summarise
+from benchmarks import command, summarise
 from benchmarks.collect import row, typed
 from experiments.significance import over_seeds
 
 RESULTS = summarise.read_results()
+PLACES = re.compile(r"[\s\"'=]/(?:tmp|home|root|mnt|work|Users)\b")
 MACHINE = {"cpu": "A(R) CPU", "threads": 2, "device": "cpu", "versions": {"torch": "2.0", "transformers": "5.0"},
            "git_commits": ["0123456789", "abcdef0123"]}
 
@@ -31,8 +32,18 @@ def test_every_result_is_shown_and_names_no_folder_of_a_machine():
     shown = "".join(page.read_text() for page in summarise.pages())
     for name, result in RESULTS.items():
         assert summarise.shown(result) in re.sub(r" \\\n *", " ", shown), name
-        assert not re.search(r"[\s\"'=]/(?:tmp|home|root|mnt|Users)\b", json.dumps(result)), name
+        assert not PLACES.search(json.dumps(result)), name
         assert typed(summarise.shown(result)) == summarise.shown(result)
+
+
+def test_no_record_names_a_folder_of_a_machine():
+    for path in (summarise.HERE / "results" / "paper").glob("*.json"):
+        assert not PLACES.search(path.read_text()), path
+
+
+def test_a_program_is_named_as_it_is_typed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/peft_reference.py", "--seed", "12345", "--out", "a b"])
+    assert command() == "python benchmarks/peft_reference.py --seed 12345 --out 'a b'"
 
 
 def test_a_name_that_nothing_fills_is_an_error():
