@@ -229,14 +229,27 @@ def comparison(name: str, results: dict[str, dict]) -> list[str]:
             continue
         counts, rate = entry["parameters"], entry["learning_rate"]
         best, last = entry["best"][split], entry["last"][split]
-        rows.append([entry["entry"], f"{counts['trainable']:,} ({counts['trainable_percent']:.2g} %)",
+        percent = counts["trainable_percent"]
+        share = f"{percent:.2g}" if percent < 99.5 else "100"
+        rows.append([entry["entry"], f"{counts['trainable']:,} ({share} %)",
                      "" if rate is None else f"{rate:g}", f"{mean(best['accuracy'], '.1f', 100)} %", mean(best["mcc"]),
                      "" if rate is None else f"{mean(last['accuracy'], '.1f', 100)} %",
                      f"{entry['seconds_per_epoch']:.3g} s", f"{entry['peak_memory_bytes'] / 2 ** 20:,.0f} MiB",
                      f"{entry['size_bytes'] / 1e6:.3g} MB"])
     return [*lines, *table(["entry", "trained parameters:", "learning rate:", "accuracy, best epoch:", "MCC:",
                             "accuracy, last epoch:", "an epoch:", "peak memory:", "on disk:"], rows), "",
-            f"Seeds: {seeds_of(result)}.", *measured_on([result])]
+            f"Seeds: {seeds_of(result)}.{against(result, split)}", *measured_on([result])]
+
+
+def against(result: dict, split: str) -> str:
+    """Says by how much the accuracy of a comparison's entries differs from one entry's, paired by seed."""
+    rows = [(row, row["best"][split]["accuracy"]) for row in result["differences"] if "best" in row]
+    said = [f"`{row['entry']}` {100 * spread['mean']:+.1f} %" + (
+        " ({:+.1f} to {:+.1f})".format(*(100 * end for end in spread["interval"])) if spread["interval"] else "")
+        for row, spread in rows]
+    if not said:
+        return ""
+    return f" Accuracy minus that of `{rows[0][0]['minus']}`, paired by seed, 95 % interval: {', '.join(said)}."
 
 
 def sweep(name: str, results: dict[str, dict]) -> list[str]:

@@ -128,7 +128,9 @@ def test_a_variant_of_the_student_stands_beside_its_baseline_and_the_first_row()
 
 
 def test_a_comparison_has_a_row_for_each_entry(tmp_path):
-    study = made_up.comparison(tmp_path, **{**MACHINE, "git_commit": "0123456789"})
+    spread = {"accuracy": {"mean": 0.004, "interval": [-0.001, 0.009]}}
+    study = made_up.comparison(tmp_path, **{**MACHINE, "git_commit": "0123456789"}, differences=[
+        {"entry": "lora", "minus": "head", "best": {"in_domain": spread}}, {"entry": "full", "minus": "head"}])
     lines = summarise.comparison("methods", {"paper/methods": recorded("methods", study)})
     assert lines[:3] == ["```", "python run.py compare 12345", "```"]
     assert "| majority class |  |  | 69.3 % | 0 |  |  |  |  |" in lines
@@ -136,6 +138,8 @@ def test_a_comparison_has_a_row_for_each_entry(tmp_path):
             ) in lines
     assert "| none | 0 (0 %) |  | 30.0 ± 1.0 % | -0.300 ± 0.010 |  | 12.3 s | 600 MiB | 4.57 MB |" in lines
     assert any(line.startswith("| full |") and "diverged" in line for line in lines)
+    assert any(line.endswith(" Accuracy minus that of `head`, paired by seed, 95 % interval: `lora` +0.4 % (-0.1 to +0.9).")
+               for line in lines)
 
 
 def test_a_grid_has_one_option_in_rows_and_the_other_in_columns(tmp_path):
