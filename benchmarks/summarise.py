@@ -52,7 +52,8 @@ TRAININGS = (
 STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tomatoes", "long": "MiniLM on movie_reviews",
            "buzzer": "MiniLM on buzzer"}
 STUDENTS = {"distil": [], **{f"distil-{name}": flags for name, flags in ABLATIONS.items()}}  # step -> its own options
-SHOWN = ("lora", "peft", "logistic", *STUDIES, *STUDENTS)  # on these pages; the paper shows every step
+LABELS = {"teacher": "teacher", "student": "student with KD", "scratch": "no-KD baseline"}
+SHOWN = ("lora", "peft", "logistic", "polarity", *STUDIES, *STUDENTS)  # on these pages; the paper shows every step
 # Programs whose targets docs/speed.md shows.
 SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
 # Their rows in the README: program, end of the row's name, label.
@@ -205,6 +206,19 @@ def ablations(results: dict[str, dict]) -> list[str]:
             *table(["its own options", "in-domain:", "out-of-domain:", "all:", "no-KD baseline, all:",
                     "student minus it, all:", "minus the first row, all:"], rows),
             *measured_on(results[f"paper/{name}"] for name in studies)]
+
+
+def polarity(results: dict[str, dict]) -> list[str]:
+    """Shows teacher, student and no-KD baseline on sentence polarity: accuracy and MCC of best and last epoch."""
+    study = results.get("paper/polarity")
+    lines = ["```", *wrapped(study["command"] if study else COMMANDS["polarity"]), "```", ""]
+    if study is None:
+        return [*lines, f"MiniLM's student on rotten_tomatoes: {NOT_RUN}."]
+    split = study["selection"]["split"]
+    return [*lines, *table(["model", "parameters:", "accuracy / MCC, best epoch", "last epoch"], [
+        [LABELS[entry["entry"]], f"{entry['parameters']:,}", accuracy_and_mcc(entry["best"][split]),
+         accuracy_and_mcc(entry["last"][split]) if "last" in entry else ""] for entry in study["entries"]]),
+        *measured_on([study])]
 
 
 def difference(one: dict, other: dict, which: str = "best", split: str = "all") -> str:
@@ -415,7 +429,7 @@ def architectures(results: dict[str, dict]) -> list[str]:
 SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "student": student, "speed": speed,
             "measurements": measurements, "reliability": reliability, "buzzer": buzzer,
             "serving": lambda results: of_program("serving", results),
-            "ablations": ablations, "methods": lambda results: comparison("methods", results),
+            "ablations": ablations, "polarity": polarity, "methods": lambda results: comparison("methods", results),
             "long": lambda results: comparison("long", results),
             "rank": lambda results: sweep("rank", results)}
 

@@ -77,11 +77,11 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
 def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) -> list[Step]:
     """Returns the steps on CoLA: of a model on the public files, or of the Hub's."""
     pairs = ["--pairs", f"{data}/blimp/pairs.tsv", "--limit", "100"] if data else []
-    text = [word for name in ("edited", "tatoeba") for word in ("--text", f"{data}/plain_text/{name}.txt")] if data else []
+    text = _text(data) if data else []
     found = [
         *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (30, 1, 75)),
-        Step("teacher", 16, [RUN, "LoRA", sr, *task, *TEACHER, "--out", f"{out}/teacher", "--no-plots"],
-             "teacher/summary.json", runs="teacher"),
+        Step("teacher", 16, [RUN, "LoRA", sr, *task, *TEACHER, *_to(out, "teacher")], "teacher/summary.json",
+             runs="teacher"),
         *_distil(sr, seeds, out, "teacher", f"{out}/teacher", text, {
             "distil": 65, "distil-plain": 4, "distil-no-transfer-set": 4, "distil-no-matching": 12, "distil-hard-labels": 12,
             "distil-language-model": 36}),
@@ -130,10 +130,20 @@ def _distil(sr: str, seeds: str, out: Path, needs: str, teacher: str, text: list
     return [step(name) for name in minutes]
 
 
+def _text(data: Path) -> list[str]:
+    return [word for name in ("edited", "tatoeba") for word in ("--text", f"{data}/plain_text/{name}.txt")]
+
+
 def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
-    """Returns the steps with MiniLM: ranks and methods on sentence polarity, long reviews, quiz-bowl guesses."""
+    """Returns the steps with MiniLM: sentence polarity (a student, ranks, methods), long reviews, quiz-bowl guesses."""
     polarity = ["--model", "minilm", "--task", "rotten_tomatoes", "--data", f"{data}/rotten_tomatoes"]
     return [
+        Step("polarity-teacher", 3, [RUN, "LoRA", sr, *polarity, "--lr", "5e-4", "--head-lr", "5e-3", "--epochs", "3",
+                                     *_to(out, "polarity-teacher")], "polarity-teacher/summary.json",
+             runs="polarity-teacher"),
+        Step("polarity", 35, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/polarity-teacher", *_text(data),
+                              "--cache", str(out), *_to(out, "polarity")], f"polarity/distil-{sr}-seeds/seeds.json",
+             ("polarity-teacher",), "polarity/distil-*", at_a_time=True),
         Step("rank", 10, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
                          "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
                          "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),

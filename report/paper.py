@@ -17,7 +17,7 @@ from report.seeds import spoken_entry
 SCORES = {"accuracy": "acc. %", "mcc": "MCC"}
 SENTENCES = 8  # of each list of sentences
 # What main.tex asks for; each is a table of its own.
-TABLES = ("cola", "student", "ablations", "rank", "methods", "long", "buzzer", "diagnose_scores",
+TABLES = ("cola", "student", "polarity", "ablations", "rank", "methods", "long", "buzzer", "diagnose_scores",
           "diagnose_phenomena", "diagnose_length", "diagnose_calibration", "diagnose_disagreements", "diagnose_all_wrong",
           "cost", "steps")
 
@@ -120,7 +120,8 @@ def _headline(paper: Paper) -> Iterator[tuple[str, str]]:
 # ---------------------------------------------------------------- tables
 
 def _tables(paper: Paper) -> dict[str, str | None]:
-    found = {"cola": cola(paper), "student": student(paper), "ablations": ablations(paper), "rank": rank(paper),
+    found = {"cola": cola(paper), "student": student(paper, "distil"), "polarity": student(paper, "polarity"),
+             "ablations": ablations(paper), "rank": rank(paper),
              "cost": cost(paper), "steps": steps(paper)}
     found |= {name: methods(paper, name) for name in ("methods", "long", "buzzer")}
     return found | diagnoses(paper)
@@ -164,11 +165,11 @@ def _rate(paper: Paper, step: str) -> str:
     return f"{paper.done[step]['entries'][0]['learning_rate']:g}" if step in paper.done else "?"
 
 
-def student(paper: Paper) -> str | None:
-    """Makes the table of teacher, student with KD, no-KD baseline, and their differences paired by seed."""
-    if "distil" not in paper.done:
+def student(paper: Paper, step: str) -> str | None:
+    """Makes a step's table of teacher, student with KD, no-KD baseline, and their differences paired by seed."""
+    if step not in paper.done:
         return None
-    study = paper.done["distil"]
+    study = paper.done[step]
     rows = [(escape(spoken_entry(entry["entry"])), entry, False) for entry in study["entries"]]
     rows += [(escape(f"{spoken_entry(row['entry'])} minus {spoken_entry(row['minus'])}"), row, True)
              for row in study["differences"] if "best" in row]

@@ -127,6 +127,16 @@ def test_a_variant_of_the_student_stands_beside_its_baseline_and_the_first_row()
     assert sum("not run" in line for line in lines) == 4
 
 
+def test_a_student_of_another_task_stands_beside_its_teacher():
+    def entry(name: str, **more) -> dict:
+        return {"entry": name, "parameters": 1000, **more}
+    score = {"validation": {"accuracy": {"mean": 0.8, "sd": 0.01}, "mcc": {"mean": 0.6, "sd": 0.02}}}
+    lines = summarise.polarity({"paper/polarity": {**MACHINE, "command": "python run.py distil 12345", "selection": {
+        "split": "validation"}, "entries": [entry("teacher", best=score), entry("student", best=score, last=score)]}})
+    assert "| teacher | 1,000 | 0.800 ± 0.010 / 0.600 ± 0.020 |  |" in lines
+    assert "| student with KD | 1,000 | 0.800 ± 0.010 / 0.600 ± 0.020 | 0.800 ± 0.010 / 0.600 ± 0.020 |" in lines
+
+
 def test_a_comparison_has_a_row_for_each_entry(tmp_path):
     spread = {"accuracy": {"mean": 0.004, "interval": [-0.001, 0.009]}}
     study = made_up.comparison(tmp_path, **{**MACHINE, "git_commit": "0123456789"}, differences=[
