@@ -9,9 +9,9 @@ training alone: rows, tokens and batches with their order in every epoch are tho
 seed, and a decoder's head starts at zero as it does there. Dropout of the backbone stays as its checkpoint has it.
 
 A run leaves config.json, metrics.jsonl (a line for each epoch) and summary.json with the keys of a run of this project;
-started again, it goes on after the last whole epoch. With --lr-grid or --seeds it is one
-process for each run, as in `compare`: the first seed chooses the rate by the best epoch's MCC on the selection split, the
-other seeds run at that rate alone; compare.json has the form of `compare`'s.
+started again, it goes on after the last whole epoch. With --lr-grid or --seeds it is one process for each run, as in
+`compare`: the first seed chooses the rate by the best epoch's MCC on the selection split, the other seeds run at that rate
+alone; compare.json has the form of `compare`'s.
 """
 import argparse
 import json

@@ -60,7 +60,7 @@ SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
 HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
              ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
              ("generation", ": fp32, ours / transformers.generate", "drawing texts, float32: this project / `transformers`"),
-             ("inference", "stages, SmolLM2: student / teacher", "classifying: student / teacher"))
+             ("inference", "stages, SmolLM2: student / teacher", "classifying CoLA: student in stages / SmolLM2"))
 # Programs that count what survived: label, keys of what held and of what was tried, command.
 COUNTED = {
     "tamper_test": ("flipped bits and cuts in every file of finished and unfinished runs, noticed / tried",
@@ -448,7 +448,7 @@ def read_results() -> dict[str, dict]:
 
 
 def of_step(name: str, record: dict) -> dict:
-    """Returns what a step left as a result: a comparison, a sweep, or the one entry of a study as a training."""
+    """Returns what a step left as a result; the one entry of LoRA's and of PEFT's study as a training (`rows`)."""
     study = json.loads(record["files"][STEPS[name].done])
     result = {**study, "command": typed(study["command"]), "git_commits": [study.get("git_commit")]}
     if name in ("lora", "peft"):

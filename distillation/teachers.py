@@ -79,7 +79,7 @@ def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
     return _of_real_tokens(teacher, states, batch)
 
 
-def _of_real_tokens(teacher: TextClassifier, states: Tensor, batch: Batch) -> Tensor:
+def _of_real_tokens(teacher: TextClassifier, states: Tensor, batch: Batch) -> Tensor:  # (B, T, C) -> (real tokens, C)
     if states.shape[:2] != batch.input_ids.shape:
         raise UserError(f"--match hidden: a {teacher.net.config.model_type} model does not give one hidden state a token; "
                         "choose --match none")

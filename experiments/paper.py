@@ -173,10 +173,13 @@ def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
         for step in wanted:
             state = folder / f"{step.name}.json"
             try:
-                seconds = read_json(state)["seconds"] if is_done(step, options) else run_step(step, options, tick)
+                if is_done(step, options):
+                    seconds = read_json(state)["seconds"]
+                else:
+                    seconds = run_step(step, options, tick)
+                    if options.records:
+                        step_records.keep(step, options.out, options.records)
                 clock.done(step, seconds)
-                if options.records and not step_records.is_restored(step, options.out):
-                    step_records.keep(step, options.out, options.records)
             except UserError as error:
                 failures.append(f"step {step.name} failed: {error}")
                 write_json(state, {"name": step.name, "command": command(step), "status": "failed", "error": str(error)})
@@ -241,6 +244,8 @@ def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) ->
         state = options.out / "steps" / f"{name}.json"
         if not state.exists() or read_json(state)["status"] != "done":
             raise UserError(f"it needs the step {name}, which is not done")
+        if read_json(state).get("restored"):
+            raise UserError(f"it needs the weights of the step {name}, of which only the record is here; give --records too")
     rate = link_runs(options) if CHOSEN in step.words else CHOSEN
     state, log = step_records.state_of(step, options.out), options.out / "steps" / f"{step.name}.log"
     before = read_json(state) if state.exists() else {}

@@ -25,9 +25,20 @@ def is_restored(step: Step, out: Path) -> bool:
 
 
 def has_record(step: Step, records: Path) -> bool:
-    """Returns whether there is a record of the same command."""
+    """Returns whether there is a record of the same command.
+
+    Raises:
+        UserError: a file of the record's name is none.
+    """
+    return (records / f"{step.name}.json").exists() and _read(step, records)["state"]["words"] == step.words
+
+
+def _read(step: Step, records: Path) -> dict:
     path = records / f"{step.name}.json"
-    return path.exists() and read_json(path)["state"]["words"] == step.words
+    record = read_json(path)
+    if not isinstance(record.get("files"), dict) or "words" not in record.get("state", ()):
+        raise UserError(f"{path}: no record of a step; expected what run.py paper --records wrote")
+    return record
 
 
 def keep(step: Step, out: Path, records: Path) -> None:
@@ -45,10 +56,10 @@ def restore(step: Step, out: Path, records: Path) -> None:
     Raises:
         UserError: the record names a file outside that folder.
     """
-    record = read_json(records / f"{step.name}.json")
+    record = _read(step, records)
     for name, text in record["files"].items():
         if not (out / name).resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{records / step.name}.json: {name} lies outside the paper's folder")
+            raise UserError(f"{records / f'{step.name}.json'}: {name} lies outside the paper's folder")
         make_folder((out / name).parent)
         write_file(out / name, text)
     make_folder(out / "steps")
@@ -57,7 +68,7 @@ def restore(step: Step, out: Path, records: Path) -> None:
 
 def forget(step: Step, out: Path, records: Path) -> None:
     """Removes what `restore` wrote: without weights a run is not finished for a step that reads them."""
-    for name in read_json(records / f"{step.name}.json")["files"]:
+    for name in _read(step, records)["files"]:
         (out / name).unlink(missing_ok=True)
         if (out / name).parent.is_dir() and not any((out / name).parent.iterdir()):
             (out / name).parent.rmdir()

@@ -18,7 +18,7 @@ FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequ
 # Of the student's teacher, which need not keep to the budget of PEFT's reference.
 TEACHER = ["--rank", "16", "--alpha", "32", "--lr", "3e-4", "--epochs", "5", "--label-smoothing", "0.1"]
 # The student's ablations: name -> options of `distil` beside those of the paper's student.
-ABLATIONS: dict[str, list[str]] = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
+ABLATIONS = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
              "no-matching": ["--match", "none", "--no-control"],
              "hard-labels": ["--match", "none", "--kd-loss", "hard", "--no-control"],
              "language-model": ["--pretrain", "4", "--augment", "0", "--match", "none"]}
@@ -141,9 +141,7 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
         Step("polarity-teacher", 3, [RUN, "LoRA", sr, *polarity, "--lr", "5e-4", "--head-lr", "5e-3", "--epochs", "3",
                                      *_to(out, "polarity-teacher")], "polarity-teacher/summary.json",
              runs="polarity-teacher"),
-        Step("polarity", 35, [RUN, "distil", sr, "--seeds", seeds, "--teacher", f"{out}/polarity-teacher", *_text(data),
-                              "--cache", str(out), *_to(out, "polarity")], f"polarity/distil-{sr}-seeds/seeds.json",
-             ("polarity-teacher",), "polarity/distil-*", at_a_time=True),
+        *_distil(sr, seeds, out, "polarity-teacher", f"{out}/polarity-teacher", _text(data), {"polarity": 35}),
         Step("rank", 10, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
                          "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
                          "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),

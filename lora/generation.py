@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lora.blocks import Rotate, fuse, unique_tokens
 
-BLOCK = 256  # tokens of the vocabulary: PyTorch's argmax and cumsum over all of it are ten times slower than by blocks
+BLOCK = 256  # tokens of the vocabulary: PyTorch's argmax and cumsum over all of it take several times as long as by blocks
 PREFILL_TOKENS = 4096  # of prompts computed together, pads included: bounds memory
 # Settings of a generation_config.json that are given to `draw` or change no text.
 PLAIN = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache",

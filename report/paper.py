@@ -121,8 +121,7 @@ def _headline(paper: Paper) -> Iterator[tuple[str, str]]:
 
 def _tables(paper: Paper) -> dict[str, str | None]:
     found = {"cola": cola(paper), "student": student(paper, "distil"), "polarity": student(paper, "polarity"),
-             "ablations": ablations(paper), "rank": rank(paper),
-             "cost": cost(paper), "steps": steps(paper)}
+             "ablations": ablations(paper), "rank": rank(paper), "cost": cost(paper), "steps": steps(paper)}
     found |= {name: methods(paper, name) for name in ("methods", "long", "buzzer")}
     return found | diagnoses(paper)
 
@@ -345,7 +344,7 @@ def _plots(paper: Paper, plots_dir: Path) -> Iterator[tuple[str, Path]]:
                 row["file"] for row in paper.record["steps"] if row["name"] == step), plots_dir / step)
             yield step, next(path for path in drawn if path.suffix == ".pdf")
     if "diagnose" in paper.done:
-        for name in ("phenomena", "reliability", "length"):
-            if (path := paper.folder / "diagnose" / f"{name}.pdf").exists():
-                yield f"diagnose_{name}", path
+        for name, figure in diagnosis.figures(paper.done["diagnose"]).items():
+            if name in ("phenomena", "reliability", "length"):
+                yield f"diagnose_{name}", figures.save_figure(figure, plots_dir / f"diagnose_{name}")[1]  # PNG, PDF
 

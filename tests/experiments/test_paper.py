@@ -289,3 +289,21 @@ def test_a_study_of_seeds_is_recorded_with_what_the_report_reads_of_its_runs(tmp
         "cola/LoRA-12345-seeds/seeds.json", "cola/LoRA-12345/summary.json", "steps/lora.json"]
     step_records.forget(step, again, tmp_path / "records")
     assert not any(path.is_file() for path in again.rglob("*")) and not (again / "cola" / "LoRA-12345").exists()
+
+
+def test_a_step_that_needs_weights_says_so_where_only_the_record_is(recorded):
+    here, elsewhere, ran = recorded
+    options = elsewhere()
+    make_paper(options)
+    shutil.rmtree(options.out / "three")
+    assert make_paper(replace(options, records=None))[1] == [
+        "step three failed: it needs the weights of the step two, of which only the record is here; give --records too"]
+    assert ran == []
+
+
+@pytest.mark.parametrize("text", ["{}", '{"state": {"words": ["run.py", "one"]}}', '{"files": {}, "state": {}}', "no JSON"])
+def test_a_file_that_is_no_record_is_told(recorded, text):
+    here, elsewhere, _ = recorded
+    (here.records / "one.json").write_text(text)
+    with pytest.raises(UserError, match="one.json: "):
+        make_paper(elsewhere())

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from report import diagnosis
+from report.paper import paper_results
 from report.records import read_json
 
 NAMES = ("teacher", "student", "scratch")
@@ -51,6 +52,18 @@ def test_every_table_and_plot_is_written(tmp_path):
     assert written | {"diagnose.json"} == {path.name for path in tmp_path.iterdir()}
     assert r"b\_82 & 5 & 60.0 & 80.0 & n/a & 80.0" in (tmp_path / "source.tex").read_text()
     assert r"one\_a & 10 & 70.0 & 70.0 & 70.0 & 70.0 & 80.1 & 99.2" in (tmp_path / "paradigms.tex").read_text()
+
+
+def test_the_papers_figures_are_drawn_of_the_numbers_alone(tmp_path):
+    """A recorded step left no plots."""
+    made_up(tmp_path)
+    (tmp_path / "paper.json").write_text(json.dumps({
+        "mode": "paper", "sr": "12345", "options": {"profile": "full"}, "cpu": "A CPU", "threads": 1, "seeds": ["12345"],
+        "differences": [], "steps": [{"name": "diagnose", "command": "python run.py diagnose", "file": "diagnose.json",
+                                      "status": "done", "seconds": 1.0}]}))
+    files = paper_results(tmp_path, tmp_path / "plots")[1]
+    for name in ("phenomena", "reliability", "length"):
+        assert files[f"paper_diagnose_{name}.pdf"].startswith(b"%PDF")
 
 
 def test_the_terminal_shows_the_first_rows_units_and_what_was_left_out(tmp_path):
