@@ -255,7 +255,20 @@ def test_a_record_of_another_command_is_not_taken(recorded, monkeypatch):
     _, elsewhere, ran = recorded
     declared = paper.steps()
     monkeypatch.setattr(paper, "steps", lambda *_: [Step("one", 1, [RUN, "one", "--x"], "one/result.json"), *declared[1:]])
-    assert make_paper(elsewhere())[1] == [] and ran == ["one"]
+    options = elsewhere()
+    assert plan(options).count("(recorded)") == 2
+    assert make_paper(options)[1] == [] and ran == ["one"]
+
+
+def test_what_a_step_needs_is_run_down_to_the_first(recorded, monkeypatch):
+    here, elsewhere, ran = recorded
+    one, two, three = paper.steps()
+    monkeypatch.setattr(paper, "steps", lambda *_: [one, replace(two, needs=("one",)), three])
+    options = elsewhere()
+    make_paper(options)
+    (here.records / "three.json").unlink()
+    shutil.rmtree(options.out / "three")
+    assert make_paper(options)[1] == [] and ran == ["one", "two", "three"]
 
 
 def test_no_run_builds_the_paper_of_what_is_there(recorded, monkeypatch):

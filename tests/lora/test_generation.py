@@ -113,6 +113,14 @@ def test_the_likeliest_token_is_numpys(block, monkeypatch):
     assert chosen.tolist() == logits.numpy().argmax(-1).tolist() and len(chosen.unique()) == 40
 
 
+def test_the_whole_sum_leads_to_the_last_one_with_a_probability():
+    p = torch.tensor([[0.25, 0.5, 0.0, 0.0], [0.0, 0.0, 0.25, 0.25]])
+    index, rest = generation._invert(p, p.sum(-1, keepdim=True))
+    assert index.tolist() == [[1], [3]]
+    torch.testing.assert_close(rest, torch.tensor([[0.5], [0.25]]))
+    assert generation._invert(p, torch.zeros(2, 1))[0].tolist() == [[0], [2]]
+
+
 @pytest.mark.parametrize("block", [256, 2, 1])
 def test_the_largest_uniform_number_chooses_no_impossible_token(block, monkeypatch):
     monkeypatch.setattr(generation, "BLOCK", block)
