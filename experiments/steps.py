@@ -15,8 +15,9 @@ COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
 # Of full fine-tuning and LoRA, which want rates far apart; the head has one of its own, for all methods alike.
 METHOD_RATES = ["--lr-grid", "1e-4,5e-4", "--head-lr", "5e-3"]
 FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"  # of the quiz-bowl guesses
-# Of the student's teacher, which need not keep to the budget of PEFT's reference.
-TEACHER = ["--rank", "16", "--alpha", "32", "--lr", "3e-4", "--epochs", "5", "--label-smoothing", "0.1"]
+# Of the student's teacher, which need not keep to the budget of PEFT's reference. It labels 250,000 sentences: in bfloat16.
+TEACHER = ["--rank", "16", "--alpha", "32", "--lr", "3e-4", "--epochs", "5", "--label-smoothing", "0.1",
+           "--precision", "bf16"]
 # The student's ablations: name -> options of `distil` beside those of the paper's student.
 ABLATIONS = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
              "no-matching": ["--match", "none", "--no-control"],
