@@ -12,6 +12,7 @@ import fnmatch
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,7 @@ from lora.recurrent import bidirectional
 from record import machine
 from record.files import UserError
 from record.machine import device, send
-from record.options import ROLES, LoRAOptions, RNNConfig
+from record.options import PLAIN_SIZES, ROLES, LoRAOptions, RNNConfig
 
 if TYPE_CHECKING:
     from lora.frozen import FrozenPrefix
@@ -470,23 +471,21 @@ def student_parameters(config: RNNConfig) -> int:
         return sum(p.numel() for p in DistilRNN(config).parameters())
 
 
-def student_config(vocab_size: int, num_labels: int, budget: int, largest: tuple[int, int] | None = None, **sizes
-                   ) -> RNNConfig:
-    """Returns the default student, shrunk step by step until it fits `budget` parameters.
+def student_config(vocab_size: int, num_labels: int, budget: int, largest_first: Sequence[tuple[int, int]] = PLAIN_SIZES,
+                   **sizes) -> RNNConfig:
+    """Returns the largest default student that fits `budget` parameters.
 
     Sizes given explicitly (not None) are taken as they are.
 
     Args:
-        largest: embedding and hidden size to begin with; those of `RNNConfig` if not given.
+        largest_first: embedding and hidden sizes to choose from.
 
     Raises:
         UserError: not even the smallest default fits.
     """
     sizes = {name: value for name, value in sizes.items() if value is not None}
-    for scale in (1, 0.75, 0.5, 0.375, 0.25, *([0.1875] if largest else []), 0.125):
-        first = largest or (RNNConfig.embedding_size, RNNConfig.hidden_size)
-        default = {name: int(scale * size) for name, size in zip(("embedding_size", "hidden_size"), first, strict=True)}
-        config = RNNConfig(vocab_size, num_labels, **{**default, **sizes})
+    for embedding, hidden in largest_first:
+        config = RNNConfig(vocab_size, num_labels, **{"embedding_size": embedding, "hidden_size": hidden, **sizes})
         if student_parameters(config) <= budget or {"embedding_size", "hidden_size"} <= set(sizes):
             return config
     raise UserError(f"no default student fits {budget:,} parameters with a vocabulary of {vocab_size:,}; give "

@@ -31,9 +31,10 @@ from benchmarks.common import Report, paired_ratios
 from data.backbones import PACKAGED
 from data_utils import Batch
 from experiments import distil
-from experiments.parser import LARGEST
+from experiments.parser import STAGES, default
 from model import DistilRNN, count_parameters, load_classifier, student_config
 from record import machine
+from record.options import PLAIN_SIZES, STAGED_SIZES
 
 BATCH_SIZE = 32
 FIRST_STEP = """
@@ -79,14 +80,16 @@ def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Bat
     report.check(f"{what}: logits of a batch against its sentences alone, relative", difference, common.TOLERANCE)
 
 
-def measure_student(report: Report, args: argparse.Namespace, what: str, base: str, largest: tuple[int, int] | None,
+def measure_student(report: Report, args: argparse.Namespace, what: str, base: str, kind: str,
                     goal: float, rounds: int) -> None:
     task = args.task.limit(64) if args.quick else args.task
     dev = {name: common.batches_of(split, base, BATCH_SIZE) for name, split in task.dev.items()}
     teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).to(common.device()).eval()
     parameters = count_parameters(teacher)["total"]
     torch.manual_seed(0)
-    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10, largest))
+    sizes = PLAIN_SIZES if kind == "plain" else STAGED_SIZES
+    student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10, sizes,
+                                       pooling=default(STAGES["pooling"], kind)))
     student = student.to(common.device()).eval()
     sides = {f"{what}: teacher": teacher, f"{what}: student": student}
     padded = next(b for b in dev["in_domain"][::-1] if b.tokens < b.input_ids.numel())
@@ -128,9 +131,8 @@ def measure_start(report: Report, args: argparse.Namespace, name: str, base: str
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
     machine.keep_freed_memory()  # as every run does; it reaches teacher and student alike
     report, base = Report(), common.base_of("gpt2", work)
-    for what, teacher, largest, goal in (("plain, GPT-2", base, None, 50),
-                                         ("stages, SmolLM2", "smollm2", LARGEST, 80)):
-        measure_student(report, args, what, teacher, largest, goal, 2 if args.quick else 5)
+    for kind, name, teacher, goal in (("plain", "GPT-2", base, 50), ("stages", "SmolLM2", "smollm2", 80)):
+        measure_student(report, args, f"{kind}, {name}", teacher, kind, goal, 2 if args.quick else 5)
     measure_help(report)
     for name, model in (("smollm2", "smollm2"), ("gpt2", base)):  # a GGUF file, and a folder of safetensors
         measure_start(report, args, name, model, work, 1 if args.quick else 3)

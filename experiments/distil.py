@@ -21,7 +21,7 @@ from distillation.teachers import Averaged, embed_as
 from experiments import stages
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
-from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES, LARGEST, default
+from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES, default
 from experiments.stages import Stage
 from experiments.transfer import Source
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
@@ -29,7 +29,17 @@ from record import processes, tensors
 from record.files import UserError, read_json, sha256, write_file, write_json
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from record.machine import device
-from record.options import DistilOptions, RNNConfig, RunOptions, TableOptions, as_json, rebuild, settings_of
+from record.options import (
+    PLAIN_SIZES,
+    STAGED_SIZES,
+    DistilOptions,
+    RNNConfig,
+    RunOptions,
+    TableOptions,
+    as_json,
+    rebuild,
+    settings_of,
+)
 from train_utils import best_and_last, selection_split, training_summary
 
 
@@ -108,8 +118,8 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
     batches, dev = make_all_batches(task, tokenizer, options.max_length, options.train, options.table.truncate)
     teacher = teachers[0] if len(teachers) == 1 else Averaged(teachers)
     teacher_parameters = count_parameters(teachers[0])["total"]
-    largest = None if distil_options.plain else LARGEST
-    student = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, largest, **{
+    largest_first = PLAIN_SIZES if distil_options.plain else STAGED_SIZES
+    student = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, largest_first, **{
         name: getattr(distil_options, name)
         for name in ("embedding_size", "hidden_size", "rnn_layers", "cell", "pooling", "dropout")})
     if distil_options.augment is None:

@@ -27,7 +27,17 @@ from experiments.argument_types import (
 )
 from experiments.steps import PROFILES
 from record import processes
-from record.options import ROLES, DistilOptions, LoRAOptions, RNNConfig, RunOptions, TableOptions, TrainOptions
+from record.options import (
+    PLAIN_SIZES,
+    ROLES,
+    STAGED_SIZES,
+    DistilOptions,
+    LoRAOptions,
+    RNNConfig,
+    RunOptions,
+    TableOptions,
+    TrainOptions,
+)
 
 # The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
 EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"plain tiny": 30, "plain": 15, "": 3}}
@@ -43,9 +53,6 @@ STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
           "transfer": {"tiny": 4, "plain": 0, "": 3}}
 AUGMENT_TIMES = 28  # sentences of the transfer set for each one of the training set, and at most:
 AUGMENT_MOST = {"tiny": 24_000, "": 240_000}
-# Embedding and hidden size of a student in stages, or less to fit its budget: in 8-bit weights it fits into 8 MB, and it
-# classifies about 75 times as many sentences a second as SmolLM2 on one core (benchmarks/inference.py).
-LARGEST = (128, 288)
 METHODS = ("lora", "full", "head", "features", "none")
 
 
@@ -264,10 +271,10 @@ def add_distil_options(parser: Parser) -> None:
                help="of soft labels by KL, of logits by MSE, or with the teacher's choice as a hard label")
     _stage_options(parser)
     parser.add("student", "--embedding-size", type=COUNT,
-               help=f"{LARGEST[0]} ({RNNConfig.embedding_size} with --plain), or less to fit 10 %% of the teacher's "
+               help=f"{STAGED_SIZES[0][0]} ({PLAIN_SIZES[0][0]} with --plain), or less to fit 10 %% of the teacher's "
                     "parameters")
     parser.add("student", "--hidden-size", type=COUNT,
-               help=f"{LARGEST[1]} ({RNNConfig.hidden_size} with --plain), or less to fit, of each direction")
+               help=f"{STAGED_SIZES[0][1]} ({PLAIN_SIZES[0][1]} with --plain), or less to fit, of each direction")
     parser.add("student", "--rnn-layers", type=COUNT, default=RNNConfig.rnn_layers, help="of the RNN")
     parser.add("student", "--cell", choices=("lstm", "gru"), default=RNNConfig.cell, help="of the RNN")
     parser.add("student", "--pooling", choices=("max", "mean", "attention"),
