@@ -22,7 +22,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.collect import typed  # noqa: E402 (needs the path above)
-from experiments.significance import paired_differences  # noqa: E402
+from experiments.significance import over_seeds, paired_differences  # noqa: E402
 from experiments.steps import ABLATIONS, CHOSEN, steps  # noqa: E402
 
 MARKED = re.compile(r"(<!-- ([\w-]+), by summarise\.py -->\n).*?(<!-- end of \2 -->\n)", re.DOTALL)
@@ -40,20 +40,16 @@ TRAININGS = (
     ("cola_lora_fp32", {"lora": "`LoRA`, float32"}, f"python run.py LoRA SR --model smollm2 --data {COLA} --precision fp32"),
     ("cola_lora_bf16", {"lora": "`LoRA`, bfloat16"},
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
-    ("cola_lora_r16", {"lora": "`LoRA`, bfloat16, rank 16"},
-     f"python run.py LoRA 20001 --model smollm2 --data {COLA} --rank 16 --alpha 32 --lr 3e-4 --epochs 5 --precision bf16 "
-     "--label-smoothing 0.1"),
-    ("cola_distil", {"student": "`distil`: student with KD", "scratch": "`distil`: no-KD baseline"},
-     f"python run.py distil SR --teacher runs/LoRA-20001 --data {COLA} --text {PLAIN}/edited.txt "
-     f"--text {PLAIN}/tatoeba.txt --augment 300000"),
-    ("cola_distil_plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: no-KD baseline"},
-     "python run.py distil SR --plain --teacher runs/LoRA-SR"))
+    ("paper/teacher", {"LoRA": "`LoRA`, bfloat16, rank 16: the students' teacher"}, COMMANDS["teacher"]),
+    ("paper/distil", {"student": "`distil`: student with KD", "scratch": "`distil`: no-KD baseline"}, COMMANDS["distil"]),
+    ("paper/distil-plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: no-KD baseline"},
+     COMMANDS["distil-plain"]))
 # The paper's comparisons and its sweep: step, label.
 STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tomatoes", "long": "MiniLM on movie_reviews",
            "buzzer": "MiniLM on buzzer"}
 STUDENTS = {"distil": [], **{f"distil-{name}": flags for name, flags in ABLATIONS.items()}}  # step -> its own options
 LABELS = {"teacher": "teacher", "student": "student with KD", "scratch": "no-KD baseline"}
-SHOWN = ("lora", "peft", "logistic", "polarity", *STUDIES, *STUDENTS)  # on these pages; the paper shows every step
+SHOWN = ("lora", "peft", "teacher", "logistic", "polarity", *STUDIES, *STUDENTS)  # here; the paper shows every step
 # Programs whose targets docs/speed.md shows.
 SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
 # Their rows in the README: program, end of the row's name, label.
@@ -178,13 +174,12 @@ def lora_minus_peft(results: dict[str, dict]) -> list[str]:
 
 def student(results: dict[str, dict]) -> list[str]:
     """Shows size and speed of a distillation's student beside its teacher's."""
-    result = results.get("cola_distil")
+    result = results.get("paper/distil")
     if result is None:
         return [f"Student against teacher, size and speed: {NOT_RUN}."]
-    rows = {row["name"]: row for row in result["rows"]}
     return table(["model", "parameters:", "sentences a second:"], [
-        [name, f"{rows[name]['trainable']:,}", mean(rows[name]["sentences_per_second"], ",.0f")]
-        for name in ("teacher", "student")])
+        [entry["entry"], f"{entry['parameters']:,}", mean(entry["sentences_per_second"], ",.0f")]
+        for entry in result["entries"] if entry["entry"] != "scratch"])
 
 
 def ablations(results: dict[str, dict]) -> list[str]:
@@ -448,16 +443,26 @@ def read_results() -> dict[str, dict]:
 
 
 def of_step(name: str, record: dict) -> dict:
-    """Returns what a step left as a result; the one entry of LoRA's and of PEFT's study as a training (`rows`)."""
+    """Returns what a step left as a result; a step of TRAININGS with their `rows`."""
     study = json.loads(record["files"][STEPS[name].done])
+    if name == "teacher":  # one run, not a study of several
+        config = json.loads(record["files"]["teacher/config.json"])
+        study = {**config, "seeds": [study["sr"]], "entries": [
+            {"entry": "LoRA", "parameters": study["parameters"], **over_seeds([study])}], "majority_accuracy": {
+            split: scores["majority_accuracy"] for split, scores in study["validation"].items()}}
     result = {**study, "command": typed(study["command"]), "git_commits": [study.get("git_commit")]}
-    if name in ("lora", "peft"):
-        entry = study["entries"][0]
-        result["rows"] = [{"name": entry["entry"], "trainable": entry["parameters"]["trainable"], **{
+    if f"paper/{name}" in (training for training, *_ in TRAININGS):
+        result["rows"] = [{"name": entry["entry"], "trainable": _trained(entry["parameters"]), **{
             which: entry[which] for which in ("best", "last")}, **{
-            key: [int(epoch) for epoch in entry[key]["values"]] for key in ("best_epoch", "last_epoch")}}]
-        result["majority_accuracy"] = study.get("majority_accuracy", entry.get("majority_accuracy"))
+            key: [int(epoch) for epoch in entry[key]["values"]] for key in ("best_epoch", "last_epoch")}}
+            for entry in study["entries"] if "last" in entry]
+        result["majority_accuracy"] = study.get("majority_accuracy", study["entries"][0].get("majority_accuracy"))
     return result
+
+
+def _trained(parameters: int | dict) -> int:
+    """Returns how many parameters train: all of a student's, which has one number."""
+    return parameters["trainable"] if isinstance(parameters, dict) else parameters
 
 
 def filled(page: str, results: dict[str, dict]) -> str:

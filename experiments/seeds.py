@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from experiments import compare, finetune
-from experiments.significance import over_seeds, paired_differences
+from experiments.significance import over_seeds, paired_differences, spread
 from experiments.variants import SeedRun
 from record.files import UserError, locked, make_folder, read_json, write_file, write_json
 from record.folder import empty_folder, provenance
@@ -27,6 +27,7 @@ from train_utils import selection_split
 # The models of a run's summary, where it has them, and which two are compared seed by seed.
 MODELS = {"LoRA": (None,), "distil": ("teacher", "student", "scratch")}
 DIFFERENCES = {"LoRA": (), "distil": (("student", "scratch"), ("student", "teacher"))}
+SPEED = "sentences_per_second"  # of a distillation's models
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def results(mode: str, done: dict[str, dict]) -> dict:
     first, seeds = next(iter(done.values())), list(done)
     parts = {name or mode: [summary[name] if name else summary for summary in done.values()] for name in MODELS[mode]
              if name is None or name in first}
-    rows = {name: {"entry": name, "seeds": seeds, "parameters": models[0]["parameters"], **over_seeds(models)}
+    rows = {name: {"entry": name, "seeds": seeds, "parameters": models[0]["parameters"], **over_seeds(models),
+                   **({SPEED: spread([model[SPEED] for model in models])} if SPEED in models[0] else {})}
             for name, models in parts.items()}
     validation = next(iter(parts.values()))[0]["validation"]
     own = {"method": first["method"]} if mode == "LoRA" else {

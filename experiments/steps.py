@@ -40,7 +40,7 @@ class Step:
     @property
     def reported(self) -> bool:
         """Returns whether the report reads its runs, and not only the table that it leaves."""
-        return Path(self.done).name == "seeds.json"
+        return Path(self.done).name in ("seeds.json", "summary.json")
 
 
 def steps(profile: str, sr: str, seeds: int, data: Path | None, out: Path) -> list[Step]:

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import command, summarise
 from benchmarks.collect import row, typed
+from experiments import seeds
 from experiments.significance import over_seeds
 
 RESULTS = summarise.read_results()
@@ -68,9 +69,7 @@ def part(mcc: float, rate: float = 100.0) -> dict:
 
 
 def test_a_training_is_mean_and_deviation_of_its_best_and_last_epoch():
-    results = {"cola_lora_fp32": trained(row("lora", [part(0.5), part(0.6)])),
-               "cola_distil": trained(*(row(name, [part(0.1, rate)] * 2) for name, rate in (
-                   ("teacher", 50.0), ("student", 7000.0), ("scratch", 7000.0))))}
+    results = {"cola_lora_fp32": trained(row("lora", [part(0.5), part(0.6)]))}
     lines = summarise.cola(results)
     assert "| majority class |  |  |  | 0.693 / 0 | 0.686 / 0 | 0.689 / 0 |  |" in lines
     best = next(i for i, line in enumerate(lines) if line.startswith("| `LoRA`, float32 |"))
@@ -81,11 +80,11 @@ def test_a_training_is_mean_and_deviation_of_its_best_and_last_epoch():
         f"0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR` |",
         f"|  |  | last (3) |  | 0.806 ± 0.000 / 0.350 ± {deviation:.3f} | 0.756 ± 0.000 / 0.250 ± {deviation:.3f} | "
         f"0.707 ± 0.000 / 0.150 ± {deviation:.3f} |  |"]
-    assert sum("not run" in line for line in lines) == 6  # the equal budget's, bfloat16's and the plain recipe's, two each
+    # Two of the equal budget, bfloat16, the students' teacher, and student and baseline in stages and without.
+    assert sum("not run" in line for line in lines) == 8
     assert lines[-1] == "Measured on A CPU, 2 thread(s); torch 2.0, transformers 5.0; commit 0123456, abcdef0."
     assert f"| CoLA, `LoRA`, float32 | 0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR` |" in (
         summarise.summary(results))
-    assert summarise.student(results)[2:] == ["| teacher | 4,950,530 | 50 ± 0 |", "| student | 4,950,530 | 7,000 ± 0 |"]
 
 
 def recorded(step: str, path: Path) -> dict:
@@ -112,6 +111,32 @@ def test_lora_and_its_reference_are_trainings_with_their_difference_paired_by_se
             ) in lines
     del results["paper/peft"]
     assert not any("minus" in line for line in summarise.cola(results))
+
+
+def test_students_and_their_teacher_are_trainings():
+    def entry(name: str, rate: float) -> dict:
+        teacher = {"validation": made_up.validation(0.5), "sentences_per_second": rate, "parameters": 4950530}
+        return teacher if name == "teacher" else part(0.1, rate)
+    summaries = {seed: {"mode": "distil", "model": "m", "task": "cola", "distillation": {"temperature": 1, "alpha": 0.5},
+                        **{name: {**entry(name, rate), "run": "t"} for name, rate in (
+                            ("teacher", 50.0), ("student", 7000.0), ("scratch", 7000.0))}} for seed in ("12345", "12346")}
+    study = {**seeds.results("distil", summaries), "seeds": list(summaries), "command": "python run.py distil 12345 --out=x",
+             **MACHINE, "git_commit": "0123456789"}
+    own = {"mode": "LoRA", "sr": "12345", **part(0.5), "parameters": {"trainable": 7}}
+    config = {"command": "python run.py LoRA 12345 --out x", **MACHINE, "git_commit": "1123456789"}
+    results = {"paper/distil": summarise.of_step("distil", {"files": {summarise.STEPS["distil"].done: json.dumps(study)}}),
+               "paper/teacher": summarise.of_step("teacher", {"files": {
+                   "teacher/summary.json": json.dumps(own), "teacher/config.json": json.dumps(config)}})}
+    lines = summarise.cola(results)
+    label = "`LoRA`, bfloat16, rank 16: the students' teacher"
+    assert any(line.startswith(f"| {label} | 1 (12345) | best (2) | 7 | 0.806 / 0.500")
+               and line.endswith("| `python run.py LoRA 12345` |") for line in lines)
+    assert sum(line.endswith("| `python run.py distil 12345` |") for line in lines) == 2
+    label = "`distil`: student with KD"
+    assert any(line.startswith(f"| {label} | 2 (12345 to 12346) | best (2) | 4,950,530 | 0.806 ± 0.000 / 0.100")
+               for line in lines)
+    assert lines[-1].endswith("commit 0123456, 1123456.")
+    assert summarise.student(results)[2:] == ["| teacher | 4,950,530 | 50 ± 0 |", "| student | 4,950,530 | 7,000 ± 0 |"]
 
 
 def test_a_variant_of_the_student_stands_beside_its_baseline_and_the_first_row():

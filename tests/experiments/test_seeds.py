@@ -78,6 +78,9 @@ def test_means_and_intervals_are_scipys_of_the_runs_own_scores(studies):
 def test_students_are_compared_with_their_own_seeds_baseline(studies):
     folder, _ = studies
     found = read_json(folder / "runs" / "distil-99999-seeds" / "seeds.json")
+    for entry in found["entries"]:
+        assert entry["sentences_per_second"]["values"] == [
+            summary[entry["entry"]]["sentences_per_second"] for summary in summaries(folder, "distil")]
     assert [row["entry"] for row in found["entries"]] == ["teacher", "student", "scratch"]
     difference = next(row for row in found["differences"] if row["minus"] == "scratch")
     for which, key in (("best", "validation"), ("last", "last_validation")):
