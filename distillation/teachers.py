@@ -87,12 +87,24 @@ def _of_real_tokens(teacher: TextClassifier, states: Tensor, batch: Batch) -> Te
 
 
 @torch.inference_mode()
-def states_and_logits(teacher: TextClassifier, batch: Batch) -> tuple[Tensor, Tensor]:
+def states_and_logits(teacher: TextClassifier, batch: Batch, needed: bool = True) -> tuple[Tensor | None, Tensor]:
     """Computes `hidden_states` and the logits (B, labels) of a batch without features, in one forward pass.
 
+    Args:
+        needed: whether the states are; without them the logits are the same bytes.
+
     Raises:
-        UserError: the backbone does not give one state a token.
+        UserError: the backbone does not give one state a token, and the states are needed.
     """
+    if needed:
+        return _states_and_logits(teacher, batch)
+    try:
+        return None, _states_and_logits(teacher, batch)[1]
+    except UserError:
+        return None, teacher(*batch.inputs()).float()
+
+
+def _states_and_logits(teacher: TextClassifier, batch: Batch) -> tuple[Tensor, Tensor]:
     ids, mask = batch.input_ids, batch.attention_mask
     if teacher.decoder and not teacher.by_length:
         hidden, head = hidden_states(teacher, batch), teacher.net.score

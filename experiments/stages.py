@@ -76,10 +76,10 @@ def read(source: Source, task: Task, teachers: list, teacher_keys: list[str], op
     text = [sentence for sentence in dict.fromkeys(text) if normalised(sentence) not in seen]
     ids = data_utils.encode(source.tokenizer, [*transfer, *task.train.sentences, *text], max_length, truncate)
     labelled = len(transfer) + len(task.train)
-    size = options.match_size if options.match == "hidden" else 0
     logits, hidden = [], None
     for teacher, key in zip(teachers, teacher_keys, strict=True):
-        one, states = source.outputs(teacher, key, ids[:labelled], size if hidden is None else 0, options.match_weight,
+        match = options.match == "hidden" and hidden is None
+        one, states = source.outputs(teacher, key, ids[:labelled], options.match_size, match, options.match_weight,
                                      options.score_weight)
         logits.append(one)
         hidden = hidden or states

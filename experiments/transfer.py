@@ -214,23 +214,28 @@ class Source:
 
     # ------------------------------------------------------------ what the teachers say
 
-    def outputs(self, teacher: TextClassifier, teacher_key: str, ids: list[list[int]], size: int,
+    def outputs(self, teacher: TextClassifier, teacher_key: str, ids: list[list[int]], size: int, match: bool = True,
                 match_weight: float = 1.0, score_weight: float = 0.0) -> tuple[Tensor, HiddenStates | None]:
         """Returns a teacher's logits (N, labels) and reduced hidden states of sentences, cached in chunks.
 
         Args:
             teacher_key: digest of the teacher's weights.
             ids: token ids of each sentence.
-            size: dimensions of the hidden states, at most; 0 for none.
+            size: dimensions of the hidden states, at most.
+            match: whether hidden states are wanted; logits alone come of the chunks that have both, where there are any.
             match_weight: of the hidden states; a dimension's own share is as its standard deviation.
             score_weight: of the tokens' scores.
         """
-        pca, scale = self.components(teacher, teacher_key, size) if size else (None, None)
+        pca, scale = self.components(teacher, teacher_key, size) if match else (None, None)
         chunks: dict[Path, tuple[str, list]] = {}
         for start in range(0, len(ids), LABELLED):
             chunk = ids[start:start + LABELLED]
-            key = hashlib.sha256(f"{teacher_key} {size} {json.dumps(chunk)}".encode()).hexdigest()
-            chunks[self.folder / f"outputs-{key[:24]}.safetensors"] = key, chunk
+            for its_size in (size,) if match else (size, 0):  # 0: logits alone
+                key = hashlib.sha256(f"{teacher_key} {its_size} {json.dumps(chunk)}".encode()).hexdigest()
+                path = self.folder / f"outputs-{key[:24]}.safetensors"
+                if path.exists():
+                    break
+            chunks[path] = key, chunk
         missing = sum(len(chunk) for path, (_, chunk) in chunks.items() if not path.exists())
         with tqdm(total=len(ids), initial=len(ids) - missing, unit="sentence", desc="teacher", dynamic_ncols=True, delay=2
                   ) as bar:
@@ -247,7 +252,7 @@ class Source:
                 raise UserError(f"{path}: holds other sentences' outputs; remove it")
             logits.append(found["logits"])
             values.append(found.get("hidden"))
-        if not size:
+        if not match:
             return torch.cat(logits), None
         lengths, scores = torch.tensor([0, *map(len, ids)]), len(scale)
         weights = torch.cat([match_weight * pca.std / pca.std.sum(), torch.full((scores,), score_weight / max(1, scores))])
@@ -258,13 +263,11 @@ class Source:
               ) -> dict[str, Tensor]:
         """Computes a chunk: logits (n, labels), and with `pca` hidden states and scores (tokens, d) in float16."""
         logits, parts = torch.empty(len(ids), teacher.net.config.num_labels), [None] * len(ids)
-        for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer, shared=not pca):
-            there = batch.to(device())
-            if pca is None:
-                logits[batch.rows] = teacher(*there.inputs()).float().cpu()
-                continue
-            hidden, said = states_and_logits(teacher, there)
+        for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
+            hidden, said = states_and_logits(teacher, batch.to(device()), needed=bool(pca))
             logits[batch.rows], lengths = said.cpu(), batch.attention_mask.sum(1)
+            if pca is None:
+                continue
             states = torch.cat([pca.reduce(hidden.cpu()), token_scores(teacher, hidden).cpu() / scale], -1).half()
             for row, part in zip(batch.rows.tolist(), states.split(lengths.tolist()), strict=True):
                 parts[row] = part
@@ -328,24 +331,20 @@ def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
         yield edit(rng.choice(sentences), rng) or "" if sentences else ""
 
 
-def batches_of(ids: list[list[int]], labels: list[int], rows: list[int], tokens: int, tokenizer, seed: int = 0,
-               shared: bool = False) -> list[Batch]:
+def batches_of(ids: list[list[int]], labels: list[int], rows: list[int], tokens: int, tokenizer, seed: int = 0
+               ) -> list[Batch]:
     """Makes batches of some rows of a list of token ids, in random order; a row may come several times.
 
     A batch holds rows of one length and no pads: nothing has to be packed, which lets an RNN run three times as fast on a
-    CPU. With `shared` it holds rows of about one length with shared prefixes, for a decoder's fused blocks.
+    CPU.
     """
-    lengths, rng = [len(ids[row]) for row in rows], random.Random(seed)
+    lengths, rng, buckets = [len(ids[row]) for row in rows], random.Random(seed), []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    if shared:
-        buckets = data_utils.bucket_by_length(lengths, 0, seed, tokens, [ids[row] for row in rows])
-    else:
-        buckets = []
-        order = sorted(range(len(rows)), key=lambda at: (lengths[at], rng.random()))
-        for length, group in itertools.groupby(order, key=lambda at: lengths[at]):
-            same, size = list(group), max(1, tokens // length)
-            buckets += [same[start:start + size] for start in range(0, len(same), size)]
-        rng.shuffle(buckets)
+    order = sorted(range(len(rows)), key=lambda at: (lengths[at], rng.random()))
+    for length, group in itertools.groupby(order, key=lambda at: lengths[at]):
+        same, size = list(group), max(1, tokens // length)
+        buckets += [same[start:start + size] for start in range(0, len(same), size)]
+    rng.shuffle(buckets)
     return [data_utils.collate(ids, labels, [rows[at] for at in bucket], pad) for bucket in buckets]
 
 

@@ -5,6 +5,7 @@ import torch
 from conftest import adapted, toy_batch
 
 from data_utils import Batch
+from distillation import teachers
 from distillation.teachers import (
     Averaged,
     HiddenStates,
@@ -15,6 +16,7 @@ from distillation.teachers import (
     token_scores,
 )
 from model import DistilRNN, RNNConfig
+from record.files import UserError
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition():
@@ -71,6 +73,19 @@ def test_states_and_logits_come_of_one_forward_pass(architecture):
     found = states_and_logits(teacher, one)
     assert len(passes) == 1
     torch.testing.assert_close(found, (states, logits), atol=1e-5, rtol=1e-5)
+    assert torch.equal(states_and_logits(teacher, one, needed=False)[1], found[1])
+
+
+def test_a_backbone_without_a_state_for_each_token_has_logits_all_the_same(monkeypatch):
+    teacher, (ids, mask) = adapted("bert"), toy_batch()
+    one = Batch(ids, mask, torch.zeros(4, dtype=torch.int64), torch.arange(4), int(mask.sum()))
+    check = teachers._of_real_tokens
+    monkeypatch.setattr(teachers, "_of_real_tokens", lambda teacher, states, batch: check(teacher, states[:, ::2], batch))
+    with pytest.raises(UserError, match="does not give one hidden state a token; choose --match none"):
+        states_and_logits(teacher, one)
+    with torch.no_grad():
+        expected = teacher(ids, mask)
+    assert torch.equal(states_and_logits(teacher, one, needed=False)[1], expected)
 
 
 def test_the_last_tokens_scores_are_the_logits_around_their_mean():

@@ -83,6 +83,14 @@ def test_a_second_run_computes_no_sentence_again(work, staged, monkeypatch):
     assert first["student.safetensors"] == second["student.safetensors"]
 
 
+def test_without_matching_a_student_takes_the_logits_that_came_with_hidden_states(work, staged, tmp_path, monkeypatch):
+    assert distil(work, tmp_path / "alone", "--match", "none") == 0
+    monkeypatch.setattr(transfer.Source, "label", lambda *_: pytest.fail("computed again"))
+    assert distil(work, staged / "beside", "--match", "none") == 0
+    one, other = toy.tree(tmp_path / "alone"), toy.tree(staged / "beside")
+    assert one["student.safetensors"] == other["student.safetensors"]
+
+
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(work, staged, monkeypatch):
     drawn, sentences = [], transfer.Source.sentences
     monkeypatch.setattr(transfer.Source, "sentences", lambda self, count: drawn.append(
