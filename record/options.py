@@ -81,10 +81,9 @@ class RNNConfig:
     dropout: float = 0.3  # on embeddings and on the pooled vector
 
 
-# Embedding and hidden sizes of a default student, of which it has the first that fit its budget. The largest in stages fits
-# into 8 MB in 8-bit weights, and a direction's recurrent weights (4 x 224 x 224 in float32: 0.8 MB) into the 1 MB of cache
-# that a core of a common server has.
-STAGED_SIZES = ((144, 224), (96, 216), (64, 144), (48, 108), (32, 72), (24, 54), (16, 36))
+# Embedding and hidden sizes of a default student, of which it has the first that fit its budget; the largest in stages fits
+# into 8 MB in 8-bit weights.
+STAGED_SIZES = ((128, 288), (96, 216), (64, 144), (48, 108), (32, 72), (24, 54), (16, 36))
 PLAIN_SIZES = ((RNNConfig.embedding_size, RNNConfig.hidden_size), (72, 96), (48, 64), (36, 48), (24, 32), (12, 16))
 
 
