@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -180,7 +180,8 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         if distil_options.control:
             say("the same student without the teacher")
             gold = replace(gold, objective=train_utils.cross_entropy(smoothing))
-            scratch["scratch"], _ = train_student(run, "scratch", [*control, gold], distil_options, folder, recorder, stop)
+            scratch["scratch"], _ = train_student(run, "scratch", [*control, gold], distil_options, folder, recorder, stop,
+                                                  same=first)
         write_json(folder / "student_config.json", asdict(run.student))
         more = {"more_runs": list(distil_options.more_teachers)} if distil_options.more_teachers else {}
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": run.task.name,
@@ -217,11 +218,12 @@ def stages_before(run: Prepared, distil_options: DistilOptions, stop: Callable[[
 
 
 def train_student(run: Prepared, phase: str, its_stages: list[Stage], distil_options: DistilOptions, folder: Path,
-                  recorder: Recorder, stop: Callable[[], int | None]) -> tuple[dict, float]:
+                  recorder: Recorder, stop: Callable[[], int | None], same: Sequence[Stage] = ()) -> tuple[dict, float]:
     """Trains one student in its stages, the last of which is the training set, and writes its weights.
 
     Args:
         phase: `student` or `scratch`, the no-KD baseline: the name of its files and of its lines in metrics.jsonl.
+        same: stages that the student has been through: what is the baseline's stage too is not trained again.
 
     Returns:
         Its part of the summary, and the training loss of its best epoch in the last stage.
@@ -233,8 +235,10 @@ def train_student(run: Prepared, phase: str, its_stages: list[Stage], distil_opt
         embed_as(run.teachers[0], model)
     model, parts = model.to(device()), []
     for number, stage in enumerate(its_stages):
+        if trained := any(stage is one for one in same):
+            stages.take_over(folder, stage)
         progress, part = stages.run_stage(
-            model, stage, number, device(), folder, options.resume, phase, selection_split(run.task.dev),
+            model, stage, number, device(), folder, options.resume or trained, phase, selection_split(run.task.dev),
             lambda history, name=stage.name: recorder(history, phase, name if several else None), stop)
         parts.append(part)
     write_file(folder / f"{phase}.safetensors", save({n: t.cpu() for n, t in model.state_dict().items()}))

@@ -20,6 +20,8 @@ from distillation.teachers import HiddenStates
 from experiments.transfer import Source, batches_of, normalised
 from model import DistilRNN
 from record.checkpoints import Progress
+from record.files import write_file
+from record.folder import CHECKPOINT
 from record.options import DistilOptions, TrainOptions
 from train_utils import Objective, training_summary
 
@@ -115,10 +117,14 @@ def control_stages(stages: list[Stage], sentences: Sentences, tokenizer, options
                    ) -> list[Stage]:
     """Returns the same stages without a teacher: plain text and the training set, for as many steps.
 
-    Language modelling of plain text and training sentences stands for pretraining, gold labels for the teacher's.
+    Language modelling of plain text and training sentences stands for pretraining, gold labels for the teacher's. A stage in
+    which the student itself has nothing of a teacher's is the control's as well, the same object.
     """
     found = []
     for stage in stages:
+        if stage.name == "pretrain" and sentences.hidden is None and not sentences.transfer:
+            found.append(stage)
+            continue
         if stage.name == "pretrain":
             rows = list(range(sentences.transfer, len(sentences.ids)))
             control = _pretrain(sentences, tokenizer, rows, None, options, train, True)
@@ -153,6 +159,18 @@ def _stage_options(options: DistilOptions, train: TrainOptions, epochs: int) -> 
     return replace(train, epochs=epochs, lr=options.stage_lr, batch_tokens=options.stage_tokens, patience=None)
 
 
+def prefix(phase: str, stage: Stage) -> str:
+    """Returns what the name of a stage's checkpoint begins with."""
+    return f"{phase}." if stage.name == "gold" else f"{phase}.{stage.name}."
+
+
+def take_over(folder: Path, stage: Stage) -> None:
+    """Gives the control the student's finished training in a stage that is the same for both."""
+    theirs, own = (folder / (prefix(phase, stage) + CHECKPOINT) for phase in ("student", "scratch"))
+    if not own.exists():
+        write_file(own, theirs.read_bytes())
+
+
 def run_stage(student: DistilRNN, stage: Stage, number: int, device: torch.device, folder: Path, resume: bool, phase: str,
               select: str, on_epoch: Callable[[list[dict]], None], stop: Callable[[], int | None]) -> tuple[Progress, dict]:
     """Trains the student in one stage.
@@ -168,11 +186,10 @@ def run_stage(student: DistilRNN, stage: Stage, number: int, device: torch.devic
         torch.manual_seed(stage.options.seed + SEEDS * number)
     student.dropout.p = stage.dropout
     model = stage.wear(student).to(device)
-    name = phase if stage.name == "gold" else f"{phase}.{stage.name}"
     progress = train_utils.fit(
-        model, stage.batches, stage.dev, stage.objective, stage.options, folder=folder, resume=resume, name=f"{name}.",
-        select=select if stage.classes else "held_out", stop=stop, on_epoch=on_epoch, steps=stage.steps,
-        score=None if stage.classes else mean_loss(stage.objective))
+        model, stage.batches, stage.dev, stage.objective, stage.options, folder=folder, resume=resume,
+        name=prefix(phase, stage), select=select if stage.classes else "held_out", stop=stop, on_epoch=on_epoch,
+        steps=stage.steps, score=None if stage.classes else mean_loss(stage.objective))
     best = next(line for line in progress.history if line["epoch"] == progress.best_epoch)
     return progress, {"stage": stage.name, "best_epoch": progress.best_epoch, "validation": best["validation"],
                       "loss": best["train"]["loss"], **training_summary(progress, stage.batches)}

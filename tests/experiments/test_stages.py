@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import filelock
 import pytest
+import torch
 import toy
 from safetensors.torch import load_file
 
 import train_utils
 from benchmarks import collect
 from data_utils import load_task
-from experiments import seeds, transfer
+from experiments import seeds, stages, transfer
 from experiments.transfer import normalised
 from record.files import read_json
 from record.folder import without_times
@@ -61,8 +62,8 @@ def test_every_stage_has_its_lines_and_both_students_the_same_steps(staged):
     student, scratch = summary["student"]["stages"], summary["scratch"]["stages"]
     assert [stage["stage"] for stage in student] == [stage["stage"] for stage in scratch] == ["pretrain", "transfer", "gold"]
     assert [stage["steps"] for stage in student] == [stage["steps"] for stage in scratch]
-    for phase, stages in (("student", student), ("scratch", scratch)):
-        for stage in stages:
+    for phase, its_stages in (("student", student), ("scratch", scratch)):
+        for stage in its_stages:
             own = [line for line in lines if (line["phase"], line["stage"]) == (phase, stage["stage"])]
             assert [line["epoch"] for line in own] == list(range(1, stage["epochs"] + 1))
             assert ("mcc" in own[0]["train"]) == (stage["stage"] != "pretrain")
@@ -91,6 +92,22 @@ def test_without_matching_a_student_takes_the_logits_that_came_with_hidden_state
     assert one["student.safetensors"] == other["student.safetensors"]
 
 
+def test_a_stage_without_a_teacher_is_trained_once_for_student_and_control(work, staged, tmp_path, monkeypatch):
+    words, backward = ("--augment", 0, "--match", "none"), torch.Tensor.backward
+    taken, passes = stages.take_over, {}
+    for name, take_over in (("twice", lambda *_: None), ("once", taken)):
+        monkeypatch.setattr(stages, "take_over", take_over)
+        monkeypatch.setattr(torch.Tensor, "backward", lambda self, name=name: passes.update(
+            {name: passes.get(name, 0) + 1}) or backward(self))
+        assert distil(work, tmp_path / name, *words) == 0
+    one, other = toy.tree(tmp_path / "twice"), toy.tree(tmp_path / "once")
+    for name in ("student.safetensors", "scratch.safetensors"):
+        assert one[name] == other[name]
+    assert without_times(toy.lines_of(tmp_path / "twice")) == without_times(toy.lines_of(tmp_path / "once"))
+    pretraining = json.loads(other["summary.json"])["scratch"]["stages"][0]
+    assert pretraining["stage"] == "pretrain" and passes["twice"] - passes["once"] == pretraining["steps"] > 0
+
+
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(work, staged, monkeypatch):
     drawn, sentences = [], transfer.Source.sentences
     monkeypatch.setattr(transfer.Source, "sentences", lambda self, count: drawn.append(
@@ -117,12 +134,12 @@ def test_a_run_stopped_in_any_stage_and_resumed_ends_in_the_same_bytes(work, sta
 
 
 def test_the_ablations_leave_their_stage_out(work, staged, tmp_path):
-    for more, stages in ((("--pretrain", 0), ["transfer", "gold"]), (("--augment", 0), ["pretrain", "gold"]),
-                         (("--match", "none", "--kd-loss", "hard", "--student-embeddings", "random"), None)):
+    for more, expected in ((("--pretrain", 0), ["transfer", "gold"]), (("--augment", 0), ["pretrain", "gold"]),
+                           (("--match", "none", "--kd-loss", "hard", "--student-embeddings", "random"), None)):
         out = tmp_path / "-".join(map(str, more))
         assert distil(work, out, *more) == 0
         found = [stage["stage"] for stage in read_json(out / "summary.json")["student"]["stages"]]
-        assert found == (stages or ["pretrain", "transfer", "gold"])
+        assert found == (expected or ["pretrain", "transfer", "gold"])
 
 
 def test_several_teachers_are_averaged(work, tmp_path, quick):
