@@ -37,8 +37,8 @@ def _of(cls: type, args, **given):
     return cls(**{**named, **given})
 
 
-def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, **more) -> RunOptions:
-    plain = getattr(args, "plain", False)
+def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, plain: bool = False, **more
+                 ) -> RunOptions:
     train = _of(TrainOptions, args, seed=int(args.sr), epochs=args.epochs or default(EPOCHS[mode], task, plain),
                 lr=args.lr or default(LEARNING_RATE[getattr(args, "method", mode)], task, plain), **saving(args.save_every))
     return _of(RunOptions, args, mode=mode, model=model, task=task, data=data, train=train,
@@ -88,5 +88,6 @@ def distil_options(args) -> tuple[RunOptions, DistilOptions]:
         stages.update(augment=0, match="none")
     if stages.setdefault("augment", 0 if args.plain else args.augment) == 0:
         stages["transfer"] = 0
-    return _run_options(args, "distil", None, task, args.data), _of(
+    # Where the training set alone teaches classes, it takes as many epochs as with --plain.
+    return _run_options(args, "distil", None, task, args.data, plain=not stages["transfer"]), _of(
         DistilOptions, args, teacher=teacher, more_teachers=tuple(map(str, more)), text=tuple(args.text), **stages)

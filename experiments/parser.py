@@ -110,9 +110,11 @@ def _most_used(parser: Parser, mode: str) -> None:
                     "such as stanfordnlp/sst2; the Hub's files of the task if not given")
     if mode == "LoRA":
         parser.add(GENERAL, "--rank", type=int, default=LoRAOptions.rank, help="of each update")
-    parser.add(GENERAL, "--epochs", type=COUNT, help=_defaults_text(EPOCHS[mode]))
+    alone = "; without a transfer set as with --plain" if mode == "distil" else ""
+    parser.add(GENERAL, "--epochs", type=COUNT, help=_defaults_text(EPOCHS[mode]) + alone)
     parser.add(GENERAL, "--lr", type=POSITIVE, help="; ".join(
-        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (METHODS[:-1] if mode == "LoRA" else (mode,))))
+        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (METHODS[:-1] if mode == "LoRA" else (mode,))
+        ) + alone)
 
 
 def add_finetune_options(parser: Parser, method: bool = True) -> None:

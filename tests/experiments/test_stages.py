@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import train_utils
 from benchmarks import collect
 from data_utils import load_task
-from experiments import seeds, stages, transfer
+from experiments import arguments, seeds, stages, transfer
+from experiments.parser import build_parser
 from experiments.transfer import normalised
 from record.files import read_json
 from record.folder import without_times
@@ -140,6 +141,14 @@ def test_the_ablations_leave_their_stage_out(work, staged, tmp_path):
         assert distil(work, out, *more) == 0
         found = [stage["stage"] for stage in read_json(out / "summary.json")["student"]["stages"]]
         assert found == (expected or ["pretrain", "transfer", "gold"])
+
+
+@pytest.mark.parametrize(("words", "epochs", "lr"), [((), 3, 5e-4), (("--augment", "0"), 15, 3e-3), (("--plain",), 15, 3e-3),
+                                                     (("--transfer", "0", "--lr", "1e-3"), 15, 1e-3)])
+def test_without_a_transfer_set_the_training_set_has_the_epochs_of_the_plain_recipe(work, words, epochs, lr):
+    args = build_parser()[0].parse_args(["distil", "12345", "--teacher", str(work / "LoRA"), "--task", "cola", *words])
+    train = arguments.distil_options(args)[0].train
+    assert (train.epochs, train.lr) == (epochs, lr)
 
 
 def test_several_teachers_are_averaged(work, tmp_path, quick):
