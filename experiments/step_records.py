@@ -5,10 +5,12 @@ another one's weights cannot do with its record.
 """
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from experiments.steps import Step
 from record.files import UserError, make_folder, read_json, write_file, write_json
+from report.paper import SENTENCES
 
 REPORTED = ("config.json", "summary.json", "metrics.jsonl")  # of a run
 
@@ -47,7 +49,17 @@ def keep(step: Step, out: Path, records: Path) -> None:
     files = [out / step.done, *(run / name for run in runs for name in REPORTED)]
     write_json(make_folder(records) / f"{step.name}.json", {
         "state": read_json(state_of(step, out)),
-        "files": {str(path.relative_to(out)): path.read_text() for path in files if path.exists()}})
+        "files": {str(path.relative_to(out)): _kept(path) for path in files if path.exists()}})
+
+
+def _kept(path: Path) -> str:
+    """Returns what a record holds of a file: of a diagnosis no more sentences than the report shows, for data stay out."""
+    if path.name != "diagnose.json":
+        return path.read_text()
+    diagnosis = read_json(path)
+    for holder, key in ((diagnosis, "disagreements"), (diagnosis["all_wrong"], "rows")):
+        holder[key] = holder[key][:SENTENCES]
+    return json.dumps(diagnosis)
 
 
 def restore(step: Step, out: Path, records: Path) -> None:

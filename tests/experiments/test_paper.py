@@ -304,6 +304,17 @@ def test_a_study_of_seeds_is_recorded_with_what_the_report_reads_of_its_runs(tmp
     assert not any(path.is_file() for path in again.rglob("*")) and not (again / "cola" / "LoRA-12345").exists()
 
 
+def test_a_diagnosis_is_recorded_with_no_more_sentences_than_the_report_shows(tmp_path):
+    step, rows = Step("diagnose", 1, [], "diagnose/diagnose.json"), [{"sentence": str(number)} for number in range(50)]
+    for folder, content in (("diagnose", {"disagreements": rows, "all_wrong": {"n": 60, "rows": rows}, "kept": rows}),
+                            ("steps", {"words": []})):
+        (tmp_path / "out" / folder).mkdir(parents=True)
+        (tmp_path / "out" / folder / "diagnose.json").write_text(json.dumps(content))
+    step_records.keep(step, tmp_path / "out", tmp_path)
+    found = json.loads(json.loads((tmp_path / "diagnose.json").read_text())["files"]["diagnose/diagnose.json"])
+    assert found == {"disagreements": rows[:8], "all_wrong": {"n": 60, "rows": rows[:8]}, "kept": rows}
+
+
 def test_a_step_that_needs_weights_says_so_where_only_the_record_is(recorded):
     here, elsewhere, ran = recorded
     options = elsewhere()
