@@ -32,7 +32,7 @@ def test_every_section_stands_on_one_page():
 def test_every_result_is_shown_and_names_no_folder_of_a_machine():
     shown = "".join(page.read_text() for page in summarise.pages())
     for name, result in RESULTS.items():
-        if own := summarise.STUDENTS.get(name.removeprefix("paper/")):  # shown by the options that it has beside the first row's
+        if own := summarise.STUDENTS.get(name.removeprefix("paper/")):  # beside the first row
             assert summarise.shown(result).endswith(" ".join(own)) and f"| `{' '.join(own)}` |" in shown, name
         else:
             assert summarise.shown(result) in re.sub(r" \\\n *", " ", shown), name
