@@ -96,7 +96,7 @@ def _calibration(diagnosis: Record, classifiers: list[str]) -> Table:
 
 def _pairs(diagnosis: Record, pairs: Record, key: str, title: str) -> Table:
     models, published = list(pairs.section("overall").section("models")), pairs["published"]
-    rows = [[group["group"], str(group["n"])] + [
+    rows = [[group["group"].replace("_", " ") if key == "phenomena" else group["group"], str(group["n"])] + [
         _percent(group.section("models").section(model).number("accuracy")) for model in models] + [
         _percent(group.section("published").number(name)) if name in group["published"] else "" for name in published]
         for group in [*pairs[key], Record({**pairs.section("overall"), "group": "all"}, pairs.source)]]
