@@ -81,12 +81,12 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
     text = _text(data) if data else []
     found = [
         *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (30, 1, 75)),
-        Step("teacher", 16, [RUN, "LoRA", sr, *task, *TEACHER, *_to(out, "teacher")], "teacher/summary.json",
+        Step("teacher", 18, [RUN, "LoRA", sr, *task, *TEACHER, *_to(out, "teacher")], "teacher/summary.json",
              runs="teacher"),
         *_distil(sr, seeds, out, "teacher", f"{out}/teacher", text, {
-            "distil": 65, "distil-plain": 4, "distil-no-transfer-set": 4, "distil-no-matching": 12, "distil-hard-labels": 12,
-            "distil-language-model": 36}),
-        Step("diagnose", 6, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
+            "distil": 80, "distil-plain": 7, "distil-no-transfer-set": 7, "distil-no-matching": 18, "distil-hard-labels": 18,
+            "distil-language-model": 40}),
+        Step("diagnose", 10, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
     if data is None:  # the methods and the ranks on the one task that there is
         found += [
