@@ -134,8 +134,7 @@ def machine() -> dict:
 
 def result(measured: dict) -> str:
     """Returns one JSON object: what was measured, the program and command that measured it, and where."""
-    return json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": command(), "machine": machine(),
-                       **measured})
+    return json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": command(), "machine": machine(), **measured})
 
 
 # ---------------------------------------------------------------- the program around a benchmark

@@ -100,7 +100,7 @@ def states_and_logits(teacher: TextClassifier, batch: Batch, needed: bool = True
         return _states_and_logits(teacher, batch)
     try:
         return None, _states_and_logits(teacher, batch)[1]
-    except UserError:
+    except UserError:  # such a backbone's logits never come with states, with which they would have to agree
         return None, teacher(*batch.inputs()).float()
 
 

@@ -18,7 +18,7 @@ def made_up(folder, **changes):
     calibration = {"n": 10, "ece": 0.153, "ece_scaled": 0.02, "nll": 0.9, "nll_scaled": 0.5, "bins": bins}
     share = {"accuracy": 0.7, "interval": [0.6, 0.8]}
     judged = {name: share for name in (*NAMES, "language_model")}
-    groups = [{"group": name, "phenomenon": "agreement", "n": 10, "models": judged,
+    groups = [{"group": name, "phenomenon": "anaphor_agreement", "n": 10, "models": judged,
                "published": {"lstm": 0.801, "gpt2": 0.992} if name == "one_a" else {}} for name in ("one_a", "two")]
     row = {"sentence": "The cats_ sees " + "it " * 40, "split": "in_domain", "source": "x", "label": "0", "distance": 0.5,
            "models": {name: {"prediction": "1", "probability_of_label": 0.125} for name in NAMES}}
@@ -36,7 +36,7 @@ def made_up(folder, **changes):
             "in_domain": calibration, "out_of_domain": calibration}} for name in NAMES},
         "disagreements": [row] * 12, "all_wrong": {"n": 1, "rows": [row]},
         "pairs": {"file": "pairs.tsv", "limit": 10, "n": 20, "published": ["lstm", "gpt2"], "paradigms": groups,
-                  "phenomena": [{**groups[0], "group": "agreement", "n": 20}],
+                  "phenomena": [{**groups[0], "group": "anaphor_agreement", "n": 20}],
                   "overall": {"n": 20, "models": judged, "published": {"lstm": 0.801, "gpt2": 0.992}}},
         "left_out": ["nothing of note"], **changes}
     (folder / "diagnose.json").write_text(json.dumps(content))
@@ -52,6 +52,7 @@ def test_every_table_and_plot_is_written(tmp_path):
     assert written | {"diagnose.json"} == {path.name for path in tmp_path.iterdir()}
     assert r"b\_82 & 5 & 60.0 & 80.0 & n/a & 80.0" in (tmp_path / "source.tex").read_text()
     assert r"one\_a & 10 & 70.0 & 70.0 & 70.0 & 70.0 & 80.1 & 99.2" in (tmp_path / "paradigms.tex").read_text()
+    assert "anaphor agreement & 20 & 70.0" in (tmp_path / "phenomena.tex").read_text()
 
 
 def test_the_papers_figures_are_drawn_of_the_numbers_alone(tmp_path):
