@@ -4,16 +4,19 @@
     python run.py paper 12345 --profile full --data-root ../shared/data --seeds 3
 
 The steps are declared in experiments/steps.py. Each is a command line in a process of its own, with its output in a log;
-what it leaves are ordinary runs and studies. A step that is done is kept, an interrupted one goes on where it stopped, and
-one that fails is named while the others go on. paper.json says what became of each; the report is made from it.
+what it leaves are ordinary runs and studies. Several are at work at a time, each with its part of the CPU's threads. A step
+that is done is kept, an interrupted one goes on where it stopped, and one that fails is named while the others go on.
+paper.json says what became of each; the report is made from it.
 """
 from __future__ import annotations
 
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from record.machine import device
 from report import build
 
 ROOT = compare.RUN.parent
+AT_A_TIME = 3  # steps on a CPU that has as many cores: more want the memory of as many trainings
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class PaperOptions:
     out: Path
     only: tuple[str, ...] = ()  # names of the steps to run; all if empty
     overwrite: bool = False
-    jobs: int | None = None  # runs of a step at a time; one for each core if None, one on a GPU
+    jobs: int | None = None  # steps at a time; see `jobs_here` if None
     records: Path | None = None  # folder of what finished steps left, all but the weights
     no_run: bool = False  # builds the paper of what is there
 
@@ -65,7 +69,7 @@ def plan(options: PaperOptions) -> str:
     """Returns every step of the paper for the terminal: whether it is done, about how long it takes, its command."""
     lines = []
     for step in options.steps:
-        state = f"about {step.minutes:g} min on two cores"
+        state = f"about {step.minutes:g} min on one core"
         if is_done(step, options):
             state = "done"
         elif options.records and step_records.has_record(step, options.records):
@@ -162,39 +166,58 @@ def check(options: PaperOptions) -> None:
 # ---------------------------------------------------------------- the steps
 
 def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
-    """Runs the steps that are not done; returns what failed, a line each."""
-    failures, folder = [], make_folder(options.out / "steps")
-    clock = Clock(wanted)
-    with tqdm(total=len(wanted), unit="step", desc="paper", dynamic_ncols=True,
-              bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]") as bar:
-        def tick(step: Step) -> None:
-            clock.show(bar, step)
+    """Runs the steps that are not done, several at a time; returns what failed, a line each.
 
-        for step in wanted:
-            state = folder / f"{step.name}.json"
-            try:
-                if is_done(step, options):
-                    seconds = read_json(state)["seconds"]
-                else:
-                    seconds = run_step(step, options, tick)
-                    if options.records:
-                        step_records.keep(step, options.out, options.records)
-                clock.done(step, seconds)
-            except UserError as error:
-                failures.append(f"step {step.name} failed: {error}")
-                write_json(state, {"name": step.name, "command": command(step), "status": "failed", "error": str(error)})
-                tqdm.write(f"run.py: {failures[-1]}; the other steps go on", file=sys.stderr)
-                clock.done(step, None)
-            bar.update()
+    A step begins when a place is free and no step that it needs, or comes after, is still to run.
+    """
+    jobs = options.jobs or jobs_here()
+    threads = max(1, torch.get_num_threads() // jobs)
+    failures, clock, stopped = [], Clock(wanted, jobs), threading.Event()
+    waiting, at_work = list(wanted), {}
+    make_folder(options.out / "steps")
+
+    def tick() -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(jobs) as pool, tqdm(
+            total=len(wanted), unit="step", desc="paper", dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]") as bar:
+        try:
+            while waiting or at_work:
+                for step in list(waiting):
+                    unfinished = {other.name for other in (*waiting, *at_work.values())}
+                    if len(at_work) < jobs and not unfinished.intersection((*step.needs, *step.after)):
+                        waiting.remove(step)
+                        clock.begin(step)
+                        at_work[pool.submit(finished_step, step, options, threads, tick)] = step
+                bar.set_postfix_str(f"{clock}, {', '.join(step.name for step in at_work.values())}")
+                for future in wait(at_work, timeout=1, return_when=FIRST_COMPLETED).done:
+                    step = at_work.pop(future)
+                    try:
+                        clock.done(step, future.result())
+                    except UserError as error:
+                        failures.append(f"step {step.name} failed: {error}")
+                        write_json(step_records.state_of(step, options.out), {
+                            "name": step.name, "command": command(step), "status": "failed", "error": str(error)})
+                        tqdm.write(f"run.py: {failures[-1]}; the other steps go on", file=sys.stderr)
+                        clock.done(step, None)
+                    bar.update()
+        except BaseException:  # a signal: the pool waits until the steps at work have saved their state
+            stopped.set()
+            raise
     return failures
 
 
 class Clock:
     """Estimates the time left: the declared minutes of what is to do, by how long the steps done took beside theirs."""
 
-    def __init__(self, wanted: list[Step]):
+    def __init__(self, wanted: list[Step], jobs: int = 1):
         self.left, self.declared, self.took = {step.name: step.minutes for step in wanted}, 0.0, 0.0
-        self.began = time.monotonic()
+        self.began, self.jobs = {}, jobs
+
+    def begin(self, step: Step) -> None:
+        self.began[step.name] = time.monotonic()
 
     def done(self, step: Step, seconds: float | None) -> None:
         """Counts a step that is over; one that failed (None) teaches nothing."""
@@ -202,18 +225,26 @@ class Clock:
         if seconds is not None:
             self.declared += step.minutes
             self.took += seconds / 60
-        self.began = time.monotonic()
 
-    def minutes(self, step: Step) -> float:
-        """Returns the minutes that are left while `step` is at work."""
-        scale = self.took / self.declared if self.took else 1.0
-        here = max(0.0, scale * self.left[step.name] - (time.monotonic() - self.began) / 60)
-        return here + scale * sum(value for name, value in self.left.items() if name != step.name)
+    def minutes(self) -> float:
+        """Returns the minutes that are left: of all steps shared among the places, but no less than of the longest."""
+        scale, now = self.took / self.declared if self.took else 1.0, time.monotonic()
+        left = [max(0.0, scale * minutes - (now - self.began.get(name, now)) / 60) for name, minutes in self.left.items()]
+        return max([sum(left) / self.jobs, *left])
 
-    def show(self, bar: tqdm, step: Step) -> None:
-        left = self.minutes(step)
-        hours = f"{left / 60:.1f} h" if left >= 90 else f"{left:.0f} min"
-        bar.set_postfix_str(f"about {hours} left, {step.name}")
+    def __str__(self) -> str:
+        left = self.minutes()
+        return f"about {left / 60:.1f} h left" if left >= 90 else f"about {left:.0f} min left"
+
+
+def finished_step(step: Step, options: PaperOptions, threads: int, tick: Callable[[], None]) -> float:
+    """Runs a step if it is not done, and records it; returns the seconds that it took, now or before."""
+    if is_done(step, options):
+        return read_json(step_records.state_of(step, options.out))["seconds"]
+    seconds = run_step(step, options, threads, tick)
+    if options.records:
+        step_records.keep(step, options.out, options.records)
+    return seconds
 
 
 def is_done(step: Step, options: PaperOptions) -> bool:
@@ -233,8 +264,11 @@ def is_done(step: Step, options: PaperOptions) -> bool:
     return True
 
 
-def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) -> float:
+def run_step(step: Step, options: PaperOptions, threads: int, tick: Callable[[], None]) -> float:
     """Runs one step and notes that it is done; returns its seconds, those of interrupted starts included.
+
+    Args:
+        tick: called every second; a KeyboardInterrupt of it stops the step.
 
     Raises:
         UserError: it failed, or needs a step that did; names the log.
@@ -252,12 +286,9 @@ def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) ->
     spent = before.get("seconds", 0.0) if before.get("words") == step.words and before.get("status") == "begun" else 0.0
     note = {"name": step.name, "words": step.words, "command": command(step, rate)}
     began = time.monotonic()
-    tick(step)
     program, *words = [rate if word == CHOSEN else word for word in step.words]
-    if step.at_a_time:  # not among the step's own words: another number would make it another step
-        words += ["--jobs", str(options.jobs or jobs_here(options.seeds))]
     try:
-        status = compare.run_child(words, log, program=ROOT / program, tick=lambda: tick(step))
+        status = compare.run_child(words, log, threads=threads, program=ROOT / program, tick=tick)
     except BaseException:
         write_json(state, {**note, "status": "begun", "seconds": spent + time.monotonic() - began})
         raise
@@ -270,9 +301,9 @@ def run_step(step: Step, options: PaperOptions, tick: Callable[[Step], None]) ->
     return seconds
 
 
-def jobs_here(seeds: int) -> int:
-    """Returns how many seeds run at a time: small models gain more from a core each than from several together."""
-    return min(seeds, torch.get_num_threads()) if device().type == "cpu" else 1
+def jobs_here() -> int:
+    """Returns how many steps run at a time: small models gain more from a core each than from several together."""
+    return min(AT_A_TIME, torch.get_num_threads()) if device().type == "cpu" else 1
 
 
 def link_runs(options: PaperOptions) -> str:

@@ -200,8 +200,8 @@ def _seeds_option(parser: Parser, group: str, default: int | None, more: str) ->
     parser.add(group, "--seeds", type=number(int, 1, 1000, "a whole number from 1 to 1000"), default=default,
                help=f"how many: SR, SR + 1, ...; 00000 follows 99999{more}")
     parser.add(group, "--jobs", type=COUNT, default=None if group == "paper" else 1, metavar="N",
-               help="runs at a time, each with its part of the CPU's threads" + (
-                   "; one for each core if not given, one on a GPU" if group == "paper" else ""))
+               help="steps at a time, each with its part of the CPU's threads; one for each core up to three if not given, "
+                    "one on a GPU" if group == "paper" else "runs at a time, each with its part of the CPU's threads")
 
 
 def default(table: dict, task: str, plain: bool = False):

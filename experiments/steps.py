@@ -30,12 +30,12 @@ class Step:
     """Holds one command line of the paper."""
 
     name: str
-    minutes: float  # on two cores: the first estimate of the time left
+    minutes: float  # on one core of two at work: the first estimate of the time left
     words: list[str]  # after `python`: the program, then its arguments
     done: str  # the file in the paper's folder that it leaves when it is done
     needs: tuple[str, ...] = ()  # steps without which it cannot begin
+    after: tuple[str, ...] = ()  # steps that it waits for where they are to run too: what they keep, it reads
     runs: str = ""  # pattern of its runs' folders, whose checksums are checked; NAME/* if empty
-    at_a_time: bool = False  # whether several of its runs may be at work; not LoRA's, whose cost stands beside PEFT's
 
     @property
     def reported(self) -> bool:
@@ -44,7 +44,7 @@ class Step:
 
 
 def steps(profile: str, sr: str, seeds: int, data: Path | None, out: Path) -> list[Step]:
-    """Returns the steps of a profile in their order.
+    """Returns the steps of a profile in the order in which they begin, several at a time.
 
     Args:
         profile: quick (the built-in task and model) or full.
@@ -69,8 +69,7 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
                          "targets=q+v,all", "--limit", "600", "--epochs", "4", *_to(out, "rank")], "rank/sweep.json",
              runs=SWEPT),
         Step("methods", 2, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora", "--seeds",
-                            seeds, "--limit", "600", "--epochs", "4", *_to(out, "methods")], "methods/compare.json",
-             at_a_time=True),
+                            seeds, "--limit", "600", "--epochs", "4", *_to(out, "methods")], "methods/compare.json"),
         Step("diagnose", 0.5, [RUN, "diagnose", f"{out}/cola/distil-{sr}", "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
 
@@ -80,22 +79,22 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
     pairs = ["--pairs", f"{data}/blimp/pairs.tsv", "--limit", "100"] if data else []
     text = _text(data) if data else []
     found = [
-        *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (30, 1, 75)),
+        *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (57, 1, 125)),
         Step("teacher", 18, [RUN, "LoRA", sr, *task, *TEACHER, *_to(out, "teacher")], "teacher/summary.json",
              runs="teacher"),
         *_distil(sr, seeds, out, "teacher", f"{out}/teacher", text, {
-            "distil": 80, "distil-plain": 7, "distil-no-transfer-set": 7, "distil-no-matching": 18, "distil-hard-labels": 18,
-            "distil-language-model": 40}),
-        Step("diagnose", 10, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
+            "distil": 120, "distil-plain": 8, "distil-no-transfer-set": 12, "distil-no-matching": 27,
+            "distil-hard-labels": 27, "distil-language-model": 66}),
+        Step("diagnose", 11, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
     if data is None:  # the methods and the ranks on the one task that there is
         found += [
-            Step("rank", 30, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,2,4,8,16",
+            Step("rank", 60, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,2,4,8,16",
                               "--search", "targets=q+v,q+k+v+o,all", "--limit", "2000", "--epochs", "1",
                               *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
-            Step("methods", 90, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora",
+            Step("methods", 180, [RUN, "compare", sr, *task, "--methods", "none,head,lora,full", "--against", "lora",
                                  "--seeds", seeds, *METHOD_RATES, "--epochs", "3", *_to(out, "methods")],
-                 "methods/compare.json", at_a_time=True)]
+                 "methods/compare.json")]
     return found
 
 
@@ -107,7 +106,7 @@ def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: l
                                   *budget, *_to(out, "grid")], "grid/compare.json"),
         # The grid's runs at the chosen rate are this command's: they are linked into its folder, and not run again.
         Step("lora", minutes[1], [RUN, "LoRA", sr, *task, "--lr", CHOSEN, "--seeds", seeds, *budget, *_to(out, "cola")],
-             f"cola/LoRA-{sr}-seeds/seeds.json", ("grid",), "cola/LoRA-*"),
+             f"cola/LoRA-{sr}-seeds/seeds.json", ("grid",), runs="cola/LoRA-*"),
         Step("peft", minutes[2], [PEFT, "--seed", sr, *task, "--lr-grid", rates, "--seeds", seeds, *budget,
                                   "--out", f"{out}/peft"], "peft/compare.json")]
 
@@ -116,18 +115,18 @@ def _distil(sr: str, seeds: str, out: Path, needs: str, teacher: str, text: list
             ) -> list[Step]:
     """Returns the student with its no-KD baseline, and its ablations, all with one teacher.
 
-    Its labels of the transfer set are computed once, for all of them.
+    The student's labels of the transfer set are computed once, for all of them.
 
     Args:
         needs: the step that trains the teacher, whose folder is `teacher`.
-        minutes: of each step that there is, by name.
+        minutes: of each step that there is, by name; "distil" is the student.
     """
     def step(name: str) -> Step:
         flags, folder = ABLATIONS.get(name.removeprefix("distil-"), []), "cola" if name == "distil" else name
         stages = [] if "--plain" in flags else [*text, "--cache", str(out)]
         return Step(name, minutes[name], [RUN, "distil", sr, "--seeds", seeds, "--teacher", teacher, *stages, *flags,
                                           *_to(out, folder)], f"{folder}/distil-{sr}-seeds/seeds.json", (needs,),
-                    f"{folder}/distil-*", at_a_time=True)
+                    ("distil",) if name.startswith("distil-") else (), f"{folder}/distil-*")
     return [step(name) for name in minutes]
 
 
@@ -139,27 +138,27 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
     """Returns the steps with MiniLM: sentence polarity (a student, ranks, methods), long reviews, quiz-bowl guesses."""
     polarity = ["--model", "minilm", "--task", "rotten_tomatoes", "--data", f"{data}/rotten_tomatoes"]
     return [
-        Step("polarity-teacher", 3, [RUN, "LoRA", sr, *polarity, "--lr", "5e-4", "--head-lr", "5e-3", "--epochs", "3",
+        # First, for it is the longest: begun last, it would end alone.
+        Step("long", 130, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
+                           "review", "--max-length", "256", "--truncate", "head", "--batch-tokens", "4096", "--methods",
+                           "none,head,lora,full", "--against", "lora", "--seeds", seeds, *METHOD_RATES, "--epochs", "5",
+                           "--patience", "2", *_to(out, "long")], "long/compare.json"),
+        Step("polarity-teacher", 4, [RUN, "LoRA", sr, *polarity, "--lr", "5e-4", "--head-lr", "5e-3", "--epochs", "3",
                                      *_to(out, "polarity-teacher")], "polarity-teacher/summary.json",
              runs="polarity-teacher"),
-        *_distil(sr, seeds, out, "polarity-teacher", f"{out}/polarity-teacher", _text(data), {"polarity": 35}),
-        Step("rank", 10, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
+        *_distil(sr, seeds, out, "polarity-teacher", f"{out}/polarity-teacher", _text(data), {"polarity": 70}),
+        Step("rank", 18, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
                          "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
                          "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
-        Step("methods", 25, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
+        Step("methods", 41, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
                              "--seeds", seeds, *METHOD_RATES, "--epochs", "3",
-                             *_to(out, "methods")], "methods/compare.json", at_a_time=True),
-        Step("long", 65, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
-                           "review", "--max-length", "256", "--truncate", "head", "--batch-tokens", "4096", "--methods",
-                           "none,head,lora,full", "--against", "lora", "--seeds", seeds, *METHOD_RATES, "--epochs", "8",
-                           "--patience", "2", *_to(out, "long")], "long/compare.json", at_a_time=True),
-        Step("buzzer", 15, [RUN, "compare", sr, "--model", "minilm", "--task", "buzzer", "--data", f"{data}/buzzer",
+                             *_to(out, "methods")], "methods/compare.json"),
+        Step("buzzer", 28, [RUN, "compare", sr, "--model", "minilm", "--task", "buzzer", "--data", f"{data}/buzzer",
                             "--methods", "none", "--set", "text:method=head", "--set", "text-lora:method=lora", "--set",
                             f"features:method=features,feature-columns={FEATURES}", "--set",
                             f"both:method=head,feature-columns={FEATURES}", "--set",
                             f"both-lora:method=lora,feature-columns={FEATURES}", "--against", "features", "--seeds", seeds,
-                            "--lr-grid", "3e-4,3e-3", "--epochs", "3", *_to(out, "buzzer")], "buzzer/compare.json",
-             at_a_time=True),
+                            "--lr-grid", "3e-4,3e-3", "--epochs", "3", *_to(out, "buzzer")], "buzzer/compare.json"),
         Step("logistic", 0.2, [LOGISTIC, "--task", "buzzer", "--data", f"{data}/buzzer", "--feature-columns", FEATURES,
                                "--out", f"{out}/logistic.json"], "logistic.json")]
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import toy
 
-from experiments import compare, paper
-from experiments.steps import RUN, Step
+from experiments import compare
 from record.files import UserError, read_json
 from record.folder import without_times
 from report import figures
@@ -89,23 +88,3 @@ def test_jobs_without_seeds_are_one_line(work, tmp_path, capsys):
                     tmp_path / "run") == 2
     assert capsys.readouterr().err == "run.py: --jobs 2: only with --seeds, whose runs it counts\n"
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("jobs", "words", "expected"), [
-    (3, ["distil", "--seeds", "4"], ["--jobs", "3"]), (None, ["distil", "--seeds", "4"], ["--jobs", "2"]),
-    (3, ["diagnose", "runs/x"], [])])
-def test_the_papers_studies_of_seeds_have_the_jobs_and_keep_their_words(tmp_path, monkeypatch, jobs, words, expected):
-    seen = []
-
-    def child(words, log, **_):
-        seen.extend(words)
-        log.touch()
-        (tmp_path / "done").touch()
-        return 0
-    monkeypatch.setattr(compare, "run_child", child)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    (tmp_path / "steps").mkdir()
-    options = paper.PaperOptions("12345", "quick", 4, None, tmp_path, jobs=jobs)
-    paper.run_step(Step("one", 1, [RUN, *words], "done", at_a_time=words[0] == "distil"), options, lambda step: None)
-    assert seen == [*words, *expected]
-    assert read_json(tmp_path / "steps" / "one.json")["words"] == [RUN, *words]

@@ -1,10 +1,13 @@
 """The paper's steps: that they are commands which their programs take, and what becomes of them."""
 import json
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 
 import run
@@ -27,7 +30,7 @@ def test_every_step_is_a_command_that_its_program_takes(profile, data, monkeypat
     assert len({step.name for step in declared}) == len(declared) > 7
     for i, step in enumerate(declared):
         program, *words = ["4e-4" if word == CHOSEN else word for word in step.words]
-        assert set(step.needs) <= {before.name for before in declared[:i]}
+        assert {*step.needs, *step.after} <= {before.name for before in declared[:i]}
         assert step.minutes > 0 and any(step.done.startswith(f"{word.removeprefix('out/')}") for word in words
                                         if word.startswith("out/"))
         # A sweep removes the weights of its lesser trials, so that their checksums no longer hold.
@@ -65,7 +68,7 @@ def three(tmp_path, monkeypatch):
     monkeypatch.setattr(paper.build, "check_latex", lambda: None)
     fate, ran = {}, []
 
-    def child(words, log, program=None, tick=None):
+    def child(words, log, **_):
         ran.append(words[0])
         log.write_text(f"{words[0]} says so\n")
         if fate.get(words[0], 0) == "interrupt":
@@ -78,7 +81,7 @@ def three(tmp_path, monkeypatch):
             write_sums(folder / "run", {"weights": sha256(folder / "run" / "weights")})
         return fate.get(words[0], 0)
     monkeypatch.setattr(compare, "run_child", child)
-    return PaperOptions("12345", "quick", 3, None, out), fate, ran
+    return PaperOptions("12345", "quick", 3, None, out, jobs=1), fate, ran
 
 
 def states(options: PaperOptions) -> list[str]:
@@ -146,29 +149,40 @@ def test_a_step_with_another_command_or_without_its_result_is_run(three, monkeyp
 def test_another_number_of_seeds_is_refused_and_overwrite_begins_anew(three):
     options, _, ran = three
     make_paper(options)
-    five = PaperOptions("12345", "quick", 5, None, options.out)
+    five = replace(options, seeds=5)
     with pytest.raises(UserError, match="began with another --seeds: 3, now 5"):
         make_paper(five)
-    make_paper(PaperOptions("12345", "quick", 5, None, options.out, overwrite=True))
+    make_paper(replace(five, overwrite=True))
     assert ran == ["one", "two", "three"] * 2
 
 
 def test_only_runs_the_named_steps(three):
     options, _, ran = three
-    make_paper(PaperOptions(options.sr, "quick", 3, None, options.out, only=("two",)))
+    make_paper(replace(options, only=("two",)))
     assert ran == ["two"] and states(options) == ["not run", "done", "not run"]
     with pytest.raises(UserError, match="--only four: no such step; expected some of one,two,three"):
-        plan(PaperOptions(options.sr, "quick", 3, None, options.out, only=("four",)))
+        plan(replace(options, only=("four",)))
 
 
 def test_the_time_left_scales_with_the_steps_that_are_done():
-    steps = [Step(name, minutes, [], "") for name, minutes in (("a", 2), ("b", 4), ("c", 10))]
-    clock = Clock(steps)
-    assert clock.minutes(steps[0]) == pytest.approx(16, abs=0.1)
-    clock.done(steps[0], 60.0)  # half of what was declared
-    assert clock.minutes(steps[1]) == pytest.approx(7, abs=0.1)
-    clock.done(steps[1], None)  # a failed step changes no estimate
-    assert clock.minutes(steps[2]) == pytest.approx(5, abs=0.1)
+    a, b, c = [Step(name, minutes, [], "") for name, minutes in (("a", 2), ("b", 4), ("c", 10))]
+    clock = Clock([a, b, c])
+    assert clock.minutes() == pytest.approx(16)
+    clock.done(a, 60.0)  # half of what was declared
+    assert clock.minutes() == pytest.approx(7)
+    clock.done(b, None)  # a failed step changes no estimate
+    assert clock.minutes() == pytest.approx(5)
+
+
+def test_the_time_left_is_shared_among_the_places_but_for_the_longest_step(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(paper.time, "monotonic", lambda: now)
+    a, b, c = [Step(name, minutes, [], "") for name, minutes in (("a", 5), ("b", 6), ("c", 7))]
+    clock = Clock([a, b, c], jobs=2)
+    assert clock.minutes() == 9
+    clock.begin(a)
+    now = 240.0
+    assert clock.minutes() == 7 and str(clock) == "about 7 min left"  # 1 + 6 + 7 for two, but c alone takes 7
 
 
 def test_a_folder_without_the_data_sets_is_told(tmp_path):
@@ -202,6 +216,87 @@ def test_bad_input_is_one_line(words, said, tmp_path, capsys):
     assert toy.main("paper", "12345", "--out", tmp_path / "out", *words) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- several at a time
+
+@pytest.fixture
+def lanes(tmp_path, monkeypatch):
+    """Makes a paper of steps, given as name -> (needs, after), whose children do what `act(name, tick)` says."""
+    def make(declared, act, jobs=2):
+        out = tmp_path / "paper"
+        made = [Step(name, 1, [RUN, name], f"{name}/done", needs, after) for name, (needs, after) in declared.items()]
+        monkeypatch.setattr(paper, "steps", lambda *_: made)
+        monkeypatch.setattr(paper.build, "build_paper", lambda folder, report: report / "main.pdf")
+        monkeypatch.setattr(paper.build, "check_latex", lambda: None)
+        seen = []
+
+        def child(words, log, threads, tick, **_):
+            seen.append(threads)
+            log.write_text("said\n")
+            act(words[0], tick)
+            (out / words[0]).mkdir()
+            (out / words[0] / "done").write_text("")
+            return 0
+        monkeypatch.setattr(compare, "run_child", child)
+        return PaperOptions("12345", "quick", 3, None, out, jobs=jobs), seen
+    return make
+
+
+def test_steps_run_at_a_time_each_with_its_part_of_the_threads(lanes, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    meeting = threading.Barrier(2)
+    options, threads = lanes(dict.fromkeys("abcd", ((), ())), lambda name, tick: meeting.wait(30))
+    assert make_paper(options)[1] == [] and states(options) == ["done"] * 4  # alone, one would wait for ever
+    assert threads == [3] * 4
+
+
+@pytest.mark.parametrize("kind, cores, expected", [("cpu", 1, 1), ("cpu", 2, 2), ("cpu", 16, 3), ("cuda", 16, 1)])
+def test_as_many_at_a_time_as_cores_but_no_more_than_memory_bears(kind, cores, expected, monkeypatch):
+    monkeypatch.setattr(paper, "device", lambda: torch.device(kind))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    assert paper.jobs_here() == expected
+
+
+def test_a_step_waits_for_what_it_needs_and_for_what_it_comes_after(lanes):
+    events = []
+
+    def act(name, tick):
+        events.append(f"{name} begins")
+        time.sleep(0.05)
+        events.append(f"{name} ends")
+    options, _ = lanes({"a": ((), ()), "b": (("a",), ()), "c": ((), ("a",)), "d": ((), ())}, act, jobs=3)
+    assert make_paper(options)[1] == []
+    assert events.index("d begins") < events.index("a ends") < min(events.index("b begins"), events.index("c begins"))
+
+
+def test_a_step_that_others_come_after_may_fail_or_be_left_out(lanes):
+    def act(name, tick):
+        if name == "a":
+            raise UserError("no")
+    options, _ = lanes({"a": ((), ()), "b": ((), ("a",))}, act)
+    assert make_paper(replace(options, only=("b",)))[1] == [] and states(options) == ["not run", "done"]
+    assert make_paper(options)[1] == ["step a failed: no"] and states(options) == ["failed", "done"]
+
+
+def test_an_interruption_stops_every_step_at_work_and_begins_no_other(lanes):
+    meeting, asked = threading.Barrier(2), []
+
+    def act(name, tick):
+        meeting.wait(30)
+        if name == "a":
+            raise signals.Interrupted(15)
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(3000):
+                time.sleep(0.01)
+                tick()
+        asked.append(name)
+        raise KeyboardInterrupt
+    options, threads = lanes(dict.fromkeys("abc", ((), ())), act)
+    with pytest.raises(signals.Interrupted):
+        make_paper(options)
+    assert asked == ["b"] and len(threads) == 2
+    assert [json.loads((options.out / "steps" / f"{name}.json").read_text())["status"] for name in "ab"] == ["begun"] * 2
 
 
 # ---------------------------------------------------------------- records
@@ -289,7 +384,7 @@ def test_a_record_cannot_write_outside_the_folder(recorded):
 
 
 def test_a_study_of_seeds_is_recorded_with_what_the_report_reads_of_its_runs(tmp_path):
-    step = Step("lora", 1, [], "cola/LoRA-12345-seeds/seeds.json", (), "cola/LoRA-*")
+    step = Step("lora", 1, [], "cola/LoRA-12345-seeds/seeds.json", runs="cola/LoRA-*")
     out, again = tmp_path / "out", tmp_path / "again"
     for folder, name in (("grid/x", "summary.json"), ("cola/LoRA-12345-seeds", "seeds.json"), ("steps", "lora.json")):
         (out / folder).mkdir(parents=True)
