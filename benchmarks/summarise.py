@@ -217,11 +217,13 @@ def polarity(results: dict[str, dict]) -> list[str]:
     lines = ["```", *wrapped(study["command"] if study else COMMANDS["polarity"]), "```", ""]
     if study is None:
         return [*lines, f"MiniLM's student on rotten_tomatoes: {NOT_RUN}."]
-    split = study["selection"]["split"]
-    return [*lines, *table(["model", "parameters:", "accuracy / MCC, best epoch", "last epoch"], [
-        [LABELS[entry["entry"]], f"{entry['parameters']:,}", accuracy_and_mcc(entry["best"][split]),
-         accuracy_and_mcc(entry["last"][split]) if "last" in entry else ""] for entry in study["entries"]]),
-        *measured_on([study])]
+    split, rows = study["selection"]["split"], []
+    for entry in study["entries"]:
+        best, last = (which in entry and accuracy_and_mcc(entry[which][split]) for which in ("best", "last"))
+        best = best if last else best.replace(" ± 0.000", "")  # all seeds have one teacher
+        rows.append([LABELS[entry["entry"]], f"{entry['parameters']:,}", best, last or ""])
+    return [*lines, *table(["model", "parameters:", "accuracy / MCC, best epoch", "last epoch"], rows), "",
+            f"Seeds: {seeds_of(study)}.{against(study, split)}", *measured_on([study])]
 
 
 def difference(one: dict, other: dict, which: str = "best", split: str = "all") -> str:
@@ -259,14 +261,15 @@ def comparison(name: str, results: dict[str, dict]) -> list[str]:
 
 
 def against(result: dict, split: str) -> str:
-    """Says by how much the accuracy of a comparison's entries differs from one entry's, paired by seed."""
-    rows = [(row, row["best"][split]["accuracy"]) for row in result["differences"] if "best" in row]
-    said = [f"`{row['entry']}` {100 * spread['mean']:+.1f} %" + (
-        " ({:+.1f} to {:+.1f})".format(*(100 * end for end in spread["interval"])) if spread["interval"] else "")
-        for row, spread in rows]
-    if not said:
-        return ""
-    return f" Accuracy minus that of `{rows[0][0]['minus']}`, paired by seed, 95 % interval: {', '.join(said)}."
+    """Says by how much the accuracy of entries differs from that of others, paired by seed."""
+    said, spoken = {}, {name: f"the {label}" for name, label in LABELS.items()}
+    for row in (row for row in result["differences"] if "best" in row):
+        entry, minus = (spoken.get(row[which], f"`{row[which]}`") for which in ("entry", "minus"))
+        spread = row["best"][split]["accuracy"]
+        said.setdefault(minus, []).append(f"{entry} {100 * spread['mean']:+.1f} %" + (
+            " ({:+.1f} to {:+.1f})".format(*(100 * end for end in spread["interval"])) if spread["interval"] else ""))
+    return "".join(f" Accuracy minus that of {minus}, paired by seed, 95 % interval: {', '.join(rows)}."
+                   for minus, rows in said.items())
 
 
 def sweep(name: str, results: dict[str, dict]) -> list[str]:

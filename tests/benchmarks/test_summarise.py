@@ -159,9 +159,17 @@ def test_a_student_of_another_task_stands_beside_its_teacher():
     def entry(name: str, **more) -> dict:
         return {"entry": name, "parameters": 1000, **more}
     score = {"validation": {"accuracy": {"mean": 0.8, "sd": 0.01}, "mcc": {"mean": 0.6, "sd": 0.02}}}
+    one = {"validation": {name: spread | {"sd": 0.0} for name, spread in score["validation"].items()}}
     lines = summarise.polarity({"paper/polarity": {**MACHINE, "command": "python run.py distil 12345", "selection": {
-        "split": "validation"}, "entries": [entry("teacher", best=score), entry("student", best=score, last=score)]}})
-    assert "| teacher | 1,000 | 0.800 ± 0.010 / 0.600 ± 0.020 |  |" in lines
+        "split": "validation"}, "entries": [entry("teacher", best=one), entry("student", best=score, last=score)],
+        "seeds": ["12345", "12346"], "differences": [
+            {"entry": "student", "minus": minus, "best": {"validation": {"accuracy": {"mean": mean, "interval": interval}}}}
+            for minus, mean, interval in (("scratch", 0.02, [0.01, 0.03]), ("teacher", -0.01, None))]}})
+    assert "| teacher | 1,000 | 0.800 / 0.600 |  |" in lines  # one for both seeds
+    assert ("Seeds: 2 (12345 to 12346). Accuracy minus that of the no-KD baseline, paired by seed, 95 % interval: the "
+            "student with KD +2.0 % (+1.0 to +3.0). Accuracy minus that of the teacher, paired by seed, 95 % interval: the "
+            "student with KD -1.0 %."
+            ) in lines
     assert "| student with KD | 1,000 | 0.800 ± 0.010 / 0.600 ± 0.020 | 0.800 ± 0.010 / 0.600 ± 0.020 |" in lines
 
 
