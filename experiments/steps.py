@@ -80,7 +80,7 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
     text = _text(data) if data else []
     found = [
         *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (57, 1, 125)),
-        Step("teacher", 18, [RUN, "LoRA", sr, *task, *TEACHER, *_to(out, "teacher")], "teacher/summary.json",
+        Step("teacher", 16, [RUN, "LoRA", sr, *task, *TEACHER, *_to(out, "teacher")], "teacher/summary.json",
              runs="teacher"),
         *_distil(sr, seeds, out, "teacher", f"{out}/teacher", text, {
             "distil": 120, "distil-plain": 8, "distil-no-transfer-set": 12, "distil-no-matching": 27,
@@ -139,15 +139,15 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
     polarity = ["--model", "minilm", "--task", "rotten_tomatoes", "--data", f"{data}/rotten_tomatoes"]
     return [
         # First, for it is the longest: begun last, it would end alone.
-        Step("long", 130, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
+        Step("long", 150, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
                            "review", "--max-length", "256", "--truncate", "head", "--batch-tokens", "4096", "--methods",
                            "none,head,lora,full", "--against", "lora", "--seeds", seeds, *METHOD_RATES, "--epochs", "5",
                            "--patience", "2", *_to(out, "long")], "long/compare.json"),
         Step("polarity-teacher", 4, [RUN, "LoRA", sr, *polarity, "--lr", "5e-4", "--head-lr", "5e-3", "--epochs", "3",
                                      *_to(out, "polarity-teacher")], "polarity-teacher/summary.json",
              runs="polarity-teacher"),
-        *_distil(sr, seeds, out, "polarity-teacher", f"{out}/polarity-teacher", _text(data), {"polarity": 70}),
-        Step("rank", 18, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
+        *_distil(sr, seeds, out, "polarity-teacher", f"{out}/polarity-teacher", _text(data), {"polarity": 60}),
+        Step("rank", 9, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
                          "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
                          "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
         Step("methods", 41, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
