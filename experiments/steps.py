@@ -153,7 +153,7 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
         Step("methods", 41, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
                              "--seeds", seeds, *METHOD_RATES, "--epochs", "3",
                              *_to(out, "methods")], "methods/compare.json"),
-        Step("buzzer", 28, [RUN, "compare", sr, "--model", "minilm", "--task", "buzzer", "--data", f"{data}/buzzer",
+        Step("buzzer", 22, [RUN, "compare", sr, "--model", "minilm", "--task", "buzzer", "--data", f"{data}/buzzer",
                             "--methods", "none", "--set", "text:method=head", "--set", "text-lora:method=lora", "--set",
                             f"features:method=features,feature-columns={FEATURES}", "--set",
                             f"both:method=head,feature-columns={FEATURES}", "--set",
