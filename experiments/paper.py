@@ -139,7 +139,7 @@ def exchange(wanted: list[Step], options: PaperOptions) -> None:
             step_records.keep(step, options.out, options.records)
         elif step.name in restored & needed:
             step_records.forget(step, options.out, options.records)
-        elif step.name in recorded - done - needed:
+        elif step.name in recorded - needed:  # what was taken before too: the record may be newer
             step_records.restore(step, options.out, options.records)
 
 

@@ -326,6 +326,17 @@ def test_a_recorded_step_is_not_run_again_elsewhere(recorded):
     assert make_paper(options)[1] == [] and ran == []
 
 
+def test_a_record_that_changed_is_taken_again(recorded):
+    here, elsewhere, ran = recorded
+    options = elsewhere()
+    make_paper(options)
+    record = json.loads((here.records / "one.json").read_text())
+    record["state"]["seconds"] = 1234.0
+    (here.records / "one.json").write_text(json.dumps(record))
+    assert make_paper(replace(options, no_run=True))[1] == [] and ran == []
+    assert json.loads((options.out / "paper.json").read_text())["steps"][0]["seconds"] == 1234.0
+
+
 def test_a_step_whose_weights_are_needed_is_run_whatever_its_record(recorded):
     here, elsewhere, ran = recorded
     (here.records / "three.json").unlink()
