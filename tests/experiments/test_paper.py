@@ -259,11 +259,12 @@ def test_as_many_at_a_time_as_cores_but_no_more_than_memory_bears(kind, cores, e
 
 
 def test_a_step_waits_for_what_it_needs_and_for_what_it_comes_after(lanes):
-    events = []
+    events, beside = [], threading.Barrier(2)
 
     def act(name, tick):
         events.append(f"{name} begins")
-        time.sleep(0.05)
+        if name in "ad":  # which wait for nothing, and not for each other
+            beside.wait(30)
         events.append(f"{name} ends")
     options, _ = lanes({"a": ((), ()), "b": (("a",), ()), "c": ((), ("a",)), "d": ((), ())}, act, jobs=3)
     assert make_paper(options)[1] == []
