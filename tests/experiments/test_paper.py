@@ -265,6 +265,8 @@ def test_a_step_waits_for_what_it_needs_and_for_what_it_comes_after(lanes):
         events.append(f"{name} begins")
         if name in "ad":  # which wait for nothing, and not for each other
             beside.wait(30)
+        if name == "a":
+            time.sleep(0.3)  # in which a step that should wait would begin
         events.append(f"{name} ends")
     options, _ = lanes({"a": ((), ()), "b": (("a",), ()), "c": ((), ("a",)), "d": ((), ())}, act, jobs=3)
     assert make_paper(options)[1] == []
