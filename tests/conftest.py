@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
@@ -30,6 +31,9 @@ from record import machine
 # One thread, unless the environment asks for more: the suite has to pass with either.
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
 torch.set_num_threads(THREADS)
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
