@@ -34,7 +34,7 @@ from lora.adapters import misread_by_peft
 from lora.blocks import UniqueTokens, fuse, unique_tokens
 from lora.linear import LoRALinear, lora_layers, weight_of
 from lora.matmul import speed_up
-from lora.recurrent import bidirectional
+from lora.recurrent import rnn_states
 from record import machine
 from record.files import UserError
 from record.machine import device, send
@@ -428,7 +428,7 @@ def probe(classifier: TextClassifier, name: str) -> None:
 # ---------------------------------------------------------------- the student
 
 class DistilRNN(nn.Module):
-    """Embedding, bidirectional LSTM or GRU, pooling over real tokens, linear classifier.
+    """Embedding, LSTM or GRU in one or both directions, pooling over real tokens, linear classifier.
 
     After Tang et al. 2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks".
     """
@@ -439,18 +439,19 @@ class DistilRNN(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         cell = {"lstm": nn.LSTM, "gru": nn.GRU}[config.cell]
         self.rnn = cell(config.embedding_size, config.hidden_size, config.rnn_layers, batch_first=True,
-                        bidirectional=True)
+                        bidirectional=config.directions == 2)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        width = config.directions * config.hidden_size
+        self.classifier = nn.Linear(width, config.num_labels)
         if config.pooling == "attention":
-            self.attention = nn.Linear(2 * config.hidden_size, 1, bias=False)  # a token's score, before softmax
+            self.attention = nn.Linear(width, 1, bias=False)  # a token's score, before softmax
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, rnn: nn.Module | None = None) -> Tensor:
-        """Returns the RNN's states (B, T, 2H), forward direction first, or those of another `rnn` in its place."""
+        """Returns the RNN's states (B, T, DH), forward direction first, or those of another `rnn` in its place."""
         x = self.dropout(self.embedding(input_ids))  # (B, T, E)
-        return bidirectional(rnn or self.rnn, x, attention_mask.sum(1))  # the mask is on the CPU, where batches keep it
+        return rnn_states(rnn or self.rnn, x, attention_mask.sum(1))  # the mask is on the CPU, where batches keep it
 
-    def classify(self, states: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T, 2H), (B, T) -> (B, labels)
+    def classify(self, states: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T, DH), (B, T) -> (B, labels)
         """Pools the states over real tokens and computes logits."""
         mask = send(attention_mask, states.device).bool().unsqueeze(-1)  # (B, T, 1)
         if self.config.pooling == "max":

@@ -87,9 +87,10 @@ def measure_student(report: Report, args: argparse.Namespace, what: str, base: s
     teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).to(common.device()).eval()
     parameters = count_parameters(teacher)["total"]
     torch.manual_seed(0)
-    sizes = PLAIN_SIZES if kind == "plain" else STAGED_SIZES
+    directions = default(STAGES["directions"], kind) or 1  # in stages as its teacher, a decoder
+    sizes = PLAIN_SIZES if kind == "plain" else STAGED_SIZES[directions]
     student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10, sizes,
-                                       pooling=default(STAGES["pooling"], kind)))
+                                       pooling=default(STAGES["pooling"], kind), directions=directions))
     student = student.to(common.device()).eval()
     sides = {f"{what}: teacher": teacher, f"{what}: student": student}
     padded = next(b for b in dev["in_domain"][::-1] if b.tokens < b.input_ids.numel())

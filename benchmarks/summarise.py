@@ -72,7 +72,7 @@ LABELS = {"teacher": "teacher", "student": "student with KD", "scratch": "no-KD 
 SHOWN = ("lora", "peft", "teacher", "logistic", "polarity", *STUDIES, *STUDENTS)  # here; the paper shows every step
 # Programs whose targets docs/speed.md shows.
 SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
-# Their rows in the README: program, end of the row's name, label.
+# Their rows in the README, which says nothing of bfloat16: program, end of the row's name, label.
 HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
              ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
              ("generation", ": fp32, ours / transformers.generate", "drawing texts, float32: this project / `transformers`"),
@@ -355,7 +355,7 @@ def summary(results: dict[str, dict]) -> list[str]:
                      for row in (*result.get("targets", ()), *result.get("measurements", ()))
                      # Older results do not say at which commit they were measured: docs/speed.md shows them, with that.
                      if result.get("benchmark") == program and row["what"].endswith(end)
-                     and result["machine"].get("git_commit")]
+                     and result["machine"].get("git_commit") and "--precision bf16" not in result["command"]]
     return table(["what", "accuracy / MCC, or how many times as fast", "command"], rows)
 
 

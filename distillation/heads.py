@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
 
     logits: Tensor | None  # (B, labels); None: no classes
     matched: Tensor | None = None  # (real tokens, d), row by row: the projected forward states
-    language: Tensor | None = None  # the language model's loss: mean of both directions (nats a token)
+    language: Tensor | None = None  # the language model's loss: mean of its directions (nats a token)
 
 
 class Matched(nn.Module):
@@ -46,15 +46,15 @@ class Matched(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs | Tensor:
         if not self.training:
             return self.student(input_ids, attention_mask)
-        states = self.student.states(input_ids, attention_mask)  # (B, T, 2H)
+        states = self.student.states(input_ids, attention_mask)  # (B, T, directions x H)
         ahead = states[..., :self.student.config.hidden_size][_real(attention_mask, states)]
         return Outputs(self.student.classify(states, attention_mask), self.projection(ahead))
 
 
 class LanguageModel(nn.Module):
-    """A student as a language model in both directions, after Peters et al. 2018 (ELMo), equation 1.
+    """A student as a language model in each of its directions, after Peters et al. 2018 (ELMo), equation 1.
 
-    Each direction predicts the token that it is about to read; both share one adaptive softmax (Grave et al. 2017), in which
+    Each direction predicts the token that it is about to read; they share one adaptive softmax (Grave et al. 2017), in which
     rare tokens cost little. Of several layers the first is trained: in a second one each direction would have read the
     other's states, which know the token.
 
@@ -77,15 +77,16 @@ class LanguageModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
         states = self.student.states(input_ids, attention_mask, self.rnn)
-        ahead, behind = self.student.dropout(states).chunk(2, -1)  # (B, T, H) each
+        ahead, *behind = self.student.dropout(states).split(self.student.config.hidden_size, -1)  # (B, T, H) each
         real = _real(attention_mask, states)
         matched = language = None
         if self.projection is not None:
             matched = self.projection(ahead[real])
         if self.softmax is not None:
             ids, pairs = self.ranks[input_ids], real[:, 1:]  # neighbours that are both real
-            language = (self.softmax(ahead[:, :-1][pairs], ids[:, 1:][pairs]).loss
-                        + self.softmax(behind[:, 1:][pairs], ids[:, :-1][pairs]).loss) / 2
+            losses = [self.softmax(ahead[:, :-1][pairs], ids[:, 1:][pairs]).loss,
+                      *(self.softmax(one[:, 1:][pairs], ids[:, :-1][pairs]).loss for one in behind)]
+            language = sum(losses) / len(losses)
         return Outputs(None, matched, language)
 
 
@@ -99,7 +100,8 @@ def first_layer(student: DistilRNN) -> nn.Module:
     if config.rnn_layers == 1:
         return rnn
     with torch.device("meta"):
-        first = type(rnn)(config.embedding_size, config.hidden_size, 1, batch_first=True, bidirectional=True)
+        first = type(rnn)(config.embedding_size, config.hidden_size, 1, batch_first=True,
+                          bidirectional=rnn.bidirectional)
     for name, _ in list(first.named_parameters()):
         setattr(first, name, getattr(rnn, name))
     return first

@@ -118,10 +118,12 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
     batches, dev = make_all_batches(task, tokenizer, options.max_length, options.train, options.table.truncate)
     teacher = teachers[0] if len(teachers) == 1 else Averaged(teachers)
     teacher_parameters = count_parameters(teachers[0])["total"]
-    largest_first = PLAIN_SIZES if distil_options.plain else STAGED_SIZES
+    if distil_options.directions is None:
+        distil_options = replace(distil_options, directions=1 if teachers[0].decoder else 2)
+    largest_first = PLAIN_SIZES if distil_options.plain else STAGED_SIZES[distil_options.directions]
     student = student_config(len(tokenizer), task.num_labels, teacher_parameters // 10, largest_first, **{
         name: getattr(distil_options, name)
-        for name in ("embedding_size", "hidden_size", "rnn_layers", "cell", "pooling", "dropout")})
+        for name in ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout")})
     if distil_options.augment is None:
         most = min(default(AUGMENT_MOST, task.name), AUGMENT_TIMES * len(task.train))
         distil_options = replace(distil_options, augment=most)

@@ -49,7 +49,9 @@ LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5
 STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
           "kd_alpha": {"plain": DistilOptions.kd_alpha, "": 0.5},
           "student_embeddings": {"plain": "random", "": "teacher"}, "match": {"plain": "none", "": "hidden"},
-          "pooling": {"plain": DistilOptions.pooling, "": "attention"}, "pretrain": {"plain": 0, "": 0},
+          "pooling": {"plain": DistilOptions.pooling, "": "attention"},
+          "directions": {"plain": DistilOptions.directions, "": None},  # None: those in which the teacher reads
+          "pretrain": {"plain": 0, "": 0},
           "transfer": {"tiny": 4, "plain": 0, "": 3}}
 AUGMENT_TIMES = 28  # sentences of the transfer set for each one of the training set, and at most:
 AUGMENT_MOST = {"tiny": 24_000, "": 240_000}
@@ -273,10 +275,14 @@ def add_distil_options(parser: Parser) -> None:
                help="of soft labels by KL, of logits by MSE, or with the teacher's choice as a hard label")
     _stage_options(parser)
     parser.add("student", "--embedding-size", type=COUNT,
-               help=f"{STAGED_SIZES[0][0]} ({PLAIN_SIZES[0][0]} with --plain), or less to fit 10 %% of the teacher's "
+               help=f"{STAGED_SIZES[1][0][0]} ({PLAIN_SIZES[0][0]} with --plain), or less to fit 10 %% of the teacher's "
                     "parameters")
     parser.add("student", "--hidden-size", type=COUNT,
-               help=f"{STAGED_SIZES[0][1]} ({PLAIN_SIZES[0][1]} with --plain), or less to fit, of each direction")
+               help=f"of each direction; {STAGED_SIZES[1][0][1]} of one, {STAGED_SIZES[2][0][1]} of two "
+                    f"({PLAIN_SIZES[0][1]} with --plain), or less to fit")
+    parser.add("student", "--directions", type=int, choices=(1, 2),
+               help="1: the student reads forward, 2: backward, too; if not given as its teacher reads: 1 under a decoder, "
+                    "2 under an encoder; 2 with --plain")
     parser.add("student", "--rnn-layers", type=COUNT, default=RNNConfig.rnn_layers, help="of the RNN")
     parser.add("student", "--cell", choices=("lstm", "gru"), default=RNNConfig.cell, help="of the RNN")
     parser.add("student", "--pooling", choices=("max", "mean", "attention"),
@@ -300,7 +306,7 @@ def _stage_options(parser: Parser) -> None:
     parser.add(stages, "--cache", type=Path, metavar="DIR",
                help="folder that caches these sentences and what the teacher says of them; beside the runs if not given")
     parser.add(stages, "--pretrain", type=WHOLE, metavar="EPOCHS",
-               help=f"of language modelling in both directions; {_defaults_text(STAGES['pretrain'])}")
+               help=f"of language modelling in the student's directions; {_defaults_text(STAGES['pretrain'])}")
     parser.add(stages, "--transfer", type=WHOLE, metavar="EPOCHS",
                help=f"on the teacher's labels of the transfer set; {_defaults_text(STAGES['transfer'])}")
     parser.add(stages, "--match", choices=("hidden", "none"),

@@ -1,6 +1,6 @@
-"""A bidirectional RNN over rows of different lengths, without packing them.
+"""An RNN in one or both directions over rows of different lengths, without packing them.
 
-    states = bidirectional(nn.LSTM(8, 16, batch_first=True, bidirectional=True), x, lengths)
+    states = rnn_states(nn.LSTM(8, 16, batch_first=True, bidirectional=True), x, lengths)
 
 On a CPU an `nn.LSTM` of packed rows takes one small product a step, outside oneDNN's kernel for whole sequences, which
 takes all rows of one length at once and is several times as fast. That kernel needs no packing where pads come last in the
@@ -17,8 +17,8 @@ from record.machine import send
 PADS = 2.0  # padded size / real tokens up to which computing the pads is cheaper than packing
 
 
-def bidirectional(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
-    """Returns the states (B, T, 2H) of a bidirectional RNN, the forward direction first.
+def rnn_states(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the states (B, T, directions x H) of an RNN, the forward direction first.
 
     Args:
         x: (B, T, E), rows padded at their end.
@@ -26,7 +26,7 @@ def bidirectional(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
 
     What stands at a row's pads is arbitrary.
     """
-    if bool((lengths == x.shape[1]).all()):
+    if not rnn.bidirectional or bool((lengths == x.shape[1]).all()):
         return rnn(x)[0]
     if x.device.type == "cpu" and x.shape[0] * x.shape[1] <= PADS * int(lengths.sum()):
         return _by_direction(rnn, x, lengths)

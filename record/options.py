@@ -75,15 +75,17 @@ class RNNConfig:
     num_labels: int = 2
     embedding_size: int = 96
     hidden_size: int = 128  # of each direction
+    directions: int = 2  # 1: forward alone
     rnn_layers: int = 1
     cell: str = "lstm"  # lstm or gru
     pooling: str = "max"  # max, mean or attention, over real tokens
     dropout: float = 0.3  # on embeddings and on the pooled vector
 
 
-# Embedding and hidden sizes of a default student, of which it has the first that fit its budget; the largest in stages fits
-# into 8 MB in 8-bit weights.
-STAGED_SIZES = ((128, 288), (96, 216), (64, 144), (48, 108), (32, 72), (24, 54), (16, 36))
+# Embedding and hidden sizes of a default student, of which it has the first that fit its budget; in stages by the directions
+# in which it reads, and the largest fits into 8 MB in 8-bit weights.
+STAGED_SIZES = {1: ((128, 384), (96, 288), (64, 192), (48, 144), (32, 96), (24, 72), (16, 48)),
+                2: ((128, 288), (96, 216), (64, 144), (48, 108), (32, 72), (24, 54), (16, 36))}
 PLAIN_SIZES = ((RNNConfig.embedding_size, RNNConfig.hidden_size), (72, 96), (48, 64), (36, 48), (24, 32), (12, 16))
 
 
@@ -118,6 +120,7 @@ class DistilOptions:
     gold_repeats: int = 2  # times that an epoch on the transfer set holds each training sentence
     embedding_size: int | None = None
     hidden_size: int | None = None
+    directions: int | None = RNNConfig.directions  # None: those in which the teacher reads
     rnn_layers: int = RNNConfig.rnn_layers
     cell: str = RNNConfig.cell
     pooling: str = RNNConfig.pooling

@@ -81,16 +81,16 @@ def onnx_model(student: DistilRNN):
     lengths = node("ReduceSum", ["attention_mask", axis_1], "lengths", keepdims=0)  # (B,)
     lengths = node("Cast", [lengths], "sequence_lens", to=types.INT32)
     states = node("Transpose", [ids], "time_first", perm=[1, 0, 2])  # (T, B, E)
-    shape = constant("both_directions", np.array([0, 0, 2 * config.hidden_size]))
+    shape = constant("all_directions", np.array([0, 0, config.directions * config.hidden_size]))
     for layer in range(config.rnn_layers):
         matrices = [constant(f"{part}_{layer}", value) for part, value in zip("WRB", _gates(student, layer), strict=True)]
         more = {"linear_before_reset": 1} if config.cell == "gru" else {}
         nodes.append(helper.make_node(config.cell.upper(), [states, *matrices, lengths], [f"directions_{layer}"],
-                                      name=f"rnn_{layer}", hidden_size=config.hidden_size, direction="bidirectional",
-                                      **more))
-        states = node("Transpose", [f"directions_{layer}"], f"side_by_side_{layer}", perm=[0, 2, 1, 3])  # (T, B, 2, H)
-        states = node("Reshape", [states, shape], f"states_{layer}")  # (T, B, 2H)
-    states = node("Transpose", [states], "batch_first", perm=[1, 0, 2])  # (B, T, 2H)
+                                      name=f"rnn_{layer}", hidden_size=config.hidden_size,
+                                      direction={1: "forward", 2: "bidirectional"}[config.directions], **more))
+        states = node("Transpose", [f"directions_{layer}"], f"side_by_side_{layer}", perm=[0, 2, 1, 3])  # (T, B, D, H)
+        states = node("Reshape", [states, shape], f"states_{layer}")  # (T, B, DH)
+    states = node("Transpose", [states], "batch_first", perm=[1, 0, 2])  # (B, T, DH)
     mask = node("Unsqueeze", [node("Cast", ["attention_mask"], "real", to=types.BOOL), axis_2], "mask")  # (B, T, 1)
     outside = constant("outside", np.array(0.0 if config.pooling == "mean" else -np.inf, dtype=np.float32))
     scores = states
@@ -98,7 +98,7 @@ def onnx_model(student: DistilRNN):
         scores = node("MatMul", [states, constant("attention", _array(student.attention.weight.T))], "scores")  # (B, T, 1)
     masked = node("Where", [mask, scores, outside], "masked")
     if config.pooling == "max":
-        pooled = node("ReduceMax", [masked], "pooled", axes=[1], keepdims=0)  # (B, 2H)
+        pooled = node("ReduceMax", [masked], "pooled", axes=[1], keepdims=0)  # (B, DH)
     elif config.pooling == "attention":
         weighted = node("Mul", [node("Softmax", [masked], "weights", axis=1), states], "weighted")
         pooled = node("ReduceSum", [weighted, axis_1], "pooled", keepdims=0)
@@ -122,7 +122,7 @@ def _array(value: torch.Tensor) -> np.ndarray:
 
 
 def _gates(student: DistilRNN, layer: int) -> tuple[np.ndarray, ...]:
-    """Returns a layer's W (2, gates x H, in), R (2, gates x H, H) and B (2, 2 x gates x H), gates in ONNX's order."""
+    """Returns a layer's W (D, gates x H, in), R (D, gates x H, H) and B (D, 2 x gates x H), gates in ONNX's order."""
     order = GATES[student.config.cell]
 
     def ordered(name: str) -> np.ndarray:
@@ -130,7 +130,7 @@ def _gates(student: DistilRNN, layer: int) -> tuple[np.ndarray, ...]:
         return np.concatenate([pieces[gate] for gate in order])
 
     sides = [{part: ordered(f"{part}_l{layer}{direction}") for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
-             for direction in ("", "_reverse")]
+             for direction in ("", "_reverse")[:student.config.directions]]
     return (np.stack([side["weight_ih"] for side in sides]), np.stack([side["weight_hh"] for side in sides]),
             np.stack([np.concatenate([side["bias_ih"], side["bias_hh"]]) for side in sides]))
 

@@ -28,8 +28,9 @@ def student(seed: int = 0, **sizes) -> DistilRNN:
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
 @pytest.mark.parametrize("rnn_layers", [1, 2])
-def test_student_logits_do_not_depend_on_batch_mates_or_padding(cell, pooling, rnn_layers):
-    net = student(cell=cell, pooling=pooling, rnn_layers=rnn_layers)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_student_logits_do_not_depend_on_batch_mates_or_padding(cell, pooling, rnn_layers, directions):
+    net = student(cell=cell, pooling=pooling, rnn_layers=rnn_layers, directions=directions)
     ids, mask = toy_batch((5, 9, 1, 12))
     with torch.no_grad():
         together = net(ids, mask)
@@ -55,15 +56,18 @@ def lstm_direction(x: np.ndarray, weights: dict, suffix: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
-def test_the_lstm_student_is_its_formula_in_float64(pooling):
-    net = student(pooling=pooling)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_lstm_student_is_its_formula_in_float64(pooling, directions):
+    net = student(pooling=pooling, directions=directions)
     weights = {name: p.detach().double().numpy() for name, p in net.named_parameters()}
     ids, mask = toy_batch((7, 4))
     with torch.no_grad():
         logits = net(ids, mask)
     for row, length in enumerate((7, 4)):
         x = weights["embedding.weight"][ids[row, :length].numpy()]
-        states = np.concatenate([lstm_direction(x, weights, ""), lstm_direction(x[::-1], weights, "_reverse")[::-1]], axis=1)
+        ahead = lstm_direction(x, weights, "")
+        states = ahead if directions == 1 else np.concatenate(
+            [ahead, lstm_direction(x[::-1], weights, "_reverse")[::-1]], axis=1)
         shares = np.exp(states @ weights["attention.weight"][0]) if pooling == "attention" else np.ones(length)
         pooled = states.max(0) if pooling == "max" else shares / shares.sum() @ states
         expected = weights["classifier.weight"] @ pooled + weights["classifier.bias"]
@@ -89,8 +93,8 @@ def test_a_default_student_fits_its_budget_or_there_is_none(vocab_size, num_labe
 
 
 def test_parameters_are_counted_without_building_the_student():
-    for cell in ("lstm", "gru"):
-        config = RNNConfig(VOCAB, embedding_size=6, hidden_size=5, rnn_layers=2, cell=cell)
+    for cell, directions in (("lstm", 1), ("lstm", 2), ("gru", 2)):
+        config = RNNConfig(VOCAB, embedding_size=6, hidden_size=5, directions=directions, rnn_layers=2, cell=cell)
         assert student_parameters(config) == count_parameters(DistilRNN(config))["total"]
 
 

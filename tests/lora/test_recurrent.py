@@ -6,29 +6,30 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora import recurrent
-from lora.recurrent import bidirectional
+from lora.recurrent import rnn_states
 
 
-def network(cell: str, layers: int) -> nn.Module:
+def network(cell: str, layers: int, both: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    return {"lstm": nn.LSTM, "gru": nn.GRU}[cell](6, 8, layers, batch_first=True, bidirectional=True)
+    return {"lstm": nn.LSTM, "gru": nn.GRU}[cell](6, 8, layers, batch_first=True, bidirectional=both)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize("pads", [0.0, 1e9], ids=["packed", "by direction"])
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), layers=st.integers(1, 3), longer=st.integers(0, 2))
-def test_rows_are_what_they_are_alone(cell, pads, lengths, layers, longer):
-    rnn, width = network(cell, layers), max(lengths) + longer
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), layers=st.integers(1, 3), longer=st.integers(0, 2),
+       both=st.booleans())
+def test_rows_are_what_they_are_alone(cell, pads, lengths, layers, longer, both):
+    rnn, width, size = network(cell, layers, both), max(lengths) + longer, 16 if both else 8
     x = torch.randn(len(lengths), width, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recurrent, "PADS", pads)
-        states = bidirectional(rnn, x, torch.tensor(lengths))
-    assert states.shape == (len(lengths), width, 16)
+        states = rnn_states(rnn, x, torch.tensor(lengths))
+    assert states.shape == (len(lengths), width, size)
     alone = [rnn(x[row:row + 1, :length])[0][0] for row, length in enumerate(lengths)]
     real = [states[row, :length] for row, length in enumerate(lengths)]
     torch.testing.assert_close(torch.cat(real), torch.cat(alone), rtol=1e-5, atol=1e-6)
 
-    weight = torch.randn(sum(lengths), 16, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(sum(lengths), size, generator=torch.Generator().manual_seed(2))
     inputs = [x, *rnn.parameters()]
     for ours, theirs in zip(torch.autograd.grad((torch.cat(real) * weight).sum(), inputs),
                             torch.autograd.grad((torch.cat(alone) * weight).sum(), inputs), strict=True):
@@ -40,8 +41,14 @@ def test_the_way_is_chosen_by_the_share_of_pads(monkeypatch):
     rnn, ways = network("lstm", 1), []
     monkeypatch.setattr(recurrent, "_by_direction", lambda rnn, x, lengths: ways.append(len(lengths)) or rnn(x)[0])
     for lengths in ([9, 2], [9, 1, 1, 1], [9, 9]):
-        bidirectional(rnn, torch.randn(len(lengths), 9, 6), torch.tensor(lengths))
+        rnn_states(rnn, torch.randn(len(lengths), 9, 6), torch.tensor(lengths))
     assert ways == [2]
+
+
+def test_a_forward_rnn_needs_no_packing(monkeypatch):
+    monkeypatch.setattr(nn.utils.rnn, "pack_padded_sequence", None)
+    monkeypatch.setattr(recurrent, "_by_direction", None)
+    assert rnn_states(network("lstm", 2, both=False), torch.randn(3, 9, 6), torch.tensor([9, 1, 1])).shape == (3, 9, 8)
 
 
 def test_a_shared_first_layer_is_read(monkeypatch):
@@ -52,8 +59,8 @@ def test_a_shared_first_layer_is_read(monkeypatch):
     torch.manual_seed(0)
     first = first_layer(DistilRNN(RNNConfig(20, 2, 6, 8, rnn_layers=2)))
     x, lengths = torch.randn(3, 5, 6), torch.tensor([5, 3, 4])
-    split = bidirectional(first, x, lengths)
+    split = rnn_states(first, x, lengths)
     monkeypatch.setattr(recurrent, "PADS", 0.0)
-    packed = bidirectional(first, x, lengths)
+    packed = rnn_states(first, x, lengths)
     for row, length in enumerate(lengths):
         torch.testing.assert_close(split[row, :length], packed[row, :length], rtol=1e-5, atol=1e-6)

@@ -44,8 +44,10 @@ def write(made: DistilRNN, tokenizer, out: Path, said: list | None = None, **mor
 @pytest.mark.parametrize("pooling", ["max", "mean", "attention"])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_the_graph_computes_the_students_logits_of_padded_batches_and_of_single_sentences(tmp_path, cell, layers, pooling):
-    made = student(cell=cell, rnn_layers=layers, pooling=pooling)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_graph_computes_the_students_logits_of_padded_batches_and_of_single_sentences(tmp_path, directions, cell, layers,
+                                                                                          pooling):
+    made = student(cell=cell, rnn_layers=layers, pooling=pooling, directions=directions)
     (tmp_path / "m.onnx").write_bytes(export.onnx_model(made).SerializeToString())
     session = export.session(tmp_path / "m.onnx", threads=1)
     assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask"]
