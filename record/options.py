@@ -84,7 +84,7 @@ class RNNConfig:
 
 # Embedding and hidden sizes of a default student, of which it has the first that fit its budget; in stages by the directions
 # in which it reads, and the largest fits into 8 MB in 8-bit weights.
-STAGED_SIZES = {1: ((128, 384), (96, 288), (64, 192), (48, 144), (32, 96), (24, 72), (16, 48)),
+STAGED_SIZES = {1: ((128, 352), (96, 264), (64, 176), (48, 132), (32, 88), (24, 66), (16, 44)),
                 2: ((128, 288), (96, 216), (64, 144), (48, 108), (32, 72), (24, 54), (16, 36))}
 PLAIN_SIZES = ((RNNConfig.embedding_size, RNNConfig.hidden_size), (72, 96), (48, 64), (36, 48), (24, 32), (12, 16))
 
