@@ -1,5 +1,6 @@
 """A distillation in stages: the transfer set, its cache, equal budgets, and a stopped one that ends in the same bytes."""
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,12 +8,14 @@ import filelock
 import pytest
 import torch
 import toy
+from conftest import toy_net
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import train_utils
 from benchmarks import collect
 from data_utils import load_task
-from experiments import arguments, seeds, stages, transfer
+from experiments import arguments, evaluate, seeds, stages, transfer
 from experiments.parser import build_parser
 from experiments.transfer import normalised
 from record.files import read_json
@@ -20,8 +23,9 @@ from record.folder import without_times
 from record.signals import Interrupted
 from report import figures, records, tables
 
-SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8, "--augment", 40, "--pretrain", 2,
-         "--transfer", 2, "--match-size", 4, "--stage-tokens", 64, "--no-plots")
+SIZES = ("--embedding-size", 6, "--hidden-size", 5)
+SMALL = (*SIZES, "--epochs", 2, "--batch-size", 8, "--augment", 40, "--pretrain", 2, "--transfer", 2, "--match-size", 4,
+         "--stage-tokens", 64, "--no-plots")
 
 
 def distil(work, out, *more):
@@ -143,6 +147,32 @@ def test_the_ablations_leave_their_stage_out(work, staged, tmp_path):
         assert found == (expected or ["pretrain", "transfer", "gold"])
 
 
+@pytest.fixture(scope="module")
+def encoder(work, tmp_path_factory):
+    """A LoRA run of a toy BERT that reads the toy model's tokens."""
+    folder = tmp_path_factory.mktemp("encoder")
+    toy_net("bert", vocab_size=len(AutoTokenizer.from_pretrained(work / "model")), pad_token_id=0,
+            max_position_embeddings=64).save_pretrained(folder / "model")
+    for file in (work / "model").glob("tokenizer*"):
+        shutil.copy(file, folder / "model")
+    assert toy.lora(work, folder / "LoRA", "--model", folder / "model", "--no-plots") == 0
+    return folder / "LoRA"
+
+
+@pytest.mark.parametrize(("kind", "words", "directions"), [
+    ("decoder", (), 1), ("encoder", (), 2), ("decoder", ("--directions", 2), 2), ("encoder", ("--directions", 1), 1),
+    ("decoder", ("--plain",), 2)])
+def test_a_student_reads_as_its_teacher_does_unless_told_otherwise(work, staged, encoder, tmp_path, kind, words, directions):
+    stages_of = () if "--plain" in words else ("--augment", 12, "--transfer", 1, "--text", work / "plain.txt")
+    teacher = {"decoder": work / "LoRA", "encoder": encoder}[kind]
+    assert toy.main("distil", "12345", "--teacher", teacher, "--out", tmp_path / "run", *SIZES, "--epochs", 1,
+                    "--no-control", "--no-plots", *stages_of, *words) == 0
+    names = load_file(tmp_path / "run" / "student.safetensors").keys()
+    assert ("rnn.weight_hh_l0_reverse" in names) == (directions == 2)
+    assert read_json(tmp_path / "run" / "student_config.json")["directions"] == directions
+    assert evaluate.load_student(tmp_path / "run")[0].config.directions == directions
+
+
 @pytest.mark.parametrize(("words", "epochs", "lr"), [((), 3, 5e-4), (("--augment", "0"), 15, 3e-3), (("--plain",), 15, 3e-3),
                                                      (("--transfer", "0", "--lr", "1e-3"), 15, 1e-3)])
 def test_without_a_transfer_set_the_training_set_has_the_epochs_of_the_plain_recipe(work, words, epochs, lr):
@@ -158,7 +188,7 @@ def test_several_teachers_are_averaged(work, tmp_path, quick):
     with monkeypatch.context() as patch:
         patch.setattr(train_utils, "compute_logits", lambda *args: seen.append(compute(*args)) or seen[-1])
         assert toy.main("distil", "12345", "--plain", "--teacher", work / "LoRA", "--teacher", tmp_path / "other", "--out",
-                        tmp_path / "run", "--epochs", 1, "--embedding-size", 6, "--hidden-size", 5, "--no-plots") == 0
+                        tmp_path / "run", "--epochs", 1, *SIZES, "--no-plots") == 0
     kept = load_file(tmp_path / "run" / "teacher_logits.safetensors")["logits"]
     assert kept.equal(seen[0])
     assert read_json(tmp_path / "run" / "summary.json")["teacher"]["more_runs"] == [str(tmp_path / "other")]
