@@ -83,8 +83,8 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
         Step("teacher", 16, [RUN, "LoRA", sr, *task, *TEACHER, *_to(out, "teacher")], "teacher/summary.json",
              runs="teacher"),
         *_distil(sr, seeds, out, "teacher", f"{out}/teacher", text, {
-            "distil": 120, "distil-plain": 8, "distil-no-transfer-set": 12, "distil-no-matching": 27,
-            "distil-hard-labels": 27, "distil-language-model": 66}),
+            "distil": 98, "distil-plain": 15, "distil-no-transfer-set": 14, "distil-no-matching": 22,
+            "distil-hard-labels": 22, "distil-language-model": 46}),
         Step("diagnose", 11, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
     if data is None:  # the methods and the ranks on the one task that there is
@@ -147,9 +147,6 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
                                      *_to(out, "polarity-teacher")], "polarity-teacher/summary.json",
              runs="polarity-teacher"),
         *_distil(sr, seeds, out, "polarity-teacher", f"{out}/polarity-teacher", _text(data), {"polarity": 60}),
-        Step("rank", 9, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
-                        "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
-                        "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
         Step("methods", 41, [RUN, "compare", sr, *polarity, "--methods", "none,head,lora,full", "--against", "lora",
                              "--seeds", seeds, *METHOD_RATES, "--epochs", "3",
                              *_to(out, "methods")], "methods/compare.json"),
@@ -159,6 +156,9 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
                             f"both:method=head,feature-columns={FEATURES}", "--set",
                             f"both-lora:method=lora,feature-columns={FEATURES}", "--against", "features", "--seeds", seeds,
                             "--lr-grid", "3e-4,3e-3", "--epochs", "3", *_to(out, "buzzer")], "buzzer/compare.json"),
+        Step("rank", 9, [RUN, "sweep", sr, *polarity, "--limit", "4000", "--sampler", "grid", "--no-prune", "--search",
+                        "rank=1,2,4,8,16", "--search", "targets=q+v,q+k+v+o,all", "--lr", "5e-4", "--head-lr", "5e-3",
+                        "--epochs", "1", *_to(out, "rank")], "rank/sweep.json", runs=SWEPT),
         Step("logistic", 0.2, [LOGISTIC, "--task", "buzzer", "--data", f"{data}/buzzer", "--feature-columns", FEATURES,
                                "--out", f"{out}/logistic.json"], "logistic.json")]
 
