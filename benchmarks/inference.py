@@ -31,7 +31,7 @@ from benchmarks.common import Report, paired_ratios
 from data.backbones import PACKAGED
 from data_utils import Batch
 from experiments import distil
-from experiments.parser import STAGES, default
+from experiments.defaults import STAGES, default
 from model import DistilRNN, count_parameters, load_classifier, student_config
 from record import machine
 from record.options import PLAIN_SIZES, STAGED_SIZES

@@ -59,8 +59,8 @@ TRAININGS = (
     ("cola_lora_r16", {"lora": "`LoRA`, bfloat16, rank 16: another teacher"},
      f"python run.py LoRA 20001 --model smollm2 --data {COLA} --rank 16 --alpha 32 --lr 3e-4 --epochs 5 --precision bf16 "
      "--label-smoothing 0.1"),
-    ("cola_distil", {"student": "`distil` from it, 300,000 sentences: student with KD",
-                     "scratch": "`distil` from it: no-KD baseline"},
+    ("cola_distil", {"student": "`distil` from it, 300,000 sentences, reading both ways: student with KD",
+                     "scratch": "`distil` from it, reading both ways: no-KD baseline"},
      f"python run.py distil SR --teacher runs/LoRA-20001 --data {COLA} --text {PLAIN}/edited.txt "
      f"--text {PLAIN}/tatoeba.txt --augment 300000"))
 IN_DETAIL = ("cola_lora_r16", "cola_distil")  # of these, what stands in docs/results.md alone

@@ -46,7 +46,7 @@ class Matched(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs | Tensor:
         if not self.training:
             return self.student(input_ids, attention_mask)
-        states = self.student.states(input_ids, attention_mask)  # (B, T, directions x H)
+        states = self.student.states(input_ids, attention_mask)  # (B, T, DH)
         ahead = states[..., :self.student.config.hidden_size][_real(attention_mask, states)]
         return Outputs(self.student.classify(states, attention_mask), self.projection(ahead))
 

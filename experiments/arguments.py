@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from experiments.argument_types import saving
-from experiments.parser import EPOCHS, LEARNING_RATE, STAGES, default
+from experiments.defaults import EPOCHS, LEARNING_RATE, STAGES, default
 from record import processes
 from record.files import UserError
 from record.options import DistilOptions, LoRAOptions, RunOptions, TableOptions, TrainOptions

@@ -19,9 +19,9 @@ from data.digests import tokenizer_digest
 from data_utils import Batch, Task
 from distillation.teachers import Averaged, embed_as
 from experiments import stages
+from experiments.defaults import AUGMENT_MOST, AUGMENT_TIMES, default
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
-from experiments.parser import AUGMENT_MOST, AUGMENT_TIMES, default
 from experiments.stages import Stage
 from experiments.transfer import Source
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters

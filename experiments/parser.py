@@ -25,6 +25,7 @@ from experiments.argument_types import (
     save_every_type,
     sr_type,
 )
+from experiments.defaults import AUGMENT_MOST, AUGMENT_TIMES, EPOCHS, LEARNING_RATE, STAGES, in_words
 from experiments.steps import PROFILES
 from record import processes
 from record.options import (
@@ -39,22 +40,6 @@ from record.options import (
     TrainOptions,
 )
 
-# The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
-EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"plain tiny": 30, "plain": 15, "": 3}}
-# By method: what is pretrained wants small steps, what starts from nothing large ones.
-LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5e-4, "": 5e-5},
-                 "head": {"tiny": 1e-2, "": 1e-3}, "features": {"": 3e-3}, "none": {"": TrainOptions.lr},
-                 "distil": {"plain": 3e-3, "": 5e-4}}
-# Of a distillation in stages; `--plain` has those of DistilOptions.
-STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
-          "kd_alpha": {"plain": DistilOptions.kd_alpha, "": 0.5},
-          "student_embeddings": {"plain": "random", "": "teacher"}, "match": {"plain": "none", "": "hidden"},
-          "pooling": {"plain": DistilOptions.pooling, "": "attention"},
-          "directions": {"plain": DistilOptions.directions, "": None},  # None: those in which the teacher reads
-          "pretrain": {"plain": 0, "": 0},
-          "transfer": {"tiny": 4, "plain": 0, "": 3}}
-AUGMENT_TIMES = 28  # sentences of the transfer set for each one of the training set, and at most:
-AUGMENT_MOST = {"tiny": 24_000, "": 240_000}
 METHODS = ("lora", "full", "head", "features", "none")
 
 
@@ -113,9 +98,9 @@ def _most_used(parser: Parser, mode: str) -> None:
     if mode == "LoRA":
         parser.add(GENERAL, "--rank", type=int, default=LoRAOptions.rank, help="of each update")
     alone = "; without a transfer set as with --plain" if mode == "distil" else ""
-    parser.add(GENERAL, "--epochs", type=COUNT, help=_defaults_text(EPOCHS[mode]) + alone)
+    parser.add(GENERAL, "--epochs", type=COUNT, help=in_words(EPOCHS[mode]) + alone)
     parser.add(GENERAL, "--lr", type=POSITIVE, help="; ".join(
-        f"{method}: {_defaults_text(LEARNING_RATE[method])}" for method in (METHODS[:-1] if mode == "LoRA" else (mode,))
+        f"{method}: {in_words(LEARNING_RATE[method])}" for method in (METHODS[:-1] if mode == "LoRA" else (mode,))
         ) + alone)
 
 
@@ -206,26 +191,6 @@ def _seeds_option(parser: Parser, group: str, default: int | None, more: str) ->
                     "one on a GPU" if group == "paper" else "runs at a time, each with its part of the CPU's threads")
 
 
-def default(table: dict, task: str, plain: bool = False):
-    """Returns the task's entry of a table of defaults, or the entry for all other tasks.
-
-    Args:
-        plain: whether the entries for --plain come first.
-    """
-    keys = ([f"plain {task}", "plain"] if plain else []) + [task, ""]
-    return next(table[key] for key in keys if key in table)
-
-
-def _defaults_text(table: dict) -> str:
-    """Returns a table of defaults in words."""
-    def when(key: str) -> str:
-        plain, task = key.startswith("plain"), key.removeprefix("plain").strip()
-        return (" with --plain" if plain else "") + (f" for --task {task}" if task else "")
-    otherwise = " otherwise" if len(table) > 1 else ""
-    return ", ".join((value if isinstance(value, str) else f"{value:g}") + (when(key) if key else otherwise)
-                     for key, value in table.items())
-
-
 # ---------------------------------------------------------------- the modes, one function each
 
 def _gen(parser: Parser) -> None:
@@ -268,9 +233,9 @@ def add_distil_options(parser: Parser) -> None:
                help="leave out the no-KD baseline: for ablations, whose baseline another run has trained already")
     _most_used(parser, "distil")
     parser.add(GENERAL, "--temperature", type=POSITIVE,
-               help="softens teacher and student in the KD loss; " + _defaults_text(STAGES["temperature"]))
+               help="softens teacher and student in the KD loss; " + in_words(STAGES["temperature"]))
     parser.add(GENERAL, "--kd-alpha", type=SHARE,
-               help="weight of the teacher beside gold labels; " + _defaults_text(STAGES["kd_alpha"]))
+               help="weight of the teacher beside gold labels; " + in_words(STAGES["kd_alpha"]))
     parser.add(GENERAL, "--kd-loss", choices=("kl", "mse", "hard"), default=DistilOptions.kd_loss,
                help="of soft labels by KL, of logits by MSE, or with the teacher's choice as a hard label")
     _stage_options(parser)
@@ -286,7 +251,7 @@ def add_distil_options(parser: Parser) -> None:
     parser.add("student", "--rnn-layers", type=COUNT, default=RNNConfig.rnn_layers, help="of the RNN")
     parser.add("student", "--cell", choices=("lstm", "gru"), default=RNNConfig.cell, help="of the RNN")
     parser.add("student", "--pooling", choices=("max", "mean", "attention"),
-               help=f"over real tokens; {_defaults_text(STAGES['pooling'])}")
+               help=f"over real tokens; {in_words(STAGES['pooling'])}")
     parser.add("student", "--dropout", type=number(float, 0, 0.99, "a number from 0 to 0.99"), default=RNNConfig.dropout,
                help="on embeddings and on the pooled vector")
     _data_options(parser)
@@ -302,15 +267,15 @@ def _stage_options(parser: Parser) -> None:
     parser.add(stages, "--augment", type=WHOLE, metavar="N",
                help="sentences that the teacher labels beside the training set: edits, plain ones, and what the language "
                     f"model writes; 0: none; {AUGMENT_TIMES} times the training set if not given, at most "
-                    + _defaults_text(AUGMENT_MOST))
+                    + in_words(AUGMENT_MOST))
     parser.add(stages, "--cache", type=Path, metavar="DIR",
                help="folder that caches these sentences and what the teacher says of them; beside the runs if not given")
     parser.add(stages, "--pretrain", type=WHOLE, metavar="EPOCHS",
-               help=f"of language modelling in the student's directions; {_defaults_text(STAGES['pretrain'])}")
+               help=f"of language modelling in the student's directions; {in_words(STAGES['pretrain'])}")
     parser.add(stages, "--transfer", type=WHOLE, metavar="EPOCHS",
-               help=f"on the teacher's labels of the transfer set; {_defaults_text(STAGES['transfer'])}")
+               help=f"on the teacher's labels of the transfer set; {in_words(STAGES['transfer'])}")
     parser.add(stages, "--match", choices=("hidden", "none"),
-               help=f"the teacher's hidden states, reduced by PCA; {_defaults_text(STAGES['match'])}")
+               help=f"the teacher's hidden states, reduced by PCA; {in_words(STAGES['match'])}")
     parser.add(stages, "--match-size", type=COUNT, default=DistilOptions.match_size, metavar="D",
                help="to D dimensions, or as many as there are")
     parser.add(stages, "--match-weight", type=NOT_NEGATIVE, default=DistilOptions.match_weight, help="in the loss")
@@ -321,7 +286,7 @@ def _stage_options(parser: Parser) -> None:
     parser.add(stages, "--gold-repeats", type=WHOLE, default=DistilOptions.gold_repeats, metavar="N",
                help="times that each epoch on the transfer set holds the training set too")
     parser.add(stages, "--student-embeddings", choices=("teacher", "random"),
-               help=f"what the student starts from; {_defaults_text(STAGES['student_embeddings'])}")
+               help=f"what the student starts from; {in_words(STAGES['student_embeddings'])}")
     parser.add(stages, "--stage-lr", type=POSITIVE, default=DistilOptions.stage_lr,
                help="of pretraining and the transfer set; the training set has --lr")
     parser.add(stages, "--stage-tokens", type=COUNT, default=DistilOptions.stage_tokens, help="in a batch there")

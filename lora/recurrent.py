@@ -26,9 +26,10 @@ def rnn_states(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
 
     What stands at a row's pads is arbitrary.
     """
-    if not rnn.bidirectional or bool((lengths == x.shape[1]).all()):
+    few_pads = x.device.type == "cpu" and x.shape[0] * x.shape[1] <= PADS * int(lengths.sum())
+    if bool((lengths == x.shape[1]).all()) or few_pads and not rnn.bidirectional:
         return rnn(x)[0]
-    if x.device.type == "cpu" and x.shape[0] * x.shape[1] <= PADS * int(lengths.sum()):
+    if few_pads:
         return _by_direction(rnn, x, lengths)
     # Sorted here: the library would wait for the GPU.
     sizes, order = lengths.cpu().sort(descending=True)

@@ -82,8 +82,8 @@ class RNNConfig:
     dropout: float = 0.3  # on embeddings and on the pooled vector
 
 
-# Embedding and hidden sizes of a default student, of which it has the first that fit its budget; in stages by the directions
-# in which it reads, and the largest fits into 8 MB in 8-bit weights.
+# Embedding and hidden sizes of a default student, which has the first that fit its budget. Those in stages depend on the
+# number of directions in which it reads; the largest fit into 8 MB in 8-bit weights.
 STAGED_SIZES = {1: ((128, 352), (96, 264), (64, 176), (48, 132), (32, 88), (24, 66), (16, 44)),
                 2: ((128, 288), (96, 216), (64, 144), (48, 108), (32, 72), (24, 54), (16, 36))}
 PLAIN_SIZES = ((RNNConfig.embedding_size, RNNConfig.hidden_size), (72, 96), (48, 64), (36, 48), (24, 32), (12, 16))

@@ -45,10 +45,15 @@ def test_the_way_is_chosen_by_the_share_of_pads(monkeypatch):
     assert ways == [2]
 
 
-def test_a_forward_rnn_needs_no_packing(monkeypatch):
-    monkeypatch.setattr(nn.utils.rnn, "pack_padded_sequence", None)
+def test_a_forward_rnn_turns_no_row_around_and_packs_only_many_pads(monkeypatch):
+    """Rows of 9 and 2 tokens: 18 places for 11 tokens. Rows of 9, 1 and 1: 27 places for 11."""
+    rnn, packed, pack = network("lstm", 2, both=False), [], nn.utils.rnn.pack_padded_sequence
     monkeypatch.setattr(recurrent, "_by_direction", None)
-    assert rnn_states(network("lstm", 2, both=False), torch.randn(3, 9, 6), torch.tensor([9, 1, 1])).shape == (3, 9, 8)
+    monkeypatch.setattr(nn.utils.rnn, "pack_padded_sequence",
+                        lambda x, sizes, **how: packed.append(len(sizes)) or pack(x, sizes, **how))
+    for lengths in ([9, 2], [9, 1, 1], [9, 9]):
+        assert rnn_states(rnn, torch.randn(len(lengths), 9, 6), torch.tensor(lengths)).shape == (len(lengths), 9, 8)
+    assert packed == [3]
 
 
 def test_a_shared_first_layer_is_read(monkeypatch):
