@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data import tables
+from data.edits import WORDS, real_or_edited
 from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.tables import Split, Table
 from record.files import UserError, sha256
@@ -47,8 +48,10 @@ HUB_TABLES = {
 # The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
 BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
 LARGE = 2  # times the mean batch's tokens: a larger batch is computed in micro-batches
+HELD_OUT = 0.02  # of the sentences of `edits`, for development
 NEIGHBOURS = 4  # sentences with a shared prefix that stand together in a batch
-TASKS = ("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
+TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
+FIXED = ("cola", "edits", "tiny")  # their files have no columns to choose
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,10 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
 
     Args:
         name: `cola`, `rotten_tomatoes` and `imdb` (from `data`, else from the Hugging Face Hub), `buzzer` and
-            `csv` (from `data`), or `tiny`.
-        data: for `cola` the folder with its three public TSV files; else a table, a folder of tables, or the name of a
-            data set on the Hub.
-        options: which columns are what; not for `cola` and `tiny`.
+            `csv` (from `data`), `edits` (plain sentences of `data`, real against edited), or `tiny`.
+        data: for `cola` the folder with its three public TSV files, for `edits` a text file or a folder of them; else a
+            table, a folder of tables, or the name of a data set on the Hub.
+        options: which columns are what; not for FIXED tasks.
         separator: what joins several text columns: the tokenizer's.
 
     Raises:
@@ -189,7 +192,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
     """
     if name not in TASKS:
         raise UserError(f"--task {name}: unknown; expected one of {', '.join(TASKS)}")
-    if name in ("cola", "tiny"):
+    if name in FIXED:
         given = [f.name for f in fields(options) if f.name != "truncate" and getattr(options, f.name) != f.default]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')}: not for --task {name}, whose format is fixed; --task csv "
@@ -197,6 +200,8 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
         if data is not None and is_dataset_name(data):
             load_dataset(str(data))  # or says that there is none
             raise UserError(f"--data {data}: a data set of the Hugging Face Hub, for --task csv")
+        if name == "edits":
+            return _edits(data)
         if data is not None:
             return _cola_folder(name, Path(data))
         return _tiny() if name == "tiny" else _glue_cola()
@@ -220,10 +225,12 @@ def read_rows(path: Path | str, task: str, options: TableOptions, separator: str
     """Reads a labelled file in the format of a task, for scoring.
 
     Raises:
-        UserError: see `read_cola_tsv` and `tables.read_split`.
+        UserError: see `read_cola_tsv`, `tables.read_sentences` and `tables.read_split`.
     """
     if task in ("cola", "tiny"):
         return read_cola_tsv(path)
+    if task == "edits" and Path(path).suffix.lower() not in tables.SUFFIXES:
+        return real_or_edited(tables.read_sentences(path))
     table, options = _read(task, Path(path), options)
     return tables.read_split(table, options, separator, classes)[0]
 
@@ -276,6 +283,20 @@ def _table_task(name: str, train: Path, others: dict[str, Path] | float, options
         dev = {"held_out": held_out}
     missing = tables.check_features(split, options.feature_columns, str(train))
     return Task(name, split, dev, {key: sha256(path) for key, path in files.items()}, tuple(classes), missing)
+
+
+def _edits(data: Path | str | None) -> Task:
+    """Makes the task of real against edited sentences from a text file, or from all text files of a folder."""
+    if data is None:
+        raise UserError("--task edits: needs --data, a text file with one sentence a line, or a folder of .txt files")
+    files = sorted(Path(data).glob("*.txt")) if Path(data).is_dir() else [Path(data)]
+    if not files:
+        raise UserError(f"--data {data}: no .txt file in it; --task edits reads text files, one sentence a line")
+    rows = real_or_edited(sentence for file in files for sentence in tables.read_sentences(file))
+    if not rows.labels:
+        raise UserError(f"{data}: no sentence of {WORDS[0]} to {WORDS[-1]} words in it")
+    train, held_out = tables.set_aside(_two_classes(rows, str(data)), HELD_OUT, str(data))
+    return Task("edits", train, {"held_out": held_out}, {str(file): sha256(file) for file in files})
 
 
 def _tiny() -> Task:

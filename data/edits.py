@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from data.tables import Split
 
 Words = list[str]
 Edit = Callable[[Words, random.Random], Words | None]  # None: there is no place for it
@@ -20,6 +22,7 @@ PRONOUNS = {"he": "him", "him": "he", "she": "her", "her": "she", "they": "them"
 FUNCTION_WORDS = {*DETERMINERS, *PREPOSITIONS, *PRONOUNS, *AGREEMENT, "it", "you", "there", "what", "how", "why", "when",
                   "not", "and", "or", "but", "if", "that", "as", "so"} - {"i"}
 ENDS = ".?!"
+WORDS = range(3, 19)  # in a sentence of `real_or_edited`: about as many as in a linguist's example
 
 
 def swap_neighbours(words: Words, rng: random.Random) -> Words | None:
@@ -119,6 +122,21 @@ def edit(sentence: str, rng: random.Random, edits: tuple[Edit, ...] = EDITS) -> 
             text = " ".join(changed) + end
             return text[0].upper() + text[1:] if words[0][0].isupper() else text
     return None
+
+
+def real_or_edited(sentences: Iterable[str]) -> Split:
+    """Makes a task of plain sentences, whose labels cost nobody anything: half as they are (label 1), half edited (label 0).
+
+    Which half is drawn without regard to any seed: the same sentences, the same task. Sentences of other lengths than WORDS,
+    second copies, and those that no edit changes are left out.
+    """
+    rng = random.Random(0)
+    rows = [sentence for sentence in dict.fromkeys(sentences) if len(sentence.split()) in WORDS]
+    rng.shuffle(rows)
+    labels = [row % 2 for row in range(len(rows))]
+    texts = [sentence if label else edit(sentence, rng) for sentence, label in zip(rows, labels, strict=True)]
+    kept = [(text, label) for text, label in zip(texts, labels, strict=True) if text]
+    return Split([text for text, _ in kept], [label for _, label in kept])
 
 
 if __name__ == "__main__":

@@ -96,6 +96,23 @@ def read_table(path: Path | str) -> Table:
     return table
 
 
+def read_sentences(path: Path | str) -> list[str]:
+    """Reads a text file, one sentence a line; empty lines are left out, and several spaces are one.
+
+    Raises:
+        UserError: missing, not UTF-8, or without a sentence.
+    """
+    try:
+        lines = [" ".join(line.split()) for line in Path(path).read_bytes().decode("utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start})") from None
+    if not any(lines):
+        raise UserError(f"{path}: no sentence in it; expected one a line")
+    return [line for line in lines if line]
+
+
 def _read(path: Path, kind: str, header: list[str] | None) -> Table:
     """Reads a file's columns, CSV and Parquet through `datasets`, whose cache folder is removed at once."""
     if kind == "JSON Lines":

@@ -26,8 +26,8 @@ from lora import adapters, frozen
 from lora.matmul import set_precision
 from model import TextClassifier, count_parameters, load_classifier
 from record import machine, processes, tensors
-from record.files import write_file
-from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
+from record.files import UserError, sha256, write_file
+from record.folder import Recorder, finish, provenance, read_run, run_folder, use_recorded_machine
 from record.machine import device
 from record.options import RunOptions, as_json, settings_of
 from serving.merge import label_maps
@@ -97,6 +97,7 @@ class Prepared:
     max_length: int  # tokens
     counts: dict  # total and trainable parameters, and the reduction in percent
     sanity: dict | None  # what `check_fresh_adapter` found; None without LoRA on a language model
+    init_files: dict[str, str]  # SHA-256 of what --init starts from, by name
     base: dict  # digests of the base model, as config.json records them
 
 
@@ -106,6 +107,8 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     Raises:
         UserError: bad input.
     """
+    if options.init and options.method != "lora":
+        raise UserError(f"--init: starts from an adapter, which --method {options.method} does not train")
     seed_everything(int(options.sr), options.deterministic)
     tokenizer = load_tokenizer(options.model)
     task = load_task(options, tokenizer)
@@ -128,13 +131,43 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     sanity = check_fresh_adapter(lm, tokenizer, ids) if sane else None
     if sanity:
         say(f"  sanity: greedy text after injection equals the base model's: {sanity['text']!r}")
+    base = {"base_sha256": weights.result(), "base_config_sha256": config_digest(classifier.net.config),
+            "tokenizer_sha256": tokenizer_sha256}
+    init_files = start_from(options.init, classifier, task, base, say) if options.init else {}
     set_precision(classifier.net.base_model, options.train.precision)
     say(f"  precision {options.train.precision}" + (
         f", float32 products by {machine.matmul()}" if device().type == "cpu" else ""))
     classifier.to(device())
-    base = {"base_sha256": weights.result(), "base_config_sha256": config_digest(classifier.net.config),
-            "tokenizer_sha256": tokenizer_sha256}
-    return Prepared(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, base)
+    return Prepared(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, init_files, base)
+
+
+def start_from(init: Path, classifier: TextClassifier, task: Task, base: dict, say: Callable[[str], None]) -> dict[str, str]:
+    """Puts the adapter of another run in the place of the fresh one: training on an intermediate task (Phang et al. 2018).
+
+    Its head goes with it where both tasks have the same classes.
+
+    Args:
+        base: digests of this run's base model.
+
+    Returns:
+        SHA-256 of the adapter's files by name.
+
+    Raises:
+        UserError: no finished LoRA run, another base, or an adapter of another rank, scaling, target or layer.
+    """
+    config, summary = read_run(init, "LoRA")
+    if summary.get("method") != "lora":
+        raise UserError(f"--init {init}: a run with --method {summary.get('method')}; expected one with an adapter")
+    for key, what in (("base_sha256", "other weights"), ("base_config_sha256", "another configuration"),
+                      ("tokenizer_sha256", "another tokenizer")):
+        if config.get(key) not in (None, base[key]):
+            raise UserError(f"--init {init}: adapter for another base: it was made for {config['options']['model']}, with "
+                            f"{what} than the model here")
+    head = config.get("classes") == list(task.classes)
+    adapters.start_from(classifier, init, head)
+    say(f"  starts from the adapter of {init}, trained on {summary['task']}; "
+        + ("its head too" if head else "the head is new: the classes are others"))
+    return {name: sha256(init / name) for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)}
 
 
 def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable[[str], None]) -> None:
@@ -170,7 +203,8 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     options = resolve_precision(options)
     run = prepare(options, say)
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
-    config = {**provenance(as_json(settings), run.task.files), **run.base, "classes": list(run.task.classes),
+    config = {**provenance(as_json(settings), run.task.files), **run.base, "init_files": run.init_files,
+              "classes": list(run.task.classes),
               **label_maps(run.task.classes)}
     with run_folder(options, config) as folder:
         recorder = Recorder(folder, say)

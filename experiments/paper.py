@@ -152,11 +152,12 @@ def check(options: PaperOptions) -> None:
     if options.profile == "quick":
         return
     if options.data_root is not None:
-        missing = [name for name in ("cola", "rotten_tomatoes", "movie_reviews", "buzzer", "blimp")
+        missing = [name for name in ("cola", "rotten_tomatoes", "movie_reviews", "buzzer", "blimp", "plain_text")
                    if not (options.data_root / name).is_dir()]
         if missing:
             raise UserError(f"--data-root {options.data_root}: has no folder {', '.join(missing)}; expected cola, "
-                            "rotten_tomatoes, movie_reviews, buzzer and blimp, or no --data-root: GPT-2 and CoLA of the Hub")
+                            "rotten_tomatoes, movie_reviews, buzzer, blimp and plain_text, or no --data-root: GPT-2 and "
+                            "CoLA of the Hub")
     from data import backbones
 
     for model in ("smollm2", "minilm") if options.data_root else ("gpt2",):

@@ -131,8 +131,9 @@ def add_finetune_options(parser: Parser, method: bool = True) -> None:
 
 
 def _data_options(parser: Parser) -> None:
-    parser.add(DATA, "--task", choices=("cola", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny"),
-               help="csv: any table; cola if not given, unless --data holds tables or the built-in default is used")
+    parser.add(DATA, "--task", choices=("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny"),
+               help="csv: any table; edits: plain sentences, real against edited; cola if not given, unless "
+                    "--data holds tables or the built-in default is used")
     parser.add(DATA, "--max-length", type=COUNT, help="tokens; the model's context if not given")
     parser.add(DATA, "--limit", type=COUNT, help="so many rows of each split, evenly spaced: a quick look")
 
@@ -214,6 +215,8 @@ def _gen(parser: Parser) -> None:
 def _lora(parser: Parser) -> None:
     """inject LoRA into a backbone and fine-tune it on a task"""
     add_finetune_options(parser)
+    parser.add(ADAPTER, "--init", type=Path, metavar="DIR",
+               help="start from the adapter of a finished run (and from its head, if the classes are the same)")
     _seeds_option(parser, GENERAL, None, "; a run each (in runs/, or in --out), and their means with 95 %% intervals")
 
 
@@ -414,8 +417,8 @@ def _paper(parser: Parser) -> None:
     parser.add("paper", "--profile", choices=PROFILES, default=PROFILES[0],
                help="quick: the built-in task, some minutes; full: real models and data, some hours on two cores")
     parser.add("paper", "--data-root", type=Path, metavar="DIR",
-               help="for full: folder with cola/, rotten_tomatoes/, movie_reviews/, buzzer/ and blimp/; the Hub's GPT-2 and "
-                    "GLUE's CoLA if not given")
+               help="for full: folder with cola/, rotten_tomatoes/, movie_reviews/, buzzer/, blimp/ and plain_text/; the "
+                    "Hub's GPT-2 and GLUE's CoLA if not given")
     _seeds_option(parser, "paper", 3, "")
     parser.add("paper", "--dry-run", action="store_true", help="print every step with its command, and run nothing")
     parser.add("paper", "--only", type=list_of(str), default=[], metavar="STEP[,...]", help="run these steps alone")

@@ -30,6 +30,7 @@ import data_utils
 import train_utils
 from data.backbones import load_causal_lm
 from data.edits import edit
+from data.tables import read_sentences
 from data_utils import Batch, Task
 from distillation.heads import Outputs, mean_loss
 from distillation.teachers import (
@@ -72,18 +73,10 @@ def read_text(files: tuple[str, ...]) -> list[str]:
     Raises:
         UserError: a file is missing, not UTF-8, or has no sentence.
     """
-    found = []
-    for file in files:
-        try:
-            lines = [" ".join(line.split()) for line in Path(file).read_bytes().decode("utf-8").splitlines()]
-        except OSError as error:
-            raise UserError(f"--text {file}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"--text {file}: not UTF-8 (byte {error.start})") from None
-        if not any(lines):
-            raise UserError(f"--text {file}: no sentence in it; expected one a line")
-        found += filter(None, lines)
-    return found
+    try:
+        return [sentence for file in files for sentence in read_sentences(file)]
+    except UserError as error:
+        raise UserError(f"--text {error}") from None
 
 
 @dataclass

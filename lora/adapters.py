@@ -194,6 +194,37 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
     return list(adapter.pairs)
 
 
+def start_from(classifier: TextClassifier, folder: Path, head: bool) -> None:
+    """Copies a saved adapter into the fresh one of a classifier, which trains on from there.
+
+    Args:
+        classifier: with `LoRALinear`s of the same rank, scaling, targets and layers as the saved adapter's.
+        head: whether to copy the saved head too.
+
+    Raises:
+        UserError: see `read_adapter`; or the saved adapter is one of another rank, scaling, target or layer.
+    """
+    adapter, layers = read_adapter(classifier.net, folder), lora_layers(classifier.net)
+    other = sorted(set(layers) ^ set(adapter.pairs))
+    if other:
+        raise UserError(f"--init {folder}: {other[0]} is adapted {'here' if other[0] in layers else 'there'} alone; "
+                        "expected --targets and --layers of that run")
+    for name, (A, B) in adapter.pairs.items():
+        layer = layers[name]
+        try:
+            layer.start_from(A, B)
+        except ValueError:
+            raise UserError(f"--init {folder}: {name} has an update of rank {len(A)} there, of rank {len(layer.lora_A)} "
+                            "here, or of other outputs; expected --rank and --targets of that run") from None
+        if not math.isclose(adapter.scaling(name), layer.scaling, rel_tol=1e-6):
+            raise UserError(f"--init {folder}: scaled by {adapter.scaling(name):g} there, by {layer.scaling:g} here; "
+                            "expected --alpha of that run (and --rslora, or not)")
+    own = classifier.net.state_dict()
+    with torch.no_grad():
+        for key, value in adapter.whole.items() if head else ():
+            own[key].copy_(value)
+
+
 def _pattern(config: dict, key: str, name: str, default):
     """Looks a module up in PEFT's patterns: the first key that is the module's name or its dotted ending."""
     for pattern, value in (config.get(key) or {}).items():

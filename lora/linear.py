@@ -76,6 +76,23 @@ class LoRALinear(nn.Module):
             row += stop - start
         return block
 
+    @torch.no_grad()
+    def start_from(self, A: Tensor, block: Tensor) -> None:
+        """Copies A (rank * slices, in_features) and what `block_B` returned of a layer of the same rank and slices.
+
+        Raises:
+            ValueError: of another rank, or of other outputs.
+        """
+        before = self.lora_B.clone()
+        if A.shape == self.lora_A.shape and block.shape == (self.out_features, len(A)):
+            parts = [block[start:stop, i * self.rank:(i + 1) * self.rank] for i, (start, stop) in enumerate(self.slices)]
+            self.lora_B.copy_(torch.cat(parts))
+            if torch.equal(self.block_B(), block.to(self.lora_B)):  # nothing stood outside the blocks
+                self.lora_A.copy_(A)
+                return
+        self.lora_B.copy_(before)
+        raise ValueError("an update of another rank or of other outputs")
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = x.reshape(-1, self.in_features)
         if self.dropout.p > 0 and self.training and not self.merged:  # W and A see different inputs

@@ -176,6 +176,6 @@ def shape_of(linear: nn.Module) -> tuple[int, int] | None:
     """Returns (in_features, out_features) of an `nn.Linear`, a `Conv1D` or what wraps one here; None for anything else."""
     if isinstance(linear, MixedLinear):
         return shape_of(linear.base)
-    if isinstance(linear, nn.Linear):
+    if isinstance(linear, nn.Linear) or hasattr(linear, "block_B"):  # the latter: LoRALinear, which imports this module
         return linear.in_features, linear.out_features
     return (linear.nx, linear.nf) if hasattr(linear, "nf") else None

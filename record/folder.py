@@ -163,7 +163,7 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
                       ("tokenizer_sha256", "tokenizer is")):
         if before.get(key) != config.get(key):
             raise UserError(f"{folder}: {what} with a changed base model: its {part} not what the run began with")
-    for kind, key in (("data", "data_files"), ("teacher", "teacher_files")):
+    for kind, key in (("data", "data_files"), ("teacher", "teacher_files"), ("--init", "init_files")):
         for name in sorted({*before.get(key, {}), *config.get(key, {})}):
             if before.get(key, {}).get(name) != config.get(key, {}).get(name):
                 raise UserError(f"{folder}: {what} with {'' if kind == 'data' else 'a '}changed {kind}: {name} is not the "

@@ -141,6 +141,7 @@ class RunOptions:
     method: str = "lora"  # lora, full, head or none
     lora: LoRAOptions = LoRAOptions()
     table: TableOptions = TableOptions()
+    init: Path | None = None  # folder of a LoRA run whose adapter this one starts from; a fresh adapter if None
     keep: bool = True  # keep what the frozen blocks below the lowest trained one compute
     keep_memory: float = 2.0  # GiB of it in memory; the rest is memory-mapped
     max_length: int | None = None  # tokens; the model's context if None

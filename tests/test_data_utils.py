@@ -2,6 +2,7 @@
 import itertools
 import os
 import random
+import re
 import warnings
 from pathlib import Path
 
@@ -131,13 +132,44 @@ def test_a_limit_takes_evenly_spaced_rows_and_still_needs_every_class(tmp_path):
 
 
 def test_an_unknown_task_or_folder_says_what_was_expected(tmp_path):
-    with pytest.raises(UserError, match="--task colla: unknown; expected one of cola, rotten_tomatoes, imdb, buzzer, csv, "):
+    with pytest.raises(UserError, match="--task colla: unknown; expected one of cola, edits, rotten_tomatoes, imdb, "):
         load_task("colla", tmp_path)
     with pytest.raises(UserError, match="not a folder; expected one with in_domain_train.tsv"):
         load_task("cola", tmp_path / "missing")
 
 
 # ---------------------------------------------------------------- token ids
+
+def test_plain_text_is_a_task_of_real_against_edited_sentences(tmp_path):
+    """All text files of a folder, with their digests; a held-out part of each class; the same for every seed."""
+    for name, start in (("a.txt", 0), ("b.txt", 300)):
+        (tmp_path / name).write_text("".join(f"The cat saw number {n} of them.\n\n" for n in range(start, start + 300)))
+    (tmp_path / "notes.md").write_text("not read\n")
+    task = data_utils.load_task("edits", tmp_path)
+    assert task == data_utils.load_task("edits", tmp_path) and task.classes == ("0", "1")
+    assert task.files == {str(tmp_path / name): sha256(tmp_path / name) for name in ("a.txt", "b.txt")}
+    assert len(task.train) == 588 and {split: len(rows) for split, rows in task.dev.items()} == {"held_out": 12}
+    assert sum(task.train.labels) == 294 and sum(task.dev["held_out"].labels) == 6
+    assert not set(task.train.sentences) & set(task.dev["held_out"].sentences)
+    one = data_utils.load_task("edits", tmp_path / "a.txt")
+    assert len(one.train) == 294 and list(one.files) == [str(tmp_path / "a.txt")]
+    rows = data_utils.read_rows(tmp_path / "a.txt", "edits", data_utils.DEFAULT_COLUMNS, " ", ["0", "1"])
+    assert sorted(rows.sentences) == sorted(one.train.sentences + one.dev["held_out"].sentences)
+
+
+def test_plain_text_that_is_no_task_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("Go.\nNo way.\n")
+    (tmp_path / "one.txt").write_text("The cat sat on the mat.\n")
+    (tmp_path / "none.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait\n")
+    for data, said in ((None, "--task edits: needs --data, a text file"), ("empty", "no .txt file in it"),
+                       ("short.txt", "no sentence of 3 to 18 words"), ("one.txt", "training needs both classes"),
+                       ("none.txt", "no sentence in it"), ("latin.txt", "not UTF-8 (byte 3)"),
+                       ("missing.txt", "cannot be read")):
+        with pytest.raises(UserError, match=f"^[^\n]*{re.escape(said)}[^\n]*$"):
+            data_utils.load_task("edits", data and tmp_path / data)
+
 
 def test_truncation_keeps_the_beginning_and_warns_once_with_the_count():
     sentences = words_of([3, 9, 5, 12])

@@ -46,3 +46,27 @@ def test_an_edit_of_each_kind(kind, before, after):
 def test_where_there_is_no_place_there_is_no_edit():
     assert edits.edit("...", random.Random(0)) is None
     assert edits.edit("Go.", random.Random(0), (edits.swap_neighbours, edits.drop_word)) is None
+
+
+SENTENCES = st.lists(st.lists(st.sampled_from("the a cat dogs has saw Mary John to of he walks is I".split()), min_size=1,
+                              max_size=25).map(" ".join), max_size=30)
+
+
+@given(SENTENCES)
+def test_half_of_the_task_s_sentences_are_real_and_the_others_edited(sentences):
+    split = edits.real_or_edited(sentences)
+    assert split == edits.real_or_edited(sentences)
+    usable = {sentence for sentence in sentences if 3 <= len(sentence.split()) <= 18}
+    real = {sentence for sentence, label in zip(split.sentences, split.labels, strict=True) if label}
+    assert real <= usable and len(real) == split.labels.count(1) == len(usable) // 2
+    assert split.labels.count(0) <= len(usable) - len(real)
+
+
+def test_an_edited_sentence_is_one_that_does_not_stand_among_the_real_ones():
+    split = edits.real_or_edited(f"The cat saw number {number} of all of them." for number in range(200))
+    numbers = {0: set(), 1: set()}
+    for sentence, label in zip(split.sentences, split.labels, strict=True):
+        number = next(filter(str.isdigit, sentence.split()), "left out")
+        assert (sentence == f"The cat saw number {number} of all of them.") == label
+        numbers[label].add(number)
+    assert len(numbers[1]) == split.labels.count(0) == 100 and not numbers[0] & numbers[1]

@@ -1,21 +1,23 @@
 """What a LoRA run leaves behind, twice the same; what a resumed or crowded one is refused."""
 import fcntl
 import json
+import shutil
 
 import pytest
 import torch
 import toy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data_utils
 import train_utils
-from experiments import finetune
+from experiments import evaluate, finetune
 from lora import amx
 from model import TextClassifier
 from record import machine
-from record.files import read_json, write_json
+from record.files import read_json, sha256, write_json
 from record.folder import without_times
+from record.options import RunOptions, rebuild
 from record.signals import Interrupted
 from report import figures
 
@@ -317,3 +319,78 @@ def test_checkpoints_are_saved_each_epoch_and_every_so_many_steps_or_minutes(wor
     monkeypatch.setattr(train_utils, "save_checkpoint", lambda *args: (saved.append(args[3].step), save(*args)))
     assert toy.lora(work, tmp_path / "run", "--epochs", 2, "--save-every", every) == 0
     assert saved == steps  # five steps an epoch
+
+
+# ---------------------------------------------------------------- --init: from another run's adapter
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A file of plain sentences."""
+    path = tmp_path_factory.mktemp("plain") / "plain.txt"
+    path.write_text("".join(f"{sentence}.\n" for sentence, _ in toy.toy_rows(200, 9)))
+    return path
+
+
+def test_a_run_starts_from_another_one_s_adapter_and_head(work, plain, tmp_path, quick, capsys):
+    """An intermediate task, then the task itself: at a rate of almost nothing the scores are those of the first run."""
+    before, after = tmp_path / "edits", tmp_path / "after"
+    assert toy.lora(work, before, "--task", "edits", "--data", plain, "--epochs", 2) == 0
+    assert read_json(before / "summary.json")["task"] == "edits"
+    assert toy.lora(work, after, "--init", before, "--lr", 1e-12, "--epochs", 1) == 0
+    assert f"starts from the adapter of {before}, trained on edits; its head too" in capsys.readouterr().out
+    split = work / "cola" / "in_domain_dev.tsv"
+    rows = data_utils.read_cola_tsv(split)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{s},{y}\n" for s, y in zip(
+        rows.sentences, rows.labels, strict=True)))
+    theirs, ours = evaluate.evaluate_run(before, tmp_path / "rows.csv"), evaluate.evaluate_run(after, split)
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5) and ours["by_class"] == theirs["by_class"]
+    config = read_json(after / "config.json")
+    assert config["options"]["init"] == str(before)
+    assert config["init_files"] == {name: sha256(before / name) for name in ("adapter_config.json",
+                                                                             "adapter_model.safetensors")}
+
+
+def test_a_head_of_other_classes_is_new(work, plain, tmp_path, quick, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text("text,label\n" + "".join(f"{s},{'yes' if y else 'no'}\n" for s, y in toy.toy_rows(40, 3)))
+    assert toy.lora(work, tmp_path / "run", "--data", table, "--init", work / "LoRA", "--epochs", 1, "--lr", 1e-12) == 0
+    assert "the head is new: the classes are others" in capsys.readouterr().out
+    head = load_file(tmp_path / "run" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert head.abs().max() < 1e-6  # a fresh one is zero
+
+
+def test_an_init_that_cannot_be_is_one_line_and_leaves_nothing(work, distilled_run, tmp_path, quick, capsys):
+    toy.write_model(tmp_path / "other", seed=1)
+    assert toy.lora(work, tmp_path / "none", "--method", "none") == 0
+    for more, said in (
+            (("--init", tmp_path / "nowhere"), "not a run's folder"),
+            (("--init", distilled_run), "a distil run"),
+            (("--init", tmp_path / "none"), "a run with --method none; expected one with an adapter"),
+            (("--init", work / "LoRA", "--method", "full"), "--init: starts from an adapter, which --method full does not"),
+            (("--init", work / "LoRA", "--rank", 4, "--alpha", 8), "expected --rank and --targets of that run"),
+            (("--init", work / "LoRA", "--model", tmp_path / "other"), "with other weights than the model here")):
+        capsys.readouterr()
+        assert toy.lora(work, tmp_path / "run", *more) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said in error and "Traceback" not in error, error
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_began_from_an_adapter_goes_on_and_repeats_to_the_same_bytes(work, tmp_path, quick, capsys):
+    start, whole, cut = tmp_path / "start", tmp_path / "whole", tmp_path / "cut"
+    shutil.copytree(work / "LoRA", start)
+    assert toy.lora(work, whole, "--init", start) == 0
+    steps = iter(range(1, 100))
+    with pytest.raises(Interrupted):
+        finetune.run_finetune(rebuild(RunOptions, read_json(whole / "config.json")["options"], out=cut), lambda _: None,
+                              stop=lambda: 15 if next(steps) == 7 else None)
+    assert toy.lora(work, cut, "--init", start, "--resume") == 0
+    assert (cut / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    assert toy.main("repeat", whole) == 0
+    # Another adapter in the same place is not what the run began with.
+    tensors = load_file(start / "adapter_model.safetensors")
+    save_file({name: 2 * value for name, value in tensors.items()}, start / "adapter_model.safetensors")
+    toy.reseal(start)
+    capsys.readouterr()
+    assert toy.main("repeat", whole) == 2
+    assert "repeat with a changed --init: adapter_model.safetensors is not the file" in capsys.readouterr().err

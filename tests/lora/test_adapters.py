@@ -11,7 +11,16 @@ from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, DeepseekV3ForSequenceClassification
 
 from benchmarks.architectures import config_of
-from lora.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, load_adapter, load_tensors, misread_by_peft, save_adapter
+from lora.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    base_of,
+    load_adapter,
+    load_tensors,
+    misread_by_peft,
+    save_adapter,
+    start_from,
+)
 from lora.linear import lora_layers
 from model import LoRAOptions, TextClassifier, inject_lora, load_classifier
 from record.files import UserError
@@ -403,3 +412,42 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_tensors_are_read_back_exactly(tmp_path):
     save_file({"x": torch.arange(VOCAB)}, tmp_path / "t.safetensors")
     assert torch.equal(load_tensors(tmp_path / "t.safetensors")["x"], torch.arange(VOCAB))
+
+
+# ---------------------------------------------------------------- training goes on from a saved adapter
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("architecture, options", VARIANTS)
+def test_a_fresh_adapter_that_starts_from_a_saved_one_computes_the_same(tmp_path, architecture, options, head):
+    classifier = fine_tuned(architecture, **options)
+    save_adapter(classifier, tmp_path, "the-base")
+    again = with_other_head(architecture)
+    inject_lora(again.net, LoRAOptions(**{"rank": 4, "alpha": 6.0, **options}))
+    own = {name: again.net.get_submodule(name).weight.clone() for name in HEADS[architecture]}
+    start_from(again, tmp_path, head)
+    assert torch.equal(logits_of(again.eval()), logits_of(classifier)) == head
+    saved = {name: parameter for name, parameter in classifier.net.named_parameters() if ".lora_" in name}
+    found = dict(again.net.named_parameters())
+    assert saved and all(torch.equal(found[name], value) and found[name].requires_grad for name, value in saved.items())
+    assert head or all(torch.equal(again.net.get_submodule(name).weight, weight) for name, weight in own.items())
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"rank": 3, "alpha": 4.5}, "--rank"), ({"alpha": 3.0}, "--alpha"), ({"rslora": True}, "--rslora"),
+    ({"layers": "1"}, "--layers"), ({"targets": ("q", "v", "mlp", "o")}, "of other outputs"),
+    ({"targets": ("o",)}, "--targets")])
+def test_an_adapter_of_another_shape_is_no_beginning(tmp_path, options, said):
+    save_adapter(fine_tuned("gpt2"), tmp_path, "the-base")
+    fresh = adapted("gpt2", trained=False, **options)
+    with pytest.raises(UserError, match=f"^--init {tmp_path}: .*{said}"):
+        start_from(fresh, tmp_path, True)
+
+
+def test_updates_outside_the_adapted_slices_are_no_beginning(tmp_path):
+    """Of the same rank and shape: PEFT's adapter of the fused layer, where only q and v are adapted here."""
+    save_adapter(fine_tuned("gpt2", targets=("c_attn",), rank=8, alpha=12.0), tmp_path, "the-base")
+    fresh = adapted("gpt2", trained=False, targets=("q", "v"))
+    before = {name: p.clone() for name, p in fresh.net.named_parameters()}
+    with pytest.raises(UserError, match="of other outputs; expected --rank and --targets of that run"):
+        start_from(fresh, tmp_path, True)
+    assert all(torch.equal(p, before[name]) for name, p in fresh.net.named_parameters())
