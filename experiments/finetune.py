@@ -247,6 +247,8 @@ def check(options: RunOptions) -> Task:
     """
     config = load_config(options.model)
     is_decoder(config)  # or says that there is no classifier of that kind
+    if options.init:
+        read_run(options.init, "LoRA")  # or says that it is none
     task = load_task(options, load_tokenizer(options.model))
     config.num_labels = task.num_labels
     with torch.device("meta"):

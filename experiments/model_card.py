@@ -39,7 +39,7 @@ Adapted: {targets} in {layers}, rank {rank}, alpha {alpha:g}{rslora}; {trainable
 Task `{task}`: {rows:,} training sentences{limit}. Files, with the first digits of their SHA-256:
 
 {files}
-
+{init}
 ## Results
 
 Of the saved weights (epoch {epoch} of {epochs}, chosen on the split `{selection}`), seed {seed}. A classifier that always
@@ -114,6 +114,7 @@ def model_card(options: RunOptions, task: Task, max_length: int, summary: dict) 
         rows=len(task.train), limit=" (--limit)" if options.limit else "",
         files="\n".join(f"- `{file if repository else Path(file).name}` {digest[:12]}"
                         for file, digest in task.files.items()),
+        init=f"\nTraining began with the adapter of another run, `{options.init.name}`.\n" if options.init else "",
         epoch=summary["best_epoch"], epochs=summary["last_epoch"], selection=selection_split(task.dev),
         seed=options.train.seed, results="\n".join(rows),
         limits="\n".join(f"- {line}" for line in _limits(options, task, max_length)),

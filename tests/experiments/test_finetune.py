@@ -346,6 +346,8 @@ def test_a_run_starts_from_another_one_s_adapter_and_head(work, plain, tmp_path,
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5) and ours["by_class"] == theirs["by_class"]
     config = read_json(after / "config.json")
     assert config["options"]["init"] == str(before)
+    assert "Training began with the adapter of another run, `edits`." in (after / "README.md").read_text()
+    assert "adapter of another run" not in (before / "README.md").read_text()
     assert config["init_files"] == {name: sha256(before / name) for name in ("adapter_config.json",
                                                                              "adapter_model.safetensors")}
 
