@@ -229,13 +229,16 @@ class Source:
                 if path.exists():
                     break
             chunks[path] = key, chunk
-        missing = sum(len(chunk) for path, (_, chunk) in chunks.items() if not path.exists())
-        with tqdm(total=len(ids), initial=len(ids) - missing, unit="sentence", desc="teacher", dynamic_ncols=True, delay=2
-                  ) as bar:
+
+        def labelled() -> int:
+            """Returns how many sentences have their outputs, whichever process computed them."""
+            return sum(len(chunk) for path, (_, chunk) in chunks.items() if path.exists())
+
+        with tqdm(total=len(ids), initial=labelled(), unit="sentence", desc="teacher", dynamic_ncols=True, delay=2) as bar:
             def label(path: Path) -> None:
                 key, chunk = chunks[path]
                 tensors.save_checked(path, self.label(teacher, chunk, pca, scale), key)
-                bar.update(len(chunk))
+                bar.update(labelled() - bar.n)
 
             share(list(chunks), label, self.check_stop)
         logits, values = [], []
