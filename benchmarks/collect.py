@@ -25,7 +25,8 @@ from record.folder import read_run  # noqa: E402
 # Options that say where a run stands and how it was started, with the number of their values.
 PLACE = {"--out": 1, "--plots": 1, "--cache": 1, "--save-every": 1, "--jobs": 1,
          "--resume": 0, "--overwrite": 0, "--no-plots": 0}
-SAME = ("versions", "cpu", "device", "threads", "matmul", "data_files")  # what the runs of one result have in common
+# What the runs of one result have in common.
+SAME = ("versions", "cpu", "device", "threads", "matmul", "data_files", "init_files")
 
 
 def typed(command: str, seed: str | None = None) -> str:

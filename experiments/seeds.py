@@ -105,14 +105,16 @@ def same_data(runs: list[SeedRun]) -> dict[str, str]:
     """Returns the digests of the data files that all runs read.
 
     Raises:
-        UserError: a run read another file than the first one.
+        UserError: a run read another file than the first one, or started from another adapter.
     """
-    first, *others = [(run.folder, read_json(run.folder / "config.json").get("data_files", {})) for run in runs]
-    for folder, files in others:
-        for name in files.keys() | first[1].keys():
-            if files.get(name) != first[1].get(name):
-                raise UserError(f"{folder}: read another {name} than {first[0]}; pass --overwrite to run every seed again")
-    return first[1]
+    (folder, first), *others = [(run.folder, read_json(run.folder / "config.json")) for run in runs]
+    for other, config in others:
+        for key, said in (("data_files", "read another"), ("init_files", "started from another")):
+            files, known = config.get(key, {}), first.get(key, {})
+            for name in files.keys() | known.keys():
+                if files.get(name) != known.get(name):
+                    raise UserError(f"{other}: {said} {name} than {folder}; pass --overwrite to run every seed again")
+    return first.get("data_files", {})
 
 
 def results(mode: str, done: dict[str, dict]) -> dict:

@@ -1,10 +1,13 @@
 """LoRA and distil over several seeds: ordinary runs that are kept, what they say together, what is refused."""
+import json
+from types import SimpleNamespace
+
 import pytest
 import toy
 from scipy import stats
 
-from experiments import compare
-from record.files import read_json
+from experiments import compare, seeds
+from record.files import UserError, read_json
 from report import figures
 
 SEEDS = ("99999", "00000")
@@ -138,3 +141,17 @@ def test_a_seed_without_a_teacher_is_one_line_and_nothing_is_written(studies, no
     error = capsys.readouterr().err
     assert error.startswith(f"run.py: teacher {folder / 'runs' / 'LoRA-00001'}: no such run") and error.count("\n") == 1
     assert toy.tree(folder / "runs") == before
+
+
+@pytest.mark.parametrize(("key", "said"), [("data_files", "read another train.tsv than"),
+                                           ("init_files", "started from another train.tsv than")])
+def test_seeds_that_read_other_files_are_no_study(tmp_path, key, said):
+    runs = [SimpleNamespace(folder=tmp_path / seed) for seed in SEEDS]
+    same = {"data_files": {"dev.tsv": "1"}, "init_files": {}}
+    for run, digest in zip(runs, ("aa", "bb"), strict=True):
+        run.folder.mkdir()
+        (run.folder / "config.json").write_text(json.dumps({**same, key: {"train.tsv": digest}}))
+    with pytest.raises(UserError, match=f"{runs[1].folder}: {said} {runs[0].folder}; pass --overwrite"):
+        seeds.same_data(runs)
+    (runs[1].folder / "config.json").write_text((runs[0].folder / "config.json").read_text())
+    assert seeds.same_data(runs) == {**same, key: {"train.tsv": "aa"}}["data_files"]
