@@ -29,11 +29,8 @@ PLACE = {"--out": 1, "--plots": 1, "--cache": 1, "--save-every": 1, "--jobs": 1,
 SAME = ("versions", "cpu", "device", "threads", "matmul", "data_files", "init_files")
 
 
-def typed(command: str, seed: str | None = None) -> str:
+def typed(command: str) -> str:
     """Returns a recorded command as the pages show it: without the run's place, with paths relative to the project.
-
-    Args:
-        seed: is replaced by SR, also within a path such as runs/LoRA-12345.
 
     Raises:
         UserError: a path lies outside the project's folder and its neighbours, and means nothing on another machine.
@@ -50,8 +47,18 @@ def typed(command: str, seed: str | None = None) -> str:
             if path.startswith("../.."):
                 raise UserError(f"{command}: {value or word} is a path of this machine; start the run with a relative one")
             word = f"{option}={path}" if value else path
-        shown.append(word.replace(seed, "SR") if seed else word)
+        shown.append(word)
     return shlex.join(shown)
+
+
+def of_any_seed(commands: list[str], seeds: list[str]) -> list[str]:
+    """Returns the commands with SR for the seed, also within a path, but in the words that all have in common, such as the one
+    teacher of all runs.
+    """
+    words = [shlex.split(command) for command in commands]
+    common = {at for at, same in enumerate(zip(*words, strict=False)) if len(set(same)) == 1} if len(words) > 1 else set()
+    return [shlex.join(word if at in common else word.replace(seed, "SR") for at, word in enumerate(own))
+            for own, seed in zip(words, seeds, strict=True)]
 
 
 def spread(values: Sequence[float]) -> dict:
@@ -95,7 +102,7 @@ def collect(folders: list[Path]) -> dict:
     seeds = [summary["sr"] for summary in summaries]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{folders[0]} ...: two runs have the same seed ({', '.join(seeds)})")
-    commands = [typed(config["command"], seed) for config, seed in zip(configs, seeds, strict=True)]
+    commands = of_any_seed([typed(config["command"]) for config in configs], seeds)
     for folder, config, command in zip(folders, configs, commands, strict=True):
         if command != commands[0]:
             raise UserError(f"{folder}: another command than {folders[0]}: {command}, not {commands[0]}")

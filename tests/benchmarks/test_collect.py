@@ -98,11 +98,20 @@ def test_the_same_seed_twice_and_damaged_runs_are_refused(runs, tmp_path):
         collect([runs / "LoRA-12345", tmp_path / "run"])
 
 
+def test_the_seed_stays_in_words_that_all_runs_have_in_common():
+    commands = [f"python run.py distil {seed} --teacher runs/LoRA-12345 --cache c{seed}" for seed in ("12345", "12346")]
+    assert module.of_any_seed(commands, ["12345", "12346"]) == [
+        "python run.py distil SR --teacher runs/LoRA-12345 --cache cSR"] * 2
+    assert module.of_any_seed(commands[:1], ["12345"]) == ["python run.py distil SR --teacher runs/LoRA-SR --cache cSR"]
+    longer = f"{commands[1]} --rank 4"
+    assert len(set(module.of_any_seed([commands[0], longer], ["12345", "12346"]))) == 2
+
+
 def test_a_command_is_shown_without_the_runs_place(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "ROOT", tmp_path / "clone")
     data = tmp_path / "shared/data/cola"
-    assert typed(f"python run.py LoRA 12345 --data {data} --out /x/y --resume --plots=/p --rank 8", "12345") == (
-        "python run.py LoRA SR --data ../shared/data/cola --rank 8")
+    assert typed(f"python run.py LoRA 12345 --data {data} --out /x/y --resume --plots=/p --rank 8") == (
+        "python run.py LoRA 12345 --data ../shared/data/cola --rank 8")
     assert typed(f"python run.py LoRA 12345 --data={data} --no-plots") == (
         "python run.py LoRA 12345 --data=../shared/data/cola")
     with pytest.raises(UserError, match="a path of this machine"):
