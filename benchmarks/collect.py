@@ -52,9 +52,7 @@ def typed(command: str) -> str:
 
 
 def of_any_seed(commands: list[str], seeds: list[str]) -> list[str]:
-    """Returns the commands with SR for the seed, also within a path, but in the words that all have in common, such as the one
-    teacher of all runs.
-    """
+    """Returns the commands with SR for the seed, also within a path; words that all have in common (one teacher) stay."""
     words = [shlex.split(command) for command in commands]
     common = {at for at, same in enumerate(zip(*words, strict=False)) if len(set(same)) == 1} if len(words) > 1 else set()
     return [shlex.join(word if at in common else word.replace(seed, "SR") for at, word in enumerate(own))
