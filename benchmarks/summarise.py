@@ -61,7 +61,7 @@ TRAININGS = (
      "--lr 3e-4 --epochs 3 --label-smoothing 0.1 --ema 0.995"),
     ("cola_distil", {"student": "`distil` from its first seed, 300,000 sentences: student with KD"},
      f"python run.py distil SR --teacher runs/LoRA-12345 --text {PLAIN}/edited.txt --text {PLAIN}/tatoeba.txt "
-     "--augment 299285 --no-control"))
+     "--augment 299285 --epochs 6 --no-control"))
 IN_DETAIL = ("cola_lora_bf16", "paper/teacher")  # of these, what stands in docs/results.md alone
 # The paper's comparisons and its sweep: step, label.
 STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tomatoes", "long": "MiniLM on movie_reviews",

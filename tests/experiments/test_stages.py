@@ -229,7 +229,7 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
     assert [(row["entry"], row["minus"]) for row in study["differences"]] == [("student", "teacher")]
     tables_of_run, numbers = tables.distil_tables(summary)
     assert tables_of_run and "gain" not in numbers and "scratch" not in numbers
-    monkeypatch.setattr(collect, "typed", lambda command, seed: command)  # it has paths of this machine
+    monkeypatch.setattr(collect, "typed", lambda command: command)  # it has paths of this machine
     assert [row["name"] for row in collect.collect([run])["rows"]] == ["teacher", "student"]
     for mode, *more in (("predict", "A cat sat.", "--control"), ("export", "--control", "--out", tmp_path / "onnx")):
         assert toy.main(mode, run, *more) == 2
