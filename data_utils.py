@@ -21,8 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data import tables
-from data.edits import WORDS, real_or_edited
+from data import edits, tables
 from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.tables import Split, Table
 from record.files import UserError, sha256
@@ -230,7 +229,7 @@ def read_rows(path: Path | str, task: str, options: TableOptions, separator: str
     if task in ("cola", "tiny"):
         return read_cola_tsv(path)
     if task == "edits" and Path(path).suffix.lower() not in tables.SUFFIXES:
-        return real_or_edited(tables.read_sentences(path))
+        return edits.read(Path(path))[0]
     table, options = _read(task, Path(path), options)
     return tables.read_split(table, options, separator, classes)[0]
 
@@ -286,15 +285,9 @@ def _table_task(name: str, train: Path, others: dict[str, Path] | float, options
 
 
 def _edits(data: Path | str | None) -> Task:
-    """Makes the task of real against edited sentences from a text file, or from all text files of a folder."""
     if data is None:
         raise UserError("--task edits: needs --data, a text file with one sentence a line, or a folder of .txt files")
-    files = sorted(Path(data).glob("*.txt")) if Path(data).is_dir() else [Path(data)]
-    if not files:
-        raise UserError(f"--data {data}: no .txt file in it; --task edits reads text files, one sentence a line")
-    rows = real_or_edited(sentence for file in files for sentence in tables.read_sentences(file))
-    if not rows.labels:
-        raise UserError(f"{data}: no sentence of {WORDS[0]} to {WORDS[-1]} words in it")
+    rows, files = edits.read(Path(data))
     train, held_out = tables.set_aside(_two_classes(rows, str(data)), HELD_OUT, str(data))
     return Task("edits", train, {"held_out": held_out}, {str(file): sha256(file) for file in files})
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from data.tables import Split
+from data.tables import Split, read_sentences
+from record.files import UserError
 
 Words = list[str]
 Edit = Callable[[Words, random.Random], Words | None]  # None: there is no place for it
@@ -137,6 +139,21 @@ def real_or_edited(sentences: Iterable[str]) -> Split:
     texts = [sentence if label else edit(sentence, rng) for sentence, label in zip(rows, labels, strict=True)]
     kept = [(text, label) for text, label in zip(texts, labels, strict=True) if text]
     return Split([text for text, _ in kept], [label for _, label in kept])
+
+
+def read(data: Path) -> tuple[Split, list[Path]]:
+    """Makes the task of a text file, or of all text files of a folder; returns it with the files.
+
+    Raises:
+        UserError: no such file, or none with a sentence of WORDS.
+    """
+    files = sorted(data.glob("*.txt")) if data.is_dir() else [data]
+    if not files:
+        raise UserError(f"--data {data}: no .txt file in it; --task edits reads text files, one sentence a line")
+    split = real_or_edited(sentence for file in files for sentence in read_sentences(file))
+    if not split.labels:
+        raise UserError(f"{data}: no sentence of {WORDS[0]} to {WORDS[-1]} words in it")
+    return split, files
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import train_utils
 from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of, public_name
 from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
-from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.inputs import BASE, load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.model_card import write_repository
 from lora import adapters, frozen
 from lora.matmul import set_precision
@@ -158,8 +158,7 @@ def start_from(init: Path, classifier: TextClassifier, task: Task, base: dict, s
     config, summary = read_run(init, "LoRA")
     if summary.get("method") != "lora":
         raise UserError(f"--init {init}: a run with --method {summary.get('method')}; expected one with an adapter")
-    for key, what in (("base_sha256", "other weights"), ("base_config_sha256", "another configuration"),
-                      ("tokenizer_sha256", "another tokenizer")):
+    for key, what in BASE.items():
         if config.get(key) not in (None, base[key]):
             raise UserError(f"--init {init}: adapter for another base: it was made for {config['options']['model']}, with "
                             f"{what} than the model here")

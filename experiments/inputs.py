@@ -21,6 +21,9 @@ from record.files import UserError
 from record.folder import recorded_config
 from record.options import RunOptions, TrainOptions
 
+# What config.json records of a base, and what an error says where it is another.
+BASE = {"base_sha256": "other weights", "base_config_sha256": "another configuration",
+        "tokenizer_sha256": "another tokenizer"}
 DEFAULT_MODEL, DEFAULT_TASK = "gpt2", "cola"
 
 
@@ -90,9 +93,9 @@ def check_base(folder: Path, config: dict, model: str, net, tokenizer) -> None:
     Raises:
         UserError: one of them is another; says which.
     """
-    for key, what, digest in (("base_sha256", "other weights", lambda: tensors.weights_digest(net.base_model)),
-                              ("base_config_sha256", "another configuration", lambda: config_digest(net.config)),
-                              ("tokenizer_sha256", "another tokenizer", lambda: tokenizer_digest(tokenizer))):
+    digests = (lambda: tensors.weights_digest(net.base_model), lambda: config_digest(net.config),
+               lambda: tokenizer_digest(tokenizer))
+    for (key, what), digest in zip(BASE.items(), digests, strict=True):
         if config.get(key) not in (None, digest()):
             made_for = config.get("options", {}).get("model", model)
             raise UserError(f"{folder}: adapter for another base: it was made for {made_for}, with {what} than {model} has "

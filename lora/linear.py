@@ -83,15 +83,13 @@ class LoRALinear(nn.Module):
         Raises:
             ValueError: of another rank, or of other outputs.
         """
-        before = self.lora_B.clone()
-        if A.shape == self.lora_A.shape and block.shape == (self.out_features, len(A)):
-            parts = [block[start:stop, i * self.rank:(i + 1) * self.rank] for i, (start, stop) in enumerate(self.slices)]
-            self.lora_B.copy_(torch.cat(parts))
-            if torch.equal(self.block_B(), block.to(self.lora_B)):  # nothing stood outside the blocks
-                self.lora_A.copy_(A)
-                return
-        self.lora_B.copy_(before)
-        raise ValueError("an update of another rank or of other outputs")
+        if A.shape != self.lora_A.shape or block.shape != (self.out_features, len(A)):
+            raise ValueError("an update of another rank")
+        B = torch.cat([block[start:stop, i * self.rank:(i + 1) * self.rank] for i, (start, stop) in enumerate(self.slices)])
+        if B.count_nonzero() != block.count_nonzero():
+            raise ValueError("an update of other outputs")
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = x.reshape(-1, self.in_features)
