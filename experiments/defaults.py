@@ -7,7 +7,7 @@ from __future__ import annotations
 from record.options import DistilOptions, TrainOptions
 
 # The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
-EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"plain tiny": 30, "plain": 15, "": 3}}
+EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"plain tiny": 30, "plain": 15, "cola": 6, "": 3}}
 # By method: what is pretrained wants small steps, what starts from nothing large ones.
 LEARNING_RATE = {"lora": {"tiny": 2e-3, "": TrainOptions.lr}, "full": {"tiny": 5e-4, "": 5e-5},
                  "head": {"tiny": 1e-2, "": 1e-3}, "features": {"": 3e-3}, "none": {"": TrainOptions.lr},
@@ -20,8 +20,9 @@ STAGES = {"temperature": {"plain": DistilOptions.temperature, "": 1.0},
           "directions": {"plain": DistilOptions.directions, "": None},  # None: those in which the teacher reads
           "pretrain": {"plain": 0, "": 0},
           "transfer": {"tiny": 4, "plain": 0, "": 3}}
-AUGMENT_TIMES = 28  # sentences of the transfer set for each one of the training set, and at most:
-AUGMENT_MOST = {"tiny": 24_000, "": 240_000}
+# Sentences of the transfer set for each one of the training set, and at most.
+AUGMENT_TIMES = {"cola": 35, "": 28}
+AUGMENT_MOST = {"tiny": 24_000, "cola": 300_000, "": 240_000}
 
 
 def default(table: dict, task: str, plain: bool = False):

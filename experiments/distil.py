@@ -125,7 +125,7 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
         name: getattr(distil_options, name)
         for name in ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout")})
     if distil_options.augment is None:
-        most = min(default(AUGMENT_MOST, task.name), AUGMENT_TIMES * len(task.train))
+        most = min(default(AUGMENT_MOST, task.name), default(AUGMENT_TIMES, task.name) * len(task.train))
         distil_options = replace(distil_options, augment=most)
     base = read_json(distil_options.teacher / "config.json").get("base_sha256")
     return Prepared(options, distil_options, task, teacher, teachers, teacher_parameters, tokenizer, tokenizer_sha256, base,

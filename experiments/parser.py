@@ -269,8 +269,8 @@ def _stage_options(parser: Parser) -> None:
                help="plain sentences, one a line, to pretrain on and for the transfer set; may be given several times")
     parser.add(stages, "--augment", type=WHOLE, metavar="N",
                help="sentences that the teacher labels beside the training set: edits, plain ones, and what the language "
-                    f"model writes; 0: none; {AUGMENT_TIMES} times the training set if not given, at most "
-                    + in_words(AUGMENT_MOST))
+                    f"model writes; 0: none; if not given, this many times the training set: {in_words(AUGMENT_TIMES)}; at "
+                    f"most {in_words(AUGMENT_MOST)}")
     parser.add(stages, "--cache", type=Path, metavar="DIR",
                help="folder that caches these sentences and what the teacher says of them; beside the runs if not given")
     parser.add(stages, "--pretrain", type=WHOLE, metavar="EPOCHS",
