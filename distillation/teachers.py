@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -110,8 +111,9 @@ def _states_and_logits(teacher: TextClassifier, batch: Batch) -> tuple[Tensor, T
         hidden, head = hidden_states(teacher, batch), teacher.net.score
         last = send(mask.sum(1).cumsum(0) - 1, hidden.device)
         return hidden, head(hidden[last].to(head.weight.dtype)).float()
-    found = []
-    hook = teacher.net.base_model.register_forward_hook(lambda module, inputs, outputs: found.append(outputs[0]))
+    found, mine = [], threading.get_ident()  # another thread may be at other sentences
+    hook = teacher.net.base_model.register_forward_hook(
+        lambda module, inputs, outputs: found.append(outputs[0]) if threading.get_ident() == mine else None)
     try:
         given = teacher.encoder_inputs(ids, mask)
         given.pop("pooled", None)  # with it the last block computes one token alone

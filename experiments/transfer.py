@@ -5,8 +5,9 @@
 Edits of training sentences, plain sentences, sentences that the teacher's language model writes, and edits of those take
 turns, so that a smaller set is the beginning of a larger one. Everything is computed once and cached in chunks in
 `runs/transfer-KEY/`, beside the runs: KEY depends on the base model and on the task's sentences, the names of the chunks of
-the teacher's outputs on their content. A killed process loses a chunk at most, and several processes (seeds at a time) make
-different chunks.
+the teacher's outputs on their content. A killed process loses the chunks that it was at, and several processes (seeds at a
+time) make different chunks. So do several threads of one: two cores make two chunks beside each other sooner than one after
+the other, which also makes a chunk's rounding independent of the number of cores.
 """
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ import hashlib
 import itertools
 import json
 import random
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +44,7 @@ from distillation.teachers import (
     states_and_logits,
     token_scores,
 )
-from lora.generation import draw
+from lora.generation import by_blocks, draw
 from lora.linear import lora_layers
 from lora.matmul import set_precision, speed_up
 from model import TextClassifier, inject_lora
@@ -172,14 +175,16 @@ class Source:
             return self.folder / f"written-{number:05d}.json"
 
         def write(path: Path) -> None:
-            nonlocal lm
-            lm = lm or self.writer()
             seed = int(path.stem.removeprefix("written-"))
-            write_json(path, {"sentences": draw_sentences(lm, self.tokenizer, WRITTEN, 3 * longest, seed)})
+            write_json(path, {"sentences": draw_sentences(lm, self.tokenizer, WRITTEN, 3 * longest, seed, self.check_stop)})
 
         for number in itertools.count():
             self.check_stop()
-            share([chunk(number)], write, self.check_stop, ahead=[chunk(number + 1)])
+            if not chunk(number).exists():
+                lm = lm or self.writer()
+                threads = cores() if by_blocks(lm) else 1  # the library draws from the one generator of the process
+                several = [chunk(number + more) for more in range(threads + 1)]
+                share(several[:-1], write, self.check_stop, ahead=several[-1:], threads=threads)
             yield from (text if len(text.split()) <= longest else "" for text in read_json(chunk(number))["sentences"])
 
     def writer(self):
@@ -238,9 +243,11 @@ class Source:
             def label(path: Path) -> None:
                 key, chunk = chunks[path]
                 tensors.save_checked(path, self.label(teacher, chunk, pca, scale), key)
-                bar.update(labelled() - bar.n)
+                bar.n = labelled()
+                bar.update(0)
 
-            share(list(chunks), label, self.check_stop)
+            # Fused blocks keep nothing of a forward pass; of other architectures that is not known.
+            share(list(chunks), label, self.check_stop, threads=cores() if teacher.known else 1)
         logits, values = [], []
         for path, (key, _) in chunks.items():
             found, its_key = tensors.load_checked(path)
@@ -260,6 +267,7 @@ class Source:
         """Computes a chunk: logits (n, labels), and with `pca` hidden states and scores (tokens, d) in float16."""
         logits, parts = torch.empty(len(ids), teacher.net.config.num_labels), [None] * len(ids)
         for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
+            self.check_stop()
             hidden, said = states_and_logits(teacher, batch.to(device()), needed=bool(pca))
             logits[batch.rows], lengths = said.cpu(), batch.attention_mask.sum(1)
             if pca is None:
@@ -297,27 +305,58 @@ class Source:
         return Reduction(**found), scale
 
 
-def share(wanted: list[Path], make: Callable[[Path], None], check_stop: Callable[[], None], ahead: Iterable[Path] = ()
-          ) -> None:
+def cores() -> int:
+    """Returns how many threads compute at a time: those of PyTorch on a CPU, one on a GPU."""
+    return torch.get_num_threads() if device().type == "cpu" else 1
+
+
+def share(wanted: list[Path], make: Callable[[Path], None], check_stop: Callable[[], None], ahead: Iterable[Path] = (),
+          threads: int = 1) -> None:
     """Makes the files that are missing, each in one process alone; returns when all are there, whoever made them.
 
     Args:
         make: writes a file.
         check_stop: called before each file; raises where the process was asked to stop.
-        ahead: what to make, in place of waiting, while other processes are at all that is wanted.
+        ahead: what to make, in place of waiting, while other processes or threads are at all that is wanted.
+        threads: that make a file each, on one core each. An error in one ends the others after their files.
     """
-    while missing := [path for path in wanted if not path.exists()]:
-        for path in (*missing, *ahead):
-            check_stop()
-            with suppress(filelock.Timeout), filelock.FileLock(f"{path}.lock", blocking=False):
-                try:
-                    if not path.exists():
-                        make(path)
-                        break
-                finally:  # who has waited for it looks for the file first
-                    Path(f"{path}.lock").unlink(missing_ok=True)
-        else:
-            time.sleep(POLL)
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.is_set() and (missing := [path for path in wanted if not path.exists()]):
+            for path in (*missing, *ahead):
+                check_stop()
+                with suppress(filelock.Timeout), filelock.FileLock(f"{path}.lock", blocking=False):
+                    try:
+                        if not path.exists():
+                            make(path)
+                            break
+                    finally:  # who has waited for it looks for the file first
+                        Path(f"{path}.lock").unlink(missing_ok=True)
+            else:
+                time.sleep(POLL)
+
+    def work_alone() -> None:
+        try:
+            torch.set_num_threads(1)
+            work()
+        finally:
+            ended.set()  # or all is there
+
+    threads = min(threads, sum(not path.exists() for path in wanted))
+    if threads < 2:
+        work()
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for done in [pool.submit(work_alone) for _ in range(threads)]:
+                    done.result()
+            finally:  # an interruption too, before the pool waits for its threads
+                ended.set()
+    finally:
+        torch.set_num_threads(before)  # PyTorch has one number for all threads that come
 
 
 def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
@@ -375,12 +414,16 @@ def border(tokenizer) -> int:
     return tokenizer.get_vocab().get("<|endoftext|>", end)
 
 
-def draw_sentences(lm, tokenizer, count: int, max_new_tokens: int, seed: int) -> list[str]:
+def draw_sentences(lm, tokenizer, count: int, max_new_tokens: int, seed: int, check_stop: Callable[[], None]) -> list[str]:
     """Draws texts from nothing, at temperature 1 from all tokens; the same seed, the same texts.
+
+    Args:
+        check_stop: called after each step; raises where the process was asked to stop.
 
     Returns:
         `count` texts with single spaces; an empty one where the end did not come within `max_new_tokens`.
     """
     end = border(tokenizer)
-    rows = draw(lm, [[end]] * count, seed=seed, max_new_tokens=max_new_tokens, end={end}, batch_size=TOGETHER)
+    rows = draw(lm, [[end]] * count, seed=seed, max_new_tokens=max_new_tokens, end={end}, batch_size=TOGETHER,
+                progress=lambda tokens: check_stop())
     return [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) if row[-1] == end else "" for row in rows]

@@ -281,7 +281,7 @@ def draw(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int, ma
         first_row: number of the first row; a row's random numbers depend on the seed and its number alone.
         progress: is called with the number of tokens that were drawn, or will not be.
     """
-    if not fuse(lm.base_model) or _other_settings(lm.generation_config):
+    if not by_blocks(lm):
         yield from _by_library(lm, prompts, seed, max_new_tokens, end, sampling, first_row, progress)
         return
     waiting = deque(enumerate(prompts))
@@ -305,6 +305,11 @@ def draw(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int, ma
         while following in finished:
             yield finished.pop(following)
             following += 1
+
+
+def by_blocks(lm: PreTrainedModel) -> bool:
+    """Returns whether a model is drawn from by fused blocks, which it gets if they are known, and not by the library."""
+    return fuse(lm.base_model) and not _other_settings(lm.generation_config)
 
 
 def _other_settings(config: GenerationConfig | None) -> set[str]:

@@ -1,24 +1,28 @@
 """A distillation in stages: the transfer set, its cache, equal budgets, and a stopped one that ends in the same bytes."""
+import itertools
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import filelock
 import pytest
 import torch
 import toy
-from conftest import toy_net
+from conftest import PAD, adapted, toy_net
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import train_utils
 from benchmarks import collect
 from data_utils import load_task
+from distillation.teachers import Reduction
 from experiments import arguments, evaluate, seeds, stages, transfer
 from experiments.parser import build_parser
 from experiments.transfer import normalised
-from record.files import read_json
+from record.files import UserError, read_json
 from record.folder import without_times
 from record.signals import Interrupted
 from report import figures, records, tables
@@ -173,7 +177,7 @@ def test_a_student_reads_as_its_teacher_does_unless_told_otherwise(work, staged,
     assert evaluate.load_student(tmp_path / "run")[0].config.directions == directions
 
 
-@pytest.mark.parametrize(("words", "epochs", "lr"), [((), 3, 5e-4), (("--augment", "0"), 15, 3e-3), (("--plain",), 15, 3e-3),
+@pytest.mark.parametrize(("words", "epochs", "lr"), [((), 6, 5e-4), (("--augment", "0"), 15, 3e-3), (("--plain",), 15, 3e-3),
                                                      (("--transfer", "0", "--lr", "1e-3"), 15, 1e-3)])
 def test_without_a_transfer_set_the_training_set_has_the_epochs_of_the_plain_recipe(work, words, epochs, lr):
     args = build_parser()[0].parse_args(["distil", "12345", "--teacher", str(work / "LoRA"), "--task", "cola", *words])
@@ -285,3 +289,60 @@ def test_a_stop_ends_the_wait_for_another_process(tmp_path):
 
     with filelock.FileLock(tmp_path / "one.lock"), pytest.raises(Interrupted):
         transfer.share([tmp_path / "one"], pytest.fail, check_stop)
+
+
+def test_threads_make_files_at_a_time_with_one_core_each(tmp_path):
+    """The first two meet in `make`: neither goes on alone."""
+    wanted, made = [tmp_path / f"{number}" for number in range(20)], []
+    both, calls, before = threading.Barrier(2), itertools.count(), torch.get_num_threads()
+
+    def make(path) -> None:
+        if next(calls) < 2:
+            both.wait(timeout=20)
+        made.append((path, torch.get_num_threads()))
+        path.write_text("")
+
+    torch.set_num_threads(3)
+    try:
+        transfer.share(wanted, make, lambda: None, threads=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(made) == [(path, 1) for path in sorted(wanted)] and sorted(tmp_path.iterdir()) == sorted(wanted)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_in_one_thread_ends_the_others_after_their_files(tmp_path, bad):
+    wanted = [tmp_path / f"{number}" for number in range(1000)]
+
+    def make(path) -> None:
+        time.sleep(0.01)
+        if path == wanted[bad]:
+            raise UserError("disk full")
+        path.write_text("")
+
+    with pytest.raises(UserError, match="disk full"):
+        transfer.share(wanted, make, lambda: None, threads=2)
+    assert len(list(tmp_path.iterdir())) < 20
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_what_a_teacher_says_is_the_same_whatever_the_number_of_threads(tmp_path, monkeypatch, architecture):
+    """Threads are at other sentences in the same model at the same time."""
+    teacher, rng = adapted(architecture), torch.Generator().manual_seed(0)
+    teacher.net.base_model.register_forward_pre_hook(lambda *_: time.sleep(0.002))
+    ids = [torch.randint(5, 90, (2 + row % 7,), generator=rng).tolist() for row in range(60)]
+    scores = teacher.net.config.num_labels * teacher.decoder
+    monkeypatch.setattr(transfer, "LABELLED", 3)
+    monkeypatch.setattr(transfer.Source, "components", lambda *_: (
+        Reduction(torch.zeros(32), torch.eye(32)[:, :4], torch.ones(4)), torch.ones(scores)))
+    found = []
+    for number in (1, 3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        source = transfer.Source(folder, None, SimpleNamespace(pad_token_id=PAD), "", teacher.decoder, [], lambda: None)
+        monkeypatch.setattr(transfer, "cores", lambda number=number: number)
+        logits, states = source.outputs(teacher, "key", ids, 4)
+        found.append((logits, states.values))
+    torch.testing.assert_close(*found, atol=2e-6, rtol=2e-6)
+    assert found[0][0].std(0).min() > 0.01
