@@ -80,7 +80,8 @@ def read_table(path: Path | str) -> Table:
     path = Path(path)
     kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
-        raise UserError(f"{path}: unknown ending; expected one of {', '.join(SUFFIXES)}")
+        plain = "; plain sentences, without labels, are for --task edits" if path.suffix.lower() == ".txt" else ""
+        raise UserError(f"{path}: unknown ending; expected one of {', '.join(SUFFIXES)}{plain}")
     try:
         with open(path, "rb") as file:
             start = file.read(1 << 20)

@@ -107,6 +107,7 @@ def test_any_bytes_give_a_table_or_one_line(tmp_path, content, ending):
     ("csv", b"text,label\n\xff\xfe,1\n", "not UTF-8"),
     ("csv", b"text,text,label\na,b,1\n", "two columns are called 'text'"),
     ("xlsx", b"x", "unknown ending; expected one of .csv, .tsv, .jsonl, .parquet"),
+    ("txt", b"x", "unknown ending; expected one of .csv, .tsv, .jsonl, .parquet; plain sentences, without labels, are for"),
 ])
 def test_a_file_that_is_not_what_its_ending_says_is_refused_in_one_line(tmp_path, ending, content, said):
     path = tmp_path / f"rows.{ending}"
