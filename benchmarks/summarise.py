@@ -34,13 +34,13 @@ from benchmarks.page_format import (  # noqa: E402
     table,
     wrapped,
 )
-from experiments.significance import over_seeds, paired_differences  # noqa: E402
+from experiments.significance import paired_differences  # noqa: E402
 from experiments.steps import ABLATIONS, CHOSEN, steps  # noqa: E402
 
 MARKED = re.compile(r"(<!-- ([\w-]+), by summarise\.py -->\n).*?(<!-- end of \2 -->\n)", re.DOTALL)
 UNITS = {"x": " ×", "%": " %", "s": " s", "MiB": " MiB"}
 NOT_RUN = "not run"
-COLA, PLAIN = "../shared/data/cola", "../shared/data/plain_text"
+COLA = "../shared/data/cola"
 # The paper's steps on real data, whose records are in results/paper/: results named paper/STEP.
 STEPS = {step.name: step for step in steps("full", "12345", 3, Path("../shared/data"), Path("runs/paper-12345"))}
 COMMANDS = {name: typed("python " + shlex.join("4e-4" if word == CHOSEN else word for word in step.words))
@@ -52,17 +52,12 @@ TRAININGS = (
     ("cola_lora_fp32", {"lora": "`LoRA`, float32"}, f"python run.py LoRA SR --model smollm2 --data {COLA} --precision fp32"),
     ("cola_lora_bf16", {"lora": "`LoRA`, bfloat16"},
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
-    ("paper/teacher", {"LoRA": "`LoRA`, bfloat16, rank 16: the students' teacher"}, COMMANDS["teacher"]),
+    ("paper/teacher", {"LoRA": "`LoRA` after an intermediate task, bfloat16, rank 16: the students' teacher"},
+     COMMANDS["teacher"]),
     ("paper/distil", {"student": "`distil`: student with KD", "scratch": "`distil`: no-KD baseline"}, COMMANDS["distil"]),
     ("paper/distil-plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: no-KD baseline"},
-     COMMANDS["distil-plain"]),
-    ("cola_lora_edits", {"lora": "`LoRA`, bfloat16, rank 16, after an intermediate task"},
-     f"python run.py LoRA SR --model smollm2 --data {COLA} --init runs/intermediate --rank 16 --alpha 32 --precision bf16 "
-     "--lr 3e-4 --epochs 3 --label-smoothing 0.1 --ema 0.995"),
-    ("cola_distil", {"student": "`distil` from its first seed, 300,000 sentences: student with KD"},
-     f"python run.py distil SR --teacher runs/LoRA-12345 --text {PLAIN}/edited.txt --text {PLAIN}/tatoeba.txt "
-     "--augment 299285 --epochs 6 --no-control"))
-IN_DETAIL = ("cola_lora_bf16", "paper/teacher")  # of these, what stands in docs/results.md alone
+     COMMANDS["distil-plain"]))
+IN_DETAIL = ("cola_lora_bf16",)  # of these, what stands in docs/results.md alone
 # The paper's comparisons and its sweep: step, label.
 STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tomatoes", "long": "MiniLM on movie_reviews",
            "buzzer": "MiniLM on buzzer"}
@@ -402,11 +397,6 @@ def read_results() -> dict[str, dict]:
 def of_step(name: str, record: dict) -> dict:
     """Returns what a step left as a result; a step of TRAININGS with their `rows`."""
     study = json.loads(record["files"][STEPS[name].done])
-    if name == "teacher":  # one run, not a study of several
-        config = json.loads(record["files"]["teacher/config.json"])
-        study = {**config, "seeds": [study["sr"]], "entries": [
-            {"entry": "LoRA", "parameters": study["parameters"], **over_seeds([study])}], "majority_accuracy": {
-            split: scores["majority_accuracy"] for split, scores in study["validation"].items()}}
     result = {**study, "command": typed(study["command"]), "git_commits": [study.get("git_commit")]}
     if f"paper/{name}" in (training for training, *_ in TRAININGS):
         result["rows"] = [{"name": entry["entry"], "trainable": _trained(entry["parameters"]), **{

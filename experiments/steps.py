@@ -15,9 +15,10 @@ COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
 # Of full fine-tuning and LoRA, which want rates far apart; the head has one of its own, for all methods alike.
 METHOD_RATES = ["--lr-grid", "1e-4,5e-4", "--head-lr", "5e-3"]
 FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"  # of the quiz-bowl guesses
-# Of the student's teacher, which need not keep to the budget of PEFT's reference. It labels 250,000 sentences: in bfloat16.
-TEACHER = ["--rank", "16", "--alpha", "32", "--lr", "3e-4", "--epochs", "5", "--label-smoothing", "0.1",
-           "--precision", "bf16"]
+# Of the students' teacher, which need not keep to the budget of PEFT's reference. It labels 300,000 sentences: in bfloat16.
+SIZE = ["--rank", "16", "--alpha", "32", "--precision", "bf16"]
+INTERMEDIATE = ["--limit", "48000", *SIZE, "--lr", "4e-4", "--epochs", "1"]  # real and edited sentences, before the task
+TEACHER = [*SIZE, "--lr", "3e-4", "--epochs", "3", "--label-smoothing", "0.1", "--ema", "0.995"]
 # The student's ablations: name -> options of `distil` beside those of the paper's student.
 ABLATIONS = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
              "no-matching": ["--match", "none", "--no-control"],
@@ -78,11 +79,16 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
     """Returns the steps on CoLA: of a model on the public files, or of the Hub's."""
     pairs = ["--pairs", f"{data}/blimp/pairs.tsv", "--limit", "100"] if data else []
     text = _text(data) if data else []
+    before = [Step("intermediate", 20, [RUN, "LoRA", sr, *task[:2], "--task", "edits", "--data", f"{data}/plain_text",
+                                       *INTERMEDIATE, *_to(out, "intermediate")], "intermediate/summary.json",
+                   runs="intermediate")] if data else []  # the Hub's variant has no plain text
+    start = ["--init", f"{out}/intermediate"] if data else []
     found = [
         *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (57, 1, 125)),
-        Step("teacher", 16, [RUN, "LoRA", sr, *task, *TEACHER, *_to(out, "teacher")], "teacher/summary.json",
-             runs="teacher"),
-        *_distil(sr, seeds, out, "teacher", f"{out}/teacher", text, {
+        *before,
+        Step("teacher", 30, [RUN, "LoRA", sr, *task, *start, *TEACHER, "--seeds", seeds, *_to(out, "teacher")],
+             f"teacher/LoRA-{sr}-seeds/seeds.json", tuple(step.name for step in before), runs="teacher/LoRA-*"),
+        *_distil(sr, seeds, out, "teacher", f"{out}/teacher/LoRA-{sr}", text, {
             "distil": 98, "distil-plain": 15, "distil-no-transfer-set": 14, "distil-no-matching": 22,
             "distil-hard-labels": 22, "distil-language-model": 46}),
         Step("diagnose", 11, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],

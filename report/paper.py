@@ -68,6 +68,11 @@ def paper_results(folder: Path, plots_dir: Path) -> tuple[dict[str, str], dict[s
                 numbers[f"paper.{name}.notes"] = escape(" ".join(studies.compare_notes(paper.done[name])[1:]))
             else:
                 numbers["paper.rank.notes"] = escape(" ".join(studies.sweep_notes(paper.done[name])))
+    if "teacher" in paper.done:
+        numbers["paper.teacher.note"] = (
+            "The students' teacher owes nothing to that budget: it has an adapter of rank 16" + (
+                " that first learned to tell plain sentences from edited ones" if "intermediate" in paper.done else "")
+            + ". The students learn from the first seed's.")
     if "diagnose" in paper.done:
         found = paper.done["diagnose"]
         if found["left_out"]:
@@ -147,7 +152,7 @@ def _score_table(rows: list[tuple[str, Record, bool]], splits: list[str], majori
 
 
 def cola(paper: Paper) -> str | None:
-    """Makes the table of LoRA, PEFT's reference, and their difference paired by seed."""
+    """Makes the table of LoRA, PEFT's reference, their difference paired by seed, and the students' teacher's recipe."""
     if "lora" not in paper.done:
         return None
     study = paper.done["lora"]
@@ -156,8 +161,10 @@ def cola(paper: Paper) -> str | None:
         rows.append((f"PEFT + Trainer, rate {reference['learning_rate']:g}", reference, False))
     if difference := paper.difference("lora"):
         rows.append(("LoRA minus PEFT", difference, True))
+    if teacher := paper.entries("teacher").get("LoRA"):
+        rows.append(("the students' teacher", teacher, False))
     table = _score_table(rows, study.section("selection")["splits"], study.section("majority_accuracy"))
-    return table if len(rows) > 1 else table.replace("\\bottomrule", "PEFT + Trainer & \\emph{not run} \\\\\n\\bottomrule")
+    return table if reference else table.replace("\\bottomrule", "PEFT + Trainer & \\emph{not run} \\\\\n\\bottomrule")
 
 
 def _rate(paper: Paper, step: str) -> str:

@@ -125,14 +125,16 @@ def test_students_and_their_teacher_are_trainings():
                             ("teacher", 50.0), ("student", 7000.0), ("scratch", 7000.0))}} for seed in ("12345", "12346")}
     study = {**seeds.results("distil", summaries), "seeds": list(summaries), "command": "python run.py distil 12345 --out=x",
              **MACHINE, "git_commit": "0123456789"}
-    own = {"mode": "LoRA", "sr": "12345", **part(0.5), "parameters": {"trainable": 7}}
-    config = {"command": "python run.py LoRA 12345 --out x", **MACHINE, "git_commit": "1123456789"}
+    teacher = {**seeds.results("LoRA", {seed: {"mode": "LoRA", "model": "m", "task": "cola", "method": "lora", **part(0.5),
+                                               "parameters": {"trainable": 7}} for seed in ("12345", "12346")}),
+               "seeds": ["12345", "12346"], "command": "python run.py LoRA 12345 --out x", **MACHINE,
+               "git_commit": "1123456789"}
     results = {"paper/distil": summarise.of_step("distil", {"files": {summarise.STEPS["distil"].done: json.dumps(study)}}),
                "paper/teacher": summarise.of_step("teacher", {"files": {
-                   "teacher/summary.json": json.dumps(own), "teacher/config.json": json.dumps(config)}})}
+                   summarise.STEPS["teacher"].done: json.dumps(teacher)}})}
     lines = summarise.cola(results)
-    label = "`LoRA`, bfloat16, rank 16: the students' teacher"
-    assert any(line.startswith(f"| {label} | 1 (12345) | best (2) | 7 | 0.806 / 0.500")
+    label = "`LoRA` after an intermediate task, bfloat16, rank 16: the students' teacher"
+    assert any(line.startswith(f"| {label} | 2 (12345 to 12346) | best (2) | 7 | 0.806 ± 0.000 / 0.500")
                and line.endswith("| `python run.py LoRA 12345` |") for line in lines)
     assert sum(line.endswith("| `python run.py distil 12345` |") for line in lines) == 2
     label = "`distil`: student with KD"

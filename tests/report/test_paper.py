@@ -14,6 +14,7 @@ from report import paper as tables
 REPORT = Path(build.__file__).parent
 SEEDS = ["12345", "12346", "12347"]
 STEPS = {"grid": "grid/compare.json", "lora": "cola/LoRA-12345-seeds/seeds.json", "peft": "peft/compare.json",
+         "intermediate": "intermediate/summary.json", "teacher": "teacher/LoRA-12345-seeds/seeds.json",
          "distil": "cola/distil-12345-seeds/seeds.json", "distil-plain": "distil-plain/distil-12345-seeds/seeds.json",
          "rank": "sweep-12345/sweep.json", "methods": "methods/compare.json", "long": "long/compare.json"}
 
@@ -47,6 +48,8 @@ def made_up(folder: Path, done=tuple(STEPS), half: float | None = 0.05, seeds=SE
         "differences": [{"entry": "student", "minus": "scratch", **scores(0.05, half)}]}
     content = {"grid": {**compare, "entries": [entry("lora", 0.52, half)]},
                "lora": {**study, "mode": "seeds", "of": "LoRA", "entries": [entry("LoRA", 0.52, half)], "differences": []},
+               "intermediate": {"mode": "LoRA"}, "teacher": {
+                   **study, "mode": "seeds", "of": "LoRA", "entries": [entry("LoRA", 0.55, half)], "differences": []},
                "peft": {**compare, "entries": [entry("peft", 0.51, half)]}, "distil": distil, "distil-plain": distil,
                "methods": {**compare, "entries": [entry("head", 0.1, half), entry("lora", 0.5, half), {
                    "entry": "full", "tried": [], "learning_rate": None, "seeds": []}],
@@ -103,7 +106,9 @@ def test_a_table_has_mean_and_half_of_the_interval_best_and_last_alike(whole):
     assert r"majority class &  & 69.0 & 0 & 69.0 & 0 & 69.0 & 0 \\" in cola
     assert r"LoRA, rate 0.0004 & best (2.5) & 80.0\,$\pm$\,1.0 & 0.520\,$\pm$\,0.050 & 70.0\,$\pm$\,1.0 & 0.420" in cola
     assert r"PEFT + Trainer, rate 0.0004 & best (2.5) & 80.0\,$\pm$\,1.0 & 0.510\,$\pm$\,0.050" in cola
-    assert r"LoRA minus PEFT & best & +80.0\,$\pm$\,1.0 & +0.010\,$\pm$\,0.050 &" in cola and cola.count(" & last") == 3
+    assert r"LoRA minus PEFT & best & +80.0\,$\pm$\,1.0 & +0.010\,$\pm$\,0.050 &" in cola and cola.count(" & last") == 4
+    assert r"the students' teacher & best (2.5) & 80.0\,$\pm$\,1.0 & 0.550\,$\pm$\,0.050" in cola
+    assert "first learned to tell plain sentences from edited ones" in numbers["paper.teacher.note"]
     student = files["paper_student.tex"].decode()
     assert r"student with KD minus no-KD baseline & best & +80.0\,$\pm$\,1.0 & +0.050\,$\pm$\,0.050" in student
     variants = files["paper_ablations.tex"].decode().splitlines()
