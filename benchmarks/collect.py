@@ -26,7 +26,7 @@ from record.folder import read_run  # noqa: E402
 PLACE = {"--out": 1, "--plots": 1, "--cache": 1, "--save-every": 1, "--jobs": 1,
          "--resume": 0, "--overwrite": 0, "--no-plots": 0}
 # What the runs of one result have in common.
-SAME = ("versions", "cpu", "device", "threads", "matmul", "data_files", "init_files")
+SAME = ("versions", "cpu", "device", "threads", "matmul", "kernels", "data_files", "init_files")
 
 
 def typed(command: str) -> str:

@@ -38,7 +38,7 @@ import train_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent
-from lora import adapters, amx
+from lora import adapters, amx, onepass
 from lora.linear import lora_layers
 from lora.matmul import set_precision
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier
@@ -134,14 +134,14 @@ class Ours(Side):
                     return function(*values, **more)
             return call
 
-        plain = {name: getattr(amx, name) for name in amx.ARGUMENTS}
-        for name, function in plain.items():
+        plain = {(amx, "matmul"): amx.matmul, **{(onepass, name): getattr(onepass, name) for name in onepass.ARGUMENTS}}
+        for (module, name), function in plain.items():
             part = {"matmul": "products", "attend": "attention", "attend_backward": "attention"}.get(name)
-            setattr(amx, name, labelled(function, part or "norms and activations"))
+            setattr(module, name, labelled(function, part or "norms and activations"))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             self.run(numbers)
-        for name, function in plain.items():
-            setattr(amx, name, function)
+        for (module, name), function in plain.items():
+            setattr(module, name, function)
         parts = dict.fromkeys(("products", "attention", "norms and activations", "the rest"), 0.0)
         for event in profiler.key_averages():
             part = event.key if event.key in parts else next((part for word, part in PARTS.items() if word in event.key),

@@ -27,13 +27,13 @@ from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAtt
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from lora import amx
-from lora.linear import by_tiles, frozen_linear
+from lora import onepass
+from lora.linear import frozen_linear
 from lora.prologue import ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
 from record.machine import send
 
 ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
-SHORT = 32  # tokens of a sentence up to which amx.attend computes attention; for longer ones PyTorch is faster
+SHORT = 32  # tokens of a sentence up to which onepass.attend computes attention; for longer ones PyTorch is faster
 
 
 def fuse(backbone: nn.Module) -> bool:
@@ -81,14 +81,14 @@ class UniqueTokens:
     keep: Callable[[int, Tensor, Tensor], None] | None = None  # is given each block's number and all rows' keys and values
 
     @cached_property
-    def chains(self) -> tuple[amx.Chains, amx.Chains]:
+    def chains(self) -> tuple[onepass.Chains, onepass.Chains]:
         """Returns the rows that each row attends to, and those that each sentence's last token attends to."""
         B, T = self.shape
         chain = torch.arange(B * T) if self.index is None else self.index
         first = chain if self.first is None else self.first
         length = self.positions[:, 0] + 1
-        return (amx.Chains(chain, first - first % T, length),
-                amx.Chains(chain, torch.arange(0, B * T, T), length[self.last]))
+        return (onepass.Chains(chain, first - first % T, length),
+                onepass.Chains(chain, torch.arange(0, B * T, T), length[self.last]))
 
     def spread(self, x: Tensor) -> Tensor:  # (U, C) -> (B, T, C)
         return (x if self.index is None else x.index_select(0, self.index)).view(*self.shape, -1)
@@ -137,7 +137,7 @@ def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | N
 
 
 def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float,
-           rotary: tuple[Tensor, Tensor] | None = None, tiles: bool = False, *, unique: UniqueTokens) -> Tensor:
+           rotary: tuple[Tensor, Tensor] | None = None, *, unique: UniqueTokens) -> Tensor:
     """Computes causal attention, y (U, C), or that of each sentence's last token alone, (B, C).
 
     Args:
@@ -147,10 +147,9 @@ def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scal
         heads: numbers of query heads and of key heads; consecutive query heads share a key head.
         size: channels of a head.
         rotary: cosine and sine (U, size) of the rotary embedding, if the model has one.
-        tiles: whether the AMX kernel may compute it.
     """
     C, K = heads[0] * size, heads[1] * size
-    if tiles and unique.shape[1] <= SHORT:
+    if unique.shape[1] <= SHORT and onepass.takes(q):
         return _Attend.apply(q, kv, (C, K), size, scale, unique, rotary)
     if rotary is not None:
         q = Rotate.apply(q, *(rotary if kv is None else (x[unique.last] for x in rotary)), C if kv is not None else C + K)
@@ -166,7 +165,7 @@ def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scal
 
 
 class _Attend(torch.autograd.Function):
-    """`attend` by the AMX kernel, which reads each row in place. Saves its inputs and y for the backward pass."""
+    """`attend` by onepass.c, which reads each row in place. Saves its inputs and y for the backward pass."""
 
     @staticmethod
     def parts(q: Tensor, kv: Tensor | None, C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +177,7 @@ class _Attend(torch.autograd.Function):
                 rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         ctx.widths, ctx.chains = widths, unique.chains[kv is not None]
         ctx.how = size, scale, rotary
-        y, lse = amx.attend(*_Attend.parts(q, kv, *widths), ctx.chains, *ctx.how)
+        y, lse = onepass.attend(*_Attend.parts(q, kv, *widths), ctx.chains, *ctx.how)
         ctx.save_for_backward(q, kv, y, lse)  # rotated in place by now
         return y
 
@@ -186,7 +185,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, y, lse = ctx.saved_tensors
         d_q, d_kv = (t if t is None else torch.empty_strided(t.shape, t.stride()) for t in (q, kv))  # laid out alike
-        amx.attend_backward(*_Attend.parts(q, kv, *ctx.widths), ctx.chains, *ctx.how, y, lse, grad,
+        onepass.attend_backward(*_Attend.parts(q, kv, *ctx.widths), ctx.chains, *ctx.how, y, lse, grad,
                             _Attend.parts(d_q, d_kv, *ctx.widths))
         return d_q, d_kv, None, None, None, None, None
 
@@ -202,8 +201,7 @@ class FusedGPT2Attention(GPT2Attention):
         else:
             q = frozen_linear([self.c_attn], hidden_states, LayerNormPrologue(norm))
         heads = (self.num_heads, self.num_heads)
-        return frozen_linear([self.c_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, None,
-                                                          by_tiles([self.c_attn], q)))
+        return frozen_linear([self.c_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, None))
 
 
 class FusedGPT2Block(GPT2Block):
@@ -263,8 +261,7 @@ class FusedLlamaAttention(LlamaAttention):
         else:
             q = frozen_linear([self.q_proj, self.k_proj, self.v_proj], hidden_states, prologue)
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        return frozen_linear([self.o_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, rotary,
-                                                          by_tiles([self.q_proj], q)))
+        return frozen_linear([self.o_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, rotary))
 
 
 class FusedLlamaLayer(LlamaDecoderLayer):

@@ -186,7 +186,7 @@ class _Step:
             torch.arange(self.length, device=device) <= self.positions)[:, None, None]  # (n, 1, 1, length)
 
     def attend(self, layer: int, q: Tensor, kv: None, heads: tuple[int, int], size: int, scale: float,
-               rotary: tuple[Tensor, Tensor] | None, tiles: bool) -> Tensor:
+               rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Adds the keys and values in q (n, C + 2 K) to the cache; returns each row's attention to all its own, (n, C)."""
         n, C, K = len(q), heads[0] * size, heads[1] * size
         if rotary is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora import amx
-from lora.matmul import add_update, by_onednn, narrow, product
+from lora.matmul import add_update, by_onednn, narrow, outer, product
 from lora.mixed import MixedLinear
 from lora.prologue import ApplyPrologue
 
@@ -174,7 +174,7 @@ class _FrozenLinear(torch.autograd.Function):
                 spans: list[slice], *updates: Tensor) -> Tensor:
         ctx.spans, ctx.ranks = spans, [len(A) for A in updates[:len(spans)]]
         A, B = _FrozenLinear.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
-        y = x if prologue is None else prologue(x, tiles)  # (rows, in)
+        y = x if prologue is None else prologue(x)  # (rows, in)
         h = None if A is None else narrow(y, A)  # (rows, rank)
         ctx.save_for_backward(None if A is None and prologue is None else x, h, A, B, *weights)
         ctx.scaling, ctx.prologue, ctx.tiles = scaling, prologue, tiles
@@ -203,8 +203,7 @@ class _FrozenLinear(torch.autograd.Function):
         grad_x = grad_B = grad_h = None
         if A is not None:
             grad_h = narrow(grad, B.t()).mul_(ctx.scaling)  # (rows, rank)
-            # h^T grad, not grad^T h: with the narrow matrix in front the matmul is 2 to 3 times as fast on a CPU.
-            grad_B = torch.mm(h.t(), grad).mul_(ctx.scaling)  # (rank, out), transposed
+            grad_B = outer(h, grad).mul_(ctx.scaling)  # (rank, out), transposed
         if ctx.needs_input_grad[0]:
             parts = list(zip(grad.split(list(map(len, weights)), 1), weights, strict=True))
             if ctx.tiles:
@@ -218,12 +217,12 @@ class _FrozenLinear(torch.autograd.Function):
                 if A is not None:
                     grad_x = add_update(grad_x, grad_h, A.t(), 1.0)
             if ctx.prologue is not None:
-                x, grad_x = ctx.prologue.backward(x, grad_x, ctx.tiles)
+                x, grad_x = ctx.prologue.backward(x, grad_x)
         elif ctx.prologue is not None:
-            x = ctx.prologue(x, ctx.tiles)
+            x = ctx.prologue(x)
         grads = []
         if A is not None:
-            grads = [*torch.mm(grad_h.t(), x).split(ctx.ranks), *(
+            grads = [*outer(grad_h, x).split(ctx.ranks), *(
                 part[:, span].t() for part, span in zip(grad_B.split(ctx.ranks), ctx.spans, strict=True))]
         return grad_x, None, None, None, None, None, None, *grads
 
@@ -278,7 +277,7 @@ def _mixed_linear(linears: list[nn.Module], x: Tensor, outputs: slice) -> Tensor
 
 
 def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:
-    """Returns whether the AMX kernels compute these layers' matmuls with x, and their prologues."""
+    """Returns whether the AMX kernel computes these layers' matmuls with x."""
     bases = [linear.base if isinstance(linear, LoRALinear) else linear for linear in linears]
     return all(getattr(base, "tiles", False) for base in bases) and all(
         t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, *(base.weight for base in bases)))

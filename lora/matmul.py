@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora import amx
+from lora import amx, onepass
 from record import machine
 from record.files import UserError
 
@@ -24,6 +24,7 @@ from record.files import UserError
 # number of rows: caching more than the shapes of one kind of block, forward and backward, does not pay. oneDNN reads the
 # variable at its first matmul.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+NARROW = 32  # rank up to which onepass.py computes products: beyond, reading the wide matrix is the smaller part
 
 
 def is_dense(W: Tensor) -> bool:
@@ -56,20 +57,31 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None
     return add if bias is None else add.add_(bias)
 
 
-def narrow(x: Tensor, W: Tensor) -> Tensor:
-    """Computes x W^T for a W of few rows: LoRA's A, or B transposed.
+# Products with a narrow matrix, LoRA's A or B: by onepass.py, else by MKL, because oneDNN would generate and cache code for
+# each number of rows.
 
-    MKL computes it on any CPU, because oneDNN would cache code for each number of rows. On an AMD CPU it is 1.4 to 8
-    times as fast with the narrow matrix in front.
-    """
+def narrow(x: Tensor, W: Tensor) -> Tensor:
+    """Computes x W^T for a W of few rows: LoRA's A, or B transposed."""
+    if len(W) <= NARROW and onepass.takes(x, W):
+        return onepass.narrow(x, W)
+    # On an AMD CPU MKL is 1.4 to 8 times as fast with the narrow matrix in front.
     return torch.mm(W.contiguous(), x.t()).t() if machine.matmul() == "onednn" else torch.mm(x, W.t())
 
 
 def add_update(out: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Computes out + scaling h B^T for a narrow h (rows, rank); may write over out (rows, outputs)."""
+    if h.shape[1] <= NARROW and onepass.takes(out, h, B):
+        return onepass.update(out, h * scaling, B.t())
     if out.shape[1] % 1024 == 0 and by_onednn(h, B):  # rows 4 KiB apart share cache lines: MKL takes 7 times as long
         return product(h * scaling, B, add=out)
     return out.addmm_(h, B.t(), alpha=scaling)
+
+
+def outer(h: Tensor, x: Tensor) -> Tensor:
+    """Computes h^T x for a narrow h (rows, rank): (rank, in) for an x (rows, in)."""
+    if h.shape[1] <= NARROW and onepass.takes(h, x):
+        return onepass.outer(h, x)
+    return torch.mm(h.t(), x)  # with the narrow matrix in front MKL is 2 to 3 times as fast
 
 
 class _Product(torch.autograd.Function):

@@ -3,7 +3,7 @@
     y = prologue(x)                                 # (rows, n): a norm or an activation, its weights frozen
     y, grad_x = prologue.backward(x, grad_y)        # y once more, and the gradient of x
 
-If `tiles`, use the AMX kernel where amx.py has one for the prologue.
+Some are computed in one pass by onepass.py where the machine can.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import amx
+from lora import onepass
 
 
 class LayerNormPrologue:
@@ -25,10 +25,10 @@ class LayerNormPrologue:
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
 
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return self._normalised(x)[0]
 
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         y, mean, rstd = self._normalised(x)
         return y, torch.ops.aten.native_layer_norm_backward(
             grad, x, x.shape[-1:], mean, rstd, self.norm.weight, self.norm.bias, [True, False, False])[0]
@@ -46,14 +46,14 @@ class RMSNormPrologue:
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
         return x * r, r
 
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
-        if tiles:
-            return amx.rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Tensor) -> Tensor:
+        if onepass.takes(x, self.weight):
+            return onepass.rms_norm(x, self.weight, self.eps)
         return self._normalised(x)[0].mul_(self.weight).to(x.dtype)
 
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
-        if tiles:
-            return amx.rms_norm_backward(x, self.weight, self.eps, grad)
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if onepass.takes(x, self.weight):
+            return onepass.rms_norm_backward(x, self.weight, self.eps, grad)
         u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
         g = grad.to(u.dtype) * self.weight
         mean = torch.linalg.vecdot(g, u).div_(x.shape[-1]).unsqueeze_(-1)
@@ -70,9 +70,9 @@ class GELUPrologue:
 
     K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
 
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
-        if tiles:
-            return amx.gelu(x)
+    def __call__(self, x: Tensor) -> Tensor:
+        if onepass.takes(x):
+            return onepass.gelu(x)
         if x.is_cuda:
             return F.gelu(x, approximate="tanh")
         y = torch.empty_like(x)
@@ -81,9 +81,9 @@ class GELUPrologue:
             out.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(some).sigmoid_().mul_(some)
         return y
 
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
-        if tiles:
-            return amx.gelu_backward(x, grad)
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if onepass.takes(x):
+            return onepass.gelu_backward(x, grad)
         if x.is_cuda:
             return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
         y, dx = torch.empty_like(x), torch.empty_like(x)
@@ -99,25 +99,25 @@ class GELUPrologue:
 class ExactGELUPrologue:
     """GELU by the error function (`gelu`)."""
 
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
 
 
 class SwiGLUPrologue:
     """SwiGLU, silu(gate) * up with gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
 
-    def __call__(self, x: Tensor, tiles: bool = False) -> Tensor:
-        if tiles:
-            return amx.swiglu(x)
+    def __call__(self, x: Tensor) -> Tensor:
+        if onepass.takes(x):
+            return onepass.swiglu(x)
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def backward(self, x: Tensor, grad: Tensor, tiles: bool = False) -> tuple[Tensor, Tensor]:
-        if tiles:
-            return amx.swiglu_backward(x, grad)
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if onepass.takes(x):
+            return onepass.swiglu_backward(x, grad)
         gate, up = x.chunk(2, -1)
         dx = torch.empty_like(x)
         d_gate, d_up = dx.chunk(2, -1)

@@ -41,7 +41,7 @@ from record.files import (
     write_json,
     write_sums,
 )
-from record.machine import cpu_name, device, matmul, use_matmul, use_threads
+from record.machine import cpu_name, device, kernels, matmul, use_kernels, use_matmul, use_threads
 from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
@@ -60,11 +60,19 @@ def recorded_config(options: RunOptions) -> dict | None:
 
 
 def use_recorded_machine(options: RunOptions) -> None:
-    """Gives a run that is resumed or repeats another one the threads and the library for products that were recorded."""
+    """Gives a run that is resumed or repeats another one the recorded threads, library for products, and kernels."""
     config = recorded_config(options)
     if config is not None:
         use_threads(config.get("threads"))
     use_matmul(None if config is None else config.get("matmul", "torch"))  # not recorded: before there was a choice
+    use_kernels(None if config is None else recorded_kernels(config))
+
+
+def recorded_kernels(config: dict) -> str:
+    """Returns the kernels of a run; before they were recorded, all but runs in bf16x3 had PyTorch's."""
+    options = config.get("options")
+    tiles = isinstance(options, dict) and options.get("precision") == "bf16x3"
+    return config.get("kernels", "onepass" if tiles else "torch")
 
 
 def git_commit() -> str | None:
@@ -86,7 +94,7 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "matmul": matmul(),
-            "processes": processes.count(), "git_commit": git_commit(), "data_files": data_files}
+            "kernels": kernels(), "processes": processes.count(), "git_commit": git_commit(), "data_files": data_files}
 
 
 def without_times(value):
@@ -172,7 +180,8 @@ def _same_options(folder: Path, config: dict, what: str) -> None:
 
 def environment(config: dict) -> dict:
     """Returns what may change a result beside the options."""
-    return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"), "processes": config.get("processes", 1),
+    return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"),
+            "kernels": recorded_kernels(config), "processes": config.get("processes", 1),
             **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 

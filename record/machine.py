@@ -15,6 +15,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 _chosen = "auto"
 MATMULS = ("onednn", "torch")  # oneDNN for float32 products, or whatever PyTorch calls
 _in_use: str | None = None  # what `use_matmul` was given last
+KERNELS = ("onepass", "torch")  # norms, activations and attention of short sentences on the CPU: lora/onepass.py or PyTorch
+_kernels: str | None = None  # what `use_kernels` was given last
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -168,3 +170,27 @@ def use_matmul(library=None) -> None:
                       "order, and the result may differ in its last digits", stacklevel=2)
         library = "torch"
     _in_use = library if library in MATMULS else None
+
+
+def has_onepass() -> bool:
+    """Returns whether lora/onepass.py can be had; that module, which stands above, puts its own function here."""
+    return False
+
+
+def kernels() -> str:
+    """Returns what computes norms, activations and attention on the CPU, one of `KERNELS`."""
+    return _kernels or ("onepass" if has_onepass() else "torch")
+
+
+def use_kernels(name=None) -> None:
+    """Sets what computes them to what was recorded; None: by rule. It decides how sums are rounded.
+
+    Warns in one line where it cannot be had.
+    """
+    global _kernels
+    if name == "onepass" and not has_onepass():
+        warnings.warn("norms and attention by lora/onepass.c cannot be had here (it wants AVX-512 and a C compiler), "
+                      "PyTorch's own are used: sums are rounded in another order, and the result may differ in its last "
+                      "digits", stacklevel=2)
+        name = "torch"
+    _kernels = name if name in KERNELS else None

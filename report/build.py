@@ -30,7 +30,7 @@ STUDIES = ("compare", "sweep")  # of many runs: a table <study>_results and a fi
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
 SUBMITTED = ("*.py", *(f"{room}/**/*.{kind}" for room in (
     "experiments", "serving", "distillation", "lora", "data", "record", "report")
-                             for kind in ("py", "c")), "docs/**/*.md", "docs/**/*.png", "tests/**/*.py",
+                             for kind in ("py", "c", "h")), "docs/**/*.md", "docs/**/*.png", "tests/**/*.py",
              "benchmarks/**/*.py", "benchmarks/**/*.sh", "benchmarks/**/*.md",
              "requirements*.txt", "Makefile", "README.md", "LICENSE", "pyproject.toml", ".ci/run",
              "report/main.tex", "report/results/*.tex", "report/results/*.pdf")

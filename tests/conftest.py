@@ -38,10 +38,11 @@ settings.load_profile("untimed")
 
 @pytest.fixture(autouse=True)
 def same_machine():
-    """Gives each test the threads and the library of the first: a resumed run takes those that it recorded."""
+    """Gives each test the threads, library and kernels of the first: a resumed run takes those that it recorded."""
     yield
     torch.set_num_threads(THREADS)
     machine.use_matmul()
+    machine.use_kernels()
 
 
 VOCAB, PAD, CONTEXT = 101, 100, 32

@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_utils
 import train_utils
 from experiments import evaluate, finetune
-from lora import amx
+from lora import amx, onepass
 from model import TextClassifier
 from record import machine
 from record.files import read_json, sha256, write_json
-from record.folder import without_times
+from record.folder import recorded_kernels, without_times
 from record.options import RunOptions, rebuild
 from record.signals import Interrupted
 from report import figures
@@ -233,12 +233,44 @@ def test_a_resumed_run_has_the_library_for_products_that_it_began_with(work, tmp
     assert read_json(tmp_path / "new" / "config.json")["matmul"] == rule == machine.matmul()
 
 
+@pytest.mark.parametrize("recorded", ["torch", "onepass", None])
+def test_a_resumed_run_has_the_kernels_that_it_began_with(work, tmp_path, monkeypatch, quick, recorded):
+    """Whatever the machine can by now; a run from before there was a choice began with PyTorch's own."""
+    if not onepass.available():
+        pytest.skip("no CPU with AVX-512, or no C compiler")
+    monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+    monkeypatch.setattr(machine, "has_onepass", lambda: recorded == "onepass")
+    words = ("--precision", "fp32")
+    assert toy.lora(work, tmp_path / "whole", *words) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(work, tmp_path / "run", patch, *words)
+    config = read_json(tmp_path / "run" / "config.json")
+    assert config["kernels"] == (recorded or "torch")
+    if recorded is None:
+        del config["kernels"]
+        write_json(tmp_path / "run" / "config.json", config)
+        toy.reseal(tmp_path / "run")
+    monkeypatch.setattr(machine, "has_onepass", lambda: True)
+    machine.use_kernels()
+    assert toy.lora(work, tmp_path / "run", "--resume", *words) == 0
+    assert machine.kernels() == (recorded or "torch")
+    weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_before_kernels_were_recorded_runs_in_bf16x3_alone_had_those_of_onepass():
+    assert [recorded_kernels({"options": {"precision": name}}) for name in ("bf16x3", "fp32")] == ["onepass", "torch"]
+    assert recorded_kernels({"options": {"precision": "bf16x3"}, "kernels": "torch"}) == "torch"
+    assert recorded_kernels({"options": None}) == "torch"
+
+
 def test_a_run_says_and_records_how_products_are_computed(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     assert toy.lora(work, tmp_path / "run", "--epochs", 1) == 0
     config = read_json(tmp_path / "run" / "config.json")
     assert config["options"]["precision"] == ("bf16x3" if amx.available() else "fp32")
-    assert f"precision {config['options']['precision']}, float32 products by {config['matmul']}" in capsys.readouterr().out
+    assert (f"precision {config['options']['precision']}, float32 products by {config['matmul']}, norms and attention by "
+            f"{config['kernels']}") in capsys.readouterr().out
 
 
 def test_a_run_stopped_while_plotting_leaves_no_half_plot_and_resume_draws_them(work, tmp_path, monkeypatch, capsys):

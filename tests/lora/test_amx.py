@@ -1,4 +1,4 @@
-"""amx: products and what stands before them against float64; a classifier with tiles against the same without."""
+"""amx: products against float64; a classifier with tiles against the same without."""
 
 import json
 import os
@@ -14,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora import amx
-from lora import blocks as fused
+from lora import amx, compiled
 from lora.linear import frozen_linear
 from lora.matmul import set_precision
-from lora.prologue import GELUPrologue, RMSNormPrologue, SwiGLUPrologue
 from model import TextClassifier
 from record.files import UserError, read_json
 from report import figures
@@ -112,7 +110,6 @@ def test_what_is_not_finite_stays_so():
     out = amx.matmul([(a, [b])])
     assert out[1].isnan().all() and not out[:, 9].isfinite().any()
     assert (out[[0, 2]][:, [n for n in range(32) if n != 9]] == 32).all()
-    assert amx.gelu(torch.tensor([[float("nan"), 1.0]])).isnan().tolist() == [[True, False]]
 
 
 @needs_tiles
@@ -124,136 +121,6 @@ def test_no_nan_becomes_a_number(bits):
         pair[place][1, 5] = nan
         out = amx.matmul([(pair[0], [pair[1]])])
         assert out[:, 5].isnan().all() if place else out[1].isnan().all()
-
-
-def gelu(x):
-    return F.gelu(x, approximate="tanh")
-
-
-def swiglu(x):
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-WEIGHT = torch.linspace(-2, 2, 50)
-
-
-def rms_norm(x):
-    return F.rms_norm(x, x.shape[-1:], WEIGHT.to(x.dtype), 1e-5)
-
-
-@needs_tiles
-@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
-@pytest.mark.parametrize("function, ours, ours_backward", [
-    (gelu, amx.gelu, amx.gelu_backward), (swiglu, amx.swiglu, amx.swiglu_backward),
-    (rms_norm, lambda x: amx.rms_norm(x, WEIGHT, 1e-5), lambda x, grad: amx.rms_norm_backward(x, WEIGHT, 1e-5, grad))])
-def test_what_stands_before_is_its_formula_in_float64(function, ours, ours_backward, scale):
-    torch.manual_seed(1)
-    x = torch.randn(19, 50) * scale
-    wide = x.double().requires_grad_()
-    y = function(wide)
-    grad = torch.randn(y.shape)
-    y.backward(grad.double())
-    tolerance = {"atol": 1e-6 * max(1.0, float(y.detach().abs().max())), "rtol": 0}
-    torch.testing.assert_close(ours(x).double(), y.detach(), **tolerance)
-    again, dx = ours_backward(x, grad)
-    assert torch.equal(again, ours(x)) and torch.equal(ours(x.t().contiguous().t()), again)
-    assert torch.equal(ours_backward(x.t().contiguous().t(), grad.t().contiguous().t())[1], dx)
-    torch.testing.assert_close(dx.double(), wide.grad, atol=3e-6 * max(1.0, float(wide.grad.abs().max())), rtol=0)
-
-
-def chains_of(parents: list[int], starts_at: list[int]) -> amx.Chains:
-    """Of the rows `starts_at`, where row i comes after row parents[i] (itself: at the beginning)."""
-    chains = []
-    for row in starts_at:
-        chain = [row]
-        while parents[chain[0]] != chain[0]:
-            chain.insert(0, parents[chain[0]])
-        chains.append(chain)
-    start = [sum(map(len, chains[:i])) for i in range(len(chains))]
-    return amx.Chains(*map(torch.tensor, ([row for chain in chains for row in chain], start, [len(c) for c in chains])))
-
-
-def attention(q, k, v, chains, size, scale, angle):
-    """Attention by its formula, with rotary embedding as complex numbers: (N, heads * size)."""
-    def turned(x, rows):
-        if angle is None:
-            return x
-        a, b = x.unflatten(-1, (-1, 2, size // 2)).unbind(-2)
-        z = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)[rows].unsqueeze(1)
-        return torch.stack([z.real, z.imag], -2).flatten(1)
-    start, length = chains.start.tolist(), chains.length.tolist()
-    chain = [chains.chain[s:s + n].tolist() for s, n in zip(start, length, strict=True)]
-    q, k = turned(q, [rows[-1] for rows in chain]), turned(k, slice(None))
-    q, k, v = (x.unflatten(-1, (-1, size)) for x in (q, k, v))
-    shared = q.shape[1] // k.shape[1]
-    out = []
-    for i, rows in enumerate(chain):
-        keys, values = (x[rows].repeat_interleave(shared, 1) for x in (k, v))  # (length, heads, size)
-        weights = (scale * torch.einsum("hd,jhd->hj", q[i], keys)).softmax(-1)
-        out.append(torch.einsum("hj,jhd->hd", weights, values).flatten())
-    return torch.stack(out)
-
-
-@needs_tiles
-@settings(deadline=None, max_examples=60)
-@given(data=st.data(), heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (3, 1)]), size=st.sampled_from([2, 8, 22, 32, 64, 70]),
-       rotary=st.booleans(), apart=st.booleans(), seed=st.integers(0, 999))
-def test_attention_is_its_formula_in_float64(data, heads, size, rotary, apart, seed):
-    rows = data.draw(st.integers(1, 40))
-    parents = [data.draw(st.integers(max(0, row - 3), row)) for row in range(rows)]
-    tokens = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=9)) if apart else list(range(rows))
-    chains = chains_of(parents, tokens)
-    g = torch.Generator().manual_seed(seed)
-    widths = [n * size for n in (heads[0], heads[1], heads[1])]
-    angle = torch.randn(rows, size // 2, generator=g) if rotary else None
-    table = None if angle is None else (angle.cos().repeat(1, 2), angle.sin().repeat(1, 2))
-    if apart:  # queries for themselves, keys beside values
-        inputs = [torch.randn(len(tokens), widths[0], generator=g), *torch.randn(rows, 2 * widths[1], generator=g).split(
-            widths[1:], 1)]
-    else:
-        inputs = list(torch.randn(rows, sum(widths), generator=g).split(widths, 1))
-    wide = [x.double().requires_grad_() for x in inputs]
-    expected = attention(*wide, chains, size, 0.3, None if angle is None else angle.double())
-    grad = torch.randn(expected.shape, generator=g)
-    expected.backward(grad.double())
-    y, lse = amx.attend(*inputs, chains, size, 0.3, table)
-    torch.testing.assert_close(y.double(), expected.detach(), atol=1e-5, rtol=0)
-    out = ([torch.empty(len(tokens), widths[0]), *torch.empty(rows, 2 * widths[1]).split(widths[1:], 1)] if apart else
-           torch.empty(rows, sum(widths)).split(widths, 1))
-    amx.attend_backward(*inputs, chains, size, 0.3, table, y, lse, grad, out)
-    for ours, x in zip(out, wide, strict=True):
-        torch.testing.assert_close(ours.double(), x.grad, atol=2e-5 * max(1.0, float(x.grad.abs().max())), rtol=0)
-
-
-@needs_tiles
-def test_attention_does_not_depend_on_the_number_of_threads(monkeypatch):
-    torch.manual_seed(0)
-    chains, angle = chains_of([max(0, i - 1) for i in range(30)], list(range(30))), torch.randn(30, 16).repeat(1, 2)
-    qkv, grad, found = torch.randn(30, 10 * 32), torch.randn(30, 6 * 32), []
-    for threads in (1, 2, 5):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        q, k, v = qkv.clone().split([6 * 32, 2 * 32, 2 * 32], 1)
-        y, lse = amx.attend(q, k, v, chains, 32, 0.3, (angle.cos(), angle.sin()))
-        d = torch.empty_like(qkv)
-        amx.attend_backward(q, k, v, chains, 32, 0.3, (angle.cos(), angle.sin()), y, lse, grad,
-                            d.split([6 * 32, 2 * 32, 2 * 32], 1))
-        found.append((y, d))
-    for y, d in found[1:]:
-        assert torch.equal(y, found[0][0]) and torch.equal(d, found[0][1])
-
-
-@needs_tiles
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_long_sentences_go_to_pytorch_and_agree(architecture, monkeypatch):
-    found = []
-    for short in (0, 64):
-        monkeypatch.setattr(fused, "SHORT", short)
-        classifier = adapted(architecture)
-        set_precision(classifier.net.base_model, "bf16x3")
-        with torch.no_grad():
-            found.append(classifier(*toy_batch()))
-    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
 
 
 def in_float64(terms, biases=(None,)):
@@ -271,10 +138,6 @@ def matmul(request, monkeypatch):
         return
     monkeypatch.setattr(amx, "matmul", in_float64)
     monkeypatch.setattr(amx, "load", lambda: None)
-    monkeypatch.setattr(fused, "SHORT", 0)
-    for plain in (RMSNormPrologue, GELUPrologue, SwiGLUPrologue):
-        monkeypatch.setattr(plain, "__call__", lambda self, x, tiles=False, call=plain.__call__: call(self, x))
-        monkeypatch.setattr(plain, "backward", lambda self, x, g, tiles=False, call=plain.backward: call(self, x, g))
 
 
 OPTIONS = [{}, {"targets": ("q", "v")}, {"layers": "1-1"}, {"dropout": 0.3}]
@@ -346,13 +209,13 @@ def test_a_full_run_has_no_frozen_product(monkeypatch):
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(amx, "load", amx.load.__wrapped__)
-    monkeypatch.setattr(amx, "flags_of_cpu", lambda: amx.NEEDED)
+    monkeypatch.setattr(compiled, "flags_of_cpu", lambda: set(amx.FEATURES))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 
 def test_a_cpu_without_tiles_is_named(fresh, monkeypatch):
-    monkeypatch.setattr(amx, "flags_of_cpu", lambda: {"avx512f", "avx512bw", "avx512vl", "sse"})
+    monkeypatch.setattr(compiled, "flags_of_cpu", lambda: {"avx512f", "avx512bw", "avx512vl", "sse"})
     with pytest.raises(UserError, match="this CPU has no amx_bf16, amx_tile; use fp32"):
         amx.load()
     assert not (fresh / "cache").exists() and not amx.available()
@@ -360,7 +223,7 @@ def test_a_cpu_without_tiles_is_named(fresh, monkeypatch):
 
 def test_no_compiler_is_named(fresh, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(amx.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="needs a C compiler"):
         amx.load()
 
