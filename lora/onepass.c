@@ -1,6 +1,5 @@
-/* Norms, activations and attention in one pass over the numbers, on a CPU with AVX-512: see onepass.py. Numbers are
- * float32, rows contiguous.
- */
+/* Norms, activations, narrow products and attention in one pass over the numbers, on a CPU with AVX-512: see onepass.py.
+ * Numbers are float32, rows contiguous where nothing else is said. */
 #include <math.h>
 #include <omp.h>
 #include <stdlib.h>

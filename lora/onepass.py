@@ -1,11 +1,11 @@
-"""Computes norms, activations and the attention of short sentences in one pass over the numbers (CPUs with AVX-512).
+"""Computes norms, activations, LoRA's narrow products and short sentences' attention in one pass each (CPUs with AVX-512).
 
     if onepass.takes(x):                                   # a float32 tensor on such a CPU, with a C compiler
         y = onepass.rms_norm(x, weight, eps)
     onepass.attend(q, k, v, chains, size, scale)           # softmax(scale q k^T) v
 
-PyTorch makes several passes, and copies what its attention reads. A row's result does not depend on the other rows, nor
-on the number of threads.
+PyTorch makes several passes, and copies what its attention reads; its narrow products take twice as long. A row's result
+depends neither on the other rows nor on the number of threads.
 """
 from __future__ import annotations
 
