@@ -134,7 +134,10 @@ def test_a_mixed_batch_gives_each_row_what_peft_gives_it(mixed):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bert"])
 def test_a_base_in_bf16_serves_what_was_trained_on_one(tmp_path, architecture):
-    """Up to the rounding of activations to bfloat16, which float32 sums of another order may turn the other way."""
+    """Up to the rounding of activations to bfloat16, which float32 sums of another order may turn the other way.
+
+    That is far less than bfloat16 itself changes: a bank in float32 would be as far away as that.
+    """
     alone = fine_tuned(architecture, 1, 3)
     in_fp32 = logits_of(alone)
     save_adapter(alone, tmp_path, "the-base")
@@ -143,9 +146,10 @@ def test_a_base_in_bf16_serves_what_was_trained_on_one(tmp_path, architecture):
     set_precision(alone.net.base_model, "bf16")
     got = bank.logits(*toy_batch(), ["a", None, "a", "a"])
     expected = logits_of(alone)
+    changed = float((expected - in_fp32).abs().max())
+    assert changed > 1e-2
     for row in (0, 2, 3):
-        torch.testing.assert_close(got[row], expected[row], atol=2e-3, rtol=0)
-    assert (expected - in_fp32).abs().max() > 1e-2
+        torch.testing.assert_close(got[row], expected[row], atol=changed / 5, rtol=0)
 
 
 def test_load_adapter_and_the_bank_read_the_same_file(tmp_path):
