@@ -86,11 +86,11 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
     found = [
         *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (57, 1, 125)),
         *before,
-        Step("teacher", 30, [RUN, "LoRA", sr, *task, *start, *TEACHER, "--seeds", seeds, *_to(out, "teacher")],
+        Step("teacher", 33, [RUN, "LoRA", sr, *task, *start, *TEACHER, "--seeds", seeds, *_to(out, "teacher")],
              f"teacher/LoRA-{sr}-seeds/seeds.json", tuple(step.name for step in before), runs="teacher/LoRA-*"),
         *_distil(sr, seeds, out, "teacher", f"{out}/teacher/LoRA-{sr}", text, {
-            "distil": 98, "distil-plain": 15, "distil-no-transfer-set": 14, "distil-no-matching": 22,
-            "distil-hard-labels": 22, "distil-language-model": 46}),
+            "distil": 125, "distil-plain": 15, "distil-no-transfer-set": 14, "distil-no-matching": 28,
+            "distil-hard-labels": 28, "distil-language-model": 46}),
         Step("diagnose", 11, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
     if data is None:  # the methods and the ranks on the one task that there is
