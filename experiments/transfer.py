@@ -7,7 +7,7 @@ turns, so that a smaller set is the beginning of a larger one. Everything is com
 `runs/transfer-KEY/`, beside the runs: KEY depends on the base model and on the task's sentences, the names of the chunks of
 the teacher's outputs on their content. A killed process loses the chunks that it was at, and several processes (seeds at a
 time) make different chunks. So do several threads of one: two cores make two chunks beside each other sooner than one after
-the other, which also makes a chunk's rounding independent of the number of cores.
+the other.
 """
 from __future__ import annotations
 
