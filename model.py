@@ -278,14 +278,17 @@ class TextClassifier(nn.Module):
             unique: the batch's unique tokens, if already computed.
         """
         if self.fused():
-            unique = unique or unique_tokens(input_ids, attention_mask)
-            # Fused blocks read no mask. Without this one, the library would build one and wait for the GPU in doing so.
-            none = unique.ids.new_ones(1, 1, 1, 1)
-            return self.net.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions,
-                                       use_cache=False, unique=unique).last_hidden_state[:, 0]
+            return self.states_of(unique or unique_tokens(input_ids, attention_mask))
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
         last = send(attention_mask.sum(1) - 1, hidden.device)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def states_of(self, unique: UniqueTokens) -> Tensor:
+        """Returns a fused decoder's last hidden states, after its final norm, of the tokens that `unique` asks for."""
+        # Fused blocks read no mask. Without this one, the library would build one and wait for the GPU in doing so.
+        none = unique.ids.new_ones(1, 1, 1, 1)
+        return self.net.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions, use_cache=False,
+                                   unique=unique).last_hidden_state[:, 0]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cached: Tensor | None = None,
                 features: Tensor | None = None) -> Tensor:

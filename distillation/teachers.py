@@ -1,14 +1,18 @@
 """What a teacher knows, in the sizes of a student: its embeddings and hidden states reduced by PCA."""
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from data_utils import Batch
+from lora.blocks import unique_tokens
+from lora.linear import lora_layers
+from lora.matmul import set_precision
 from model import DistilRNN, TextClassifier
 from record.files import UserError
 from record.machine import send
@@ -62,6 +66,20 @@ def embed_as(teacher: TextClassifier, student: DistilRNN) -> None:
     student.embedding.weight[:len(rows), :size] = (reduced / reduced.std()).to(student.embedding.weight)
 
 
+def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:
+    """Returns the teacher as it labels: itself, or with `bf16` a copy that is faster and rounds otherwise.
+
+    In the copy LoRA's updates are merged into the frozen weights, and these are bfloat16.
+    """
+    if precision != "bf16":
+        return teacher
+    labeller = copy.deepcopy(teacher)
+    for layer in lora_layers(labeller.net).values():
+        layer.merge()
+    set_precision(labeller.net.base_model, "bf16")
+    return labeller
+
+
 @torch.inference_mode()
 def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
     """Computes the backbone's last hidden states, after its final norm, of a batch's real tokens: (real tokens, C).
@@ -70,7 +88,10 @@ def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
         UserError: the backbone does not give one state a token.
     """
     ids, mask = batch.input_ids, batch.attention_mask
-    if teacher.decoder:
+    if teacher.decoder and teacher.fused():
+        unique = replace(unique_tokens(ids, mask), last=None)  # tokens with the same prefix have the same state
+        states = unique.spread(teacher.states_of(unique))
+    elif teacher.decoder:
         states = teacher.net.base_model(input_ids=ids, use_cache=False).last_hidden_state
     else:
         backbone = teacher.net.base_model
@@ -143,13 +164,14 @@ class HiddenStates:
 
     values: Tensor  # (tokens, d) float16, on the CPU
     weights: Tensor  # (d,) of the dimensions in `objectives.hidden_mse`
-    offsets: Tensor  # (N + 1,) where each sentence begins
+    starts: Tensor  # (N,) where each sentence begins
+    ends: Tensor  # (N,) where it ends
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.starts)
 
     def of(self, rows: Tensor) -> Tensor:
         """Returns the states (tokens of these sentences, d) in float32."""
         rows = rows.cpu()
         return torch.cat([self.values[start:end] for start, end in zip(
-            self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)]).float()
+            self.starts[rows].tolist(), self.ends[rows].tolist(), strict=True)]).float()

@@ -79,9 +79,10 @@ def distil_options(args) -> tuple[RunOptions, DistilOptions]:
     task = args.task or recorded["task"]
     stages = {name: default(table, task, args.plain) if getattr(args, name) is None else getattr(args, name)
               for name, table in STAGES.items()}
-    given = [name for name in ("augment", "pretrain", "transfer", "text") if args.plain and getattr(args, name)]
+    given = [name for name in ("augment", "pretrain", "transfer", "text", "label_precision")
+             if args.plain and getattr(args, name)]
     if given:
-        raise UserError(f"--{given[0]}: not with --plain, whose one stage is the training set")
+        raise UserError(f"--{given[0].replace('_', '-')}: not with --plain, whose one stage is the training set")
     if recorded.get("feature_columns") or recorded["method"] == "features":
         if args.augment:
             raise UserError("--augment: the teacher reads feature columns, which new sentences do not have; leave it out")

@@ -28,7 +28,7 @@ from model import DistilRNN, TextClassifier, count_parameters, student_config, s
 from record import processes, tensors
 from record.files import UserError, read_json, sha256, write_file, write_json
 from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
-from record.machine import device
+from record.machine import bf16_is_fast, device
 from record.options import (
     PLAIN_SIZES,
     STAGED_SIZES,
@@ -127,6 +127,9 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
     if distil_options.augment is None:
         most = min(default(AUGMENT_MOST, task.name), default(AUGMENT_TIMES, task.name) * len(task.train))
         distil_options = replace(distil_options, augment=most)
+    if distil_options.label_precision is None:
+        staged = distil_options.pretrain or distil_options.transfer
+        distil_options = replace(distil_options, label_precision="bf16" if staged and bf16_is_fast() else "teacher")
     base = read_json(distil_options.teacher / "config.json").get("base_sha256")
     return Prepared(options, distil_options, task, teacher, teachers, teacher_parameters, tokenizer, tokenizer_sha256, base,
                     student,

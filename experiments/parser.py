@@ -271,6 +271,9 @@ def _stage_options(parser: Parser) -> None:
                help="sentences that the teacher labels beside the training set: edits, plain ones, and what the language "
                     f"model writes; 0: none; if not given, this many times the training set: {in_words(AUGMENT_TIMES)}; at "
                     f"most {in_words(AUGMENT_MOST)}")
+    parser.add(stages, "--label-precision", choices=("teacher", "bf16"),
+               help="in which the teacher labels: its own, or with updates merged in bfloat16; if not given bf16 where the "
+                    "machine is fast with it")
     parser.add(stages, "--cache", type=Path, metavar="DIR",
                help="folder that caches these sentences and what the teacher says of them; beside the runs if not given")
     parser.add(stages, "--pretrain", type=WHOLE, metavar="EPOCHS",

@@ -16,7 +16,7 @@ import train_utils
 from data_utils import Batch, Task
 from distillation import objectives
 from distillation.heads import LanguageModel, Matched, mean_loss, token_ranks
-from distillation.teachers import HiddenStates
+from distillation.teachers import HiddenStates, as_labeller
 from experiments.transfer import Source, batches_of, normalised
 from model import DistilRNN
 from record.checkpoints import Progress
@@ -81,8 +81,10 @@ def read(source: Source, task: Task, teachers: list, teacher_keys: list[str], op
     logits, hidden = [], None
     for teacher, key in zip(teachers, teacher_keys, strict=True):
         match = options.match == "hidden" and hidden is None
-        one, states = source.outputs(teacher, key, ids[:labelled], options.match_size, match, options.match_weight,
-                                     options.score_weight)
+        if options.label_precision == "bf16":
+            key += " bf16"
+        one, states = source.outputs(as_labeller(teacher, options.label_precision), key, ids[:labelled], options.match_size,
+                                     match, options.match_weight, options.score_weight)
         logits.append(one)
         hidden = hidden or states
     logits = torch.stack(logits).mean(0)

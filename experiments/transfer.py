@@ -18,7 +18,7 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,11 +50,12 @@ from lora.matmul import set_precision, speed_up
 from model import TextClassifier, inject_lora
 from record import tensors
 from record.files import UserError, make_folder, read_json, write_file, write_json
-from record.machine import device
+from record.machine import bf16_is_fast, device
 from record.options import LoRAOptions, TrainOptions
 from record.signals import Interrupted
 
 LABELLED = 1024  # sentences in a chunk of the teacher's outputs
+SORTED = 64 * LABELLED  # sentences that are sorted before they are cut into chunks
 WRITTEN = 1024  # sentences in a chunk that the language model writes
 TOGETHER = 256  # of them in a batch
 TOKENS = 2048  # tokens in a batch of the teacher's, pads included
@@ -140,7 +141,7 @@ class Source:
         others = list(plain)  # what is edited beside training sentences; grows by what is written
         streams = {"edit of training": edits_of(self.task.train.sentences, 1)}
         if self.decoder:
-            streams["written"] = self.written()
+            streams["written"] = self.written(least=count // (4 if plain else 2))
         if plain:
             streams["plain"] = iter(plain)
         if self.decoder or plain:
@@ -167,9 +168,13 @@ class Source:
         write_file(self.folder / f"sentences-{hashlib.sha256(rows.encode()).hexdigest()[:12]}.tsv", rows)
         return [sentence for _, sentence in found]
 
-    def written(self) -> Iterator[str]:
-        """Yields sentences that the base's language model writes after an epoch on the training sentences."""
-        lm, longest = None, self.longest()
+    def written(self, least: int) -> Iterator[str]:
+        """Yields sentences that the base's language model writes after an epoch on the training sentences, without end.
+
+        Args:
+            least: how many will be taken at least.
+        """
+        lm, longest, together = None, self.longest(), -(-least // WRITTEN)
 
         def chunk(number: int) -> Path:
             return self.folder / f"written-{number:05d}.json"
@@ -183,8 +188,9 @@ class Source:
             if not chunk(number).exists():
                 lm = lm or self.writer()
                 threads = cores() if by_blocks(lm) else 1  # the library draws from the one generator of the process
-                several = [chunk(number + more) for more in range(threads + 1)]
-                share(several[:-1], write, self.check_stop, ahead=several[-1:], threads=threads)
+                # All that will surely be taken, then a few at a time: some are too long, or there already.
+                last = max(together, number + max(1, together // 16))
+                share({chunk(some): WRITTEN for some in range(number, last)}, write, self.check_stop, threads, "writing")
             yield from (text if len(text.split()) <= longest else "" for text in read_json(chunk(number))["sentences"])
 
     def writer(self):
@@ -226,8 +232,12 @@ class Source:
         """
         pca, scale = self.components(teacher, teacher_key, size) if match else (None, None)
         chunks: dict[Path, tuple[str, list]] = {}
+        # Side by side are sentences that begin alike, whose first tokens a decoder computes once, or, for an encoder,
+        # sentences of one length. Not all are sorted together: of a larger set the first chunks are those of a smaller one.
+        order = [row for start in range(0, len(ids), SORTED) for row in sorted(
+            range(start, min(start + SORTED, len(ids))), key=lambda row: (not teacher.decoder and len(ids[row]), ids[row]))]
         for start in range(0, len(ids), LABELLED):
-            chunk = ids[start:start + LABELLED]
+            chunk = [ids[row] for row in order[start:start + LABELLED]]
             for its_size in (size,) if match else (size, 0):  # 0: logits alone
                 key = hashlib.sha256(f"{teacher_key} {its_size} {json.dumps(chunk)}".encode()).hexdigest()
                 path = self.folder / f"outputs-{key[:24]}.safetensors"
@@ -235,19 +245,13 @@ class Source:
                     break
             chunks[path] = key, chunk
 
-        def labelled() -> int:
-            """Returns how many sentences have their outputs, whichever process computed them."""
-            return sum(len(chunk) for path, (_, chunk) in chunks.items() if path.exists())
+        def label(path: Path) -> None:
+            key, chunk = chunks[path]
+            tensors.save_checked(path, self.label(teacher, chunk, pca, scale), key)
 
-        with tqdm(total=len(ids), initial=labelled(), unit="sentence", desc="teacher", dynamic_ncols=True, delay=2) as bar:
-            def label(path: Path) -> None:
-                key, chunk = chunks[path]
-                tensors.save_checked(path, self.label(teacher, chunk, pca, scale), key)
-                bar.n = labelled()
-                bar.update(0)
-
-            # Fused blocks keep nothing of a forward pass; of other architectures that is not known.
-            share(list(chunks), label, self.check_stop, threads=cores() if teacher.known else 1)
+        # Fused blocks keep nothing of a forward pass; of other architectures that is not known.
+        share({path: len(chunk) for path, (_, chunk) in chunks.items()}, label, self.check_stop,
+              cores() if teacher.known else 1, "teacher")
         logits, values = [], []
         for path, (key, _) in chunks.items():
             found, its_key = tensors.load_checked(path)
@@ -255,18 +259,22 @@ class Source:
                 raise UserError(f"{path}: holds other sentences' outputs; remove it")
             logits.append(found["logits"])
             values.append(found.get("hidden"))
+        back = torch.tensor(order).argsort()
+        logits = torch.cat(logits)[back]
         if not match:
-            return torch.cat(logits), None
-        lengths, scores = torch.tensor([0, *map(len, ids)]), len(scale)
+            return logits, None
+        lengths, scores = torch.tensor([len(ids[row]) for row in order]), len(scale)
         weights = torch.cat([match_weight * pca.std / pca.std.sum(), torch.full((scores,), score_weight / max(1, scores))])
-        return torch.cat(logits), HiddenStates(torch.cat(values), weights, lengths.cumsum(0))
+        ends = lengths.cumsum(0)
+        return logits, HiddenStates(torch.cat(values), weights, (ends - lengths)[back], ends[back])
 
     @torch.inference_mode()
     def label(self, teacher: TextClassifier, ids: list[list[int]], pca: Reduction | None, scale: Tensor | None
               ) -> dict[str, Tensor]:
         """Computes a chunk: logits (n, labels), and with `pca` hidden states and scores (tokens, d) in float16."""
         logits, parts = torch.empty(len(ids), teacher.net.config.num_labels), [None] * len(ids)
-        for batch in batches_of(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
+        batches = neighbours if teacher.decoder and teacher.fused() else batches_of
+        for batch in batches(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
             self.check_stop()
             hidden, said = states_and_logits(teacher, batch.to(device()), needed=bool(pca))
             logits[batch.rows], lengths = said.cpu(), batch.attention_mask.sum(1)
@@ -299,7 +307,7 @@ class Source:
             pca = principal_components(hidden, min(size, hidden.shape[1]))
             tensors.save_checked(path, {**vars(pca), "scale": scale}, key)
 
-        share([path], compute, self.check_stop)
+        share({path: 0}, compute, self.check_stop)
         found, _ = tensors.load_checked(path)
         scale = found.pop("scale")
         return Reduction(**found), scale
@@ -310,21 +318,25 @@ def cores() -> int:
     return torch.get_num_threads() if device().type == "cpu" else 1
 
 
-def share(wanted: list[Path], make: Callable[[Path], None], check_stop: Callable[[], None], ahead: Iterable[Path] = (),
-          threads: int = 1) -> None:
+def share(wanted: dict[Path, int], make: Callable[[Path], None], check_stop: Callable[[], None], threads: int = 1,
+          name: str = "") -> None:
     """Makes the files that are missing, each in one process alone; returns when all are there, whoever made them.
 
     Args:
+        wanted: files, and how many sentences each holds.
         make: writes a file.
         check_stop: called before each file; raises where the process was asked to stop.
-        ahead: what to make, in place of waiting, while other processes or threads are at all that is wanted.
         threads: that make a file each, on one core each. An error in one ends the others after their files.
+        name: of the bar, which counts sentences.
     """
     ended = threading.Event()
 
-    def work() -> None:
+    def there() -> int:
+        return sum(count for path, count in wanted.items() if path.exists())
+
+    def work(bar: tqdm) -> None:
         while not ended.is_set() and (missing := [path for path in wanted if not path.exists()]):
-            for path in (*missing, *ahead):
+            for path in missing:
                 check_stop()
                 with suppress(filelock.Timeout), filelock.FileLock(f"{path}.lock", blocking=False):
                     try:
@@ -335,28 +347,32 @@ def share(wanted: list[Path], make: Callable[[Path], None], check_stop: Callable
                         Path(f"{path}.lock").unlink(missing_ok=True)
             else:
                 time.sleep(POLL)
+            bar.n = there()  # whichever process made them
+            bar.update(0)
 
-    def work_alone() -> None:
+    def work_alone(bar: tqdm) -> None:
         try:
             torch.set_num_threads(1)
-            work()
+            work(bar)
         finally:
             ended.set()  # or all is there
 
     threads = min(threads, sum(not path.exists() for path in wanted))
-    if threads < 2:
-        work()
-        return
     before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                for done in [pool.submit(work_alone) for _ in range(threads)]:
-                    done.result()
-            finally:  # an interruption too, before the pool waits for its threads
-                ended.set()
-    finally:
-        torch.set_num_threads(before)  # PyTorch has one number for all threads that come
+    with tqdm(total=sum(wanted.values()), initial=there(), unit="sentence", desc=name, dynamic_ncols=True, delay=2,
+              disable=not name) as bar:
+        if threads < 2:
+            work(bar)
+            return
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    for done in [pool.submit(work_alone, bar) for _ in range(threads)]:
+                        done.result()
+                finally:  # an interruption too, before the pool waits for its threads
+                    ended.set()
+        finally:
+            torch.set_num_threads(before)  # PyTorch has one number for all threads that come
 
 
 def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
@@ -383,6 +399,18 @@ def batches_of(ids: list[list[int]], labels: list[int], rows: list[int], tokens:
     return [data_utils.collate(ids, labels, [rows[at] for at in bucket], pad) for bucket in buckets]
 
 
+def neighbours(ids: list[list[int]], labels: list[int], rows: list[int], tokens: int, tokenizer) -> list[Batch]:
+    """Makes batches of rows that follow each other, whatever their lengths; `tokens` counts pads."""
+    found, first, width = [], 0, 0
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    for at, row in enumerate(rows):
+        width = max(width, len(ids[row]))
+        if at > first and width * (at + 1 - first) > tokens:
+            found.append(rows[first:at])
+            first, width = at, len(ids[row])
+    return [data_utils.collate(ids, labels, some, pad) for some in [*found, rows[first:]]]
+
+
 # ---------------------------------------------------------------- the language model that writes
 
 class Writer(nn.Module):
@@ -401,11 +429,6 @@ class Writer(nn.Module):
 
 def language_loss(outputs: Outputs, batch: Batch) -> Tensor:
     return outputs.language
-
-
-def bf16_is_fast() -> bool:
-    """Returns whether this machine multiplies in bfloat16 without converting to float32 first."""
-    return device().type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
 def border(tokenizer) -> int:

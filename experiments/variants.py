@@ -213,7 +213,7 @@ def seed_runs(args) -> list[SeedRun]:
             options, student = distil_options(one)
             one.teacher, recorded = [student.teacher, *student.more_teachers], asdict(student)
             resolved = ["model", "data", "limit", "max_length", "precision", "embedding_size", "hidden_size",
-                        "directions", "augment", *(field.name for field in fields(TableOptions))]
+                        "directions", "augment", "label_precision", *(field.name for field in fields(TableOptions))]
         recorded = as_json({**recorded, **asdict(options.train), **settings_of(options)})
         words = [args.mode, seed, *parser.words(one, {}), *([] if args.lr is None else [f"--lr={args.lr!r}"])]
         unknown = [name for name in resolved if recorded[name] in (None, [], "auto", getattr(TableOptions, name, None))]

@@ -75,20 +75,20 @@ class UniqueTokens:
     positions: Tensor  # (U, 1)
     index: Tensor | None  # (B * T,) row of each token, a pad's being its sentence's last; None: all tokens in order
     first: Tensor | None  # (U,) the first token that a row stands for
-    last: Tensor  # (B,) row of each sentence's last token
+    last: Tensor | None  # (B,) row of each sentence's last token, which alone is read in the end; None: all rows are
     mask: Tensor | None  # (B, 1, 1, T) whether a token is real; None where all are
     shape: tuple[int, int]  # B, T
     keep: Callable[[int, Tensor, Tensor], None] | None = None  # is given each block's number and all rows' keys and values
 
     @cached_property
-    def chains(self) -> tuple[onepass.Chains, onepass.Chains]:
-        """Returns the rows that each row attends to, and those that each sentence's last token attends to."""
+    def chains(self) -> tuple[onepass.Chains, onepass.Chains | None]:
+        """Returns the rows that each row attends to, and those that each sentence's last token (`last`) attends to."""
         B, T = self.shape
         chain = torch.arange(B * T) if self.index is None else self.index
         first = chain if self.first is None else self.first
         length = self.positions[:, 0] + 1
         return (onepass.Chains(chain, first - first % T, length),
-                onepass.Chains(chain, torch.arange(0, B * T, T), length[self.last]))
+                None if self.last is None else onepass.Chains(chain, torch.arange(0, B * T, T), length[self.last]))
 
     def spread(self, x: Tensor) -> Tensor:  # (U, C) -> (B, T, C)
         return (x if self.index is None else x.index_select(0, self.index)).view(*self.shape, -1)

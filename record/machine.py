@@ -172,6 +172,13 @@ def use_matmul(library=None) -> None:
     _in_use = library if library in MATMULS else None
 
 
+def bf16_is_fast() -> bool:
+    """Returns whether this machine multiplies in bfloat16 without converting to float32 first."""
+    import torch
+
+    return device().type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
 def has_onepass() -> bool:
     """Returns whether lora/onepass.py can be had; that module, which stands above, puts its own function here."""
     return False

@@ -107,6 +107,7 @@ class DistilOptions:
     text: tuple[str, ...] = ()  # files of plain sentences, one a line
     cache: Path | None = None  # folder of the transfer set's cache; beside the runs if None
     augment: int | None = 0  # sentences of the transfer set; None: a multiple of the training set's
+    label_precision: str | None = "teacher"  # or bf16: in which the stages' labels are computed; None: bf16 if it is fast
     pretrain: int = 0  # epochs of language modelling
     transfer: int = 0  # epochs on the transfer set
     stage_lr: float = 2e-3  # peak learning rate of both

@@ -58,7 +58,7 @@ def test_each_row_of_the_transfer_set_has_its_own_loss():
 
 def test_hidden_states_are_matched_where_they_are_known():
     lengths, rows = [2, 4, 1], [1, 9, 0]  # row 9 is plain text, of which nothing is known
-    hidden = HiddenStates(drawn(3, 4).half(), torch.tensor([0.5, 1.0, 0.0, 2.0]), torch.tensor([0, 1, 3]))
+    hidden = HiddenStates(drawn(3, 4).half(), torch.tensor([0.5, 1.0, 0.0, 2.0]), torch.tensor([0, 1]), torch.tensor([1, 3]))
     projected = drawn(7, 4, seed=1)
     expected = objectives.hidden_mse(projected[[0, 1, 6]], hidden.values[[1, 2, 0]].float(), hidden.weights)
     found = objectives.matched(projected, batch(lengths, rows, [0] * 3), hidden)

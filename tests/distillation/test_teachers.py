@@ -107,5 +107,6 @@ def test_several_teachers_are_averaged():
 
 
 def test_hidden_states_are_taken_by_row():
-    states = HiddenStates(torch.arange(12).view(6, 2).half(), torch.ones(2), torch.tensor([0, 1, 3, 6]))
+    starts, ends = torch.tensor([0, 1, 3]), torch.tensor([1, 3, 6])
+    states = HiddenStates(torch.arange(12).view(6, 2).half(), torch.ones(2), starts, ends)
     assert states.of(torch.tensor([2, 0])).tolist() == [[6, 7], [8, 9], [10, 11], [0, 1]]

@@ -1,30 +1,22 @@
 """A distillation in stages: the transfer set, its cache, equal budgets, and a stopped one that ends in the same bytes."""
-import itertools
 import json
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
-import filelock
 import pytest
 import torch
 import toy
-from conftest import PAD, adapted, toy_net
+from conftest import toy_net
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import train_utils
 from benchmarks import collect
 from data_utils import load_task
-from distillation.teachers import Reduction
 from experiments import arguments, evaluate, seeds, stages, transfer
 from experiments.parser import build_parser
 from experiments.transfer import normalised
-from record.files import UserError, read_json
+from record.files import read_json
 from record.folder import without_times
-from record.signals import Interrupted
 from report import figures, records, tables
 
 SIZES = ("--embedding-size", 6, "--hidden-size", 5)
@@ -241,108 +233,3 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
         assert error.endswith(f"run.py: {run}: has no no-KD baseline (it was run with --no-control)\n")
     assert toy.main("diagnose", run, "--out", tmp_path / "diagnosis") == 0
     assert list(read_json(tmp_path / "diagnosis" / "diagnose.json")["models"]) == ["teacher", "student", "language_model"]
-
-
-def test_several_processes_make_each_file_once_and_all_of_them_get_every_file(tmp_path):
-    """Locks of files exclude threads as they do processes, for each lock opens the file anew."""
-    wanted, made = [tmp_path / f"{number}.json" for number in range(20)], []
-
-    def make(path) -> None:
-        made.append(path)
-        time.sleep(0.01)
-        path.write_text("{}")
-
-    with ThreadPoolExecutor(3) as pool:
-        for done in [pool.submit(transfer.share, wanted, make, lambda: None) for _ in range(3)]:
-            done.result()
-    assert sorted(made) == sorted(wanted)
-    assert sorted(tmp_path.iterdir()) == sorted(wanted)
-
-
-def test_what_will_be_wanted_is_made_in_place_of_waiting_and_only_then(tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "POLL", 0.01)
-    one, two, made = tmp_path / "one", tmp_path / "two", []
-
-    def make(path) -> None:
-        made.append(path.name)
-        path.write_text("")
-
-    transfer.share([one], make, lambda: None, ahead=[two])
-    assert made == ["one"]
-    one.unlink()
-    other = filelock.FileLock(f"{one}.lock")  # another process is at the first one, and done after three looks
-    other.acquire()
-    looks = iter(range(4))
-
-    def check_stop() -> None:
-        if next(looks) == 3:
-            one.write_text("")
-
-    transfer.share([one], make, check_stop, ahead=[two])
-    other.release()
-    assert made == ["one", "two"]
-
-
-def test_a_stop_ends_the_wait_for_another_process(tmp_path):
-    def check_stop() -> None:
-        raise Interrupted(15)
-
-    with filelock.FileLock(tmp_path / "one.lock"), pytest.raises(Interrupted):
-        transfer.share([tmp_path / "one"], pytest.fail, check_stop)
-
-
-def test_threads_make_files_at_a_time_with_one_core_each(tmp_path):
-    """The first two meet in `make`: neither goes on alone."""
-    wanted, made = [tmp_path / f"{number}" for number in range(20)], []
-    both, calls, before = threading.Barrier(2), itertools.count(), torch.get_num_threads()
-
-    def make(path) -> None:
-        if next(calls) < 2:
-            both.wait(timeout=20)
-        made.append((path, torch.get_num_threads()))
-        path.write_text("")
-
-    torch.set_num_threads(3)
-    try:
-        transfer.share(wanted, make, lambda: None, threads=2)
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    assert sorted(made) == [(path, 1) for path in sorted(wanted)] and sorted(tmp_path.iterdir()) == sorted(wanted)
-
-
-@pytest.mark.parametrize("bad", [0, 1])
-def test_an_error_in_one_thread_ends_the_others_after_their_files(tmp_path, bad):
-    wanted = [tmp_path / f"{number}" for number in range(1000)]
-
-    def make(path) -> None:
-        time.sleep(0.01)
-        if path == wanted[bad]:
-            raise UserError("disk full")
-        path.write_text("")
-
-    with pytest.raises(UserError, match="disk full"):
-        transfer.share(wanted, make, lambda: None, threads=2)
-    assert len(list(tmp_path.iterdir())) < 20
-
-
-@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
-def test_what_a_teacher_says_is_the_same_whatever_the_number_of_threads(tmp_path, monkeypatch, architecture):
-    """Threads are at other sentences in the same model at the same time."""
-    teacher, rng = adapted(architecture), torch.Generator().manual_seed(0)
-    teacher.net.base_model.register_forward_pre_hook(lambda *_: time.sleep(0.002))
-    ids = [torch.randint(5, 90, (2 + row % 7,), generator=rng).tolist() for row in range(60)]
-    scores = teacher.net.config.num_labels * teacher.decoder
-    monkeypatch.setattr(transfer, "LABELLED", 3)
-    monkeypatch.setattr(transfer.Source, "components", lambda *_: (
-        Reduction(torch.zeros(32), torch.eye(32)[:, :4], torch.ones(4)), torch.ones(scores)))
-    found = []
-    for number in (1, 3):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        source = transfer.Source(folder, None, SimpleNamespace(pad_token_id=PAD), "", teacher.decoder, [], lambda: None)
-        monkeypatch.setattr(transfer, "cores", lambda number=number: number)
-        logits, states = source.outputs(teacher, "key", ids, 4)
-        found.append((logits, states.values))
-    torch.testing.assert_close(*found, atol=2e-6, rtol=2e-6)
-    assert found[0][0].std(0).min() > 0.01

@@ -1,0 +1,193 @@
+"""The transfer set and its cache: what several make at a time is made once; what a teacher says, and in which order."""
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import filelock
+import pytest
+import torch
+from conftest import PAD, adapted
+
+from data_utils import Batch
+from distillation.teachers import Reduction, as_labeller, hidden_states
+from experiments import transfer
+from lora.linear import lora_layers
+from record.files import UserError
+from record.signals import Interrupted
+
+
+def source_of(folder, teacher, monkeypatch) -> transfer.Source:
+    """Returns a cache in a folder, with the first four dimensions for principal components."""
+    scores = teacher.net.config.num_labels * teacher.decoder
+    monkeypatch.setattr(transfer.Source, "components", lambda *_: (
+        Reduction(torch.zeros(32), torch.eye(32)[:, :4], torch.ones(4)), torch.ones(scores)))
+    return transfer.Source(folder, None, SimpleNamespace(pad_token_id=PAD), "", teacher.decoder, [], lambda: None)
+
+
+def ids_of(count: int) -> list[list[int]]:
+    """Returns token ids of sentences of different lengths, of which some begin alike."""
+    rng = torch.Generator().manual_seed(0)
+    rows = [torch.randint(5, 90, (2 + row % 7,), generator=rng).tolist() for row in range(count)]
+    return [[*rows[row // 3 * 3][:3], *ids] if row % 3 else ids for row, ids in enumerate(rows)]
+
+
+def test_several_processes_make_each_file_once_and_all_of_them_get_every_file(tmp_path):
+    """Locks of files exclude threads as they do processes, for each lock opens the file anew."""
+    wanted, made = [tmp_path / f"{number}.json" for number in range(20)], []
+
+    def make(path) -> None:
+        made.append(path)
+        time.sleep(0.01)
+        path.write_text("{}")
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(transfer.share, dict.fromkeys(wanted, 1), make, lambda: None) for _ in range(3)]:
+            done.result()
+    assert sorted(made) == sorted(wanted)
+    assert sorted(tmp_path.iterdir()) == sorted(wanted)
+
+
+def test_a_stop_ends_the_wait_for_another_process(tmp_path):
+    def check_stop() -> None:
+        raise Interrupted(15)
+
+    with filelock.FileLock(tmp_path / "one.lock"), pytest.raises(Interrupted):
+        transfer.share({tmp_path / "one": 1}, pytest.fail, check_stop)
+
+
+def test_threads_make_files_at_a_time_with_one_core_each(tmp_path):
+    """The first two meet in `make`: neither goes on alone."""
+    wanted, made = [tmp_path / f"{number}" for number in range(20)], []
+    both, calls, before = threading.Barrier(2), itertools.count(), torch.get_num_threads()
+
+    def make(path) -> None:
+        if next(calls) < 2:
+            both.wait(timeout=20)
+        made.append((path, torch.get_num_threads()))
+        path.write_text("")
+
+    torch.set_num_threads(3)
+    try:
+        transfer.share(dict.fromkeys(wanted, 1), make, lambda: None, threads=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(made) == [(path, 1) for path in sorted(wanted)] and sorted(tmp_path.iterdir()) == sorted(wanted)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_in_one_thread_ends_the_others_after_their_files(tmp_path, bad):
+    wanted = [tmp_path / f"{number}" for number in range(1000)]
+
+    def make(path) -> None:
+        time.sleep(0.01)
+        if path == wanted[bad]:
+            raise UserError("disk full")
+        path.write_text("")
+
+    with pytest.raises(UserError, match="disk full"):
+        transfer.share(dict.fromkeys(wanted, 1), make, lambda: None, threads=2)
+    assert len(list(tmp_path.iterdir())) < 20
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_what_a_teacher_says_is_the_same_whatever_the_number_of_threads(tmp_path, monkeypatch, architecture):
+    """Threads are at other sentences in the same model at the same time."""
+    teacher, ids = adapted(architecture), ids_of(60)
+    teacher.net.base_model.register_forward_pre_hook(lambda *_: time.sleep(0.002))
+    monkeypatch.setattr(transfer, "LABELLED", 3)
+    found = []
+    for number in (1, 3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        source = source_of(folder, teacher, monkeypatch)
+        monkeypatch.setattr(transfer, "cores", lambda number=number: number)
+        logits, states = source.outputs(teacher, "key", ids, 4)
+        found.append((logits, states.values))
+    torch.testing.assert_close(*found, atol=2e-6, rtol=2e-6)
+    assert found[0][0].std(0).min() > 0.01
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_each_sentence_has_what_the_library_says_of_it_in_the_order_given(tmp_path, monkeypatch, architecture):
+    teacher, ids = adapted(architecture), ids_of(40)
+    monkeypatch.setattr(transfer, "LABELLED", 4)
+    monkeypatch.setattr(transfer, "SORTED", 12)
+    monkeypatch.setattr(transfer, "TOKENS", 24)
+    source = source_of(tmp_path, teacher, monkeypatch)
+    logits, states = source.outputs(teacher, "key", ids, 4)
+    assert len(states) == 40
+    for row, one in enumerate(ids):
+        with torch.no_grad():
+            out = teacher.net(input_ids=torch.tensor([one]), output_hidden_states=True)
+        torch.testing.assert_close(logits[row], out.logits[0].float(), atol=2e-5, rtol=1e-5)
+        own = states.of(torch.tensor([row]))
+        assert len(own) == len(one)
+        torch.testing.assert_close(own[:, :4], out.hidden_states[-1][0, :, :4], atol=2e-3, rtol=2e-3)  # kept in float16
+
+
+def test_labels_of_a_larger_set_are_taken_over_from_a_smaller_one(tmp_path, monkeypatch):
+    teacher, ids, made = adapted("gpt2"), ids_of(40), []
+    monkeypatch.setattr(transfer, "LABELLED", 4)
+    monkeypatch.setattr(transfer, "SORTED", 12)
+    source = source_of(tmp_path, teacher, monkeypatch)
+    first, _ = source.outputs(teacher, "key", ids[:24], 4)
+    monkeypatch.setattr(transfer.Source, "label", lambda self, teacher, chunk, *_, label=transfer.Source.label: (
+        made.extend(chunk) or label(self, teacher, chunk, *_)))
+    assert source.outputs(teacher, "key", ids, 4)[0][:24].equal(first)
+    assert sorted(made) == sorted(ids[24:])
+
+
+def test_tokens_with_the_same_beginning_are_computed_once():
+    teacher, computed = adapted("llama"), []
+    teacher.net.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    (batch,) = transfer.neighbours([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7]], [0] * 3, [0, 1, 2], 100, SimpleNamespace(
+        pad_token_id=PAD))
+    assert len(hidden_states(teacher, batch)) == 10 and computed == [5]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_a_labeller_in_bfloat16_is_a_copy_near_its_teacher(architecture):
+    teacher, ids = adapted(architecture), torch.randint(5, 90, (8, 9), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.ones_like(ids), torch.zeros(8, dtype=torch.int64)
+    assert as_labeller(teacher, "teacher") is teacher
+    labeller, before = as_labeller(teacher, "bf16"), {name: value.clone() for name, value in teacher.state_dict().items()}
+    batch = Batch(ids, mask, labels, labels, 72)
+    with torch.no_grad():
+        exact, rounded = (torch.cat([one(ids, mask).flatten(), hidden_states(one, batch).flatten()])
+                          for one in (teacher, labeller))
+        for layer in lora_layers(teacher.net).values():
+            layer.lora_B.zero_()
+        alone = torch.cat([teacher(ids, mask).flatten(), hidden_states(teacher, batch).flatten()])
+    distance, update = (exact - rounded).norm() / exact.norm(), (exact - alone).norm() / exact.norm()
+    assert 0 < distance < 5 * 2**-8 < update  # a product rounds to eight bits, and two blocks follow each other
+    assert all(layer.merged and layer.base.weight.dtype == torch.bfloat16 for layer in lora_layers(labeller.net).values())
+    assert all(value.equal(before[name]) for name, value in teacher.state_dict().items() if "lora_B" not in name)
+
+
+@pytest.mark.parametrize("least", [0, 5, 30])
+def test_sentences_are_written_in_threads_as_many_as_will_be_taken(tmp_path, monkeypatch, least):
+    made = []
+
+    def draw(lm, tokenizer, count, length, seed, check_stop) -> list[str]:
+        made.append((seed, torch.get_num_threads()))
+        return [f"{seed} {number}" for number in range(count)]
+
+    monkeypatch.setattr(transfer, "WRITTEN", 4)
+    monkeypatch.setattr(transfer, "draw_sentences", draw)
+    monkeypatch.setattr(transfer, "by_blocks", lambda lm: True)
+    monkeypatch.setattr(transfer, "cores", lambda: 2)
+    source = transfer.Source(tmp_path, None, None, "", True, [], lambda: None)
+    monkeypatch.setattr(source, "longest", lambda: 9)
+    monkeypatch.setattr(source, "writer", lambda: "a language model")
+    found = list(itertools.islice(source.written(least), 1))
+    at_once = max(1, -(-least // 4))
+    assert found == ["0 0"] and sorted(seed for seed, _ in made) == list(range(at_once))
+    assert at_once == 1 or {threads for _, threads in made} == {1}
+    more = list(itertools.islice(source.written(least), least + 9))
+    assert more == [f"{number // 4} {number % 4}" for number in range(least + 9)]
+    assert len(made) == len({seed for seed, _ in made}) == len(list(tmp_path.iterdir()))
+    assert len(made) <= -(-(least + 9) // 4) + at_once // 16
