@@ -249,6 +249,8 @@ class Rotate(torch.autograd.Function):
 
 
 class FusedLlamaAttention(LlamaAttention):
+    together = (("q_proj", "k_proj", "v_proj"),)  # read the same input: see `lora.matmul.set_precision`
+
     def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, norm=None, position_embeddings=None,
                 last=False, **kwargs):
         if unique is None:
@@ -266,6 +268,7 @@ class FusedLlamaAttention(LlamaAttention):
 
 class FusedLlamaLayer(LlamaDecoderLayer):
     last = False  # as in FusedGPT2Block
+    together = (("mlp.gate_proj", "mlp.up_proj"),)
 
     def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, **kwargs):
         if unique is None:
@@ -304,6 +307,8 @@ def qkv_attention(q: nn.Module, k: nn.Module, v: nn.Module, x: Tensor, size: int
 
 
 class FusedBertSelfAttention(BertSelfAttention):
+    together = (("query", "key", "value"),)
+
     def forward(self, hidden_states, attention_mask=None, *args, pooled=False, last=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -332,6 +337,8 @@ class FusedBertLayer(BertLayer):
 
 
 class FusedDistilBertAttention(DistilBertSelfAttention):
+    together = (("q_lin", "k_lin", "v_lin"),)
+
     def forward(self, hidden_states, attention_mask=None, pooled=False, last=False, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, **kwargs)

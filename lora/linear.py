@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora import amx
-from lora.matmul import add_update, by_onednn, narrow, outer, product
+from lora.matmul import add_update, by_onednn, joined, narrow, outer, product
 from lora.mixed import MixedLinear
 from lora.prologue import ApplyPrologue
 
@@ -260,8 +260,11 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
     ends = list(itertools.accumulate(map(len, weights)))
     spans = [slice(end - len(weight), end) for linear, weight, end in zip(linears, weights, ends, strict=True)
              if linear in layers]
-    return _FrozenLinear.apply(x, layers[0].scaling if layers else 1.0, prologue, weights, biases, by_tiles(linears, x),
-                               spans, *(layer.lora_A.to(x.dtype) for layer in layers), *(B.to(x.dtype) for B in Bs))
+    tiles = by_tiles(linears, x)
+    if len(weights) > 1 and not tiles and (together := joined(weights, biases)) is not None:
+        weights, biases = [together], [None if biases[0] is None else torch.cat(biases)]
+    return _FrozenLinear.apply(x, layers[0].scaling if layers else 1.0, prologue, weights, biases, tiles, spans,
+                               *(layer.lora_A.to(x.dtype) for layer in layers), *(B.to(x.dtype) for B in Bs))
 
 
 @torch.no_grad()

@@ -113,6 +113,55 @@ void rms_norm_backward(const float *x, const float *weight, float eps, const flo
     }
 }
 
+/* The mean of a row, and 1 / sqrt(mean((x - mean)^2) + eps). */
+static inline void moments(const float *x, long n, float eps, float *mean, float *r) {
+    __m512 sum = number(0), squares = number(0);
+    for (long i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, load(x + i, n - i));
+    *mean = _mm512_reduce_add_ps(sum) / n;
+    for (long i = 0; i < n; i += 16) {
+        __m512 d = _mm512_maskz_sub_ps(first(n - i), load(x + i, n - i), number(*mean));
+        squares = _mm512_fmadd_ps(d, d, squares);
+    }
+    *r = 1 / sqrtf(_mm512_reduce_add_ps(squares) / n + eps);
+}
+
+/* y = weight (x - mean) r + bias, over rows of n */
+void layer_norm(const float *x, const float *weight, const float *bias, float eps, float *y, long rows, long n, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++) {
+        float mean, r;
+        moments(x + m * n, n, eps, &mean, &r);
+        for (long i = 0; i < n; i += 16) {
+            __m512 u = _mm512_mul_ps(_mm512_sub_ps(load(x + m * n + i, n - i), number(mean)), number(r));
+            store(y + m * n + i, _mm512_fmadd_ps(u, load(weight + i, n - i), load(bias + i, n - i)), n - i);
+        }
+    }
+}
+
+/* dx = r (g - mean(g) - u mean(g u)) with u = (x - mean) r, g = grad weight */
+void layer_norm_backward(const float *x, const float *weight, const float *bias, float eps, const float *grad, float *y,
+                         float *dx, long rows, long n, int threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++) {
+        float mean, r;
+        __m512 sum = number(0), products = number(0);
+        moments(x + m * n, n, eps, &mean, &r);
+        for (long i = 0; i < n; i += 16) {
+            __m512 u = _mm512_mul_ps(_mm512_sub_ps(load(x + m * n + i, n - i), number(mean)), number(r));
+            __m512 w = load(weight + i, n - i), g = _mm512_mul_ps(load(grad + m * n + i, n - i), w);
+            sum = _mm512_add_ps(sum, g), products = _mm512_fmadd_ps(g, u, products);
+            store(y + m * n + i, _mm512_fmadd_ps(u, w, load(bias + i, n - i)), n - i);
+        }
+        __m512 shift = number(_mm512_reduce_add_ps(sum) / n), slope = number(_mm512_reduce_add_ps(products) / n);
+        for (long i = 0; i < n; i += 16) {
+            __m512 u = _mm512_mul_ps(_mm512_sub_ps(load(x + m * n + i, n - i), number(mean)), number(r));
+            __m512 g = _mm512_mul_ps(load(grad + m * n + i, n - i), load(weight + i, n - i));
+            g = _mm512_fnmadd_ps(u, slope, _mm512_sub_ps(g, shift));
+            store(dx + m * n + i, _mm512_mul_ps(number(r), g), n - i);
+        }
+    }
+}
+
 /* ---------------------------------------------------------------- matmuls with a narrow matrix: LoRA's A and B
  *
  * Each reads the wide matrix once for every RANKS of the rank. Where rows or ranks are left over, the last one is computed
@@ -267,7 +316,7 @@ int attend(const Attention *x, float *y, float *lse, long longest, int threads) 
         for (long j = 0; j < count; j += 16) {
             __m512 e = exponential(_mm512_sub_ps(load(weight + j, count - j), number(largest)));
             store(weight + j, e, count - j);
-            sum += _mm512_mask_reduce_add_ps(count - j >= 16 ? 0xffff : (1 << (count - j)) - 1, e);
+            sum += _mm512_mask_reduce_add_ps(first(count - j), e);
         }
         for (long n = 0; n < size; n += 16) {
             __m512 total = number(0);
@@ -322,11 +371,11 @@ int attend_backward(const Attention *x, const float *y, const float *lse, const 
             for (long i = 0; i < x->tokens; i++)
                 for (long h = g * shared; h < (g + 1) * shared; h++) {
                     __m512 q = load(x->q + i * x->ldq + h * size + n, left), dy = load(grad + (i * heads + h) * size + n, left);
-                    long count = x->length[i], first = offset[i] + h * count;
+                    long count = x->length[i], pair = offset[i] + h * count;
                     for (long j = 0; j < count; j++) {
                         long at = x->chain[x->start[i] + j] * x->ldk + column;
-                        store(dk + at, _mm512_fmadd_ps(number(ds[first + j]), q, load(dk + at, left)), left);
-                        store(dv + at, _mm512_fmadd_ps(number(p[first + j]), dy, load(dv + at, left)), left);
+                        store(dk + at, _mm512_fmadd_ps(number(ds[pair + j]), q, load(dk + at, left)), left);
+                        store(dv + at, _mm512_fmadd_ps(number(p[pair + j]), dy, load(dv + at, left)), left);
                     }
                 }
         }

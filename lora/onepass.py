@@ -31,6 +31,8 @@ ARGUMENTS = {  # as in onepass.c
     "swiglu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, LONG, INT],
     "rms_norm": [POINTER, POINTER, FLOAT, POINTER, LONG, LONG, INT],
     "rms_norm_backward": [POINTER, POINTER, FLOAT, POINTER, POINTER, POINTER, LONG, LONG, INT],
+    "layer_norm": [POINTER, POINTER, POINTER, FLOAT, POINTER, LONG, LONG, INT],
+    "layer_norm_backward": [POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER, POINTER, LONG, LONG, INT],
     "narrow": [POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, INT],
     "update": [POINTER, POINTER, POINTER, LONG, LONG, LONG, INT],
     "outer": [POINTER, POINTER, LONG, POINTER, LONG, LONG, LONG, INT],
@@ -114,6 +116,22 @@ def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> tu
     y, dx = torch.empty_like(x), torch.empty_like(x)
     load().rms_norm_backward(x.data_ptr(), weight.data_ptr(), eps, grad.data_ptr(), y.data_ptr(), dx.data_ptr(), *x.shape,
                              torch.get_num_threads())
+    return y, dx
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Computes weight * (x - mean) / sqrt(variance + eps) + bias of each row."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    load().layer_norm(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, y.data_ptr(), *x.shape, torch.get_num_threads())
+    return y
+
+
+def layer_norm_backward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, grad = x.contiguous(), grad.contiguous()
+    y, dx = torch.empty_like(x), torch.empty_like(x)
+    load().layer_norm_backward(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, grad.data_ptr(), y.data_ptr(),
+                               dx.data_ptr(), *x.shape, torch.get_num_threads())
     return y, dx
 
 

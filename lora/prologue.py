@@ -20,18 +20,22 @@ class LayerNormPrologue:
     """Layer normalisation by the weights of an `nn.LayerNorm`."""
 
     def __init__(self, norm: nn.LayerNorm):
-        self.norm = norm
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
+        return torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if onepass.takes(x, self.weight, self.bias):
+            return onepass.layer_norm(x, self.weight, self.bias, self.eps)
         return self._normalised(x)[0]
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if onepass.takes(x, self.weight, self.bias):
+            return onepass.layer_norm_backward(x, self.weight, self.bias, self.eps, grad)
         y, mean, rstd = self._normalised(x)
         return y, torch.ops.aten.native_layer_norm_backward(
-            grad, x, x.shape[-1:], mean, rstd, self.norm.weight, self.norm.bias, [True, False, False])[0]
+            grad, x, x.shape[-1:], mean, rstd, self.weight, self.bias, [True, False, False])[0]
 
 
 class RMSNormPrologue:

@@ -8,9 +8,20 @@ from conftest import ARCHITECTURES, adapted, toy_batch, toy_net
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora import matmul
-from lora.linear import LoRALinear, frozen_linear
-from lora.matmul import FastConv1D, FastLinear, add_update, by_onednn, narrow, product, set_precision, speed_up
+from lora import linear, matmul
+from lora.linear import LoRALinear, frozen_linear, weight_of
+from lora.matmul import (
+    FastConv1D,
+    FastLinear,
+    add_update,
+    by_onednn,
+    joined,
+    lay_side_by_side,
+    narrow,
+    product,
+    set_precision,
+    speed_up,
+)
 from model import LoRAOptions, TextClassifier
 from record import machine
 from train_utils import trainable
@@ -194,3 +205,48 @@ def test_a_full_run_stays_float32():
     classifier = TextClassifier(net).configure("full", LoRAOptions())
     set_precision(net.base_model, "bf16")
     assert {p.dtype for p in classifier.parameters()} == {torch.float32}
+
+
+# ---------------------------------------------------------------- layers that read the same input
+
+def groups_of(classifier: TextClassifier) -> list[list[torch.Tensor]]:
+    """Weights that are read with the same input."""
+    return [[weight_of(getattr(layer, "base", layer)) for layer in map(module.get_submodule, names)]
+            for module in classifier.net.base_model.modules() for names in getattr(module, "together", ())]
+
+
+@pytest.mark.parametrize("options", [one for one in OPTIONS if "dropout" not in one], ids=str)  # else A reads another input
+@pytest.mark.parametrize("architecture", ["llama", "bert", "distilbert"])
+def test_layers_that_read_the_same_input_are_one_product(architecture, options, library, monkeypatch):
+    apart, together, products = adapted(architecture, **options), adapted(architecture, **options), []
+    names = {name: value.clone() for name, value in together.state_dict().items()}
+    set_precision(together.net.base_model, "fp32")
+    assert names.keys() == together.state_dict().keys()
+    assert all(value.equal(names[name]) for name, value in together.state_dict().items())
+    expected = step(apart)
+    monkeypatch.setattr(linear, "product", lambda x, W, *rest, product=linear.product, **more: (
+        products.append(tuple(W.shape)) or product(x, W, *rest, **more)))
+    assert_like(step(together), expected, 1e-5, 1e-5)
+    groups = groups_of(together)
+    assert groups and all(joined(group, [None] * len(group)) is not None for group in groups)
+    for group in groups[:-1]:  # of the last block a part of the attention is computed for one token alone
+        assert (sum(map(len, group)), group[0].shape[1]) in products
+
+
+def test_joined_weights_are_those_that_follow_each_other_in_memory():
+    layers = [nn.Linear(4, n).requires_grad_(False) for n in (3, 2, 5)]
+    weights, nothing = [layer.weight for layer in layers], [None] * 3
+    assert joined(weights, nothing) is None
+    lay_side_by_side(layers)
+    assert torch.equal(joined(weights, nothing), torch.cat(weights))
+    assert torch.equal(joined(weights[1:], nothing[1:]), torch.cat(weights[1:]))
+    assert joined(weights, [layers[0].bias, None, None]) is None and joined(weights[::2], nothing[::2]) is None
+    assert joined(weights[::-1], nothing) is None
+    both = joined(weights, nothing)
+    layers[1].weight.add_(1)  # as merging an adapter does
+    assert torch.equal(both, torch.cat(weights))
+    layers[0].weight.data = layers[0].weight.data.clone()
+    assert joined(weights, nothing) is None
+    trained = [nn.Linear(4, 3), nn.Linear(4, 2)]
+    lay_side_by_side(trained)
+    assert joined([layer.weight for layer in trained], [None] * 2) is None

@@ -22,11 +22,15 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
-WEIGHT = torch.linspace(-2, 2, 50)
+WEIGHT, BIAS = torch.linspace(-2, 2, 50), torch.linspace(1, -1, 50)
 
 
 def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:], WEIGHT.to(x.dtype), 1e-5)
+
+
+def layer_norm(x):
+    return F.layer_norm(x, x.shape[-1:], WEIGHT.to(x.dtype), BIAS.to(x.dtype), 1e-5)
 
 
 @needs_onepass
@@ -34,7 +38,9 @@ def rms_norm(x):
 @pytest.mark.parametrize("function, ours, ours_backward", [
     (gelu, onepass.gelu, onepass.gelu_backward), (swiglu, onepass.swiglu, onepass.swiglu_backward),
     (rms_norm, lambda x: onepass.rms_norm(x, WEIGHT, 1e-5),
-     lambda x, grad: onepass.rms_norm_backward(x, WEIGHT, 1e-5, grad))])
+     lambda x, grad: onepass.rms_norm_backward(x, WEIGHT, 1e-5, grad)),
+    (layer_norm, lambda x: onepass.layer_norm(x, WEIGHT, BIAS, 1e-5),
+     lambda x, grad: onepass.layer_norm_backward(x, WEIGHT, BIAS, 1e-5, grad))])
 def test_what_stands_before_is_its_formula_in_float64(function, ours, ours_backward, scale):
     torch.manual_seed(1)
     x = torch.randn(19, 50) * scale
