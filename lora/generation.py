@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from lora.blocks import Rotate, fuse, unique_tokens
+from lora import onepass
+from lora.blocks import SHORT, Rotate, fuse, unique_tokens
 
 BLOCK = 256  # tokens of the vocabulary: PyTorch's argmax and cumsum over all of it take several times as long as by blocks
 PREFILL_TOKENS = 4096  # of prompts computed together, pads included: bounds memory
@@ -138,15 +140,16 @@ class _Row:
 
 
 class _Cache:
-    """Keys and values of the rows of a batch: for each block two tensors (slots, heads, positions, channels)."""
+    """Keys and values of the rows of a batch: for each block two tensors (slots, positions, heads * channels)."""
 
     def __init__(self, lm: PreTrainedModel, slots: int, positions: int):
         config = lm.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.positions = positions
         self.ready = 0  # positions that hold finite numbers; the others take no memory yet
-        self.blocks = [tuple(torch.empty(slots, heads, positions, size, device=lm.device, dtype=torch.float32
-                                         if lm.device.type == "cpu" else lm.dtype) for _ in range(2))
+        dtype = torch.float32 if lm.device.type == "cpu" else lm.dtype
+        self.blocks = [tuple(torch.empty(slots, positions, heads * size, device=lm.device, dtype=dtype) for _ in range(2))
                        for _ in range(config.num_hidden_layers)]
 
     def reach(self, length: int) -> None:
@@ -155,13 +158,13 @@ class _Cache:
             start, self.ready = self.ready, length + 31
             for block in self.blocks:
                 for part in block:
-                    part[:, :, start:self.ready] = 0
+                    part[:, start:self.ready] = 0
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies a slot's first positions to another slot."""
         for block in self.blocks:
             for part in block:
-                part[target, :, :length] = part[source, :, :length]
+                part[target, :length] = part[source, :length]
 
 
 class _Step:
@@ -185,6 +188,12 @@ class _Step:
         self.mask = None if min(positions) == max(positions) else (
             torch.arange(self.length, device=device) <= self.positions)[:, None, None]  # (n, 1, 1, length)
 
+    @cached_property
+    def chains(self) -> onepass.Chains:
+        """Returns where each row's keys and values lie in a block's cache as rows (slots * positions, heads * channels)."""
+        chain = self.slots[:, None] * self.cache.positions + torch.arange(self.length)
+        return onepass.Chains(chain.flatten(), self.slots * self.length, self.positions[:, 0] + 1)
+
     def attend(self, layer: int, q: Tensor, kv: None, heads: tuple[int, int], size: int, scale: float,
                rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Adds the keys and values in q (n, C + 2 K) to the cache; returns each row's attention to all its own, (n, C)."""
@@ -193,8 +202,12 @@ class _Step:
             q = Rotate.rotate(q, *rotary, C + K)
         q, *new = q.split([C, K, K], -1)
         for part, x in zip(self.cache.blocks[layer], new, strict=True):
-            part[self.slots, :, self.positions[:, 0]] = x.view(n, heads[1], size)
-        keys, values = (part[:n, :, :self.length] for part in self.cache.blocks[layer])
+            part[self.slots, self.positions[:, 0]] = x
+        if self.length <= SHORT and onepass.takes(q):
+            keys, values = (part.flatten(0, 1) for part in self.cache.blocks[layer])
+            return onepass.attend(q, keys, values, self.chains, size, scale)[0]
+        keys, values = (part[:n, :self.length].unflatten(-1, (-1, size)).transpose(1, 2)
+                        for part in self.cache.blocks[layer])
         # Query heads that share a key head are passed as several queries of that head.
         return F.scaled_dot_product_attention(q.reshape(n, heads[1], -1, size), keys, values, self.mask,
                                               scale=scale).reshape(n, C)
@@ -239,7 +252,7 @@ class _Batch:
         """Writes keys and values (B, T, K) of a block from position 0 on; a pad's are written over when a token comes."""
         slots = torch.tensor(slots)
         for part, x in zip(self.cache.blocks[layer], new, strict=True):
-            part[slots, :, :x.shape[1]] = x.unflatten(-1, (-1, part.shape[-1])).transpose(1, 2)
+            part[slots, :x.shape[1]] = x
 
     @torch.inference_mode()
     def step(self, sampling: Sampling) -> None:

@@ -153,7 +153,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     Saves x and the narrow y A^T for the backward pass, recomputes y there, and adds each update in place, so that no
     second (rows, features) tensor is written in either direction. If W is bfloat16 and x is not, only the matmuls with
-    W run in bfloat16. If `tiles`, the AMX kernel computes matmuls and updates.
+    W run in bfloat16, and an activation's x is saved in it. If `tiles`, the AMX kernel computes matmuls and updates.
     """
 
     @staticmethod
@@ -176,7 +176,10 @@ class _FrozenLinear(torch.autograd.Function):
         A, B = _FrozenLinear.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
         y = x if prologue is None else prologue(x)  # (rows, in)
         h = None if A is None else narrow(y, A)  # (rows, rank)
-        ctx.save_for_backward(None if A is None and prologue is None else x, h, A, B, *weights)
+        kept = None if A is None and prologue is None else x
+        if prologue is not None and prologue.wide and weights[0].dtype == torch.bfloat16:
+            kept = x.bfloat16()  # what is computed of it meets a rounded gradient
+        ctx.save_for_backward(kept, h, A, B, *weights)
         ctx.scaling, ctx.prologue, ctx.tiles = scaling, prologue, tiles
         sizes = list(map(len, weights))
         if tiles:
@@ -200,6 +203,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, *weights = ctx.saved_tensors
+        x = x if x is None else x.to(grad.dtype)
         grad_x = grad_B = grad_h = None
         if A is not None:
             grad_h = narrow(grad, B.t()).mul_(ctx.scaling)  # (rows, rank)

@@ -3,7 +3,8 @@
     y = prologue(x)                                 # (rows, n): a norm or an activation, its weights frozen
     y, grad_x = prologue.backward(x, grad_y)        # y once more, and the gradient of x
 
-Some are computed in one pass by onepass.py where the machine can.
+Some are computed in one pass by onepass.py where the machine can. `wide` says whether x has several times as many numbers
+a row as the block's input: with bfloat16 weights it is saved in bfloat16.
 """
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from lora import onepass
 
 class LayerNormPrologue:
     """Layer normalisation by the weights of an `nn.LayerNorm`."""
+
+    wide = False
 
     def __init__(self, norm: nn.LayerNorm):
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
@@ -40,6 +43,8 @@ class LayerNormPrologue:
 
 class RMSNormPrologue:
     """Llama's RMS normalisation: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
+
+    wide = False
 
     def __init__(self, norm: nn.Module):
         self.weight, self.eps = norm.weight, norm.variance_epsilon
@@ -72,6 +77,8 @@ class GELUPrologue:
     results of backward together take as long as PyTorch's kernels take for forward and gradient.
     """
 
+    wide = True
+
     K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -103,6 +110,8 @@ class GELUPrologue:
 class ExactGELUPrologue:
     """GELU by the error function (`gelu`)."""
 
+    wide = True
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
@@ -112,6 +121,8 @@ class ExactGELUPrologue:
 
 class SwiGLUPrologue:
     """SwiGLU, silu(gate) * up with gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
+
+    wide = True
 
     def __call__(self, x: Tensor) -> Tensor:
         if onepass.takes(x):

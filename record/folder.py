@@ -163,10 +163,10 @@ def is_card(path: Path) -> bool:
 def _same_options(folder: Path, config: dict, what: str) -> None:
     """Refuses to resume or repeat (`what`) the run in a folder with other options, data, teacher or base model."""
     before = read_json(folder / "config.json")
+    recorded = before.get("options", {})
     for name, value in config["options"].items():
-        old = before.get("options", {}).get(name)
-        if old != value and name not in FREE:
-            raise UserError(f"{folder}: {what} with another {name}: it began with {old}, now {value}")
+        if name in recorded and recorded[name] != value and name not in FREE:  # an older run knows no newer option
+            raise UserError(f"{folder}: {what} with another {name}: it began with {recorded[name]}, now {value}")
     for key, part in (("base_sha256", "weights are"), ("base_config_sha256", "configuration is"),
                       ("tokenizer_sha256", "tokenizer is")):
         if before.get(key) != config.get(key):

@@ -141,6 +141,21 @@ def test_a_changed_teacher_is_refused(work, tmp_path, capsys):
     assert "repeat with a changed teacher: adapter_model.safetensors is not the file" in capsys.readouterr().err
 
 
+def test_a_run_of_before_an_option_is_repeated_as_it_was_then(work, tmp_path, capsys):
+    for name in ("lora", "distil"):
+        shutil.copytree(work / name, tmp_path / name)
+    config = read_json(tmp_path / "distil" / "config.json")
+    assert config["options"].pop("label_precision") == "teacher"
+    config["options"]["teacher"] = str(tmp_path / "lora")
+    (tmp_path / "distil" / "config.json").write_text(json.dumps(config))
+    toy.reseal(tmp_path / "distil")
+    toy.main("repeat", tmp_path / "distil", "--out", tmp_path / "again")
+    assert read_json(tmp_path / "again" / "config.json")["options"]["label_precision"] == "teacher"
+    for name in ("student", "scratch"):
+        one, other = ((tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("distil", "again"))
+        assert one == other
+
+
 def test_only_a_finished_run_can_be_repeated(tmp_path, capsys):
     assert toy.main("repeat", tmp_path / "none") == 2
     assert "none: not a run's folder" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from conftest import CONTEXT, SIZES, VOCAB
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lora import generation
+from lora import generation, onepass
 from lora.generation import Sampling, draw, uniforms
 from lora.matmul import set_precision, speed_up
 
@@ -48,6 +48,18 @@ def test_greedy_texts_are_the_librarys_own(architecture, batch_size):
     expected = library_texts(lm, end)
     assert len({len(text) for text in expected}) > 1 and len(set(map(tuple, expected))) > 3
     assert texts(lm, end={end}, sampling=Sampling(greedy=True), batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("short", [0, 12, 100])  # never, until texts are longer, always
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_either_way_of_computing_attention_gives_the_librarys_texts(architecture, short, monkeypatch):
+    computed, attend = [], onepass.attend
+    monkeypatch.setattr(onepass, "attend", lambda *args: computed.append(1) or attend(*args))
+    monkeypatch.setattr(generation, "SHORT", short)
+    lm = language_model(architecture)
+    texts(lm, [[7]], sampling=Sampling(greedy=True))  # no token of a prompt is computed without a new one
+    assert bool(computed) == (short > 0 and onepass.available())
+    assert texts(lm, end={VOCAB}, sampling=Sampling(greedy=True), batch_size=3) == library_texts(lm, VOCAB)
 
 
 @pytest.mark.parametrize("architecture", KNOWN)
