@@ -148,8 +148,8 @@ def weight_of(linear: nn.Linear | Conv1D) -> Tensor:
 class _FrozenLinear(torch.autograd.Function):
     """y W^T + b + scaling (y A^T) B^T with y = prologue(x), for Ws that never train.
 
-    `spans` are the outputs that each update covers; their As come next, then as many Bs. Together they are one LoRA
-    of the summed rank: the As are stacked, and the Bs form one block matrix.
+    `spans` are the outputs that each update covers; their As come next, then as many Bs. The As are stacked, for all
+    updates read the same y.
 
     Saves x and the narrow y A^T for the backward pass, recomputes y there, and adds each update in place, so that no
     second (rows, features) tensor is written in either direction. If W is bfloat16 and x is not, only the matmuls with
@@ -157,33 +157,29 @@ class _FrozenLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def stack(spans: list[slice], As: tuple[Tensor, ...], Bs: tuple[Tensor, ...], outputs: int
-              ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns A (rank, in) and B (outputs, rank) of all updates; None if there are no updates."""
-        if not spans:
-            return None, None
-        if len(spans) == 1 and len(Bs[0]) == outputs:
-            return As[0], Bs[0]
-        B, rank = Bs[0].new_zeros(outputs, sum(map(len, As))), 0
+    def block(spans: list[slice], Bs: list[Tensor], outputs: int) -> Tensor:
+        """Returns the transposed Bs (rank, some outputs) of all updates as one of the summed rank: (ranks, outputs)."""
+        block, rank = Bs[0].new_zeros(sum(map(len, Bs)), outputs), 0
         for span, part in zip(spans, Bs, strict=True):
-            B[span, rank:(rank := rank + part.shape[1])] = part
-        return torch.cat(As), B
+            block[rank:(rank := rank + len(part)), span] = part
+        return block
 
     @staticmethod
     def forward(ctx, x: Tensor, scaling: float, prologue, weights: list[Tensor], biases: list[Tensor | None], tiles: bool,
                 spans: list[slice], *updates: Tensor) -> Tensor:
-        ctx.spans, ctx.ranks = spans, [len(A) for A in updates[:len(spans)]]
-        A, B = _FrozenLinear.stack(spans, updates[:len(spans)], updates[len(spans):], sum(map(len, weights)))
+        As, Bs = updates[:len(spans)], [B.t().contiguous() for B in updates[len(spans):]]  # (rank, some outputs)
+        ctx.spans, ctx.ranks = spans, list(map(len, As))
+        A = None if not As else As[0] if len(As) == 1 else torch.cat(As)
         y = x if prologue is None else prologue(x)  # (rows, in)
-        h = None if A is None else narrow(y, A)  # (rows, rank)
+        h = None if A is None else narrow(y, A)  # (rows, ranks)
         kept = None if A is None and prologue is None else x
         if prologue is not None and prologue.wide and weights[0].dtype == torch.bfloat16:
             kept = x.bfloat16()  # what is computed of it meets a rounded gradient
-        ctx.save_for_backward(kept, h, A, B, *weights)
+        ctx.save_for_backward(kept, h, A, *Bs, *weights)
         ctx.scaling, ctx.prologue, ctx.tiles = scaling, prologue, tiles
         sizes = list(map(len, weights))
         if tiles:
-            update = [] if A is None else [(h, (B * scaling).t().split(sizes, 1))]
+            update = [] if A is None else [(h, (_FrozenLinear.block(spans, Bs, sum(sizes)) * scaling).split(sizes, 1))]
             return amx.matmul([(y, [weight.t() for weight in weights]), *update], biases)
         if len(weights) == 1:
             out = product(y.to(weights[0].dtype), weights[0], biases[0]).to(x.dtype)  # (rows, out)
@@ -196,18 +192,21 @@ class _FrozenLinear(torch.autograd.Function):
                     torch.mm(y, weight.t(), out=part)
                     if bias is not None:
                         part.add_(bias)
-        if A is not None:
-            out = add_update(out, h, B, scaling)
+        for span, part, B in zip(spans, () if h is None else h.split(ctx.ranks, 1), Bs, strict=True):
+            add_update(out[:, span], part, B, scaling)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, B, *weights = ctx.saved_tensors
+        x, h, A, *saved = ctx.saved_tensors
+        Bs, weights = saved[:len(ctx.spans)], saved[len(ctx.spans):]
         x = x if x is None else x.to(grad.dtype)
-        grad_x = grad_B = grad_h = None
+        grad_x = grad_h = None
         if A is not None:
-            grad_h = narrow(grad, B.t()).mul_(ctx.scaling)  # (rows, rank)
-            grad_B = outer(h, grad).mul_(ctx.scaling)  # (rank, out), transposed
+            grads = [grad[:, span] for span in ctx.spans]
+            grad_h = [narrow(g, B) for g, B in zip(grads, Bs, strict=True)]
+            grad_h = (grad_h[0] if len(Bs) == 1 else torch.cat(grad_h, 1)).mul_(ctx.scaling)  # (rows, ranks)
+            grad_Bs = [outer(part, g).mul_(ctx.scaling).t() for part, g in zip(h.split(ctx.ranks, 1), grads, strict=True)]
         if ctx.needs_input_grad[0]:
             parts = list(zip(grad.split(list(map(len, weights)), 1), weights, strict=True))
             if ctx.tiles:
@@ -219,16 +218,13 @@ class _FrozenLinear(torch.autograd.Function):
                     else:
                         grad_x.add_(product(g.to(W.dtype), W.t()))
                 if A is not None:
-                    grad_x = add_update(grad_x, grad_h, A.t(), 1.0)
+                    add_update(grad_x, grad_h, A)
             if ctx.prologue is not None:
                 x, grad_x = ctx.prologue.backward(x, grad_x)
         elif ctx.prologue is not None:
             x = ctx.prologue(x)
-        grads = []
-        if A is not None:
-            grads = [*outer(grad_h, x).split(ctx.ranks), *(
-                part[:, span].t() for part, span in zip(grad_B.split(ctx.ranks), ctx.spans, strict=True))]
-        return grad_x, None, None, None, None, None, None, *grads
+        updates = [] if A is None else [*outer(grad_h, x).split(ctx.ranks), *grad_Bs]
+        return grad_x, None, None, None, None, None, None, *updates
 
 
 def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: slice = slice(None)) -> Tensor:

@@ -68,13 +68,15 @@ def narrow(x: Tensor, W: Tensor) -> Tensor:
     return torch.mm(W.contiguous(), x.t()).t() if machine.matmul() == "onednn" else torch.mm(x, W.t())
 
 
-def add_update(out: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Computes out + scaling h B^T for a narrow h (rows, rank); may write over out (rows, outputs)."""
-    if h.shape[1] <= NARROW and onepass.takes(out, h, B):
-        return onepass.update(out, h * scaling, B.t())
-    if out.shape[1] % 1024 == 0 and by_onednn(h, B):  # rows 4 KiB apart share cache lines: MKL takes 7 times as long
-        return product(h * scaling, B, add=out)
-    return out.addmm_(h, B.t(), alpha=scaling)
+def add_update(out: Tensor, h: Tensor, b: Tensor, scaling: float = 1.0) -> None:
+    """Adds scaling h b to out (rows, outputs), whose rows may lie apart; h (rows, rank) and b (rank, outputs) are narrow."""
+    if len(b) <= NARROW and onepass.takes(out, h, b):
+        onepass.update(out, h if scaling == 1 else h * scaling, b)
+    elif out.shape[1] % 1024 == 0 and out.is_contiguous() and by_onednn(h, b.t()):
+        # Rows 4 KiB apart share cache lines: MKL takes 7 times as long.
+        out.copy_(product(h * scaling, b.t(), add=out))
+    else:
+        out.addmm_(h, b, alpha=scaling)
 
 
 def outer(h: Tensor, x: Tensor) -> Tensor:

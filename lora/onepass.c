@@ -216,8 +216,8 @@ INLINE void add_updates(float *const *row, const float *const *of, const float *
         if (j < count) store(row[j] + i, sum[j], left);
 }
 
-/* y (rows, n) += h b with h (rows, rank) and b (rank, n). */
-void update(float *y, const float *h, const float *b, long rows, long n, long rank, int threads) {
+/* y (rows, n), its rows ldy apart, += h b with h (rows, rank) and b (rank, n). */
+void update(float *y, long ldy, const float *h, const float *b, long rows, long n, long rank, int threads) {
     #pragma omp parallel for num_threads(threads)
     for (long m = 0; m < rows; m += TALL) {
         long i = 0;
@@ -225,7 +225,7 @@ void update(float *y, const float *h, const float *b, long rows, long n, long ra
         const float *of[TALL];
         for (long j = 0; j < TALL; j++) {
             long at = least(m + j, rows - 1);
-            row[j] = y + at * n, of[j] = h + at * rank;
+            row[j] = y + at * ldy, of[j] = h + at * rank;
         }
         for (; i + 16 <= n; i += 16) add_updates(row, of, b, rows - m, n, rank, i, 16);
         if (i < n) add_updates(row, of, b, rows - m, n, rank, i, n - i);

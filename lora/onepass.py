@@ -34,7 +34,7 @@ ARGUMENTS = {  # as in onepass.c
     "layer_norm": [POINTER, POINTER, POINTER, FLOAT, POINTER, LONG, LONG, INT],
     "layer_norm_backward": [POINTER, POINTER, POINTER, FLOAT, POINTER, POINTER, POINTER, LONG, LONG, INT],
     "narrow": [POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, INT],
-    "update": [POINTER, POINTER, POINTER, LONG, LONG, LONG, INT],
+    "update": [POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, INT],
     "outer": [POINTER, POINTER, LONG, POINTER, LONG, LONG, LONG, INT],
     "attend": [POINTER, POINTER, POINTER, LONG, INT],
     "attend_backward": [POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, INT],
@@ -150,9 +150,15 @@ def narrow(x: Tensor, A: Tensor) -> Tensor:
 
 
 def update(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
-    """Adds h b to y, in place if y is contiguous: (rows, n) (rows, rank) (rank, n) -> (rows, n)."""
-    y, h, b = y.contiguous(), h.contiguous(), b.contiguous()
-    load().update(y.data_ptr(), h.data_ptr(), b.data_ptr(), *y.shape, len(b), torch.get_num_threads())
+    """Adds h b to y in place, whose rows may lie apart: (rows, n) (rows, rank) (rank, n) -> y.
+
+    Raises:
+        ValueError: a row of y is not contiguous.
+    """
+    if y.stride(1) != 1:
+        raise ValueError("an update wants rows that are contiguous")
+    h, b = h.contiguous(), b.contiguous()
+    load().update(y.data_ptr(), y.stride(0), h.data_ptr(), b.data_ptr(), *y.shape, len(b), torch.get_num_threads())
     return y
 
 

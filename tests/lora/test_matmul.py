@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, adapted, toy_batch, toy_net
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora import linear, matmul
+from lora import linear, matmul, onepass
 from lora.linear import LoRALinear, frozen_linear, weight_of
 from lora.matmul import (
     FastConv1D,
@@ -68,14 +68,21 @@ def test_a_product_is_that_of_float64(library, layout, rows, inputs, outputs):
         torch.testing.assert_close(product(x, W, b, None if a is None else a.clone()), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", machine.KERNELS)
 @pytest.mark.parametrize("outputs", [40, 1024])  # rows of 4 KiB go to the other library
-def test_narrow_products_of_lora_are_those_of_float64(library, outputs):
+def test_narrow_products_of_lora_are_those_of_float64(library, outputs, kernels):
+    if kernels == "onepass" and not onepass.available():
+        pytest.skip("no CPU with AVX-512, or no C compiler")
+    machine.use_kernels(kernels)
     torch.manual_seed(0)
-    x, A, B, out = torch.randn(30, 16), torch.randn(3, 16), torch.randn(outputs, 3), torch.randn(30, outputs)
-    h = narrow(x, A)
+    x, A, b, whole = torch.randn(30, 16), torch.randn(3, 16), torch.randn(3, outputs), torch.randn(30, outputs + 8)
+    h, before = narrow(x, A), whole.clone()
     torch.testing.assert_close(h, (x.double() @ A.double().t()).float(), atol=1e-5, rtol=1e-5)
-    expected = out.double() + 2.5 * h.double() @ B.double().t()
-    torch.testing.assert_close(add_update(out.clone(), h, B, 2.5), expected.float(), atol=1e-5, rtol=1e-5)
+    for out in (whole[:, :outputs].contiguous(), whole[:, 4:-4]):  # a tensor, and a part of one
+        expected = out.double() + 2.5 * h.double() @ b.double()
+        add_update(out, h, b, 2.5)
+        torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(whole[:, :4], before[:, :4]) and torch.equal(whole[:, -4:], before[:, -4:])
 
 
 def test_weights_with_gaps_and_other_types_never_reach_onednn():

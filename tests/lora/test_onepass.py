@@ -163,14 +163,17 @@ def test_matmuls_with_a_narrow_matrix_are_those_of_float64(rows, n, rank, apart,
     x = torch.randn(rows, n + apart, generator=g)[:, apart:]
     h, y = torch.randn(rows, rank, generator=g), torch.randn(rows, n, generator=g)
     A = torch.randn(n, rank, generator=g).t() if transposed else torch.randn(rank, n, generator=g)
-    around = torch.full((rows + 2, n), 7.0)
-    around[1:-1] = y
+    around = torch.full((rows + 2, n + 2 * apart), 7.0)
+    inside = around[1:-1, apart:apart + n]
+    inside.copy_(y)
     found = {"narrow": (onepass.narrow(x, A), x.double() @ A.double().t()),
              "outer": (onepass.outer(h, x), h.double().t() @ x.double()),
-             "update": (onepass.update(around[1:-1], h, A), y.double() + h.double() @ A.double())}
+             "update": (onepass.update(inside, h, A), y.double() + h.double() @ A.double())}
     for name, (ours, expected) in found.items():
         torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=1e-5, msg=name)
-    assert torch.equal(around[1:-1], found["update"][0]) and (around[[0, -1]] == 7).all()  # in place, and nowhere else
+    assert found["update"][0] is inside
+    inside.fill_(7)
+    assert (around == 7).all()  # in place, and nowhere else
 
 
 @needs_onepass
