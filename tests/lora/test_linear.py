@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import adapted, toy_batch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from lora import linear as linear_module
 from lora.linear import LoRALinear, frozen_linear
 from lora.prologue import ApplyPrologue, ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
 
@@ -278,3 +280,26 @@ def test_the_product_keeps_its_input_and_not_what_stands_before_the_layer():
 def test_a_weight_that_trains_is_refused():
     with pytest.raises(RuntimeError, match="requires a gradient"):
         frozen_linear([nn.Linear(8, 3)], torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("options", [{}, {"targets": ("q", "v")}, {"targets": ("k", "mlp")}], ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_what_the_kernel_of_tiles_is_given_adds_up_to_the_same(architecture, options, monkeypatch):
+    """On any machine: the kernel's place is taken by the sum that it computes."""
+    def matmul(terms, biases=(None,)):
+        parts = [torch.cat([a @ b for b in bs], 1) for a, bs in terms]
+        widths = [b.shape[1] for b in terms[0][1]]
+        bias = torch.cat([torch.zeros(n) if b is None else b for n, b in zip(widths, biases, strict=True)])
+        return sum(parts) + bias
+
+    found = []
+    for tiles in (False, True):
+        classifier = adapted(architecture, **options).train()
+        with monkeypatch.context() as patch:
+            if tiles:
+                patch.setattr(linear_module, "by_tiles", lambda *_: True)
+                patch.setattr(linear_module.amx, "matmul", matmul)
+            logits = classifier(*toy_batch())
+            F.cross_entropy(logits, torch.tensor([0, 1, 1, 0])).backward()
+        found.append({"logits": logits.detach(), **{n: p.grad for n, p in classifier.named_parameters() if p.requires_grad}})
+    torch.testing.assert_close(found[1], found[0], atol=2e-6, rtol=1e-4)
