@@ -3,7 +3,8 @@
     python benchmarks/precision.py --run runs/LoRA-12345 --data DIR
 
 The trained weights are the same throughout, so that nothing differs but how the frozen linears are computed; the others
-are compared with fp32. `bf16x3` is there where the CPU has tiles (amx.py).
+are compared with fp32. `bf16x3` is there where the CPU has tiles (amx.py); `labels` is the copy in which a teacher labels a
+transfer set, bfloat16 with its updates merged.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from torch import Tensor
 import data_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report
+from distillation.teachers import as_labeller
 from experiments import evaluate
 from lora import amx
 from lora.matmul import set_precision
@@ -30,7 +32,10 @@ from record.folder import read_run
 def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
     """Returns the logits (N, classes) of all development sentences."""
     classifier, tokenizer, options = evaluate.load_finetuned(run)
-    set_precision(classifier.net.base_model, precision)
+    if precision == "labels":
+        classifier = as_labeller(classifier, "bf16")
+    else:
+        set_precision(classifier.net.base_model, precision)
     logits = []
     for split in task.dev.values():
         for batch in data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], seed=1,
@@ -47,7 +52,8 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     exact = logits_of(args.run, args.task, "fp32")
     report.measure("sentences", [len(exact)], "")
     report.measure("fp32: logits, root mean square", [float(exact.square().mean().sqrt())], "")
-    for precision in ("bf16x3", "bf16") if amx.available() and common.device().type == "cpu" else ("bf16",):
+    tiles = amx.available() and common.device().type == "cpu"
+    for precision in (*(["bf16x3"] if tiles else []), "bf16", "labels"):
         logits = logits_of(args.run, args.task, precision)
         difference = logits - exact
         report.measure(f"{precision}: their difference, root mean square", [float(difference.square().mean().sqrt())], "")
