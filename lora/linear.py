@@ -153,7 +153,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     Saves x and the narrow y A^T for the backward pass, recomputes y there, and adds each update in place, so that no
     second (rows, features) tensor is written in either direction. If W is bfloat16 and x is not, only the matmuls with
-    W run in bfloat16, and an activation's x is saved in it. If `tiles`, the AMX kernel computes matmuls and updates.
+    W run in bfloat16. If `tiles`, the AMX kernel computes matmuls and updates.
     """
 
     @staticmethod
@@ -172,10 +172,7 @@ class _FrozenLinear(torch.autograd.Function):
         A = None if not As else As[0] if len(As) == 1 else torch.cat(As)
         y = x if prologue is None else prologue(x)  # (rows, in)
         h = None if A is None else narrow(y, A)  # (rows, ranks)
-        kept = None if A is None and prologue is None else x
-        if prologue is not None and prologue.wide and weights[0].dtype == torch.bfloat16:
-            kept = x.bfloat16()  # what is computed of it meets a rounded gradient
-        ctx.save_for_backward(kept, h, A, *Bs, *weights)
+        ctx.save_for_backward(None if A is None and prologue is None else x, h, A, *Bs, *weights)
         ctx.scaling, ctx.prologue, ctx.tiles = scaling, prologue, tiles
         sizes = list(map(len, weights))
         if tiles:
@@ -200,7 +197,6 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, *saved = ctx.saved_tensors
         Bs, weights = saved[:len(ctx.spans)], saved[len(ctx.spans):]
-        x = x if x is None else x.to(grad.dtype)
         grad_x = grad_h = None
         if A is not None:
             grads = [grad[:, span] for span in ctx.spans]

@@ -3,8 +3,7 @@
     y = prologue(x)                                 # (rows, n): a norm or an activation, its weights frozen
     y, grad_x = prologue.backward(x, grad_y)        # y once more, and the gradient of x
 
-Some are computed in one pass by onepass.py where the machine can. `wide` says whether x has several times as many numbers
-a row as the block's input: with bfloat16 weights it is saved in bfloat16.
+Some are computed in one pass by onepass.py where the machine can.
 """
 from __future__ import annotations
 
@@ -19,8 +18,6 @@ from lora import onepass
 
 class LayerNormPrologue:
     """Layer normalisation by the weights of an `nn.LayerNorm`."""
-
-    wide = False
 
     def __init__(self, norm: nn.LayerNorm):
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
@@ -43,8 +40,6 @@ class LayerNormPrologue:
 
 class RMSNormPrologue:
     """Llama's RMS normalisation: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
-
-    wide = False
 
     def __init__(self, norm: nn.Module):
         self.weight, self.eps = norm.weight, norm.variance_epsilon
@@ -77,8 +72,6 @@ class GELUPrologue:
     results of backward together take as long as PyTorch's kernels take for forward and gradient.
     """
 
-    wide = True
-
     K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -110,8 +103,6 @@ class GELUPrologue:
 class ExactGELUPrologue:
     """GELU by the error function (`gelu`)."""
 
-    wide = True
-
     def __call__(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 
@@ -121,8 +112,6 @@ class ExactGELUPrologue:
 
 class SwiGLUPrologue:
     """SwiGLU, silu(gate) * up with gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
-
-    wide = True
 
     def __call__(self, x: Tensor) -> Tensor:
         if onepass.takes(x):
