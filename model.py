@@ -284,7 +284,7 @@ class TextClassifier(nn.Module):
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
     def states_of(self, unique: UniqueTokens) -> Tensor:
-        """Returns a fused decoder's last hidden states, after its final norm, of the tokens that `unique` asks for."""
+        """Returns a fused decoder's states (rows, C), after its final norm: of each sentence's last token, or of all."""
         # Fused blocks read no mask. Without this one, the library would build one and wait for the GPU in doing so.
         none = unique.ids.new_ones(1, 1, 1, 1)
         return self.net.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions, use_cache=False,

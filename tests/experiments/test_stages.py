@@ -117,6 +117,17 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(work, staged, monkeypatc
     assert drawn[0][0] == drawn[0][1][:20]
 
 
+@pytest.mark.parametrize(("fast", "words", "precision"), [
+    (True, (), "bf16"), (False, (), "teacher"), (True, ("--label-precision", "teacher"), "teacher")])
+def test_a_teacher_labels_in_bfloat16_where_that_is_fast_or_as_it_is_told(work, staged, monkeypatch, fast, words, precision):
+    asked, as_labeller = [], stages.as_labeller
+    monkeypatch.setattr("experiments.distil.bf16_is_fast", lambda: fast)
+    monkeypatch.setattr(stages, "as_labeller", lambda *args: asked.append(args[1]) or as_labeller(*args))
+    out = staged / f"{fast}-{len(words)}"
+    assert distil(work, out, "--no-control", "--pretrain", 0, *words) == 0
+    assert asked == [precision] and read_json(out / "config.json")["options"]["label_precision"] == precision
+
+
 # The writer takes one step; each later stage of the student two to twenty.
 @pytest.mark.parametrize("stops", [2, 9, 25, 60])
 def test_a_run_stopped_in_any_stage_and_resumed_ends_in_the_same_bytes(work, staged, tmp_path, monkeypatch, stops):
