@@ -43,7 +43,7 @@ def machine_of(result: dict) -> str:
     where = result.get("machine", result)
     versions = result.get("versions", where)
     threads = f"{where['threads']} of {where['cores']} cores" if "cores" in where else f"{where['threads']} thread(s)"
-    library = f", float32 products by {where['matmul']}" if where.get("matmul") else ""
+    library = f", products by {where['matmul']}" if where.get("matmul") else ""
     return f"{cpu_of(result)}, {threads}{library}; torch {versions['torch']}, transformers {versions['transformers']}"
 
 

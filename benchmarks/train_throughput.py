@@ -38,7 +38,7 @@ import train_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent
-from lora import adapters, amx, onepass
+from lora import adapters, amx, gemm, onepass
 from lora.linear import lora_layers
 from lora.matmul import set_precision
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier
@@ -134,10 +134,11 @@ class Ours(Side):
                     return function(*values, **more)
             return call
 
-        plain = {(amx, "matmul"): amx.matmul, **{(onepass, name): getattr(onepass, name) for name in onepass.ARGUMENTS}}
+        plain = {(module, name): getattr(module, name) for module, name in (
+            (amx, "matmul"), (gemm, "product"), *((onepass, name) for name in onepass.ARGUMENTS))}
         for (module, name), function in plain.items():
-            part = {"matmul": "products", "attend": "attention", "attend_backward": "attention"}.get(name)
-            setattr(module, name, labelled(function, part or "norms and activations"))
+            part = "products" if module in (amx, gemm) else "attention" if "attend" in name else "norms and activations"
+            setattr(module, name, labelled(function, part))
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             self.run(numbers)
         for (module, name), function in plain.items():

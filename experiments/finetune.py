@@ -136,7 +136,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     init_files = start_from(options.init, classifier, task, base, say) if options.init else {}
     set_precision(classifier.net.base_model, options.train.precision)
     say(f"  precision {options.train.precision}" + (
-        f", float32 products by {machine.matmul()}, norms and attention by {machine.kernels()}" if device().type == "cpu"
+        f", products by {machine.matmul()}, norms and attention by {machine.kernels()}" if device().type == "cpu"
         else ""))
     classifier.to(device())
     return Prepared(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, init_files, base)

@@ -13,7 +13,6 @@
  * will do, and this one needs no shuffling.
  */
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -52,9 +51,6 @@ typedef struct { long part, n, columns; float *c; } Panel;
 
 /* Those of b in one part. */
 typedef struct { const float *b; long depth, ld, transposed; } Rows;
-
-/* What b's columns are packed from next: lines of 16 numbers, fetched while others are multiplied. */
-typedef struct { const float *line; long column, width, ld, left; } Ahead;
 
 /* Asks Linux for the tiles; 0 if it grants them. */
 int request_tiles(void) {
@@ -109,29 +105,6 @@ static void pack_b(const Rows *x, const float *b, long k, long columns, bf16 *to
         }
 }
 
-/* Writes the transpose of a 16 x 16 matrix of 32-bit numbers. */
-static inline void transpose(__m512i r[16], bf16 *to) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        __m512i even0 = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), even1 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        __m512i odd0 = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd), odd1 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-        _mm512_store_si512(to + 32 * i, _mm512_shuffle_i32x4(even0, even1, 0x88));
-        _mm512_store_si512(to + 32 * (i + 4), _mm512_shuffle_i32x4(odd0, odd1, 0x88));
-        _mm512_store_si512(to + 32 * (i + 8), _mm512_shuffle_i32x4(even0, even1, 0xdd));
-        _mm512_store_si512(to + 32 * (i + 12), _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
-    }
-}
-
 /* The same where b is stored transposed. */
 static void pack_transposed(const Rows *x, const float *b, long k, long columns, bf16 *to) {
     for (long n = 0; n < 2; n++) {
@@ -141,8 +114,8 @@ static void pack_transposed(const Rows *x, const float *b, long k, long columns,
             long left = 16 * n + i < columns ? x->depth - k : 0;
             split(load(row, left), load(row + 16, left - 16), high + i, low + i);
         }
-        transpose(high, to + n * TILE);
-        transpose(low, to + (2 + n) * TILE);
+        transpose(high, to + n * TILE, 64);
+        transpose(low, to + (2 + n) * TILE, 64);
     }
 }
 
@@ -152,23 +125,9 @@ static inline Rows rows_of(const Block *x, long part, long column) {
     return (Rows){r->b + (r->transposed ? column * r->ldb + x->k : x->k * r->ldb + column), x->depth, r->ldb, r->transposed};
 }
 
-static Ahead ahead_of(const Rows *x) {
-    long before = ((uintptr_t)x->b & 63) / sizeof(float); /* where b is not aligned */
-    long width = (before + (x->transposed ? x->depth : COLUMNS) + 15) / 16 * 16;
-    return (Ahead){x->b - before, 0, width, x->ld, (x->transposed ? COLUMNS : x->depth) * width / 16};
-}
-
-static inline void fetch(Ahead *next, long lines) {
-    for (next->left -= lines; lines > 0; lines--) {
-        _mm_prefetch((const char *)(next->line + next->column), _MM_HINT_T1);
-        if ((next->column += 16) >= next->width) next->column = 0, next->line += next->ld;
-    }
-}
-
 /* c (32 rows if two, else 16; 32 columns), from zero on if fresh, += a block of a, whose second 16 rows follow the
  * first, times one of b. Small parts first. */
-static inline __attribute__((always_inline)) void multiply(const bf16 *a, const bf16 *b, long depth, float *c, int fresh,
-                                                           int two, Ahead *next, long lines) {
+INLINE void multiply(const bf16 *a, const bf16 *b, long depth, float *c, int fresh, int two, Ahead *next, long lines) {
     if (fresh) {
         _tile_zero(0); _tile_zero(1);
         if (two) { _tile_zero(2); _tile_zero(3); }
@@ -254,7 +213,9 @@ int matmul(const Term *terms, long count, const Right *rights, const Part *parts
                     if (j + 1 < stop) then = rows_of(plan + j + 1, part, n);
                     else if (p + 1 < panels) then = rows_of(plan + start, panel[p + 1].part, panel[p + 1].n);
                     Ahead next = {0};
-                    if (then.b) next = ahead_of(&then);
+                    if (then.b)
+                        next = ahead_of(then.b, (then.transposed ? then.depth : COLUMNS) * sizeof(float),
+                                        then.transposed ? COLUMNS : then.depth, then.ld * sizeof(float));
                     long lines = next.left / ((now.depth + 31) / 32 * ((tiles + 1) / 2)) + 1;
                     for (long t = 0; t < tiles; t += 2) {
                         const bf16 *high = a + ((j - start) * tiles + t) * BLOCK;

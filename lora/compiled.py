@@ -53,6 +53,17 @@ def load(source: Path, features: dict[str, str]) -> ctypes.CDLL:
         raise UserError(str(error)) from None
 
 
+def load_if_possible(source: Path, features: dict[str, str], arguments: dict[str, list]) -> ctypes.CDLL | None:
+    """Loads a C file as `load` does, with the types of its functions' arguments; None where that cannot be had."""
+    try:
+        lib = load(source, features)
+    except UserError:
+        return None
+    for name, types in arguments.items():
+        getattr(lib, name).argtypes = types
+    return lib
+
+
 def _compile(command: list[str], source: Path, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # it appears whole or not at all

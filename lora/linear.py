@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora import amx
+from lora.gemm import Update
 from lora.matmul import add_update, by_onednn, joined, narrow, outer, product
 from lora.mixed import MixedLinear
 from lora.prologue import ApplyPrologue
@@ -178,18 +179,12 @@ class _FrozenLinear(torch.autograd.Function):
         if tiles:
             update = [] if A is None else [(h, (_FrozenLinear.block(spans, Bs, sum(sizes)) * scaling).split(sizes, 1))]
             return amx.matmul([(y, [weight.t() for weight in weights]), *update], biases)
+        updates = [Update(part, B, span, scaling)
+                   for span, part, B in zip(spans, () if h is None else h.split(ctx.ranks, 1), Bs, strict=True)]
         if len(weights) == 1:
-            out = product(y.to(weights[0].dtype), weights[0], biases[0]).to(x.dtype)  # (rows, out)
-        else:  # side by side in one tensor
-            out, rough = x.new_empty(len(x), sum(sizes)), {weight.dtype: y.to(weight.dtype) for weight in weights}
-            for weight, bias, part in zip(weights, biases, out.split(sizes, 1), strict=True):
-                if weight.dtype != x.dtype or by_onednn(y, weight):
-                    part.copy_(product(rough[weight.dtype], weight, bias))
-                else:
-                    torch.mm(y, weight.t(), out=part)
-                    if bias is not None:
-                        part.add_(bias)
-        for span, part, B in zip(spans, () if h is None else h.split(ctx.ranks, 1), Bs, strict=True):
+            return product(y, weights[0], biases[0], updates=updates).to(x.dtype)  # (rows, out)
+        out = torch.cat([product(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)], 1).to(x.dtype)
+        for part, B, span, scaling in updates:
             add_update(out[:, span], part, B, scaling)
         return out
 
@@ -208,13 +203,9 @@ class _FrozenLinear(torch.autograd.Function):
             if ctx.tiles:
                 grad_x = amx.matmul([(g, [W]) for g, W in (parts if A is None else [*parts, (grad_h, A)])])  # of y
             else:
-                for g, W in parts:
-                    if grad_x is None or W.dtype == grad.dtype:
-                        grad_x = product(g.to(W.dtype), W.t(), add=grad_x).to(grad.dtype)
-                    else:
-                        grad_x.add_(product(g.to(W.dtype), W.t()))
-                if A is not None:
-                    add_update(grad_x, grad_h, A)
+                for i, (g, W) in enumerate(parts):
+                    updates = [] if A is None or i + 1 < len(parts) else [Update(grad_h, A)]
+                    grad_x = product(g, W.t(), add=grad_x, updates=updates).to(grad.dtype)
             if ctx.prologue is not None:
                 x, grad_x = ctx.prologue.backward(x, grad_x)
         elif ctx.prologue is not None:

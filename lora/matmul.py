@@ -4,19 +4,21 @@
     speed_up(net)                      # every nn.Linear and Conv1D of a model computes by `product` from now on
     set_precision(backbone, "bf16")    # how its frozen linears are computed
 
-PyTorch takes MKL for float32, which uses half the width of an AMD CPU; oneDNN, which is in every PyTorch build, uses all
-of it. `record.machine` chooses between them, and a run records the choice.
+PyTorch takes MKL for float32, which uses half the width of an AMD CPU. gemm.py uses all of it, and so does oneDNN, which is
+in every PyTorch build. `record.machine` chooses between them, and a run records the choice.
 """
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora import amx, onepass
+from lora import amx, gemm, onepass
+from lora.gemm import Update
 from record import machine
 from record.files import UserError
 
@@ -38,23 +40,35 @@ def by_onednn(x: Tensor, W: Tensor) -> bool:
             and x.numel() > 0 and is_dense(W))
 
 
-def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> Tensor:
-    """Computes x W^T + bias + add, without gradients.
+def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None = None, updates: Sequence[Update] = ()
+            ) -> Tensor:
+    """Computes x W^T + bias + add + the updates, without gradients, in W's type: (rows, in) -> (rows, out).
 
     Args:
         x: (rows, in).
         W: (out, in), or the transpose of an (in, out) matrix.
         bias: (out,).
-        add: (rows, out); may be written over.
+        add: (rows, out), of the result's type; may be written over.
+
+    Returns:
+        In the wider one of x's and W's types.
     """
-    if by_onednn(x, W):
-        if add is None:
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), W, bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), add, W, bias, "add")
-    if add is None:
-        return F.linear(x, W, bias)
-    add = add.addmm_(x, W.t())
-    return add if bias is None else add.add_(bias)
+    if gemm.takes(x, W):
+        return gemm.product(x, W, bias, updates, add, add is not None)
+    if x.dtype != W.dtype:
+        y = product(x.to(W.dtype), W, bias).to(torch.promote_types(x.dtype, W.dtype))
+        y = y if add is None else add.add_(y)
+    elif by_onednn(x, W):
+        y = (torch.ops.mkldnn._linear_pointwise(x.contiguous(), W, bias, "none", [], "") if add is None else
+             torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), add, W, bias, "add"))
+    elif add is None:
+        y = F.linear(x, W, bias)
+    else:
+        y = add.addmm_(x, W.t())
+        y = y if bias is None else y.add_(bias)
+    for h, b, span, scaling in updates:
+        add_update(y[:, span], h, b, scaling)
+    return y
 
 
 # Products with a narrow matrix, LoRA's A or B: by onepass.py, else by MKL, because oneDNN would generate and cache code for
@@ -65,7 +79,7 @@ def narrow(x: Tensor, W: Tensor) -> Tensor:
     if len(W) <= NARROW and onepass.takes(x, W):
         return onepass.narrow(x, W)
     # On an AMD CPU MKL is 1.4 to 8 times as fast with the narrow matrix in front.
-    return torch.mm(W.contiguous(), x.t()).t() if machine.matmul() == "onednn" else torch.mm(x, W.t())
+    return torch.mm(x, W.t()) if machine.matmul() == "torch" else torch.mm(W.contiguous(), x.t()).t()
 
 
 def add_update(out: Tensor, h: Tensor, b: Tensor, scaling: float = 1.0) -> None:
@@ -117,24 +131,22 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.to(W.dtype)
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, W)
+        ctx.save_for_backward(x.to(W.dtype) if ctx.needs_input_grad[1] else None, W)
         ctx.dtype = x.dtype
-        return product(rows, W, bias).to(torch.promote_types(x.dtype, W.dtype))
+        return product(x, W, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W = ctx.saved_tensors
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        grad = grad.to(W.dtype)
         grad_x = product(grad, W.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_W = product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
+        grad_W = product(grad.to(W.dtype).t(), x.t()) if ctx.needs_input_grad[1] else None
         return grad_x, grad_W, grad_bias
 
 
 def _apply(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
     """Computes x W^T + bias for an x of any shape; returns None where PyTorch's own `forward` should compute it."""
-    if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype and not by_onednn(x, W):
+    if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype and not by_onednn(x, W) and not gemm.takes(x, W):
         return None
     return _Product.apply(x.reshape(-1, x.shape[-1]), W, bias).view(*x.shape[:-1], len(W))
 

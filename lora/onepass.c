@@ -170,11 +170,7 @@ void layer_norm_backward(const float *x, const float *weight, const float *bias,
 #define ROWS 3  /* sums of ROWS * RANKS vectors, and what is added, have 32 registers */
 #define TALL 8  /* rows that share a vector of b */
 
-static inline long least(long a, long b) { return a < b ? a : b; }
-
-#define UNROLLED _Pragma("GCC unroll 8") /* or what stands in registers would stand in memory */
-#define INLINE static inline __attribute__((always_inline)) /* with 16 for `left`, the mask goes */
-
+/* Inlined with 16 for `left`, it has no mask. */
 INLINE void add_products(__m512 sum[ROWS][RANKS], const float *const *row, const float *const *of, long i, long left) {
     __m512 v[ROWS];
     UNROLLED for (long j = 0; j < ROWS; j++) v[j] = load(row[j] + i, left);

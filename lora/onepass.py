@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lora import compiled
 from record import machine
-from record.files import UserError
 
 SOURCE = Path(__file__).with_suffix(".c")
 FEATURES = {"avx512f": "-mavx512f"}
@@ -49,13 +48,7 @@ class _Attention(ctypes.Structure):
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """Loads onepass.c; returns None where the CPU has no AVX-512 or no compiler works: PyTorch can do all of it."""
-    try:
-        lib = compiled.load(SOURCE, FEATURES)
-    except UserError:
-        return None
-    for name, arguments in ARGUMENTS.items():
-        getattr(lib, name).argtypes = arguments
-    return lib
+    return compiled.load_if_possible(SOURCE, FEATURES, ARGUMENTS)
 
 
 def available() -> bool:

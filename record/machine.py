@@ -13,7 +13,7 @@ from record.files import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _chosen = "auto"
-MATMULS = ("onednn", "torch")  # oneDNN for float32 products, or whatever PyTorch calls
+MATMULS = ("gemm", "onednn", "torch")  # for products with wide weights: lora/gemm.py, oneDNN in float32, what PyTorch calls
 _in_use: str | None = None  # what `use_matmul` was given last
 KERNELS = ("onepass", "torch")  # norms, activations and attention of short sentences on the CPU: lora/onepass.py or PyTorch
 _kernels: str | None = None  # what `use_kernels` was given last
@@ -143,30 +143,39 @@ def cpu_description() -> str:
 
 
 @functools.cache
-def fastest_matmul() -> str:
-    """Returns the library for float32 products on this CPU, by rule: what is timed may differ from run to run.
+def slow_by_mkl() -> bool:
+    """Returns whether MKL, PyTorch's own choice, uses half of this CPU's width: AMD's with AVX-512."""
+    import torch
 
-    oneDNN on AMD CPUs with AVX-512, of which MKL, PyTorch's own choice, uses half the width; elsewhere PyTorch's.
+    return "AuthenticAMD" in cpu_description() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def fastest_matmul() -> str:
+    """Returns what computes products with wide weights on this CPU, by rule: what is timed may differ from run to run.
+
+    Where MKL is slow lora/gemm.py, oneDNN if there is no compiler for it; elsewhere PyTorch's own choice.
     """
     import torch
 
-    amd = "AuthenticAMD" in cpu_description() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "onednn" if amd and torch.backends.mkl.is_available() and has_onednn() else "torch"
+    if not slow_by_mkl():
+        return "torch"
+    return "gemm" if has_gemm() else "onednn" if torch.backends.mkl.is_available() and has_onednn() else "torch"
 
 
 def matmul() -> str:
-    """Returns the library in use for float32 products on the CPU, one of `MATMULS`."""
+    """Returns what computes products with wide weights on the CPU, one of `MATMULS`."""
     return _in_use or fastest_matmul()
 
 
 def use_matmul(library=None) -> None:
-    """Sets the library for float32 products to a recorded one; None: by rule. It decides how sums are rounded.
+    """Sets what computes products with wide weights to what was recorded; None: by rule. It decides how sums are rounded.
 
     Warns in one line where it cannot be had.
     """
     global _in_use
-    if library == "onednn" and not has_onednn():
-        warnings.warn("matrix products by oneDNN cannot be had here, PyTorch's own are used: sums are rounded in another "
+    if library in ("gemm", "onednn") and not {"gemm": has_gemm, "onednn": has_onednn}[library]():
+        name = "lora/gemm.c (it wants AVX-512 with bfloat16 and a C compiler)" if library == "gemm" else "oneDNN"
+        warnings.warn(f"matrix products by {name} cannot be had here, PyTorch's own are used: sums are rounded in another "
                       "order, and the result may differ in its last digits", stacklevel=2)
         library = "torch"
     _in_use = library if library in MATMULS else None
@@ -177,6 +186,11 @@ def bf16_is_fast() -> bool:
     import torch
 
     return device().type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
+def has_gemm() -> bool:
+    """Returns whether lora/gemm.py can be had; that module, which stands above, puts its own function here."""
+    return False
 
 
 def has_onepass() -> bool:

@@ -1,10 +1,28 @@
 """What a run records of predictions: accuracy, MCC and macro-F1, the confusion matrix, and scores by class."""
 from __future__ import annotations
 
+import importlib
+import sys
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def metrics():
+    """Returns `sklearn.metrics`, imported late, for the first step does not wait for it, and without pandas.
+
+    scikit-learn imports pandas, and pandas pyarrow, wherever they are installed: 64 MiB that no metric here needs.
+    """
+    hide = "pandas" not in sys.modules
+    if hide:
+        sys.modules["pandas"] = None  # so that an import of it fails
+    try:
+        return importlib.import_module("sklearn.metrics")
+    finally:
+        if hide:
+            del sys.modules["pandas"]
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
@@ -12,21 +30,17 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
 
     Macro-F1 is over all classes that the logits know; one that is neither there nor predicted counts 0.
     """
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # late: the first step does not wait for it
-
-    truth, predictions, classes = labels.numpy(), logits.argmax(-1).numpy(), range(logits.shape[1])
+    sk, truth, predictions, classes = metrics(), labels.numpy(), logits.argmax(-1).numpy(), range(logits.shape[1])
     return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
-            "accuracy": float(accuracy_score(truth, predictions)),
-            "mcc": float(matthews_corrcoef(truth, predictions)),
-            "macro_f1": float(f1_score(truth, predictions, labels=classes, average="macro", zero_division=0)),
+            "accuracy": float(sk.accuracy_score(truth, predictions)),
+            "mcc": float(sk.matthews_corrcoef(truth, predictions)),
+            "macro_f1": float(sk.f1_score(truth, predictions, labels=classes, average="macro", zero_division=0)),
             "majority_accuracy": float(torch.bincount(labels).max()) / len(labels)}
 
 
 def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
     """Counts the confusion matrix [label][prediction]."""
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
+    return metrics().confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
 
 
 def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict[str, int | float]]:
@@ -47,10 +61,8 @@ def scores_of_sums(sums: dict[str, float], matrix: list[list[int]]) -> dict[str,
     """
     if not matrix:
         return {"loss": sums["loss"] / sums["rows"]}
-    from sklearn.metrics import matthews_corrcoef
-
     cells = [(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count]
     labels, predictions, weights = zip(*cells, strict=True)
     return {"loss": sums["loss"] / sums["rows"], "cross_entropy": sums["cross_entropy"] / sums["rows"],
             "accuracy": sums["correct"] / sums["rows"],
-            "mcc": float(matthews_corrcoef(labels, predictions, sample_weight=weights))}
+            "mcc": float(metrics().matthews_corrcoef(labels, predictions, sample_weight=weights))}

@@ -1,4 +1,4 @@
-"""matmul: products by either library against float64; linears of a model by `product`; precisions of frozen linears."""
+"""matmul: products by each library against float64; linears of a model by `product`; precisions of frozen linears."""
 import copy
 
 import pytest
@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, adapted, toy_batch, toy_net
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora import linear, matmul, onepass
+from lora import gemm, linear, matmul, onepass
 from lora.linear import LoRALinear, frozen_linear, weight_of
 from lora.matmul import (
     FastConv1D,
@@ -30,23 +30,32 @@ from train_utils import trainable
 @pytest.fixture(params=machine.MATMULS)
 def library(request):
     """Each library in turn, whichever this machine would choose."""
-    if request.param == "onednn" and not machine.has_onednn():
-        pytest.skip("this PyTorch was built without oneDNN")
-    machine.use_matmul(request.param)
+    choose(request.param)
     return request.param
+
+
+def choose(library: str) -> None:
+    if library == "onednn" and not machine.has_onednn():
+        pytest.skip("this PyTorch was built without oneDNN")
+    if library == "gemm" and not machine.has_gemm():
+        pytest.skip("no CPU with AVX-512 and bfloat16, or no C compiler")
+    machine.use_matmul(library)
 
 
 @pytest.fixture
 def by_library(monkeypatch):
-    """Counts the products of oneDNN."""
-    calls, plain = [], matmul.by_onednn
+    """Notes the shapes of the weights that a library other than PyTorch's own choice takes."""
+    calls = []
 
-    def counted(x, W):
-        if plain(x, W):
-            calls.append(tuple(W.shape))
-        return plain(x, W)
+    def noted(takes):
+        def asked(x, W):
+            if takes(x, W):
+                calls.append(tuple(W.shape))
+            return takes(x, W)
+        return asked
 
-    monkeypatch.setattr(matmul, "by_onednn", counted)
+    monkeypatch.setattr(matmul, "by_onednn", noted(matmul.by_onednn))
+    monkeypatch.setattr(gemm, "takes", noted(gemm.takes))
     return calls
 
 
@@ -107,7 +116,7 @@ def test_some_outputs_of_many_rows_are_a_dense_product(library, by_library):
     weights = torch.randn_like(part)
     torch.testing.assert_close(torch.autograd.grad((part * weights).sum(), x),
                                torch.autograd.grad((expected * weights).sum(), x), atol=1e-5, rtol=1e-5)
-    assert by_library == ([(32, 16), (16, 32)] if library == "onednn" else [])
+    assert by_library == ([] if library == "torch" else [(32, 16), (16, 32)])
 
 
 # ---------------------------------------------------------------- a model's linears
@@ -124,7 +133,7 @@ def test_a_fast_linear_is_the_plain_one_with_all_its_gradients(library, plain, b
         y = layer(x)
         found.append((y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *layer.parameters()])))
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
-    assert len(by_library) == (4 if library == "onednn" else 0)  # asked once more than there are products
+    assert len(by_library) == (0 if library == "torch" else 4)  # asked once more than there are products
 
 
 def test_autocast_is_left_to_pytorch(library):
@@ -157,15 +166,14 @@ def assert_like(found, expected, logits: float, gradients: float) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logits_and_gradients_do_not_depend_on_the_library(architecture, options, by_library):
-    if not machine.has_onednn():
-        pytest.skip("this PyTorch was built without oneDNN")
+@pytest.mark.parametrize("other", [library for library in machine.MATMULS if library != "torch"])
+def test_logits_and_gradients_do_not_depend_on_the_library(architecture, options, other, by_library):
     found = []
-    for library in ("torch", "onednn"):
-        machine.use_matmul(library)
+    for library in ("torch", other):
+        choose(library)
         by_library.clear()
         found.append(step(adapted(architecture, **options)))
-        assert bool(by_library) == (library == "onednn")
+        assert bool(by_library) == (library == other)
     assert_like(found[1], found[0], 1e-5, 1e-5)
 
 

@@ -68,21 +68,24 @@ def test_a_checkpoint_holds_the_random_numbers_of_the_device_that_computes(monke
                for source in machine.random_sources().values())
 
 
-def test_a_library_that_cannot_be_had_is_told_in_one_line(monkeypatch):
-    monkeypatch.setattr(machine, "has_onednn", lambda: False)
-    with pytest.warns(UserWarning, match="products by oneDNN cannot be had here, PyTorch's own are used: sums are rounded"):
-        machine.use_matmul("onednn")
+@pytest.mark.parametrize("library, name", [("onednn", "oneDNN"), ("gemm", "lora/gemm.c")])
+def test_a_library_that_cannot_be_had_is_told_in_one_line(monkeypatch, library, name):
+    monkeypatch.setattr(machine, f"has_{library}", lambda: False)
+    with pytest.warns(UserWarning, match=f"products by {name}.* cannot be had here, PyTorch's own are used: sums"):
+        machine.use_matmul(library)
     assert machine.matmul() == "torch"
     machine.use_matmul(77)  # nothing usable was recorded: by rule, without a warning, which would be an error here
     assert machine.matmul() == machine.fastest_matmul()
 
 
-@pytest.mark.parametrize("cpu, width, library", [
-    ("vendor_id : AuthenticAMD", "AVX512", "onednn"), ("vendor_id : AuthenticAMD", "AVX2", "torch"),
-    ("vendor_id : GenuineIntel", "AVX512", "torch")])
-def test_the_library_is_chosen_by_vendor_and_width(monkeypatch, cpu, width, library):
+@pytest.mark.parametrize("cpu, width, compiler, library", [
+    ("vendor_id : AuthenticAMD", "AVX512", True, "gemm"), ("vendor_id : AuthenticAMD", "AVX512", False, "onednn"),
+    ("vendor_id : AuthenticAMD", "AVX2", True, "torch"), ("vendor_id : GenuineIntel", "AVX512", True, "torch")])
+def test_the_library_is_chosen_by_vendor_and_width(monkeypatch, cpu, width, compiler, library):
     monkeypatch.setattr(machine, "cpu_description", lambda: cpu)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(machine, "has_onednn", lambda: True)
-    assert machine.fastest_matmul.__wrapped__() == library
+    monkeypatch.setattr(machine, "has_gemm", lambda: compiler)
+    monkeypatch.setattr(machine, "slow_by_mkl", machine.slow_by_mkl.__wrapped__)
+    assert machine.fastest_matmul() == library
