@@ -31,8 +31,8 @@ def assert_close(found, expected, inputs):
 
 
 @TYPES
-@given(rows=st.integers(0, 40), inputs=st.integers(0, 70), outputs=st.integers(0, 70), gap=st.integers(0, 3),
-       layout=st.sampled_from(sorted(LAYOUTS)), biased=st.booleans(), add=st.booleans(), number=st.integers(0, 3), data=st.data())
+@given(rows=st.integers(0, 40), inputs=st.integers(0, 70), outputs=st.integers(0, 70), gap=st.integers(0, 3), data=st.data(),
+       layout=st.sampled_from(sorted(LAYOUTS)), biased=st.booleans(), add=st.booleans(), number=st.integers(0, 3))
 def test_a_product_is_that_of_float64(dtype, rows, inputs, outputs, layout, biased, add, gap, number, data):
     torch.manual_seed(0)
     x, W = torch.randn(rows, inputs + gap)[:, gap:], LAYOUTS[layout](torch.randn(outputs, inputs).to(dtype))
