@@ -1,9 +1,12 @@
-"""amx: products against float64; a classifier with tiles against the same without."""
+"""amx: products against float64; a classifier with tiles against the same without.
 
+On a CPU without tiles tiles.h stands in for them, so that all of amx.c but the instructions themselves is tested there too.
+"""
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora import amx, compiled
+from lora import amx, compiled, gemm
 from lora.linear import frozen_linear
 from lora.matmul import set_precision
 from model import TextClassifier
@@ -22,9 +25,26 @@ from record.files import UserError, read_json
 from report import figures
 from train_utils import trainable
 
-needs_tiles = pytest.mark.skipif(not amx.available(), reason="no CPU with AMX, or no C compiler")
+needs_tiles = pytest.mark.usefixtures("tiles")
 # Of a number 2^-16 is lost, at most: twice in a product, and once more with the product of the low parts.
 BOUND = 3.1 * 2.0 ** -16
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    """The CPU's, or those of tiles.h."""
+    if amx.available():
+        yield
+        return
+    if not gemm.available():
+        pytest.skip("no CPU with AMX, or with AVX-512 and bfloat16, or no C compiler")
+    flags, compiler = compiled.flags_of_cpu(), os.environ.get("CC", "cc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "flags_of_cpu", lambda: flags | amx.FEATURES.keys())
+        patch.setenv("CC", f"{compiler} -mavx512bf16 -include {Path(__file__).with_name('tiles.h')}")
+        amx.load.cache_clear()
+        yield
+    amx.load.cache_clear()
 
 
 def operands(M: int, K: int, N: int, transposed: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,8 +153,7 @@ def in_float64(terms, biases=(None,)):
 @pytest.fixture(params=["tiles", "float64"])
 def matmul(request, monkeypatch):
     if request.param == "tiles":
-        if not amx.available():
-            pytest.skip("no CPU with AMX, or no C compiler")
+        request.getfixturevalue("tiles")
         return
     monkeypatch.setattr(amx, "matmul", in_float64)
     monkeypatch.setattr(amx, "load", lambda: None)
