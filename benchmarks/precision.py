@@ -4,12 +4,16 @@
 
 The trained weights are the same throughout, so that nothing differs but how the frozen linears are computed; the others
 are compared with fp32. `bf16x3` is there where the CPU has tiles (amx.py); `labels` is the copy in which a teacher labels a
-transfer set, bfloat16 with its updates merged.
+transfer set, bfloat16 with its updates merged. `int8` is no precision of this project: it shows why. Both factors of each
+product with a frozen weight are rounded to int8 as they would be if it were computed in that, tokens and outputs each with
+a scale of their own.
 """
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -22,10 +26,26 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report
 from distillation.teachers import as_labeller
 from experiments import evaluate
-from lora import amx
+from lora import amx, linear
 from lora.matmul import set_precision
 from record.files import UserError
 from record.folder import read_run
+
+
+def to_int8(x: Tensor) -> Tensor:
+    """Rounds each row (rows, n) to multiples of a 127th of its largest number."""
+    step = x.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    return (x / step).round_().mul_(step)
+
+
+@contextmanager
+def products_in_int8() -> Iterator[None]:
+    plain = linear.product
+    linear.product = lambda x, W, *more, **options: plain(to_int8(x), to_int8(W), *more, **options)
+    try:
+        yield
+    finally:
+        linear.product = plain
 
 
 @torch.no_grad()
@@ -35,7 +55,7 @@ def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
     if precision == "labels":
         classifier = as_labeller(classifier, "bf16")
     else:
-        set_precision(classifier.net.base_model, precision)
+        set_precision(classifier.net.base_model, "fp32" if precision == "int8" else precision)
     logits = []
     for split in task.dev.values():
         for batch in data_utils.make_batches(split, tokenizer, options["max_length"], options["batch_size"], seed=1,
@@ -53,8 +73,9 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     report.measure("sentences", [len(exact)], "")
     report.measure("fp32: logits, root mean square", [float(exact.square().mean().sqrt())], "")
     tiles = amx.available() and common.device().type == "cpu"
-    for precision in (*(["bf16x3"] if tiles else []), "bf16", "labels"):
-        logits = logits_of(args.run, args.task, precision)
+    for precision in (*(["bf16x3"] if tiles else []), "bf16", "labels", "int8"):
+        with products_in_int8() if precision == "int8" else nullcontext():
+            logits = logits_of(args.run, args.task, precision)
         difference = logits - exact
         report.measure(f"{precision}: their difference, root mean square", [float(difference.square().mean().sqrt())], "")
         report.measure(f"{precision}: their difference, largest", [float(difference.abs().max())], "")

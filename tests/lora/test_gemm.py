@@ -1,4 +1,7 @@
 """gemm: products with wide weights against float64, in every layout; a row depends on nothing but itself."""
+import ctypes
+import mmap
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +14,15 @@ from record.files import UserError
 
 pytestmark = pytest.mark.skipif(not gemm.available(), reason="no CPU with AVX-512 and bfloat16, or no C compiler")
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-LAYOUTS = {"rows": lambda W: W, "columns": lambda W: W.t().contiguous().t(),
-           "rows with gaps": lambda W: torch.cat([W, W], 1)[:, :W.shape[1]],
-           "columns with gaps": lambda W: torch.cat([W, W]).t().contiguous().t()[:len(W)]}
+LAYOUTS = {"rows": lambda W: W, "columns": lambda W: W.t().contiguous().t(), "rows with gaps": lambda W: between(W),
+           "columns with gaps": lambda W: between(W.t()).t()}
+
+
+def between(x):
+    """The same matrix, between numbers that nobody may read."""
+    wide = x.new_full((len(x), x.shape[1] + 40), torch.nan)
+    wide[:, 3:x.shape[1] + 3] = x
+    return wide[:, 3:x.shape[1] + 3]
 
 
 def exact(x, W, bias=None, updates=(), out=None):
@@ -35,13 +44,13 @@ def assert_close(found, expected, inputs):
        layout=st.sampled_from(sorted(LAYOUTS)), biased=st.booleans(), add=st.booleans(), number=st.integers(0, 3))
 def test_a_product_is_that_of_float64(dtype, rows, inputs, outputs, layout, biased, add, gap, number, data):
     torch.manual_seed(0)
-    x, W = torch.randn(rows, inputs + gap)[:, gap:], LAYOUTS[layout](torch.randn(outputs, inputs).to(dtype))
+    x, W = between(torch.randn(rows, inputs)), LAYOUTS[layout](torch.randn(outputs, inputs).to(dtype))
     bias, whole = torch.randn(outputs) if biased else None, torch.randn(rows, outputs + 2 * gap)
     out, before, updates = whole[:, gap:gap + outputs], whole.clone(), []
     for _ in range(number if outputs else 0):
         start = data.draw(st.integers(0, outputs - 1))
         stop, rank = data.draw(st.integers(start + 1, outputs)), data.draw(st.integers(0, 9))
-        h, b = torch.randn(rows, rank + gap)[:, :rank], torch.randn(rank, stop - start)
+        h, b = between(torch.randn(rows, rank)), torch.randn(rank, stop - start)
         updates.append(Update(h, b, slice(start, stop), 0.7))
     expected = exact(x, W, bias, updates, out if add else None)
     if 1 not in W.stride():
@@ -85,6 +94,37 @@ def test_what_is_not_finite_stays_in_its_row_or_column(dtype, layout):
     y = gemm.product(x, LAYOUTS[layout](W.to(dtype)))
     expected = x @ W.t()
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(0), expected.nan_to_num(0))
+
+
+@pytest.fixture
+def at_the_end():
+    """Copies a tensor to where memory ends: reading or writing behind it kills the process."""
+    kept, protect = [], ctypes.CDLL(None, use_errno=True).mprotect
+
+    def place(x):
+        size, page = x.numel() * x.element_size(), mmap.PAGESIZE
+        pages = -(-size // page)
+        kept.append(mmap.mmap(-1, (pages + 1) * page))
+        memory = (ctypes.c_char * len(kept[-1])).from_buffer(kept[-1])
+        assert protect(ctypes.c_void_p(ctypes.addressof(memory) + pages * page), ctypes.c_size_t(page), 0) == 0
+        copy = torch.frombuffer(kept[-1], dtype=x.dtype, count=x.numel(), offset=pages * page - size).view(x.shape)
+        return copy.copy_(x)
+
+    return place
+
+
+@TYPES
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows, inputs, outputs", [(13, 37, 41), (5, 16, 33), (1, 1, 1), (12, 300, 17)])
+def test_nothing_is_read_or_written_where_memory_ends(dtype, transposed, rows, inputs, outputs, at_the_end):
+    torch.manual_seed(3)
+    x, W, bias, h, b = map(torch.randn, ((rows, inputs), (outputs, inputs), (outputs,), (rows, 3), (3, outputs)))
+    W = at_the_end((W.t() if transposed else W).contiguous().to(dtype))
+    W = W.t() if transposed else W
+    update = Update(at_the_end(h), at_the_end(b))
+    expected = exact(x, W, bias, [update])
+    found = gemm.product(at_the_end(x), W, at_the_end(bias), [update], at_the_end(torch.zeros(rows, outputs)))
+    assert_close(found, expected, inputs)
 
 
 def test_sums_with_bfloat16_weights_are_not_rounded():
