@@ -1,4 +1,4 @@
-"""compiled: where the CPU has what a C file asks for and there is a compiler, the file compiles; elsewhere its tests skip."""
+"""compiled: a C file compiles where the CPU has what it asks for and there is a compiler; elsewhere its tests skip."""
 import shutil
 
 import pytest
