@@ -1,8 +1,8 @@
 /* Products of float32 activations and wide weights, float32 or bfloat16, by AVX-512: see gemm.py.
  *
- * Rows of a and columns of b are packed into blocks which are read from one end to the other, as items of 32 bits: a
- * float32 number, or a pair of bfloat16 that are neighbours along K, of which VDPBF16PS adds up both products. While a
- * block of b is multiplied by all rows of a, the next one is fetched from memory.
+ * Rows of a and columns of b are packed into blocks that stay in the caches, as items of 32 bits: a float32 number, or a
+ * pair of bfloat16 that are neighbours along K, of which VDPBF16PS adds up both products. While a block of b is multiplied
+ * by all rows of a, the next one is fetched from memory.
  */
 #include <omp.h>
 #include <stdlib.h>
@@ -52,11 +52,11 @@ INLINE void multiply(long rows, int rough, const uint32_t *a, const uint32_t *b,
         UNROLLED for (long j = 0; j < WIDE; j++) sum[i][j] = number(0);
         __builtin_prefetch(c + i * t.ldc, 1), __builtin_prefetch(c + i * t.ldc + COLUMNS - 1, 1);
     }
-    for (long k = 0; k < depth; k++, a += rows, b += COLUMNS) {
+    for (long k = 0; k < depth; k++, b += COLUMNS) {
         __m512i w[WIDE];
         UNROLLED for (long j = 0; j < WIDE; j++) w[j] = _mm512_load_si512(b + 16 * j);
         UNROLLED for (long i = 0; i < rows; i++) {
-            __m512i v = _mm512_set1_epi32(a[i]);
+            __m512i v = _mm512_set1_epi32(a[i * DEPTH + k]);
             UNROLLED for (long j = 0; j < WIDE; j++)
                 sum[i][j] = rough ? _mm512_dpbf16_ps(sum[i][j], (__m512bh)v, (__m512bh)w[j])
                                   : _mm512_fmadd_ps(_mm512_castsi512_ps(v), _mm512_castsi512_ps(w[j]), sum[i][j]);
@@ -108,22 +108,16 @@ static Multiply *const multiplies[2][ROWS + 1] = {{0, EACH(EXACT)}, {0, EACH(ROU
 /* The mask of the first `left` of 32 numbers. */
 static inline __mmask32 first32(long left) { return first(left) | (__mmask32)first(left - 16) << 16; }
 
-/* So many numbers of each of some rows of a, one item of each row after the other; returns where the next may stand. */
+/* So many numbers of each of some rows of a, DEPTH items for each row; returns where the next may stand. */
 static uint32_t *pack_a(const Product *x, const float *a, long rows, long numbers, uint32_t *to) {
-    long pair = 1 + x->rough, depth = (numbers + x->rough) / pair; /* items */
-    uint32_t turned[16 * 16] __attribute__((aligned(64)));
-    for (long k = 0; k < depth; k += 16) {
-        __m512i r[16];
-        for (long i = 0; i < 16; i++) {
-            const float *row = a + i * x->lda + k * pair;
-            if (i >= rows) r[i] = _mm512_setzero_si512();
-            else if (!x->rough) r[i] = _mm512_castps_si512(load(row, numbers - k));
-            else r[i] = (__m512i)_mm512_cvtne2ps_pbh(load(row + 16, numbers - 2 * k - 16), load(row, numbers - 2 * k));
-        }
-        transpose(r, turned, 64);
-        for (long i = 0; i < 16 && k + i < depth; i++, to += rows)
-            _mm512_mask_storeu_epi32(to, first(rows), _mm512_load_si512(turned + 16 * i));
-    }
+    for (; rows > 0; rows--, a += x->lda, to += DEPTH)
+        if (x->rough)
+            for (long k = 0; k < numbers; k += 32) {
+                __m512bh pairs = _mm512_cvtne2ps_pbh(load(a + k + 16, numbers - k - 16), load(a + k, numbers - k));
+                _mm512_store_si512(to + k / 2, (__m512i)pairs);
+            }
+        else
+            for (long k = 0; k < numbers; k += 16) _mm512_store_ps(to + k, load(a + k, numbers - k));
     return to;
 }
 
@@ -188,7 +182,7 @@ static void multiply_part(const Product *x, const Part *part, long n) {
             Tile t = {x->c + m * x->ldc + n, x->ldc, n, !j && !x->add, j + 1 == part->blocks, {0}};
             for (long i = 0; i < WIDE; i++) t.mine[i] = first(columns - 16 * i);
             multiplies[x->rough][rows](a, b, depth, x, m, t, &next, lines);
-            a += rows * depth;
+            a += rows * DEPTH;
         }
     }
 }
@@ -209,14 +203,11 @@ int product(const Product *x, int threads) {
         uint32_t *a = packed + omp_get_thread_num() * size;
         for (long chunk = 0; chunk < chunks; chunk++)
             for (long start = 0; start < blocks; start += together) {
-                long m = chunk * x->M / chunks, rows = (chunk + 1) * x->M / chunks - m, groups = (rows + ROWS - 1) / ROWS;
+                long m = chunk * x->M / chunks, rows = (chunk + 1) * x->M / chunks - m;
                 Part part = {a, m, rows, start, least(blocks, start + together), numbers, blocks};
                 uint32_t *to = a;
                 for (long j = start; j < part.stop; j++)
-                    for (long g = 0; g < groups; g++) {
-                        long from = g * rows / groups, count = (g + 1) * rows / groups - from;
-                        to = pack_a(x, x->a + (m + from) * x->lda + j * numbers, count, least(numbers, x->K - j * numbers), to);
-                    }
+                    to = pack_a(x, x->a + m * x->lda + j * numbers, rows, least(numbers, x->K - j * numbers), to);
                 #pragma omp for schedule(static) nowait /* the same columns each time: they are added to */
                 for (long n = 0; n < x->N; n += COLUMNS) multiply_part(x, &part, n);
             }
