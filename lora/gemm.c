@@ -190,7 +190,8 @@ static void multiply_part(const Product *x, const Part *part, long n) {
 /* What a row becomes depends on no other row, nor on the number of threads. Nonzero, and c as it was, where memory is
  * short. */
 int product(const Product *x, int threads) {
-    long numbers = DEPTH * (1 + x->rough), blocks = x->K ? (x->K + numbers - 1) / numbers : 1;
+    long items = (x->K + x->rough) / (1 + x->rough), blocks = items ? (items + DEPTH - 1) / DEPTH : 1;
+    long numbers = (items + 16 * blocks - 1) / (16 * blocks) * 16 * (1 + x->rough); /* blocks are about equally deep */
     long chunks = (x->M + MANY - 1) / MANY, most = chunks ? (x->M + chunks - 1) / chunks : 0; /* rows of a chunk */
     if (!x->M || !x->N) return 0;
     long together = least(blocks, NEAR / (most * DEPTH * 4)), size = most * together * DEPTH;
