@@ -2,7 +2,8 @@
  *
  * Rows of a and columns of b are packed into blocks that stay in the caches, as items of 32 bits: a float32 number, or a
  * pair of bfloat16 that are neighbours along K, of which VDPBF16PS adds up both products. While a block of b is multiplied
- * by all rows of a, the next one is fetched from memory.
+ * by all rows of a, the next one is fetched from memory. After Goto and van de Geijn 2008, "Anatomy of High-Performance
+ * Matrix Multiplication".
  */
 #include <omp.h>
 #include <stdlib.h>

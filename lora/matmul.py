@@ -67,7 +67,7 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None
         y = add.addmm_(x, W.t())
         y = y if bias is None else y.add_(bias)
     for h, b, span, scaling in updates:
-        add_update(y[:, span], h, b, scaling)
+        add_update(y[:, span], h.to(y.dtype), b.to(y.dtype), scaling)
     return y
 
 

@@ -133,6 +133,20 @@ def test_products_with_bfloat16_weights_leave_the_rest_in_float32(kind):
         torch.testing.assert_close(other, one, rtol=0.05, atol=0.05 * float(one.abs().max()))
 
 
+def test_bfloat16_activations_meet_float32_weights():
+    torch.manual_seed(0)
+    base, x = linear("Linear"), torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
+    lora = LoRALinear(base, rank=2, alpha=4)
+    nn.init.normal_(lora.lora_B)
+    expected, weights = lora(x.detach().float().requires_grad_()), torch.randn(4, base.out_features)
+    found = lora(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.02)
+    (found * weights.bfloat16()).sum().backward()
+    update = base.weight.double() + lora.delta().double()
+    torch.testing.assert_close(x.grad.double(), weights.double() @ update, atol=0.1, rtol=0.05)
+
+
 def test_adapters_stay_float32_on_bfloat16_weights():
     base = linear("Linear").to(torch.bfloat16)
     lora = LoRALinear(base, 2, 8.0)
