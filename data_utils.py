@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 from data import edits, tables
 from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.tables import Split, Table
-from record.files import UserError, sha256
-from record.machine import send
-from record.options import TableOptions
+from machine.errors import UserError
+from machine.hardware import send
+from options.schema import TableOptions
+from record.files import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ class Batch:
     labels: torch.Tensor  # (B,) int64
     rows: torch.Tensor  # (B,) int64: each sentence's row in its split
     tokens: int  # real tokens, pads not counted
-    cached: torch.Tensor | None = None  # output of a classifier's frozen part, computed once (lora/frozen.py)
+    cached: torch.Tensor | None = None  # output of a classifier's frozen part, computed once (fast/frozen.py)
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
     micro: list[Batch] | None = None  # micro-batches that this process computes instead (`split_large`); None: the whole
 
@@ -451,7 +452,7 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
 
     Args:
         shared_prefixes: whether sentences of equal length with a shared prefix stand together, a few at a time: a decoder
-            computes the prefix once (`lora.blocks.UniqueTokens`).
+            computes the prefix once (`fast.blocks.UniqueTokens`).
     """
     ids = encode(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.

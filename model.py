@@ -2,7 +2,7 @@
 
     python -c "import model; print(model.load_classifier('tiny', num_labels=2)[0])"
 
-Backbones are the library's own; `lora/blocks.py` gives their blocks a faster forward pass. This file adds what the library
+Backbones are the library's own; `fast/blocks.py` gives their blocks a faster forward pass. This file adds what the library
 does not have: the roles (q, k, v, o, mlp) that name a backbone's projections, and the small student.
 """
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adapters.peft_layout import misread_by_peft
 from data.backbones import (
     blocks_of,
     freeze_backbone,
@@ -30,18 +31,17 @@ from data.backbones import (
     load_config,
     load_sequence_classifier,
 )
-from lora.adapters import misread_by_peft
-from lora.blocks import UniqueTokens, fuse, unique_tokens
-from lora.linear import LoRALinear, lora_layers, weight_of
-from lora.matmul import speed_up
-from lora.recurrent import rnn_states
-from record import machine
-from record.files import UserError
-from record.machine import device, send
-from record.options import PLAIN_SIZES, ROLES, LoRAOptions, RNNConfig
+from fast.blocks import UniqueTokens, fuse, unique_tokens
+from fast.linear import LoRALinear, lora_layers, weight_of
+from fast.matmul import speed_up
+from fast.recurrent import rnn_states
+from machine import hardware
+from machine.errors import UserError
+from machine.hardware import device, send
+from options.schema import PLAIN_SIZES, ROLES, LoRAOptions, RNNConfig
 
 if TYPE_CHECKING:
-    from lora.frozen import FrozenPrefix
+    from fast.frozen import FrozenPrefix
 
 # Which module of a block plays which role. GPT-2 computes q, k and v in one fused projection.
 ROLE_MODULES = {
@@ -420,7 +420,7 @@ def probe(classifier: TextClassifier, name: str) -> None:
         alone, together = compute(ids[:1, :6], mask[:1, :6]), compute(ids, mask)[:1]
         classifier.by_length = not torch.allclose(together, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
     except Exception as error:
-        if machine.exhausted(error):
+        if hardware.exhausted(error):
             raise
         what = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"--model {name}: a {config.model_type} classifier does not take token ids alone ({what})") from None

@@ -33,7 +33,7 @@ import warnings
 from pathlib import Path
 
 from experiments.parser import MODES, READS_FILES_ONLY, SEVERAL_PROCESSES, build_parser, closest, complain
-from record import processes
+from machine import processes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         known = ["-h", "--help", *(name for action in modes[args.mode].options.values() for name in action.option_strings)]
         parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], known)}")
     warnings.showwarning = lambda message, *_, **__: _note(f"warning: {message}")
-    from record import signals
+    from machine import signals
 
     signals.install()
     try:
@@ -66,20 +66,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _call(args) -> int:
     """Runs the chosen mode; what the user can mend is one line and exit status 2."""
-    from record.files import UserError
+    from machine.errors import UserError
     from report.records import ReportError
 
     try:
         if args.mode not in READS_FILES_ONLY:
             _import_libraries()
-            from record import machine
+            from machine import hardware
 
-            machine.use_device(args.device)
+            hardware.use_device(args.device)
         if processes.count() > 1:
             if args.mode not in SEVERAL_PROCESSES:
                 raise UserError(f"{args.mode} is for one process, and here are {processes.count()}; "
                                 f"{' and '.join(SEVERAL_PROCESSES)} take several (docs/scaling.md)")
-            processes.start(machine.device().type)
+            processes.start(hardware.device().type)
         status = CALLS[args.mode](args) or 0
         processes.stop()
         return status
@@ -94,9 +94,9 @@ def _call(args) -> int:
     except OSError as error:
         complain(f"{error.filename or 'a file or connection'}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        from record import machine
+        from machine import hardware
 
-        if not machine.exhausted(error):
+        if not hardware.exhausted(error):
             raise
         complain(f"out of memory{_less_memory(args)}")
     return 2
@@ -132,7 +132,7 @@ def _less_memory(args) -> str:
 
 
 def _note(text: str) -> None:
-    if processes.says(text):
+    if processes.claim_once(text):
         print(text, file=sys.stderr, flush=True)
 
 
@@ -141,7 +141,7 @@ def generate(args) -> None:
     from tqdm import tqdm
 
     from experiments import generate, inputs
-    from lora.generation import Sampling
+    from fast.generation import Sampling
 
     model = args.model or (generate.base_model(args.adapter) if args.adapter else None)
     model, _, _ = inputs.choose(model, None, None, _note, need_task=False)
@@ -157,7 +157,7 @@ def generate(args) -> None:
 
 def _train(args, options, start) -> int:
     """Runs a training, plots it and turns its ways of ending into exit statuses."""
-    from record import signals
+    from machine import signals
     from record.files import check_folder, make_folder
     from train_utils import Diverged
 
@@ -166,10 +166,10 @@ def _train(args, options, start) -> int:
         [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
     try:
         no_plots = getattr(args, "no_plots", False)
-        if no_plots or not processes.of_first(args.resume and _only_plots_missing(options, args.plots)):
+        if no_plots or not processes.broadcast(args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
         plots = []
-        if not no_plots and processes.first():
+        if not no_plots and processes.is_main():
             from report import figures  # late: the first step does not wait for Matplotlib
 
             plots = figures.plot_run(options.out, make_folder(args.plots))
@@ -239,7 +239,7 @@ def distil(args) -> int:
 
 def _check_jobs(args) -> None:
     """Refuses --jobs where there is one run."""
-    from record.files import UserError
+    from machine.errors import UserError
 
     if args.jobs > 1:
         raise UserError(f"--jobs {args.jobs}: only with --seeds, whose runs it counts")
@@ -248,7 +248,7 @@ def _check_jobs(args) -> None:
 def _seeds(args) -> int:
     """`LoRA` and `distil` with `--seeds`: runs the seeds that are missing, and prints and draws what they say together."""
     from experiments import seeds, variants
-    from record.files import UserError
+    from machine.errors import UserError
 
     if processes.count() > 1:
         raise UserError(f"--seeds is for one process, and here are {processes.count()}; start the seeds one by one")
@@ -290,8 +290,8 @@ def sweep(args) -> int:
 
 def _study(args, options, start, name: str) -> int:
     """Runs a comparison, a sweep or seeds, draws it and turns its ways of ending into exit statuses."""
+    from machine.signals import Interrupted
     from record.files import check_folder, make_folder
-    from record.signals import Interrupted
     from report import figures
 
     check_folder(args.plots)
@@ -324,7 +324,7 @@ def predict(args) -> None:
 
     from experiments import predict
     from experiments.arguments import named
-    from record.files import UserError
+    from machine.errors import UserError
 
     if bool(args.run) == bool(args.adapter) or args.adapter and (args.control or args.texts or not args.file):
         raise UserError("predict: expected RUN_DIR, or --adapter NAME=DIR (several times) with --file")
@@ -395,7 +395,7 @@ def merge(args) -> None:
 def repeat(args) -> int:
     """`repeat`: runs it again and compares."""
     from experiments import repeat
-    from record import signals
+    from machine import signals
     from train_utils import Diverged
 
     with tempfile.TemporaryDirectory() as folder:
@@ -411,7 +411,7 @@ def repeat(args) -> int:
 def paper(args) -> int:
     """`paper`: runs the steps that are missing and builds the paper; exit status 1 where a step failed."""
     from experiments import paper
-    from record.signals import Interrupted
+    from machine.signals import Interrupted
 
     quick = args.profile == "quick"
     options = paper.PaperOptions(args.sr, args.profile, args.seeds, None if quick else args.data_root,

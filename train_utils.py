@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from data_utils import Batch, epoch_order, padding_percent
 from distillation.objectives import Objective, cross_entropy, distillation, kd_loss
-from record import anomaly, processes
-from record.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
+from machine import processes
+from machine.hardware import peak_memory_bytes
+from machine.signals import Interrupted, deferred
+from metrics.classification import confusion, per_class, scores, scores_of_sums
+from options.schema import TrainOptions
 from record.folder import CHECKPOINT
-from record.machine import peak_memory_bytes
-from record.options import TrainOptions
-from record.scores import confusion, per_class, scores, scores_of_sums
-from record.signals import Interrupted, deferred
+from training import anomaly
+from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 
 # The objectives, which are called by these names too.
 __all__ = ["Objective", "cross_entropy", "distillation", "kd_loss"]
@@ -47,14 +48,14 @@ def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
     """
     was_training = model.training
     model.eval()
-    device, own = next(model.parameters()).device, processes.own(batches)
+    device, own = next(model.parameters()).device, processes.shard(batches)
     parts = [model(*batch.to(device).inputs()).float().cpu() for batch in own]
     model.train(was_training)
-    (labels,) = processes.largest(parts[0].shape[1] if parts else 0)
+    (labels,) = processes.all_reduce_max(parts[0].shape[1] if parts else 0)
     logits = torch.zeros(sum(len(batch.rows) for batch in batches), labels)
     for batch, part in zip(own, parts, strict=True):
         logits[batch.rows] = part
-    return processes.add(logits)
+    return processes.all_reduce_sum(logits)
 
 
 def labels_of(batches: list[Batch]) -> Tensor:
@@ -192,7 +193,7 @@ class Trainer:
         if self.device.type == "cuda":
             for batch in (part for whole in batches for part in whole.micro_batches()):
                 batch.pin()
-        if not processes.first():
+        if not processes.is_main():
             torch.manual_seed(options.seed + self.SEEDS * processes.rank())
 
     def load(self) -> None:
@@ -204,11 +205,11 @@ class Trainer:
         self.progress, self.best = load_checkpoint(self.path, self.model, self.optimizer)
         progress = self.progress
         if progress.sums:
-            own = [progress.sums[key] if processes.first() else 0.0 for key in self.SUMS]
+            own = [progress.sums[key] if processes.is_main() else 0.0 for key in self.SUMS]
             if len(progress.parts) == processes.count():
                 own = progress.parts[processes.rank()]
             self.sums += torch.tensor(own, dtype=self.sums.dtype).to(self.device)
-            if processes.first() and progress.confusion:
+            if processes.is_main() and progress.confusion:
                 self.confusion = torch.tensor(progress.confusion, device=self.device)
         self.on_epoch(self.progress.history)
 
@@ -255,7 +256,7 @@ class Trainer:
                     accuracy = f"accuracy {sums['correct'] / sums['rows']:.3f}, " if self.confusion is not None else ""
                     bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, {accuracy}"
                                         f"{sums['tokens'] / sums['seconds']:.0f} tokens/s", refresh=False)
-                signal, due = processes.largest(self.stop() or 0, self.save_is_due())
+                signal, due = processes.all_reduce_max(self.stop() or 0, self.save_is_due())
                 if due or signal and processes.count() > 1:
                     self.save()
                 if signal:
@@ -332,9 +333,11 @@ class Trainer:
         """Adds up the gradients of all processes; each gradient is weighted already by its process's share of the rows."""
         parameters = list(self.parameters.values())
         if self.graded is None:  # a process without a row in this step has no gradient to tell by
-            there = processes.add(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)).tolist()
+            there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
+            there = processes.all_reduce_sum(there).tolist()
             self.graded = [p for p, found in zip(parameters, there, strict=True) if found]
-        flat = processes.add(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.graded]))
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.graded]
+        flat = processes.all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
         for p, grad in zip(self.graded, flat.split([p.numel() for p in self.graded]), strict=True):
             p.grad = grad.view_as(p)
 
@@ -376,9 +379,9 @@ class Trainer:
 
     def read_confusion(self) -> None:
         """Reads the confusion matrix of all processes from the device into `progress`."""
-        (classes,) = processes.largest(0 if self.confusion is None else len(self.confusion))
+        (classes,) = processes.all_reduce_max(0 if self.confusion is None else len(self.confusion))
         own = torch.zeros(classes, classes, dtype=torch.int64) if self.confusion is None else self.confusion.cpu().clone()
-        self.progress.confusion = processes.add(own).tolist()
+        self.progress.confusion = processes.all_reduce_sum(own).tolist()
 
     def validate(self) -> Scores:
         """Scores the development splits; several processes stop together after it, if one was asked to."""
@@ -389,7 +392,7 @@ class Trainer:
             self.save()  # first, because a launcher that stops its processes does not wait long
             with self.averaged():
                 result = self.score(self.model, self.dev)
-            (signal,) = processes.largest(self.stop() or 0)
+            (signal,) = processes.all_reduce_max(self.stop() or 0)
         if signal:
             raise Interrupted(signal)
         return result

@@ -35,13 +35,13 @@ from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from adapters.peft_layout import load_adapter  # noqa: E402
 from benchmarks import common  # noqa: E402
 from data.backbones import is_decoder  # noqa: E402
 from experiments.evaluate import load_finetuned  # noqa: E402
-from lora.adapters import load_adapter  # noqa: E402
-from lora.linear import lora_layers  # noqa: E402
+from fast.linear import lora_layers  # noqa: E402
+from machine.errors import UserError  # noqa: E402
 from model import load_classifier  # noqa: E402
-from record.files import UserError  # noqa: E402
 
 FAILED, TOLERANCE = "FAILED", 1e-5
 

@@ -26,7 +26,7 @@ from data import tiny  # noqa: E402
 from data.backbones import load_tokenizer, max_length_of  # noqa: E402
 from experiments import inputs  # noqa: E402
 from model import LoRAOptions, load_classifier  # noqa: E402
-from record import checkpoints  # noqa: E402
+from training import checkpoints  # noqa: E402
 
 OPTIONS = train_utils.TrainOptions(seed=1)
 

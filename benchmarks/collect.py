@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from record.files import UserError, make_folder, write_json  # noqa: E402 (needs the path above)
+from machine.errors import UserError  # noqa: E402
+from record.files import make_folder, write_json  # noqa: E402 (needs the path above)
 from record.folder import read_run  # noqa: E402
 
 # Options that say where a run stands and how it was started, with the number of their values.

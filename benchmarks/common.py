@@ -32,10 +32,11 @@ import train_utils  # noqa: E402
 from benchmarks import command  # noqa: E402
 from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
+from machine.errors import UserError  # noqa: E402
+from machine.hardware import cpu_name, device  # noqa: E402, F401 (device: for the benchmarks)
 from model import TextClassifier, lora_layers  # noqa: E402
-from record.files import UserError, make_folder  # noqa: E402
+from record.files import make_folder  # noqa: E402
 from record.folder import git_commit  # noqa: E402
-from record.machine import cpu_name, device  # noqa: E402, F401 (device: for the benchmarks)
 
 LABELS, MAX_LENGTH = 2, 512
 TOLERANCE = 1e-4  # between the two sides' losses on one batch

@@ -26,7 +26,7 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report, paired_ratios
 from data_utils import Batch, Split, encode, make_batches
 from model import DistilRNN
-from record.options import RNNConfig, TrainOptions
+from options.schema import RNNConfig, TrainOptions
 from serving import export
 from train_utils import cross_entropy, fit, scores
 

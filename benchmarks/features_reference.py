@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_utils
 from benchmarks import common
 from data.tables import TableOptions
-from record.files import UserError, write_file
+from machine.errors import UserError
+from record.files import write_file
 
 
 def reference(task: data_utils.Task) -> dict[str, dict[str, float]]:

@@ -30,9 +30,9 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
 from data_utils import Batch
 from experiments import distil
-from lora.frozen import FrozenPrefix
+from fast.frozen import FrozenPrefix
+from machine import hardware
 from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier, student_config
-from record import machine
 
 BATCH_SIZE = 32
 CROSS_ENTROPY = train_utils.cross_entropy()
@@ -133,7 +133,7 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    machine.keep_freed_memory()  # as every run does; it reaches all sides here
+    hardware.keep_freed_memory()  # as every run does; it reaches all sides here
     report, base = Report(), common.base_of("gpt2", work)
     rows, rounds = (96, 2) if args.quick else (640, 5)
     if torch.cuda.is_available():

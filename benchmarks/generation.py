@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, synchronize
 from data.backbones import load_causal_lm, load_config
-from lora.generation import Sampling, draw
-from lora.matmul import set_precision, speed_up
-from record import machine
+from fast.generation import Sampling, draw
+from fast.matmul import set_precision, speed_up
+from machine import hardware
 
 BATCH_SIZE, PROMPT_TOKENS = 64, 6
 MODELS = ("gpt2", "smollm2")
@@ -32,7 +32,7 @@ TARGET = 2.0
 
 
 class Ours:
-    """`lora.generation.draw`."""
+    """`fast.generation.draw`."""
 
     def __init__(self, base: str, precision: str):
         self.lm = load_causal_lm(base).to(device())
@@ -94,7 +94,7 @@ def measure(report: Report, model: str, args: argparse.Namespace, work: Path) ->
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    machine.keep_freed_memory()  # both sides: they share this process
+    hardware.keep_freed_memory()  # both sides: they share this process
     report = Report()
     for model in MODELS:
         if args.model in (model, None):

@@ -30,13 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from adapters import peft_layout
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import ROOT, Report, device
 from data_utils import Batch
-from lora import adapters
-from lora.matmul import set_precision
+from fast.matmul import set_precision
+from machine import hardware
 from model import LoRAOptions, inject_lora, load_classifier
-from record import machine
 
 PROGRAMS = ("gpu.py --checks", "train_throughput.py", "frozen_reuse.py", "inference.py")
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +70,7 @@ def check_logits(report: Report, name: str, work: Path, batches_of_base: Callabl
 
     def by_library(net):
         return lambda batch: net(input_ids=batch.input_ids,
-                                 attention_mask=machine.send(batch.attention_mask, batch.input_ids.device)).logits
+                                 attention_mask=hardware.send(batch.attention_mask, batch.input_ids.device)).logits
 
     ours = load_classifier(base, common.LABELS)[0]
     common.as_if_trained(ours).to(device()).eval()
@@ -84,7 +84,7 @@ def check_logits(report: Report, name: str, work: Path, batches_of_base: Callabl
     torch.manual_seed(0)
     inject_lora(ours.net, LoRAOptions())
     common.as_if_trained(ours).to(device()).eval()
-    adapters.save_adapter(ours, adapter, base)
+    peft_layout.save_adapter(ours, adapter, base)
     peft = common.peft_classifier(base, adapter, pad, best=False).to(device()).eval()
     exact, expected = logits_of(lambda batch: ours(*batch.inputs()), batches), logits_of(by_library(peft), batches)
     report.check(f"{name}: float32 logits under an adapter, ours and PEFT's", largest_difference(exact, expected), TOLERANCE)

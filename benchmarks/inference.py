@@ -32,9 +32,9 @@ from data.backbones import PACKAGED
 from data_utils import Batch
 from experiments import distil
 from experiments.defaults import STAGES, default
+from machine import hardware
 from model import DistilRNN, count_parameters, load_classifier, student_config
-from record import machine
-from record.options import PLAIN_SIZES, STAGED_SIZES
+from options.schema import PLAIN_SIZES, STAGED_SIZES
 
 BATCH_SIZE = 32
 FIRST_STEP = """
@@ -130,7 +130,7 @@ def measure_start(report: Report, args: argparse.Namespace, name: str, base: str
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    machine.keep_freed_memory()  # as every run does; it reaches teacher and student alike
+    hardware.keep_freed_memory()  # as every run does; it reaches teacher and student alike
     report, base = Report(), common.base_of("gpt2", work)
     for kind, name, teacher, goal in (("plain", "GPT-2", base, 50), ("stages", "SmolLM2", "smollm2", 80)):
         measure_student(report, args, f"{kind}, {name}", teacher, kind, goal, 2 if args.quick else 5)

@@ -30,7 +30,7 @@ import toy  # noqa: E402 (needs the path above)
 FINAL = ("adapter_model.safetensors", "metrics.jsonl", "summary.json")
 # Where a run may be busy without taking steps: module, function, and the options that lead there.
 PHASES = {"loading": ("experiments.finetune", "load_classifier", ()),
-          "keeping": ("lora.frozen", "FrozenPrefix", ("--layers", "1")),
+          "keeping": ("fast.frozen", "FrozenPrefix", ("--layers", "1")),
           "teacher": ("experiments.distil", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
           "plotting": ("report.figures", "plot_run", ())}
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
@@ -233,7 +233,7 @@ def main() -> int:
     import run  # noqa: F401
     from benchmarks import common  # imports every library that the children need
     from experiments import distil, finetune  # noqa: F401
-    from record import signals  # noqa: F401
+    from machine import signals  # noqa: F401
     from report import figures  # noqa: F401 (imported here, once, for the children)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -28,10 +28,11 @@ from benchmarks import command  # noqa: E402 (needs the path above)
 from data_utils import load_task  # noqa: E402
 from experiments import compare  # noqa: E402
 from experiments.variants import seeds_of  # noqa: E402
-from record import signals  # noqa: E402
-from record.files import UserError, make_folder, read_json, write_file, write_json  # noqa: E402
+from machine import signals  # noqa: E402
+from machine.errors import UserError
+from machine.hardware import cpu_name  # noqa: E402
+from record.files import make_folder, read_json, write_file, write_json  # noqa: E402
 from record.folder import git_commit, provenance  # noqa: E402
-from record.machine import cpu_name  # noqa: E402
 from train_utils import selection_split  # noqa: E402
 
 
@@ -82,7 +83,7 @@ def train(args) -> dict:
 
     from data.backbones import max_length_of
     from data_utils import epoch_order, make_batches
-    from record.machine import peak_memory_bytes
+    from machine.hardware import peak_memory_bytes
 
     transformers.set_seed(args.seed)
     task = load_task(args.task, args.data)

@@ -26,9 +26,9 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report
 from distillation.teachers import as_labeller
 from experiments import evaluate
-from lora import amx, linear
-from lora.matmul import set_precision
-from record.files import UserError
+from fast import amx, linear
+from fast.matmul import set_precision
+from machine.errors import UserError
 from record.folder import read_run
 
 

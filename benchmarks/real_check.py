@@ -20,7 +20,7 @@ import data_utils
 import run
 from benchmarks.peft_reference import load_smollm2
 from experiments import evaluate
-from record.machine import device
+from machine.hardware import device
 
 
 def main() -> int:

@@ -39,11 +39,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claim is about the CPU
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.peft_layout import WEIGHTS_FILE, load_adapter, read_adapter
 from benchmarks import common, load  # common first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, paired_ratios
 from data_utils import Batch, collate, make_batches
 from experiments.evaluate import load_finetuned, load_student
-from lora.adapters import WEIGHTS_FILE, load_adapter, read_adapter
 from model import load_classifier
 from record.files import read_sums, sha256, write_sums
 from serving.bank import AdapterBank
@@ -55,7 +55,7 @@ RESIDENT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from lora.adapters import read_adapter
+from adapters.peft_layout import read_adapter
 from serving.bank import AdapterBank
 from serving.texts import Reading
 bank = AdapterBank.on(sys.argv[2])

@@ -40,7 +40,7 @@ def call(*arguments) -> tuple[int, str]:
 def stopping_after(steps: int):
     """Returns a patch under which SIGTERM seems to arrive after so many steps."""
     calls = []
-    return mock.patch("record.signals.received", lambda: 15 if (calls.append(1) or len(calls) == steps) else None)
+    return mock.patch("machine.signals.received", lambda: 15 if (calls.append(1) or len(calls) == steps) else None)
 
 
 def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:

@@ -35,14 +35,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_utils
+from adapters import peft_layout
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent
-from lora import adapters, amx, gemm, onepass
-from lora.linear import lora_layers
-from lora.matmul import set_precision
+from fast import amx, gemm, onepass
+from fast.linear import lora_layers
+from fast.matmul import set_precision
+from machine import hardware
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier
-from record import machine
 
 BATCH_SIZE = 16
 PARTS = {"mm": "products", "linear_pointwise": "products", "dot_product": "attention", "norm": "norms and activations",
@@ -102,14 +103,14 @@ class Side:
 
 class Ours(Side):
     def build(self):
-        machine.keep_freed_memory()  # as every run of this project does; it reaches this process alone
+        hardware.keep_freed_memory()  # as every run of this project does; it reaches this process alone
         classifier, _ = load_classifier(self.base, common.LABELS)
         torch.manual_seed(0)
         inject_lora(classifier.net, LoRAOptions())
         return common.as_if_trained(classifier)
 
     def save(self) -> None:
-        adapters.save_adapter(self.model, self.adapter, self.base)
+        peft_layout.save_adapter(self.model, self.adapter, self.base)
 
     def loss(self, batch):
         return F.cross_entropy(self.model(*batch.inputs()), batch.labels)
@@ -213,7 +214,7 @@ class PeftBest(Side):
         return model
 
     def loss(self, batch):
-        mask = machine.send(batch.attention_mask, batch.input_ids.device)  # which batches keep on the CPU
+        mask = hardware.send(batch.attention_mask, batch.input_ids.device)  # which batches keep on the CPU
         return self.model(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels).loss
 
     def run(self, numbers):

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from data.hub import hub_unreachable
-from record.files import UserError
+from machine.errors import UserError
 
 # Models that a Python package carries: import name, file in its folder, how to get it.
 PACKAGED = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data.tables import Split, read_sentences
-from record.files import UserError
+from machine.errors import UserError
 
 Words = list[str]
 Edit = Callable[[Words, random.Random], Words | None]  # None: there is no place for it

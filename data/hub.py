@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.tables import Table
-from record.files import UserError
+from machine.errors import UserError
 
 if TYPE_CHECKING:
     import datasets

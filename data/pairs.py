@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import grammar
-from record.files import UserError
+from machine.errors import UserError
 
 
 class Pair(NamedTuple):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data import tables
-from record.files import UserError
+from machine.errors import UserError
 
 LONGEST = 1 << 20  # bytes of a line
 FORMATS = {"text": "text", **{suffix.removeprefix("."): name for suffix, name in tables.SUFFIXES.items()}}

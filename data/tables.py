@@ -17,8 +17,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from record.files import UserError
-from record.options import TableOptions
+from machine.errors import UserError
+from options.schema import TableOptions
 
 SUFFIXES = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSON Lines", ".parquet": "Parquet"}
 EVAL_SPLITS = ("validation", "dev", "eval", "val")  # in this order, where --eval-split does not say

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data import grammar
-from record import machine
+from machine import hardware
 
 VOCABULARY = 1536  # byte-level BPE tokens: enough for every word to be one, which lets a small model learn agreement
 POSITIONS, LAYERS, CHANNELS, HEADS = 128, 6, 128, 4
@@ -68,7 +68,7 @@ def train_model(folder: Path) -> None:
         bos_token_id=end, eos_token_id=end, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         activation_function="gelu_pytorch_tanh",  # gelu_new, fused
     )
-    machine.keep_freed_memory()
+    hardware.keep_freed_memory()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(grammar.SEED)  # torch.manual_seed would reseed the caller's GPU as well
         model = GPT2LMHeadModel(config)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from data_utils import Batch
+from machine import processes
+from machine.hardware import send
 from model import DistilRNN
-from record import processes
-from record.machine import send
 
 CUTOFFS = (2000, 10_000)  # ranks at which the adaptive softmax goes on to rarer, narrower clusters
 
@@ -123,10 +123,10 @@ def mean_loss(objective: Callable[[Outputs, Batch], Tensor]) -> Callable[[nn.Mod
         model.eval()
         for name, batches in dev.items():
             total = torch.zeros((), dtype=torch.float64)
-            for batch in (one.to(device) for one in processes.own(batches)):
+            for batch in (one.to(device) for one in processes.shard(batches)):
                 total += objective(model(*batch.inputs()), batch).double().cpu() * len(batch.rows)
             rows = sum(len(batch.rows) for batch in batches)
-            found[name] = {"n": rows, "loss": float(processes.add(total)) / rows}
+            found[name] = {"n": rows, "loss": float(processes.all_reduce_sum(total)) / rows}
         model.train(was_training)
         return found, {}
     return score

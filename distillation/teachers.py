@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from data_utils import Batch
-from lora.blocks import unique_tokens
-from lora.linear import lora_layers
-from lora.matmul import set_precision
+from fast.blocks import unique_tokens
+from fast.linear import lora_layers
+from fast.matmul import set_precision
+from machine.errors import UserError
+from machine.hardware import send
 from model import DistilRNN, TextClassifier
-from record.files import UserError
-from record.machine import send
 
 
 @dataclass

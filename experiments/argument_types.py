@@ -5,7 +5,7 @@ import argparse
 import re
 from pathlib import Path
 
-from record.options import TrainOptions
+from options.schema import TrainOptions
 
 
 def number(kind, low, high, what: str):

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from experiments.argument_types import saving
 from experiments.defaults import EPOCHS, LEARNING_RATE, STAGES, default
-from record import processes
-from record.files import UserError
-from record.options import DistilOptions, LoRAOptions, RunOptions, TableOptions, TrainOptions
+from machine import processes
+from machine.errors import UserError
+from options.schema import DistilOptions, LoRAOptions, RunOptions, TableOptions, TrainOptions
 
 
 def note(text: str) -> None:
     """Tells the person at the terminal something that is no result."""
-    if processes.says(text):
+    if processes.claim_once(text):
         print(text, file=sys.stderr, flush=True)
 
 

@@ -30,9 +30,10 @@ import train_utils
 from experiments import finetune
 from experiments.significance import over_seeds, paired_differences
 from experiments.variants import Entry, seeds_of
-from record.files import UserError, locked, make_folder, read_json, write_file, write_json
+from machine.errors import UserError
+from machine.hardware import device
+from record.files import locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance, read_run
-from record.machine import device
 from report import records, studies
 from report import seeds as seeds_tables
 

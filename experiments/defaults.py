@@ -1,10 +1,10 @@
-"""Defaults that depend on the task, the method or --plain; all others stand in record/options.py.
+"""Defaults that depend on the task, the method or --plain; all others stand in options/schema.py.
 
     default(EPOCHS["distil"], "cola", plain=True)    # 15
 """
 from __future__ import annotations
 
-from record.options import DistilOptions, TrainOptions
+from options.schema import DistilOptions, TrainOptions
 
 # The built-in task's model is small: it wants more epochs and a higher rate than a pretrained one.
 EPOCHS = {"LoRA": {"tiny": 12, "": TrainOptions.epochs}, "distil": {"plain tiny": 30, "plain": 15, "cola": 6, "": 3}}

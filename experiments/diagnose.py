@@ -29,10 +29,10 @@ from data_utils import Split
 from experiments import calibration
 from experiments.evaluate import load_finetuned, load_student, logits_of
 from experiments.inputs import load_task, separator_of
+from machine.hardware import device
+from options.schema import RunOptions, TableOptions, rebuild
 from record.files import check_folder, make_folder, sha256, write_json
 from record.folder import provenance, read_run, warn_of_changed_data
-from record.machine import device
-from record.options import RunOptions, TableOptions, rebuild
 from report import diagnosis
 
 BUILT_IN_PAIRS = 200  # of each phenomenon of the built-in grammar, where --limit does not say

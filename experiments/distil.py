@@ -24,12 +24,11 @@ from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.stages import Stage
 from experiments.transfer import Source
+from machine import processes
+from machine.errors import UserError
+from machine.hardware import bf16_is_fast, device
 from model import DistilRNN, TextClassifier, count_parameters, student_config, student_parameters
-from record import processes, tensors
-from record.files import UserError, read_json, sha256, write_file, write_json
-from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
-from record.machine import bf16_is_fast, device
-from record.options import (
+from options.schema import (
     PLAIN_SIZES,
     STAGED_SIZES,
     DistilOptions,
@@ -40,6 +39,9 @@ from record.options import (
     rebuild,
     settings_of,
 )
+from record import tensors
+from record.files import read_json, sha256, write_file, write_json
+from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
 from train_utils import best_and_last, selection_split, training_summary
 
 
@@ -68,7 +70,7 @@ def teacher_logits(teacher: TextClassifier, batches: list[Batch], path: Path) ->
         UserError: the file is damaged.
     """
     key = tensors.weights_digest(teacher) + tensors.batches_digest(batches)
-    if processes.of_first(path.exists()):
+    if processes.broadcast(path.exists()):
         cached, its_key = tensors.load_checked(path)
         if its_key == key:
             return cached["logits"]

@@ -12,18 +12,20 @@ from torch import Tensor
 
 import data_utils
 import train_utils
+from adapters import peft_layout
 from data.backbones import load_tokenizer
 from data.digests import tokenizer_digest
 from data_utils import Split
 from experiments.inputs import check_base, separator_of
-from lora import adapters, amx
-from lora.matmul import set_precision
+from fast import amx
+from fast.matmul import set_precision
+from machine.errors import UserError
+from machine.hardware import device
 from model import DistilRNN, TextClassifier, load_classifier
+from options.schema import RNNConfig, TableOptions, rebuild
 from record import tensors
-from record.files import UserError, read_json, write_file
+from record.files import read_json, write_file
 from record.folder import read_run, warn_of_changed_data
-from record.machine import device
-from record.options import RNNConfig, TableOptions, rebuild
 
 
 def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
@@ -41,7 +43,7 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
     # The training rows are in the saved statistics; what stands here is replaced by them.
     classifier.configure(options["method"], features=torch.zeros(1, columns, dtype=torch.float64) if columns else None)
     if options["method"] == "lora":
-        adapters.load_adapter(classifier.net, folder)
+        peft_layout.load_adapter(classifier.net, folder)
     elif classifier.reads_text:
         state = tensors.load_tensors(Path(folder) / "trained.safetensors")
         own = classifier.state_dict()

@@ -17,19 +17,22 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import train_utils
+from adapters import peft_layout
 from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of, public_name
 from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
 from experiments.inputs import BASE, load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.model_card import write_repository
-from lora import adapters, frozen
-from lora.matmul import set_precision
+from fast import frozen
+from fast.matmul import set_precision
+from machine import hardware, processes
+from machine.errors import UserError
+from machine.hardware import device
 from model import TextClassifier, count_parameters, load_classifier
-from record import machine, processes, tensors
-from record.files import UserError, sha256, write_file
+from options.schema import RunOptions, as_json, settings_of
+from record import tensors
+from record.files import sha256, write_file
 from record.folder import Recorder, finish, provenance, read_run, run_folder, use_recorded_machine
-from record.machine import device
-from record.options import RunOptions, as_json, settings_of
 from serving.merge import label_maps
 from train_utils import best_and_last, selection_split, training_summary
 
@@ -136,7 +139,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     init_files = start_from(options.init, classifier, task, base, say) if options.init else {}
     set_precision(classifier.net.base_model, options.train.precision)
     say(f"  precision {options.train.precision}" + (
-        f", products by {machine.matmul()}, norms and attention by {machine.kernels()}" if device().type == "cpu"
+        f", products by {hardware.matmul()}, norms and attention by {hardware.kernels()}" if device().type == "cpu"
         else ""))
     classifier.to(device())
     return Prepared(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, init_files, base)
@@ -164,10 +167,10 @@ def start_from(init: Path, classifier: TextClassifier, task: Task, base: dict, s
             raise UserError(f"--init {init}: adapter for another base: it was made for {config['options']['model']}, with "
                             f"{what} than the model here")
     head = config.get("classes") == list(task.classes)
-    adapters.start_from(classifier, init, head)
+    peft_layout.start_from(classifier, init, head)
     say(f"  starts from the adapter of {init}, trained on {summary['task']}; "
         + ("its head too" if head else "the head is new: the classes are others"))
-    return {name: sha256(init / name) for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)}
+    return {name: sha256(init / name) for name in (peft_layout.CONFIG_FILE, peft_layout.WEIGHTS_FILE)}
 
 
 def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable[[str], None]) -> None:
@@ -176,7 +179,7 @@ def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable
         return
     prefix = run.classifier.prefix = frozen.FrozenPrefix(run.classifier)
     start, used = time.perf_counter(), 0
-    for split in (run.batches, *map(processes.own, run.dev.values())):
+    for split in (run.batches, *map(processes.shard, run.dev.values())):
         used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
     say(f"  {prefix.why_not}; they are computed each time" if prefix.why_not else
         f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
@@ -266,7 +269,7 @@ def save_trained(classifier: TextClassifier, method: str, folder: Path, base: st
         write_file(folder / name, save({n: t.cpu().contiguous() for n, t in tensors.items()}))
 
     if method == "lora":
-        adapters.save_adapter(classifier, folder, public_name(base))
+        peft_layout.save_adapter(classifier, folder, public_name(base))
     elif method != "features":
         state = classifier.net.state_dict(prefix="net.")
         # Of weights that are tied (BART's embeddings) one name is enough.

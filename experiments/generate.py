@@ -10,13 +10,14 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from adapters import peft_layout
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
 from experiments.inputs import check_base
-from lora import adapters
-from lora.generation import Sampling, draw
-from lora.matmul import set_precision, speed_up
-from record.files import UserError, check_sums, read_json
-from record.machine import device
+from fast.generation import Sampling, draw
+from fast.matmul import set_precision, speed_up
+from machine.errors import UserError
+from machine.hardware import device
+from record.files import check_sums, read_json
 
 
 def base_model(adapter: Path) -> str:
@@ -25,7 +26,7 @@ def base_model(adapter: Path) -> str:
     A run recorded what it was started with; `adapter_config.json` has the base's name for others.
     """
     check_sums(adapter)
-    base = adapters.base_of(adapter)
+    base = peft_layout.base_of(adapter)
     options = read_json(adapter / "config.json").get("options") if (adapter / "config.json").exists() else None
     return options["model"] if isinstance(options, dict) and isinstance(options.get("model"), str) else base
 
@@ -68,7 +69,7 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
         check_sums(adapter)
         if (adapter / "config.json").exists():
             check_base(adapter, read_json(adapter / "config.json"), model, lm, tokenizer)
-        adapters.load_adapter(lm, adapter, head=False)
+        peft_layout.load_adapter(lm, adapter, head=False)
     lm.to(device()).eval()
     set_precision(lm, precision)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

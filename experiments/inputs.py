@@ -15,11 +15,12 @@ from data.backbones import load_config
 from data.digests import config_digest, tokenizer_digest
 from data.hub import is_dataset_name, load_dataset
 from data_utils import Batch, Task
-from lora import amx
-from record import machine, processes, tensors
-from record.files import UserError
+from fast import amx
+from machine import hardware, processes
+from machine.errors import UserError
+from options.schema import RunOptions, TrainOptions
+from record import tensors
 from record.folder import recorded_config
-from record.options import RunOptions, TrainOptions
 
 # What config.json records of a base, and what an error says where it is another.
 BASE = {"base_sha256": "other weights", "base_config_sha256": "another configuration",
@@ -71,7 +72,7 @@ def _task_of(model: str | None, data: str | None) -> str:
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seeds Python, NumPy and PyTorch, and sets the allocator up for training."""
-    machine.keep_freed_memory()
+    hardware.keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -138,8 +139,8 @@ def resolve_precision(options: RunOptions) -> RunOptions:
     if recorded in ("fp32", "bf16x3", "bf16"):
         precision = recorded
     elif options.mode == "LoRA" and options.method != "full":
-        if machine.device().type == "cuda":
+        if hardware.device().type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-        elif machine.device().type == "cpu" and amx.available():
+        elif hardware.device().type == "cpu" and amx.available():
             precision = "bf16x3"
     return replace(options, train=replace(options.train, precision=precision))

@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from data.backbones import hub_name
 from data.hub import is_dataset_name
 from data_utils import GLUE_REPOSITORY, HUB_TABLES, Task
+from options.schema import RunOptions
 from record.files import write_file
 from record.folder import CARD, CARD_TAG, TOKENIZER_FILES, is_card
-from record.options import RunOptions
 from serving.merge import for_others, tokenizer_files
 from train_utils import selection_split
 

@@ -27,9 +27,10 @@ from experiments import compare, step_records
 from experiments.significance import paired_differences
 from experiments.steps import CHOSEN, Step, steps
 from experiments.variants import seeds_of
-from record.files import SUMS, UserError, check_sums, locked, make_folder, read_json, write_json
+from machine.errors import UserError
+from machine.hardware import device
+from record.files import SUMS, check_sums, locked, make_folder, read_json, write_json
 from record.folder import provenance
-from record.machine import device
 from report import build
 
 ROOT = compare.RUN.parent

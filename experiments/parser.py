@@ -1,4 +1,4 @@
-"""The command line's modes and options; defaults come from the dataclasses of record/options.py.
+"""The command line's modes and options; defaults come from the dataclasses of options/schema.py.
 
     python run.py LoRA --help
 
@@ -27,8 +27,8 @@ from experiments.argument_types import (
 )
 from experiments.defaults import AUGMENT_MOST, AUGMENT_TIMES, EPOCHS, LEARNING_RATE, STAGES, in_words
 from experiments.steps import PROFILES
-from record import processes
-from record.options import (
+from machine import processes
+from options.schema import (
     PLAIN_SIZES,
     ROLES,
     STAGED_SIZES,
@@ -45,7 +45,7 @@ METHODS = ("lora", "full", "head", "features", "none")
 
 def complain(message) -> None:
     """Prints one line on stderr, whatever the message quotes; of several processes only the first that fails does so."""
-    if processes.says("the end"):
+    if processes.claim_once("the end"):
         print("run.py:", str(message).replace("\n", " "), file=sys.stderr, flush=True)
 
 

@@ -20,10 +20,10 @@ from data.tables import Table
 from data_utils import Batch
 from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import separator_of
-from record.files import UserError
+from machine.errors import UserError
+from machine.hardware import device
+from options.schema import TableOptions, rebuild
 from record.folder import read_run
-from record.machine import device
-from record.options import TableOptions, rebuild
 from serving import texts
 from serving.bank import AdapterBank
 from serving.texts import Reading

@@ -8,11 +8,11 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from adapters import peft_layout
 from experiments import distil, finetune
-from lora import adapters
+from options.schema import DistilOptions, RunOptions, rebuild
 from record.files import read_json
 from record.folder import TOKENIZER_FILES, changes, read_run, without_times
-from record.options import DistilOptions, RunOptions, rebuild
 
 
 def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
@@ -55,7 +55,7 @@ def differences(folder: Path, again: Path) -> Iterator[str]:
 
 def _content(path: Path) -> bytes | dict:
     """Returns what two runs' files must share: all bytes, but for the base's path in an adapter's configuration."""
-    if path.name != adapters.CONFIG_FILE:
+    if path.name != peft_layout.CONFIG_FILE:
         return path.read_bytes()
     return {key: value for key, value in read_json(path).items() if key != "base_model_name_or_path"}
 

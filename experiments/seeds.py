@@ -18,7 +18,8 @@ from tqdm import tqdm
 from experiments import compare, finetune
 from experiments.significance import over_seeds, paired_differences, spread
 from experiments.variants import SeedRun
-from record.files import UserError, locked, make_folder, read_json, write_file, write_json
+from machine.errors import UserError
+from record.files import locked, make_folder, read_json, write_file, write_json
 from record.folder import empty_folder, provenance
 from report import records
 from report import seeds as tables

@@ -11,7 +11,7 @@ import uvicorn
 
 from experiments.arguments import named
 from experiments.evaluate import load_student
-from record.files import UserError
+from machine.errors import UserError
 from record.folder import read_run
 from serving.bank import AdapterBank
 from serving.service import Limits, create_app

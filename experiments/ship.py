@@ -13,10 +13,11 @@ import data_utils
 from data_utils import Split
 from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import load_task
-from lora.matmul import set_precision
-from record.files import UserError, check_new_folder
+from fast.matmul import set_precision
+from machine.errors import UserError
+from options.schema import RunOptions, rebuild
+from record.files import check_new_folder
 from record.folder import read_run
-from record.options import RunOptions, rebuild
 from serving import export, merge
 from serving.packages import require
 

@@ -141,7 +141,7 @@ def paired_test(a: Path, b: Path, data: Path, resamples: int = 10_000, seed: int
         UserError: not finished runs, or of different tasks or classes.
     """
     from experiments.evaluate import answers
-    from record.files import UserError
+    from machine.errors import UserError
     from record.folder import read_run
     from train_utils import scores
 

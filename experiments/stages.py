@@ -19,11 +19,11 @@ from distillation.heads import LanguageModel, Matched, mean_loss, token_ranks
 from distillation.teachers import HiddenStates, as_labeller
 from experiments.transfer import Source, batches_of, normalised
 from model import DistilRNN
-from record.checkpoints import Progress
+from options.schema import DistilOptions, TrainOptions
 from record.files import write_file
 from record.folder import CHECKPOINT
-from record.options import DistilOptions, TrainOptions
 from train_utils import Objective, training_summary
+from training.checkpoints import Progress
 
 HELD_OUT_EVERY, HELD_OUT_MOST = 50, 500  # sentences held out of pretraining
 SEEDS = 1_000_000  # stage k draws from the seed plus k times this: seeds have five digits

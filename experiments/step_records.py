@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from experiments.steps import Step
-from record.files import UserError, make_folder, read_json, write_file, write_json
+from machine.errors import UserError
+from record.files import make_folder, read_json, write_file, write_json
 from report.paper import SENTENCES
 
 REPORTED = ("config.json", "summary.json", "metrics.jsonl")  # of a run

@@ -30,11 +30,12 @@ import train_utils
 from experiments import finetune
 from experiments.compare import same_settings
 from experiments.variants import Range
-from record import signals
-from record.files import UserError, make_folder, without_password, write_file, write_json
+from machine import signals
+from machine.errors import UserError
+from machine.hardware import use_threads
+from options.schema import RunOptions
+from record.files import make_folder, without_password, write_file, write_json
 from record.folder import provenance
-from record.machine import use_threads
-from record.options import RunOptions
 from report import records, studies
 from train_utils import Diverged
 

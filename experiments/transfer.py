@@ -44,15 +44,16 @@ from distillation.teachers import (
     states_and_logits,
     token_scores,
 )
-from lora.generation import by_blocks, draw
-from lora.linear import lora_layers
-from lora.matmul import set_precision, speed_up
+from fast.generation import by_blocks, draw
+from fast.linear import lora_layers
+from fast.matmul import set_precision, speed_up
+from machine.errors import UserError
+from machine.hardware import bf16_is_fast, device
+from machine.signals import Interrupted
 from model import TextClassifier, inject_lora
+from options.schema import LoRAOptions, TrainOptions
 from record import tensors
-from record.files import UserError, make_folder, read_json, write_file, write_json
-from record.machine import bf16_is_fast, device
-from record.options import LoRAOptions, TrainOptions
-from record.signals import Interrupted
+from record.files import make_folder, read_json, write_file, write_json
 
 LABELLED = 1024  # sentences in a chunk of the teacher's outputs
 SORTED = 64 * LABELLED  # sentences that are sorted before they are cut into chunks

@@ -10,8 +10,8 @@ from pathlib import Path
 from experiments.argument_types import sr_type
 from experiments.arguments import choose, distil_options, finetune_options
 from experiments.parser import Parser, add_distil_options, add_finetune_options, closest
-from record.files import UserError
-from record.options import FREE, RunOptions, TableOptions, as_json, settings_of
+from machine.errors import UserError
+from options.schema import FREE, RunOptions, TableOptions, as_json, settings_of
 
 # What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
 COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",

@@ -1,4 +1,4 @@
-"""Writes files that are whole or absent, reads them with checks, and defines the one error class of the project.
+"""Writes files that are whole or absent and reads them with checks.
 
 A file is written under a temporary name, flushed to disk and renamed, so that a crash at any moment
 leaves either the old file or the new one. SHA256SUMS in a run's folder tells whether its files are still the ones
@@ -17,13 +17,10 @@ from pathlib import Path
 
 import filelock
 
-from record import processes
+from machine import processes
+from machine.errors import UserError
 
 SUMS = "SHA256SUMS"
-
-
-class UserError(ValueError):
-    """Reports what the user can mend, in one line that names what is wrong and what was expected."""
 
 
 def write_file(path: Path | str, data: bytes | str) -> None:
@@ -32,7 +29,7 @@ def write_file(path: Path | str, data: bytes | str) -> None:
     Raises:
         UserError: it cannot be written (folder, rights, full disk); what stood there before still stands.
     """
-    if not processes.first():
+    if not processes.is_main():
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -25,7 +25,9 @@ from pathlib import Path
 
 import torch
 
-from record import processes
+from machine import processes
+from machine.hardware import cpu_name, device, kernels, matmul, use_kernels, use_matmul, use_threads
+from options.schema import FREE, RunOptions, rebuild
 from record.files import (
     SUMS,
     UserError,
@@ -41,8 +43,6 @@ from record.files import (
     write_json,
     write_sums,
 )
-from record.machine import cpu_name, device, kernels, matmul, use_kernels, use_matmul, use_threads
-from record.options import FREE, RunOptions, rebuild
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # differ between any two runs
@@ -114,8 +114,8 @@ def run_folder(options: RunOptions, config: dict):
     Raises:
         UserError: any of these, another process at work there, or a folder that cannot be written.
     """
-    if not processes.first():
-        processes.wait()
+    if not processes.is_main():
+        processes.barrier()
         yield Path(options.out)
         return
     if options.repeats:
@@ -136,7 +136,7 @@ def run_folder(options: RunOptions, config: dict):
         if not any(folder.glob(f"*{CHECKPOINT}")):  # a resumed run keeps the config that it began with
             write_json(folder / "config.json", config)
             write_sums(folder, {"config.json": sha256(folder / "config.json")})
-        processes.wait()
+        processes.barrier()
         yield folder
 
 
@@ -214,7 +214,7 @@ class Recorder:
 
     def __call__(self, history: list[dict], phase: str | None = None, stage: str | None = None) -> None:
         """Takes the history of a phase or stage so far; rewrites the file, so that a resumed run repeats no line."""
-        if not processes.first():
+        if not processes.is_main():
             return
         names = {key: name for key, name in (("phase", phase), ("stage", stage)) if name}
         self.lines = [line for line in self.lines if (line.get("phase"), line.get("stage")) != (phase, stage)]
@@ -257,7 +257,7 @@ def finish(folder: Path, summary: dict, *more: str) -> None:
     Args:
         more: files that SHA256SUMS lists beside weights and JSON.
     """
-    if not processes.first():
+    if not processes.is_main():
         return
     files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
              if not path.name.endswith(CHECKPOINT)]

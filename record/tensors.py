@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from record.files import UserError, write_file
+from machine.errors import UserError
+from record.files import write_file
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@
     bank.load("cola", Path("runs/LoRA-12345"))
     bank.logits(input_ids, attention_mask, ["cola", None, "reviews"])       # (classes,) of each row
 
-The base is in memory once, each adapter's matrices once (lora/mixed.py); ranks, targets and numbers of classes may
+The base is in memory once, each adapter's matrices once (adapters/mixed.py); ranks, targets and numbers of classes may
 differ. A row without an adapter gets the base under its own head. Nothing here trains.
 """
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adapters.mixed import MixedHead, MixedLinear, Routing
+from adapters.peft_layout import WEIGHTS_FILE, Adapter, read_adapter
 from data.backbones import load_config, load_tokenizer
 from data.digests import config_digest, tokenizer_digest
-from lora.adapters import WEIGHTS_FILE, Adapter, read_adapter
-from lora.blocks import unique_tokens
-from lora.matmul import set_precision
-from lora.mixed import MixedHead, MixedLinear, Routing
+from fast.blocks import unique_tokens
+from fast.matmul import set_precision
+from machine.errors import UserError
+from machine.hardware import device
 from model import TextClassifier, load_classifier
-from record.files import UserError, sha256
+from record.files import sha256
 from record.folder import read_run
-from record.machine import device
 from record.tensors import load_tensors, weights_digest
 from serving.texts import Reading, classify
 

@@ -17,8 +17,9 @@ import torch
 import data_utils
 import train_utils
 from data_utils import Split
+from machine.errors import UserError
 from model import DistilRNN
-from record.files import UserError, new_folder, write_file, write_json
+from record.files import new_folder, write_file, write_json
 from serving.packages import require
 
 OPSET, IR_VERSION = 17, 8  # read by onnxruntime 1.14 (of 2023) and newer

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from lora import adapters
-from lora.linear import lora_layers
+from adapters import peft_layout
+from fast.linear import lora_layers
+from machine.errors import UserError
 from model import TextClassifier
-from record.files import UserError, json_text, new_folder, write_file
+from record.files import json_text, new_folder, write_file
 
 # Of logits, relative where they are large; False: the run computed in bfloat16. Merged weights are rounded to float32: the
 # built-in model's logits then move by 2e-5, others' by 1e-7; a wrong merge moves them by far more.
@@ -68,7 +69,7 @@ def plain_state(classifier: TextClassifier) -> dict[str, Tensor]:
     """
     net = classifier.net.float()
     try:
-        adapters.merge_adapter(net)
+        peft_layout.merge_adapter(net)
     except ValueError as error:
         raise UserError(str(error)) from None
     for name, layer in lora_layers(net).items():

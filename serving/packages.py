@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import importlib
 
-from record.files import UserError
+from machine.errors import UserError
 
 
 def require(name: str, mode: str | None = None):

@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from record.files import UserError
+from machine.errors import UserError
 from serving.bank import NAME
 from serving.worker import Full, Worker
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import data_utils
 from data_utils import Batch
-from record.files import UserError
+from machine.errors import UserError
 
 BATCH_SIZE, BATCH_TOKENS = 64, 4096  # sentences, and tokens with pads, that are computed at a time
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from record.files import UserError
-from record.machine import device
+from machine.errors import UserError
+from machine.hardware import device
 from serving.bank import AdapterBank
 from serving.texts import Reading, classify
 

@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lora.linear import lora_layers
+from fast.linear import lora_layers
+from machine import hardware
 from model import LoRAOptions, TextClassifier, inject_lora
-from record import machine
 
 # One thread, unless the environment asks for more: the suite has to pass with either.
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
@@ -41,8 +41,8 @@ def same_machine():
     """Gives each test the threads, library and kernels of the first: a resumed run takes those that it recorded."""
     yield
     torch.set_num_threads(THREADS)
-    machine.use_matmul()
-    machine.use_kernels()
+    hardware.use_matmul()
+    hardware.use_kernels()
 
 
 VOCAB, PAD, CONTEXT = 101, 100, 32

@@ -101,7 +101,7 @@ def main() -> None:
             "summary": quota(work, expected, "summary", before("experiments.finetune", "finish", lambda: limit_files(400))),
             "tensorboard": quota(work, expected, "board", before("record.folder", "Recorder._scalars",
                                                                    lambda: limit_files(400))),
-            "keeping": quota(work, expected, "keep", before("lora.frozen", "FrozenPrefix.cache", lambda: limit_files(400)),
+            "keeping": quota(work, expected, "keep", before("fast.frozen", "FrozenPrefix.cache", lambda: limit_files(400)),
                              "--layers", "1", "--keep-memory", "0"),
             "disk": full_disk(work, expected)}))
 

@@ -68,19 +68,19 @@ def make(base: Path) -> Path:
 def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Each reader's name, the file of it that is damaged, and the call."""
     import data_utils
+    from adapters import peft_layout
     from data import pairs
     from experiments import evaluate, predict
     from experiments import generate as generation
-    from lora import adapters
     from model import load_classifier
+    from options.schema import RunOptions, rebuild
     from record import files, folder, tensors
-    from record.options import RunOptions, rebuild
     from report import figures, records
 
     dev = base / "cola/out_of_domain_dev.tsv"
 
     def adapter():
-        return adapters.load_adapter(load_classifier(str(base / "model"), 2)[0].net, base / "lora")
+        return peft_layout.load_adapter(load_classifier(str(base / "model"), 2)[0].net, base / "lora")
 
     def drawn():
         return figures.curves(records.read_metrics(base / "lora/metrics.jsonl"),
@@ -192,7 +192,7 @@ def attempt(path: Path, content: bytes, call: Callable[[], object]) -> None:
         TimeoutError: the reader hangs.
         Exception: whatever else the reader raised.
     """
-    from record.files import UserError
+    from machine.errors import UserError
     from report.records import ReportError
 
     def hangs(*_):

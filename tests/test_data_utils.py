@@ -24,7 +24,8 @@ from data_utils import (
     read_cola_tsv,
     split_large,
 )
-from record.files import UserError, sha256
+from machine.errors import UserError
+from record.files import sha256
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 COLA = Path(os.environ.get("LORA_DISTIL_DATA") or Path(__file__).parents[2] / "shared" / "data") / "cola"

@@ -20,9 +20,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from adapters import peft_layout
 from data.backbones import blocks_of
-from lora import adapters
-from lora.linear import lora_layers
+from fast.linear import lora_layers
+from machine.errors import UserError
 from model import (
     ROLES,
     LoRAOptions,
@@ -32,7 +33,6 @@ from model import (
     inject_lora,
     parse_layers,
 )
-from record.files import UserError
 
 
 def base_logits(architecture: str) -> torch.Tensor:
@@ -89,13 +89,13 @@ def test_merged_equals_unmerged_twice_is_once_and_unmerge_restores(architecture,
     unmerged = logits_of(classifier)
     assert not torch.allclose(unmerged, base_logits(architecture), atol=1e-2)
     before = {name: p.clone() for name, p in classifier.net.named_parameters()}
-    adapters.merge_adapter(classifier.net)
+    peft_layout.merge_adapter(classifier.net)
     once = {name: p.clone() for name, p in classifier.net.named_parameters()}
     assert sum(not torch.equal(once[n], before[n]) for n in before) == len(lora_layers(classifier.net))
     torch.testing.assert_close(logits_of(classifier), unmerged, atol=1e-5, rtol=0)
-    adapters.merge_adapter(classifier.net)
+    peft_layout.merge_adapter(classifier.net)
     assert all(torch.equal(p, once[name]) for name, p in classifier.net.named_parameters())
-    adapters.unmerge_adapter(classifier.net)
+    peft_layout.unmerge_adapter(classifier.net)
     for name, p in classifier.net.named_parameters():
         torch.testing.assert_close(p, before[name], atol=1e-6, rtol=0)
     torch.testing.assert_close(logits_of(classifier), unmerged, atol=1e-5, rtol=0)
@@ -108,7 +108,7 @@ def test_one_bad_value_in_the_last_layer_refuses_the_merge_of_all(value):
     before = {name: p.clone() for name, p in classifier.net.named_parameters() if ".base." in name}
     with torch.no_grad():
         layers[-1].lora_B[0, 0] = value
-    for merge in (lambda: adapters.merge_adapter(classifier.net), layers[-1].merge):
+    for merge in (lambda: peft_layout.merge_adapter(classifier.net), layers[-1].merge):
         with pytest.raises(ValueError, match="not finite; nothing was merged"):
             merge()
         assert not any(layer.merged for layer in layers)

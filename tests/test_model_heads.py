@@ -14,7 +14,8 @@ from transformers import (
 
 from benchmarks.architectures import config_of
 from data.backbones import load_causal_lm, load_config
-from lora.linear import lora_layers
+from fast.linear import lora_layers
+from machine.errors import UserError
 from model import (
     LoRAOptions,
     TextClassifier,
@@ -22,7 +23,6 @@ from model import (
     load_classifier,
     probe,
 )
-from record.files import UserError
 
 # ---------------------------------------------------------------- the head
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from machine.errors import UserError
 from model import (
     DistilRNN,
     RNNConfig,
@@ -16,7 +17,6 @@ from model import (
     student_config,
     student_parameters,
 )
-from record.files import UserError
 
 # ---------------------------------------------------------------- the student
 

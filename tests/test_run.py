@@ -12,8 +12,8 @@ import toy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from machine.errors import UserError
 from record import tensors
-from record.files import UserError
 
 ROOT = Path(__file__).parents[1]
 PYTHON = [sys.executable, str(ROOT / "run.py")]

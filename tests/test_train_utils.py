@@ -22,7 +22,6 @@ from toy_training import (
 
 import train_utils
 from data_utils import collate, split_large
-from record.checkpoints import load_checkpoint, trainable
 from train_utils import (
     Diverged,
     compute_logits,
@@ -38,6 +37,7 @@ from train_utils import (
     scores,
     validate,
 )
+from training.checkpoints import load_checkpoint, trainable
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LOGITS = st.lists(st.tuples(*[st.floats(-30, 30, width=32)] * 6), min_size=1, max_size=8)

@@ -7,7 +7,7 @@ import torch
 from test_train_utils_checkpoints import DROPOUT, assert_ends_alike, train
 from toy_training import ToyModel, toy_batches, toy_dev, weights
 
-from record.signals import Interrupted
+from machine.signals import Interrupted
 from train_utils import cross_entropy, fit, validate
 
 AVERAGED = replace(DROPOUT, ema=0.6)

@@ -19,10 +19,10 @@ from toy_training import (
 )
 
 import train_utils
-from record.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
-from record.files import UserError
-from record.signals import Interrupted
+from machine.errors import UserError
+from machine.signals import Interrupted
 from train_utils import cross_entropy, fit, make_optimizer
+from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DROPOUT = replace(OPTIONS, epochs=3, weight_decay=0.1, accumulate=2, schedule="cosine")  # 3 steps an epoch

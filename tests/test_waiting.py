@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import train_utils
 from data_utils import Batch
-from lora import recurrent
+from fast import recurrent
 from model import DistilRNN, TextClassifier
-from record.options import RNNConfig, TrainOptions
+from options.schema import RNNConfig, TrainOptions
 
 READS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.cpu,
          Tensor.numpy, Tensor.__array__, Tensor.nonzero, torch.nonzero, torch.equal, Tensor.equal}

@@ -113,7 +113,7 @@ def train(result: Path) -> None:
 
     import train_utils
     from data_utils import split_large
-    from record import processes
+    from machine import processes
 
     processes.connect()
     processes.start("cpu")
@@ -129,7 +129,7 @@ def train(result: Path) -> None:
     progress = train_utils.fit(model, batches, toys.toy_dev(), objective, toys.OPTIONS)
     found = {"gradients": seen, "rows": rows, "history": progress.history, "draw": torch.rand(3).tolist(),
              "weights": {name: p.tolist() for name, p in train_utils.trainable(model).items()},
-             "says": processes.says("this")}
+             "says": processes.claim_once("this")}
     Path(f"{result}-{processes.rank()}.json").write_text(json.dumps(found))
     processes.stop()
 

@@ -8,7 +8,8 @@ import toy
 
 from benchmarks import collect as module
 from benchmarks.collect import collect, typed
-from record.files import UserError, read_json
+from machine.errors import UserError
+from record.files import read_json
 from report import figures
 
 SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8)

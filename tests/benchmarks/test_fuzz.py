@@ -8,10 +8,10 @@ import pytest
 import readers
 import toy
 
+from adapters import peft_layout
 from benchmarks import fuzz
 from experiments import evaluate
-from lora import adapters
-from record.files import UserError
+from machine.errors import UserError
 from report import build, records
 
 CASES = 20  # of each reader
@@ -105,7 +105,7 @@ def test_a_tensor_name_is_never_a_path(base, tmp_path, name):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(base / "lora", tmp_path / "lora")
-    weights = tmp_path / "lora" / adapters.WEIGHTS_FILE
+    weights = tmp_path / "lora" / peft_layout.WEIGHTS_FILE
     save_file({**load_file(weights), f"base_model.model.{name}": next(iter(load_file(weights).values()))}, weights)
     before = toy.tree(tmp_path)
     with pytest.raises(UserError, match="does not exist or has another shape"):

@@ -10,7 +10,7 @@ import torch
 import toy
 
 import train_utils
-from record import machine
+from machine import hardware
 from report import figures
 
 
@@ -98,5 +98,5 @@ def test_out_of_memory_is_one_line_that_names_the_batch_size_to_try(work, tmp_pa
 
 
 def test_other_errors_are_not_taken_for_exhausted_memory():
-    assert not machine.exhausted(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not machine.exhausted(ValueError("out of memory"))
+    assert not hardware.exhausted(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not hardware.exhausted(ValueError("out of memory"))

@@ -6,8 +6,8 @@ import toy
 
 from benchmarks import tamper_test
 from experiments import repeat
+from machine.errors import UserError
 from record import files
-from record.files import UserError
 from report import figures
 
 FLIPS = 10

@@ -35,9 +35,9 @@ from data.backbones import (
     load_tokenizer,
     max_length_of,
 )
-from lora.linear import lora_layers
+from fast.linear import lora_layers
+from machine.errors import UserError
 from model import LoRAOptions, inject_lora, load_classifier
-from record.files import UserError
 
 # ---------------------------------------------------------------- what a model is
 

@@ -23,7 +23,7 @@ import pyarrow.parquet
 import pytest
 
 import data_utils
-from record.files import UserError
+from machine.errors import UserError
 
 HERE = Path(data_utils.__file__).parent
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -269,7 +269,7 @@ SST2 = """
 import json, sys
 from pathlib import Path
 import data_utils
-from record.options import TableOptions
+from options.schema import TableOptions
 for options in (TableOptions(), TableOptions(eval_split="0.5"), TableOptions(text_column=("idx", "sentence"))):
     task = data_utils.load_task("csv", "stanfordnlp/sst2", options)
     print(json.dumps([len(task.train), {name: [len(split), split.sentences[1], split.labels[:2]] for name, split in

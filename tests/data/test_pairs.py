@@ -4,7 +4,7 @@ import random
 import pytest
 
 from data import grammar, pairs
-from record.files import UserError
+from machine.errors import UserError
 
 
 def test_built_in_pairs_are_fixed_differ_and_stand_nowhere_else():

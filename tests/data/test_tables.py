@@ -23,8 +23,9 @@ import data_utils
 from data.tables import TableOptions, classes_of, labels_of, read_split, read_table, set_aside, split_files
 from data_utils import encode, load_task
 from experiments import distil, inputs
+from machine.errors import UserError
 from model import FeatureHead
-from record.files import UserError, read_json
+from record.files import read_json
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROWS = [{"text": "a fine, \"good\" film", "label": 1, "size": 1.5}, {"text": "dull\tand long", "label": 0, "size": 2.0},

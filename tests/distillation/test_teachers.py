@@ -15,8 +15,8 @@ from distillation.teachers import (
     states_and_logits,
     token_scores,
 )
+from machine.errors import UserError
 from model import DistilRNN, RNNConfig
-from record.files import UserError
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition():

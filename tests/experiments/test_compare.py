@@ -15,7 +15,7 @@ import toy
 from scipy import stats
 
 from experiments import compare
-from record import signals
+from machine import signals
 from record.files import read_json
 from record.folder import without_times
 from report import records, studies

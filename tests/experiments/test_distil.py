@@ -123,7 +123,7 @@ def test_eval_of_a_distillation_run_repeats_its_summary(work, distilled, capsys)
 
 def stop_distil(work, out, teacher, monkeypatch, steps):
     calls = []
-    monkeypatch.setattr("record.signals.received", lambda: calls.append(1) or (15 if len(calls) == steps else None))
+    monkeypatch.setattr("machine.signals.received", lambda: calls.append(1) or (15 if len(calls) == steps else None))
     assert toy.main("distil", "12345", "--teacher", teacher, "--out", out, "--plots", work / "plots", *SMALL) == 143
     monkeypatch.undo()
 

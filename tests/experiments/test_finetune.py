@@ -12,13 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_utils
 import train_utils
 from experiments import evaluate, finetune
-from lora import amx, onepass
+from fast import amx, onepass
+from machine import hardware
+from machine.signals import Interrupted
 from model import TextClassifier
-from record import machine
+from options.schema import RunOptions, rebuild
 from record.files import read_json, sha256, write_json
 from record.folder import recorded_kernels, without_times
-from record.options import RunOptions, rebuild
-from record.signals import Interrupted
 from report import figures
 
 TRAIN = {"epochs", "steps", "seconds", "tokens", "tokens_per_second", "padding_percent", "peak_memory_bytes"}
@@ -154,7 +154,7 @@ def test_another_seed_gives_other_weights(work, tmp_path, quick):
 def interrupt(work, out, monkeypatch, *more, steps=7):
     """A LoRA run that is asked to stop after some steps."""
     calls = []
-    monkeypatch.setattr("record.signals.received", lambda: calls.append(1) or (15 if len(calls) == steps else None))
+    monkeypatch.setattr("machine.signals.received", lambda: calls.append(1) or (15 if len(calls) == steps else None))
     assert toy.lora(work, out, *more) == 143
     monkeypatch.undo()
 
@@ -210,10 +210,10 @@ def test_a_resumed_run_has_as_many_threads_as_it_began_with(work, tmp_path, monk
                                             ("onednn", "gemm")])
 def test_a_resumed_run_has_the_library_for_products_that_it_began_with(work, tmp_path, monkeypatch, quick, recorded, rule):
     """Whatever the rule says by now; a run from before there was a choice began with PyTorch's own."""
-    if not machine.has_onednn() or "gemm" in (recorded, rule) and not machine.has_gemm():
-        pytest.skip("this PyTorch was built without oneDNN, or there is no CPU or no compiler for lora/gemm.c")
+    if not hardware.has_onednn() or "gemm" in (recorded, rule) and not hardware.has_gemm():
+        pytest.skip("this PyTorch was built without oneDNN, or there is no CPU or no compiler for fast/gemm.c")
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
-    monkeypatch.setattr(machine, "fastest_matmul", lambda: recorded or "torch")
+    monkeypatch.setattr(hardware, "fastest_matmul", lambda: recorded or "torch")
     assert toy.lora(work, tmp_path / "whole") == 0
     with pytest.MonkeyPatch.context() as patch:
         interrupt(work, tmp_path / "run", patch)
@@ -224,14 +224,14 @@ def test_a_resumed_run_has_the_library_for_products_that_it_began_with(work, tmp
         del config["matmul"]
         write_json(tmp_path / "run" / "config.json", config)
         toy.reseal(tmp_path / "run")
-    monkeypatch.setattr(machine, "fastest_matmul", lambda: rule)
-    machine.use_matmul()
+    monkeypatch.setattr(hardware, "fastest_matmul", lambda: rule)
+    hardware.use_matmul()
     assert toy.lora(work, tmp_path / "run", "--resume") == 0
-    assert machine.matmul() == (recorded or "torch")
+    assert hardware.matmul() == (recorded or "torch")
     weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
     assert weights[0] == weights[1]
     assert toy.lora(work, tmp_path / "new") == 0  # a run of its own goes by the rule again
-    assert read_json(tmp_path / "new" / "config.json")["matmul"] == rule == machine.matmul()
+    assert read_json(tmp_path / "new" / "config.json")["matmul"] == rule == hardware.matmul()
 
 
 @pytest.mark.parametrize("recorded", ["torch", "onepass", None])
@@ -240,7 +240,7 @@ def test_a_resumed_run_has_the_kernels_that_it_began_with(work, tmp_path, monkey
     if not onepass.available():
         pytest.skip("no CPU with AVX-512, or no C compiler")
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
-    monkeypatch.setattr(machine, "has_onepass", lambda: recorded == "onepass")
+    monkeypatch.setattr(hardware, "has_onepass", lambda: recorded == "onepass")
     words = ("--precision", "fp32")
     assert toy.lora(work, tmp_path / "whole", *words) == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -251,10 +251,10 @@ def test_a_resumed_run_has_the_kernels_that_it_began_with(work, tmp_path, monkey
         del config["kernels"]
         write_json(tmp_path / "run" / "config.json", config)
         toy.reseal(tmp_path / "run")
-    monkeypatch.setattr(machine, "has_onepass", lambda: True)
-    machine.use_kernels()
+    monkeypatch.setattr(hardware, "has_onepass", lambda: True)
+    hardware.use_kernels()
     assert toy.lora(work, tmp_path / "run", "--resume", *words) == 0
-    assert machine.kernels() == (recorded or "torch")
+    assert hardware.kernels() == (recorded or "torch")
     weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
     assert weights[0] == weights[1]
 

@@ -5,12 +5,12 @@ import torch
 from conftest import CONTEXT, randomize_B
 from transformers import GPT2LMHeadModel
 
+from adapters.peft_layout import save_adapter
 from data.backbones import load_causal_lm, load_tokenizer
 from experiments.generate import base_model, generate, read_prompts
-from lora.adapters import save_adapter
-from lora.generation import Sampling
+from fast.generation import Sampling
+from machine.errors import UserError
 from model import LoRAOptions, TextClassifier, inject_lora
-from record.files import UserError
 
 PROMPTS = ["The cat", "A dog ran to", "mat"]
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 
 from experiments.inputs import resolve_precision
-from lora import amx
-from record import machine
+from fast import amx
+from machine import hardware
+from options.schema import RunOptions, TrainOptions
 from record.files import write_json
-from record.options import RunOptions, TrainOptions
 
 
 @pytest.mark.parametrize("tiles", [False, True])
@@ -18,7 +18,7 @@ def test_precision_auto_is_the_fastest_that_changes_no_prediction(monkeypatch, t
     def resolved(**changes) -> str:
         return resolve_precision(replace(options, **changes)).train.precision
 
-    fastest = "bf16x3" if tiles and machine.device().type == "cpu" else "fp32"
+    fastest = "bf16x3" if tiles and hardware.device().type == "cpu" else "fp32"
     assert options.train.precision == "auto" and resolved() == resolved(method="head") == fastest
     assert resolved(method="full") == resolved(mode="distil") == "fp32"
     assert resolved(train=TrainOptions(12345, precision="bf16")) == "bf16"

@@ -7,7 +7,8 @@ import torch
 import toy
 
 from experiments import compare
-from record.files import UserError, read_json
+from machine.errors import UserError
+from record.files import read_json
 from record.folder import without_times
 from report import figures
 

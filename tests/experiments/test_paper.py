@@ -15,8 +15,9 @@ from data import backbones
 from experiments import compare, paper, step_records, variants
 from experiments.paper import Clock, PaperOptions, make_paper, plan
 from experiments.steps import CHOSEN, RUN, Step, steps
-from record import signals
-from record.files import UserError, sha256, write_sums
+from machine import signals
+from machine.errors import UserError
+from record.files import sha256, write_sums
 
 DATA = Path("../shared/data")
 PLANS = [("quick", None), ("full", DATA), ("full", None)]

@@ -8,11 +8,12 @@ import toy
 
 import train_utils
 from experiments import distil, finetune, repeat
-from lora import amx
+from fast import amx
+from machine.errors import UserError
 from model import LoRAOptions
+from options.schema import DistilOptions, TrainOptions, rebuild
 from record import folder
-from record.files import UserError, read_json
-from record.options import DistilOptions, TrainOptions, rebuild
+from record.files import read_json
 from report import figures
 
 # Every option away from its default, so that one which is lost on the way back shows.

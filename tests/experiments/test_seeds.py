@@ -7,7 +7,8 @@ import toy
 from scipy import stats
 
 from experiments import compare, seeds
-from record.files import UserError, read_json
+from machine.errors import UserError
+from record.files import read_json
 from report import figures
 
 SEEDS = ("99999", "00000")

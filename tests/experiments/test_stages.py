@@ -132,7 +132,7 @@ def test_a_teacher_labels_in_bfloat16_where_that_is_fast_or_as_it_is_told(work, 
 @pytest.mark.parametrize("stops", [2, 9, 25, 60])
 def test_a_run_stopped_in_any_stage_and_resumed_ends_in_the_same_bytes(work, staged, tmp_path, monkeypatch, stops):
     calls = []
-    monkeypatch.setattr("record.signals.received", lambda: calls.append(1) or (15 if len(calls) == stops else None))
+    monkeypatch.setattr("machine.signals.received", lambda: calls.append(1) or (15 if len(calls) == stops else None))
     assert distil(work, tmp_path / "run") == 143
     monkeypatch.undo()
     assert distil(work, tmp_path / "run", "--resume") == 0

@@ -13,7 +13,7 @@ import torch
 import toy
 
 from experiments import compare, finetune, sweep
-from record import signals
+from machine import signals
 from record.files import read_json
 from record.folder import provenance
 from train_utils import Diverged

@@ -13,9 +13,9 @@ from conftest import PAD, adapted
 from data_utils import Batch
 from distillation.teachers import Reduction, as_labeller, hidden_states
 from experiments import transfer
-from lora.linear import lora_layers
-from record.files import UserError
-from record.signals import Interrupted
+from fast.linear import lora_layers
+from machine.errors import UserError
+from machine.signals import Interrupted
 
 
 def source_of(folder, teacher, monkeypatch) -> transfer.Source:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from machine.errors import UserError
 from record import files
-from record.files import UserError, make_folder, read_json, sha256, write_file, write_json
+from record.files import make_folder, read_json, sha256, write_file, write_json
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

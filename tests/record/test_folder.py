@@ -1,8 +1,8 @@
 """Reading a run's folder."""
 import pytest
 
+from machine.errors import UserError
 from record import folder
-from record.files import UserError
 
 
 def test_reading_a_folder_that_is_no_finished_run_says_what_makes_one(tmp_path):

@@ -244,7 +244,7 @@ def test_a_latex_error_is_told_in_one_line(tmp_path):
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A project folder with all that is to be handed in, and all that is not."""
-    wanted = ["run.py", "model.py", "lora/amx.c", "lora/avx512.h", "tests/test_model.py", "benchmarks/speed.py",
+    wanted = ["run.py", "model.py", "fast/amx.c", "fast/avx512.h", "tests/test_model.py", "benchmarks/speed.py",
               "requirements.txt", "Makefile", "requirements-dev.txt", "README.md", "LICENSE", "pyproject.toml", ".ci/run",
               "report/main.tex", "report/results/LoRA_mcc.pdf", f"plots/LoRA-{SR}_mcc.png", f"plots/distil-{SR}_loss.pdf",
               f"report/Report_{SR}.pdf"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, adapted, logits_of, one_line, randomize_B, toy_batch, toy_net, write_tokenizer
 
-from lora.adapters import load_adapter, read_adapter, save_adapter
-from lora.linear import lora_layers
-from lora.matmul import set_precision
-from lora.mixed import MixedLinear, RowPool
+from adapters.mixed import MixedLinear, RowPool
+from adapters.peft_layout import load_adapter, read_adapter, save_adapter
+from fast.linear import lora_layers
+from fast.matmul import set_precision
+from machine.errors import UserError
 from model import LoRAOptions, TextClassifier, inject_lora
-from record.files import UserError
 from serving.bank import AdapterBank
 from serving.texts import Reading
 

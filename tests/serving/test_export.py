@@ -12,9 +12,9 @@ import torch
 from conftest import one_line, write_tokenizer
 
 from data_utils import Split, encode
+from machine.errors import UserError
 from model import DistilRNN
-from record.files import UserError
-from record.options import RNNConfig
+from options.schema import RNNConfig
 from serving import export
 
 SENTENCES = ["The cat sat on the mat.", "A dog", "cat", "The dog ran to the mat on the cat.", "Café, naïve: 東京 🐈"]

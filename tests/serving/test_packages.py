@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from record.files import UserError
+from machine.errors import UserError
 from serving.packages import require
 
 

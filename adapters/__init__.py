@@ -1,0 +1,1 @@
+"""Adapter files in PEFT's layout, and many adapters over one frozen layer."""

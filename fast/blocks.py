@@ -1,0 +1,360 @@
+"""Transformer blocks that compute no more than the classifier reads, and save no more than training needs.
+
+    fuse(net.base_model)                           # GPT-2, Llama, BERT, DistilBERT; says whether it knows the model
+    unique = unique_tokens(input_ids, attention_mask)      # a decoder's
+    net.base_model(input_ids=unique.ids, position_ids=unique.positions, unique=unique)      # hidden states (B, 1, C)
+
+The classes below are subclasses of those of `transformers`, with a second forward pass over the same parameters; without
+the argument `unique` (or `pooled`) they behave as the library's. The result is the same up to rounding:
+
+- One token of each sentence is read in the end. The last block computes queries, output projection and MLP
+  for that token alone; of the others it needs keys and values only.
+- In a decoder, tokens with the same prefix have the same hidden state: sentences with a shared prefix share its rows. Pads
+  have no row.
+- Frozen layers go through `frozen_linear`, which groups them and recomputes what is cheap.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertAttention, BertLayer, BertSelfAttention
+from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+from fast import onepass
+from fast.linear import frozen_linear
+from fast.prologue import ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
+from machine.hardware import send
+
+ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
+SHORT = 32  # tokens of a sentence up to which onepass.attend computes attention; for longer ones PyTorch is faster
+
+
+def fuse(backbone: nn.Module) -> bool:
+    """Swaps the classes of the blocks and of their attention for the fused ones of this file.
+
+    The class of an existing module is swapped, and no new module built, so that the parameters and their names stay those
+    of the checkpoint. This function and `fast.matmul.speed_up` are the only two that swap classes.
+
+    Returns:
+        Whether the architecture is known; if not, nothing is changed.
+    """
+    config = backbone.config
+    activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None) \
+        or getattr(config, "activation", None)
+    if getattr(config, "add_cross_attention", False) or activation not in (
+            ("silu",) if config.model_type == "llama" else ACTIVATIONS):
+        return False
+    known = {base: ours for ours in (FusedGPT2Block, FusedGPT2Attention, FusedLlamaLayer, FusedLlamaAttention,
+                                     FusedBertLayer, FusedBertAttention, FusedBertSelfAttention, FusedDistilBertBlock,
+                                     FusedDistilBertAttention) for base in ours.__bases__}
+    kinds = (GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock)
+    blocks = [module for module in backbone.modules() if type(module) in (*kinds, *map(known.get, kinds))]  # or fused before
+    if not blocks or len(blocks) != config.num_hidden_layers:
+        return False
+    for module in backbone.modules():
+        module.__class__ = known.get(type(module), type(module))
+    for i, block in enumerate(blocks):
+        block.last = i == len(blocks) - 1
+    return True
+
+
+# ---------------------------------------------------------------- decoders: one row for each different prefix
+
+@dataclass
+class UniqueTokens:
+    """The tokens of a batch (B, T) that a decoder computes: U rows."""
+
+    ids: Tensor  # (U, 1) token ids
+    positions: Tensor  # (U, 1)
+    index: Tensor | None  # (B * T,) row of each token, a pad's being its sentence's last; None: all tokens in order
+    first: Tensor | None  # (U,) the first token that a row stands for
+    last: Tensor | None  # (B,) row of each sentence's last token, which alone is read in the end; None: all rows are
+    mask: Tensor | None  # (B, 1, 1, T) whether a token is real; None where all are
+    shape: tuple[int, int]  # B, T
+    keep: Callable[[int, Tensor, Tensor], None] | None = None  # is given each block's number and all rows' keys and values
+
+    @cached_property
+    def chains(self) -> tuple[onepass.Chains, onepass.Chains | None]:
+        """Returns the rows that each row attends to, and those that each sentence's last token (`last`) attends to."""
+        B, T = self.shape
+        chain = torch.arange(B * T) if self.index is None else self.index
+        first = chain if self.first is None else self.first
+        length = self.positions[:, 0] + 1
+        return (onepass.Chains(chain, first - first % T, length),
+                None if self.last is None else onepass.Chains(chain, torch.arange(0, B * T, T), length[self.last]))
+
+    def spread(self, x: Tensor) -> Tensor:  # (U, C) -> (B, T, C)
+        return (x if self.index is None else x.index_select(0, self.index)).view(*self.shape, -1)
+
+    def gather(self, x: Tensor) -> Tensor:  # (B, T, C) -> (U, C)
+        x = x.flatten(0, 1)
+        return x if self.first is None else x.index_select(0, self.first)
+
+    def attend(self, layer: int, q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, *how) -> Tensor:
+        """Computes a block's attention; see `attend`."""
+        y = attend(q, kv, heads, size, *how, unique=self)
+        if self.keep is not None:
+            self.keep(layer, *_Attend.parts(q, kv, heads[0] * size, heads[1] * size)[1:])
+        return y
+
+
+def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | None = None) -> UniqueTokens:
+    """Finds the unique tokens of a right-padded batch (B, T), whose mask is on the CPU.
+
+    Args:
+        keys: one for each sentence; sentences with different keys (adapters, say) share no row.
+    """
+    B, T = input_ids.shape
+    lengths = attention_mask.sum(1)
+    mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None]
+    if not input_ids.is_cpu:  # one shape for all batches of a size, and nothing that waits for the GPU
+        places = torch.arange(T, device=input_ids.device).expand(B, T)
+        last = send(torch.arange(B, device=lengths.device) * T + lengths - 1, input_ids.device)
+        return UniqueTokens(input_ids.reshape(-1, 1), places.reshape(-1, 1), None, None, last,
+                            None if mask is None else send(mask, input_ids.device), (B, T))
+    rows: dict[tuple[int, int], int] = {}  # (row of what came before, token) -> row
+    index, first, last = [], [], []
+    for b, (sentence, length) in enumerate(zip(input_ids.tolist(), lengths.tolist(), strict=True)):
+        row = -1 if keys is None else -1 - keys[b]
+        for t, token in enumerate(sentence[:length]):
+            row = rows.setdefault((row, token), len(rows))
+            if row == len(first):
+                first.append(b * T + t)
+            index.append(row)
+        index += [row] * (T - length)
+        last.append(row)
+    index, first, last = map(torch.tensor, (index, first, last))
+    plain = len(first) == B * T
+    return UniqueTokens(input_ids.reshape(-1)[first, None], (first % T)[:, None], None if plain else index,
+                None if plain else first, last, mask, (B, T))
+
+
+def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float,
+           rotary: tuple[Tensor, Tensor] | None = None, *, unique: UniqueTokens) -> Tensor:
+    """Computes causal attention, y (U, C), or that of each sentence's last token alone, (B, C).
+
+    Args:
+        q: (B, C) if it is of the last tokens, or queries, keys and values of all rows side by side. It and kv are rotated in
+            place.
+        kv: (U, keys and values side by side), or None: they are in q.
+        heads: numbers of query heads and of key heads; consecutive query heads share a key head.
+        size: channels of a head.
+        rotary: cosine and sine (U, size) of the rotary embedding, if the model has one.
+    """
+    C, K = heads[0] * size, heads[1] * size
+    if unique.shape[1] <= SHORT and onepass.takes(q):
+        return _Attend.apply(q, kv, (C, K), size, scale, unique, rotary)
+    if rotary is not None:
+        q = Rotate.apply(q, *(rotary if kv is None else (x[unique.last] for x in rotary)), C if kv is not None else C + K)
+        kv = None if kv is None else Rotate.apply(kv, *rotary, K)
+    q, k, v = unique.spread(q).split([C, K, K], -1) if kv is None else (q.unsqueeze(1), *unique.spread(kv).split(K, -1))
+    q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, size)
+    if kv is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=C != K)
+        return unique.gather(y.transpose(1, 2).flatten(2))
+    # Query heads that share a key head are passed as several queries of that head.
+    y = F.scaled_dot_product_attention(q.reshape(len(q), heads[1], -1, size), k, v, unique.mask, scale=scale)
+    return y.reshape(len(q), C)
+
+
+class _Attend(torch.autograd.Function):
+    """`attend` by onepass.c, which reads each row in place. Saves its inputs and y for the backward pass."""
+
+    @staticmethod
+    def parts(q: Tensor, kv: Tensor | None, C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values."""
+        return q.split([C, K, K], 1) if kv is None else (q, *kv.split(K, 1))
+
+    @staticmethod
+    def forward(ctx, q: Tensor, kv: Tensor | None, widths: tuple[int, int], size: int, scale: float, unique: UniqueTokens,
+                rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        ctx.widths, ctx.chains = widths, unique.chains[kv is not None]
+        ctx.how = size, scale, rotary
+        y, lse = onepass.attend(*_Attend.parts(q, kv, *widths), ctx.chains, *ctx.how)
+        ctx.save_for_backward(q, kv, y, lse)  # rotated in place by now
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, y, lse = ctx.saved_tensors
+        d_q, d_kv = (t if t is None else torch.empty_strided(t.shape, t.stride()) for t in (q, kv))  # laid out alike
+        onepass.attend_backward(*_Attend.parts(q, kv, *ctx.widths), ctx.chains, *ctx.how, y, lse, grad,
+                            _Attend.parts(d_q, d_kv, *ctx.widths))
+        return d_q, d_kv, None, None, None, None, None
+
+
+class FusedGPT2Attention(GPT2Attention):
+    def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, norm=None, last=False, **kwargs):
+        if unique is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        C, kv = self.embed_dim, None
+        if last:
+            q = frozen_linear([self.c_attn], hidden_states[unique.last], LayerNormPrologue(norm), slice(0, C))
+            kv = frozen_linear([self.c_attn], hidden_states, LayerNormPrologue(norm), slice(C, None))
+        else:
+            q = frozen_linear([self.c_attn], hidden_states, LayerNormPrologue(norm))
+        heads = (self.num_heads, self.num_heads)
+        return frozen_linear([self.c_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, None))
+
+
+class FusedGPT2Block(GPT2Block):
+    last = False  # set by `fuse`: whether this is the model's last block, which computes the pooled token alone
+
+    def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, **kwargs):
+        if unique is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        x = hidden_states.squeeze(1)  # (U, C)
+        last = self.last and unique.last is not None
+        y = self.attn(x, unique=unique, norm=self.ln_1, last=last)
+        x = y.add_(x[unique.last] if last else x)
+        y = frozen_linear([self.mlp.c_fc], x, LayerNormPrologue(self.ln_2))
+        y = frozen_linear([self.mlp.c_proj], y, ACTIVATIONS[self.attn.config.activation_function])
+        return y.add_(x).unsqueeze(1)
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary position embedding (Su et al. 2021) of the first heads of x, in place.
+
+    Channels i and i + n / 2 of a head are rotated as one complex number; backward rotates the gradient back.
+    """
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor, columns: int) -> Tensor:
+        half = cos.shape[-1] // 2
+        a, b = x[:, :columns].unflatten(-1, (-1, 2, half)).unbind(2)  # (U, heads, half) each
+        cos, sin = cos[:, None, :half], sin[:, None, :half]
+        b_sin, a_sin = b * sin, a * sin
+        a.mul_(cos).sub_(b_sin)
+        b.mul_(cos).add_(a_sin)
+        return x
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, columns: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.columns = columns
+        ctx.mark_dirty(x)
+        return Rotate.rotate(x, cos, sin, columns)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return Rotate.rotate(grad.clone(), cos, -sin, ctx.columns), None, None, None
+
+
+class FusedLlamaAttention(LlamaAttention):
+    together = (("q_proj", "k_proj", "v_proj"),)  # read the same input: see `fast.matmul.set_precision`
+
+    def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, norm=None, position_embeddings=None,
+                last=False, **kwargs):
+        if unique is None:
+            return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        prologue, kv = RMSNormPrologue(norm), None
+        rotary = tuple(x.expand(len(unique.ids), -1, -1).squeeze(1).contiguous() for x in position_embeddings)  # (U, D) each
+        if last:
+            q = frozen_linear([self.q_proj], hidden_states[unique.last], prologue)
+            kv = frozen_linear([self.k_proj, self.v_proj], hidden_states, prologue)
+        else:
+            q = frozen_linear([self.q_proj, self.k_proj, self.v_proj], hidden_states, prologue)
+        heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
+        return frozen_linear([self.o_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, rotary))
+
+
+class FusedLlamaLayer(LlamaDecoderLayer):
+    last = False  # as in FusedGPT2Block
+    together = (("mlp.gate_proj", "mlp.up_proj"),)
+
+    def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, **kwargs):
+        if unique is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        x = hidden_states.squeeze(1)  # (U, C)
+        last = self.last and unique.last is not None
+        y = self.self_attn(x, unique=unique, norm=self.input_layernorm, last=last,
+                           position_embeddings=kwargs["position_embeddings"])
+        x = y.add_(x[unique.last] if last else x)
+        y = frozen_linear([self.mlp.gate_proj, self.mlp.up_proj], x, RMSNormPrologue(self.post_attention_layernorm))
+        return frozen_linear([self.mlp.down_proj], y, SwiGLUPrologue()).add_(x).unsqueeze(1)
+
+
+# ---------------------------------------------------------------- encoders: [CLS] is read
+
+def attend_to_all(q: Tensor, kv: Tensor, size: int, scale: float, mask: Tensor | None) -> Tensor:
+    """Computes attention of q (B, T or 1, C) over k and v side by side (B, T, 2 C) -> as q."""
+    q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, *kv.chunk(2, -1)))
+    if mask is not None and mask.shape[2] != q.shape[2]:
+        mask = mask[:, :, :q.shape[2]]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+def project(linears: list[nn.Module], x: Tensor, prologue=None) -> Tensor:
+    """Computes `frozen_linear` of x (B, T, in)."""
+    return frozen_linear(linears, x.flatten(0, 1), prologue).unflatten(0, x.shape[:2])
+
+
+def qkv_attention(q: nn.Module, k: nn.Module, v: nn.Module, x: Tensor, size: int, scale: float, mask: Tensor | None,
+                  last: bool) -> Tensor:
+    """Computes attention of x (B, T, C) to itself; that of its first token alone if `last`."""
+    if last:
+        return attend_to_all(project([q], x[:, :1]), project([k, v], x), size, scale, mask)
+    qkv = project([q, k, v], x)
+    return attend_to_all(qkv[..., :x.shape[-1]], qkv[..., x.shape[-1]:], size, scale, mask)
+
+
+class FusedBertSelfAttention(BertSelfAttention):
+    together = (("query", "key", "value"),)
+
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, last=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        return qkv_attention(self.query, self.key, self.value, hidden_states, self.attention_head_size, self.scaling,
+                             attention_mask, last), None
+
+
+class FusedBertAttention(BertAttention):
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, last=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        y, _ = self.self(hidden_states, attention_mask, pooled=True, last=last)
+        return self.output(y, hidden_states[:, :1] if last else hidden_states), None
+
+
+class FusedBertLayer(BertLayer):
+    last = False  # as in FusedGPT2Block
+
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        x, _ = self.attention(hidden_states, attention_mask, pooled=True, last=self.last)
+        y = project([self.intermediate.dense], x)
+        y = project([self.output.dense], y, ACTIVATIONS[self.attention.self.config.hidden_act])
+        return self.output.LayerNorm(y.add_(x))
+
+
+class FusedDistilBertAttention(DistilBertSelfAttention):
+    together = (("q_lin", "k_lin", "v_lin"),)
+
+    def forward(self, hidden_states, attention_mask=None, pooled=False, last=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        y = qkv_attention(self.q_lin, self.k_lin, self.v_lin, hidden_states, self.attention_head_size, self.scaling,
+                          attention_mask, last)
+        return project([self.out_lin], y), None
+
+
+class FusedDistilBertBlock(TransformerBlock):
+    last = False  # as in FusedGPT2Block
+
+    def forward(self, hidden_states, attention_mask=None, pooled=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        y, _ = self.attention(hidden_states, attention_mask, pooled=True, last=self.last)
+        x = self.sa_layer_norm(y + (hidden_states[:, :1] if self.last else hidden_states))
+        y = project([self.ffn.lin1], x)
+        y = project([self.ffn.lin2], y, ACTIVATIONS[self.attention.config.activation])
+        return self.output_layer_norm(y.add_(x))

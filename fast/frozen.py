@@ -1,0 +1,247 @@
+"""Caches what the frozen blocks below the lowest trained block compute, so that it is computed once.
+
+    classifier.prefix = FrozenPrefix(classifier)       # after inject_lora
+    classifier.prefix.cache(batches)                    # once; each batch now carries its hidden states
+    logits = classifier(batch.input_ids, batch.attention_mask, batch.cached)
+
+The composition of the batches is fixed for a run, so a cached tensor is the very result that a fresh
+computation of the same batch gives, bit for bit. Nothing is cached beyond the process, hence nothing
+can go stale. Dropout inside the frozen part is off throughout training.
+
+Blocks return a tensor or a tuple; heads read one token, all tokens or a pooler's output. `cache` finds out which by
+computing a few sentences with and without the cache: unless the logits are the same bit for bit, nothing is cached and
+`why_not` says why.
+"""
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.backbones import blocks_of, fresh_modules
+from data_utils import Batch
+from machine import hardware
+from machine.errors import UserError
+
+if TYPE_CHECKING:
+    from model import TextClassifier
+
+
+class _Reached(Exception):
+    """Carries a block's output out of a forward pass that need not go on."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+
+class NotCacheable(Exception):
+    """Says why what the frozen part computes cannot be cached."""
+
+
+def lowest_trained_block(classifier: TextClassifier) -> int:
+    """Returns the number of the lowest block that trains: 0 if embeddings train, the count if the head alone does."""
+    net = classifier.net
+    blocks = list(blocks_of(net.base_model).values())
+    inside = {id(p) for module in (*blocks, *map(net.get_submodule, fresh_modules(net))) for p in module.parameters()}
+    if any(p.requires_grad and id(p) not in inside for p in net.base_model.parameters()):
+        return 0
+    return next((i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())), len(blocks))
+
+
+class FrozenPrefix:
+    """The part of a classifier below its lowest trained block.
+
+    The caller assigns it to `classifier.prefix`: through that attribute the classifier says, for each forward pass, what
+    cached result to start from.
+
+    Attributes:
+        lowest: number of the lowest trained block.
+        head_only: whether nothing in the backbone trains; then as much of its output is cached as the head reads.
+        why_not: why nothing can be cached, set by `cache`; empty otherwise.
+    """
+
+    def __init__(self, classifier: TextClassifier):
+        self.classifier = classifier
+        self.backbone = classifier.net.base_model
+        self.blocks = list(blocks_of(self.backbone).values())
+        self.lowest = lowest_trained_block(classifier)
+        self.head_only = not any(p.requires_grad for p in self.backbone.parameters())
+        self.cached: Tensor | None = None  # set for the running forward pass by the classifier
+        self.why_not = ""
+        self.checked = False
+        self.first_token = True  # whether only the first of an encoder's last hidden states is cached
+        if self.head_only:
+            self._wrap(self.backbone, self._head_input)
+        else:
+            for block in self.blocks[:self.lowest]:
+                self._wrap(block, self._block_output)
+
+    def _wrap(self, module: nn.Module, instead: Callable) -> None:
+        """Wraps the module's forward: returns what `instead` returns while a cached result is set, else computes.
+
+        The forward of this one object is wrapped, because the library's forward, which calls the module, offers no way to
+        begin after a block. This method is the only one that wraps a forward.
+        """
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: (forward if self.cached is None else instead)(*args, **kwargs)
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch) -> Tensor:
+        """Computes what the trained part reads of a batch: hidden states (B, T, C), or fewer if only the head trains.
+
+        Raises:
+            NotCacheable: the trained part reads more than that.
+        """
+        device = next(self.backbone.parameters()).device
+        inputs = batch.input_ids.to(device), batch.attention_mask
+        was_training = self.classifier.training
+        self.classifier.eval()
+        try:
+            if self.head_only and self.classifier.decoder:
+                return self.classifier.pool(*inputs).unsqueeze(1)
+            hook = (self.backbone if self.head_only else self.blocks[self.lowest - 1]).register_forward_hook(_stop)
+            try:
+                self.classifier.text_logits(*inputs)
+            except _Reached as reached:
+                return self._read_by_head(reached.output) if self.head_only else self._hidden_of(reached.output)
+            finally:
+                hook.remove()
+        finally:
+            self.classifier.train(was_training)
+        raise NotCacheable("a frozen block is never reached")
+
+    # A block's output is hidden states, or a tuple or list that begins with them; what else is in it (attention weights,
+    # say) is not cached, and `_check` finds out whether a later layer needs it.
+
+    def _hidden_of(self, output: Tensor | tuple) -> Tensor:
+        """Returns the hidden states in a block's output, and notes its form for `_block_output`."""
+        self.more = (None,) * (len(output) - 1) if isinstance(output, tuple | list) else None
+        hidden = output if self.more is None else output[0]
+        if not isinstance(hidden, Tensor):
+            raise NotCacheable("their output is not hidden states")
+        return hidden
+
+    def _block_output(self, *args, **kwargs) -> Tensor | tuple:
+        return self.cached if self.more is None else (self.cached, *self.more)
+
+    # The backbone's output is hidden states and, in some architectures, its pooler's output.
+
+    def _read_by_head(self, output) -> Tensor:
+        """Returns what the head may read of the backbone's output: (B, T or 1, C), the pooler's output as the last row."""
+        hidden, pooler = (getattr(output, name, None) for name in ("last_hidden_state", "pooler_output"))
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            raise NotCacheable("its backbone hands on no hidden states by name")
+        self.output_class, self.pooler = type(output), pooler is not None
+        hidden = hidden[:, :1] if self.first_token else hidden
+        return hidden if pooler is None else torch.cat([hidden, pooler.unsqueeze(1)], 1)
+
+    def _head_input(self, *args, **kwargs):
+        """Rebuilds the backbone's output with its strides: with other strides matmuls round differently."""
+        hidden = self.cached[:, :-1] if self.pooler else self.cached
+        tokens = (args[0] if args else kwargs["input_ids"]).shape[1]
+        if self.first_token and not self.classifier.known:
+            hidden = F.pad(hidden, (0, 0, 0, tokens - 1))  # zeros, which the head does not read
+        states = {"last_hidden_state": hidden.contiguous()}
+        if self.pooler:
+            states["pooler_output"] = self.cached[:, -1].contiguous()
+        return self.output_class(**states)
+
+    def _check(self, batches: list[Batch]) -> None:
+        """Compares cached and fresh results on two sentences with pads and two without, if the architecture is not known.
+
+        Raises:
+            NotCacheable: the results differ, or cannot be computed from the cache.
+        """
+        if self.classifier.by_length:
+            raise NotCacheable("sentences of each length are computed on their own")
+        if self.classifier.known or self.head_only and self.classifier.decoder:
+            return
+        kinds = {bool(batch.attention_mask.all()): batch for batch in sorted(batches, key=lambda b: b.input_ids.shape[1])}
+        for batch in (_two_rows(batch) for batch in kinds.values()):
+            fresh = self._outcome(batch)
+            if self.head_only and self.first_token:
+                # A head that reads another token, too, or all of them gives other logits; all zeros would prove nothing.
+                self.first_token = bool(fresh.any()) and self._same(batch, fresh)
+            if not (self.head_only and self.first_token or self._same(batch, fresh)):
+                raise NotCacheable("what follows them depends on more than their hidden states")
+
+    def _same(self, batch: Batch, fresh: Tensor) -> bool:
+        batch.cached = self.compute(batch)
+        try:
+            return torch.equal(self._outcome(batch), fresh)
+        except Exception as error:  # whatever code meets hidden states of a form that it did not expect
+            if hardware.exhausted(error):
+                raise
+            return False
+
+    @torch.inference_mode()
+    def _outcome(self, batch: Batch) -> Tensor:
+        """Returns the logits, or the backbone's output where a part of it trains (a fresh head's logits may be zeros)."""
+        outputs, was_training = [], self.classifier.training
+        hook = self.backbone.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        batch = batch.to(next(self.backbone.parameters()).device)
+        try:
+            logits = self.classifier.eval().text_logits(*batch.inputs())
+        finally:
+            hook.remove()
+            self.classifier.train(was_training)
+        return logits if self.head_only else outputs[0]
+
+    def cache(self, batches: list[Batch], folder: Path | None = None, budget: int = 2 << 30, used: int = 0) -> int:
+        """Computes and attaches `cached` to each batch, or to each of its micro-batches.
+
+        Args:
+            batches: of any split; their composition must not change afterwards.
+            folder: where what exceeds the budget is memory-mapped, in a file without a name that goes
+                with the process; the system's temporary folder if None.
+            budget: bytes to hold in memory.
+            used: bytes of it that are taken already.
+
+        Returns:
+            Bytes of the budget that are used now.
+        """
+        pinned = next(self.backbone.parameters()).is_cuda
+        parts = [part for whole in batches for part in whole.micro_batches()]
+        if not self.checked:
+            try:
+                self._check(parts)
+            except NotCacheable as error:
+                self.why_not = f"a {self.backbone.config.model_type} model's frozen blocks cannot be cached: {error}"
+            self.checked = True
+        if self.why_not:
+            return used
+        for batch in parts:
+            # Copied outside inference mode, because autograd will save the tensor.
+            hidden = self.compute(batch).cpu()
+            size = hidden.numel() * hidden.element_size()
+            if used + size <= budget:
+                # Pinned, so that copying to a GPU overlaps with computation.
+                batch.cached, used = hidden.pin_memory() if pinned else hidden.clone(), used + size
+                continue
+            try:
+                with tempfile.NamedTemporaryFile(dir=folder, prefix=".cached-") as file:
+                    # Written, not copied into a mapped empty file, which raises SIGBUS if the disk is full.
+                    file.write(hidden.contiguous().view(-1).view(torch.uint8).numpy())
+                    file.flush()
+                    batch.cached = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+            except OSError as error:
+                raise UserError(f"{folder or tempfile.gettempdir()}: no room to keep what frozen blocks compute "
+                                f"({error.strerror}); give more --keep-memory, or --no-keep") from None
+            batch.cached = batch.cached.view(hidden.shape)
+        return used
+
+
+def _two_rows(batch: Batch) -> Batch:
+    """Returns a batch of the first and the last sentence, the shortest and the longest."""
+    ends = [0, -1]
+    return Batch(batch.input_ids[ends], batch.attention_mask[ends], batch.labels[ends], batch.rows[ends], 0)
+
+
+def _stop(module, args, output):
+    raise _Reached(output)

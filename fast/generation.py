@@ -1,0 +1,346 @@
+"""Draws texts from a causal language model, many at a time, with cached keys and values.
+
+    for tokens in draw(lm, [[bos]] * 1000, seed=1, max_new_tokens=40, end={eos}): ...     # new tokens of each row, in order
+
+A row that is finished leaves the batch, and the next one takes its slot. Each row has random numbers of its own, so that
+what is drawn for it depends on no other row, and rows drawn in several calls (`first_row`) are those of one call. Which
+rows are together changes its logits by rounding at most.
+
+GPT-2 and Llama go through the fused blocks of blocks.py: one new token of each row a step, logits of that token alone. The
+tokens of new prompts but the last are computed together, shared prefixes once. Other architectures go row by row through
+`transformers.generate`.
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from fast import onepass
+from fast.blocks import SHORT, Rotate, fuse, unique_tokens
+
+BLOCK = 256  # tokens of the vocabulary: PyTorch's argmax and cumsum over all of it take several times as long as by blocks
+PREFILL_TOKENS = 4096  # of prompts computed together, pads included: bounds memory
+# Settings of a generation_config.json that are given to `draw` or change no text.
+PLAIN = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache",
+         "do_sample", "temperature", "top_k", "top_p", "output_attentions", "output_hidden_states"}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen; the order is that of `transformers`: temperature, then top_k, then top_p."""
+
+    greedy: bool = False  # the likeliest token
+    temperature: float = 1.0
+    top_k: int = 0  # draw from the k likeliest; 0: all
+    top_p: float = 1.0  # draw from the fewest likeliest that hold this probability (Holtzman et al. 2020)
+
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Chooses a token for each row.
+
+        Args:
+            logits: (n, V) float32; may be written over.
+            uniform: (n,) numbers from [0, 1), which decide.
+
+        Returns:
+            (n,) token ids.
+        """
+        if self.greedy:
+            block = _of_blocks(logits, torch.amax).argmax(-1, keepdim=True)
+            tokens, part = _of_block(logits, block)
+            return tokens.gather(1, part.argmax(-1, keepdim=True))[:, 0]
+        logits, tokens = logits.div_(self.temperature), None
+        if 0 < self.top_k < logits.shape[1]:
+            logits, tokens = logits.topk(self.top_k)  # sorted
+        p = logits.softmax(-1)
+        if self.top_p < 1 and tokens is None:
+            return torch.stack([self._from_nucleus(*row) for row in zip(p, uniform, strict=True)])
+        chosen = self._by_inverse(p, uniform)
+        return chosen if tokens is None else tokens.gather(1, chosen[:, None])[:, 0]
+
+    def _from_nucleus(self, p: Tensor, uniform: Tensor) -> Tensor:
+        """Chooses by top_p from probabilities (V,) without sorting them all.
+
+        Those below (1 - top_p) / V hold less than 1 - top_p together: none of them is in the nucleus.
+        """
+        tokens = (p >= (1 - self.top_p) / len(p)).nonzero()[:, 0]
+        some, order = p[tokens].sort(descending=True)
+        return tokens[order[self._by_inverse(some[None], uniform[None])[0]]]
+
+    def _by_inverse(self, p: Tensor, uniform: Tensor) -> Tensor:
+        """Inverts the cumulative distribution of each row of p (n, V), sorted if top_p cuts it: returns indices (n,)."""
+        uniform = uniform[:, None].to(p.dtype)
+        if self.top_p < 1:
+            sums = p.cumsum(-1)
+            kept = ((sums - p) < self.top_p).sum(-1, keepdim=True).clamp(min=1)
+            total = sums.gather(1, kept - 1)
+            return _invert(p, uniform * total, total)[0][:, 0]
+        sums = _of_blocks(p, torch.sum)
+        block, rest = _invert(sums, uniform * sums.sum(-1, keepdim=True))
+        tokens, part = _of_block(p, block)
+        return tokens.gather(1, _invert(part * (tokens >= block * BLOCK), rest)[0])[:, 0]
+
+
+def _of_blocks(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduces each block of x (n, V), the last of which may be shorter: (n, blocks)."""
+    whole = (x.shape[1] - 1) // BLOCK * BLOCK
+    return torch.cat([reduce(x[:, :whole].unflatten(1, (-1, BLOCK)), -1), reduce(x[:, whole:], -1, keepdim=True)], 1)
+
+
+def _of_block(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the indices of a block (n, 1) of each row of x (n, V), and what stands there, (n, BLOCK) each.
+
+    With a shorter last block come values of the one before it.
+    """
+    first = (block * BLOCK).clamp(max=max(0, x.shape[1] - BLOCK))
+    at = first + torch.arange(min(BLOCK, x.shape[1]), device=x.device)
+    return at, x.gather(1, at)
+
+
+def _invert(p: Tensor, at: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Finds where the cumulative sum of each row of p (n, k) passes `at` (n, 1): the indices (n, 1), and how far into them.
+
+    No index has a probability of 0.
+
+    Args:
+        total: (n, 1) the cumulative sum of what may be chosen; of all if None.
+    """
+    sums = p.cumsum(-1)
+    total = sums[:, -1:] if total is None else total
+    # Below the total, so that rounding never leads past the last one with a probability.
+    at = torch.minimum(at, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(sums, at, right=True).clamp(max=p.shape[1] - 1)
+    return index, (at - sums.gather(1, index) + p.gather(1, index)).clamp(min=0)
+
+
+@dataclass
+class _Row:
+    """A text in the making."""
+
+    number: int
+    prompt: Sequence[int]
+    uniform: list[float]  # one for each new token
+    new: list[int] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        return self.new[-1] if self.new else self.prompt[-1]
+
+    @property
+    def position(self) -> int:
+        """Of `last`."""
+        return len(self.prompt) + len(self.new) - 1
+
+
+class _Cache:
+    """Keys and values of the rows of a batch: for each block two tensors (slots, positions, heads * channels)."""
+
+    def __init__(self, lm: PreTrainedModel, slots: int, positions: int):
+        config = lm.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.positions = positions
+        self.ready = 0  # positions that hold finite numbers; the others take no memory yet
+        dtype = torch.float32 if lm.device.type == "cpu" else lm.dtype
+        self.blocks = [tuple(torch.empty(slots, positions, heads * size, device=lm.device, dtype=dtype) for _ in range(2))
+                       for _ in range(config.num_hidden_layers)]
+
+    def reach(self, length: int) -> None:
+        """Sets the positions below `length` to zero that were never used: attention multiplies what it masks by 0."""
+        if length > self.ready:
+            start, self.ready = self.ready, length + 31
+            for block in self.blocks:
+                for part in block:
+                    part[:, start:self.ready] = 0
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies a slot's first positions to another slot."""
+        for block in self.blocks:
+            for part in block:
+                part[target, :length] = part[source, :length]
+
+
+class _Step:
+    """One new token of each row; takes the place of `UniqueTokens` in the fused blocks.
+
+    Args:
+        cache: slots 0 to n - 1 are the rows'.
+        rows: n rows.
+        device: of the model.
+    """
+
+    last = None  # every row's output is read
+
+    def __init__(self, cache: _Cache, rows: list[_Row], device: torch.device):
+        self.cache, self.slots = cache, torch.arange(len(rows), device=device)
+        self.ids = torch.tensor([[row.last] for row in rows], device=device)  # (n, 1)
+        positions = [row.position for row in rows]
+        self.length = max(positions) + 1
+        cache.reach(self.length)
+        self.positions = torch.tensor(positions, device=device)[:, None]  # (n, 1)
+        self.mask = None if min(positions) == max(positions) else (
+            torch.arange(self.length, device=device) <= self.positions)[:, None, None]  # (n, 1, 1, length)
+
+    @cached_property
+    def chains(self) -> onepass.Chains:
+        """Returns where each row's keys and values lie in a block's cache as rows (slots * positions, heads * channels)."""
+        chain = self.slots[:, None] * self.cache.positions + torch.arange(self.length)
+        return onepass.Chains(chain.flatten(), self.slots * self.length, self.positions[:, 0] + 1)
+
+    def attend(self, layer: int, q: Tensor, kv: None, heads: tuple[int, int], size: int, scale: float,
+               rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Adds the keys and values in q (n, C + 2 K) to the cache; returns each row's attention to all its own, (n, C)."""
+        n, C, K = len(q), heads[0] * size, heads[1] * size
+        if rotary is not None:
+            q = Rotate.rotate(q, *rotary, C + K)
+        q, *new = q.split([C, K, K], -1)
+        for part, x in zip(self.cache.blocks[layer], new, strict=True):
+            part[self.slots, self.positions[:, 0]] = x
+        if self.length <= SHORT and onepass.takes(q):
+            keys, values = (part.flatten(0, 1) for part in self.cache.blocks[layer])
+            return onepass.attend(q, keys, values, self.chains, size, scale)[0]
+        keys, values = (part[:n, :self.length].unflatten(-1, (-1, size)).transpose(1, 2)
+                        for part in self.cache.blocks[layer])
+        # Query heads that share a key head are passed as several queries of that head.
+        return F.scaled_dot_product_attention(q.reshape(n, heads[1], -1, size), keys, values, self.mask,
+                                              scale=scale).reshape(n, C)
+
+
+class _Batch:
+    """The rows that are being drawn.
+
+    Args:
+        lm: GPT-2 or Llama under `fuse`.
+        slots: rows at a time.
+        positions: of the longest row.
+    """
+
+    def __init__(self, lm: PreTrainedModel, slots: int, positions: int):
+        self.lm, self.cache, self.rows = lm, _Cache(lm, slots, positions), []
+
+    def _hidden(self, unique) -> Tensor:
+        # Fused blocks read no mask; with this one, the library builds none.
+        none = unique.ids.new_ones(1, 1, 1, 1)
+        return self.lm.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions, use_cache=False,
+                                  unique=unique).last_hidden_state[:, 0]
+
+    @torch.inference_mode()
+    def add(self, rows: list[_Row]) -> None:
+        """Gives rows the next slots, and computes keys and values of their prompts but for the last token."""
+        first = len(self.rows)
+        self.rows += rows
+        long = [slot for slot in range(first, len(self.rows)) if len(self.rows[slot].prompt) > 1]
+        while long:
+            width = max(len(self.rows[slot].prompt) for slot in long) - 1
+            some, long = long[:max(1, PREFILL_TOKENS // width)], long[max(1, PREFILL_TOKENS // width):]
+            self.cache.reach(width)
+            prompts = [torch.tensor(self.rows[slot].prompt[:-1]) for slot in some]
+            ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, T)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
+            unique = unique_tokens(ids.to(self.lm.device), mask)
+            unique.keep = lambda layer, *new, slots=some, unique=unique: self._keep(layer, slots, map(unique.spread, new))
+            self._hidden(unique)
+
+    def _keep(self, layer: int, slots: list[int], new: Iterator[Tensor]) -> None:
+        """Writes keys and values (B, T, K) of a block from position 0 on; a pad's are written over when a token comes."""
+        slots = torch.tensor(slots)
+        for part, x in zip(self.cache.blocks[layer], new, strict=True):
+            part[slots, :x.shape[1]] = x
+
+    @torch.inference_mode()
+    def step(self, sampling: Sampling) -> None:
+        """Draws one token of each row."""
+        hidden = self._hidden(_Step(self.cache, self.rows, self.lm.device))
+        logits = self.lm.get_output_embeddings()(hidden).float()
+        uniform = torch.tensor([row.uniform[len(row.new)] for row in self.rows], device=logits.device)
+        for row, token in zip(self.rows, sampling.choose(logits, uniform).tolist(), strict=True):
+            row.new.append(token)
+
+    @torch.inference_mode()
+    def drop(self, slot: int) -> _Row:
+        """Takes a row out; the last row gets its slot."""
+        row, last = self.rows[slot], self.rows.pop()
+        if row is not last:
+            self.rows[slot] = last
+            self.cache.move(len(self.rows), slot, last.position)
+        return row
+
+
+def uniforms(seed: int, row: int, count: int) -> list[float]:
+    """Returns a row's random numbers; the first ones are the same whatever the count."""
+    return np.random.default_rng([seed, row]).random(count, dtype=np.float32).tolist()
+
+
+def draw(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int, end: Collection[int] = (),
+         sampling: Sampling = Sampling(), batch_size: int = 64, first_row: int = 0,
+         progress: Callable[[int], None] = lambda tokens: None) -> Iterator[list[int]]:
+    """Yields each row's new tokens in order; the end token, if one was drawn, is the last.
+
+    Args:
+        lm: in evaluation mode; its blocks become fused ones if they are known.
+        prompts: token ids of each row, at least one; with the new tokens they must fit the model's context.
+        seed: of all random numbers.
+        max_new_tokens: of each row.
+        end: a row is finished with one of these tokens.
+        sampling: how tokens are chosen.
+        batch_size: rows drawn together.
+        first_row: number of the first row; a row's random numbers depend on the seed and its number alone.
+        progress: is called with the number of tokens that were drawn, or will not be.
+    """
+    if not by_blocks(lm):
+        yield from _by_library(lm, prompts, seed, max_new_tokens, end, sampling, first_row, progress)
+        return
+    waiting = deque(enumerate(prompts))
+    batch = _Batch(lm, min(batch_size, len(prompts)), max(map(len, prompts), default=0) + max_new_tokens)
+    finished: dict[int, list[int]] = {}
+    following = 0
+    while waiting or batch.rows:
+        free = batch_size - len(batch.rows)
+        # Computing a few prompts reads all weights, as many do: several are awaited. One of one token costs nothing extra.
+        if waiting and free and (free >= batch_size // 4 or len(waiting[0][1]) == 1):
+            new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            batch.add([_Row(number, prompt, uniforms(seed, first_row + number, max_new_tokens)) for number, prompt in new])
+        batch.step(sampling)
+        drawn = len(batch.rows)
+        for slot in reversed(range(len(batch.rows))):
+            if len(batch.rows[slot].new) == max_new_tokens or batch.rows[slot].last in end:
+                row = batch.drop(slot)
+                finished[row.number] = row.new
+                drawn += max_new_tokens - len(row.new)
+        progress(drawn)
+        while following in finished:
+            yield finished.pop(following)
+            following += 1
+
+
+def by_blocks(lm: PreTrainedModel) -> bool:
+    """Returns whether a model is drawn from by fused blocks, which it gets if they are known, and not by the library."""
+    return fuse(lm.base_model) and not _other_settings(lm.generation_config)
+
+
+def _other_settings(config: GenerationConfig | None) -> set[str]:
+    """Returns the settings of a model's generation_config.json that change texts and that `draw` does not know."""
+    return set() if config is None else {
+        name for name in config.to_diff_dict() if name not in PLAIN and not name.startswith("_")}
+
+
+def _by_library(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], seed: int, max_new_tokens: int, end: Collection[int],
+                sampling: Sampling, first_row: int, progress: Callable[[int], None]) -> Iterator[list[int]]:
+    """Draws row by row by `transformers.generate`."""
+    how = {"do_sample": False} if sampling.greedy else {
+        "do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    for number, prompt in enumerate(prompts, first_row):
+        ids = torch.tensor([prompt], device=lm.device)
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]))
+            out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, use_cache=True,
+                              eos_token_id=list(end) or None, pad_token_id=next(iter(end), 0), **how)
+        progress(max_new_tokens)
+        yield out[0, len(prompt):].tolist()

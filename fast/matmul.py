@@ -1,0 +1,232 @@
+"""Computes x W^T by the library that is fastest on this CPU, for frozen and plain linears alike.
+
+    product(x, W, bias)                # (rows, in) (out, in) -> (rows, out); no gradients
+    speed_up(net)                      # every nn.Linear and Conv1D of a model computes by `product` from now on
+    set_precision(backbone, "bf16")    # how its frozen linears are computed
+
+PyTorch takes MKL for float32, which uses half the width of an AMD CPU. gemm.py uses all of it, and so does oneDNN, which is
+in every PyTorch build. `machine.hardware` chooses between them, and a run records the choice.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fast import amx, gemm, onepass
+from fast.gemm import Update
+from machine import hardware
+from machine.errors import UserError
+
+# oneDNN caches the code that it generates for each shape, half a MiB each, and batches of sentences rarely repeat their
+# number of rows: caching more than the shapes of one kind of block, forward and backward, does not pay. oneDNN reads the
+# variable at its first matmul.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+NARROW = 32  # rank up to which onepass.py computes products: beyond, reading the wide matrix is the smaller part
+
+
+def is_dense(W: Tensor) -> bool:
+    """Returns whether a matrix, or its transpose, has no gaps between its rows, as oneDNN's fast code needs."""
+    return W.is_contiguous() or W.t().is_contiguous()
+
+
+def by_onednn(x: Tensor, W: Tensor) -> bool:
+    """Returns whether oneDNN computes x W^T."""
+    return (hardware.matmul() == "onednn" and x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu"
+            and x.numel() > 0 and is_dense(W))
+
+
+def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None = None, updates: Sequence[Update] = ()
+            ) -> Tensor:
+    """Computes x W^T + bias + add + the updates, without gradients, in W's type: (rows, in) -> (rows, out).
+
+    Args:
+        x: (rows, in).
+        W: (out, in), or the transpose of an (in, out) matrix.
+        bias: (out,).
+        add: (rows, out), of the result's type; may be written over.
+
+    Returns:
+        In the wider one of x's and W's types.
+    """
+    if gemm.takes(x, W):
+        return gemm.product(x, W, bias, updates, add, add is not None)
+    if x.dtype != W.dtype:
+        y = product(x.to(W.dtype), W, bias).to(torch.promote_types(x.dtype, W.dtype))
+        y = y if add is None else add.add_(y)
+    elif by_onednn(x, W):
+        y = (torch.ops.mkldnn._linear_pointwise(x.contiguous(), W, bias, "none", [], "") if add is None else
+             torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), add, W, bias, "add"))
+    elif add is None:
+        y = F.linear(x, W, bias)
+    else:
+        y = add.addmm_(x, W.t())
+        y = y if bias is None else y.add_(bias)
+    for h, b, span, scaling in updates:
+        add_update(y[:, span], h.to(y.dtype), b.to(y.dtype), scaling)
+    return y
+
+
+# Products with a narrow matrix, LoRA's A or B: by onepass.py, else by MKL, because oneDNN would generate and cache code for
+# each number of rows.
+
+def narrow(x: Tensor, W: Tensor) -> Tensor:
+    """Computes x W^T for a W of few rows: LoRA's A, or B transposed."""
+    if len(W) <= NARROW and onepass.takes(x, W):
+        return onepass.narrow(x, W)
+    # On an AMD CPU MKL is 1.4 to 8 times as fast with the narrow matrix in front.
+    return torch.mm(x, W.t()) if hardware.matmul() == "torch" else torch.mm(W.contiguous(), x.t()).t()
+
+
+def add_update(out: Tensor, h: Tensor, b: Tensor, scaling: float = 1.0) -> None:
+    """Adds scaling h b to out (rows, outputs), whose rows may lie apart; h (rows, rank) and b (rank, outputs) are narrow."""
+    if len(b) <= NARROW and onepass.takes(out, h, b):
+        onepass.update(out, h if scaling == 1 else h * scaling, b)
+    elif out.shape[1] % 1024 == 0 and out.is_contiguous() and by_onednn(h, b.t()):
+        # Rows 4 KiB apart share cache lines: MKL takes 7 times as long.
+        out.copy_(product(h * scaling, b.t(), add=out))
+    else:
+        out.addmm_(h, b, alpha=scaling)
+
+
+def outer(h: Tensor, x: Tensor) -> Tensor:
+    """Computes h^T x for a narrow h (rows, rank): (rank, in) for an x (rows, in)."""
+    if h.shape[1] <= NARROW and onepass.takes(h, x):
+        return onepass.outer(h, x)
+    return torch.mm(h.t(), x)  # with the narrow matrix in front MKL is 2 to 3 times as fast
+
+
+# Frozen layers that read the same input are one product where their weights lie side by side in memory.
+
+@torch.no_grad()
+def lay_side_by_side(linears: list[nn.Module]) -> None:
+    """Moves the frozen weights of linears (or of what these adapt) into one tensor, of which each is a view from now on."""
+    weights = [getattr(linear, "base", linear).weight for linear in linears]
+    if any(weight.requires_grad for weight in weights) or len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return
+    together = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, together.split(list(map(len, weights))), strict=True):
+        weight.data = part
+
+
+def joined(weights: list[Tensor], biases: list[Tensor | None]) -> Tensor | None:
+    """Returns weights (out, in) as one of all outputs; None if they do not follow each other, or not all have a bias."""
+    if len({bias is None for bias in biases}) > 1:
+        return None
+    first, following = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        if not (weight.is_contiguous() and weight.dtype == first.dtype and weight.data_ptr() == following
+                and weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()):
+            return None
+        following += weight.numel() * weight.element_size()
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
+class _Product(torch.autograd.Function):
+    """`product` with gradients for x, W and bias; computed in W's type if x has another type."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x.to(W.dtype) if ctx.needs_input_grad[1] else None, W)
+        ctx.dtype = x.dtype
+        return product(x, W, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W = ctx.saved_tensors
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad_x = product(grad, W.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_W = product(grad.to(W.dtype).t(), x.t()) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_W, grad_bias
+
+
+def _apply(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Computes x W^T + bias for an x of any shape; returns None where PyTorch's own `forward` should compute it."""
+    if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype and not by_onednn(x, W) and not gemm.takes(x, W):
+        return None
+    return _Product.apply(x.reshape(-1, x.shape[-1]), W, bias).view(*x.shape[:-1], len(W))
+
+
+class FastLinear(nn.Linear):
+    """`nn.Linear` by the fastest library; its weight may have another type than its input."""
+
+    tiles = False  # set by `set_precision`: whether the AMX kernel computes this layer in the fused blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _apply(x, self.weight, self.bias)
+        return super().forward(x) if y is None else y
+
+
+class FastConv1D(Conv1D):
+    """`Conv1D` by the fastest library; its weight may have another type than its input."""
+
+    tiles = False  # as in FastLinear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _apply(x, self.weight.t(), self.bias)
+        return super().forward(x) if y is None else y
+
+
+class FastEmbedding(nn.Embedding):
+    """`nn.Embedding` that returns float32 rows on a CPU even if its weight is bfloat16."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows.float() if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else rows
+
+
+def speed_up(net: nn.Module) -> None:
+    """Swaps the classes of a model's linears and embeddings for the fast ones of this file.
+
+    The class of an existing module is swapped, and no new module built, so that the parameters and their names stay those
+    of the checkpoint. This function and `fast.blocks.fuse` are the only two that swap classes.
+    """
+    fast = {nn.Linear: FastLinear, Conv1D: FastConv1D, nn.Embedding: FastEmbedding}
+    for module in net.modules():
+        module.__class__ = fast.get(type(module), type(module))
+
+
+def set_precision(backbone: nn.Module, precision: str) -> None:
+    """Sets how the frozen linears of a backbone under `speed_up` are computed; what trains stays float32.
+
+    fp32: in float32, by the library that `machine.hardware` chose.
+
+    bf16: frozen linears and embeddings become bfloat16. On a CPU activations and all else stay float32: bfloat16 makes
+    its matmuls faster, and its other operations slower. On a GPU everything frozen becomes bfloat16.
+
+    bf16x3: all numbers stay float32. In the fused blocks each matmul with a frozen weight, and with B of the update, is
+    computed as three bfloat16 matmuls (amx.py).
+
+    Raises:
+        UserError: bf16x3, and this machine cannot do it.
+    """
+    linears = [module for module in backbone.modules()
+               if isinstance(module, FastLinear | FastConv1D) and not module.weight.requires_grad]
+    if precision == "bf16x3" and linears:
+        if hardware.device().type != "cpu":
+            raise UserError("--precision bf16x3: is for CPUs; on a GPU use bf16 or fp32")
+        amx.load()
+    for module in linears:
+        module.tiles = precision == "bf16x3"
+    on_cpu = hardware.device().type == "cpu"
+    if precision == "bf16":
+        embeddings = [module for module in backbone.modules() if isinstance(module, FastEmbedding)]
+        for module in [*linears, *embeddings] if on_cpu else [backbone]:
+            for p in module.parameters():
+                if not p.requires_grad:
+                    p.data = p.data.bfloat16()
+    groups = [[module.get_submodule(name) for name in names]
+              for module in backbone.modules() for names in getattr(module, "together", ())]
+    if precision == "bf16x3":  # its kernel takes several weights as they are
+        groups = []
+    if on_cpu and (precision == "bf16" or groups):
+        for p in backbone.parameters():  # copied out of the mapped checkpoint, which would stay in memory
+            if not p.requires_grad and p.dtype == torch.float32:
+                p.data = p.data.clone()
+    for group in groups:
+        lay_side_by_side(group)
+    hardware.release_freed_memory()

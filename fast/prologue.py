@@ -1,0 +1,145 @@
+"""Prologues: what a block computes between two frozen linears, cheap enough to be computed again in the backward pass.
+
+    y = prologue(x)                                 # (rows, n): a norm or an activation, its weights frozen
+    y, grad_x = prologue.backward(x, grad_y)        # y once more, and the gradient of x
+
+Some are computed in one pass by onepass.py where the machine can.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast import onepass
+
+
+class LayerNormPrologue:
+    """Layer normalisation by the weights of an `nn.LayerNorm`."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if onepass.takes(x, self.weight, self.bias):
+            return onepass.layer_norm(x, self.weight, self.bias, self.eps)
+        return self._normalised(x)[0]
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if onepass.takes(x, self.weight, self.bias):
+            return onepass.layer_norm_backward(x, self.weight, self.bias, self.eps, grad)
+        y, mean, rstd = self._normalised(x)
+        return y, torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, rstd, self.weight, self.bias, [True, False, False])[0]
+
+
+class RMSNormPrologue:
+    """Llama's RMS normalisation: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
+
+    def __init__(self, norm: nn.Module):
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns x / rms and 1 / rms."""
+        x = x.float() if x.dtype == torch.bfloat16 else x
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return x * r, r
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if onepass.takes(x, self.weight):
+            return onepass.rms_norm(x, self.weight, self.eps)
+        return self._normalised(x)[0].mul_(self.weight).to(x.dtype)
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if onepass.takes(x, self.weight):
+            return onepass.rms_norm_backward(x, self.weight, self.eps, grad)
+        u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
+        g = grad.to(u.dtype) * self.weight
+        mean = torch.linalg.vecdot(g, u).div_(x.shape[-1]).unsqueeze_(-1)
+        dx = g.addcmul_(u, mean.neg_()).mul_(r)
+        return u.mul_(self.weight).to(x.dtype), dx.to(x.dtype)
+
+
+class GELUPrologue:
+    """GELU in its tanh form (`gelu_new`, `gelu_pytorch_tanh`), as x sigmoid(2 K (x + C x³)).
+
+    A CPU computes ROWS rows at a time, which stay in its cache from one operation to the next: forward and both
+    results of backward together take as long as PyTorch's kernels take for forward and gradient.
+    """
+
+    K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if onepass.takes(x):
+            return onepass.gelu(x)
+        if x.is_cuda:
+            return F.gelu(x, approximate="tanh")
+        y = torch.empty_like(x)
+        for some, out in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
+            torch.mul(some, some, out=out)
+            out.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(some).sigmoid_().mul_(some)
+        return y
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if onepass.takes(x):
+            return onepass.gelu_backward(x, grad)
+        if x.is_cuda:
+            return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+        y, dx = torch.empty_like(x), torch.empty_like(x)
+        for some, g, out, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
+            torch.mul(some, some, out=d)
+            s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(some).sigmoid_()
+            torch.mul(some, s, out=out)
+            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(out)  # y times the slope of the sigmoid's argument
+            d.addcmul_(d, s, value=-1).add_(s).mul_(g)  # dy/dx = s + y (1 - s) slope
+        return y, dx
+
+
+class ExactGELUPrologue:
+    """GELU by the error function (`gelu`)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
+
+
+class SwiGLUPrologue:
+    """SwiGLU, silu(gate) * up with gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if onepass.takes(x):
+            return onepass.swiglu(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        if onepass.takes(x):
+            return onepass.swiglu_backward(x, grad)
+        gate, up = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        d_gate, d_up = dx.chunk(2, -1)
+        y = F.silu(gate)
+        torch.mul(grad, y, out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return y.mul_(up), dx
+
+
+class ApplyPrologue(torch.autograd.Function):
+    """Computes one prologue by itself, with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, prologue) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.prologue = prologue
+        return prologue(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.prologue.backward(*ctx.saved_tensors, grad)[1], None

@@ -1,0 +1,1 @@
+"""Hardware, processes and signals of the machine that runs this."""

@@ -1,0 +1,453 @@
+"""adapters: saved, reloaded, exchanged with `peft`, and refused where they would be misread."""
+
+import json
+
+import peft
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCAB, adapted, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertForMaskedLM, BertForSequenceClassification, DeepseekV3ForSequenceClassification
+
+from adapters.peft_layout import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    base_of,
+    load_adapter,
+    load_tensors,
+    misread_by_peft,
+    save_adapter,
+    start_from,
+)
+from benchmarks.architectures import config_of
+from fast.linear import lora_layers
+from machine.errors import UserError
+from model import LoRAOptions, TextClassifier, inject_lora, load_classifier
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
+    "FutureWarning:transformers", "UserWarning:peft", "peft.utils.warning.PeftWarning")]
+HEADS = {"gpt2": ["score"], "llama": ["score"], "bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"]}
+VARIANTS = [(a, {}) for a in ARCHITECTURES] + [
+    ("gpt2", {"targets": ("q", "v")}), ("gpt2", {"targets": ("q", "v", "mlp"), "rslora": True}),
+    ("gpt2", {"targets": ("k", "c_fc"), "layers": "1"}), ("llama", {"rslora": True, "targets": ("q", "v", "down_proj")}),
+    ("gpt2", {"targets": ("q", "v"), "rank": 20, "alpha": 3.0})]
+
+
+def fine_tuned(architecture: str, **options) -> TextClassifier:
+    """As after training: B and head are not what they began as, and the logits show it."""
+    classifier = adapted(architecture, **options)
+    randomize_heads(classifier.net)
+    assert not torch.allclose(logits_of(classifier), base_logits(architecture), atol=1e-2)
+    with torch.no_grad():  # the adapter shows on its own as well, not through the head alone
+        with_adapter = logits_of(classifier)
+        kept = [layer.lora_B.clone() for layer in lora_layers(classifier.net).values()]
+        for layer in lora_layers(classifier.net).values():
+            layer.lora_B.zero_()
+        assert not torch.allclose(logits_of(classifier), with_adapter, atol=1e-2)
+        for layer, B in zip(lora_layers(classifier.net).values(), kept, strict=True):
+            layer.lora_B.copy_(B)
+    return classifier
+
+
+def randomize_heads(net: nn.Module) -> None:
+    for name in HEADS[net.config.model_type]:
+        nn.init.normal_(net.get_submodule(name).weight, std=0.3)
+
+
+def base_logits(architecture: str) -> torch.Tensor:
+    return logits_of(TextClassifier(toy_net(architecture)))
+
+
+def with_other_head(architecture: str) -> TextClassifier:
+    """The same frozen backbone under a head of another seed: what a second process starts from."""
+    classifier = TextClassifier(toy_net(architecture)).eval()
+    torch.manual_seed(99)
+    randomize_heads(classifier.net)
+    return classifier
+
+
+# ---------------------------------------------------------------- invariants 6 and 7
+
+@pytest.mark.parametrize("architecture, options", VARIANTS)
+def test_a_reload_under_another_seed_gives_the_same_logits_exactly(tmp_path, architecture, options):
+    classifier = fine_tuned(architecture, **options)
+    save_adapter(classifier, tmp_path, "the-base")
+    again = with_other_head(architecture)
+    assert not torch.equal(logits_of(again), logits_of(classifier))
+    names = load_adapter(again.net, tmp_path)
+    assert torch.equal(logits_of(again.eval()), logits_of(classifier))
+    assert set(names) == set(lora_layers(again.net)) == set(lora_layers(classifier.net))
+    trainable = {name for name, p in again.net.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name or name.startswith(tuple(HEADS[architecture])) for name in trainable) and trainable
+
+
+def test_the_folder_holds_adapter_files_only_and_they_hold_no_frozen_weight(tmp_path):
+    classifier = fine_tuned("distilbert")
+    save_adapter(classifier, tmp_path, "the-base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    keys = {key.removeprefix("base_model.model.") for key in load_file(tmp_path / WEIGHTS_FILE)}
+    layers = lora_layers(classifier.net)
+    assert keys == {f"{name}.lora_{x}.weight" for name in layers for x in "AB"} | {
+        f"{head}.{kind}" for head in HEADS["distilbert"] for kind in ("weight", "bias")}
+    assert base_of(tmp_path) == "the-base"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_head_is_saved_and_restored_with_the_adapter(tmp_path, architecture):
+    classifier = fine_tuned(architecture)
+    save_adapter(classifier, tmp_path, "the-base")
+    again = with_other_head(architecture)
+    assert classifier.head_names() == HEADS[architecture]
+    for name in HEADS[architecture]:
+        ours, theirs = classifier.net.get_submodule(name).weight, again.net.get_submodule(name).weight
+        assert not torch.equal(theirs, ours)
+    load_adapter(again.net, tmp_path)
+    for name in HEADS[architecture]:
+        for key, value in classifier.net.get_submodule(name).state_dict().items():
+            assert torch.equal(again.net.get_submodule(name).state_dict()[key], value)
+
+
+def test_an_adapter_without_its_head_is_refused(tmp_path):
+    save_adapter(fine_tuned("gpt2"), tmp_path, "the-base")
+    state = load_file(tmp_path / WEIGHTS_FILE)
+    del state["base_model.model.score.weight"]
+    save_file(state, tmp_path / WEIGHTS_FILE)
+    refused_unchanged(toy_net("gpt2"), tmp_path, r"no classification head for this model \(score.weight is missing\)")
+
+
+# ---------------------------------------------------------------- invariant 8: peft
+
+def save_with_peft(architecture: str, folder, **config) -> torch.Tensor:
+    """Trains nothing but sets everything with `peft`, saves, and returns its logits."""
+    model = peft.get_peft_model(toy_net(architecture), peft.LoraConfig(
+        task_type="SEQ_CLS", modules_to_save=list(HEADS[architecture]), **{"r": 4, "lora_alpha": 6, **config}))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                p.normal_(std=0.2)
+    model.save_pretrained(folder)
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("architecture, options", VARIANTS)
+def test_an_adapter_saved_here_loads_in_peft(tmp_path, architecture, options):
+    classifier = fine_tuned(architecture, **options)
+    save_adapter(classifier, tmp_path, "the-base")
+    model = peft.PeftModel.from_pretrained(with_other_head(architecture).net, tmp_path).eval()
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits, logits_of(classifier), atol=1e-5, rtol=0)
+
+
+TARGETS = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "v_proj", "up_proj"], "bert": ["query", "value"],
+           "distilbert": ["q_lin", "lin2"]}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("config", [
+    {}, {"use_rslora": True}, {"lora_dropout": 0.4}, {"init_lora_weights": "gaussian"},
+    {"layers_to_transform": [1]}], ids=str)
+def test_an_adapter_saved_by_peft_loads_here(tmp_path, architecture, config):
+    logits = save_with_peft(architecture, tmp_path, target_modules=TARGETS[architecture], **config)
+    classifier = with_other_head(architecture)
+    names = load_adapter(classifier.net, tmp_path)
+    assert names and all(name.endswith(tuple(TARGETS[architecture])) for name in names)
+    assert not torch.allclose(logits, base_logits(architecture), atol=1e-2)
+    torch.testing.assert_close(logits_of(classifier.eval()), logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_rank_and_alpha_patterns_are_followed(tmp_path, rslora):
+    logits = save_with_peft("gpt2", tmp_path, target_modules=["c_attn", "c_proj", "c_fc"], use_rslora=rslora,
+                            rank_pattern={"c_attn": 2, r"h.1.mlp.c_proj": 7}, alpha_pattern={"mlp.c_proj": 30, "c_fc": 1})
+    classifier = with_other_head("gpt2")
+    load_adapter(classifier.net, tmp_path)
+    layers = {name.removeprefix("transformer.h."): (layer.rank, layer.alpha) for name, layer in
+              lora_layers(classifier.net).items()}
+    assert layers == {"0.attn.c_attn": (2, 6), "1.attn.c_attn": (2, 6), "0.attn.c_proj": (4, 6), "1.attn.c_proj": (4, 6),
+                      "0.mlp.c_fc": (4, 1), "1.mlp.c_fc": (4, 1), "0.mlp.c_proj": (4, 30), "1.mlp.c_proj": (7, 30)}
+    torch.testing.assert_close(logits_of(classifier.eval()), logits, atol=1e-5, rtol=0)
+
+
+def test_slices_are_saved_as_one_block_matrix_of_the_summed_rank(tmp_path):
+    classifier = fine_tuned("gpt2", targets=("q", "v", "o"))
+    save_adapter(classifier, tmp_path, "the-base")
+    config, state = json.loads((tmp_path / CONFIG_FILE).read_text()), load_file(tmp_path / WEIGHTS_FILE)
+    fused = [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
+    assert (config["r"], config["rank_pattern"]) == (4, dict.fromkeys(fused, 8))
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (6.0, dict.fromkeys(fused, 12.0))
+    assert config["fan_in_fan_out"] is True  # Conv1D stores W transposed
+    A, B = (state[f"base_model.model.{fused[0]}.lora_{x}.weight"] for x in "AB")
+    assert A.shape == (8, 32) and B.shape == (96, 8)
+    assert not B[:32, 4:].any() and not B[32:64].any() and not B[64:, :4].any()
+    layer = lora_layers(classifier.net)[fused[0]]
+    torch.testing.assert_close(12 / 8 * (B @ A), layer.delta())
+
+
+def test_modules_of_the_backbone_that_peft_saved_whole_are_restored(tmp_path):
+    net = toy_net("bert")
+    model = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"],
+                                                     modules_to_save=["classifier", "pooler"]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                p.normal_(std=0.2)
+    model.save_pretrained(tmp_path)
+    ids, mask = toy_batch()
+    classifier = with_other_head("bert")
+    load_adapter(classifier.net, tmp_path)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits_of(classifier.eval()), expected, atol=1e-5, rtol=0)
+
+
+def lacking_pooler(folder, seed: int = 0) -> str:
+    """A masked language model in a folder: BERT without the pooler that its classifier reads."""
+    torch.manual_seed(seed)
+    BertForMaskedLM(toy_net("bert").config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("saved", [["classifier", "pooler"], ["classifier"]])
+def test_pefts_adapter_of_a_base_without_a_pooler_brings_one_or_is_refused(tmp_path, saved):
+    base = lacking_pooler(tmp_path / "base")
+    torch.manual_seed(3)
+    net = BertForSequenceClassification.from_pretrained(base, num_labels=2).eval()
+    model = peft.get_peft_model(net, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"],
+                                                     modules_to_save=saved))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                p.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    classifier, _ = load_classifier(base, 2)
+    if "pooler" not in saved:
+        with pytest.raises(UserError, match=r"no classification head .*bert.pooler.dense.* is missing; the base lacks it"):
+            load_adapter(classifier.net, tmp_path / "adapter")
+        assert not lora_layers(classifier.net)
+        return
+    load_adapter(classifier.net, tmp_path / "adapter")
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits_of(classifier.eval()), expected, atol=1e-5, rtol=0)
+    trained = {name for name, p in classifier.net.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert trained == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+
+
+def test_an_adapter_brings_the_pooler_that_its_base_lacked(tmp_path):
+    base = lacking_pooler(tmp_path / "base")
+    classifier = load_classifier(base, 2)[0].configure("lora", LoRAOptions(rank=2))
+    randomize_B(classifier.net)
+    nn.init.normal_(classifier.net.bert.pooler.dense.weight, std=0.3)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(classifier, tmp_path / "adapter", base)
+    again, _ = load_classifier(base, 2)
+    assert not torch.allclose(again.net.bert.pooler.dense.weight, classifier.net.bert.pooler.dense.weight, atol=0.1)
+    load_adapter(again.net, tmp_path / "adapter")
+    assert torch.equal(logits_of(again.eval()), logits_of(classifier.eval()))
+
+
+@pytest.mark.parametrize("names, misread", [
+    (["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.o_proj"], ["model.layers.0.mlp.gate_proj"]),
+    (["model.layers.0.self_attn.o_proj"], [])])
+def test_layers_that_peft_takes_for_experts_are_named(names, misread):
+    assert misread_by_peft(toy_net("llama"), names) == []
+    assert misread_by_peft(DeepseekV3ForSequenceClassification(config_of("deepseek_v3")), names) == misread
+
+
+def test_a_language_model_takes_a_classifiers_adapter_without_its_head(tmp_path):
+    lm = gpt2_lm()
+    classifier = TextClassifier.from_causal_lm(lm, 2)
+    torch.manual_seed(4)
+    inject_lora(classifier.net, LoRAOptions(rank=4))
+    randomize_B(classifier.net)
+    save_adapter(classifier, tmp_path, "the-base")
+    ids = toy_batch()[0]
+    plain = gpt2_lm()
+    with torch.no_grad():
+        base = plain(ids).logits
+        load_adapter(plain, tmp_path, head=False)
+        assert not torch.allclose(plain.eval()(ids).logits, base, atol=1e-3)
+        assert torch.equal(plain(ids).logits, lm.eval()(ids).logits)  # lm shares the adapted backbone
+
+
+def test_a_causal_language_models_adapter_saved_by_peft_loads_here(tmp_path):
+    model = peft.get_peft_model(gpt2_lm(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"],
+                                                           fan_in_fan_out=True))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path)
+    ids, plain = toy_batch()[0], gpt2_lm()
+    with torch.no_grad():
+        expected, base = model.eval()(ids).logits, plain(ids).logits
+        load_adapter(plain, tmp_path, head=False)
+        assert not torch.allclose(expected, base, atol=1e-3)
+        torch.testing.assert_close(plain.eval()(ids).logits, expected, atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- what is refused
+
+def refused_unchanged(net, folder, match: str, head: bool = True) -> None:
+    """`load_adapter` raises one line and leaves modules, values and gradient marks as they were."""
+    def snapshot():
+        return {name: (type(m), m.training) for name, m in net.named_modules()}, {
+            name: (p.requires_grad, p.clone()) for name, p in net.named_parameters()}
+
+    modules, values = snapshot()
+    with pytest.raises(UserError, match=match) as error:
+        load_adapter(net, folder, head)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert snapshot()[0] == modules
+    for name, (grad, value) in snapshot()[1].items():
+        assert grad == values[name][0] and torch.equal(value, values[name][1]), name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_adapter(fine_tuned("gpt2"), tmp_path, "the-base")
+    return tmp_path
+
+
+def test_an_adapter_for_another_base_is_refused(saved):
+    refused_unchanged(toy_net("llama"), saved, r"adapter for another base: transformer\.h\.0\.\S+ does not exist in this "
+                                               "model; it was made for the-base")
+    refused_unchanged(toy_net("gpt2", n_embd=36), saved, r"transformer\.h\.0\.\S+ has another shape")
+    refused_unchanged(toy_net("gpt2", n_layer=1), saved, r"transformer\.h\.1\.\S+ does not exist")
+    refused_unchanged(toy_net("gpt2", num_labels=5), saved, "score.weight does not exist or has another shape")
+    load_adapter(toy_net("gpt2"), saved)
+
+
+def test_truncated_weights_are_refused_at_every_length(saved):
+    data = (saved / WEIGHTS_FILE).read_bytes()
+    net = toy_net("gpt2")
+    for length in (0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1):
+        (saved / WEIGHTS_FILE).write_bytes(data[:length])
+        refused_unchanged(net, saved, "missing or damaged")
+    (saved / WEIGHTS_FILE).write_bytes(b"\xff" * len(data))
+    refused_unchanged(net, saved, "missing or damaged")
+
+
+@pytest.mark.parametrize("file, match", [(CONFIG_FILE, "cannot be read"), (WEIGHTS_FILE, "missing or damaged")])
+def test_a_missing_file_or_a_folder_in_its_place_is_refused(saved, file, match):
+    (saved / file).unlink()
+    refused_unchanged(toy_net("gpt2"), saved, match)
+    (saved / file).mkdir()
+    refused_unchanged(toy_net("gpt2"), saved, match)
+
+
+@pytest.mark.parametrize("text", ["", "{", "nul", "[]", "3", '"LORA"', "\udcff"])
+def test_a_malformed_configuration_is_refused(saved, text):
+    (saved / CONFIG_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
+    refused_unchanged(toy_net("gpt2"), saved, CONFIG_FILE)
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "not a plain LoRA"), ({"lora_bias": True}, "lora_bias"),
+    ({"peft_type": "LOHA"}, r"\(LOHA\); expected peft_type LORA"), ({"peft_type": None}, "no peft_type"),
+    ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights pissa_niter_16"), ({"init_lora_weights": "olora"}, "olora"),
+    ({"lora_alpha": None}, "lora_alpha"), ({"lora_alpha": "many"}, "lora_alpha"), ({"lora_dropout": 1.5}, "lora_dropout"),
+    ({"alpha_pattern": ["c_attn"]}, "alpha_pattern"), ({"alpha_pattern": {"(": 1}}, "alpha_pattern")], ids=str)
+def test_kinds_that_would_be_misread_and_values_that_make_no_sense_are_refused(saved, change, match):
+    config = json.loads((saved / CONFIG_FILE).read_text()) | change
+    (saved / CONFIG_FILE).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    refused_unchanged(toy_net("gpt2"), saved, match)
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"bias": "lora_only"}, {"lora_bias": True}], ids=str)
+def test_pefts_own_unsupported_adapters_are_refused(tmp_path, config):
+    save_with_peft("distilbert", tmp_path, target_modules=["q_lin"], **config)
+    refused_unchanged(toy_net("distilbert"), tmp_path, "not a plain LoRA adapter")
+
+
+def test_an_embedding_adapter_of_pefts_is_refused_and_not_half_loaded(tmp_path):
+    save_with_peft("gpt2", tmp_path, target_modules=["wte", "c_attn"])
+    refused_unchanged(toy_net("gpt2"), tmp_path, r"transformer\.wte\.lora_embedding_A\S* does not exist")
+    refused_unchanged(gpt2_lm(), tmp_path, r"transformer\.wte\.lora_embedding_A\S* does not exist", head=False)
+
+
+@pytest.mark.parametrize("change", [
+    lambda A, B: (A, None), lambda A, B: (A[:2], B), lambda A, B: (A[0], B), lambda A, B: (A, B[:, 0]),
+    lambda A, B: (A[:0], B[:, :0]), lambda A, B: (B, A), lambda A, B: (torch.zeros(()), torch.zeros(()))])
+def test_pairs_of_A_and_B_that_do_not_belong_together_are_refused(saved, change):
+    state = load_file(saved / WEIGHTS_FILE)
+    key = "base_model.model.transformer.h.1.mlp.c_fc.lora_{}.weight"
+    A, B = change(state.pop(key.format("A")), state.pop(key.format("B")))
+    state.update({key.format(x): t.contiguous() for x, t in (("A", A), ("B", B)) if t is not None})
+    save_file(state, saved / WEIGHTS_FILE)
+    refused_unchanged(toy_net("gpt2"), saved, r"transformer\.h\.1\.mlp\.c_fc has another shape")
+
+
+def test_a_file_without_lora_weights_is_refused(saved):
+    save_file({"base_model.model.score.weight": torch.zeros(2, 32)}, saved / WEIGHTS_FILE)
+    refused_unchanged(toy_net("gpt2"), saved, "no LoRA weights in it")
+
+
+def test_a_pickled_adapter_is_refused_unread(saved):
+    (saved / WEIGHTS_FILE).unlink()
+    (saved / "adapter_model.bin").write_bytes(b"cos\nabort\n(tR.")  # would end the process if it were unpickled
+    refused_unchanged(toy_net("gpt2"), saved, "missing or damaged")
+    (saved / WEIGHTS_FILE).write_bytes(b"cos\nabort\n(tR.")
+    refused_unchanged(toy_net("gpt2"), saved, "missing or damaged")
+
+
+def test_an_adapter_that_names_no_base_asks_for_one(saved):
+    config = json.loads((saved / CONFIG_FILE).read_text())
+    (saved / CONFIG_FILE).write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(UserError, match=f"^{saved / CONFIG_FILE}: names no base_model_name_or_path; give --model$"):
+        base_of(saved)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path / 'absent' / CONFIG_FILE}: cannot be written"):
+        save_adapter(fine_tuned("gpt2"), tmp_path / "absent", "the-base")
+
+
+def test_tensors_are_read_back_exactly(tmp_path):
+    save_file({"x": torch.arange(VOCAB)}, tmp_path / "t.safetensors")
+    assert torch.equal(load_tensors(tmp_path / "t.safetensors")["x"], torch.arange(VOCAB))
+
+
+# ---------------------------------------------------------------- training goes on from a saved adapter
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("architecture, options", VARIANTS)
+def test_a_fresh_adapter_that_starts_from_a_saved_one_computes_the_same(tmp_path, architecture, options, head):
+    classifier = fine_tuned(architecture, **options)
+    save_adapter(classifier, tmp_path, "the-base")
+    again = with_other_head(architecture)
+    inject_lora(again.net, LoRAOptions(**{"rank": 4, "alpha": 6.0, **options}))
+    own = {name: again.net.get_submodule(name).weight.clone() for name in HEADS[architecture]}
+    start_from(again, tmp_path, head)
+    assert torch.equal(logits_of(again.eval()), logits_of(classifier)) == head
+    saved = {name: parameter for name, parameter in classifier.net.named_parameters() if ".lora_" in name}
+    found = dict(again.net.named_parameters())
+    assert saved and all(torch.equal(found[name], value) and found[name].requires_grad for name, value in saved.items())
+    assert head or all(torch.equal(again.net.get_submodule(name).weight, weight) for name, weight in own.items())
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"rank": 3, "alpha": 4.5}, "--rank"), ({"alpha": 3.0}, "--alpha"), ({"rslora": True}, "--rslora"),
+    ({"layers": "1"}, "--layers"), ({"targets": ("q", "v", "mlp", "o")}, "of other outputs"),
+    ({"targets": ("o",)}, "--targets")])
+def test_an_adapter_of_another_shape_is_no_beginning(tmp_path, options, said):
+    save_adapter(fine_tuned("gpt2"), tmp_path, "the-base")
+    fresh = adapted("gpt2", trained=False, **options)
+    with pytest.raises(UserError, match=f"^--init {tmp_path}: .*{said}"):
+        start_from(fresh, tmp_path, True)
+
+
+def test_updates_outside_the_adapted_slices_are_no_beginning(tmp_path):
+    """Of the same rank and shape: PEFT's adapter of the fused layer, where only q and v are adapted here."""
+    save_adapter(fine_tuned("gpt2", targets=("c_attn",), rank=8, alpha=12.0), tmp_path, "the-base")
+    fresh = adapted("gpt2", trained=False, targets=("q", "v"))
+    before = {name: p.clone() for name, p in fresh.net.named_parameters()}
+    with pytest.raises(UserError, match="of other outputs; expected --rank and --targets of that run"):
+        start_from(fresh, tmp_path, True)
+    assert all(torch.equal(p, before[name]) for name, p in fresh.net.named_parameters())

@@ -1,0 +1,1 @@
+"""Checkpoints, and the search for values that are not finite."""
