@@ -141,16 +141,16 @@ def generate(args) -> None:
     from tqdm import tqdm
 
     from experiments import generate, inputs
-    from fast.generation import Sampling
+    from sampling import Sampling
 
     model = args.model or (generate.base_model(args.adapter) if args.adapter else None)
     model, _, _ = inputs.choose(model, None, None, _note, need_task=False)
     prompts = list(args.prompt or [])
     if args.prompt_file:
         prompts += generate.read_prompts(args.prompt_file)
+    sampling = Sampling(args.greedy, args.temperature, args.top_k, args.top_p, int(args.sr))
     for sample in generate.generate(
-            model, prompts or [""], seed=int(args.sr), max_new_tokens=args.max_new_tokens,
-            sampling=Sampling(args.greedy, args.temperature, args.top_k, args.top_p), num_samples=args.num_samples,
+            model, prompts or [""], max_new_tokens=args.max_new_tokens, sampling=sampling, num_samples=args.num_samples,
             adapter=args.adapter, batch_size=args.batch_size, precision=args.precision):
         tqdm.write(sample)  # to stdout, with the bar out of the way
 
