@@ -76,18 +76,18 @@ def test_single_epoch_and_a_single_split_of_another_name(tmp_path):
 def test_distillation_draws_both_students_and_the_teacher_in_one_figure(tmp_path):
     run = distil_run(tmp_path)
     lines = legend(run, "mcc")
-    for name in ("student, KD", "student, no teacher"):
+    for name in ("student with KD", "baseline"):
         for curve in ("train", "validation, in-domain", "validation, out-of-domain"):
             assert f"{name}: {curve}" in lines
-    assert list(lines["student, KD: validation, in-domain"].get_ydata()) == pytest.approx([0.19, 0.26, 0.31, 0.34])
-    control = lines["student, no teacher: validation, in-domain"].get_ydata()
-    assert list(control) == pytest.approx([0.09, 0.16, 0.21, 0.24])
+    assert list(lines["student with KD: validation, in-domain"].get_ydata()) == pytest.approx([0.19, 0.26, 0.31, 0.34])
+    baseline = lines["baseline: validation, in-domain"].get_ydata()
+    assert list(baseline) == pytest.approx([0.09, 0.16, 0.21, 0.24])
     assert set(lines["teacher, in-domain (0.512)"].get_ydata()) == {0.5123}
     # The loss is the cross-entropy (0.6 / epoch), not the objective (0.9 / epoch), for both.
     loss = legend(run, "loss")
-    for name in ("student, KD", "student, no teacher"):
+    for name in ("student with KD", "baseline"):
         assert list(loss[f"{name}: train"].get_ydata()) == pytest.approx([0.6, 0.3, 0.2, 0.15])
-    assert "no KD term" in loss["student, KD: train"].axes.get_ylabel()
+    assert "no KD term" in loss["student with KD: train"].axes.get_ylabel()
 
 
 def test_the_stages_are_drawn_by_their_share_with_every_split_of_both_students(tmp_path):
@@ -98,14 +98,14 @@ def test_the_stages_are_drawn_by_their_share_with_every_split_of_both_students(t
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     figure = figures.stages_figure(read_metrics(tmp_path / "metrics.jsonl"), {"model": "m", "task": "t", "sr": SR})
     pretrain, transfer = figure.axes
-    assert [text.get_text() for text in pretrain.get_legend().get_texts()] == ["student, KD: train", "student, KD: held out"]
+    assert [text.get_text() for text in pretrain.get_legend().get_texts()] == ["student with KD: train", "student with KD: held out"]
     lines = {line.get_label(): line for line in transfer.get_lines()}
-    assert list(lines) == [f"{name}: {curve}" for name in ("student, KD", "student, no teacher")
+    assert list(lines) == [f"{name}: {curve}" for name in ("student with KD", "baseline")
                            for curve in ("train", "in-domain", "out-of-domain")]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == 6
-    assert list(lines["student, KD: in-domain"].get_xdata()) == [0.5, 1]
-    assert list(lines["student, no teacher: out-of-domain"].get_xdata()) == [0.25, 0.5, 0.75, 1]
-    assert list(lines["student, KD: out-of-domain"].get_ydata()) == pytest.approx([-0.01, 0.06])
+    assert list(lines["student with KD: in-domain"].get_xdata()) == [0.5, 1]
+    assert list(lines["baseline: out-of-domain"].get_xdata()) == [0.25, 0.5, 0.75, 1]
+    assert list(lines["student with KD: out-of-domain"].get_ydata()) == pytest.approx([-0.01, 0.06])
 
 
 # ---------------------------------------------------------------- comparisons and sweeps

@@ -88,8 +88,8 @@ def test_results_hold_the_numbers_of_the_runs(both):
     comparison = (results / "distil_results.tex").read_text()
     assert r"majority class & -- & 69.26 & 0 & 68.26 & 0 & 67.26 & 0 \\" in comparison
     assert r"teacher & -- & 80.65 & 0.512 & 75.65 & 0.412 & 70.65 & 0.312 \\" in comparison
-    assert r"student, KD & 2 (best) & 80.65 & 0.322 &" in comparison
-    assert r"student, no teacher & 4 (last) & 80.65 & 0.259 &" in comparison
+    assert r"student with KD & 2 (best) & 80.65 & 0.322 &" in comparison
+    assert r"baseline & 4 (last) & 80.65 & 0.259 &" in comparison
     epochs = (results / "lora_epochs.tex").read_text()
     assert r"1 & 2.0e$-$04 & 0.600 & 72.00 & 0.100 & 0.500 & 80.65 & 0.090 &" in epochs
     assert r"2.0e$-$04 & 0.900 & 0.600 &" in (results / "distil_epochs.tex").read_text()
