@@ -105,7 +105,7 @@ def _machines(paper: Paper) -> str:
 def _spread_note(seeds: int) -> str:
     """Returns the sentence about means and intervals."""
     return "One seed: no standard deviation and no interval." if seeds == 1 else (
-        rf"Mean over {seeds} seeds $\pm$ half of its 95\,\% interval (Student's $t$).")
+        rf"A number with a $\pm$ is the mean over {seeds} seeds $\pm$ half of its 95\,\% interval (Student's $t$).")
 
 
 def value(spread: Record, key: str, signed: bool = False) -> str:

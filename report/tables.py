@@ -67,7 +67,7 @@ def config_tables(config: Record, prefix: str) -> dict[str, str]:
             ["versions", typed(versions)]]
     rows += [["data", typed(f"{path} SHA-256: {sha}")] for path, sha in config.section("data_files").items()]
     return {f"{prefix}_options": tabular("@{}lL{4.2cm}lL{4.2cm}@{}", "option & value & option & value", two),
-            f"{prefix}_provenance": tabular("@{}lL{13.2cm}@{}", "what & value", rows)}
+            f"{prefix}_provenance": tabular("@{}lL{13.2cm}@{}", "item & value", rows)}
 
 
 def _classes(summary: Record) -> str:

@@ -120,7 +120,7 @@ def test_a_table_has_mean_and_half_of_the_interval_best_and_last_alike(whole):
     assert r"head minus lora &  &  & best & +80.0\,$\pm$\,1.0 & $-$0.400\,$\pm$\,0.050" in methods
     assert r"student with KD & 5,000,000 & 5,000,000 & 309 & 1,177 & 20 & 2,100" in files["paper_cost.tex"].decode()
     assert numbers["paper.lora.minus.peft"] == r"+0.010\,$\pm$\,0.050"
-    assert "Mean over 3 seeds" in numbers["paper.spread"]
+    assert "the mean over 3 seeds" in numbers["paper.spread"]
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path):
