@@ -28,8 +28,8 @@ TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_p
 # Studies of many runs: each has a table <study>_results and a figure, if it exists.
 STUDIES = ("compare", "sweep")
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
-# The submission: these kinds of files in the packages and in these folders, and these files. Kinds and not folders as they
-# are: a folder of code may hold data, weights and caches, too.
+# The submission: files of these kinds in every package and in these folders, and the listed files. Not whole folders: one
+# with code may also hold data, weights and caches.
 SUBMITTED_KINDS = ("py", "c", "h", "cu", "html", "css", "js", "toml", "md", "png", "svg", "ipynb", "sh")
 SUBMITTED_FOLDERS = ("docs", "tests", "benchmarks", "notebooks")
 SUBMITTED_FILES = ("*.py", "*.md", "requirements*.txt", "Makefile", "LICENSE", "pyproject.toml", ".ci/run",
