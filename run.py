@@ -172,7 +172,7 @@ def _train(args, options, start) -> int:
         if not no_plots and processes.is_main():
             from report import figures  # late: the first step does not wait for Matplotlib
 
-            plots = figures.plot_run(options.out, make_folder(args.plots))
+            plots = figures.draw_finished(lambda: figures.plot_run(options.out, make_folder(args.plots)))
     except Diverged as error:
         complain(error)
         return 3
@@ -261,7 +261,7 @@ def _seeds(args) -> int:
 
         for run in seeds.run_seeds(options)["runs"]:
             if run["status"] == "finished" and not args.no_plots:
-                figures.plot_run(Path(run["folder"]), args.plots)
+                figures.draw_finished(lambda folder=Path(run["folder"]): figures.plot_run(folder, args.plots))
     return _study(args, options, start, "seeds")
 
 
@@ -297,7 +297,8 @@ def _study(args, options, start, name: str) -> int:
     check_folder(args.plots)
     try:
         start()
-        plots = [] if args.no_plots else figures.plot_study(options.out / f"{name}.json", make_folder(args.plots))
+        plots = [] if args.no_plots else figures.draw_finished(
+            lambda: figures.plot_study(options.out / f"{name}.json", make_folder(args.plots)))
     except Interrupted as error:
         _note("run.py: stopped; continue with: python run.py "
               + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
