@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from data import backbones
 from experiments import evaluate, generate, repeat
 from record.files import read_json, read_sums
-from record.folder import is_card
+from record.ownership import is_card
 
 ADDED = {"README.md", "tokenizer.json", "tokenizer_config.json"}
 SENTENCES = ["the cat saw a dog", "red bird", "an old mat fed the bird", "cat"]
