@@ -33,7 +33,7 @@ from machine.errors import UserError
 from machine.hardware import device
 from record.files import locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance, read_run
-from record.ownership import check_out, remove_child, weights
+from record.ownership import check_out, remove_child
 from report import records, studies
 from report import seeds as seeds_tables
 
@@ -277,7 +277,7 @@ def _end_with_parent() -> None:
 
 def size_on_disk(folder: Path) -> int:
     """Returns the bytes of the weights that a finished run saved."""
-    return sum(path.stat().st_size for path in weights(folder))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- many runs

@@ -70,9 +70,9 @@ def _is_harmless(path: Path) -> bool:
     return path.name in _HARMLESS or _TEMPORARY.fullmatch(path.name) is not None
 
 
-def mode_of(folder: Path) -> str | None:
+def mode_of(folder: Path | str) -> str | None:
     """Returns the mode (LoRA or distil) of the run in a folder, finished or not; None if there is no run."""
-    mode = _options(folder).get("mode")
+    mode = _options(Path(folder)).get("mode")
     return mode if mode in WEIGHTS else None
 
 
@@ -105,6 +105,16 @@ def _is_result(name: str) -> Callable[[Path], bool]:
     return lambda folder: _object(folder / f"{name}.json").get("mode") == name
 
 
+def _is_comparison(folder: Path) -> bool:
+    """Returns whether a folder holds a comparison's options or result, or runs and nothing else."""
+    if _is_result("compare")(folder):
+        return True
+    if options := _options(folder):
+        return options.keys().isdisjoint({"mode", "profile"})
+    # Runs made beforehand in a comparison's folder are taken over by it.
+    return all(_is_harmless(path) or path.is_dir() and mode_of(path) for path in folder.iterdir())
+
+
 def _is_sweep(folder: Path) -> bool:
     """Returns whether a folder holds a sweep's result, one of its trials, or its database."""
     if _is_result("sweep")(folder) or any(folder.glob("trial-[0-9][0-9][0-9][0-9][0-9]/.trial.lock")):
@@ -129,8 +139,7 @@ def _is_sweep(folder: Path) -> bool:
 # A function for each kind of command that has a folder: whether it made this one.
 MAKERS: dict[str, Callable[[Path], bool]] = {
     "run": _is_run,
-    "compare": lambda folder: _is_result("compare")(folder) or _options(folder).keys().isdisjoint({"mode", "profile"})
-                              and bool(_options(folder)),
+    "compare": _is_comparison,
     "sweep": _is_sweep,
     "seeds": _is_result("seeds"),
     "diagnose": _is_result("diagnose"),
@@ -153,7 +162,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in Path(folder).glob(f"*{CHECKPOINT}") if _CHECKPOINT.fullmatch(path.name))
 
 
-def weights(folder: Path) -> list[Path]:
+def weights(folder: Path | str) -> list[Path]:
     """Returns the files of weights that a run wrote, checkpoints not among them."""
     names = WEIGHTS.get(mode_of(folder), sum(WEIGHTS.values(), ()))
     return sorted(path for path in (Path(folder) / name for name in names) if path.is_file())
