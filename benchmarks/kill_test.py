@@ -195,13 +195,11 @@ def before_each_line(action: Callable[[str, int], None]) -> Callable[[], None]:
 
 def lines_of(work: Path) -> tuple[dict, list[list]]:
     """Returns the outcome of an undisturbed run with `--ema`, and the functions and lines of TRAINING in order."""
-    log = work / "lines"
-
-    def record(function: str, line: int) -> None:
-        with open(log, "a") as file:
-            file.write(json.dumps([function, line]) + "\n")
-    expected, _ = uninterrupted(work, "ema", EMA, before_each_line(record))
-    return expected, [json.loads(text) for text in log.read_text().splitlines()]
+    # Buffered by lines, because a child ends without closing its files.
+    with open(work / "lines", "w", buffering=1) as file:
+        expected, _ = uninterrupted(work, "ema", EMA, before_each_line(
+            lambda function, line: file.write(json.dumps([function, line]) + "\n")))
+    return expected, [json.loads(text) for text in (work / "lines").read_text().splitlines()]
 
 
 def moments(lines: list[list], count: int, seed: int) -> list[int]:
