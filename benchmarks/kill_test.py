@@ -36,6 +36,8 @@ EMA = ("--ema", "0.9")
 ROOT = Path(__file__).resolve().parents[1]
 # The code that changes a training's state: a signal is sent before single lines of these files.
 TRAINING = (str(ROOT / "train_utils.py"), str(ROOT / "training"))
+# Functions at work while the averaged weights stand in for the trained ones, or are being exchanged for them.
+AROUND = re.compile("averag|swap|validate")
 # Phases in which a run takes no steps: module, function, and the options that lead to it.
 PHASES = {"loading": ("experiments.finetune", "load_classifier", ()),
           "keeping": ("fast.frozen", "FrozenPrefix", ("--layers", "1")),
@@ -203,17 +205,16 @@ def lines_of(work: Path) -> tuple[dict, list[list]]:
 
 
 def moments(lines: list[list], count: int, seed: int) -> list[int]:
-    """Draws positions in a run's statements, each function as likely as any other: most statements are those of steps.
+    """Draws positions in a run's statements, every second one around a validation.
 
-    The statements around a validation come first, where averaged weights stand in for the trained ones.
+    Each function is as likely as any other, or almost all signals would fall into steps and checkpoints.
     """
     draw = random.Random(seed)
     places = collections.defaultdict(list)
     for number, (function, _) in enumerate(lines):
         places[function].append(number)
-    around = [name for name in places if re.search("averag|swap|validate", name)]
-    chosen = [draw.choice(places[name]) for name in around for _ in range(count // (2 * len(around)))]
-    return chosen + [draw.choice(places[draw.choice(list(places))]) for _ in range(count - len(chosen))]
+    around = [name for name in places if AROUND.search(name)]
+    return [draw.choice(places[draw.choice(list(places) if number % 2 else around)]) for number in range(count)]
 
 
 def signal_at_statements(work: Path, count: int, seed: int) -> dict:
@@ -226,16 +227,17 @@ def signal_at_statements(work: Path, count: int, seed: int) -> dict:
     expected, lines = lines_of(work)
     result = {"survived": 0, "tried": count, "in_validation": 0, "failures": []}
     for attempt, at in enumerate(moments(lines, count, seed)):
-        out, number, passed = work / f"statement-{attempt}", SIGNALS[attempt % 2][0], []
+        out, number, passed = work / f"statement-{attempt}", SIGNALS[attempt // 2 % 2][0], []
 
         def send(function: str, line: int, at=at, number=number, passed=passed) -> None:
             passed.append(line)
             if len(passed) == at + 1:
                 os.kill(os.getpid(), number)
+
         begun = [*command(work, out), *EMA]
         status = wait(start(begun, work, before_each_line(send)))
         function, line = lines[at]
-        result["in_validation"] += bool(re.search("averag|swap|validate", function))
+        result["in_validation"] += bool(AROUND.search(function))
         # A signal in the last statements may find the run finished.
         again = 0 if status == 0 else wait(start([*begun, "--resume"], work))
         wrong = [f"exit status {status}"] if status not in (0, *(code for _, code in SIGNALS)) else []
