@@ -35,6 +35,7 @@ def write_file(path: Path | str, data: bytes | str) -> None:
     if not processes.is_main():
         return
     path = Path(path)
+    # In the same folder: a rename is atomic within one file system only.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -96,27 +97,29 @@ def make_folder(path: Path | str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: the output folder cannot be made ({error.strerror})") from None
+    # Known now, and not after an hour of training.
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the output folder cannot be written to")
     return path
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Holds a folder for this process alone; the system releases the lock of a process that died.
+def locked(folder: Path, work: str) -> Iterator[None]:
+    """Locks a folder for this process; the system releases the lock of a process that died.
 
     Args:
         folder: existing folder; its `.lock` is the lock.
-        what: the kind of work in it (run, comparison), for the error's text.
+        work: the kind of work in it (run, comparison), for the error's text.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written to.
     """
+    # Without a timeout a second process is told at once, and does not queue behind hours of training.
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"{folder}: another process is working on this {what}") from None
+        raise UserError(f"{folder}: another process is working on this {work}") from None
     except OSError as error:
         raise UserError(f"{folder}: the output folder cannot be written to ({error.strerror})") from None
     try:
@@ -202,6 +205,7 @@ def write_sums(folder: Path, digests: dict[str, str]) -> None:
 
 
 def _sums_text(digests: dict[str, str]) -> str:
+    # The comment at the end protects the list itself: without it a cut list would pass as a shorter one.
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n"
 

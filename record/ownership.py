@@ -1,9 +1,9 @@
-"""Says which folders this project may write to, and which of the files in them are its own.
+"""Tells the folders that this project may write to, and its own files in them, from everybody else's.
 
-    check_out(Path("runs/LoRA-12345"), "run")    # UserError if anything else lies there
+    check_out(Path("runs/LoRA-12345"), "run")    # UserError if it holds anything but a run
 
-A folder is not ours because a user named it. We write where nothing stands, or where a file of ours says that we wrote
-before; we remove and checksum the files that a run's own list names, and never one that somebody put beside them.
+A folder is not ours because a user named it. We write into a new or an empty folder, or into one with a file of ours; we
+remove and checksum the files of a run's own list, and never a file that somebody put next to them.
 """
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def _is_harmless(path: Path) -> bool:
 
 
 def mode_of(folder: Path | str) -> str | None:
-    """Returns the mode (LoRA or distil) of the run in a folder, finished or not; None if there is no run."""
+    """Returns the mode (LoRA or distil) of the run in a folder, finished or not; None if the folder holds no run."""
     mode = _options(Path(folder)).get("mode")
     return mode if mode in WEIGHTS else None
 
 
 def _options(folder: Path) -> dict:
-    """Returns the options in a folder's config.json; none if no command of this project wrote it."""
+    """Returns the options in a folder's config.json; an empty dictionary if no command of this project wrote it."""
     config = _object(folder / "config.json")
     options = config.get("options")
     # Every command records its versions next to its options; a config.json of transformers has neither.
