@@ -185,8 +185,9 @@ def run_files(folder: Path) -> list[Path]:
     listed = {}
     with suppress(UserError):
         listed = read_sums(folder) or {}
-    # A list that points out of the folder is not one that a run wrote.
-    files = [folder / name for name in listed if Path(name).name == name]
+    # A list that points out of the folder is not one that a run wrote. The card is listed too, but its owner may have put a
+    # text of their own in its place.
+    files = [folder / name for name in listed if Path(name).name == name and name != CARD]
     for kind in [mode] if mode else WEIGHTS:
         files += described(folder, kind)
     if mode == "LoRA":

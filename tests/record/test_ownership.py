@@ -140,6 +140,12 @@ def test_a_runs_own_files_go_and_no_other(tmp_path, mode, finished):
     assert set(toy.tree(tmp_path)) == {*STRANGE, other}
 
 
+def test_a_readme_that_took_the_cards_place_stays(tmp_path):
+    write(made_run(tmp_path), {"README.md": "My notes\n"})
+    remove_run(tmp_path)
+    assert toy.tree(tmp_path) == {"README.md": b"My notes\n"}
+
+
 def test_a_folder_of_somebody_elses_loses_nothing(tmp_path):
     write(tmp_path, {**STRANGE, "config.json": "{}", "tokenizer.json": "{}", "checkpoint.safetensors": "x"})
     before = toy.tree(tmp_path)
