@@ -24,7 +24,7 @@ from machine.hardware import peak_memory_bytes
 from machine.signals import Interrupted, deferred
 from metrics.classification import confusion, per_class, scores, scores_of_sums
 from options.schema import TrainOptions
-from record.folder import CHECKPOINT
+from record.ownership import CHECKPOINT
 from training import anomaly
 from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 

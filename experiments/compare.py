@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from machine.errors import UserError
 from machine.hardware import device
 from record.files import locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance, read_run
+from record.ownership import check_out, remove_child
 from report import records, studies
 from report import seeds as seeds_tables
 
@@ -66,6 +66,7 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
         UserError: bad input, before anything is written; other options than the folder's; a run that failed.
         signals.Interrupted: asked to stop; the run at work has saved its state.
     """
+    check_out(options.out, "compare")
     names = [entry.name for entry in options.entries]
     if options.against not in (None, *names):
         raise UserError(f"--against {options.against}: no such entry; expected one of {', '.join(names)}")
@@ -134,7 +135,7 @@ def study_folder(out: Path, config: dict, overwrite: bool):
     with locked(folder, "comparison"):
         if overwrite and (folder / "config.json").exists():
             for log in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]/log.txt"):  # its runs, and nothing else that may lie here
-                shutil.rmtree(log.parent)
+                remove_child(log.parent)
             for name in ("compare.json", "compare.tex", "compare_intervals.tex", "config.json"):
                 (folder / name).unlink(missing_ok=True)
         if (folder / "config.json").exists():

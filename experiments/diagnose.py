@@ -33,6 +33,7 @@ from machine.hardware import device
 from options.schema import RunOptions, TableOptions, rebuild
 from record.files import check_folder, make_folder, sha256, write_json
 from record.folder import provenance, read_run, warn_of_changed_data
+from record.ownership import check_out
 from report import diagnosis
 
 BUILT_IN_PAIRS = 200  # of each phenomenon of the built-in grammar, where --limit does not say
@@ -117,6 +118,7 @@ def diagnose_run(folder: Path, data: Path | None = None, pairs: Path | None = No
     """
     folder = Path(folder)
     out = out or folder.parent / f"diagnose-{folder.name}"
+    check_out(out, "diagnose")
     check_folder(out)
     chosen = minimal_pairs.read_pairs(pairs, limit) if pairs else None
     published = pairs and pairs.with_name("published.tsv")

@@ -42,7 +42,8 @@ from options.schema import (
 )
 from record import tensors
 from record.files import read_json, sha256, write_file, write_json
-from record.folder import Recorder, finish, provenance, run_folder
+from record.folder import Recorder, check_run_folder, finish, provenance, run_folder
+from record.ownership import weights
 from train_utils import best_and_last, selection_split, training_summary
 
 
@@ -147,7 +148,7 @@ def config_of(run: Prepared, distil_options: DistilOptions) -> dict:
             "classes": list(run.task.classes), "tokenizer_sha256": run.tokenizer_sha256,
             "teacher_files": {path.name if number == 0 else str(path): sha256(path)
                               for number, folder in enumerate((distil_options.teacher, *distil_options.more_teachers))
-                              for path in sorted(Path(folder).glob("*.safetensors"))}}
+                              for path in weights(folder)}}
 
 
 def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable[[str], None] = print,
@@ -164,6 +165,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         UserError: bad input, a teacher that is not a finished LoRA run.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
+    check_run_folder(options, distil_options.teacher, *map(Path, distil_options.more_teachers))
     speed.use_recorded_machine(options)
     options = resolve_precision(options)
     if processes.count() > 1 and not distil_options.plain:

@@ -30,7 +30,7 @@ from model import TextClassifier, count_parameters, load_classifier
 from options.schema import RunOptions, as_json, settings_of
 from record import tensors
 from record.files import sha256, write_file
-from record.folder import Recorder, finish, provenance, read_run, run_folder
+from record.folder import Recorder, check_run_folder, finish, provenance, read_run, run_folder
 from serving.merge import label_maps
 from train_utils import best_and_last, selection_split, training_summary
 
@@ -186,6 +186,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
         UserError: bad input, before anything is written.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
+    check_run_folder(options, *([options.init] if options.init else []))
     speed.use_recorded_machine(options)
     options = resolve_precision(options)
     run = prepare(options, say)

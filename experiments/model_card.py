@@ -14,7 +14,7 @@ from data.hub import is_dataset_name
 from data_utils import GLUE_REPOSITORY, HUB_TABLES, Task
 from options.schema import RunOptions
 from record.files import write_file
-from record.folder import CARD, CARD_TAG, TOKENIZER_FILES, is_card
+from record.ownership import CARD, CARD_TAG, TOKENIZER_FILES, is_card
 from serving.merge import for_others, tokenizer_files
 from train_utils import selection_split
 

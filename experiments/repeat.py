@@ -12,7 +12,8 @@ from adapters import peft_layout
 from experiments import distil, finetune
 from options.schema import DistilOptions, RunOptions, rebuild
 from record.files import read_json
-from record.folder import TOKENIZER_FILES, changes, read_run, without_times
+from record.folder import changes, read_run, without_times
+from record.ownership import DESCRIPTIONS, TOKENIZER_FILES, weights
 
 
 def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
@@ -38,9 +39,10 @@ def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop:
 
 def differences(folder: Path, again: Path) -> Iterator[str]:
     """Lists the differences of two runs' folders: weights and their description byte for byte, results without times."""
-    weights = {path.name for one in (folder, again) for pattern in ("*.safetensors", "*_config.json")
-               for path in one.glob(pattern)}
-    for name in sorted({*weights, *TOKENIZER_FILES}):
+    written = {path.name for one in (folder, again) for path in weights(one)}
+    for names in DESCRIPTIONS.values():
+        written |= {name for name in names if (folder / name).exists() or (again / name).exists()}
+    for name in sorted({*written, *TOKENIZER_FILES}):
         one, other = folder / name, again / name
         if not (one.exists() and other.exists()):
             if name not in TOKENIZER_FILES:  # an older run has none of these

@@ -20,7 +20,8 @@ from experiments.significance import over_seeds, paired_differences, spread
 from experiments.variants import SeedRun
 from machine.errors import UserError
 from record.files import locked, make_folder, read_json, write_file, write_json
-from record.folder import empty_folder, provenance
+from record.folder import provenance
+from record.ownership import check_out, remove_run
 from report import records
 from report import seeds as tables
 from train_utils import selection_split
@@ -55,6 +56,9 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
             that failed, or all of them diverged.
         signals.Interrupted: asked to stop; the run at work has saved its state.
     """
+    check_out(options.out, "seeds")
+    for run in options.runs:
+        check_out(run.folder, "run")
     if options.mode == "LoRA":
         finetune.check(options.runs[0].run)
     if not options.overwrite:
@@ -64,7 +68,7 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
         if options.overwrite:
             for run in options.runs:
                 with locked(make_folder(run.folder), "run"):
-                    empty_folder(run.folder)
+                    remove_run(run.folder)
                     (run.folder / "diverged.txt").unlink(missing_ok=True)
         threads = compare.threads_each([run.folder for run in options.runs], torch.get_num_threads(), options.jobs)
         done = {}

@@ -21,7 +21,7 @@ from experiments.transfer import Source, batches_of, normalised
 from model import DistilRNN
 from options.schema import DistilOptions, TrainOptions
 from record.files import write_file
-from record.folder import CHECKPOINT
+from record.ownership import CHECKPOINT
 from train_utils import Objective, training_summary
 from training.checkpoints import Progress
 

@@ -9,7 +9,6 @@ several machines if `--storage` is a database server's, share one study and do n
 from __future__ import annotations
 
 import itertools
-import shutil
 import statistics
 import time
 import warnings
@@ -36,6 +35,7 @@ from machine.hardware import use_threads
 from options.schema import RunOptions
 from record.files import make_folder, without_password, write_file, write_json
 from record.folder import provenance
+from record.ownership import check_out, remove_child, weights
 from report import records, studies
 from train_utils import Diverged
 
@@ -77,6 +77,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    check_out(options.out, "sweep")
     task = check(options)
     record = provenance(options.settings, task.files)
     record["versions"]["optuna"] = version("optuna")
@@ -159,7 +160,7 @@ def open_study(options: SweepOptions, record: dict) -> optuna.Study:
         for file in ("sweep.json", "sweep.tex"):
             (options.out / file).unlink(missing_ok=True)
         for lock in options.out.glob(f"trial-*/{LOCK}"):
-            shutil.rmtree(lock.parent)
+            remove_child(lock.parent)
     settings = {key: record[key] for key in ("options", "data_files")}
     pruner = optuna.pruners.MedianPruner() if options.prune else optuna.pruners.NopPruner()
     try:
@@ -209,7 +210,7 @@ def requeue_dead(study: optuna.Study, out: Path) -> None:
                 continue  # another process was faster
             study.tell(trial.number, state=TrialState.FAIL)
             requeue(study, trial)
-            shutil.rmtree(folder)
+            remove_child(folder)
 
 
 def trial_folder(out: Path, number: int) -> Path:
@@ -229,7 +230,7 @@ def keep_best(study: optuna.Study, out: Path) -> None:
     for trial in _done(study):
         if trial.number != chosen:
             folder = trial_folder(out, trial.number)
-            for file in (*folder.glob("*.safetensors"), folder / "tokenizer.json"):
+            for file in (*weights(folder), folder / "tokenizer.json"):
                 file.unlink(missing_ok=True)
 
 
@@ -269,7 +270,7 @@ class Trial:
             raise
         except BaseException:  # a signal, a full disk: the next start does it again
             requeue(self.study, self.study.trials[trial.number])
-            shutil.rmtree(folder)
+            remove_child(folder)
             raise
 
     def suggest(self, trial: optuna.Trial) -> dict:

@@ -1,5 +1,5 @@
-"""The one error class of the project, which every room may raise."""
+"""The one error class of the project; every room may raise it."""
 
 
 class UserError(ValueError):
-    """Reports what the user can mend, in one line that names what is wrong and what was expected."""
+    """Reports a mistake that the user can mend, in one line: the file, line or option, and the value that was expected."""

@@ -1,7 +1,7 @@
-"""Handles SIGINT and SIGTERM: at once outside a training step, after the step within it.
+"""Handles SIGINT and SIGTERM: at once outside a training step, after the step inside it.
 
     signals.install()
-    with signals.deferred():   # nothing is interrupted in here; at its end `Interrupted` is raised
+    with signals.deferred():   # a signal changes nothing in this block; at its end `Interrupted` is raised
         ...
 """
 from __future__ import annotations
@@ -10,12 +10,13 @@ import os
 import signal
 from contextlib import contextmanager
 
+# The signal that arrived, if one did; and the number of `deferred` blocks around the statement that runs.
 _received: list[int] = []
 _deferring = 0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Reports that the process was asked to stop.
+    """Reports a signal that asks the process to stop.
 
     It is no `Exception`: a library's `except Exception` must not swallow it.
     """
@@ -26,9 +27,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def install() -> None:
-    """Handles both signals from now on. SIGINT after either ends the process at once.
+    """Handles both signals from now on. SIGINT after either of them ends the process at once.
 
-    SIGTERM again changes nothing: launchers repeat it, and Linux sends a parent's death signal once for every thread of
+    A second SIGTERM changes nothing: launchers repeat it, and Linux sends a parent's death signal once for every thread of
     the parent that the child was handed to (PR_SET_PDEATHSIG of prctl(2)).
     """
     _received.clear()
@@ -37,6 +38,7 @@ def install() -> None:
 
 
 def _handle(number: int, frame) -> None:
+    # A person who presses Ctrl-C twice does not wait for the end of a long step.
     if _received and number == signal.SIGINT:
         os._exit(128 + number)
     if _received:
@@ -47,18 +49,22 @@ def _handle(number: int, frame) -> None:
 
 
 def received() -> int | None:
-    """Returns the signal that arrived, if one did."""
+    """Returns the signal that arrived, or None."""
     return _received[0] if _received else None
 
 
 @contextmanager
 def deferred():
-    """Lets the body of the `with` statement finish, then raises `Interrupted` if a signal has arrived."""
+    """Lets the body of the `with` statement finish, then raises `Interrupted` if a signal has arrived.
+
+    Blocks may be nested: the end of the outermost one raises.
+    """
     global _deferring
     _deferring += 1
     try:
         yield
     finally:
         _deferring -= 1
+    # Outside `finally`, so that an error of the body is not hidden by the signal.
     if _received and not _deferring:
         raise Interrupted(_received[0])

@@ -1,4 +1,4 @@
-"""What a run records of predictions: accuracy, MCC and macro-F1, the confusion matrix, and scores by class."""
+"""Scores of a classifier's predictions: accuracy, MCC, macro-F1, the confusion matrix, and scores of each class."""
 from __future__ import annotations
 
 import importlib
@@ -11,13 +11,14 @@ from torch import Tensor
 
 
 def metrics():
-    """Returns `sklearn.metrics`, imported late, for the first step does not wait for it, and without pandas.
+    """Returns `sklearn.metrics`, imported when first needed and without pandas.
 
-    scikit-learn imports pandas, and pandas pyarrow, wherever they are installed: 64 MiB that no metric here needs.
+    scikit-learn imports pandas if it is installed, and pandas imports pyarrow: 64 MiB that no metric here needs.
     """
     hide = "pandas" not in sys.modules
+    # An import of a module whose entry is None fails, as if it were not installed.
     if hide:
-        sys.modules["pandas"] = None  # so that an import of it fails
+        sys.modules["pandas"] = None
     try:
         return importlib.import_module("sklearn.metrics")
     finally:
@@ -26,11 +27,17 @@ def metrics():
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
-    """Computes n, mean cross-entropy (nats), accuracy, MCC, macro-F1, and the accuracy of always saying the commonest label.
+    """Computes n, mean cross-entropy (nats), accuracy, MCC, macro-F1, and the majority-class baseline's accuracy.
 
-    Macro-F1 is over all classes that the logits know; one that is neither there nor predicted counts 0.
+    Macro-F1 is the mean over all classes of the logits; a class without label and prediction counts 0. MCC of several
+    classes is that of Gorodkin (2004), "Comparing two K-category assignments by a K-category correlation coefficient".
+
+    Args:
+        logits: (N, classes), on the CPU.
+        labels: (N,), int64, on the CPU.
     """
     sk, truth, predictions, classes = metrics(), labels.numpy(), logits.argmax(-1).numpy(), range(logits.shape[1])
+    # In float64, so that the mean over many rows does not lose the last digits.
     return {"n": len(labels), "loss": float(F.cross_entropy(logits.double(), labels)),
             "accuracy": float(sk.accuracy_score(truth, predictions)),
             "mcc": float(sk.matthews_corrcoef(truth, predictions)),
@@ -39,28 +46,37 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, int | float]:
 
 
 def confusion(logits: Tensor, labels: Tensor) -> list[list[int]]:
-    """Counts the confusion matrix [label][prediction]."""
+    """Counts the confusion matrix [label][prediction] of logits (N, classes) and labels (N,)."""
+    # All classes are named: without that, a class without label and prediction has no row.
     return metrics().confusion_matrix(labels.numpy(), logits.argmax(-1).numpy(), labels=range(logits.shape[1])).tolist()
 
 
 def per_class(matrix: list[list[int]], names: tuple[str, ...]) -> dict[str, dict[str, int | float]]:
-    """Computes precision, recall, F1 and n (rows) of each class from a confusion matrix; a share of no rows is 0."""
+    """Computes precision, recall, F1 and n (labels) of each class from a confusion matrix [label][prediction].
+
+    A share of nothing is 0: precision of a class that is never predicted, recall of one without labels.
+    """
     counts, result = np.array(matrix), {}
     for i, name in enumerate(names):
-        hits, said, there = counts[i, i], counts[:, i].sum(), counts[i].sum()
-        result[name] = {"n": int(there), "precision": float(hits / said) if said else 0.0,
-                        "recall": float(hits / there) if there else 0.0,
-                        "f1": float(2 * hits / (said + there)) if said + there else 0.0}
+        hits, predicted, labelled = counts[i, i], counts[:, i].sum(), counts[i].sum()
+        result[name] = {"n": int(labelled), "precision": float(hits / predicted) if predicted else 0.0,
+                        "recall": float(hits / labelled) if labelled else 0.0,
+                        # 2 PR / (P + R), without dividing by 0 if there is no hit.
+                        "f1": float(2 * hits / (predicted + labelled)) if predicted + labelled else 0.0}
     return result
 
 
 def scores_of_sums(sums: dict[str, float], matrix: list[list[int]]) -> dict[str, float]:
-    """Computes loss, cross-entropy, accuracy and MCC of an epoch's training rows from their sums and confusion matrix.
+    """Computes loss, cross-entropy, accuracy and MCC of an epoch's training examples.
 
-    Without a matrix (rows without a class) the loss alone.
+    Args:
+        sums: over the epoch, by name: loss, cross_entropy, correct (predictions) and rows (examples).
+        matrix: the epoch's confusion matrix [label][prediction]; empty if the examples have no classes, and then the loss is
+            the only score.
     """
     if not matrix:
         return {"loss": sums["loss"] / sums["rows"]}
+    # The cells as weighted examples: the labels themselves were not kept.
     cells = [(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count]
     labels, predictions, weights = zip(*cells, strict=True)
     return {"loss": sums["loss"] / sums["rows"], "cross_entropy": sums["cross_entropy"] / sums["rows"],

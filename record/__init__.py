@@ -1,1 +1,1 @@
-"""What keeps a run whole: options, files and checksums, signals, memory, and the search for what is not finite."""
+"""The folder of a run: whole files, checksums, the options and versions behind a result, and whose files are in it."""

@@ -1,8 +1,8 @@
-"""Writes files that are whole or absent and reads them with checks.
+"""Writes files that are whole or absent, and reads them with checks.
 
-A file is written under a temporary name, flushed to disk and renamed, so that a crash at any moment
-leaves either the old file or the new one. SHA256SUMS in a run's folder tells whether its files are still the ones
-that the run wrote; `sha256sum -c SHA256SUMS` reads it too.
+A file is written under a temporary name, flushed to disk and renamed, so that a crash at any moment leaves either the old
+file or the new one. SHA256SUMS in a run's folder proves that its files are still those that the run wrote;
+`sha256sum -c SHA256SUMS` reads it too.
 """
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ SUMS = "SHA256SUMS"
 
 
 def write_file(path: Path | str, data: bytes | str) -> None:
-    """Writes a file atomically and durably; of a run's several processes the first alone does.
+    """Writes a file atomically and durably; of a run's several processes only the first writes.
+
+    Args:
+        data: bytes, or text that is written in UTF-8.
 
     Raises:
-        UserError: it cannot be written (folder, rights, full disk); what stood there before still stands.
+        UserError: it cannot be written (folder, rights, full disk); the old file stays.
     """
     if not processes.is_main():
         return
     path = Path(path)
+    # In the same folder: a rename is atomic within one file system only.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -39,27 +43,28 @@ def write_file(path: Path | str, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:  # an interruption too
-        with suppress(OSError):  # nothing to remove where the folder itself was the trouble
+    # BaseException, because a signal may arrive in the middle of a large file.
+    except BaseException as error:
+        # Without a folder to write to, no temporary file was made.
+        with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         raise
 
 
-def remove_temporaries(folder: Path | str) -> None:
-    """Removes the temporary files of killed processes; no other process may be writing there."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
 def write_json(path: Path | str, value) -> None:
-    """Writes JSON atomically; NaN and infinity are refused, for they are no JSON."""
+    """Writes JSON atomically.
+
+    Raises:
+        ValueError: the value holds NaN or infinity, which JSON does not have.
+        UserError: see `write_file`.
+    """
     write_file(path, json_text(value))
 
 
 def json_text(value) -> str:
-    """Returns a value as JSON in the form that a run's files have."""
+    """Returns a value as JSON in the form of a run's files: indented, in UTF-8, without NaN."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -73,6 +78,7 @@ def read_json(path: Path | str) -> dict:
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    # Deeply nested brackets end Python's reader with a RecursionError.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({str(error).splitlines()[0]})") from None
     if not isinstance(value, dict):
@@ -91,27 +97,29 @@ def make_folder(path: Path | str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: the output folder cannot be made ({error.strerror})") from None
+    # Known now, and not after an hour of training.
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the output folder cannot be written to")
     return path
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Holds a folder for this process alone; the lock of a process that died does not count.
+def locked(folder: Path, work: str) -> Iterator[None]:
+    """Locks a folder for this process; the system releases the lock of a process that died.
 
     Args:
         folder: existing folder; its `.lock` is the lock.
-        what: what is worked on there, for the error's text.
+        work: the kind of work in it (run, comparison), for the error's text.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written to.
     """
+    # Without a timeout a second process is told at once, and does not queue behind hours of training.
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"{folder}: another process is working on this {what}") from None
+        raise UserError(f"{folder}: another process is working on this {work}") from None
     except OSError as error:
         raise UserError(f"{folder}: the output folder cannot be written to ({error.strerror})") from None
     try:
@@ -121,19 +129,20 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 
 def check_folder(path: Path | str) -> None:
-    """Checks that a folder could be made and written to, and makes nothing.
+    """Checks that a folder could be made and written to; makes nothing.
 
     Raises:
         UserError: it could not.
     """
-    path = Path(path)
+    path = Path(path).absolute()
+    # Everything below the nearest folder that exists would be made.
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the output folder cannot be made ({nearest} is not a folder that can be written to)")
 
 
 def check_new_folder(path: Path | str) -> None:
-    """Checks that `new_folder` could make a folder, and makes nothing.
+    """Checks that `new_folder` could make a folder; makes nothing.
 
     Raises:
         UserError: it exists and is not empty, or could not be made.
@@ -146,10 +155,10 @@ def check_new_folder(path: Path | str) -> None:
 
 @contextmanager
 def new_folder(path: Path | str) -> Iterator[Path]:
-    """A folder that appears whole, where what is done in it succeeds, or not at all.
+    """Makes a folder that appears whole if the body of the `with` statement succeeds, and not at all if it fails.
 
     Yields:
-        The folder under a temporary name beside `path`.
+        The folder under a temporary name next to `path`.
 
     Raises:
         UserError: see `check_new_folder`.
@@ -159,7 +168,8 @@ def new_folder(path: Path | str) -> Iterator[Path]:
     temporary = make_folder(make_folder(path.parent) / f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)  # an empty folder there is replaced
+        # An empty folder of that name is replaced.
+        os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -171,7 +181,7 @@ def without_password(text: str) -> str:
 
 
 def sha256(path: Path | str) -> str:
-    """Returns the file's SHA-256, in hexadecimal.
+    """Returns a file's SHA-256 in hexadecimal.
 
     Raises:
         UserError: missing or unreadable.
@@ -186,26 +196,32 @@ def sha256(path: Path | str) -> str:
 # ---------------------------------------------------------------- checksums of a folder
 
 def write_sums(folder: Path, digests: dict[str, str]) -> None:
-    """Writes SHA256SUMS: a line for each file name, then a comment with the digest of these lines."""
+    """Writes SHA256SUMS: a line for each file name, then a comment with the digest of these lines.
+
+    Args:
+        digests: SHA-256 in hexadecimal, by file name.
+    """
     write_file(Path(folder) / SUMS, _sums_text(digests))
 
 
 def _sums_text(digests: dict[str, str]) -> str:
+    # The comment at the end protects the list itself: without it a cut list would pass as a shorter one.
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n"
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
-    """Returns the digests of SHA256SUMS by file name; None if there is no such file.
+    """Returns the digests of SHA256SUMS by file name; None if the folder has no such file.
 
     Raises:
-        UserError: not every byte of it is as it was written.
+        UserError: a byte of it is not as it was written.
     """
     path = Path(folder) / SUMS
     if not path.exists():
         return None
     try:
         text = path.read_bytes().decode("utf-8")
+        # 64 hexadecimal digits and two spaces stand before each name.
         digests = {line[66:]: line[:64] for line in text.splitlines()[:-1]}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -217,10 +233,10 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 
 
 def check_sums(folder: Path, *names: str) -> bool:
-    """Checks the files of a folder (or those of `names`) against SHA256SUMS; returns whether there is one.
+    """Checks the files that SHA256SUMS lists, or only those of `names`; returns whether the folder has such a list.
 
     Raises:
-        UserError: one is missing or not the same; it is named.
+        UserError: a file is missing or another one; names it.
     """
     digests = read_sums(folder)
     for name, digest in (digests or {}).items():

@@ -1,9 +1,9 @@
-"""Opens a run's folder for one process, writes what a run records, and reads it back.
+"""Opens a run's folder for one process, records the run in it, and reads it back.
 
     runs/<mode>-<SR>/   config.json, metrics.jsonl, summary.json, weights, SHA256SUMS, tensorboard/
 
-summary.json is written last and marks the run as finished. SHA256SUMS holds the checksums of all files but
-TensorBoard's; they are checked whenever a run is read or resumed.
+summary.json is written last and marks the run as finished. SHA256SUMS holds the checksums of every file of the run but
+TensorBoard's; they are checked whenever a run is read or resumed. `record.ownership` says which files are the run's.
 """
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -31,36 +30,33 @@ from options.schema import FREE, RunOptions, rebuild
 from record.files import (
     SUMS,
     UserError,
+    check_folder,
     check_sums,
     json_text,
     locked,
     make_folder,
     read_json,
-    remove_temporaries,
     sha256,
     without_password,
     write_file,
     write_json,
     write_sums,
 )
+from record.ownership import check_out, checkpoints, described, remove_run, remove_temporaries
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
-TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")  # differ between any two runs
-CHECKPOINT = "checkpoint.safetensors"
-# What makes a LoRA run's folder a repository of the Hub, beside the adapter; the tag in a card's metadata tells it from
-# a README.md of somebody's own.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-CARD, CARD_TAG = "README.md", "lora-distil"
+# Differ between any two runs, and so are no part of a result that two runs are compared by.
+TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")
 
 
 def recorded_config(options: RunOptions) -> dict | None:
-    """Returns config.json of the run that is resumed or repeated; None for a run of its own."""
+    """Returns config.json of the run that is resumed or repeated; None for a new run."""
     folder = options.repeats or (options.out if options.resume and not options.overwrite else None)
     return read_json(folder / "config.json") if folder is not None and (folder / "config.json").exists() else None
 
 
 def recorded_kernels(config: dict) -> str:
-    """Returns the kernels of a run; before they were recorded, all but runs in bf16x3 had PyTorch's."""
+    """Returns the kernels of a run; runs from before they were recorded had PyTorch's, but for those in bf16x3."""
     options = config.get("options")
     tiles = isinstance(options, dict) and options.get("precision") == "bf16x3"
     return config.get("kernels", "onepass" if tiles else "torch")
@@ -76,9 +72,10 @@ def git_commit() -> str | None:
 
 
 def provenance(options: dict, data_files: dict[str, str]) -> dict:
-    """Returns what config.json records: the options, and enough beside them to repeat the run.
+    """Returns the content of config.json: the options, and enough next to them to repeat the run.
 
     Args:
+        options: every option as resolved, as JSON values.
         data_files: SHA-256 of every data file by its name.
     """
     command = without_password(f"{processes.launcher()} run.py {shlex.join(sys.argv[1:])}")
@@ -95,6 +92,41 @@ def without_times(value):
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
+# ---------------------------------------------------------------- opening a folder
+
+def check_run_folder(options: RunOptions, *sources: Path) -> None:
+    """Refuses a run's folder before anything is loaded; changes nothing. Every process of a run calls it.
+
+    Args:
+        sources: folders of runs that this one reads (its teachers, or the run that it starts from).
+
+    Raises:
+        UserError: the folder is not ours, holds a finished run, holds an unfinished one and neither `--resume` nor
+            `--overwrite` is given, is one of the sources, or could not be written to.
+    """
+    folder = Path(options.out)
+    _check_free(options)
+    check_folder(folder)
+    for source in sources:
+        # --overwrite would remove the teacher that the student learns from.
+        if folder.exists() and Path(source).exists() and folder.samefile(source):
+            raise UserError(f"--out {folder}: is a run that this one reads; choose another SR or --out")
+    # No process writes before all have looked: half of a file's removal would look like somebody else's folder.
+    processes.barrier()
+
+
+def _check_free(options: RunOptions) -> None:
+    """Refuses a folder that is not ours, and a run in it that the options do not speak of."""
+    folder = Path(options.out)
+    check_out(folder, "run")
+    if options.overwrite:
+        return
+    if (folder / "summary.json").exists():
+        raise UserError(f"{folder}: holds a finished run; choose another SR or --out, or pass --overwrite")
+    if not options.resume and checkpoints(folder):
+        raise UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts anew")
+
+
 @contextmanager
 def run_folder(options: RunOptions, config: dict):
     """Opens the run's folder and holds it for this process alone; of several processes the first holds it for all.
@@ -103,7 +135,7 @@ def run_folder(options: RunOptions, config: dict):
     (`--resume`) or overwritten, and a resumed run must have the options it began with.
 
     Raises:
-        UserError: any of these, another process at work there, or a folder that cannot be written.
+        UserError: any of these, a folder that is not ours, another process at work in it, or one that cannot be written.
     """
     if not processes.is_main():
         processes.barrier()
@@ -113,71 +145,56 @@ def run_folder(options: RunOptions, config: dict):
         _same_options(options.repeats, config, "repeat")
     folder = make_folder(options.out)
     with locked(folder, "run"):
+        # Checked again under the lock: models were loaded since, and another process may have finished the run.
+        _check_free(options)
         if options.overwrite:
-            empty_folder(folder)
-        elif (folder / "summary.json").exists():
-            raise UserError(f"{folder}: holds a finished run; choose another SR or --out, or pass --overwrite")
-        elif any(folder.glob(f"*{CHECKPOINT}")):
-            if not options.resume:
-                raise UserError(f"{folder}: holds an unfinished run; --resume continues it, --overwrite starts anew")
+            # config.json stays until the new one replaces it: a kill in between leaves a folder that is still ours.
+            remove_run(folder, keep=("config.json",))
+        resumed = bool(checkpoints(folder))
+        if resumed:
             check_sums(folder, "config.json")
             _same_options(folder, config, "--resume")
             _warn_of_changes(folder, config)
         remove_temporaries(folder)
-        if not any(folder.glob(f"*{CHECKPOINT}")):  # a resumed run keeps the config that it began with
+        # A resumed run keeps the config that it began with.
+        if not resumed:
             write_json(folder / "config.json", config)
             write_sums(folder, {"config.json": sha256(folder / "config.json")})
         processes.barrier()
         yield folder
 
 
-def empty_folder(folder: Path) -> None:
-    """Removes what a run leaves behind, and nothing else in the folder."""
-    for name in ("config.json", "metrics.jsonl", "summary.json", "student_config.json", "adapter_config.json",
-                 *TOKENIZER_FILES, SUMS):
-        (folder / name).unlink(missing_ok=True)
-    if is_card(folder / CARD):
-        (folder / CARD).unlink()
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-
-
-def is_card(path: Path) -> bool:
-    """Whether a README.md is a run's model card: its metadata bears the tag."""
-    if not path.is_file():
-        return False
-    metadata = path.read_text(encoding="utf-8", errors="replace").removeprefix("---\n").partition("\n---\n")[0]
-    return f"- {CARD_TAG}" in metadata.splitlines()
-
-
-def _same_options(folder: Path, config: dict, what: str) -> None:
-    """Refuses to resume or repeat (`what`) the run in a folder with other options, data, teacher or base model."""
+def _same_options(folder: Path, config: dict, action: str) -> None:
+    """Refuses to resume or repeat (`action`) the run in a folder with other options, data, teacher or base model."""
     before = read_json(folder / "config.json")
     recorded = before.get("options", {})
     for name, value in config["options"].items():
-        if name in recorded and recorded[name] != value and name not in FREE:  # an older run knows no newer option
-            raise UserError(f"{folder}: {what} with another {name}: it began with {recorded[name]}, now {value}")
+        # A run recorded before an option existed has no value of it to differ from.
+        if name in recorded and recorded[name] != value and name not in FREE:
+            raise UserError(f"{folder}: {action} with another {name}: it began with {recorded[name]}, now {value}")
     for key, part in (("base_sha256", "weights are"), ("base_config_sha256", "configuration is"),
                       ("tokenizer_sha256", "tokenizer is")):
         if before.get(key) != config.get(key):
-            raise UserError(f"{folder}: {what} with a changed base model: its {part} not what the run began with")
-    for kind, key in (("data", "data_files"), ("teacher", "teacher_files"), ("--init", "init_files")):
-        for name in sorted({*before.get(key, {}), *config.get(key, {})}):
-            if before.get(key, {}).get(name) != config.get(key, {}).get(name):
-                raise UserError(f"{folder}: {what} with {'' if kind == 'data' else 'a '}changed {kind}: {name} is not the "
-                                "file the run began with")
+            raise UserError(f"{folder}: {action} with a changed base model: its {part} not what the run began with")
+    for change, key in (("changed data", "data_files"), ("a changed teacher", "teacher_files"),
+                        ("a changed --init", "init_files")):
+        old, new = before.get(key, {}), config.get(key, {})
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                raise UserError(f"{folder}: {action} with {change}: {name} is not the file the run began with")
 
+
+# ---------------------------------------------------------------- the environment of a result
 
 def environment(config: dict) -> dict:
-    """Returns what may change a result beside the options."""
+    """Returns everything but the options that may change a result."""
     return {**config.get("versions", {}), "matmul": config.get("matmul", "torch"),
             "kernels": recorded_kernels(config), "processes": config.get("processes", 1),
             **{key: config.get(key) for key in ("cpu", "device", "threads", "git_commit")}}
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    """Says in words how two configs' environments differ."""
+    """Describes how two configs' environments differ, a phrase for each difference."""
     one, other = environment(before), environment(now)
     return [f"{key} was {one.get(key)}, now {other.get(key)}" for key in dict.fromkeys([*one, *other])
             if one.get(key) != other.get(key)]
@@ -190,21 +207,26 @@ def _warn_of_changes(folder: Path, config: dict) -> None:
 
 
 def warn_of_changed_data(config: dict, data: Path) -> None:
-    """Warns if the run read a file under the same path whose content was another."""
+    """Warns if the run read a file of the same path with other content."""
     for name, digest in config.get("data_files", {}).items():
         if Path(name).resolve() == Path(data).resolve() and sha256(data) != digest:
             warnings.warn(f"{data}: changed since the run read it (its SHA-256 is another)", stacklevel=2)
 
 
+# ---------------------------------------------------------------- recording a run
+
 class Recorder:
-    """Writes metrics.jsonl and TensorBoard scalars as epochs end."""
+    """Writes metrics.jsonl and TensorBoard's scalars after each epoch."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder, self.say, self.lines = folder, say, []
         self.events = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
 
     def __call__(self, history: list[dict], phase: str | None = None, stage: str | None = None) -> None:
-        """Takes the history of a phase or stage so far; rewrites the file, so that a resumed run repeats no line."""
+        """Records the history so far of one phase and stage, an object for each epoch.
+
+        The file is written anew each time, so that a resumed run repeats no line.
+        """
         if not processes.is_main():
             return
         names = {key: name for key, name in (("phase", phase), ("stage", stage)) if name}
@@ -213,18 +235,21 @@ class Recorder:
         write_file(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         if not history:
             return
-        line, prefix = history[-1], "".join(f"{name}/" for name in names.values())
-        self._scalars(line["epoch"], {f"{prefix}learning_rate": line["learning_rate"], **{
-            f"{prefix}{split}/{key}": values[key] for split, values in {"train": line["train"], **line["validation"]}.items()
-            for key in ("loss", "accuracy", "mcc") if key in values}})
-        where = f"{stage}, " if stage else ""
-        self.say(f"  {where}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, " + ", ".join(
-            f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" if "mcc" in v else f"{split} loss {v['loss']:.4f}"
-            for split, v in line["validation"].items()))
+        line, tag = history[-1], "".join(f"{name}/" for name in names.values())
+        scalars = {f"{tag}learning_rate": line["learning_rate"]}
+        for split, values in {"train": line["train"], **line["validation"]}.items():
+            scalars |= {f"{tag}{split}/{key}": values[key] for key in ("loss", "accuracy", "mcc") if key in values}
+        self._scalars(line["epoch"], scalars)
+        # A stage without classes (language modelling, hidden states) has a loss alone.
+        scores = [f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" if "mcc" in v else
+                  f"{split} loss {v['loss']:.4f}" for split, v in line["validation"].items()]
+        self.say(f"  {f'{stage}, ' if stage else ''}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, "
+                 + ", ".join(scores))
 
     def _scalars(self, epoch: int, values: dict[str, float]) -> None:
-        """Appends an epoch to TensorBoard's file: its own writer is a thread, which fails unseen on a full disk."""
-        from tensorboard.compat.proto.event_pb2 import Event  # late: the first step does not wait for it
+        """Appends an epoch to TensorBoard's file. Its own writer is a thread, which fails unseen on a full disk."""
+        # Imported late, because the import would delay the first training step.
+        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -246,26 +271,33 @@ def finish(folder: Path, summary: dict, *more: str) -> None:
     """Writes SHA256SUMS and summary.json, which marks the run as finished, and removes its checkpoints.
 
     Args:
-        more: files that SHA256SUMS lists beside weights and JSON.
+        summary: the content of summary.json.
+        more: names of files of the run next to weights and JSON (tokenizer, model card).
     """
     if not processes.is_main():
         return
-    files = [path for pattern in ("*.json", "*.jsonl", "*.safetensors") for path in folder.glob(pattern)
-             if not path.name.endswith(CHECKPOINT)]
-    digests = {path.name: sha256(path) for path in (*files, *(folder / name for name in more))}
+    # The run's own files alone: a file that somebody put into the folder is none of the run's results.
+    files = [*described(folder, summary["mode"]), *(folder / name for name in more)]
+    digests = {path.name: sha256(path) for path in files}
     digests["summary.json"] = hashlib.sha256(json_text(summary).encode()).hexdigest()
-    write_sums(folder, digests)  # before the summary: a finished run always has its checksums
+    # Before the summary: a finished run always has its checksums.
+    write_sums(folder, digests)
     write_json(folder / "summary.json", summary)
-    for path in folder.glob(f"*{CHECKPOINT}"):
+    for path in checkpoints(folder):
         path.unlink()
 
 
+# ---------------------------------------------------------------- reading a finished run
+
 def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
-    """Reads config.json and summary.json of a finished run.
+    """Reads config.json and summary.json of a finished run, and checks all of its files.
+
+    Args:
+        mode: LoRA or distil if no other run will do.
 
     Raises:
-        UserError: the folder is not a (finished) run, or one of another mode; names the command that makes it. Or a
-            file of it is not the one that the run wrote.
+        UserError: the folder is not a (finished) run, or one of another mode; names the command that makes one. Or a
+            file is not the one that the run wrote.
     """
     folder = Path(folder)
     make = f"python run.py {mode or 'LoRA'} SR makes one"
@@ -276,27 +308,32 @@ def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
     if not check_sums(folder):
         warnings.warn(f"{folder}: has no {SUMS}; whether its files are whole is not known", stacklevel=2)
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    wrong = [] if summary.get("mode") in ("LoRA", "distil") else ["no mode"]
-    options = config.get("options")
-    if not isinstance(options, dict):
-        wrong.append("no options")
-    else:
-        needed = ("model", "task", "method", "max_length", "batch_size", "precision")
-        wrong += [f"{key} missing" for key in needed if options.get(key) is None]
-    classes, files = config.get("classes", ["0", "1"]), config.get("data_files", {})
-    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
-        wrong.append("classes are not two names or more")
-    if not isinstance(files, dict):
-        wrong.append("data_files is not an object")
-    if not wrong:
-        try:
-            rebuild(RunOptions, options, out=folder)
-        except UserError as error:
-            wrong.append(str(error))
-        if not wrong and min(options["max_length"], options["batch_size"]) < 1:
-            wrong.append("max_length or batch_size is below 1")
-    if wrong:
-        raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(wrong)})")
+    if faults := _faults(folder, config, summary):
+        raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(faults)})")
     if mode and summary["mode"] != mode:
         raise UserError(f"{folder}: a {summary['mode']} run; {make}")
     return config, summary
+
+
+def _faults(folder: Path, config: dict, summary: dict) -> list[str]:
+    """Returns the reasons why a config and a summary cannot be a run's: everything that a reader relies on is checked."""
+    faults = [] if summary.get("mode") in ("LoRA", "distil") else ["no mode"]
+    options = config.get("options")
+    if isinstance(options, dict):
+        needed = ("model", "task", "method", "max_length", "batch_size", "precision")
+        faults += [f"{key} missing" for key in needed if options.get(key) is None]
+    else:
+        faults.append("no options")
+    classes = config.get("classes", ["0", "1"])
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        faults.append("classes are not two names or more")
+    if not isinstance(config.get("data_files", {}), dict):
+        faults.append("data_files is not an object")
+    if faults:
+        return faults
+    # Types are checked by rebuilding the options, as `repeat` does.
+    try:
+        rebuild(RunOptions, options, out=folder)
+    except UserError as error:
+        return [str(error)]
+    return ["max_length or batch_size is below 1"] if min(options["max_length"], options["batch_size"]) < 1 else []

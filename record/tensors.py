@@ -1,4 +1,4 @@
-"""Reads and writes tensors with their checksum; computes digests of weights and of batches."""
+"""Reads and writes tensors together with their checksum; computes digests of weights and of batches."""
 from __future__ import annotations
 
 import hashlib
@@ -30,9 +30,13 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def save_checked(path: Path, tensors: dict[str, Tensor], text: str) -> None:
-    """Writes tensors and a text into one safetensors file that holds its own SHA-256."""
+    """Writes tensors and a text into one safetensors file that holds its own SHA-256.
+
+    Raises:
+        UserError: see `record.files.write_file`.
+    """
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    # One metadata entry: the library writes several in any order, and the same tensors and text must be the same bytes.
+    # One entry of metadata: the library writes several of them in any order, and equal content must give equal bytes.
     write_file(path, save(tensors, {"checked": _checked_digest(tensors, text) + text}))
 
 
@@ -40,7 +44,7 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], str]:
     """Reads the tensors and the text that `save_checked` wrote.
 
     Raises:
-        UserError: missing, or not every value is as it was written.
+        UserError: missing, or a value is not as it was written.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -48,6 +52,7 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], str]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+    # 64 hexadecimal digits of the digest stand before the text.
     digest, text = checked[:64], checked[64:]
     if digest != _checked_digest(tensors, text):
         raise UserError(f"{path}: damaged (its checksum does not match)")
@@ -58,6 +63,7 @@ def _checked_digest(tensors: dict[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        # As bytes, because NumPy has no bfloat16.
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -65,16 +71,17 @@ def _checked_digest(tensors: dict[str, Tensor], text: str) -> str:
 # ---------------------------------------------------------------- digests
 
 def weights_digest(model: nn.Module) -> str:
-    """Returns the SHA-256 over every parameter and buffer, names included."""
+    """Returns the SHA-256 over every parameter and buffer of a model, names included."""
     return _digest(_named_bytes(model))
 
 
 def digest_meanwhile(model: nn.Module) -> Future[str]:
-    """Starts `weights_digest` of a model as it is now in a thread of its own: hashing does not hold Python's lock.
+    """Starts `weights_digest` of a model in a thread of its own: hashing does not hold Python's lock.
 
-    Until the result is there nothing may write to the weights; they may be wrapped, moved or given another type.
-    What goes wrong is raised by the future's `result()`. The end of the process does not wait for it.
+    Until the result is known nothing may write to the weights; they may be wrapped, moved or given another type. The
+    future's `result()` raises the thread's error. The process may end before the thread does.
     """
+    # The names and bytes are listed now: the caller replaces modules while the thread hashes.
     future, named = Future(), list(_named_bytes(model))
 
     def work() -> None:
@@ -87,7 +94,7 @@ def digest_meanwhile(model: nn.Module) -> Future[str]:
 
 
 def _named_bytes(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields of each parameter and buffer its name, shape and type, and its bytes (a view where it is in memory)."""
+    """Yields name, shape and type of each parameter and buffer, and its bytes (a view if the tensor is on the CPU)."""
     for name, value in sorted(model.state_dict().items()):
         yield (f"{name}{tuple(value.shape)}{value.dtype}",
                value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -102,7 +109,7 @@ def _digest(named: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def batches_digest(batches: list) -> str:
-    """Returns the SHA-256 over the token ids, rows and features of batches: the data as a tokenizer reads it."""
+    """Returns the SHA-256 over the token ids, masks, row numbers and features of batches: the data as tokenized."""
     digest = hashlib.sha256()
     for batch in batches:
         features = () if batch.features is None else (batch.features,)

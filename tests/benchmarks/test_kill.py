@@ -12,9 +12,10 @@ DRIVER = Path(__file__).parents[2] / "benchmarks" / "kill_test.py"
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """Ten SIGKILLs at moments drawn from seed 0, one SIGTERM and one SIGINT, in real processes."""
-    done = subprocess.run([sys.executable, str(DRIVER), "--kills", "10", "--seed", "0", "--json"], capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("kill"))})
+    """Ten SIGKILLs and six signals at statements, at moments drawn from seed 0, and one of each signal in each phase."""
+    done = subprocess.run([sys.executable, str(DRIVER), "--kills", "10", "--statements", "6", "--seed", "0", "--json"],
+                          capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("kill"))})
     assert done.stdout.startswith("{"), done.stderr
     return json.loads(done.stdout)
 
@@ -47,3 +48,10 @@ def test_a_run_that_is_busy_elsewhere_stops_promptly_and_can_be_resumed(result, 
 def test_a_second_signal_ends_a_long_step_at_once(result):
     assert result["twice"]["waits"] is True
     assert result["twice"]["status"] == 130 and result["twice"]["seconds"] < 3
+
+
+def test_a_signal_at_any_statement_of_a_run_with_averaged_weights_changes_nothing(result):
+    """In the middle of the exchange of weights for their average, a checkpoint would hold some of each."""
+    statements = result["statements"]
+    assert statements["failures"] == [] and statements["survived"] == statements["tried"] == 6
+    assert statements["in_validation"] >= 3

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from data import backbones
 from experiments import evaluate, generate, repeat
 from record.files import read_json, read_sums
-from record.folder import is_card
+from record.ownership import is_card
 
 ADDED = {"README.md", "tokenizer.json", "tokenizer_config.json"}
 SENTENCES = ["the cat saw a dog", "red bird", "an old mat fed the bird", "cat"]
@@ -100,10 +100,10 @@ def test_what_was_added_is_checked_repeated_and_overwritten_with_the_rest(work, 
 
 
 def test_a_readme_of_somebodys_own_is_left_alone(work, tmp_path, quick):
-    (tmp_path / "run").mkdir()
+    shutil.copytree(work / "LoRA", tmp_path / "run")
     (tmp_path / "run" / "README.md").write_text("My notes about lora-distil\n")
-    for more in ((), ("--overwrite",)):
-        assert toy.lora(work, tmp_path / "run", *more) == 0
+    for _ in range(2):
+        assert toy.lora(work, tmp_path / "run", "--overwrite") == 0
         assert (tmp_path / "run" / "README.md").read_text() == "My notes about lora-distil\n"
         assert "README.md" not in read_sums(tmp_path / "run")
     assert is_card(work / "LoRA" / "README.md") and not is_card(tmp_path / "run" / "README.md")

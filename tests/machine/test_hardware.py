@@ -1,5 +1,10 @@
-"""The CPU that a run records, and the threads that it recorded."""
+"""The CPU, devices, threads and memory that a run records, on systems of several kinds."""
 import platform
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +12,8 @@ import torch
 from machine import hardware
 from machine.errors import UserError
 from model import FeatureHead
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_cpus_name_is_the_systems(tmp_path):
@@ -66,3 +73,49 @@ def test_a_checkpoint_holds_the_random_numbers_of_the_device_that_computes(monke
     assert list(hardware.random_sources()) == sources
     assert all(callable(source.get_rng_state) and callable(source.set_rng_state)
                for source in hardware.random_sources().values())
+
+
+# ---------------------------------------------------------------- memory
+
+@pytest.mark.parametrize("system, reported, expected", [("linux", 2048, 2048 * 1024), ("darwin", 2048, 2048),
+                                                        ("freebsd14", 3, 3072)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, system, reported, expected):
+    """getrusage counts bytes on macOS and KiB elsewhere."""
+    monkeypatch.setitem(sys.modules, "resource", types.SimpleNamespace(
+        RUSAGE_SELF=0, getrusage=lambda _: types.SimpleNamespace(ru_maxrss=reported)))
+    monkeypatch.setattr(sys, "platform", system)
+    assert hardware.peak_memory_bytes() == expected
+
+
+def test_without_the_module_resource_peak_memory_is_the_only_loss():
+    """As on Windows."""
+    code = """if True:
+        import sys
+        sys.modules["resource"] = None
+        from machine import hardware, processes, signals
+        from fast import compiled
+        hardware.keep_freed_memory()
+        assert hardware.peak_memory_bytes() == 0"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_module_needs_resource_to_be_imported():
+    folders = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "benchmarks")]
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    assert len(files) > 60
+    for path in files:
+        assert not re.search(r"^(import|from) resource\b", path.read_text(encoding="utf-8"), re.M), path
+
+
+def test_peak_memory_here_is_at_least_that_of_a_tensor():
+    held = torch.ones(40 * 2 ** 20)  # 160 MiB
+    assert hardware.peak_memory_bytes() > held.nbytes
+
+
+@pytest.mark.parametrize("error, is_memory", [
+    (MemoryError(), True), (torch.OutOfMemoryError("CUDA"), True), (RuntimeError("std::bad_alloc"), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True), (RuntimeError("shape mismatch"), False),
+    (OSError("out of memory"), False), (ValueError("not enough memory"), False)])
+def test_memory_that_ran_out_is_told_from_other_errors(error, is_memory):
+    assert hardware.exhausted(error) is is_memory

@@ -19,7 +19,7 @@ DRIVER = Path(__file__).parents[1] / "two_processes.py"
 # ---------------------------------------------------------------- a process that is alone
 
 def test_a_process_that_is_alone_answers_at_once(monkeypatch):
-    for name in processes.NUMBERED:
+    for name in processes.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     processes.connect()
     assert (processes.rank(), processes.count(), processes.is_main(), processes.launcher()) == (0, 1, True, "python")
@@ -62,7 +62,7 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(work):
     """What the runs of two_processes.py left."""
-    environment = {key: value for key, value in os.environ.items() if key not in processes.NUMBERED}
+    environment = {key: value for key, value in os.environ.items() if key not in processes.LAUNCHED}
     done = subprocess.run([sys.executable, DRIVER, work], capture_output=True, text=True, timeout=300, env=environment)
     assert done.stdout.startswith("{"), done.stderr
     return json.loads(done.stdout)
