@@ -16,6 +16,7 @@ from machine.errors import UserError
 from model import DistilRNN
 from options.schema import RNNConfig
 from serving import export
+from serving.texts import Reading
 
 SENTENCES = ["The cat sat on the mat.", "A dog", "cat", "The dog ran to the mat on the cat.", "Café, naïve: 東京 🐈"]
 
@@ -35,8 +36,8 @@ def tokenizer(tmp_path_factory):
 
 
 def write(made: DistilRNN, tokenizer, out: Path, said: list | None = None, **more) -> Path:
-    more = {"max_length": 32, **more}
-    export.write_student(made, tokenizer, ["no", "yes", "maybe"], Split(SENTENCES, [0, 1, 2, 1, 0]), True, out,
+    reading = Reading(("no", "yes", "maybe"), more.pop("max_length", 32), more.pop("truncate", "tail"))
+    export.write_student(made, tokenizer, reading, Split(SENTENCES, [0, 1, 2, 1, 0]), True, out,
                          say=(said if said is not None else []).append, **more)
     return out
 

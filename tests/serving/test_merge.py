@@ -7,15 +7,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from fast.linear import lora_layers
 from machine.errors import UserError
 from serving import merge
+from serving.texts import Reading
 
+READING = Reading(("a", "b"), 32)
 SENTENCES = ["The cat sat on the mat.", "A dog", "cat", "The dog ran to the mat on the cat."]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -25,7 +25,7 @@ def test_transformers_gives_the_same_logits_in_padded_batches(tmp_path, tokenize
     with torch.inference_mode():
         expected = torch.cat([made(torch.tensor([tokenizer(text)["input_ids"]]), torch.ones(
             1, len(tokenizer(text)["input_ids"]), dtype=torch.long)) for text in SENTENCES])
-        merge.write_checkpoint(made, tokenizer, classes, SENTENCES, tmp_path / "out", max_length=32, say=lambda _: None)
+        merge.write_checkpoint(made, tokenizer, Reading(tuple(classes), 32), SENTENCES, tmp_path / "out", say=lambda _: None)
         read = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
         batch = AutoTokenizer.from_pretrained(tmp_path / "out")(SENTENCES, padding=True, return_tensors="pt")
         logits = read(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -47,16 +47,16 @@ def test_what_is_not_finite_refuses_and_leaves_nothing(tmp_path, tokenizer, monk
         weight = next(iter(lora_layers(made.net).values())).lora_B if where == "adapter" else made.net.score.weight
         weight[0, 0] = torch.nan
     with pytest.raises(UserError) as error:
-        merge.write_checkpoint(made, tokenizer, ["a", "b"], SENTENCES, tmp_path / "out", max_length=32)
+        merge.write_checkpoint(made, tokenizer, READING, SENTENCES, tmp_path / "out")
     assert "not finite; nothing was merged" in one_line(error)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_answers_otherwise_is_not_left(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("conftest.VOCAB", 280)
-    monkeypatch.setattr(merge.adapters, "merge_adapter", lambda net: None)
+    monkeypatch.setattr(merge.peft_layout, "merge_adapter", lambda net: None)
     with pytest.raises(UserError, match="logits differ from the run's"):
-        merge.write_checkpoint(adapted("gpt2"), tokenizer, ["a", "b"], SENTENCES, tmp_path / "out", max_length=32)
+        merge.write_checkpoint(adapted("gpt2"), tokenizer, READING, SENTENCES, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -72,4 +72,4 @@ def test_a_pad_token_is_never_the_one_that_ends_each_text(tmp_path, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     assert merge.for_others(bare, 9, "tail").pad_token is None
     with pytest.raises(UserError, match="no pad token"):
-        merge.write_checkpoint(adapted("gpt2"), bare, ["a", "b"], SENTENCES, tmp_path / "out", max_length=32)
+        merge.write_checkpoint(adapted("gpt2"), bare, READING, SENTENCES, tmp_path / "out")

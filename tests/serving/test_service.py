@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import toy
-import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +25,9 @@ from experiments import predict
 from experiments.serve import listen, load_served_student
 from report import figures
 from serving.bank import AdapterBank
-from serving.service import Limits, create_app
+from serving.connections import ConnectionLimits, Server
+from serving.guard import Limits
+from serving.service import create_app
 from serving.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +62,10 @@ def expected(runs) -> dict[tuple[str, str], dict]:
 
 
 @contextlib.contextmanager
-def running(app):
+def running(app, limits=ConnectionLimits()):  # noqa: B008
     """The port of a server in a thread of its own."""
     bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
+    server = Server(app, limits)
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     try:
@@ -268,7 +269,7 @@ def raw(port: int, *pieces: bytes, read: bool = True) -> bytes:
 
 def test_clients_that_go_away_or_never_end_disturb_nobody(runs, expected):
     _, app = make(runs, body_seconds=0.5)
-    head = b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     body = json.dumps({"adapter": "cola", "texts": TEXTS}).encode()
     with running(app) as port:
         for _ in range(20):
@@ -406,7 +407,7 @@ def served(*arguments):
 
 def test_sigterm_in_the_middle_loses_no_accepted_request(runs, expected):
     arguments = ("--adapter", f"cola={runs / 'root/lora'}", "--adapter", f"qv={runs / 'root/qv'}", "--student",
-                 f"small={runs / 'distil'}", "--port", 0)
+                 f"small={runs / 'distil'}", "--port", 0, "--quiet")
     with served(*arguments) as (process, port):
         asked = questions(4000, ("cola", "qv", "small"))
 
