@@ -25,6 +25,7 @@ from serving.guard import HEADERS, log_access
 # them, so a burst must be small against the share of the files that `most_connections` leaves.
 ACCEPTED_TOGETHER = 4
 WAITING_TO_BE_ACCEPTED = 1024  # connections that the kernel holds meanwhile
+UNREAD = 1 << 17  # bytes of answers that the kernel holds for a client; Linux doubles the number
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         # uvicorn's backlog is both the kernel's queue and asyncio's burst of accepts. Only the burst has to be small.
         sockets[0].listen(WAITING_TO_BE_ACCEPTED)
+        # Accepted connections inherit the size. By itself it grows to megabytes for a client that reads nothing.
+        sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
         host, port = sockets[0].getsockname()[:2]
         self.say(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}")
 
@@ -136,7 +139,7 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers bytes that are no HTTP; uvicorn's own answer is plain text."""
-        self._refuse(400, "expected an HTTP/1.1 request")
+        self._refuse(400, "no request of HTTP/1.1")
 
     # ------------------------------------------------------------ ends of a connection
 

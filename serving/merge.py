@@ -133,6 +133,8 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, reading: Reading, se
             plain = AutoModelForSequenceClassification.from_config(config)
         plain.load_state_dict(state, assign=True)
         plain.save_pretrained(folder)
+        # transformers saves the side that is cut only after a call that cuts.
+        plain_tokenizer("a", truncation=True)
         for name, data in tokenizer_files(plain_tokenizer).items():
             write_file(folder / name, data)
         # Whoever may read the config may read the weights.

@@ -128,6 +128,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def test_the_example_refuses_a_text_without_a_word(tmp_path, tokenizer):
+    from tokenizers import Tokenizer, normalizers
+
+    out = write(student(), tokenizer, tmp_path / "out")
+
+    def refused(*sentences: str) -> str:
+        done = subprocess.run([sys.executable, out / "example.py", *sentences], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == "" and "nan" not in done.stderr
+        return done.stderr
+    for sentences, named in (([""], "''"), (["A dog", ""], "''"), ([" \t "], r"' \t '"), (["", "A dog"], "''")):
+        assert refused(*sentences) == f"example.py: {named}: expected a sentence, found no word in it\n"
+    # A tokenizer that drops characters makes no token of other texts either.
+    portable = Tokenizer.from_file(str(out / "tokenizer.json"))
+    portable.normalizer = normalizers.Replace("x", "")
+    portable.save(str(out / "tokenizer.json"))
+    assert refused("A dog", "xx") == "example.py: 'xx': expected a sentence, found no word in it\n"
+
+
 def test_the_example_needs_onnxruntime_tokenizers_and_numpy_alone(tmp_path, tokenizer):
     made = student()
     out, links = write(made, tokenizer, tmp_path / "out"), tmp_path / "links"
