@@ -49,6 +49,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                                                 flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind, protocol)
+        # A restarted service may take the port at once, while the kernel still remembers old connections.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except (OSError, UnicodeError) as error:
@@ -93,6 +94,7 @@ def run_service(args) -> int:
     connections = most_connections(args.max_connections)
     if connections < args.max_connections:
         note(f"serve: at most {connections} connections, half of the files that the process may open (ulimit -n)")
+    # The port is taken before the models are loaded, so that one in use is told at once.
     with listen(args.host, args.port) as bound, access_log(args.quiet):
         worker = Worker(AdapterBank.of(adapters) if adapters else None,
                         {name: load_served_student(folder) for name, folder in students.items()}, args.max_queue)

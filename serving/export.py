@@ -2,8 +2,8 @@
 
     python run.py export runs/distil-12345 --out student --int8
 
-The graph is written with ONNX's own LSTM and GRU, whose `sequence_lens` does what packing does in PyTorch: the backward
-direction begins at a sentence's last real token.
+The graph is written with ONNX's own LSTM and GRU. Their `sequence_lens` stands for PyTorch's packing: the backward direction
+begins at a sentence's last real token.
 """
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from starlette.responses import Response
 ACCESS = logging.getLogger("serving.access")
 DRAINED = 8  # a body up to this many times the largest accepted one is read before the refusal
 LONGEST_PATH = 200  # characters of a path in the access log
+# The page shows texts and class names of anybody: it may run its own script alone, and stand in no other page.
 HEADERS = [(b"content-security-policy",
             b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; "
             b"form-action 'none'; frame-ancestors 'none'"),
@@ -52,6 +53,7 @@ class Hosts:
             address: of the bound socket.
             more: further names, of a proxy for example.
         """
+        # A zone (fe80::1%eth0) is the machine's own affair and stands in no Host header.
         outside = not ipaddress.ip_address(address.partition("%")[0]).is_loopback
         own = [socket.gethostname()] if outside else []
         return cls(frozenset(name.lower() for name in ("localhost", host, *own, *more)), outside)
@@ -109,6 +111,7 @@ class Guard:
             return await self.app(scope, receive, send)
         start, status = time.perf_counter(), None
 
+        # Headers, count and log need the status of whatever answers: the application, or a refusal of the guard's own.
         async def guarded(message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
@@ -125,6 +128,7 @@ class Guard:
                        time.perf_counter() - start)
 
     async def _answer(self, scope, receive, send) -> None:
+        # Before the body is read: a refused client must not cost its memory.
         host = dict(scope["headers"]).get(b"host")
         if not self.limits.hosts.allows(host):
             given = "is missing" if host is None else f"names {host.decode('latin-1')[:80]!r}"
@@ -137,6 +141,7 @@ class Guard:
         # Without a body and a refusal the client has gone.
         if body is None:
             return None
+        # The application asks for the body once more, and afterwards only to learn that the client has gone.
         given = False
 
         async def replay():
@@ -160,6 +165,7 @@ class Guard:
         if length.isdigit() and int(length[:20]) > DRAINED * most:
             return None, too_large
         parts, size = [], 0
+        # One deadline for the whole body: a deadline for each part would let a client send a byte at a time for ever.
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 while True:
@@ -167,6 +173,7 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return None, None
                     size += len(message.get("body", b""))
+                    # The rest of a body that is too large costs time, but no memory.
                     if size <= most:
                         parts.append(message.get("body", b""))
                     ended = not message.get("more_body", False)

@@ -1,4 +1,4 @@
-"""Packages of requirements-serve.txt, which only the service and the export import."""
+"""Packages of requirements-serve.txt: the service and the export alone import them."""
 from __future__ import annotations
 
 import importlib

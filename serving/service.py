@@ -137,6 +137,7 @@ def create_app(worker: Worker, limits: Limits) -> Guard:
         """Numbers for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    # The page is three small files. A folder of static files would need a check of paths.
     for path, name in (("/", "index.html"), ("/page.js", "page.js"), ("/style.css", "style.css")):
         app.add_api_route(path, _file(name), include_in_schema=False)
     return Guard(app, limits, metrics.requests)
@@ -160,6 +161,7 @@ def _add_errors(app: FastAPI) -> None:
             given = request.headers.get("content-type")
             given = "is missing" if given is None else f"is {given[:80]!r}"
             return error_response(415, f"the header Content-Type {given}; expected {JSON_TYPE}")
+        # The first error is enough for one line.
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         if first["type"] == "json_invalid":
@@ -191,6 +193,7 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
         most = min(limits.texts, worker.max_queue)
         if len(question.texts) > most:
             return error_response(413, f"{len(question.texts)} texts; expected at most {most} in a request")
+        # Tokenisation of a very long text would hold up every other request.
         for number, text in enumerate(question.texts):
             if len(text) > limits.characters:
                 return error_response(
@@ -202,6 +205,7 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
             return error_response(429, f"{worker.waiting} texts wait already; try again", {"retry-after": "1"})
         except TimeoutError:
             return error_response(504, f"no answer within {limits.seconds:g} s")
+        # One bad text refuses its request: a client that misses an error in a list would take it for an answer.
         for number, result in enumerate(results):
             if isinstance(result, UserError):
                 # An adapter that was removed while the request waited is unknown, as it would be to the next request.
@@ -248,6 +252,7 @@ def _add_adapters(app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics
         if limits.adapters_root is None or worker.bank is None:
             return error_response(
                 403, "adapters can be added only where the service was started with --adapter and --adapters-root")
+        # Links are followed before the check, so that none leads out of the root.
         root = limits.adapters_root.resolve()
         try:
             folder = (root / new.folder).resolve()

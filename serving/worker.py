@@ -3,7 +3,7 @@
     worker = Worker(bank, students)
     worker.start()                                    # in the event loop
     results = await worker.classify(("adapter", "cola"), ["A sentence."])
-    await worker.stop()                               # answers what it accepted
+    await worker.stop()                               # answers the accepted requests
 """
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class _Job:
 
 
 class Worker:
-    """Batches and computes.
+    """Collects requests into batches and computes them in a thread of its own.
 
     Args:
         bank: the adapters; None if only students are served. The worker's thread alone reads and changes its weights.
@@ -213,6 +213,7 @@ class Worker:
         for job in jobs:
             groups.setdefault("bank" if job.key[0] == "adapter" else job.key, []).append(job)
         for together in groups.values():
+            # An error here must not end the thread: it would leave every later request without an answer.
             start = time.perf_counter()
             try:
                 results = iter(self._results(together))
