@@ -28,6 +28,7 @@ from data_utils import Batch, Split, encode, make_batches
 from model import DistilRNN
 from options.schema import RNNConfig, TrainOptions
 from serving import export
+from serving.texts import Reading
 from train_utils import cross_entropy, fit, scores
 
 GPT2_TOKENS, BATCH_SIZE, MAX_LENGTH = 50_257, 32, 128
@@ -59,7 +60,7 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     folders = {}
     for name in ("float32", "int8"):
         folders[name] = work / name
-        export.write_student(student, tokenizer, ["0", "1"], rows, True, folders[name], max_length=MAX_LENGTH,
+        export.write_student(student, tokenizer, Reading(("0", "1"), MAX_LENGTH), rows, True, folders[name],
                              int8=name == "int8", say=lambda text: print(text, file=sys.stderr))
     sessions = {name: export.session(folder / export.MODEL_FILE, threads) for name, folder in folders.items()}
     portable = export.portable_tokenizer(tokenizer, MAX_LENGTH, "tail")

@@ -187,7 +187,7 @@ def served(root: Path, *arguments) -> Iterator[tuple[subprocess.Popen, int]]:
     """`run.py serve` on the first core alone, and its port."""
     adapters = [word for number in range(SERVED) for word in ("--adapter", f"a{number}={root / f'a{number}'}")]
     process = subprocess.Popen(
-        [sys.executable, "run.py", "serve", *adapters, "--port", "0", "--timeout", "100", *map(str, arguments)],
+        [sys.executable, "run.py", "serve", *adapters, "--port", "0", "--timeout", "100", "--quiet", *map(str, arguments)],
         cwd=common.ROOT, text=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}))
     try:

@@ -15,7 +15,7 @@ from data_utils import GLUE_REPOSITORY, HUB_TABLES, Task
 from options.schema import RunOptions
 from record.files import write_file
 from record.ownership import CARD, CARD_TAG, TOKENIZER_FILES, is_card
-from serving.merge import for_others, tokenizer_files
+from serving.merge import for_others, kept_ends, tokenizer_files
 from train_utils import selection_split
 
 METRICS = {"accuracy": ("accuracy", "accuracy"), "mcc": ("matthews_correlation", "MCC"), "macro_f1": ("f1", "macro F1")}
@@ -61,21 +61,27 @@ from transformers import AutoTokenizer
 
 folder = "."  # this folder, or the repository's name on the Hub
 model = AutoPeftModelForSequenceClassification.from_pretrained(folder{num_labels}).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{side})
 model.config.pad_token_id = tokenizer.pad_token_id
-logits = model(**tokenizer(["A sentence."], padding=True, return_tensors="pt")).logits
+{inputs}
+logits = model(**inputs).logits
 labels = {labels}
 ```
 
 `config.json` records every option, version and file of the training, and the class names as `id2label`.
 """
+INPUTS = """inputs = tokenizer(["A sentence."], padding=True, truncation=True, max_length={max_length},
+                   return_tensors="pt")"""
+INPUTS_WITHOUT_MIDDLE = """texts = tokenizer(["A sentence."])["input_ids"]
+texts = [ids if len(ids) <= {max_length} else ids[:{front}] + ids[-{back}:] for ids in texts]  # the middle is cut
+inputs = tokenizer.pad({{"input_ids": texts}}, return_tensors="pt")"""
 
 
 def write_repository(folder: Path, options: RunOptions, task: Task, tokenizer, max_length: int, summary: dict) -> list[str]:
     """Writes model card and tokenizer into a run's folder; a README.md that is no model card of a run is left alone.
 
     Args:
-        tokenizer: the base's; where it has no pad token, the files name one that others may pad with.
+        tokenizer: the base's; where it has no pad token, the files name one to pad with.
         max_length: tokens to which texts were cut.
         summary: as in summary.json.
 
@@ -84,18 +90,20 @@ def write_repository(folder: Path, options: RunOptions, task: Task, tokenizer, m
     """
     files = tokenizer_files(for_others(tokenizer, max_length, options.table.truncate))
     files = {name: data for name, data in files.items() if name in TOKENIZER_FILES}
+    # A README.md that somebody wrote by hand stays.
     if not (folder / CARD).exists() or is_card(folder / CARD):
-        files[CARD] = model_card(options, task, max_length, summary).encode()
+        files[CARD] = model_card(options, task, tokenizer, max_length, summary).encode()
     for name, data in files.items():
         write_file(folder / name, data)
     return list(files)
 
 
-def model_card(options: RunOptions, task: Task, max_length: int, summary: dict) -> str:
+def model_card(options: RunOptions, task: Task, tokenizer, max_length: int, summary: dict) -> str:
     """Returns the text of README.md. The same run gives the same text: no date, no duration, no path of the machine."""
     best, parameters, lora, classes = summary["validation"], summary["parameters"], options.lora, list(task.classes)
     name, repository = f"{options.mode}-{options.sr}", dataset_of(options)
     hub = hub_name(options.model)
+    # The metadata are for the Hub's tables, the rows for readers. Both hold the scores of the best epoch.
     results = [EvalResult(task_type="text-classification", task_name="Text Classification", dataset_name=task.name,
                           dataset_type=repository or task.name, dataset_split=split, metric_type=kind, metric_name=shown,
                           metric_value=values[key])
@@ -103,6 +111,7 @@ def model_card(options: RunOptions, task: Task, max_length: int, summary: dict) 
     metadata = ModelCardData(base_model=hub, library_name="peft", pipeline_tag="text-classification", model_name=name,
                              tags=["lora", CARD_TAG], datasets=repository and [repository], metrics=[
                                  kind for kind, _ in METRICS.values()], eval_results=results)
+    side, inputs = _tokenisation(options.table.truncate, tokenizer, max_length)
     rows = [f"| {split} | {v['n']:,} | {v['accuracy']:.4f} | {v['mcc']:.4f} | {v['macro_f1']:.4f} | "
             f"{v['majority_accuracy']:.4f} |" for split, v in best.items()]
     return TEXT.format(
@@ -117,18 +126,32 @@ def model_card(options: RunOptions, task: Task, max_length: int, summary: dict) 
         init=f"\nTraining began with the adapter of another run, `{options.init.name}`.\n" if options.init else "",
         epoch=summary["best_epoch"], epochs=summary["last_epoch"], selection=selection_split(task.dev),
         seed=options.train.seed, results="\n".join(rows),
-        limits="\n".join(f"- {line}" for line in _limits(options, task, max_length)),
+        limits="\n".join(f"- {line}" for line in _limits(options, task, tokenizer, max_length)),
+        side=side, inputs=inputs,
         num_labels="" if len(classes) == 2 else f", num_labels={len(classes)}", labels=classes)
 
 
+def _tokenisation(truncate: str, tokenizer, max_length: int) -> tuple[str, str]:
+    """Returns the arguments that load the tokenizer, and the lines that tokenise: a long text is cut as the run cut it.
+
+    An uncut text of more tokens than the model has positions would end in an error.
+    """
+    if truncate == "middle":
+        front, back = kept_ends(tokenizer, max_length)
+        return "", INPUTS_WITHOUT_MIDDLE.format(max_length=max_length, front=front, back=back)
+    # The saved files do not say the side that is cut: transformers keeps it only after a call that cuts.
+    return ', truncation_side="left"' if truncate == "head" else "", INPUTS.format(max_length=max_length)
+
+
 def dataset_of(options: RunOptions) -> str | None:
-    """Returns the Hub's name of the data set that a run reads; None where it reads files of its own."""
+    """Returns the Hub's name of the data set that a run reads; None for files of the user's own."""
     if options.data is None:
         return GLUE_REPOSITORY if options.task == "cola" else HUB_TABLES.get(options.task, (None,))[0]
     return options.data if is_dataset_name(options.data) else None
 
 
 def _base(model: str, hub: str | None) -> str:
+    """Describes the base model in a sentence."""
     if model == "smollm2":
         return f"[`{hub}`](https://huggingface.co/{hub}), trained on its 4-bit copy (Q4_1, dequantised)."
     if hub is not None:
@@ -138,11 +161,16 @@ def _base(model: str, hub: str | None) -> str:
     return "A local model; `adapter_config.json` names its folder. To share the adapter, name a base that others have."
 
 
-def _limits(options: RunOptions, task: Task, max_length: int) -> list[str]:
-    """Returns what a user has to know before trusting the model."""
+def _limits(options: RunOptions, task: Task, tokenizer, max_length: int) -> list[str]:
+    """Returns the reasons to mistrust the model's answers."""
     limits = ["Scores are those of one seed; another seed moves them, by several points of MCC on small splits.",
               "Probabilities are not calibrated, and every text gets one of the classes, in whatever language it is.",
               f"Texts longer than {max_length} tokens were cut ({options.table.truncate} cut)."]
+    if options.table.truncate == "middle":
+        limits.append("The lines below do so too; the tokenizer's own `truncation=True` cuts the tail.")
+    if tokenizer.pad_token is None and (pad := for_others(tokenizer, max_length, "tail").pad_token) is not None:
+        limits.append(f"The pad token is `{pad}`: a text that ends with this mark is read without it.")
+    # Names of the project's own for a base that others know by another name, or in another form.
     if options.model == "smollm2":
         limits.append("The results belong to the 4-bit copy of the base; with the Hub's own weights they differ a little.")
     if options.table.feature_columns:

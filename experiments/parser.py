@@ -366,11 +366,16 @@ def _serve(parser: Parser) -> None:
     parser.add("models", "--adapters-root", type=Path, metavar="DIR",
                help="folder from which adapters may be added while the service runs; none if not given")
     parser.add("network", "--host", default="127.0.0.1", help="address to listen on")
+    parser.add("network", "--allowed-host", action="append", default=[], metavar="NAME",
+               help="a further name in the Host header of requests, such as a proxy's; several times")
+    parser.add("network", "--quiet", action="store_true", help="no access log")
     parser.add("network", "--port", type=number(int, 0, 65535, "a port from 0 (any that is free) to 65535"), default=8000,
                help="0: any that is free")
     parser.add("limits", "--max-queue", type=COUNT, default=1024, metavar="TEXTS", help="texts that may wait; more: 429")
     parser.add("limits", "--max-texts", type=COUNT, default=256, metavar="TEXTS", help="texts of a request; more: 413")
     parser.add("limits", "--max-characters", type=COUNT, default=20000, metavar="N", help="characters of a text; more: 413")
+    parser.add("limits", "--max-connections", type=COUNT, default=512, metavar="N",
+               help="open connections; more: the one that has sent nothing for longest is closed")
     parser.add("limits", "--timeout", type=POSITIVE, default=30.0, metavar="SECONDS", help="to answer a request; more: 504")
 
 

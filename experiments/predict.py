@@ -153,7 +153,8 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
         answers = iter(predictor.classify(good))
         for row, given in zip(window, parsed, strict=True):
             answer = given if isinstance(given, UserError) else next(answers)
-            yield {"error": str(answer), "line": row.line} if isinstance(answer, UserError) else {"text": given[0], **answer}
+            yield ({"error": str(answer), "line": row.line} if isinstance(answer, UserError) else
+                   _with_text(given[0], answer))
         progress(len(window), rows)
 
 
@@ -170,7 +171,13 @@ def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
     for number, answer in enumerate(answers, 1):
         if isinstance(answer, UserError):
             raise UserError(f"sentence {number}: {answer}")
-    return [{"text": text, **answer} for text, answer in zip(sentences, answers, strict=True)]
+    return [_with_text(text, answer) for text, answer in zip(sentences, answers, strict=True)]
+
+
+def _with_text(text: str, answer: dict) -> dict:
+    """Returns a row of the output."""
+    # A warning on stderr counts the texts that were cut; the service, whose clients see no stderr, says it of each.
+    return {"text": text, **{key: value for key, value in answer.items() if key != "truncated"}}
 
 
 def line_of(result: dict, as_json: bool) -> str:

@@ -1,4 +1,4 @@
-"""What leaves the lab: a distillation's student as an ONNX file, a fine-tuned classifier as a plain checkpoint.
+"""Ships a distillation's student as an ONNX file, and a fine-tuned classifier as a plain checkpoint.
 
     python run.py export runs/distil-12345 --out student --int8
     python run.py merge runs/LoRA-12345 --out merged
@@ -20,27 +20,28 @@ from record.files import check_new_folder
 from record.folder import read_run
 from serving import export, merge
 from serving.packages import require
+from serving.texts import Reading
 
 STAND_INS = 100  # sentences of each split of the built-in task
 
 
-def export_run(folder: Path, out: Path, int8: bool = False, control: bool = False, say: Callable[[str], None] = print
+def export_run(folder: Path, out: Path, int8: bool = False, baseline: bool = False, say: Callable[[str], None] = print
                ) -> None:
-    """Writes the student of a distillation run (or its no-KD baseline) as an ONNX model with all that it needs.
+    """Writes the student of a distillation run (or its baseline) as an ONNX model with tokenizer and example.
 
     Raises:
         UserError: not a finished distillation, `out` is not new, a package is missing, or onnxruntime disagrees.
     """
+    # Whatever can be refused is refused before the model is loaded.
     check_new_folder(out)
     require("onnx")
     require("onnxruntime")
-    student, tokenizer, options = load_student(folder, "scratch" if control else "student")
-    classes = read_run(folder)[0].get("classes", data_utils.COLA_CLASSES)
-    if len(classes) != student.config.num_labels:
-        raise UserError(f"{folder}: damaged student ({student.config.num_labels} outputs for {len(classes)} classes)")
-    rows, labelled = development_rows(folder, options, classes, tokenizer, say)
-    export.write_student(student.cpu(), tokenizer, classes, rows, labelled, out, max_length=options["max_length"],
-                         truncate=options.get("truncate", "tail"), int8=int8, say=say)
+    student, tokenizer, options = load_student(folder, "scratch" if baseline else "student")
+    reading, outputs = Reading.of(read_run(folder)[0]), student.config.num_labels
+    if len(reading.classes) != outputs:
+        raise UserError(f"{folder}: damaged student ({outputs} outputs for {len(reading.classes)} classes)")
+    rows, labelled = development_rows(folder, options, reading.classes, tokenizer, say)
+    export.write_student(student.cpu(), tokenizer, reading, rows, labelled, out, int8=int8, say=say)
 
 
 def merge_run(folder: Path, out: Path, say: Callable[[str], None] = print) -> None:
@@ -56,15 +57,16 @@ def merge_run(folder: Path, out: Path, say: Callable[[str], None] = print) -> No
         raise UserError(f"{folder}: reads the features {', '.join(options['feature_columns'])} beside the text, for which a "
                         "plain checkpoint has no place")
     classifier, tokenizer, _ = load_finetuned(folder)
+    # transformers computes a checkpoint in plain float32, and so must the logits that it is compared with.
     if options["precision"] == "bf16x3":
-        speed.set_precision(classifier.net.base_model, "fp32")  # a checkpoint is computed the plain way
-    classes = config.get("classes", data_utils.COLA_CLASSES)
-    rows, _ = development_rows(folder, options, classes, tokenizer, say)
-    merge.write_checkpoint(classifier.cpu(), tokenizer, classes, rows.sentences, out, max_length=options["max_length"],
-                           truncate=options.get("truncate", "tail"), exact=options["precision"] != "bf16", say=say)
+        speed.set_precision(classifier.net.base_model, "fp32")
+    reading = Reading.of(config)
+    rows, _ = development_rows(folder, options, reading.classes, tokenizer, say)
+    merge.write_checkpoint(classifier.cpu(), tokenizer, reading, rows.sentences, out,
+                           exact=options["precision"] != "bf16", say=say)
 
 
-def development_rows(folder: Path, options: dict, classes: list[str], tokenizer, say: Callable[[str], None]
+def development_rows(folder: Path, options: dict, classes: tuple[str, ...], tokenizer, say: Callable[[str], None]
                      ) -> tuple[Split, bool]:
     """Returns the run's development sentences, all splits together, and whether their labels are real.
 
@@ -76,8 +78,10 @@ def development_rows(folder: Path, options: dict, classes: list[str], tokenizer,
             raise UserError("the classes are no longer those of the run")
         labelled = True
     except UserError as error:
+        # A run may outlive its data. The check then needs other sentences.
         say(f"  the run's data cannot be read ({error}); the built-in task's sentences stand in for the check")
         task, labelled = data_utils.load_task("tiny").limit(STAND_INS), False
+    # Neither an exported student nor a plain checkpoint reads features.
     splits = [replace(split, features=[]) for split in task.dev.values()]
     return Split([text for split in splits for text in split.sentences],
                  [label for split in splits for label in split.labels]), labelled

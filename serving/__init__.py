@@ -1,1 +1,1 @@
-"""Adapters in one batch, the service and its page, and what ships: ONNX, merged checkpoints, model cards."""
+"""Adapters in one batch, the service and its page, and files to ship: ONNX, merged checkpoints, model cards."""

@@ -2,8 +2,8 @@
 
     python run.py export runs/distil-12345 --out student --int8
 
-The graph is written with ONNX's own LSTM and GRU, whose `sequence_lens` does what packing does in PyTorch: the backward
-direction begins at a sentence's last real token.
+The graph is written with ONNX's own LSTM and GRU. Their `sequence_lens` stands for PyTorch's packing: the backward direction
+begins at a sentence's last real token.
 """
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from machine.errors import UserError
 from model import DistilRNN
 from record.files import new_folder, write_file, write_json
 from serving.packages import require
+from serving.texts import Reading
 
 OPSET, IR_VERSION = 17, 8  # read by onnxruntime 1.14 (of 2023) and newer
+BATCH = 32  # sentences
 TOLERANCE = 1e-5  # of float32 logits, absolute where they are small, relative where they are large
 MODEL_FILE, TOKENIZER_FILE, LABELS_FILE, EXAMPLE_FILE = "student.onnx", "tokenizer.json", "labels.json", "example.py"
 # PyTorch stacks an LSTM's gates as input, forget, cell, output and a GRU's as reset, update, new; ONNX as input, output,
@@ -47,6 +49,9 @@ labels = json.loads((here / "labels.json").read_text(encoding="utf-8"))
 
 sentences = sys.argv[1:] or ["The cat sat on the mat.", "The cat sat mat the on."]
 batch = tokenizer.encode_batch(sentences)  # padded to the longest; pads are masked
+for sentence, row in zip(sentences, batch):
+    if not sentence.strip() or not any(row.attention_mask):
+        sys.exit(f"example.py: {sentence!r}: expected a sentence, found no word in it")
 inputs = {"input_ids": np.array([row.ids for row in batch], dtype=np.int64),
           "attention_mask": np.array([row.attention_mask for row in batch], dtype=np.int64)}
 logits = session.run(["logits"], inputs)[0]
@@ -77,14 +82,17 @@ def onnx_model(student: DistilRNN):
         nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
+    # Embed the tokens, and count each sentence's: the mask is 1 at a real token.
     ids = node("Gather", [constant("embedding", _array(student.embedding.weight)), "input_ids"], "embedded")  # (B, T, E)
     axis_1, axis_2 = constant("axis_1", np.array([1])), constant("axis_2", np.array([2]))
     lengths = node("ReduceSum", ["attention_mask", axis_1], "lengths", keepdims=0)  # (B,)
     lengths = node("Cast", [lengths], "sequence_lens", to=types.INT32)
+    # ONNX's recurrent layers take time first.
     states = node("Transpose", [ids], "time_first", perm=[1, 0, 2])  # (T, B, E)
     shape = constant("all_directions", np.array([0, 0, config.directions * config.hidden_size]))
     for layer in range(config.rnn_layers):
         matrices = [constant(f"{part}_{layer}", value) for part, value in zip("WRB", _gates(student, layer), strict=True)]
+        # PyTorch's GRU applies the reset gate after the matmul of the hidden state, ONNX's by default before it.
         more = {"linear_before_reset": 1} if config.cell == "gru" else {}
         nodes.append(helper.make_node(config.cell.upper(), [states, *matrices, lengths], [f"directions_{layer}"],
                                       name=f"rnn_{layer}", hidden_size=config.hidden_size,
@@ -92,6 +100,7 @@ def onnx_model(student: DistilRNN):
         states = node("Transpose", [f"directions_{layer}"], f"side_by_side_{layer}", perm=[0, 2, 1, 3])  # (T, B, D, H)
         states = node("Reshape", [states, shape], f"states_{layer}")  # (T, B, DH)
     states = node("Transpose", [states], "batch_first", perm=[1, 0, 2])  # (B, T, DH)
+    # Pool the states of real tokens alone: pads become the neutral element of the sum or of the maximum.
     mask = node("Unsqueeze", [node("Cast", ["attention_mask"], "real", to=types.BOOL), axis_2], "mask")  # (B, T, 1)
     outside = constant("outside", np.array(0.0 if config.pooling == "mean" else -np.inf, dtype=np.float32))
     scores = states
@@ -130,21 +139,25 @@ def _gates(student: DistilRNN, layer: int) -> tuple[np.ndarray, ...]:
         pieces = np.split(_array(getattr(student.rnn, name)), len(order))
         return np.concatenate([pieces[gate] for gate in order])
 
-    sides = [{part: ordered(f"{part}_l{layer}{direction}") for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
-             for direction in ("", "_reverse")[:student.config.directions]]
-    return (np.stack([side["weight_ih"] for side in sides]), np.stack([side["weight_hh"] for side in sides]),
-            np.stack([np.concatenate([side["bias_ih"], side["bias_hh"]]) for side in sides]))
+    W, R, B = [], [], []
+    for direction in ("", "_reverse")[:student.config.directions]:
+        suffix = f"l{layer}{direction}"
+        W.append(ordered(f"weight_ih_{suffix}"))
+        R.append(ordered(f"weight_hh_{suffix}"))
+        B.append(np.concatenate([ordered(f"bias_ih_{suffix}"), ordered(f"bias_hh_{suffix}")]))
+    return np.stack(W), np.stack(R), np.stack(B)
 
 
 def write_int8(model, path: Path) -> None:
-    """Writes the model with 8-bit weights: embedding table and LSTM; activations are quantised as they come.
+    """Writes the model with 8-bit weights: embedding table and LSTM. Activations are quantised at run time.
 
-    The weights are unsigned: products of unsigned with signed bytes overflow on CPUs without VNNI. The classifier, a few
-    hundred numbers, stays float32, and so does a GRU, of which onnxruntime has no 8-bit form.
+    The classifier, a few hundred numbers, stays float32, and so does a GRU: onnxruntime has no 8-bit GRU.
     """
     quantization = require("onnxruntime.quantization")
-    logging.disable(logging.WARNING)  # silence advice that is for traced graphs
+    # onnxruntime's advice is about traced graphs, not about one that was built by hand.
+    logging.disable(logging.WARNING)
     try:
+        # Unsigned weights, since matmuls of unsigned with signed bytes overflow on CPUs without VNNI.
         quantization.quantize_dynamic(model, path, op_types_to_quantize=["Gather", "LSTM"],
                                       weight_type=quantization.QuantType.QUInt8)
     finally:
@@ -153,16 +166,16 @@ def write_int8(model, path: Path) -> None:
 
 # ---------------------------------------------------------------- the folder
 
-def write_student(student: DistilRNN, tokenizer, classes: list[str], rows: Split, labelled: bool, out: Path, *,
-                  max_length: int, truncate: str = "tail", int8: bool = False, say: Callable[[str], None] = print) -> None:
+def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, labelled: bool, out: Path, *,
+                  int8: bool = False, say: Callable[[str], None] = print) -> None:
     """Writes student.onnx, tokenizer.json, labels.json and example.py into a new folder, checked or not at all.
 
     Args:
         student: on the CPU, in evaluation mode.
-        rows: real sentences on which onnxruntime and PyTorch have to agree.
-        labelled: whether the labels of `rows` are real; what int8 costs is told in accuracy and MCC then.
+        reading: the classes, and the way the run cut long texts.
+        rows: real sentences; onnxruntime and PyTorch have to agree on them.
+        labelled: whether the labels of `rows` are real; the cost of int8 is told in accuracy and MCC then.
         out: must not exist yet, or be empty.
-        max_length: tokens to which a text is cut; of a text too long `truncate` (head, tail or middle) is cut.
         int8: whether student.onnx gets 8-bit weights.
 
     Raises:
@@ -170,15 +183,17 @@ def write_student(student: DistilRNN, tokenizer, classes: list[str], rows: Split
     """
     model = onnx_model(student)
     require("onnxruntime")
-    ids = data_utils.encode(tokenizer, rows.sentences, max_length, truncate)
+    ids = data_utils.encode(tokenizer, rows.sentences, reading.max_length, reading.truncate)
     expected = _torch_logits(student, ids)
     with new_folder(out) as folder:
-        write_file(folder / TOKENIZER_FILE, portable_tokenizer(tokenizer, max_length, truncate).to_str(pretty=True))
-        if truncate == "middle":
+        portable = portable_tokenizer(tokenizer, reading.max_length, reading.truncate)
+        write_file(folder / TOKENIZER_FILE, portable.to_str(pretty=True))
+        if reading.truncate == "middle":
             say("  tokenizer.json cuts no text: it has no way to cut the middle, as the run does")
         else:
             _check_tokenizer(folder / TOKENIZER_FILE, rows.sentences, ids)
         write_file(folder / MODEL_FILE, model.SerializeToString())
+        # The float32 file is checked even where int8 replaces it: a wrong graph must not pass for a cost of int8.
         logits = onnx_logits(session(folder / MODEL_FILE), ids)
         difference = float(np.abs(logits - expected).max() / max(1.0, np.abs(expected).max()))
         if not difference <= TOLERANCE:
@@ -188,25 +203,30 @@ def write_student(student: DistilRNN, tokenizer, classes: list[str], rows: Split
         if int8:
             size = (folder / MODEL_FILE).stat().st_size
             write_int8(model, folder / MODEL_FILE)
-            say(f"  int8: {(folder / MODEL_FILE).stat().st_size / 1e6:.2f} MB (float32: {size / 1e6:.2f} MB), "
-                + _cost(logits, onnx_logits(session(folder / MODEL_FILE), ids), rows.labels if labelled else None))
-        write_json(folder / LABELS_FILE, list(classes))
+            cost = _cost(logits, onnx_logits(session(folder / MODEL_FILE), ids), rows.labels if labelled else None)
+            say(f"  int8: {(folder / MODEL_FILE).stat().st_size / 1e6:.2f} MB (float32: {size / 1e6:.2f} MB), {cost}")
+        write_json(folder / LABELS_FILE, list(reading.classes))
         write_file(folder / EXAMPLE_FILE, EXAMPLE)
 
 
 def _cost(before: np.ndarray, after: np.ndarray, labels: list[int] | None) -> str:
-    """Describes what int8 changes, in words."""
+    """Describes the cost of int8 in words: accuracy and MCC before and after, where labels are given, and verdicts."""
     same = int((before.argmax(-1) == after.argmax(-1)).sum())
     verdicts = f"{same:,} of {len(before):,} verdicts are float32's"
     if labels is None:
         return verdicts
     one, other = (train_utils.scores(torch.from_numpy(logits), torch.tensor(labels)) for logits in (before, after))
-    return "; ".join(f"{name} {one[key]:.4f} -> {other[key]:.4f} ({other[key] - one[key]:+.4f})"
-                     for key, name in (("accuracy", "accuracy"), ("mcc", "MCC"))) + f"; {verdicts}"
+    changes = [f"{name} {one[key]:.4f} -> {other[key]:.4f} ({other[key] - one[key]:+.4f})"
+               for key, name in (("accuracy", "accuracy"), ("mcc", "MCC"))]
+    return "; ".join([*changes, verdicts])
 
 
 def portable_tokenizer(tokenizer, max_length: int, truncate: str):
-    """Returns the tokenizer as the library `tokenizers` reads it; it pads and cuts as the run did."""
+    """Returns the tokenizer in the form of the library `tokenizers`. It pads, and cuts a head or tail as the run did.
+
+    Raises:
+        UserError: the tokenizer has no such form.
+    """
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -223,7 +243,11 @@ def portable_tokenizer(tokenizer, max_length: int, truncate: str):
 
 
 def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]]) -> None:
-    """Compares the written tokenizer's token ids with those that the run's own gives."""
+    """Compares the token ids of the written tokenizer with those of the run's own.
+
+    Raises:
+        UserError: they differ.
+    """
     from tokenizers import Tokenizer
 
     written = Tokenizer.from_file(str(path))
@@ -245,24 +269,24 @@ def session(path: Path, threads: int | None = None):
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def padded(ids: list[list[int]], batch_size: int) -> list[dict[str, np.ndarray]]:
-    """Returns token ids as the graph's inputs, right-padded, batch by batch in the order given."""
+def padded(ids: list[list[int]], batch_size: int = BATCH) -> list[dict[str, np.ndarray]]:
+    """Returns token ids as the graph's inputs, right-padded, batch by batch in the given order."""
     batches = []
     for start in range(0, len(ids), batch_size):
         rows = ids[start:start + batch_size]
-        width = max(map(len, rows))
-        batches.append({"input_ids": np.array([row + [0] * (width - len(row)) for row in rows], dtype=np.int64),
-                        "attention_mask": np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows],
-                                                   dtype=np.int64)})
+        input_ids, mask = (np.zeros((len(rows), max(map(len, rows))), dtype=np.int64) for _ in range(2))
+        for i, row in enumerate(rows):
+            input_ids[i, :len(row)], mask[i, :len(row)] = row, 1
+        batches.append({"input_ids": input_ids, "attention_mask": mask})
     return batches
 
 
-def onnx_logits(session, ids: list[list[int]], batch_size: int = 32) -> np.ndarray:
+def onnx_logits(session, ids: list[list[int]], batch_size: int = BATCH) -> np.ndarray:
     """Computes logits (N, labels) of token ids by onnxruntime."""
     return np.concatenate([session.run(["logits"], inputs)[0] for inputs in padded(ids, batch_size)])
 
 
 @torch.inference_mode()
-def _torch_logits(student: DistilRNN, ids: list[list[int]], batch_size: int = 32) -> np.ndarray:
+def _torch_logits(student: DistilRNN, ids: list[list[int]]) -> np.ndarray:
     return np.concatenate([student(torch.from_numpy(inputs["input_ids"]), torch.from_numpy(inputs["attention_mask"])).numpy()
-                           for inputs in padded(ids, batch_size)])
+                           for inputs in padded(ids)])

@@ -1,4 +1,4 @@
-"""Packages of requirements-serve.txt, which only the service and the export import."""
+"""Packages of requirements-serve.txt: the service and the export alone import them."""
 from __future__ import annotations
 
 import importlib
@@ -7,14 +7,14 @@ from machine.errors import UserError
 
 
 def require(name: str, mode: str | None = None):
-    """Imports a module of a package that is not among those of requirements.txt.
+    """Imports a module of a package that requirements.txt does not list.
 
     Args:
         name: of the module, dotted or not.
-        mode: named in front of the error, where one is given.
+        mode: of the command line, at the front of the error.
 
     Raises:
-        UserError: the package is not installed; says how to install it.
+        UserError: the package is not installed. The message has the command that installs it.
     """
     try:
         return importlib.import_module(name)

@@ -21,35 +21,54 @@ BATCH_SIZE, BATCH_TOKENS = 64, 4096  # sentences, and tokens with pads, that are
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model reads a text, and what its classes are called."""
+    """The way a model reads a text, and the names of its classes."""
 
     classes: tuple[str, ...]
     max_length: int  # tokens
-    truncate: str = "tail"  # the part of a longer text that is cut
+    truncate: str = "tail"  # the part of a longer text that is cut: head, tail or middle
 
     @classmethod
     def of(cls, config: dict) -> Reading:
-        """Returns a run's, from its config.json."""
+        """Returns the reading of a run, from its config.json."""
         options = config["options"]
         return cls(tuple(config.get("classes", data_utils.COLA_CLASSES)), options["max_length"],
                    options.get("truncate", "tail"))
 
 
-def encode(tokenizer, reading: Reading, texts: list[str]) -> list[list[int] | UserError]:
-    """Returns the token ids of each text, or what is wrong with the text."""
+@dataclass(frozen=True)
+class Encoded:
+    """A text's token ids, and whether they are those of a part of it."""
+
+    ids: list[int]
+    truncated: bool
+
+
+def encode(tokenizer, reading: Reading, texts: list[str]) -> list[Encoded | UserError]:
+    """Returns the token ids of each text, or the error of a text that cannot be read."""
     wrong = [_wrong(text) for text in texts]
     good = [text for text, error in zip(texts, wrong, strict=True) if error is None]
     try:
-        found = iter(data_utils.encode(tokenizer, good, reading.max_length, reading.truncate) if good else [])
-    except UserError as error:  # find out which text it is
+        found = data_utils.encode(tokenizer, good, reading.max_length, reading.truncate) if good else []
+    except UserError as error:
         if len(texts) == 1:
             return [UserError(str(error).removeprefix("row 1: "))]
+        # The error is that of one text. Alone, each of the others gets its ids.
         return [ids for text in texts for ids in encode(tokenizer, reading, [text])]
-    return [next(found) if error is None else error for error in wrong]
+    encoded = iter(_with_truncation(tokenizer, reading, good, found))
+    return [next(encoded) if error is None else error for error in wrong]
+
+
+def _with_truncation(tokenizer, reading: Reading, texts: list[str], ids: list[list[int]]) -> list[Encoded]:
+    """Finds out which texts were cut."""
+    # A text of exactly max_length tokens may be whole. Only such texts are tokenised a second time.
+    full = [row for row, tokens in enumerate(ids) if len(tokens) == reading.max_length]
+    whole = tokenizer([texts[row] for row in full], truncation=False, verbose=False)["input_ids"] if full else []
+    cut = {row for row, tokens in zip(full, whole, strict=True) if len(tokens) > reading.max_length}
+    return [Encoded(tokens, row in cut) for row, tokens in enumerate(ids)]
 
 
 def _wrong(text: str) -> UserError | None:
-    """Returns why a text cannot be read, or None."""
+    """Returns the reason why a text cannot be read, or None."""
     if not text.strip():
         return UserError("the text is empty")
     try:
@@ -62,42 +81,49 @@ def _wrong(text: str) -> UserError | None:
 @torch.inference_mode()
 def classify(tokenizer, rows: list[tuple[Reading, str]], logits: Callable[[Batch, list[int]], list[Tensor] | Tensor],
              features: list[list[float]] | None = None) -> list[dict | UserError]:
-    """Returns label, probability and probabilities of each text, or its error.
+    """Returns label, probability and probabilities of each text, or its error; `truncated` where a text was cut.
 
     Args:
-        rows: how a text is read, and the text.
-        logits: of a batch and its rows' numbers: (classes,) for each.
+        rows: the reading of each text, and the text.
+        logits: from a batch and the numbers of its rows to (classes,) for each of them.
         features: numbers of each row, for a model that reads them.
     """
-    results: list[dict | UserError | None] = [None] * len(rows)
-    by_reading: dict[Reading, list[int]] = {}
-    for row, (reading, _) in enumerate(rows):
-        by_reading.setdefault(reading, []).append(row)
-    ids: list[list[int]] = [[]] * len(rows)
-    for reading, numbers in by_reading.items():
-        for row, tokens in zip(numbers, encode(tokenizer, reading, [rows[row][1] for row in numbers]), strict=True):
-            if isinstance(tokens, UserError):
-                results[row] = tokens
-            else:
-                ids[row] = tokens
-    readable = [row for row in range(len(rows)) if results[row] is None]
+    encoded = _encode_rows(tokenizer, rows)
+    results: list[dict | UserError | None] = [text if isinstance(text, UserError) else None for text in encoded]
+    readable = [row for row, result in enumerate(results) if result is None]
+    # `collate` takes the whole list of ids and the rows of a batch; an unreadable text is in no batch.
+    ids = [[] if isinstance(text, UserError) else text.ids for text in encoded]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     for places in _batches([len(ids[row]) for row in readable]):
         batch_rows = [readable[place] for place in places]
         batch = data_utils.collate(ids, [0] * len(rows), batch_rows, pad_id, features)
         for row, values in zip(batch_rows, logits(batch, batch_rows), strict=True):
-            results[row] = _result(rows[row][0].classes, values.float().softmax(-1).tolist())
+            results[row] = _result(rows[row][0].classes, values.float().softmax(-1).tolist(), encoded[row].truncated)
     return results
+
+
+def _encode_rows(tokenizer, rows: list[tuple[Reading, str]]) -> list[Encoded | UserError]:
+    """Encodes each text by its own reading."""
+    # Texts of one reading are tokenised together, which is faster than one by one.
+    by_reading: dict[Reading, list[int]] = {}
+    for row, (reading, _) in enumerate(rows):
+        by_reading.setdefault(reading, []).append(row)
+    encoded: list[Encoded | UserError | None] = [None] * len(rows)
+    for reading, numbers in by_reading.items():
+        for row, text in zip(numbers, encode(tokenizer, reading, [rows[row][1] for row in numbers]), strict=True):
+            encoded[row] = text
+    return encoded
 
 
 def _batches(lengths: list[int]) -> list[list[int]]:
     """Groups rows of about equal length, at most BATCH_SIZE of them and BATCH_TOKENS tokens."""
-    return [rows[start:start + BATCH_SIZE]
-            for rows in data_utils.bucket_by_length(lengths, BATCH_SIZE, 0, BATCH_TOKENS)
-            for start in range(0, len(rows), BATCH_SIZE)]
+    buckets = data_utils.bucket_by_length(lengths, BATCH_SIZE, 0, BATCH_TOKENS)
+    # A bucket of short rows may hold more than BATCH_SIZE of them.
+    return [rows[start:start + BATCH_SIZE] for rows in buckets for start in range(0, len(rows), BATCH_SIZE)]
 
 
-def _result(classes: tuple[str, ...], probabilities: list[float]) -> dict:
+def _result(classes: tuple[str, ...], probabilities: list[float], truncated: bool) -> dict:
     best = max(range(len(classes)), key=probabilities.__getitem__)
-    return {"label": classes[best], "probability": probabilities[best],
-            "probabilities": dict(zip(classes, probabilities, strict=True))}
+    result = {"label": classes[best], "probability": probabilities[best],
+              "probabilities": dict(zip(classes, probabilities, strict=True))}
+    return {**result, "truncated": True} if truncated else result

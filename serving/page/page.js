@@ -1,4 +1,4 @@
-// The page asks the service what anybody may ask it: teacher and student of a task, one after the other, each timed.
+// The page asks the service as any client may: teacher and student of a task, one after the other, each timed.
 "use strict";
 
 const element = id => document.getElementById(id);
@@ -37,6 +37,7 @@ function show(section, name, result, milliseconds) {
   const heading = section.querySelector("h2");
   section.replaceChildren(heading, make("p", "verdict", result.label),
     make("p", "time", `${(100 * result.probability).toFixed(1)} % in ${milliseconds.toFixed(1)} ms (${name})`));
+  if (result.truncated) section.append(make("p", "time", "Too long: only a part of the sentence was read."));
   const classes = make("dl", "classes", "");
   for (const [label, probability] of Object.entries(result.probabilities)) {
     const bar = document.createElement("meter");

@@ -11,7 +11,7 @@ import toy
 from huggingface_hub import ModelCard
 
 from data import backbones
-from experiments import evaluate, generate, repeat
+from experiments import evaluate, generate, predict, repeat
 from record.files import read_json, read_sums
 from record.ownership import is_card
 
@@ -62,6 +62,24 @@ def test_peft_and_transformers_load_the_folder_by_the_cards_own_words(work, thre
         expected = ours(folder)
         assert expected.abs().max() > 0.1 and (labels, count) == (classes, len(classes))
         torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("truncate", ["tail", "head", "middle"])
+@pytest.mark.filterwarnings("ignore:.*were truncated")
+def test_the_cards_own_words_read_long_texts_as_the_run_did(work, tmp_path, quick, truncate):
+    """Texts of more tokens than the model has positions among them."""
+    assert toy.lora(work, tmp_path / "run", "--max-length", 7, "--truncate", truncate) == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert ("`truncation=True` cuts the tail" in card) == (truncate == "middle")
+    assert "The pad token is `<|endoftext|>`: a text that ends with this mark is read without it." in card
+    texts = ["the cat saw a dog and fed an old red bird", "red bird", "cat " * 500]
+    code, found = re.search(r"```python\n(.*?)```", card, re.S)[1], {}
+    exec(code.replace('"A sentence."', f"*{texts!r}").replace('"."', repr(str(tmp_path / "run"))), found)
+    answers = predict.predict_texts(predict.RunPredictor(tmp_path / "run"), texts)
+    tokens = [len(found["tokenizer"](text)["input_ids"]) for text in texts]
+    assert [count > 7 for count in tokens] == [True, False, True] and tokens[2] > found["model"].config.n_positions
+    for row, answer in zip(found["logits"].softmax(-1).tolist(), answers, strict=True):
+        assert row == pytest.approx(list(answer["probabilities"].values()), abs=1e-5)
 
 
 def test_the_config_has_the_class_names_as_transformers_writes_them(three):

@@ -16,6 +16,7 @@ from machine.errors import UserError
 from model import DistilRNN
 from options.schema import RNNConfig
 from serving import export
+from serving.texts import Reading
 
 SENTENCES = ["The cat sat on the mat.", "A dog", "cat", "The dog ran to the mat on the cat.", "Café, naïve: 東京 🐈"]
 
@@ -35,8 +36,8 @@ def tokenizer(tmp_path_factory):
 
 
 def write(made: DistilRNN, tokenizer, out: Path, said: list | None = None, **more) -> Path:
-    more = {"max_length": 32, **more}
-    export.write_student(made, tokenizer, ["no", "yes", "maybe"], Split(SENTENCES, [0, 1, 2, 1, 0]), True, out,
+    reading = Reading(("no", "yes", "maybe"), more.pop("max_length", 32), more.pop("truncate", "tail"))
+    export.write_student(made, tokenizer, reading, Split(SENTENCES, [0, 1, 2, 1, 0]), True, out,
                          say=(said if said is not None else []).append, **more)
     return out
 
@@ -125,6 +126,24 @@ assert not any(importlib.util.find_spec(name) for name in ("torch", "transformer
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def test_the_example_refuses_a_text_without_a_word(tmp_path, tokenizer):
+    from tokenizers import Tokenizer, normalizers
+
+    out = write(student(), tokenizer, tmp_path / "out")
+
+    def refused(*sentences: str) -> str:
+        done = subprocess.run([sys.executable, out / "example.py", *sentences], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == "" and "nan" not in done.stderr
+        return done.stderr
+    for sentences, named in (([""], "''"), (["A dog", ""], "''"), ([" \t "], r"' \t '"), (["", "A dog"], "''")):
+        assert refused(*sentences) == f"example.py: {named}: expected a sentence, found no word in it\n"
+    # A tokenizer that drops characters makes no token of other texts either.
+    portable = Tokenizer.from_file(str(out / "tokenizer.json"))
+    portable.normalizer = normalizers.Replace("x", "")
+    portable.save(str(out / "tokenizer.json"))
+    assert refused("A dog", "xx") == "example.py: 'xx': expected a sentence, found no word in it\n"
 
 
 def test_the_example_needs_onnxruntime_tokenizers_and_numpy_alone(tmp_path, tokenizer):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import toy
-import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +25,9 @@ from experiments import predict
 from experiments.serve import listen, load_served_student
 from report import figures
 from serving.bank import AdapterBank
-from serving.service import Limits, create_app
+from serving.connections import ConnectionLimits, Server
+from serving.guard import Limits
+from serving.service import create_app
 from serving.worker import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +62,10 @@ def expected(runs) -> dict[tuple[str, str], dict]:
 
 
 @contextlib.contextmanager
-def running(app):
+def running(app, limits=ConnectionLimits()):  # noqa: B008
     """The port of a server in a thread of its own."""
     bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
+    server = Server(app, limits)
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     try:
@@ -94,10 +95,10 @@ def port(app):
         yield port
 
 
-def call(port: int, method: str, path: str, body=None, **headers) -> tuple[int, dict | bytes, http.client.HTTPMessage]:
+def call(port: int, method: str, path: str, body=None, headers=None) -> tuple[int, dict | bytes, http.client.HTTPMessage]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     content = body if isinstance(body, bytes | None) else json.dumps(body)
-    connection.request(method, path, content, {"content-type": "application/json", **headers})
+    connection.request(method, path, content, {"content-type": "application/json"} if headers is None else headers)
     response = connection.getresponse()
     content = response.read()
     connection.close()
@@ -242,6 +243,99 @@ def test_what_cannot_be_added_is_refused(port, runs, body, status, says):
     assert [a["name"] for a in call(port, "GET", "/v1/adapters")[1]["adapters"]] == ["cola", "qv"]
 
 
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/adapters"])
+@pytest.mark.parametrize("given, says", [
+    (None, "is missing"), ("text/plain", "is 'text/plain'"), ("", "is ''"), ("json", "is 'json'"),
+    ("application/x-www-form-urlencoded", "is 'application/x-www-form-urlencoded'"),
+    ("multipart/form-data; boundary=x", "is 'multipart/form-data; boundary=x'"),
+    ("application/jsonp", "is 'application/jsonp'"),
+    ("x" * 5000, f"is '{'x' * 80}'")])
+def test_a_content_type_that_is_not_json_is_named(port, path, given, says):
+    got, answer, _ = call(port, "POST", path, {"adapter": "cola", "texts": ["x"]},
+                          {} if given is None else {"content-type": given})
+    assert (got, answer) == (415, {"error": f"the header Content-Type {says}; expected application/json"})
+
+
+@pytest.mark.parametrize("given", ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON",
+                                   "application/vnd.api+json"])
+def test_any_content_type_of_json_is_read(port, given):
+    body = json.dumps({"adapter": "cola", "texts": ["the cat"]}).encode()
+    assert call(port, "POST", "/v1/classify", body, {"content-type": given})[0] == 200
+
+
+@pytest.mark.parametrize("method, path, body", [
+    ("POST", "/v1/adapters", {"name": "rebound", "folder": "qv"}), ("DELETE", "/v1/adapters/qv", None),
+    ("POST", "/v1/classify", {"adapter": "cola", "texts": ["x"]}), ("GET", "/v1/adapters", None), ("GET", "/", None),
+    ("GET", "/metrics", None), ("GET", "/nowhere", None)])
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "192.168.1.7", "localhost.evil.example", ""])
+def test_a_request_to_a_foreign_host_name_changes_and_tells_nothing(port, method, path, body, host):
+    got, answer, headers = call(port, method, path, body, {"content-type": "application/json", "host": host})
+    assert got == 400 and set(answer) == {"error"} and f"the Host header names {host!r}" in answer["error"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert [a["name"] for a in call(port, "GET", "/v1/adapters")[1]["adapters"]] == ["cola", "qv"]
+
+
+@pytest.mark.filterwarnings("ignore:.*were truncated")
+def test_an_answer_says_which_texts_were_cut(port):
+    texts = ["the cat", "the cat saw a dog " * 40, "a dog", "red bird " * 400]  # 64 tokens at most
+    for name in ("cola", "qv", "small"):
+        status, answer = classify(port, adapter=name, texts=texts)
+        assert status == 200
+        assert [result.get("truncated") for result in answer["results"]] == [None, True, None, True]
+        assert all(("truncated" in result) == (result.get("truncated") is True) for result in answer["results"])
+
+
+def series(port: int) -> set[str]:
+    """The series of metrics, but for the histograms' own."""
+    return {name for name in metrics(port) if "_bucket" not in name}
+
+
+def test_series_of_metrics_do_not_grow_with_words_of_clients(port):
+    def ask(word: str) -> None:
+        call(port, "GET", f"/{word}")
+        call(port, "DELETE", f"/v1/adapters/{word}")
+        call(port, "PUT", "/v1/classify")
+        assert classify(port, adapter=word, texts=["x"])[0] == classify(port, student=word, texts=["x"])[0] == 404
+        assert call(port, "POST", "/v1/adapters", {"name": word, "folder": "qv"})[0] == 201
+        assert classify(port, adapter=word, texts=["x"])[0] == 200
+        assert f"texts_total adapter {word}" in metrics(port)
+        assert call(port, "DELETE", f"/v1/adapters/{word}")[0] == 200
+        call(port, "GET", "/v1/adapters", None, {"host": f"{word}.example"})
+    ask("word")
+    before = series(port)
+    for number in range(8):
+        ask(f"word{number}")
+    assert series(port) == before and not any("word" in name for name in before)
+
+
+def test_a_request_that_is_answered_after_its_adapter_is_gone_makes_no_series(runs, monkeypatch):
+    worker, app = make(runs)
+    go, slow = threading.Event(), worker.bank.classify
+    monkeypatch.setattr(worker.bank, "classify", lambda rows: (go.wait(20), slow(rows))[1])
+    with running(app) as port:
+        asked = threading.Thread(target=classify, args=(port,), kwargs={"adapter": "qv", "texts": ["x"]})
+        asked.start()
+        toy.until(lambda: worker.waiting == 1, 10)
+        removed = threading.Thread(target=call, args=(port, "DELETE", "/v1/adapters/qv"))
+        removed.start()
+        toy.until(lambda: worker.waiting == 2, 10)
+        go.set()
+        asked.join(20)
+        removed.join(20)
+        assert classify(port, adapter="cola", texts=["x"])[0] == 200
+        assert [name for name in series(port) if name.startswith("texts_total")] == ["texts_total adapter cola"]
+
+
+def test_no_more_adapters_than_the_limit(runs):
+    _, app = make(runs, adapters=3)
+    with running(app) as port:
+        assert call(port, "POST", "/v1/adapters", {"name": "third", "folder": "qv"})[0] == 201
+        got, answer, _ = call(port, "POST", "/v1/adapters", {"name": "fourth", "folder": "qv"})
+        assert got == 409 and answer["error"].startswith("3 adapters are loaded")
+        assert call(port, "DELETE", "/v1/adapters/third")[0] == 200
+        assert call(port, "POST", "/v1/adapters", {"name": "fourth", "folder": "qv"})[0] == 201
+
+
 def test_unknown_paths_and_methods_are_json_too(port):
     assert call(port, "GET", "/nowhere")[0] == 404 and call(port, "PUT", "/v1/classify", {})[0] == 405
     assert "error" in call(port, "DELETE", "/v1/adapters/nobody")[1]
@@ -268,7 +362,7 @@ def raw(port: int, *pieces: bytes, read: bool = True) -> bytes:
 
 def test_clients_that_go_away_or_never_end_disturb_nobody(runs, expected):
     _, app = make(runs, body_seconds=0.5)
-    head = b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = b"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     body = json.dumps({"adapter": "cola", "texts": TEXTS}).encode()
     with running(app) as port:
         for _ in range(20):
@@ -325,6 +419,23 @@ def test_any_body_that_the_schema_allows_or_does_not(app, port):
     result = fuzz_service.fuzz(f"http://127.0.0.1:{port}", cases=30)
     assert result["failed"] == [] and result["tried"] >= 150 and result["classified"] >= 5
     assert {a["name"] for a in call(port, "GET", "/v1/adapters")[1]["adapters"]} >= {"cola", "qv"}
+
+
+def test_slow_connections_of_every_kind_keep_nobody_out(runs):
+    """A few dozen; benchmarks/fuzz_service.py holds hundreds."""
+    from benchmarks import fuzz_service
+
+    _, app = make(runs, body_seconds=1.0)
+    with running(app, ConnectionLimits(connections=30, header_seconds=1.0, answer_seconds=1.0)) as port:
+        result = fuzz_service.hold(f"http://127.0.0.1:{port}", connections=60, seconds=30)
+    assert result["failed"] == [] and result["tried"] >= 64
+
+
+def test_slow_connections_are_for_this_machine_alone():
+    from benchmarks import fuzz_service
+
+    with pytest.raises(SystemExit, match="http://192.0.2.1: slow connections are for a service on this machine"):
+        fuzz_service.hold("http://192.0.2.1", 1, 1)
 
 
 # ---------------------------------------------------------------- the page
@@ -390,9 +501,10 @@ def test_the_page_asks_teacher_and_student(port, expected, browser):
 # ---------------------------------------------------------------- the command
 
 @contextlib.contextmanager
-def served(*arguments):
-    """`run.py serve` in a process of its own, and its port."""
-    process = subprocess.Popen([sys.executable, "run.py", "serve", *map(str, arguments)], cwd=ROOT, text=True,
+def served(*arguments, files: int | None = None):
+    """`run.py serve` in a process of its own, which may open `files` files, and its port."""
+    limit = [] if files is None else ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"]
+    process = subprocess.Popen([*limit, sys.executable, "run.py", "serve", *map(str, arguments)], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         line = process.stdout.readline()
@@ -406,7 +518,7 @@ def served(*arguments):
 
 def test_sigterm_in_the_middle_loses_no_accepted_request(runs, expected):
     arguments = ("--adapter", f"cola={runs / 'root/lora'}", "--adapter", f"qv={runs / 'root/qv'}", "--student",
-                 f"small={runs / 'distil'}", "--port", 0)
+                 f"small={runs / 'distil'}", "--port", 0, "--quiet")
     with served(*arguments) as (process, port):
         asked = questions(4000, ("cola", "qv", "small"))
 
@@ -423,6 +535,54 @@ def test_sigterm_in_the_middle_loses_no_accepted_request(runs, expected):
     assert 24 <= len(good) < len(asked)  # it was stopped in the middle
     assert out == f"stopped: {len(good)} of {len(good)} accepted requests answered\n"  # none that a client did not get
     assert err == "" and process.returncode == 0
+
+
+def test_more_idle_sockets_than_the_process_has_files_neither_stop_it_nor_fill_its_log(runs):
+    with served("--student", f"small={runs / 'distil'}", "--port", 0, files=128) as (process, port):
+        with contextlib.ExitStack() as stack:
+            for _ in range(220):
+                stack.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", port), 10)))
+            start = time.monotonic()
+            for _ in range(3):
+                assert call(port, "GET", "/healthz")[0] == 200
+                assert classify(port, student="small", texts=["the cat"])[0] == 200
+            assert time.monotonic() - start < 10
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=30)
+    said, *logged = err.splitlines()
+    assert "at most 64 connections" in said
+    assert [line.split()[3:6] for line in logged] == 3 * [["GET", "/healthz", "200"], ["POST", "/v1/classify", "200"]]
+    assert process.returncode == 0 and out == "stopped: 3 of 3 accepted requests answered\n"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_each_request_is_a_line_of_the_access_log_unless_it_is_quiet(runs, quiet):
+    arguments = ("--student", f"small={runs / 'distil'}", "--port", 0, *(["--quiet"] if quiet else []))
+    with served(*arguments) as (process, port):
+        classify(port, student="small", texts=["the cat"])
+        classify(port, student="nobody", texts=["the cat"])
+        call(port, "GET", "/%0A127.0.0.1%20forged")
+        call(port, "GET", "/", None, {"host": "evil.example"})
+        raw(port, b"\x16\x03\x01 no http\r\n\r\n")
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=30)[1]
+    expected = [["127.0.0.1", "POST", "/v1/classify", "200"], ["127.0.0.1", "POST", "/v1/classify", "404"],
+                ["127.0.0.1", "GET", "/%0A127.0.0.1%20forged", "404"], ["127.0.0.1", "GET", "/", "400"],
+                ["127.0.0.1", "-", "-", "400"]]
+    assert [re.fullmatch(r"[-\d]+ [:,\d]+ (.*) \d+\.\d ms", line)[1].split() for line in err.splitlines()] == (
+        [] if quiet else expected)
+
+
+BAD_NAMES = ["a/b", "a b", "..", "_a", "é", "x" * 65, "a\nb", "a%2fb"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize("option", ["--adapter", "--student"])
+def test_names_of_adapters_and_students_are_checked_alike(capsys, option, name):
+    assert toy.main("serve", option, f"{name}=nowhere") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err == (f"run.py: {option[2:]} name {name[:80]!r}: expected up to 64 letters, digits, dots, dashes "
+                                 "and underscores\n")
 
 
 @pytest.mark.parametrize("arguments, says", [
