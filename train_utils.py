@@ -1,4 +1,4 @@
-"""The one training loop and evaluation; objectives are in distillation/objectives.py.
+"""The one training loop and evaluation; objectives are in distillation/losses.py.
 
 `fit` trains any model that maps (input_ids, attention_mask) to what its objective reads, logits above all: the LoRA
 classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair.
@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data_utils import Batch, epoch_order, padding_percent
-from distillation.objectives import Objective, cross_entropy, distillation, kd_loss
+from distillation.losses import Objective, cross_entropy, distillation, kd_loss
 from machine import processes
 from machine.hardware import peak_memory_bytes
 from machine.signals import Interrupted, deferred

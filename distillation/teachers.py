@@ -163,7 +163,7 @@ class HiddenStates:
     """
 
     values: Tensor  # (tokens, d) float16, on the CPU
-    weights: Tensor  # (d,) of the dimensions in `objectives.hidden_mse`
+    weights: Tensor  # (d,) of the dimensions in `losses.hidden_mse`
     starts: Tensor  # (N,) where each sentence begins
     ends: Tensor  # (N,) where it ends
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import train_utils
 from data.digests import tokenizer_digest
 from data_utils import Batch, Task
+from distillation import stages
+from distillation.stages import Stage
 from distillation.teachers import Averaged, embed_as
-from experiments import stages
+from distillation.transfer_set import Source
 from experiments.defaults import AUGMENT_MOST, AUGMENT_TIMES, default
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
-from experiments.stages import Stage
-from experiments.transfer import Source
 from machine import processes
 from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device

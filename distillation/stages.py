@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import data_utils
 import train_utils
 from data_utils import Batch, Task
-from distillation import objectives
+from distillation import losses
 from distillation.heads import LanguageModel, Matched, mean_loss, token_ranks
 from distillation.teachers import HiddenStates, as_labeller
-from experiments.transfer import Source, batches_of, normalised
+from distillation.transfer_set import Source, batches_of, normalised
 from model import DistilRNN
 from options.schema import DistilOptions, TrainOptions
 from record.files import write_file
@@ -105,11 +105,11 @@ def first_stages(sentences: Sentences, tokenizer, options: DistilOptions, train:
         rows = [*range(sentences.transfer),
                 *list(range(sentences.transfer, sentences.labelled)) * options.gold_repeats]
         logits = sentences.logits.to(device)
-        soft, gold = (objectives.distillation(logits, options.temperature, alpha, train.label_smoothing, options.kd_loss)
+        soft, gold = (losses.distillation(logits, options.temperature, alpha, train.label_smoothing, options.kd_loss)
                       for alpha in (1.0, options.kd_alpha))
         found.append(Stage(
             "transfer", _batches(sentences, tokenizer, rows, options, train), dev,
-            objectives.transfer(soft, gold, sentences.transfer, hidden),
+            losses.transfer(soft, gold, sentences.transfer, hidden),
             _stage_options(options, train, options.transfer), options.stage_dropout,
             (lambda student: Matched(student, size)) if size else bare))
     return found
@@ -133,7 +133,7 @@ def control_stages(stages: list[Stage], sentences: Sentences, tokenizer, options
         else:
             rows = list(range(sentences.transfer, sentences.labelled))
             control = replace(stage, batches=_batches(sentences, tokenizer, rows, options, train), wear=bare,
-                              objective=objectives.cross_entropy(train.label_smoothing))
+                              objective=losses.cross_entropy(train.label_smoothing))
         found.append(replace(control, steps=stage.options.epochs * -(-len(stage.batches) // stage.options.accumulate)))
     return found
 
@@ -145,7 +145,7 @@ def _pretrain(sentences: Sentences, tokenizer, rows: list[int], hidden: HiddenSt
     every = max(HELD_OUT_EVERY, len(rows) // HELD_OUT_MOST)
     held_out, rest = rows[::every], [row for at, row in enumerate(rows) if at % every] or rows
     batches, dev = (_batches(sentences, tokenizer, some, options, train) for some in (rest, held_out))
-    objective = objectives.pretraining(hidden, options.lm_weight or 1.0)
+    objective = losses.pretraining(hidden, options.lm_weight or 1.0)
     vocabulary = len(tokenizer)
     return Stage("pretrain", batches, {"held_out": dev}, objective, _stage_options(options, train, options.pretrain),
                  options.stage_dropout, lambda student: LanguageModel(

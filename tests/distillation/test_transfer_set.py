@@ -11,8 +11,8 @@ import torch
 from conftest import PAD, adapted
 
 from data_utils import Batch
+from distillation import transfer_set as transfer
 from distillation.teachers import Reduction, as_labeller, hidden_states
-from experiments import transfer
 from fast.linear import lora_layers
 from machine.errors import UserError
 from machine.signals import Interrupted

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer
 import train_utils
 from benchmarks import collect
 from data_utils import load_task
-from experiments import arguments, evaluate, seeds, stages, transfer
+from distillation import stages
+from distillation import transfer_set as transfer
+from distillation.transfer_set import normalised
+from experiments import arguments, evaluate, seeds
 from experiments.parser import build_parser
-from experiments.transfer import normalised
 from record.files import read_json
 from record.folder import without_times
 from report import figures, records, tables
