@@ -31,7 +31,7 @@ FINAL = ("adapter_model.safetensors", "metrics.jsonl", "summary.json")
 # Where a run may be busy without taking steps: module, function, and the options that lead there.
 PHASES = {"loading": ("experiments.finetune", "load_classifier", ()),
           "keeping": ("fast.frozen", "FrozenPrefix", ("--layers", "1")),
-          "teacher": ("experiments.distil", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
+          "teacher": ("distillation.recipe", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
           "plotting": ("report.figures", "plot_run", ())}
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 

@@ -1,50 +1,69 @@
-"""The losses of training and distillation, one formula in one function each.
+"""The losses of distillation, one formula in one function each.
 
-An objective maps (what the model returned, the batch) to the batch's mean loss; `train_utils.fit` minimises it.
+    LOSSES["kl"](student_logits, teacher_logits, labels, temperature=4.0, alpha=0.9)
+
+A new KD loss is a function with the parameters of `kd_loss`, an entry in LOSSES, and its name in the choices of `--kd-loss`
+(a test holds both alike). Below the losses stand the objectives: `train_utils.fit` minimises an objective, a function
+(output of the model, batch) -> mean loss of the batch.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_utils import Batch
-
-if TYPE_CHECKING:
-    from distillation.teachers import HiddenStates
-
-Objective = Callable[[Tensor, Batch], Tensor]
+from distillation.teachers import HiddenStates
+from train_utils import Objective
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
             label_smoothing: float = 0.0) -> Tensor:
     """Computes alpha T² KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 - alpha) CE.
 
-    Hinton et al. 2015, section 2: gradients of the soft part shrink with 1 / T², hence the T². KL is
-    averaged over the batch.
+    Hinton et al. 2015, section 2: the gradient of the soft part shrinks with 1 / T², hence the T². KL is averaged over the
+    batch.
 
     Args:
         student_logits: (B, labels).
-        teacher_logits: (B, labels); no gradient flows there.
+        teacher_logits: (B, labels); no gradient flows into them.
         labels: (B,).
         temperature: T.
         alpha: weight of the soft part, 0 to 1.
+        label_smoothing: of CE.
     """
+    # "batchmean", not "mean": the sum over classes belongs to KL, and only the batch is averaged.
     soft = F.kl_div(F.log_softmax(student_logits / temperature, -1),
                     F.log_softmax(teacher_logits.detach() / temperature, -1), reduction="batchmean", log_target=True)
     hard = F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     return alpha * temperature ** 2 * soft + (1 - alpha) * hard
 
 
-def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Computes the mean squared difference of logits (B, labels), over sentences and classes.
+def logit_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+              label_smoothing: float = 0.0) -> Tensor:
+    """Computes alpha mean((student - teacher)²) + (1 - alpha) CE; the mean is over sentences and classes.
 
-    Ba and Caruana 2014, "Do Deep Nets Really Need to be Deep?", equation 1 (there without the mean over classes).
+    Ba and Caruana 2014, "Do Deep Nets Really Need to be Deep?", equation 1 (there without the mean over classes). Shapes as
+    in `kd_loss`; logits have no temperature.
     """
-    return F.mse_loss(student_logits, teacher_logits.detach())
+    soft = F.mse_loss(student_logits, teacher_logits.detach())
+    return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+
+
+def hard_labels(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+                label_smoothing: float = 0.0) -> Tensor:
+    """Computes alpha CE(student, argmax(teacher)) + (1 - alpha) CE: all that a teacher without logits can give.
+
+    Shapes as in `kd_loss`; a class alone has no temperature.
+    """
+    soft = F.cross_entropy(student_logits, teacher_logits.argmax(-1))
+    return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+
+
+# The choices of --kd-loss.
+LOSSES: dict[str, Callable[..., Tensor]] = {"kl": kd_loss, "mse": logit_mse, "hard": hard_labels}
 
 
 def hidden_mse(student_states: Tensor, teacher_states: Tensor, weights: Tensor) -> Tensor:
@@ -60,65 +79,59 @@ def hidden_mse(student_states: Tensor, teacher_states: Tensor, weights: Tensor) 
 
 # ---------------------------------------------------------------- objectives
 
-def cross_entropy(label_smoothing: float = 0.0) -> Objective:
-    """Returns the loss of training without a teacher."""
-    return lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
-
-
-def distillation(teacher_logits: Tensor, temperature: float, alpha: float, label_smoothing: float = 0.0,
-                 kind: str = "kl") -> Objective:
-    """Returns the objective of training under a teacher, whose logits (N, labels) by row were computed once.
+def kd_objective(teacher_logits: Tensor, temperature: float, alpha: float, label_smoothing: float = 0.0,
+                 loss: str = "kl") -> Objective:
+    """Returns the objective of training under a teacher.
 
     Args:
-        kind: of the teacher's part: `kl` (`kd_loss`), `mse` (`logit_mse`), or `hard`: the cross-entropy with the class
-            that the teacher chooses, which is all that a teacher without logits could give.
+        teacher_logits: (N, labels) of the training rows, computed once.
+        loss: a name in LOSSES.
     """
-    def objective(logits: Tensor, batch: Batch) -> Tensor:
-        teacher = teacher_logits[batch.rows]
-        if kind == "kl":
-            return kd_loss(logits, teacher, batch.labels, temperature, alpha, label_smoothing)
-        soft = logit_mse(logits, teacher) if kind == "mse" else F.cross_entropy(logits, teacher.argmax(-1))
-        return alpha * soft + (1 - alpha) * F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
-    return objective
+    compute = LOSSES[loss]
+    return lambda logits, batch: compute(logits, teacher_logits[batch.rows], batch.labels, temperature, alpha,
+                                         label_smoothing)
 
 
-def transfer(soft: Objective, gold: Objective, unlabelled: int, hidden: HiddenStates | None = None) -> Objective:
-    """Returns the objective of the transfer set: the mean of each row's own loss, and `hidden_mse` beside it.
+def transfer_objective(soft: Objective, gold: Objective, unlabelled: int, hidden: HiddenStates | None = None) -> Objective:
+    """Returns the objective of the transfer set: the mean of each row's own loss, plus `hidden_mse`.
 
     Args:
-        soft: of the rows without a gold label.
-        gold: of the rows with one.
-        unlabelled: how many rows have none; they come first.
+        soft: objective of the rows without a gold label.
+        gold: objective of the rows with one.
+        unlabelled: number of rows without a gold label; they come first.
         hidden: the teacher's hidden states of every row; None: not matched, and the model returns bare logits.
     """
     def objective(outputs, batch: Batch) -> Tensor:
         logits = outputs if hidden is None else outputs.logits
-        loss, known = logits.new_zeros(()), batch.rows >= unlabelled
-        for one, chosen in ((soft, ~known), (gold, known)):
+        loss, has_gold = logits.new_zeros(()), batch.rows >= unlabelled
+        for one, chosen in ((soft, ~has_gold), (gold, has_gold)):
             if bool(chosen.any()):
                 part = replace(batch, labels=batch.labels[chosen], rows=batch.rows[chosen])
+                # Weighted by the share of the rows, so that every row of the batch counts alike.
                 loss = loss + one(logits[chosen], part) * chosen.float().mean()
-        return loss if hidden is None else loss + matched(outputs.matched, batch, hidden)
+        return loss if hidden is None else loss + match_hidden(outputs.matched, batch, hidden)
     return objective
 
 
-def pretraining(hidden: HiddenStates | None, lm_weight: float) -> Objective:
-    """Returns lm_weight x the language model's loss + `hidden_mse`, where the model returns these."""
+def pretraining_objective(hidden: HiddenStates | None, lm_weight: float) -> Objective:
+    """Returns lm_weight x the language model's loss + `hidden_mse`, of which the model returns either or both."""
     def objective(outputs, batch: Batch) -> Tensor:
         loss = 0.0 if outputs.language is None else lm_weight * outputs.language
-        return loss if hidden is None else loss + matched(outputs.matched, batch, hidden)
+        return loss if hidden is None else loss + match_hidden(outputs.matched, batch, hidden)
     return objective
 
 
-def matched(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tensor:
-    """Computes `hidden_mse` over the sentences of a batch whose hidden states are known: the first rows of the set.
+def match_hidden(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tensor:
+    """Computes `hidden_mse` over the sentences of a batch that have hidden states of the teacher: the first rows of the set.
 
     Args:
         projected: (real tokens, d) of the whole batch, row by row.
     """
-    there = (batch.rows < len(hidden)).cpu()
-    if not bool(there.any()):
+    known = (batch.rows < len(hidden)).cpu()
+    # Plain text has no hidden states. The projection still gets a gradient, of zeros, as in every other step.
+    if not bool(known.any()):
         return 0.0 * projected.sum()
-    tokens = there.repeat_interleave(batch.attention_mask.sum(1))
-    targets, weights = hidden.of(batch.rows.cpu()[there]), hidden.weights
-    return hidden_mse(projected[tokens.to(projected.device)], *(t.to(projected.device) for t in (targets, weights)))
+    tokens = known.repeat_interleave(batch.attention_mask.sum(1))
+    targets = hidden.of(batch.rows.cpu()[known])
+    return hidden_mse(projected[tokens.to(projected.device)], targets.to(projected.device),
+                      hidden.weights.to(projected.device))

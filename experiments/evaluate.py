@@ -21,6 +21,7 @@ from fast import amx
 from fast.matmul import set_precision
 from machine.errors import UserError
 from machine.hardware import device
+from metrics.classification import per_class
 from model import DistilRNN, TextClassifier, load_classifier
 from options.schema import RNNConfig, TableOptions, rebuild
 from record import tensors
@@ -129,4 +130,4 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
     answer = logits, torch.tensor(split.labels)
     matrix = train_utils.confusion(*answer)
     return {**train_utils.scores(*answer),
-            "by_class": {"confusion": matrix, "per_class": train_utils.per_class(matrix, classes)}}
+            "by_class": {"confusion": matrix, "per_class": per_class(matrix, classes)}}

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from test_train_utils_checkpoints import DROPOUT, assert_ends_alike, train
-from toy_training import ToyModel, toy_batches, toy_dev, weights
+from toy_training import ToyModel, toy_data, toy_dev, weights
 
 from machine.signals import Interrupted
-from train_utils import cross_entropy, fit, validate
+from train_utils import Hooks, cross_entropy, fit, validate
 
 AVERAGED = replace(DROPOUT, ema=0.6)
 
@@ -25,7 +25,7 @@ def steps_of(ema: float, epochs: int = 1):
     def stop():
         seen.append({name: value.clone() for name, value in weights(model).items()})
 
-    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), replace(DROPOUT, ema=ema, epochs=epochs), stop=stop)
+    progress = fit(model, toy_data(), cross_entropy(), replace(DROPOUT, ema=ema, epochs=epochs), hooks=Hooks(stop=stop))
     return seen, model, progress
 
 
