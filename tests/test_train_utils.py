@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from toy_training import (
     OPTIONS,
     ToyModel,
@@ -37,6 +38,7 @@ from train_utils import (
     labels_of,
     lr_factor,
     make_optimizer,
+    score_by_loss,
     scores,
     validate,
 )
@@ -305,3 +307,83 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     with pytest.raises(Diverged, match="gradient norm"):  # the loss is finite, its derivative at 0 is not
         fit(model, toy_data(), lambda logits, _: (logits * 0).sum().abs().sqrt(), OPTIONS)
     assert_same_bits(weights(model), before)
+
+
+# ---------------------------------------------------------------- values that are not finite after the last step
+
+class Failing(ToyModel):
+    """Answers NaN in evaluation from a given call on. A parameter of its own computes nothing, and is saved."""
+
+    def __init__(self, fails_at: float = math.inf):
+        super().__init__()
+        self.calls, self.fails_at = 0, fails_at
+        self.spare = nn.Parameter(torch.ones(3))
+
+    def forward(self, input_ids, attention_mask):
+        logits = super().forward(input_ids, attention_mask)
+        self.calls += not self.training
+        return logits * (math.nan if not self.training and self.calls >= self.fails_at else 1)
+
+
+def finite_everywhere(value) -> bool:
+    """Returns whether no number in a nesting of lists and dictionaries is NaN or infinite."""
+    if isinstance(value, dict):
+        return all(finite_everywhere(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(finite_everywhere(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def state_and_history(folder, model):
+    """Loads a checkpoint; returns its progress and whether all of it is finite."""
+    progress, best = load_checkpoint(folder / CHECKPOINT, model, make_optimizer(model, OPTIONS))
+    tensors = [*best.values(), *trainable(model).values()]
+    return progress, all(bool(torch.isfinite(one).all()) for one in tensors) and finite_everywhere(progress.history)
+
+
+@pytest.mark.parametrize("epoch, calls", [(1, 1), (1, 4), (2, 6)])  # five batches in each validation
+def test_a_validation_that_is_not_finite_ends_the_training_and_reaches_no_checkpoint(tmp_path, epoch, calls):
+    reported = []
+    with pytest.raises(Diverged, match=f"validation loss nan on .* after step {5 * epoch} .epoch {epoch}.*lower --lr"):
+        fit(Failing(calls), toy_data(), cross_entropy(), OPTIONS, Checkpointing(tmp_path),
+            Hooks(on_epoch=lambda history: reported.append(len(history))))
+    assert reported == list(range(1, epoch)) and (tmp_path / CHECKPOINT).exists() == (epoch > 1)
+    whole, resumed = Failing(), Failing()
+    fit(whole, toy_data(), cross_entropy(), OPTIONS)
+    if epoch > 1:
+        assert state_and_history(tmp_path, Failing())[1]
+        fit(resumed, toy_data(), cross_entropy(), OPTIONS, Checkpointing(tmp_path, resume=True))
+        assert_same_bits(weights(resumed), weights(whole))
+
+
+def test_a_validation_by_loss_alone_that_is_not_finite_ends_the_training(tmp_path):
+    def objective(logits, batch):
+        return F.cross_entropy(logits, batch.labels)
+
+    with pytest.raises(Diverged, match="validation loss nan on in_domain after step 5"):
+        fit(Failing(1), toy_data(), objective, OPTIONS, Checkpointing(tmp_path), Hooks(score=score_by_loss(objective)))
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("step, options, left_at", [
+    (10, OPTIONS, 5), (5, OPTIONS, None), (7, replace(OPTIONS, save_steps=1), 6), (10, replace(OPTIONS, ema=0.5), 5)])
+def test_a_weight_that_the_last_update_broke_is_in_no_checkpoint(tmp_path, step, options, left_at):
+    """Loss, gradient and validation are finite all the same."""
+    model, steps = Failing(), []
+
+    def break_weight(*_):
+        steps.append(1)
+        if len(steps) == step:
+            with torch.no_grad():
+                model.spare[1] = math.inf
+
+    hook = register_optimizer_step_post_hook(break_weight)
+    try:
+        with pytest.raises(Diverged, match=f"spare is not finite after step {step} "):
+            fit(model, toy_data(), cross_entropy(), options, Checkpointing(tmp_path))
+    finally:
+        hook.remove()
+    assert (tmp_path / CHECKPOINT).exists() == (left_at is not None)
+    if left_at is not None:
+        progress, good = state_and_history(tmp_path, Failing())
+        assert good and progress.step == left_at
