@@ -34,7 +34,7 @@ Scorer = Callable[[nn.Module, dict[str, list[Batch]]], Scores]  # (model, develo
 
 
 class Diverged(RuntimeError):
-    """Says that the loss or a gradient is no longer finite."""
+    """A loss, gradient or weight is not finite."""
 
 
 # ---------------------------------------------------------------- evaluation
@@ -54,6 +54,7 @@ def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
     # A process without a batch learns the number of classes from the others.
     (labels,) = processes.all_reduce_max(parts[0].shape[1] if parts else 0)
     logits = torch.zeros(sum(len(batch.rows) for batch in batches), labels)
+    # Rows of other processes are zeros here, so that the sum over the processes holds every row once.
     for batch, part in zip(own, parts, strict=True):
         logits[batch.rows] = part
     return processes.all_reduce_sum(logits)
@@ -148,6 +149,7 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW
     The task head has a rate of its own, if one is given.
     """
     head = (*(f"net.{name}." for name in model.head_names()), "feature_head.") if hasattr(model, "head_names") else ()
+    # One group for each rate and decay: AdamW updates a group in one fused step.
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trainable(model).items():
         lr = options.head_lr if options.head_lr is not None and name.startswith(head or " ") else options.lr
@@ -193,9 +195,10 @@ class Trainer:
     times r.
     """
 
-    SEEDS = 100_000  # runs have seeds of five digits
-
-    SUMS = ("loss", "cross_entropy", "correct", "norm")  # summed on the device; a loss or norm that is not finite stays so
+    # Runs have seeds of five digits, so that no other run has this seed.
+    SEEDS = 100_000
+    # Summed on the device. A loss or a norm that is not finite stays so in the sum.
+    SUMS = ("loss", "cross_entropy", "correct", "norm")
 
     def __init__(self, model: nn.Module, data: Data, objective: Objective, options: TrainOptions,
                  checkpointing: Checkpointing | None, hooks: Hooks):
@@ -297,7 +300,8 @@ class Trainer:
                     raise Interrupted(signal)
         self.read_sums()
         self.read_confusion()
-        progress.sums["seconds"] = before + time.perf_counter() - start  # again, after the GPU has finished
+        # Measured again, because reading the sums waits for the GPU.
+        progress.sums["seconds"] = before + time.perf_counter() - start
 
     def step(self, group: list[Batch]) -> None:
         """Takes one optimiser step over the batches of a group.
@@ -424,7 +428,8 @@ class Trainer:
                 found = self.score(self.model, self.data.dev)
         else:
             with deferred():
-                self.save()  # first, because a launcher that stops its processes does not wait long
+                # Saved first, because a launcher that stops its processes does not wait long.
+                self.save()
                 with self.average.in_model():
                     found = self.score(self.model, self.data.dev)
                 (signal,) = processes.all_reduce_max(self.hooks.stop() or 0)
@@ -450,6 +455,7 @@ class Trainer:
         score = (chosen.get("mcc", 0.0), -chosen["loss"])
         if score > tuple(progress.best_score):
             progress.best_score, progress.best_epoch = score, progress.epoch
+            # Copied to the CPU: a GPU has no room to spare, and training goes on with the originals.
             self.best.update(self.average.best_weights())
         progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
         # The next epoch begins with sums of its own.

@@ -28,8 +28,10 @@ def equal_length_batches(ids: list[list[int]], labels: list[int], rows: list[int
     # Rows of one length in random order, so that other seeds have other batches.
     order = sorted(range(len(rows)), key=lambda at: (lengths[at], rng.random()))
     for length, group in itertools.groupby(order, key=lambda at: lengths[at]):
+        # As many rows as the tokens allow, and at least one.
         same, size = [rows[at] for at in group], max(1, tokens // length)
         buckets += [same[start:start + size] for start in range(0, len(same), size)]
+    # Sorted batches would teach short sentences first.
     rng.shuffle(buckets)
     return [collate(ids, labels, bucket, pad_id(tokenizer)) for bucket in buckets]
 
@@ -39,6 +41,7 @@ def neighbour_batches(ids: list[list[int]], labels: list[int], rows: list[int], 
     found, first, width = [], 0, 0
     for at, row in enumerate(rows):
         width = max(width, len(ids[row]))
+        # The row would make the batch too large: the batch ends before it.
         if at > first and width * (at + 1 - first) > tokens:
             found.append(rows[first:at])
             first, width = at, len(ids[row])

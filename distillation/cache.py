@@ -41,16 +41,19 @@ class Cache:
     @classmethod
     def open(cls, parent: Path, base: Base, task: Task, stop: Callable[[], int | None]) -> Cache:
         """Opens the cache of a base and a task in the folder `parent`, and makes it where there is none."""
+        # The sentences depend on the base that writes, on its tokens, and on the task's sentences.
         made_of = {"base_sha256": base.base_sha256, "tokenizer_sha256": base.tokenizer_sha256, "task": task.name}
         for name, split in {"train": task.train, **task.dev}.items():
             made_of[f"{name}_sha256"] = digest("\n".join(split.sentences))
         folder = make_folder(parent / f"transfer-{digest(json.dumps(made_of, sort_keys=True))[:12]}")
+        # For people: the folder's name alone does not tell its base and task.
         if not (folder / "config.json").exists():
             write_json(folder / "config.json", {**made_of, "model": base.model})
         return cls(folder, stop)
 
     def check_stop(self) -> None:
         """Raises `Interrupted` if the process was asked to stop."""
+        # An exception, because the caller may be deep in a forward pass or a lock.
         if signal := self.stop():
             raise Interrupted(signal)
 

@@ -66,10 +66,12 @@ class LanguageModel(nn.Module):
     def __init__(self, student: DistilRNN, ranks: Tensor | None, size: int = 0):
         super().__init__()
         self.student, config = student, student.config
+        # The forward direction alone is matched: the backward one knows tokens that a decoder has not read.
         self.projection = nn.Linear(config.hidden_size, size) if size else None
         self.rnn = first_layer(student)
         self.softmax = None
         if ranks is not None:
+            # A vocabulary smaller than every cutoff has two clusters of equal size.
             cutoffs = [cut for cut in CUTOFFS if cut < config.vocab_size] or [config.vocab_size // 2]
             self.softmax = nn.AdaptiveLogSoftmaxWithLoss(config.hidden_size, config.vocab_size, cutoffs)
             self.register_buffer("ranks", ranks, persistent=False)
@@ -78,6 +80,7 @@ class LanguageModel(nn.Module):
         states = self.student.states(input_ids, attention_mask, self.rnn)
         ahead, *behind = self.student.dropout(states).split(self.student.config.hidden_size, -1)  # (B, T, H) each
         real = _real(attention_mask, states)
+        # Pads are left out of both losses.
         matched = language = None
         if self.projection is not None:
             matched = self.projection(ahead[real])
@@ -111,6 +114,7 @@ def first_layer(student: DistilRNN) -> nn.Module:
 
 def token_ranks(batches: list[Batch], vocabulary: int) -> Tensor:
     """Returns the rank (vocabulary,) of each token id by how often it occurs in the batches, 0 the most frequent."""
+    # Stable: tokens of equal frequency keep the order of their ids.
     counts = torch.zeros(vocabulary, dtype=torch.int64)
     for batch in batches:
         counts += torch.bincount(batch.input_ids[batch.attention_mask.bool()], minlength=vocabulary)

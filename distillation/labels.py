@@ -50,8 +50,10 @@ class Labeller:
         Raises:
             UserError: a chunk that is damaged.
         """
+        # The same components for every chunk, so that chunks of several runs fit together.
         pca, scale = self.components() if match else (None, None)
         order = self.order(ids)
+        # A chunk is named by its content: other seeds and larger sets find it again.
         chunks: dict[Path, tuple[str, list]] = {}
         for start in range(0, len(ids), LABELLED):
             chunk = [ids[row] for row in order[start:start + LABELLED]]
@@ -66,6 +68,7 @@ class Labeller:
         threads = cores() if self.teacher.known else 1
         share({path: len(chunk) for path, (_, chunk) in chunks.items()}, label, self.cache.check_stop, threads, "teacher")
 
+        # Read back, also by the process that has just computed them: all runs use the rounded values of the files.
         logits, values = [], []
         for path, (key, _) in chunks.items():
             found, its_key = tensors.load_checked(path)
@@ -73,6 +76,7 @@ class Labeller:
                 raise UserError(f"{path}: holds other sentences' outputs; remove it")
             logits.append(found["logits"])
             values.append(found.get("hidden"))
+        # From the order of the chunks back to that of the sentences.
         back = torch.tensor(order).argsort()
         logits = torch.cat(logits)[back]
         if not match:
@@ -101,6 +105,7 @@ class Labeller:
 
         Logits alone have a file of their own (size 0), unless one with hidden states exists.
         """
+        # The size of the hidden states is a part of the key: other sizes are other targets.
         for size in (self.options.match_size,) if match else (self.options.match_size, 0):
             key = digest(f"{self.key} {size} {json.dumps(chunk)}")
             path = self.cache.folder / f"outputs-{key[:24]}.safetensors"
@@ -128,6 +133,7 @@ class Labeller:
             logits[batch.rows], lengths = batch_logits.cpu(), batch.attention_mask.sum(1)
             if pca is None:
                 continue
+            # Half precision: rounding is far below the error of the match, and the files are half as large.
             scores = token_scores(self.teacher, hidden).cpu() / scale
             states = torch.cat([pca.reduce(hidden.cpu()), scores], -1).half()
             for row, part in zip(batch.rows.tolist(), states.split(lengths.tolist()), strict=True):
@@ -144,6 +150,7 @@ class Labeller:
 
         def compute(path: Path) -> None:
             ids = encode(self.tokenizer, self.train, 512)
+            # Random batches until there are enough tokens: a sample of the training sentences.
             parts, tokens = [], 0
             for batch in equal_length_batches(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
                 parts.append(hidden_states(self.teacher, batch.to(device())).cpu())

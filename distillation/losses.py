@@ -48,6 +48,7 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
     Ba and Caruana 2014, "Do Deep Nets Really Need to be Deep?", equation 1 (there without the mean over classes). Shapes as
     in `kd_loss`; logits have no temperature.
     """
+    # Detached, here and below: the teacher is not trained.
     soft = F.mse_loss(student_logits, teacher_logits.detach())
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
 
@@ -87,6 +88,7 @@ def kd_objective(teacher_logits: Tensor, temperature: float, alpha: float, label
         teacher_logits: (N, labels) of the training rows, computed once.
         loss: a name in LOSSES.
     """
+    # Looked up here: an unknown name fails before the first step.
     compute = LOSSES[loss]
     return lambda logits, batch: compute(logits, teacher_logits[batch.rows], batch.labels, temperature, alpha,
                                          label_smoothing)
@@ -116,6 +118,7 @@ def transfer_objective(soft: Objective, gold: Objective, unlabelled: int, hidden
 def pretraining_objective(hidden: HiddenStates | None, lm_weight: float) -> Objective:
     """Returns lm_weight x the language model's loss + `hidden_mse`, of which the model returns either or both."""
     def objective(outputs, batch: Batch) -> Tensor:
+        # Without a language model the hidden states are matched alone.
         loss = 0.0 if outputs.language is None else lm_weight * outputs.language
         return loss if hidden is None else loss + match_hidden(outputs.matched, batch, hidden)
     return objective
@@ -131,6 +134,7 @@ def match_hidden(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tenso
     # Plain text has no hidden states. The projection still gets a gradient, of zeros, as in every other step.
     if not bool(known.any()):
         return 0.0 * projected.sum()
+    # From sentences to their real tokens, which the model returns row by row.
     tokens = known.repeat_interleave(batch.attention_mask.sum(1))
     targets = hidden.of(batch.rows.cpu()[known])
     return hidden_mse(projected[tokens.to(projected.device)], targets.to(projected.device),

@@ -100,12 +100,14 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
 
 
 def checkpoint_name(phase: str, stage: Stage) -> str:
-    """Returns the prefix of a stage's checkpoint in the run's folder."""
+    """Returns the beginning of the name of a stage's checkpoint."""
+    # The gold stage has the name of runs with --plain, whose only stage it is.
     return f"{phase}." if stage.name == "gold" else f"{phase}.{stage.name}."
 
 
 def take_over(folder: Path, stage: Stage) -> None:
     """Copies the student's finished checkpoint of a stage that the baseline shares."""
     theirs, own = (Checkpointing(folder, checkpoint_name(phase, stage)).path for phase in (STUDENT, BASELINE))
+    # A resumed run may have gone on from it already.
     if not own.exists():
         write_file(own, theirs.read_bytes())

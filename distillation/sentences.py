@@ -66,6 +66,7 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
         UserError: a file of `options.text` that cannot be read, or a damaged cache.
         Interrupted: `stop` returned a signal.
     """
+    # New sentences, without gold labels.
     task, cache = inputs.task, Cache.open(options.cache or Path(run.out).parent, inputs.base, inputs.task, stop)
     plain = read_text(options.text)
     transfer = make_transfer_set(inputs, cache, plain, options.augment) if options.augment else []
@@ -79,6 +80,7 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
     # Each teacher labels the transfer set and the training set once: logits are averaged, hidden states the first one's.
     targeted, logits, hidden = len(transfer) + len(task.train), [], None
     for teacher in inputs.teachers:
+        # Labels in bfloat16 are other labels, and have other files.
         key = tensors.weights_digest(teacher) + (" bf16" if options.label_precision == "bf16" else "")
         labeller = Labeller(cache, as_labeller(teacher, options.label_precision), key, inputs.tokenizer,
                             task.train.sentences, options)
@@ -86,6 +88,7 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
         logits.append(one)
         hidden = hidden or states
     logits = torch.stack(logits).mean(0)
+    # A class for every row: the scores of training need one, the losses of unlabelled rows do not read it.
     labels = [*logits[:len(transfer)].argmax(-1).tolist(), *task.train.labels, *[0] * len(text)]
     return Sentences(ids, labels, len(transfer), len(task.train), logits, hidden)
 
@@ -93,10 +96,12 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
 def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int) -> list[str]:
     """Returns the first `count` sentences of the transfer set, or all of them with a warning if there are fewer."""
     train, known = inputs.task.train.sentences, known_sentences(inputs.task)
+    # Plain sentences as long as training sentences, and none of the task.
     plain, written = plain_sentences(text, known, longest_length(train)), None
     # A decoder's base writes sentences: one of four kinds, or of two turns out of four.
     if inputs.teachers[0].decoder:
         written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
+    # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
     sentences = itertools.islice(transfer_set(train, known, plain, written), count)
     found = list(tqdm(sentences, total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2))
     if len(found) < count:

@@ -105,9 +105,11 @@ def baseline_stages(plan: Plan, stages: list[Stage]) -> list[Stage]:
     """
     sentences, found = plan.sentences, []
     for stage in stages:
+        # Pretraining on plain text alone has nothing of a teacher's.
         if stage.name == "pretrain" and sentences.hidden is None and not sentences.unlabelled:
             found.append(stage)
             continue
+        # No transfer set either: the teacher has written or chosen its sentences.
         if stage.name == "pretrain":
             rows = list(range(sentences.unlabelled, len(sentences.ids)))
             baseline = pretraining_stage(plan, rows, None, language=True)
@@ -133,6 +135,7 @@ def pretraining_stage(plan: Plan, rows: list[int], hidden: HiddenStates | None, 
     """
     # A single token has no neighbour to predict.
     rows = [row for row in rows if len(plan.sentences.ids[row]) > 1]
+    # Every 50th row is held out, or fewer: at most 500 rows in all.
     every = max(HELD_OUT_EVERY, len(rows) // HELD_OUT_MOST)
     held_out, rest = rows[::every], [row for at, row in enumerate(rows) if at % every] or rows
     batches, dev = plan.batches(rest), plan.batches(held_out)
@@ -181,6 +184,7 @@ def run_stage(student: DistilRNN, stage: Stage, number: int, checkpointing: Chec
     # weights.
     if number:
         torch.manual_seed(stage.options.seed + SEEDS * number)
+    # The heads are the stage's own: the next stage begins with the student alone.
     student.dropout.p = stage.dropout
     model = stage.heads(student).to(device())
     progress = train_utils.fit(model, stage.data, stage.objective, stage.options, checkpointing,

@@ -91,6 +91,7 @@ def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:
     """Returns the teacher itself, or for `bf16` a faster copy: LoRA's updates merged into bfloat16 weights."""
     if precision != "bf16":
         return teacher
+    # A copy: the teacher itself is scored in its own precision.
     labeller = copy.deepcopy(teacher)
     for layer in lora_layers(labeller.net).values():
         layer.merge()
@@ -107,6 +108,7 @@ def token_scores(teacher: TextClassifier, hidden: Tensor) -> Tensor:
     """
     if not teacher.decoder or teacher.by_length:
         return hidden.new_zeros(len(hidden), 0)
+    # The same constant in all logits changes no probability: only differences are a target.
     score = teacher.net.score
     logits = score(hidden.to(score.weight.dtype)).float()
     return logits - logits.mean(-1, keepdim=True)
@@ -163,6 +165,7 @@ def _states_and_logits(teacher: TextClassifier, batch: Batch) -> tuple[Tensor, T
     ids, mask = batch.input_ids, batch.attention_mask
     if teacher.decoder and not teacher.by_length:
         hidden, head = hidden_states(teacher, batch), teacher.net.score
+        # The states of all real tokens stand one after the other: a sentence ends where its length is used up.
         last = send(mask.sum(1).cumsum(0) - 1, hidden.device)
         return hidden, head(hidden[last].to(head.weight.dtype)).float()
     # An encoder's head is the library's own: a hook takes the states out of its forward pass. The hook is called in every

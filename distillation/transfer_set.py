@@ -24,6 +24,7 @@ def normalised(sentence: str) -> str:
 
 def longest_length(sentences: list[str]) -> int:
     """Returns the 95th percentile of the sentences' lengths in words."""
+    # Not the longest one: a single long sentence would let in texts of any length.
     lengths = sorted(len(sentence.split()) for sentence in sentences)
     return lengths[len(lengths) * 95 // 100]
 
@@ -36,6 +37,7 @@ def plain_sentences(text: Iterable[str], known: set[str], longest: int) -> list[
     """
     kept = {normalised(sentence): sentence for sentence in text if len(sentence.split()) <= longest}
     found = [sentence for key, sentence in kept.items() if key and key not in known]
+    # One order for all seeds of the run: they share the transfer set.
     random.Random(0).shuffle(found)
     return found
 
@@ -60,6 +62,7 @@ def transfer_set(train: list[str], known: set[str], plain: list[str], written: I
         plain: plain sentences, see `plain_sentences`.
         written: sentences of a language model; None: the teacher is an encoder and has none.
     """
+    # Seen sentences count as known: no duplicate, whatever its source.
     seen, others = set(known), list(plain)
     sources = {"edit of training": edits_of(train, 1)}
     if written is not None:
@@ -77,6 +80,7 @@ def transfer_set(train: list[str], known: set[str], plain: list[str], written: I
         for kind in list(turns):
             tried = itertools.islice(sources[kind], TRIES)
             sentence = next((one for one in tried if (key := normalised(one)) and key not in seen), None)
+            # An exhausted source has no further turn; the others go on.
             if sentence is None:
                 turns.remove(kind)
                 continue

@@ -42,6 +42,7 @@ class CausalLoss(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
+        # Each real token is predicted from the state before it; logits of pads are not computed.
         real = attention_mask[:, 1:].bool().to(hidden.device)
         logits = self.lm.lm_head(hidden[:, :-1][real]).float()  # (tokens, V)
         return Outputs(None, language=nn.functional.cross_entropy(logits, input_ids[:, 1:][real]))
@@ -98,6 +99,7 @@ class Writer:
 
     def language_model(self):
         """Returns the base's language model after an epoch of LoRA on the training sentences, updates merged."""
+        # One writer for all seeds of the run: they share its sentences.
         torch.manual_seed(0)
         lm = load_causal_lm(self.model)
         speed_up(lm)
@@ -112,6 +114,7 @@ class Writer:
         train = [row for row in range(len(ids)) if row % 20]
         held_out = list(range(0, len(ids), 20))
         batches, dev = (equal_length_batches(ids, [0] * len(ids), rows, 512, self.tokenizer) for rows in (train, held_out))
+        # A checkpoint every two minutes: the epoch takes minutes, and nothing of it is lost.
         options = TrainOptions(seed=0, epochs=1, lr=3e-4, weight_decay=0.0, precision="fp32", save_every=2)
 
         # Another process may be training it: under the lock its finished checkpoint is found.
@@ -119,6 +122,7 @@ class Writer:
             fit(model, Data(batches, {"held_out": dev}, "held_out"), language_loss, options,
                 Checkpointing(self.cache.folder, "writer.", resume=True),
                 Hooks(stop=self.cache.stop, score=score_by_loss(language_loss)))
+        # Merged, because sampling computes every layer for one token at a time.
         for layer in lora_layers(lm).values():
             layer.merge()
         return lm.eval()
@@ -134,6 +138,7 @@ def sample_sentences(lm, tokenizer, count: int, max_new_tokens: int, seed: int, 
     Returns:
         `count` texts with single spaces; an empty one where no end came within `max_new_tokens`.
     """
+    # From the token between two texts the model writes a text of its own.
     end = border_token(tokenizer)
     rows = draw(lm, [[end]] * count, seed=seed, max_new_tokens=max_new_tokens, end={end}, batch_size=TOGETHER,
                 progress=lambda tokens: check_stop())

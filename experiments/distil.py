@@ -64,6 +64,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
     options = resolve_precision(options)
     if processes.count() > 1 and not distil_options.plain:
         raise UserError(f"distil in stages is for one process, and here are {processes.count()}; --plain takes several")
+    # Options, teachers and task are checked before the folder is made: bad input leaves nothing behind.
     seed_everything(int(options.sr), options.deterministic)
     options, teachers, tokenizer = load_teachers(options, distil_options)
     options, distil_options, inputs = prepare(options, distil_options, teachers, tokenizer)
@@ -77,6 +78,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
             weights = {name: value.cpu() for name, value in one.model.state_dict().items()}
             write_file(folder / f"{phase}.safetensors", save(weights))
         write_json(folder / "student_config.json", asdict(inputs.student))
+        # Keys of summary.json stay as they were at first: `scratch` is the baseline.
         more = {"more_runs": list(distil_options.more_teachers)} if distil_options.more_teachers else {}
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": inputs.task.name,
                    "teacher": {"run": str(distil_options.teacher), **more, "parameters": budget,
@@ -140,9 +142,11 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
     budget = count_parameters(teachers[0])["total"] // 10
     student = student_config(len(tokenizer), task.num_labels, budget, largest_first, **sizes)
 
+    # As many new sentences as the task's size deserves, up to a bound.
     if distil_options.augment is None:
         most = min(default(AUGMENT_MOST, task.name), default(AUGMENT_TIMES, task.name) * len(task.train))
         distil_options = replace(distil_options, augment=most)
+    # Labels of the stages may be computed in bfloat16; those of --plain are the teacher's own.
     if distil_options.label_precision is None:
         staged = distil_options.pretrain or distil_options.transfer
         distil_options = replace(distil_options, label_precision="bf16" if staged and bf16_is_fast() else "teacher")
@@ -163,6 +167,7 @@ def config_of(inputs: Inputs, options: RunOptions, distil_options: DistilOptions
     """Returns the config.json of a distillation."""
     settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **asdict(inputs.student)}
     files = {**inputs.task.files, **{file: sha256(file) for file in distil_options.text}}
+    # A run is not resumed or repeated under a teacher that has changed.
     teacher_files = {}
     for number, folder in enumerate((distil_options.teacher, *distil_options.more_teachers)):
         for path in sorted(Path(folder).glob("*.safetensors")):
@@ -183,6 +188,7 @@ def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) ->
         with torch.inference_mode():
             for batch in batches:
                 model(*batch.to(device()).inputs())
+            # A GPU answers before it has computed.
             if device().type != "cpu":
                 getattr(torch, device().type).synchronize()
         best = min(best, time.perf_counter() - start)

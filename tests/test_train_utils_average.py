@@ -76,7 +76,8 @@ def statements(work, at: int | None = None) -> list[tuple[str, int]]:
     """Calls `work()`, and handles SIGTERM before statement `at` of the functions in STATE, counted from 0.
 
     Returns:
-        The statements that were reached, as (function, line).
+        The statements that were reached, as (function, line), each at its first time: most are in the first epoch, so that
+        the second one trains on with the saved state.
     """
     seen = []
 
@@ -101,12 +102,12 @@ def statements(work, at: int | None = None) -> list[tuple[str, int]]:
 
 
 def trained_with_average(folder, resume=False):
-    """Trains a toy model for an epoch with an average; a resumed one starts from other weights and random numbers."""
+    """Trains a toy model with an average, two steps in each of two epochs; a resumed one starts from another state."""
     model = ToyModel(99 if resume else 0, dropout=0.4)
     torch.manual_seed(99 if resume else 1)
-    data = Data(toy_batches(), {"in_domain": toy_batches(6, 3, seed=1)})
-    progress = fit(model, data, cross_entropy(), replace(AVERAGED, epochs=1), Checkpointing(folder, resume=resume),
-                   Hooks(stop=signals.received))
+    data = Data(toy_batches(8, 4), {"in_domain": toy_batches(3, 3, seed=1)})
+    progress = fit(model, data, cross_entropy(), replace(AVERAGED, epochs=2, accumulate=1),
+                   Checkpointing(folder, resume=resume), Hooks(stop=signals.received))
     return weights(model), progress
 
 

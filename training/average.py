@@ -54,6 +54,7 @@ class Average:
         A signal may interrupt it between any two statements. Therefore `weights` is set whole before the first parameter
         changes, and `restore` may be called again: the caller that catches the signal does so before it saves.
         """
+        # Before the first update there is no average, and the model keeps its weights.
         averages = {}
         for name, p in self.parameters.items():
             if "average" in self.optimizer.state[p]:
@@ -70,6 +71,7 @@ class Average:
     @torch.no_grad()
     def restore(self) -> None:
         """Gives the model its weights back if it holds their average; otherwise it changes nothing."""
+        # Emptied last: a call that was interrupted is repeated as a whole.
         for name, weight in self.weights.items():
             self.parameters[name].copy_(weight)
         self.weights = {}

@@ -20,7 +20,7 @@ class Checkpointing:
     """The place of a training's checkpoint, and whether the training resumes from it."""
 
     folder: Path
-    name: str = ""  # prefix of the file's name, and label of the progress bar
+    name: str = ""  # beginning of the file's name, and label of the progress bar
     resume: bool = False  # resume from the checkpoint, if there is one
 
     @property
