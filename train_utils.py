@@ -2,9 +2,8 @@
 
     fit(model, Data(batches, {"in_domain": dev}), cross_entropy(), TrainOptions(seed=1))
 
-`fit` trains any model that maps (input_ids, attention_mask) to the input of its objective, logits above all. The LoRA
-classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair. The objectives
-of distillation are in distillation/losses.py.
+The LoRA classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair. The
+objectives of distillation are in distillation/losses.py.
 """
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Diverged(RuntimeError):
 def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
     """Computes logits (N, labels) of every row, in the split's own order, on the CPU in float32.
 
-    Several processes share the batches, and each process gets all logits. Interrupted by a signal, it leaves the model in
-    evaluation mode; nothing else of the model changes.
+    Several processes share the batches, and each process gets all logits.
     """
     was_training = model.training
     model.eval()
@@ -115,7 +113,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The caller's functions that `fit` calls."""
+    """Functions of the caller that `fit` calls."""
 
     on_epoch: Callable[[list[dict]], None] = lambda history: None  # with the history, after each epoch and after a resume
     stop: Callable[[], int | None] = lambda: None  # after each step; a signal's number makes `fit` save and end
@@ -257,8 +255,7 @@ class Trainer:
             except anomaly.NotFinite as found:
                 raise self.diverged(str(found)) from None
             except Interrupted:
-                # The signal came between two steps or in the validation: a checkpoint of now has all that was done.
-                # A second signal raises nothing, so that neither of the two calls is interrupted.
+                # The signal came between two steps or in the validation. A second one raises nothing: what follows is whole.
                 self.average.restore()
                 if processes.count() == 1:
                     self.save()

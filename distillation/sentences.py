@@ -56,6 +56,7 @@ class Sentences:
         return self.unlabelled + self.train
 
     def rows_of_training_set(self) -> range:
+        """Returns the rows of the training set."""
         return range(self.unlabelled, self.targeted)
 
 

@@ -75,6 +75,7 @@ class Plan:
     train: TrainOptions
 
     def batches(self, rows: list[int]) -> list[Batch]:
+        """Makes a stage's batches of some rows."""
         return equal_length_batches(self.sentences.ids, self.sentences.labels, rows, self.options.stage_tokens,
                                     self.inputs.tokenizer, self.train.seed)
 

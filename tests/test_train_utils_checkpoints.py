@@ -194,3 +194,12 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(checkpoint
     with pytest.raises(UserError, match="the checkpoint is of another model"):
         load_checkpoint(checkpoint[0], other, make_optimizer(other, DROPOUT))
     assert_same_bits(weights(other), before)
+
+
+def test_the_text_of_a_checkpoint_has_the_keys_of_earlier_versions():
+    """As the first version with confusion matrices and sums by process wrote it."""
+    old = ('{"epoch": 2, "group": 3, "step": 8, "best_epoch": 1, "best_score": [0.5, -0.25], "sums": {"loss": 0.5}, '
+           '"parts": [], "confusion": [[1, 0], [0, 2]], "history": [{"epoch": 1}], "finished": false}')
+    progress = Progress.from_json(old)
+    assert (progress.epoch, progress.step_in_epoch, progress.step) == (2, 3, 8)
+    assert json.loads(progress.as_json()) == json.loads(old)
