@@ -1,41 +1,39 @@
-"""The one training loop and evaluation; objectives are in distillation/objectives.py.
+"""The one training loop, and evaluation.
 
-`fit` trains any model that maps (input_ids, attention_mask) to what its objective reads, logits above all: the LoRA
-classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair.
+    fit(model, Data(batches, {"in_domain": dev}), cross_entropy(), TrainOptions(seed=1))
+
+The LoRA classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair. The
+objectives of distillation are in distillation/losses.py.
 """
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data_utils import Batch, epoch_order, padding_percent
-from distillation.objectives import Objective, cross_entropy, distillation, kd_loss
+from data_utils import Batch, epoch_order
 from machine import processes
-from machine.hardware import peak_memory_bytes
 from machine.signals import Interrupted, deferred
-from metrics.classification import confusion, per_class, scores, scores_of_sums
+from metrics.classification import confusion, scores, scores_of_sums
 from options.schema import TrainOptions
-from record.ownership import CHECKPOINT
 from training import anomaly
-from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
+from training.average import Average
+from training.checkpoints import Checkpointing, Progress, load_checkpoint, save_checkpoint, trainable
 
-# The objectives, which are called by these names too.
-__all__ = ["Objective", "cross_entropy", "distillation", "kd_loss"]
-
+Objective = Callable[[Tensor, Batch], Tensor]  # (output of the model, batch) -> mean loss of the batch
 Scores = tuple[dict[str, dict], dict[str, list]]  # of each development split: scores, and confusion matrix
+Scorer = Callable[[nn.Module, dict[str, list[Batch]]], Scores]  # (model, development splits by name) -> their scores
 
 
 class Diverged(RuntimeError):
-    """Says that the loss or a gradient is no longer finite."""
+    """A loss, gradient or weight is not finite."""
 
 
 # ---------------------------------------------------------------- evaluation
@@ -51,8 +49,10 @@ def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
     device, own = next(model.parameters()).device, processes.shard(batches)
     parts = [model(*batch.to(device).inputs()).float().cpu() for batch in own]
     model.train(was_training)
+    # A process without a batch learns the number of classes from the others.
     (labels,) = processes.all_reduce_max(parts[0].shape[1] if parts else 0)
     logits = torch.zeros(sum(len(batch.rows) for batch in batches), labels)
+    # Rows of other processes are zeros here, so that the sum over the processes holds every row once.
     for batch, part in zip(own, parts, strict=True):
         logits[batch.rows] = part
     return processes.all_reduce_sum(logits)
@@ -67,12 +67,31 @@ def labels_of(batches: list[Batch]) -> Tensor:
 
 
 def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> Scores:
-    """Computes scores and confusion matrix of every development split and, if there are several, of `all` together."""
+    """Computes scores and confusion matrix of every development split and, of several splits, of `all` together."""
     answers = {name: (compute_logits(model, batches), labels_of(batches)) for name, batches in dev.items()}
     if len(dev) > 1:
-        answers["all"] = tuple(torch.cat(parts) for parts in zip(*answers.values(), strict=True))
+        logits, labels = zip(*answers.values(), strict=True)
+        answers["all"] = torch.cat(logits), torch.cat(labels)
     return ({name: scores(*answer) for name, answer in answers.items()},
             {name: confusion(*answer) for name, answer in answers.items()})
+
+
+def score_by_loss(objective: Objective) -> Scorer:
+    """Returns a scorer for development splits without classes: the objective's mean over each split's rows, as `loss`."""
+    @torch.inference_mode()
+    def score(model: nn.Module, dev: dict[str, list[Batch]]) -> Scores:
+        was_training, device, found = model.training, next(model.parameters()).device, {}
+        model.eval()
+        for name, batches in dev.items():
+            total = torch.zeros((), dtype=torch.float64)
+            for batch in processes.shard(batches):
+                batch = batch.to(device)
+                total += objective(model(*batch.inputs()), batch).double().cpu() * len(batch.rows)
+            rows = sum(len(batch.rows) for batch in batches)
+            found[name] = {"n": rows, "loss": float(processes.all_reduce_sum(total)) / rows}
+        model.train(was_training)
+        return found, {}
+    return score
 
 
 def selection_split(splits) -> str:
@@ -80,27 +99,41 @@ def selection_split(splits) -> str:
     return "in_domain" if "in_domain" in splits else next(iter(splits))
 
 
-def training_summary(progress: Progress, batches: list[Batch]) -> dict:
-    """Returns the entry `train` of summary.json: sums over the epochs, padding and peak memory."""
-    seconds, tokens = (sum(line[key] for line in progress.history) for key in ("seconds", "tokens"))
-    return {"epochs": len(progress.history), "steps": progress.step, "seconds": seconds, "tokens": tokens,
-            "tokens_per_second": tokens / seconds if seconds else 0.0,
-            "padding_percent": padding_percent(batches), "peak_memory_bytes": peak_memory_bytes()}
+# ---------------------------------------------------------------- the parts of a training
+
+@dataclass(frozen=True)
+class Data:
+    """The batches of a training and of its validation."""
+
+    batches: list[Batch]  # the training split's; their composition is fixed for the run
+    dev: dict[str, list[Batch]]  # the development splits' by name, scored after each epoch
+    select: str = "in_domain"  # the split that chooses the best epoch
+    steps: int | None = None  # optimiser steps in place of the options' epochs; the last epoch ends with them
 
 
-def best_and_last(best_epoch: int, history: list[dict], classes: tuple[str, ...]) -> dict:
-    """Returns the scores of the best and the last epoch, and of the best one also by class."""
-    best, last = next(line for line in history if line["epoch"] == best_epoch), history[-1]
-    by_class = {split: {"confusion": matrix, "per_class": per_class(matrix, classes)}
-                for split, matrix in best["confusion"].items()}
-    return {"best_epoch": best_epoch, "validation": best["validation"], "by_class": by_class,
-            "last_epoch": last["epoch"], "last_validation": last["validation"]}
+@dataclass(frozen=True)
+class Hooks:
+    """Functions of the caller that `fit` calls."""
+
+    on_epoch: Callable[[list[dict]], None] = lambda history: None  # with the history, after each epoch and after a resume
+    stop: Callable[[], int | None] = lambda: None  # after each step; a signal's number makes `fit` save and end
+    score: Scorer | None = None  # scores the development splits; None: `validate`
 
 
-# ---------------------------------------------------------------- the loop
+def cross_entropy(label_smoothing: float = 0.0) -> Objective:
+    """Returns the objective of training on labels alone: the mean cross-entropy of a batch."""
+    return lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
 
-def learning_rate_factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Returns the share of the peak rate at optimiser step `step` (from 0) of `total`: linear warm-up, then decay to 0."""
+
+def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
+    """Returns the share of the peak learning rate at optimiser step `step` of `total`: linear warm-up, then decay to 0.
+
+    Args:
+        step: from 0.
+        total: optimiser steps of the whole training.
+        warmup: share of the steps in which the rate rises.
+        schedule: linear, cosine or constant.
+    """
     rising = math.ceil(warmup * total)
     if step < rising:
         return (step + 1) / rising
@@ -109,8 +142,12 @@ def learning_rate_factor(step: int, total: int, warmup: float, schedule: str) ->
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """Makes AdamW, without decay on vectors (biases, norms), and with a rate of its own for the head if given."""
+    """Makes AdamW (Loshchilov and Hutter 2019), without decay on vectors (biases, norms).
+
+    The task head has a rate of its own, if one is given.
+    """
     head = (*(f"net.{name}." for name in model.head_names()), "feature_head.") if hasattr(model, "head_names") else ()
+    # One group for each rate and decay: AdamW updates a group in one fused step.
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trainable(model).items():
         lr = options.head_lr if options.head_lr is not None and name.startswith(head or " ") else options.lr
@@ -119,36 +156,27 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW
                               for (lr, decay), params in groups.items()], fused=True)
 
 
-def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], objective: Objective,
-        options: TrainOptions, *, folder: Path | None = None, resume: bool = False, name: str = "",
-        select: str = "in_domain", on_epoch: Callable[[list[dict]], None] = lambda history: None,
-        stop: Callable[[], int | None] = lambda: None, steps: int | None = None,
-        score: Callable[[nn.Module, dict[str, list[Batch]]], Scores] | None = None) -> Progress:
-    """Trains what requires a gradient and leaves the model with its best epoch's weights.
+# ---------------------------------------------------------------- the loop
 
-    The best epoch is the one with the highest MCC on the split `select` (of equals, or where there is none, the lowest
-    loss). With `options.ema` the averaged weights are scored and kept.
+def fit(model: nn.Module, data: Data, objective: Objective, options: TrainOptions,
+        checkpointing: Checkpointing | None = None, hooks: Hooks | None = None) -> Progress:
+    """Trains all parameters that require a gradient and leaves the model with its best epoch's weights.
+
+    The best epoch has the highest MCC on the split `data.select`; of equals, or without classes, the lowest loss. With
+    `options.ema` the averaged weights are scored and kept.
 
     Args:
-        model: maps (input_ids, attention_mask) to logits, or to anything with an attribute `logits` (None: no classes).
-        batches: the training split, composition fixed for the run.
-        dev: development splits, scored after each epoch.
-        objective: (what the model returns, batch) -> mean loss of the batch.
-        folder: where the checkpoint goes (`<name>checkpoint.safetensors`); none if None.
-        resume: go on from the checkpoint, if there is one.
-        name: prefix of the checkpoint and label of the bar.
-        on_epoch: called with the history after each epoch (and after a resume).
-        stop: asked after each step; a signal number makes `fit` save and raise `Interrupted`.
-        steps: if given, optimiser steps instead of `options.epochs`; the last epoch ends with them.
-        score: scores the development splits; `validate` if None.
+        model: maps (input_ids, attention_mask) to logits, or to an object with the attribute `logits` (None: no classes).
+        objective: (output of the model, batch) -> mean loss of the batch.
+        checkpointing: the place of the checkpoint; None: no checkpoint is written.
 
     Raises:
-        Diverged: a loss or gradient that is not finite; the last good checkpoint stands.
+        Diverged: a loss, gradient or weight that is not finite; the last good checkpoint stays.
         UserError: a checkpoint that is damaged or of another model.
+        Interrupted: `hooks.stop` returned a signal; a checkpoint was written.
     """
-    path = folder / f"{name}{CHECKPOINT}" if folder else None
-    trainer = Trainer(model, batches, dev, objective, options, path, name, select, on_epoch, stop, steps, score)
-    if path and resume and path.exists():
+    trainer = Trainer(model, data, objective, options, checkpointing, hooks or Hooks())
+    if checkpointing and checkpointing.resume and checkpointing.path.exists():
         trainer.load()
     return trainer.run()
 
@@ -156,54 +184,58 @@ def fit(model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], obj
 class Trainer:
     """One training: the model, its data, its optimiser and its progress.
 
-    On a GPU a step waits for nothing: losses, correct predictions and gradient norms are summed on the device. The sums are
-    read (which waits for the device) every `read_every` steps and before every checkpoint, so that no checkpoint holds
-    a value that is not finite. On a CPU, where reading costs nothing, they are read in every step.
+    On a GPU no step synchronises with the device: losses, correct predictions and gradient norms are summed there. The sums
+    are read every `read_every` steps and before every checkpoint, so that no checkpoint holds a value that is not finite.
+    On a CPU, where reading costs nothing, they are read in every step.
 
     Each of several processes computes a part of each batch's rows (`data_utils.split_large`), and their gradients are added
-    up: a step is the same step, whatever the number of processes. Process r draws its dropout from the seed plus SEEDS
+    up: a step is the same step, whatever the number of processes. Process r seeds its dropout with the seed plus SEEDS
     times r.
     """
 
-    SEEDS = 100_000  # runs have seeds of five digits
+    # Runs have seeds of five digits, so that no other run has this seed.
+    SEEDS = 100_000
+    # Summed on the device. A loss or a norm that is not finite stays so in the sum.
+    SUMS = ("loss", "cross_entropy", "correct", "norm")
 
-    SUMS = ("loss", "cross_entropy", "correct", "norm")  # summed on the device; a loss or norm that is not finite stays so
-
-    def __init__(self, model: nn.Module, batches: list[Batch], dev: dict[str, list[Batch]], objective: Objective,
-                 options: TrainOptions, path: Path | None, name: str, select: str,
-                 on_epoch: Callable[[list[dict]], None], stop: Callable[[], int | None], steps: int | None = None,
-                 score: Callable[[nn.Module, dict[str, list[Batch]]], Scores] | None = None):
-        self.model, self.batches, self.dev, self.objective, self.options = model, batches, dev, objective, options
-        self.path, self.name, self.select, self.on_epoch, self.stop = path, name, select, on_epoch, stop
+    def __init__(self, model: nn.Module, data: Data, objective: Objective, options: TrainOptions,
+                 checkpointing: Checkpointing | None, hooks: Hooks):
+        self.model, self.data, self.objective, self.options, self.hooks = model, data, objective, options, hooks
+        self.path, self.name = (checkpointing.path, checkpointing.name) if checkpointing else (None, "")
         self.device = next(model.parameters()).device
         self.read_every = 1 if self.device.type == "cpu" else 16
         self.optimizer = make_optimizer(model, options)
         self.parameters = trainable(model)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}  # the best epoch's weights by name, on the CPU
+        self.average = Average(self.parameters, self.optimizer, options.ema)
         # MPS has no float64; its sums of an epoch are right to about six digits.
         kind = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(self.SUMS), dtype=kind, device=self.device)  # of this process
         self.graded: list[nn.Parameter] | None = None  # the parameters that get a gradient, in any of the processes
         self.confusion: Tensor | None = None  # (classes, classes) of the running epoch: [label][prediction]
-        an_epoch = math.ceil(len(batches) / options.accumulate)
-        self.score, self.total_steps = score or validate, steps or options.epochs * an_epoch
-        self.epochs = math.ceil(self.total_steps / an_epoch)
+        steps_per_epoch = math.ceil(len(data.batches) / options.accumulate)
+        self.score, self.total_steps = hooks.score or validate, data.steps or options.epochs * steps_per_epoch
+        self.epochs = math.ceil(self.total_steps / steps_per_epoch)
         self.saved_at = time.perf_counter()
+        # From pinned memory a batch is copied to the GPU while the GPU computes.
         if self.device.type == "cuda":
-            for batch in (part for whole in batches for part in whole.micro_batches()):
-                batch.pin()
+            for whole in data.batches:
+                for batch in whole.micro_batches():
+                    batch.pin()
+        # Each process drops other units; the first one draws the same random numbers as a process alone.
         if not processes.is_main():
             torch.manual_seed(options.seed + self.SEEDS * processes.rank())
 
     def load(self) -> None:
-        """Goes on where the checkpoint left off.
+        """Puts the checkpoint's state into model, optimiser and progress.
 
         Raises:
             UserError: the checkpoint is damaged or of another model.
         """
         self.progress, self.best = load_checkpoint(self.path, self.model, self.optimizer)
         progress = self.progress
+        # In the middle of an epoch its sums go on. With another number of processes the first one takes them all.
         if progress.sums:
             own = [progress.sums[key] if processes.is_main() else 0.0 for key in self.SUMS]
             if len(progress.parts) == processes.count():
@@ -211,7 +243,7 @@ class Trainer:
             self.sums += torch.tensor(own, dtype=self.sums.dtype).to(self.device)
             if processes.is_main() and progress.confusion:
                 self.confusion = torch.tensor(progress.confusion, device=self.device)
-        self.on_epoch(self.progress.history)
+        self.hooks.on_epoch(self.progress.history)
 
     def run(self) -> Progress:
         """Trains all epochs that are left; see `fit`."""
@@ -222,10 +254,13 @@ class Trainer:
                     validation, matrices = self.validate()
             except anomaly.NotFinite as found:
                 raise self.diverged(str(found)) from None
-            except Interrupted:  # between two steps, or in the validation, which changes no state
+            except Interrupted:
+                # The signal came between two steps or in the validation. A second one raises nothing: what follows is whole.
+                self.average.restore()
                 if processes.count() == 1:
                     self.save()
                 raise
+            # History, best weights and checkpoint change together, or not at all.
             with deferred():
                 self.finish_epoch(validation, matrices)
         with torch.no_grad():
@@ -235,35 +270,35 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Runs one epoch, or the rest of the epoch after a resume."""
-        options, progress = self.options, self.progress
+        options, progress, batches = self.options, self.progress, self.data.batches
         self.model.train()
-        order = epoch_order(len(self.batches), options.seed, progress.epoch)
+        # The order depends on seed and epoch alone: a resume takes the same batches in the same order.
+        order = epoch_order(len(batches), options.seed, progress.epoch)
         groups = [order[i:i + options.accumulate] for i in range(0, len(order), options.accumulate)]
-        groups = groups[:progress.group + self.total_steps - progress.step]
+        groups = groups[:progress.step_in_epoch + self.total_steps - progress.step]
         if not progress.sums:
             progress.sums = dict.fromkeys((*self.SUMS, "rows", "tokens", "seconds"), 0.0)
         self.saved_at = start = time.perf_counter()
         before = progress.sums["seconds"]
         label = f"{self.name + ' ' if self.name else ''}epoch {progress.epoch}/{self.epochs}"
-        with tqdm(total=len(self.batches), initial=min(progress.group * options.accumulate, len(self.batches)), unit="batch",
+        with tqdm(total=len(batches), initial=min(progress.step_in_epoch * options.accumulate, len(batches)), unit="batch",
                   dynamic_ncols=True, desc=label) as bar, deferred():
-            for group in groups[progress.group:]:
-                self.step([self.batches[i] for i in group])
-                sums = progress.sums
-                sums["seconds"] = before + time.perf_counter() - start
+            for group in groups[progress.step_in_epoch:]:
+                self.step([batches[i] for i in group])
+                progress.sums["seconds"] = before + time.perf_counter() - start
                 bar.update(len(group))
                 if progress.step % self.read_every == 0:
-                    accuracy = f"accuracy {sums['correct'] / sums['rows']:.3f}, " if self.confusion is not None else ""
-                    bar.set_postfix_str(f"loss {sums['loss'] / sums['rows']:.4f}, {accuracy}"
-                                        f"{sums['tokens'] / sums['seconds']:.0f} tokens/s", refresh=False)
-                signal, due = processes.all_reduce_max(self.stop() or 0, self.save_is_due())
+                    bar.set_postfix_str(self.postfix(), refresh=False)
+                # All processes save or stop after the same step.
+                signal, due = processes.all_reduce_max(self.hooks.stop() or 0, self.save_is_due())
                 if due or signal and processes.count() > 1:
                     self.save()
                 if signal:
                     raise Interrupted(signal)
         self.read_sums()
         self.read_confusion()
-        progress.sums["seconds"] = before + time.perf_counter() - start  # again, after the GPU has finished
+        # Measured again, because reading the sums waits for the GPU.
+        progress.sums["seconds"] = before + time.perf_counter() - start
 
     def step(self, group: list[Batch]) -> None:
         """Takes one optimiser step over the batches of a group.
@@ -272,78 +307,74 @@ class Trainer:
             Diverged: the loss or the gradient is not finite.
         """
         options, progress = self.options, self.progress
-        rate = self.learning_rate(progress.step)
+
+        # The learning rate of this step: warm-up, then decay.
+        factor = self.lr_factor(progress.step)
         for param_group in self.optimizer.param_groups:
-            param_group["lr"] = param_group["peak"] * rate
+            param_group["lr"] = param_group["peak"] * factor
+
+        # The epoch's counts. `rows` is the whole group's: each batch has its share of the loss.
         rows = sum(len(batch.rows) for batch in group)
         progress.sums["rows"] += rows
         progress.sums["tokens"] += sum(batch.tokens for batch in group)
+
+        # Forward and backward pass, one micro-batch at a time: gradients add up, activations do not.
         for batch in (micro.to(self.device) for whole in group for micro in whole.micro_batches()):
+            # Autocast is for a backbone that trains in float32: a frozen one has its precision in its layers.
             with torch.autocast(self.device.type, torch.bfloat16,
                                 enabled=options.precision == "bf16" and getattr(self.model, "full", False)):
                 outputs = self.model(*batch.inputs())
             outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
             loss = self.objective(outputs, batch)
             self.count(loss.detach(), getattr(outputs, "logits", outputs), batch)
+            # A loss that is not finite ends the training before its gradient reaches a weight.
             if self.read_every == 1 and processes.count() == 1:
                 self.read_sums("loss")
             # Weighted by rows, so that accumulation equals one large batch.
             (loss * (len(batch.rows) / rows)).backward()
+
+        # All-reduce: every process has a part of the rows, and each takes the same step.
         if processes.count() > 1:
             self.add_gradients()
+
+        # Clipping. The norm is checked before the update, or on a GPU every `read_every` steps.
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), options.clip or math.inf)
         self.sums[self.SUMS.index("norm")] += norm
         if (progress.step + 1) % self.read_every == 0:
             self.read_sums()
+
+        # The update. Without gradients of zeros no memory is held between steps.
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        progress.group += 1
+        progress.step_in_epoch += 1
         progress.step += 1
-        if options.ema:
-            self.update_average()
 
-    def update_average(self) -> None:
-        """Moves the average of the weights towards them (Polyak and Juditsky 1992), exponentially.
+        # The average that is scored and kept follows the new weights (--ema).
+        self.average.update(progress.step)
 
-        After k steps the decay is at most (1 + k) / (10 + k): the average forgets where the training began. It stands in the
-        optimiser's state, so that checkpoints hold it.
-        """
-        decay = min(self.options.ema, (1 + self.progress.step) / (10 + self.progress.step))
-        trained = [p for p in self.parameters.values() if self.optimizer.state[p]]  # others have had no gradient
-        averages = [self.optimizer.state[p].setdefault("average", p.detach().clone()) for p in trained]
-        get_ema_multi_avg_fn(decay)(averages, [p.detach() for p in trained], None)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Exchanges the weights for their average, where there is one, and back again."""
-        def swap() -> None:
-            with torch.no_grad():
-                for p in self.parameters.values():
-                    if (average := self.optimizer.state[p].get("average")) is not None:
-                        weight = p.clone()
-                        p.copy_(average)
-                        average.copy_(weight)
-        swap()
-        try:
-            yield
-        finally:
-            swap()
+    def postfix(self) -> str:
+        """Returns the progress bar's figures: means of the epoch so far, and speed."""
+        sums = self.progress.sums
+        accuracy = f"accuracy {sums['correct'] / sums['rows']:.3f}, " if self.confusion is not None else ""
+        return f"loss {sums['loss'] / sums['rows']:.4f}, {accuracy}{sums['tokens'] / sums['seconds']:.0f} tokens/s"
 
     def add_gradients(self) -> None:
-        """Adds up the gradients of all processes; each gradient is weighted already by its process's share of the rows."""
+        """Adds up the gradients of all processes; each is already weighted by its process's share of the rows."""
         parameters = list(self.parameters.values())
-        if self.graded is None:  # a process without a row in this step has no gradient to tell by
+        # Found out once: a process without a row in this step has no gradient, and yet takes part in the sum.
+        if self.graded is None:
             there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
             there = processes.all_reduce_sum(there).tolist()
             self.graded = [p for p, found in zip(parameters, there, strict=True) if found]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.graded]
+        # One all-reduce of one tensor: many small ones would each wait for the network.
         flat = processes.all_reduce_sum(torch.cat([grad.flatten() for grad in grads]))
         for p, grad in zip(self.graded, flat.split([p.numel() for p in self.graded]), strict=True):
             p.grad = grad.view_as(p)
 
-    def learning_rate(self, step: int) -> float:
-        """Returns the share of the peak rate at optimiser step `step` (from 0)."""
-        return learning_rate_factor(step, self.total_steps, self.options.warmup, self.options.schedule)
+    def lr_factor(self, step: int) -> float:
+        """Returns the share of the peak learning rate at optimiser step `step` (from 0)."""
+        return lr_factor(step, self.total_steps, self.options.warmup, self.options.schedule)
 
     def count(self, loss: Tensor, logits: Tensor | None, batch: Batch) -> None:
         """Adds a batch to the running epoch's sums, on the device; without logits its loss alone."""
@@ -384,18 +415,27 @@ class Trainer:
         self.progress.confusion = processes.all_reduce_sum(own).tolist()
 
     def validate(self) -> Scores:
-        """Scores the development splits; several processes stop together after it, if one was asked to."""
+        """Scores the development splits; several processes stop together after it, if one of them was asked to.
+
+        Raises:
+            Diverged: a loss that is not finite; it reaches neither the history nor a checkpoint.
+        """
         if processes.count() == 1:
-            with self.averaged():
-                return self.score(self.model, self.dev)
-        with deferred():
-            self.save()  # first, because a launcher that stops its processes does not wait long
-            with self.averaged():
-                result = self.score(self.model, self.dev)
-            (signal,) = processes.all_reduce_max(self.stop() or 0)
-        if signal:
-            raise Interrupted(signal)
-        return result
+            with self.average.in_model():
+                found = self.score(self.model, self.data.dev)
+        else:
+            with deferred():
+                # Saved first, because a launcher that stops its processes does not wait long.
+                self.save()
+                with self.average.in_model():
+                    found = self.score(self.model, self.data.dev)
+                (signal,) = processes.all_reduce_max(self.hooks.stop() or 0)
+            if signal:
+                raise Interrupted(signal)
+        for split, values in found[0].items():
+            if not math.isfinite(values["loss"]):
+                raise self.diverged(f"validation loss {values['loss']} on {split}", after=True)
+        return found
 
     def finish_epoch(self, validation: dict[str, dict], matrices: dict[str, list]) -> None:
         """Adds the epoch's line to the history, copies its weights if they are the best so far, and saves."""
@@ -405,21 +445,24 @@ class Trainer:
             "epoch": progress.epoch, "train": scores_of_sums(progress.sums, progress.confusion), "validation": validation,
             "confusion": matrices,
             # By the formula: a run that is resumed after the epoch's last step has not set the optimiser's rate.
-            "learning_rate": peak * self.learning_rate(progress.step - 1), "seconds": progress.sums["seconds"],
+            "learning_rate": peak * self.lr_factor(progress.step - 1), "seconds": progress.sums["seconds"],
             "tokens": int(progress.sums["tokens"])})
-        chosen = validation[self.select]
+        # The best epoch by MCC; of equals the one with the lower loss, and then the earlier one.
+        chosen = validation[self.data.select]
         score = (chosen.get("mcc", 0.0), -chosen["loss"])
         if score > tuple(progress.best_score):
             progress.best_score, progress.best_epoch = score, progress.epoch
-            self.best.update({name: self.optimizer.state[p].get("average", p.detach()).cpu().clone()
-                              for name, p in self.parameters.items()})
+            # Copied to the CPU: a GPU has no room to spare, and training goes on with the originals.
+            self.best.update(self.average.best_weights())
         progress.finished = options.patience is not None and progress.epoch - progress.best_epoch >= options.patience
-        progress.epoch, progress.group, progress.sums = progress.epoch + 1, 0, {}
+        # The next epoch begins with sums of its own.
+        progress.epoch, progress.step_in_epoch, progress.sums = progress.epoch + 1, 0, {}
         progress.parts, progress.confusion = [], []
         self.sums.zero_()
         self.confusion = None
+        # Saved before the epoch is reported: a line of metrics.jsonl is never ahead of the checkpoint.
         self.save()
-        self.on_epoch(progress.history)
+        self.hooks.on_epoch(progress.history)
 
     def save_is_due(self) -> bool:
         """Returns whether a checkpoint inside the epoch is due, by steps or by minutes."""
@@ -428,7 +471,14 @@ class Trainer:
         return time.perf_counter() - self.saved_at > 60 * self.options.save_every
 
     def save(self) -> None:
-        """Writes the checkpoint, if there is a folder for it; never one with values that are not finite."""
+        """Writes the checkpoint, if there is a folder for it.
+
+        Raises:
+            Diverged: a sum or a weight is not finite; the previous checkpoint stays.
+        """
+        # An update can leave a weight that is not finite though its loss and its gradient were.
+        if bad := next((name for name, p in self.parameters.items() if not anomaly.finite(p)), None):
+            raise self.diverged(f"{bad} is not finite", after=True)
         if self.path is None:
             return
         if self.progress.sums:
@@ -437,8 +487,14 @@ class Trainer:
         save_checkpoint(self.path, self.model, self.optimizer, self.progress, self.best)
         self.saved_at = time.perf_counter()
 
-    def diverged(self, what: str) -> Diverged:
-        """Returns the error that says where the training diverged, and what to do."""
-        return Diverged(f"{what} at step {self.progress.step + 1} (epoch {self.progress.epoch}), learning rate "
+    def diverged(self, found: str, after: bool = False) -> Diverged:
+        """Returns the error that says where the training diverged, and what to do.
+
+        Args:
+            found: the value that is not finite.
+            after: whether the last step is done; else the error is in the step that follows it.
+        """
+        where = f"after step {self.progress.step}" if after else f"at step {self.progress.step + 1}"
+        return Diverged(f"{found} {where} (epoch {self.progress.epoch}), learning rate "
                         f"{self.optimizer.param_groups[0]['lr']:.3g}; lower --lr" +
                         ("" if self.options.anomaly else ", or find the operation with --anomaly"))

@@ -273,4 +273,5 @@ def epoch_seconds(model, batches: list[Batch], objective: train_utils.Objective,
     """Returns the training seconds of one epoch through `train_utils.fit`, the loop that every run goes through."""
     options = train_utils.TrainOptions(seed=1, epochs=1, lr=1e-4, warmup=0.0, schedule="constant", **more)
     first = replace(batches[0], rows=torch.arange(len(batches[0].rows)))  # validated after the epoch, off the clock
-    return train_utils.fit(model, batches, {"in_domain": [first]}, objective, options).history[-1]["seconds"]
+    data = train_utils.Data(batches, {"in_domain": [first]})
+    return train_utils.fit(model, data, objective, options).history[-1]["seconds"]

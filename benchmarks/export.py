@@ -29,7 +29,7 @@ from model import DistilRNN
 from options.schema import RNNConfig, TrainOptions
 from serving import export
 from serving.texts import Reading
-from train_utils import cross_entropy, fit, scores
+from train_utils import Data, cross_entropy, fit, scores
 
 GPT2_TOKENS, BATCH_SIZE, MAX_LENGTH = 50_257, 32, 128
 
@@ -39,7 +39,7 @@ def trained_student(train: list[Batch], dev: list[Batch], epochs: int) -> Distil
     torch.manual_seed(0)
     student = DistilRNN(RNNConfig(GPT2_TOKENS, common.LABELS))
     options = TrainOptions(seed=0, epochs=epochs, batch_size=BATCH_SIZE, lr=3e-3)
-    fit(student, train, {"dev": dev}, cross_entropy(0.0), options, select="dev")
+    fit(student, Data(train, {"dev": dev}, "dev"), cross_entropy(0.0), options)
     return student.eval()
 
 

@@ -29,7 +29,8 @@ import train_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
 from data_utils import Batch
-from experiments import distil
+from distillation.losses import kd_objective
+from distillation.teachers import teacher_logits
 from fast.frozen import FrozenPrefix
 from machine import hardware
 from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier, student_config
@@ -113,7 +114,7 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
     teacher = classifier(base).eval()
     fresh = train_utils.compute_logits(teacher, batches)
     for name in ("computed", "read from the run's file"):
-        cached = distil.teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
+        cached = teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
         report.check_bits(f"distil: cached logits, {name}", cached, fresh)
     budget = count_parameters(teacher)["total"] // 10
     config = student_config(len(common.tokenizer_of(base)), common.LABELS, budget)
@@ -121,7 +122,7 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
     student = DistilRNN(config).to(device())
 
     def epoch(logits: torch.Tensor) -> float:
-        objective = train_utils.distillation(logits.to(device()), temperature=4.0, alpha=0.9)
+        objective = kd_objective(logits.to(device()), temperature=4.0, alpha=0.9)
         return epoch_seconds(student, batches, objective)
 
     seconds = common.alternate({

@@ -1,1 +1,1 @@
-"""Holds what a student learns from: objectives, what is matched, and the heads that training alone needs."""
+"""Distillation: the recipe, and its parts: sentences, teachers and their targets, stages, heads, losses."""

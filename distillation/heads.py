@@ -1,4 +1,4 @@
-"""What a student wears in training alone: a language model's heads, and the projection onto the teacher's hidden states.
+"""A student's heads in training alone: those of a language model, and the projection onto the teacher's hidden states.
 
     Matched(student, 64)            # logits, and the forward states projected onto 64 dimensions
     LanguageModel(student, ranks)   # the tokens before and after each token
@@ -7,14 +7,12 @@ None of their parameters is part of the student: in evaluation, export and servi
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data_utils import Batch
-from machine import processes
 from machine.hardware import send
 from model import DistilRNN
 
@@ -22,7 +20,7 @@ CUTOFFS = (2000, 10_000)  # ranks at which the adaptive softmax goes on to rarer
 
 
 class Outputs(NamedTuple):
-    """Holds what a student with heads returns."""
+    """The outputs of a student with heads."""
 
     logits: Tensor | None  # (B, labels); None: no classes
     matched: Tensor | None = None  # (real tokens, d), row by row: the projected forward states
@@ -30,9 +28,9 @@ class Outputs(NamedTuple):
 
 
 class Matched(nn.Module):
-    """A student whose forward states are projected onto the teacher's hidden states; in evaluation the student alone.
+    """A student with a projection of its forward states onto the teacher's hidden states; in evaluation the student alone.
 
-    The forward direction has read what a decoder has read at the same token, no more and no less.
+    At each token the forward direction has read the same tokens as a decoder, no more and no less.
 
     Args:
         size: dimensions of the teacher's reduced hidden states.
@@ -46,6 +44,7 @@ class Matched(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs | Tensor:
         if not self.training:
             return self.student(input_ids, attention_mask)
+        # One pass of the RNN serves both the classes and the projection.
         states = self.student.states(input_ids, attention_mask)  # (B, T, DH)
         ahead = states[..., :self.student.config.hidden_size][_real(attention_mask, states)]
         return Outputs(self.student.classify(states, attention_mask), self.projection(ahead))
@@ -54,9 +53,9 @@ class Matched(nn.Module):
 class LanguageModel(nn.Module):
     """A student as a language model in each of its directions, after Peters et al. 2018 (ELMo), equation 1.
 
-    Each direction predicts the token that it is about to read; they share one adaptive softmax (Grave et al. 2017), in which
-    rare tokens cost little. Of several layers the first is trained: in a second one each direction would have read the
-    other's states, which know the token.
+    Each direction predicts the token that it reads next. Both share one adaptive softmax (Grave et al. 2017), in which rare
+    tokens cost little. Of several layers the first is trained: in a second one each direction would have read the states of
+    the other one, and these know the token.
 
     Args:
         ranks: (vocabulary,) the rank of each token id by frequency, 0 the most frequent; None: no language model, the
@@ -67,10 +66,12 @@ class LanguageModel(nn.Module):
     def __init__(self, student: DistilRNN, ranks: Tensor | None, size: int = 0):
         super().__init__()
         self.student, config = student, student.config
+        # The forward direction alone is matched: the backward one knows tokens that a decoder has not read.
         self.projection = nn.Linear(config.hidden_size, size) if size else None
         self.rnn = first_layer(student)
         self.softmax = None
         if ranks is not None:
+            # A vocabulary smaller than every cutoff has two clusters of equal size.
             cutoffs = [cut for cut in CUTOFFS if cut < config.vocab_size] or [config.vocab_size // 2]
             self.softmax = nn.AdaptiveLogSoftmaxWithLoss(config.hidden_size, config.vocab_size, cutoffs)
             self.register_buffer("ranks", ranks, persistent=False)
@@ -79,13 +80,16 @@ class LanguageModel(nn.Module):
         states = self.student.states(input_ids, attention_mask, self.rnn)
         ahead, *behind = self.student.dropout(states).split(self.student.config.hidden_size, -1)  # (B, T, H) each
         real = _real(attention_mask, states)
+        # Pads are left out of both losses.
         matched = language = None
         if self.projection is not None:
             matched = self.projection(ahead[real])
         if self.softmax is not None:
-            ids, pairs = self.ranks[input_ids], real[:, 1:]  # neighbours that are both real
-            losses = [self.softmax(ahead[:, :-1][pairs], ids[:, 1:][pairs]).loss,
-                      *(self.softmax(one[:, 1:][pairs], ids[:, :-1][pairs]).loss for one in behind)]
+            # The adaptive softmax numbers tokens by frequency. A pair is two neighbours that are both real.
+            ids, pairs = self.ranks[input_ids], real[:, 1:]
+            # Forward, a token's state predicts the next token; backward, the one before.
+            losses = [self.softmax(ahead[:, :-1][pairs], ids[:, 1:][pairs]).loss]
+            losses += [self.softmax(one[:, 1:][pairs], ids[:, :-1][pairs]).loss for one in behind]
             language = sum(losses) / len(losses)
         return Outputs(None, matched, language)
 
@@ -99,6 +103,7 @@ def first_layer(student: DistilRNN) -> nn.Module:
     config, rnn = student.config, student.rnn
     if config.rnn_layers == 1:
         return rnn
+    # Built without memory: its parameters are replaced at once.
     with torch.device("meta"):
         first = type(rnn)(config.embedding_size, config.hidden_size, 1, batch_first=True,
                           bidirectional=rnn.bidirectional)
@@ -109,24 +114,8 @@ def first_layer(student: DistilRNN) -> nn.Module:
 
 def token_ranks(batches: list[Batch], vocabulary: int) -> Tensor:
     """Returns the rank (vocabulary,) of each token id by how often it occurs in the batches, 0 the most frequent."""
+    # Stable: tokens of equal frequency keep the order of their ids.
     counts = torch.zeros(vocabulary, dtype=torch.int64)
     for batch in batches:
         counts += torch.bincount(batch.input_ids[batch.attention_mask.bool()], minlength=vocabulary)
     return counts.argsort(descending=True, stable=True).argsort()
-
-
-def mean_loss(objective: Callable[[Outputs, Batch], Tensor]) -> Callable[[nn.Module, dict[str, list[Batch]]], tuple]:
-    """Returns what scores development splits without classes: the objective's mean over each split's rows, as `loss`."""
-    @torch.inference_mode()
-    def score(model: nn.Module, dev: dict[str, list[Batch]]) -> tuple[dict[str, dict], dict[str, list]]:
-        was_training, device, found = model.training, next(model.parameters()).device, {}
-        model.eval()
-        for name, batches in dev.items():
-            total = torch.zeros((), dtype=torch.float64)
-            for batch in (one.to(device) for one in processes.shard(batches)):
-                total += objective(model(*batch.inputs()), batch).double().cpu() * len(batch.rows)
-            rows = sum(len(batch.rows) for batch in batches)
-            found[name] = {"n": rows, "loss": float(processes.all_reduce_sum(total)) / rows}
-        model.train(was_training)
-        return found, {}
-    return score

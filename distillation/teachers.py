@@ -1,76 +1,95 @@
-"""What a teacher knows, in the sizes of a student: its embeddings and hidden states reduced by PCA."""
+"""Teachers and their targets: logits, last hidden states, the scores of a sentence's tokens, token embeddings."""
 from __future__ import annotations
 
 import copy
 import inspect
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import speed
+import train_utils
 from data_utils import Batch
+from distillation.pca import principal_components
+from machine import processes
 from machine.errors import UserError
 from machine.hardware import send
 from model import DistilRNN, TextClassifier, lora_layers
+from record import tensors
+
+
+class Averaged(nn.Module):
+    """Several teachers of one task; their logits are averaged."""
+
+    def __init__(self, teachers: list[TextClassifier]):
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+
+    def forward(self, *inputs) -> Tensor:  # the inputs of one teacher -> (B, labels)
+        return torch.stack([teacher(*inputs) for teacher in self.teachers]).mean(0)
 
 
 @dataclass
-class Reduction:
-    """Principal components: `reduce` standardises what it projects on them."""
+class HiddenStates:
+    """Reduced hidden states of many sentences, one after the other; for a decoder the tokens' scores stand behind them.
 
-    mean: Tensor  # (C,)
-    components: Tensor  # (C, d), orthonormal columns, the largest variance first
-    std: Tensor  # (d,) of the rows that it was computed from
-
-    def reduce(self, rows: Tensor) -> Tensor:  # (N, C) -> (N, d)
-        return (rows - self.mean) @ self.components / self.std
-
-
-def token_scores(teacher: TextClassifier, hidden: Tensor) -> Tensor:
-    """Returns the logits around their mean (tokens, labels) that a decoder's head gives each prefix; of an encoder none."""
-    if not teacher.decoder or teacher.by_length:
-        return hidden.new_zeros(len(hidden), 0)
-    score = teacher.net.score
-    logits = score(hidden.to(score.weight.dtype)).float()
-    return logits - logits.mean(-1, keepdim=True)
-
-
-def principal_components(rows: Tensor, size: int) -> Reduction:
-    """Computes the `size` first principal components of rows (N, C) (Pearson 1901), in float64.
-
-    Each component's largest entry is positive, so that the same rows always have the same components.
+    A token's scores are the logits (around their mean) of the head for the sentence up to the token.
     """
-    rows = rows.double().cpu()
-    mean = rows.mean(0)
-    values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))  # in ascending order
-    components = vectors.flip(-1)[:, :size]
-    largest = components.gather(0, components.abs().argmax(0, keepdim=True))
-    std = values.flip(-1)[:size].clamp(min=1e-12).sqrt()
-    return Reduction(mean.float(), (components * largest.sign()).float(), std.float())
+
+    values: Tensor  # (tokens, d) float16, on the CPU
+    weights: Tensor  # (d,) of the dimensions in `losses.hidden_mse`
+    starts: Tensor  # (N,) the first token of each sentence
+    ends: Tensor  # (N,) the first token after it
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Returns the states (tokens of these sentences, d) in float32."""
+        rows = rows.cpu()
+        bounds = zip(self.starts[rows].tolist(), self.ends[rows].tolist(), strict=True)
+        return torch.cat([self.values[start:end] for start, end in bounds]).float()
+
+
+def teacher_logits(teacher: nn.Module, batches: list[Batch], path: Path) -> Tensor:
+    """Returns the teacher's logits (N, labels) on the training split, computed once and cached in a file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    # A changed teacher, data set or tokenizer has another key, and is never answered from the file.
+    key = tensors.weights_digest(teacher) + tensors.batches_digest(batches)
+    if processes.broadcast(path.exists()):
+        cached, its_key = tensors.load_checked(path)
+        if its_key == key:
+            return cached["logits"]
+    logits = train_utils.compute_logits(teacher, batches)
+    tensors.save_checked(path, {"logits": logits}, key)
+    return logits
 
 
 @torch.no_grad()
 def embed_as(teacher: TextClassifier, student: DistilRNN) -> None:
     """Gives the student the teacher's token embeddings, reduced by PCA to its size and scaled to a variance of 1.
 
-    Tokens and dimensions that the teacher does not have keep what the student has.
+    Tokens and dimensions that the teacher does not have keep the student's values.
     """
     rows = teacher.net.base_model.get_input_embeddings().weight[:len(student.embedding.weight)].float().cpu()
     size = min(student.config.embedding_size, rows.shape[1])
     pca = principal_components(rows, size)
+    # One scale for all dimensions: the first components stay the largest.
     reduced = pca.reduce(rows) * pca.std
     student.embedding.weight[:len(rows), :size] = (reduced / reduced.std()).to(student.embedding.weight)
 
 
 def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:
-    """Returns the teacher as it labels: itself, or with `bf16` a copy that is faster and rounds otherwise.
-
-    In the copy LoRA's updates are merged into the frozen weights, and these are bfloat16.
-    """
+    """Returns the teacher itself, or for `bf16` a faster copy: LoRA's updates merged into bfloat16 weights."""
     if precision != "bf16":
         return teacher
+    # A copy: the teacher itself is scored in its own precision.
     labeller = copy.deepcopy(teacher)
     for layer in lora_layers(labeller.net).values():
         layer.merge()
@@ -78,21 +97,35 @@ def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:
     return labeller
 
 
+# ---------------------------------------------------------------- one batch
+
+def token_scores(teacher: TextClassifier, hidden: Tensor) -> Tensor:
+    """Returns a decoder's logits for each prefix of a sentence, around their mean: (tokens, C) -> (tokens, labels).
+
+    An encoder has none: (tokens, 0).
+    """
+    if not teacher.decoder or teacher.by_length:
+        return hidden.new_zeros(len(hidden), 0)
+    # The same constant in all logits changes no probability: only differences are a target.
+    score = teacher.net.score
+    logits = score(hidden.to(score.weight.dtype)).float()
+    return logits - logits.mean(-1, keepdim=True)
+
+
 @torch.inference_mode()
 def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
     """Computes the backbone's last hidden states, after its final norm, of a batch's real tokens: (real tokens, C).
 
     Raises:
-        UserError: the backbone does not give one state a token.
+        UserError: the backbone does not give one state for each token.
     """
     ids, mask = batch.input_ids, batch.attention_mask
     if teacher.decoder:
         states = teacher.token_states(ids, mask)
     else:
         backbone = teacher.net.base_model
-        masked = {"attention_mask": send(mask, ids.device)} if "attention_mask" in inspect.signature(
-            backbone.forward).parameters else {}
-        states = backbone(input_ids=ids, **masked)[0]
+        takes_mask = "attention_mask" in inspect.signature(backbone.forward).parameters
+        states = backbone(input_ids=ids, **({"attention_mask": send(mask, ids.device)} if takes_mask else {}))[0]
     return _of_real_tokens(teacher, states, batch)
 
 
@@ -108,16 +141,17 @@ def states_and_logits(teacher: TextClassifier, batch: Batch, needed: bool = True
     """Computes `hidden_states` and the logits (B, labels) of a batch without features, in one forward pass.
 
     Args:
-        needed: whether the states are; without them the logits are the same bytes.
+        needed: whether the states are needed; without them the logits are the same bytes.
 
     Raises:
-        UserError: the backbone does not give one state a token, and the states are needed.
+        UserError: the states are needed, and the backbone does not give one for each token.
     """
     if needed:
         return _states_and_logits(teacher, batch)
     try:
         return None, _states_and_logits(teacher, batch)[1]
-    except UserError:  # such a backbone's logits never come with states, with which they would have to agree
+    except UserError:
+        # Logits of such a backbone never come with states, with which they would have to agree.
         return None, teacher(*batch.inputs()).float()
 
 
@@ -125,46 +159,16 @@ def _states_and_logits(teacher: TextClassifier, batch: Batch) -> tuple[Tensor, T
     ids, mask = batch.input_ids, batch.attention_mask
     if teacher.decoder and not teacher.by_length:
         hidden, head = hidden_states(teacher, batch), teacher.net.score
+        # The states of all real tokens stand one after the other: a sentence ends where its length is used up.
         last = send(mask.sum(1).cumsum(0) - 1, hidden.device)
         return hidden, head(hidden[last].to(head.weight.dtype)).float()
-    found, mine = [], threading.get_ident()  # another thread may be at other sentences
+    # An encoder's head is the library's own: a hook takes the states out of its forward pass. The hook is called in every
+    # thread that computes with this model, and keeps the states of its own.
+    found, own = [], threading.get_ident()
     hook = teacher.net.base_model.register_forward_hook(
-        lambda module, inputs, outputs: found.append(outputs[0]) if threading.get_ident() == mine else None)
+        lambda module, inputs, outputs: found.append(outputs[0]) if threading.get_ident() == own else None)
     try:
         logits = teacher.net(input_ids=ids, attention_mask=teacher.encoder_mask(ids, mask)).logits.float()
     finally:
         hook.remove()
     return _of_real_tokens(teacher, found[0], batch), logits
-
-
-class Averaged(nn.Module):
-    """Several teachers of one task, whose logits are averaged."""
-
-    def __init__(self, teachers: list[TextClassifier]):
-        super().__init__()
-        self.teachers = nn.ModuleList(teachers)
-
-    def forward(self, *inputs) -> Tensor:  # as a teacher takes them -> (B, labels)
-        return torch.stack([teacher(*inputs) for teacher in self.teachers]).mean(0)
-
-
-@dataclass
-class HiddenStates:
-    """Reduced hidden states of many sentences, one after the other, and with a decoder the tokens' scores.
-
-    A token's scores are the logits (around their mean) that the head gives the sentence as far as the token.
-    """
-
-    values: Tensor  # (tokens, d) float16, on the CPU
-    weights: Tensor  # (d,) of the dimensions in `objectives.hidden_mse`
-    starts: Tensor  # (N,) where each sentence begins
-    ends: Tensor  # (N,) where it ends
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def of(self, rows: Tensor) -> Tensor:
-        """Returns the states (tokens of these sentences, d) in float32."""
-        rows = rows.cpu()
-        return torch.cat([self.values[start:end] for start, end in zip(
-            self.starts[rows].tolist(), self.ends[rows].tolist(), strict=True)]).float()

@@ -20,6 +20,7 @@ from data_utils import Split
 from experiments.inputs import check_base, separator_of
 from machine.errors import UserError
 from machine.hardware import device
+from metrics.classification import per_class
 from model import DistilRNN, TextClassifier, load_classifier
 from options.schema import RNNConfig, TableOptions, rebuild
 from record import tensors
@@ -130,4 +131,4 @@ def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> d
     answer = logits, torch.tensor(split.labels)
     matrix = train_utils.confusion(*answer)
     return {**train_utils.scores(*answer),
-            "by_class": {"confusion": matrix, "per_class": train_utils.per_class(matrix, classes)}}
+            "by_class": {"confusion": matrix, "per_class": per_class(matrix, classes)}}

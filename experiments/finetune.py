@@ -32,7 +32,8 @@ from record import tensors
 from record.files import sha256, write_file
 from record.folder import Recorder, check_run_folder, finish, provenance, read_run, run_folder
 from serving.merge import label_maps
-from train_utils import best_and_last, selection_split, training_summary
+from train_utils import Checkpointing, Data, Hooks, selection_split
+from training.summary import best_and_last, training_summary
 
 SANITY_PROMPT, SANITY_TOKENS = "The", 12
 
@@ -209,9 +210,9 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
                 if said := speed.cache_frozen(run.classifier, splits, folder, options.keep_memory):
                     say(said)
             progress = train_utils.fit(
-                run.classifier, run.batches, run.dev, train_utils.cross_entropy(options.train.label_smoothing),
-                options.train, folder=folder, resume=options.resume, select=selection_split(run.task.dev),
-                on_epoch=record, stop=stop)
+                run.classifier, Data(run.batches, run.dev, selection_split(run.task.dev)),
+                train_utils.cross_entropy(options.train.label_smoothing), options.train,
+                Checkpointing(folder, resume=options.resume), Hooks(record, stop))
             history = progress.history
         save_trained(run.classifier, options.method, folder, options.model)
         summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": run.task.name,

@@ -1,4 +1,4 @@
-"""The losses against their formulas, the loop against its contract."""
+"""The scores against their formulas, the loop against its contract."""
 import math
 from dataclasses import replace
 
@@ -9,120 +9,42 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from toy_training import (
     OPTIONS,
     ToyModel,
     assert_same_bits,
     scripted,
     toy_batches,
+    toy_data,
     toy_dev,
     weights,
 )
 
-import train_utils
 from data_utils import collate, split_large
+from distillation.losses import kd_objective
+from metrics.classification import per_class
+from record.folder import CHECKPOINT
 from train_utils import (
+    Checkpointing,
+    Data,
     Diverged,
+    Hooks,
     compute_logits,
     confusion,
     cross_entropy,
-    distillation,
     fit,
-    kd_loss,
     labels_of,
-    learning_rate_factor,
+    lr_factor,
     make_optimizer,
-    per_class,
+    score_by_loss,
     scores,
     validate,
 )
 from training.checkpoints import load_checkpoint, trainable
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-LOGITS = st.lists(st.tuples(*[st.floats(-30, 30, width=32)] * 6), min_size=1, max_size=8)
-
-
-# ---------------------------------------------------------------- objectives
-
-def kd_in_numpy(student, teacher, labels, temperature, alpha) -> float:
-    """alpha T² KL(softmax(teacher / T) ‖ softmax(student / T)) + (1 - alpha) CE, written out in float64."""
-    def log_softmax(x):
-        x = x - x.max(1, keepdims=True)
-        return x - np.log(np.exp(x).sum(1, keepdims=True))
-
-    log_p, log_q = (log_softmax(np.asarray(x, dtype=np.float64) / temperature) for x in (teacher, student))
-    kl = (np.exp(log_p) * (log_p - log_q)).sum() / len(labels)
-    ce = -log_softmax(np.asarray(student, dtype=np.float64))[np.arange(len(labels)), labels].mean()
-    return alpha * temperature ** 2 * kl + (1 - alpha) * ce
-
-
-def as_tensors(rows, dtype=torch.float64):
-    """Student and teacher logits (B, 3) and labels (B,) of rows of six numbers."""
-    both = torch.tensor(rows, dtype=dtype)
-    return both[:, :3], both[:, 3:], torch.arange(len(rows)) % 3
-
-
-@FAST
-@given(rows=LOGITS, temperature=st.floats(0.5, 20), alpha=st.floats(0, 1))
-def test_kd_loss_is_the_formula(rows, temperature, alpha):
-    student, teacher, labels = as_tensors(rows)
-    expected = kd_in_numpy(student.numpy(), teacher.numpy(), labels.numpy(), temperature, alpha)
-    assert kd_loss(student, teacher, labels, temperature, alpha).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    in_float32 = kd_loss(student.float(), teacher.float(), labels, temperature, alpha).item()
-    assert in_float32 == pytest.approx(expected, rel=1e-4, abs=1e-3)
-
-
-@settings(FAST, max_examples=30)
-@given(rows=st.lists(st.tuples(*[st.floats(-4, 4)] * 6), min_size=1, max_size=4), temperature=st.floats(0.5, 10),
-       alpha=st.floats(0, 1))
-def test_kd_gradient_is_the_formulas_by_finite_differences(rows, temperature, alpha):
-    student, teacher, labels = as_tensors(rows)
-    student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
-    kd_loss(student, teacher, labels, temperature, alpha).backward()
-    assert teacher.grad is None  # the teacher is not trained
-    step, numeric = 1e-6, np.zeros(student.shape)
-    for index in np.ndindex(*student.shape):
-        sides = []
-        for sign in (1, -1):
-            moved = student.detach().numpy().copy()
-            moved[index] += sign * step
-            sides.append(kd_in_numpy(moved, teacher.detach().numpy(), labels.numpy(), temperature, alpha))
-        numeric[index] = (sides[0] - sides[1]) / (2 * step)
-    np.testing.assert_allclose(student.grad.numpy(), numeric, rtol=1e-4, atol=1e-6)
-
-
-def test_kl_runs_from_the_teacher_to_the_student():
-    """KL(p‖q) for p = (3/4, 1/4), q = (1/2, 1/2) is ln 2 - H(p); the other direction gives another number."""
-    student, teacher = torch.tensor([[0, 0], [math.log(3), 0]], dtype=torch.float64).split(1)
-    p_q = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    q_p = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
-    assert abs(p_q - q_p) > 0.01
-    assert kd_loss(student, teacher, torch.tensor([0]), 1.0, 1.0).item() == pytest.approx(p_q, abs=1e-12)
-
-
-def test_kd_averages_over_the_batch_not_over_its_entries():
-    student, teacher, labels = as_tensors([(1, 2, 3, 3, 1, 0)])
-    once = kd_loss(student, teacher, labels, 3.0, 1.0)
-    torch.testing.assert_close(kd_loss(student.repeat(5, 1), teacher.repeat(5, 1), labels.repeat(5), 3.0, 1.0), once)
-
-
-@FAST
-@given(rows=LOGITS, temperature=st.floats(0.5, 20))
-def test_alpha_0_is_cross_entropy_and_alpha_1_ignores_the_labels(rows, temperature):
-    student, teacher, labels = as_tensors(rows)
-    torch.testing.assert_close(kd_loss(student, teacher, labels, temperature, 0.0), F.cross_entropy(student, labels))
-    assert kd_loss(student, teacher, labels, temperature, 1.0) == kd_loss(student, teacher, 2 - labels, temperature, 1.0)
-    same = kd_loss(teacher, teacher, labels, temperature, 1.0).item()
-    assert same == pytest.approx(0, abs=1e-9)  # a student that equals its teacher has nothing left to learn
-
-
-def test_distillation_takes_the_teachers_logits_by_row():
-    batch = toy_batches(8, 3)[1]
-    teacher, logits = torch.randn(8, 2), torch.randn(len(batch.rows), 2)
-    expected = kd_loss(logits, torch.stack([teacher[row] for row in batch.rows.tolist()]), batch.labels, 2.0, 0.7)
-    assert distillation(teacher, 2.0, 0.7)(logits, batch) == expected
-    assert distillation(teacher.flip(0), 2.0, 0.7)(logits, batch) != expected
 
 
 # ---------------------------------------------------------------- scores
@@ -201,7 +123,7 @@ def test_scores_by_class_are_scikit_learns(pairs):
 @FAST
 @given(total=st.integers(1, 500), warmup=st.floats(0, 1), schedule=st.sampled_from(["linear", "cosine", "constant"]))
 def test_the_rate_rises_to_its_peak_and_then_decays(total, warmup, schedule):
-    factors = [learning_rate_factor(step, total, warmup, schedule) for step in range(total)]
+    factors = [lr_factor(step, total, warmup, schedule) for step in range(total)]
     rising = math.ceil(warmup * total)
     assert all(0 < factor <= 1 for factor in factors)
     assert factors[:rising] == pytest.approx([(i + 1) / rising for i in range(rising)])
@@ -247,7 +169,7 @@ def steps_of(batches, objective, options, model=None):
 
     hook = register_optimizer_step_pre_hook(look)
     try:
-        fit(model, batches, toy_dev(), objective, options)
+        fit(model, Data(batches, toy_dev()), objective, options)
     finally:
         hook.remove()
     return seen, model
@@ -260,7 +182,7 @@ def test_accumulation_equals_one_large_batch(kd):
     labels = [0, 1, 1, 0, 1, 1, 1, 0]
     large = [collate(ids, labels, list(range(8)), 0)]
     small = [collate(ids, labels, list(range(3)), 0), collate(ids, labels, list(range(3, 8)), 0)]
-    objective = distillation(torch.randn(8, 2, generator=torch.Generator().manual_seed(1)), 2.0, 0.7) if kd \
+    objective = kd_objective(torch.randn(8, 2, generator=torch.Generator().manual_seed(1)), 2.0, 0.7) if kd \
         else cross_entropy()
     options = replace(OPTIONS, epochs=3, clip=0.0)
     whole, one = steps_of(large, objective, options)
@@ -280,7 +202,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(kd):
     labels = [row % 3 % 2 for row in range(22)]
     groups = ([0, 1], [2, 3], [4, 5], [6, 7], [8, 9], list(range(10, 22)))
     teacher = torch.randn(22, 2, generator=torch.Generator().manual_seed(1))
-    objective = distillation(teacher, 2.0, 0.7) if kd else cross_entropy()
+    objective = kd_objective(teacher, 2.0, 0.7) if kd else cross_entropy()
     found, sizes = [], []
 
     def look(logits, batch):
@@ -316,14 +238,14 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for():
 
 def test_each_step_has_its_rate_and_the_run_ends_near_0():
     seen, _ = steps_of(toy_batches(80, 4), cross_entropy(), replace(OPTIONS, epochs=3, warmup=0.1))
-    assert [rates[0] for _, rates in seen] == [0.05 * learning_rate_factor(i, 60, 0.1, "linear") for i in range(60)]
+    assert [rates[0] for _, rates in seen] == [0.05 * lr_factor(i, 60, 0.1, "linear") for i in range(60)]
     assert seen[-1][1][0] < 0.05 * 0.02
 
 
 def test_training_learns_and_leaves_frozen_parameters_alone():
     model = ToyModel()
     before = weights(model)
-    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), replace(OPTIONS, epochs=15))
+    progress = fit(model, toy_data(), cross_entropy(), replace(OPTIONS, epochs=15))
     assert progress.history[-1]["train"]["loss"] < 0.5 * progress.history[0]["train"]["loss"]
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert moved == set(trainable(model))
@@ -337,7 +259,7 @@ def test_an_epochs_line_counts_every_row_and_token_once():
         seen.append((logits.detach(), batch))
         return F.cross_entropy(logits, batch.labels)
 
-    line = fit(model, batches, toy_dev(), objective, replace(OPTIONS, epochs=1, accumulate=2)).history[0]
+    line = fit(model, Data(batches, toy_dev()), objective, replace(OPTIONS, epochs=1, accumulate=2)).history[0]
     expected = scores(torch.cat([logits for logits, _ in seen]), torch.cat([batch.labels for _, batch in seen]))
     assert line["train"] == {"loss": pytest.approx(expected["loss"]), "cross_entropy": pytest.approx(expected["loss"]),
                              "accuracy": expected["accuracy"], "mcc": pytest.approx(expected["mcc"])}
@@ -347,8 +269,8 @@ def test_an_epochs_line_counts_every_row_and_token_once():
 def test_the_best_epoch_is_the_select_splits_by_mcc_then_loss_and_its_weights_stay(monkeypatch):
     scripted(monkeypatch, [(0.1, 0.1), (0.5, 0.9), (0.5, 0.7), (0.5, 0.8), (0.4, 0.1), (0.5, 0.7)])
     model, after = ToyModel(), []
-    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), replace(OPTIONS, epochs=6),
-                   on_epoch=lambda _: after.append(weights(model)))
+    progress = fit(model, toy_data(), cross_entropy(), replace(OPTIONS, epochs=6),
+                   hooks=Hooks(on_epoch=lambda _: after.append(weights(model))))
     assert progress.best_epoch == 3  # of equals the first
     assert_same_bits(weights(model), after[2])
     assert not torch.equal(after[2]["net.score.weight"], after[5]["net.score.weight"])
@@ -357,10 +279,10 @@ def test_the_best_epoch_is_the_select_splits_by_mcc_then_loss_and_its_weights_st
 def test_patience_stops_after_so_many_epochs_without_a_better_one(monkeypatch):
     script = [(0.1, 1.0), (0.2, 1.0), (0.2, 1.0), (0.1, 0.5), (0.9, 0.1)]
     scripted(monkeypatch, script)
-    progress = fit(ToyModel(), toy_batches(), toy_dev(), cross_entropy(), replace(OPTIONS, epochs=5, patience=2))
+    progress = fit(ToyModel(), toy_data(), cross_entropy(), replace(OPTIONS, epochs=5, patience=2))
     assert (len(progress.history), progress.best_epoch) == (4, 2)
     scripted(monkeypatch, script)
-    assert len(fit(ToyModel(), toy_batches(), toy_dev(), cross_entropy(), replace(OPTIONS, epochs=5)).history) == 5
+    assert len(fit(ToyModel(), toy_data(), cross_entropy(), replace(OPTIONS, epochs=5)).history) == 5
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -372,9 +294,9 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
         return F.cross_entropy(logits, batch.labels) + (poison if len(calls) == 8 else 0)
 
     with pytest.raises(Diverged, match="step 8 .epoch 2., learning rate .*lower --lr"):
-        fit(ToyModel(), toy_batches(), toy_dev(), objective, OPTIONS, folder=tmp_path)
+        fit(ToyModel(), toy_data(), objective, OPTIONS, Checkpointing(tmp_path))
     model = ToyModel(9)
-    progress, _ = load_checkpoint(tmp_path / train_utils.CHECKPOINT, model, make_optimizer(model, OPTIONS))
+    progress, _ = load_checkpoint(tmp_path / CHECKPOINT, model, make_optimizer(model, OPTIONS))
     assert (progress.epoch, progress.step) == (2, 5)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -383,5 +305,85 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     model = ToyModel()
     before = weights(model)
     with pytest.raises(Diverged, match="gradient norm"):  # the loss is finite, its derivative at 0 is not
-        fit(model, toy_batches(), toy_dev(), lambda logits, _: (logits * 0).sum().abs().sqrt(), OPTIONS)
+        fit(model, toy_data(), lambda logits, _: (logits * 0).sum().abs().sqrt(), OPTIONS)
     assert_same_bits(weights(model), before)
+
+
+# ---------------------------------------------------------------- values that are not finite after the last step
+
+class Failing(ToyModel):
+    """Answers NaN in evaluation from a given call on. A parameter of its own computes nothing, and is saved."""
+
+    def __init__(self, fails_at: float = math.inf):
+        super().__init__()
+        self.calls, self.fails_at = 0, fails_at
+        self.spare = nn.Parameter(torch.ones(3))
+
+    def forward(self, input_ids, attention_mask):
+        logits = super().forward(input_ids, attention_mask)
+        self.calls += not self.training
+        return logits * (math.nan if not self.training and self.calls >= self.fails_at else 1)
+
+
+def finite_everywhere(value) -> bool:
+    """Returns whether no number in a nesting of lists and dictionaries is NaN or infinite."""
+    if isinstance(value, dict):
+        return all(finite_everywhere(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(finite_everywhere(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def state_and_history(folder, model):
+    """Loads a checkpoint; returns its progress and whether all of it is finite."""
+    progress, best = load_checkpoint(folder / CHECKPOINT, model, make_optimizer(model, OPTIONS))
+    tensors = [*best.values(), *trainable(model).values()]
+    return progress, all(bool(torch.isfinite(one).all()) for one in tensors) and finite_everywhere(progress.history)
+
+
+@pytest.mark.parametrize("epoch, calls", [(1, 1), (1, 4), (2, 6)])  # five batches in each validation
+def test_a_validation_that_is_not_finite_ends_the_training_and_reaches_no_checkpoint(tmp_path, epoch, calls):
+    reported = []
+    with pytest.raises(Diverged, match=f"validation loss nan on .* after step {5 * epoch} .epoch {epoch}.*lower --lr"):
+        fit(Failing(calls), toy_data(), cross_entropy(), OPTIONS, Checkpointing(tmp_path),
+            Hooks(on_epoch=lambda history: reported.append(len(history))))
+    assert reported == list(range(1, epoch)) and (tmp_path / CHECKPOINT).exists() == (epoch > 1)
+    whole, resumed = Failing(), Failing()
+    fit(whole, toy_data(), cross_entropy(), OPTIONS)
+    if epoch > 1:
+        assert state_and_history(tmp_path, Failing())[1]
+        fit(resumed, toy_data(), cross_entropy(), OPTIONS, Checkpointing(tmp_path, resume=True))
+        assert_same_bits(weights(resumed), weights(whole))
+
+
+def test_a_validation_by_loss_alone_that_is_not_finite_ends_the_training(tmp_path):
+    def objective(logits, batch):
+        return F.cross_entropy(logits, batch.labels)
+
+    with pytest.raises(Diverged, match="validation loss nan on in_domain after step 5"):
+        fit(Failing(1), toy_data(), objective, OPTIONS, Checkpointing(tmp_path), Hooks(score=score_by_loss(objective)))
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize("step, options, left_at", [
+    (10, OPTIONS, 5), (5, OPTIONS, None), (7, replace(OPTIONS, save_steps=1), 6), (10, replace(OPTIONS, ema=0.5), 5)])
+def test_a_weight_that_the_last_update_broke_is_in_no_checkpoint(tmp_path, step, options, left_at):
+    """Loss, gradient and validation are finite all the same."""
+    model, steps = Failing(), []
+
+    def break_weight(*_):
+        steps.append(1)
+        if len(steps) == step:
+            with torch.no_grad():
+                model.spare[1] = math.inf
+
+    hook = register_optimizer_step_post_hook(break_weight)
+    try:
+        with pytest.raises(Diverged, match=f"spare is not finite after step {step} "):
+            fit(model, toy_data(), cross_entropy(), options, Checkpointing(tmp_path))
+    finally:
+        hook.remove()
+    assert (tmp_path / CHECKPOINT).exists() == (left_at is not None)
+    if left_at is not None:
+        progress, good = state_and_history(tmp_path, Failing())
+        assert good and progress.step == left_at

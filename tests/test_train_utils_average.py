@@ -1,14 +1,20 @@
 """The averaged weights: their formula, that training does not feel them, and that a resume keeps them."""
+import signal
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from test_train_utils_checkpoints import DROPOUT, assert_ends_alike, train
-from toy_training import ToyModel, toy_batches, toy_dev, weights
+from toy_training import ToyModel, toy_batches, toy_data, toy_dev, weights
 
+import train_utils
+from machine import signals
 from machine.signals import Interrupted
-from train_utils import cross_entropy, fit, validate
+from record.folder import CHECKPOINT
+from train_utils import Checkpointing, Data, Hooks, cross_entropy, fit, validate
+from training import average, checkpoints
 
 AVERAGED = replace(DROPOUT, ema=0.6)
 
@@ -25,7 +31,7 @@ def steps_of(ema: float, epochs: int = 1):
     def stop():
         seen.append({name: value.clone() for name, value in weights(model).items()})
 
-    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), replace(DROPOUT, ema=ema, epochs=epochs), stop=stop)
+    progress = fit(model, toy_data(), cross_entropy(), replace(DROPOUT, ema=ema, epochs=epochs), hooks=Hooks(stop=stop))
     return seen, model, progress
 
 
@@ -56,3 +62,64 @@ def test_an_averaged_training_stopped_and_resumed_ends_in_the_same_bits(tmp_path
     with pytest.raises(Interrupted):
         train(tmp_path, stop_at=step, options=AVERAGED)
     assert_ends_alike(train(tmp_path, resume=True, options=AVERAGED), train(options=AVERAGED))
+
+
+# ---------------------------------------------------------------- a signal at every statement
+
+LOOP = {module.__file__ for module in (train_utils, average, checkpoints)}
+# The functions that change a training's state; the others compute.
+STATE = {"run", "train_epoch", "step", "update", "validate", "in_model", "restore", "finish_epoch", "best_weights", "save",
+         "save_checkpoint"}
+
+
+def statements(work, at: int | None = None) -> list[tuple[str, int]]:
+    """Calls `work()`, and handles SIGTERM before statement `at` of the functions in STATE, counted from 0.
+
+    Returns:
+        The statements that were reached, as (function, line), each at its first time: most are in the first epoch, so that
+        the second one trains on with the saved state.
+    """
+    seen = []
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in LOOP or frame.f_code.co_name not in STATE:
+            return None
+        place = frame.f_code.co_name, frame.f_lineno
+        if event == "line" and place not in seen:
+            seen.append(place)
+            if len(seen) - 1 == at:
+                signals._handle(signal.SIGTERM, None)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+        signals._received.clear()
+    return seen
+
+
+def trained_with_average(folder, resume=False):
+    """Trains a toy model with an average, two steps in each of two epochs; a resumed one starts from another state."""
+    model = ToyModel(99 if resume else 0, dropout=0.4)
+    torch.manual_seed(99 if resume else 1)
+    data = Data(toy_batches(8, 4), {"in_domain": toy_batches(3, 3, seed=1)})
+    progress = fit(model, data, cross_entropy(), replace(AVERAGED, epochs=2, accumulate=1),
+                   Checkpointing(folder, resume=resume), Hooks(stop=signals.received))
+    return weights(model), progress
+
+
+def test_a_signal_at_any_statement_of_the_loop_and_a_resume_end_in_the_same_bits(tmp_path):
+    whole = []
+    places = statements(lambda: whole.append(trained_with_average(tmp_path)))
+    assert {name for name, _ in places} == STATE
+    for at in range(len(places)):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        with pytest.raises(Interrupted):
+            statements(lambda folder=folder: trained_with_average(folder), at)
+        # Without a checkpoint the run begins again: a stop before the first step left none.
+        resumed = trained_with_average(folder, resume=(folder / CHECKPOINT).exists())
+        assert_ends_alike(resumed, whole[0])

@@ -13,7 +13,7 @@ from toy_training import (
     assert_same_bits,
     scripted,
     toy_batches,
-    toy_dev,
+    toy_data,
     weights,
     without_times,
 )
@@ -21,7 +21,8 @@ from toy_training import (
 import train_utils
 from machine.errors import UserError
 from machine.signals import Interrupted
-from train_utils import cross_entropy, fit, make_optimizer
+from record.folder import CHECKPOINT
+from train_utils import Checkpointing, Hooks, cross_entropy, fit, make_optimizer
 from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -38,7 +39,8 @@ def train(folder=None, stop_at=None, resume=False, options=DROPOUT):
         calls.append(1)
         return 15 if len(calls) == stop_at else None
 
-    progress = fit(model, toy_batches(), toy_dev(), cross_entropy(), options, folder=folder, resume=resume, stop=stop)
+    progress = fit(model, toy_data(), cross_entropy(), options, folder and Checkpointing(folder, resume=resume),
+                   Hooks(stop=stop))
     return weights(model), progress
 
 
@@ -75,7 +77,7 @@ def test_the_random_state_matters_to_what_is_compared(uninterrupted):
     torch.manual_seed(2)
     model = ToyModel(0, dropout=0.4)
     torch.manual_seed(2)
-    fit(model, toy_batches(), toy_dev(), cross_entropy(), DROPOUT)
+    fit(model, toy_data(), cross_entropy(), DROPOUT)
     assert not torch.equal(weights(model)["net.score.weight"], uninterrupted[0]["net.score.weight"])
 
 
@@ -94,7 +96,7 @@ def test_a_patient_training_stays_stopped_when_resumed(tmp_path, monkeypatch):
 def test_checkpoints_within_an_epoch_come_as_often_as_asked(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(train_utils, "save_checkpoint", lambda path, model, optimizer, progress, best: saved.append(
-        (progress.epoch, progress.group)))
+        (progress.epoch, progress.step_in_epoch)))
     train(tmp_path)
     assert saved == [(2, 0), (3, 0), (4, 0)]
     saved.clear()
@@ -108,7 +110,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     with pytest.raises(Interrupted):
         train(folder, stop_at=5)
-    path = folder / train_utils.CHECKPOINT
+    path = folder / CHECKPOINT
     return path, path.read_bytes(), state_of(path)
 
 
@@ -130,8 +132,8 @@ def test_a_checkpoint_brings_back_all_that_it_was_given(tmp_path):
         cross_entropy()(model(batch.input_ids, batch.attention_mask), batch).backward()
         optimizer.step()
     best = {name: p.detach() + 1 for name, p in trainable(model).items()}
-    progress = Progress(epoch=2, group=1, step=6, best_epoch=1, best_score=(0.1, -0.30000000000000004), sums={"loss": 1 / 3},
-                        confusion=[[1, 2], [3, 4]], history=[{"epoch": 1}])
+    progress = Progress(epoch=2, step_in_epoch=1, step=6, best_epoch=1, best_score=(0.1, -0.30000000000000004),
+                        sums={"loss": 1 / 3}, confusion=[[1, 2], [3, 4]], history=[{"epoch": 1}])
     save_checkpoint(tmp_path / "c", model, optimizer, progress, best)
     expected = torch.rand(3)
     state, loaded = state_of(tmp_path / "c")
@@ -192,3 +194,12 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(checkpoint
     with pytest.raises(UserError, match="the checkpoint is of another model"):
         load_checkpoint(checkpoint[0], other, make_optimizer(other, DROPOUT))
     assert_same_bits(weights(other), before)
+
+
+def test_the_text_of_a_checkpoint_has_the_keys_of_earlier_versions():
+    """As the first version with confusion matrices and sums by process wrote it."""
+    old = ('{"epoch": 2, "group": 3, "step": 8, "best_epoch": 1, "best_score": [0.5, -0.25], "sums": {"loss": 0.5}, '
+           '"parts": [], "confusion": [[1, 0], [0, 2]], "history": [{"epoch": 1}], "finished": false}')
+    progress = Progress.from_json(old)
+    assert (progress.epoch, progress.step_in_epoch, progress.step) == (2, 3, 8)
+    assert json.loads(progress.as_json()) == json.loads(old)

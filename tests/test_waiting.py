@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_utils
 from data_utils import Batch
+from distillation.losses import kd_objective
 from fast import recurrent
 from model import DistilRNN, TextClassifier
 from options.schema import RNNConfig, TrainOptions
@@ -128,9 +129,9 @@ def test_no_step_between_two_reads_waits_for_the_gpu(name, monkeypatch):
         (GPU, kind): group for (_, kind), group in GROUPED(*tensors).items()})
     made, objective = batches(), train_utils.cross_entropy()
     if name == "student":
-        objective = train_utils.distillation(torch.randn(24, 2), 2.0, 0.5)
+        objective = kd_objective(torch.randn(24, 2), 2.0, 0.5)
     with FakeGPU() as gpu:
-        trainer = train_utils.Trainer(model, made, {}, objective, OPTIONS, None, "", "", lambda history: None, lambda: None)
+        trainer = train_utils.Trainer(model, train_utils.Data(made, {}), objective, OPTIONS, None, train_utils.Hooks())
         trainer.progress.sums = dict.fromkeys((*trainer.SUMS, "rows", "tokens", "seconds"), 0.0)
         assert (trainer.device.type, trainer.read_every) == ("cuda", 16)
         trainer.step([made[0]])  # the optimiser makes its state in the first step

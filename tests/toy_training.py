@@ -6,7 +6,7 @@ from torch import nn
 
 import train_utils
 from data_utils import bucket_by_length, collate
-from train_utils import TrainOptions
+from train_utils import Data, TrainOptions
 
 OPTIONS = TrainOptions(seed=7, epochs=2, lr=0.05, warmup=0.1)
 
@@ -44,6 +44,10 @@ def toy_batches(rows: int = 20, size: int = 4, seed: int = 0):
 
 def toy_dev():
     return {"in_domain": toy_batches(12, 5, seed=1), "out_of_domain": toy_batches(8, 5, seed=2)}
+
+
+def toy_data() -> Data:
+    return Data(toy_batches(), toy_dev())
 
 
 def weights(model) -> dict[str, torch.Tensor]:

@@ -126,7 +126,7 @@ def train(result: Path) -> None:
         return train_utils.cross_entropy()(logits, batch)
 
     batches = split_large(toys.toy_batches(21, 4), processes.rank(), processes.count())  # the last one has one row
-    progress = train_utils.fit(model, batches, toys.toy_dev(), objective, toys.OPTIONS)
+    progress = train_utils.fit(model, train_utils.Data(batches, toys.toy_dev()), objective, toys.OPTIONS)
     found = {"gradients": seen, "rows": rows, "history": progress.history, "draw": torch.rand(3).tolist(),
              "weights": {name: p.tolist() for name, p in train_utils.trainable(model).items()},
              "says": processes.claim_once("this")}

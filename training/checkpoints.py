@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a training in one file, from which it goes on to the same bytes."""
+"""Checkpoints: the whole state of a training in one file, from which the training resumes to the same bytes."""
 from __future__ import annotations
 
 import json
@@ -11,23 +11,50 @@ from torch import Tensor, nn
 
 from machine import hardware, processes
 from machine.errors import UserError
+from record.folder import CHECKPOINT
 from record.tensors import load_checked, save_checked
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """The place of a training's checkpoint, and whether the training resumes from it."""
+
+    folder: Path
+    name: str = ""  # beginning of the file's name, and label of the progress bar
+    resume: bool = False  # resume from the checkpoint, if there is one
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}{CHECKPOINT}"
 
 
 @dataclass
 class Progress:
     """The position and the sums of a training; a checkpoint holds all of it."""
 
-    epoch: int = 1  # the epoch that is running, from 1
-    group: int = 0  # optimiser steps done in it
+    epoch: int = 1  # the running epoch, from 1
+    step_in_epoch: int = 0  # optimiser steps done in the running epoch
     step: int = 0  # optimiser steps done in all
     best_epoch: int = 0
     best_score: tuple[float, float] = (-math.inf, -math.inf)  # MCC, then -loss
     sums: dict[str, float] = field(default_factory=dict)  # of the running epoch
-    parts: list[list[float]] = field(default_factory=list)  # the same sums by process, where there are several
+    parts: list[list[float]] = field(default_factory=list)  # the same sums by process, if there are several processes
     confusion: list[list[int]] = field(default_factory=list)  # of the running epoch: [label][prediction]
     history: list[dict] = field(default_factory=list)  # one object an epoch: the lines of metrics.jsonl
     finished: bool = False
+
+    def as_json(self) -> str:
+        """Returns the text that a checkpoint holds."""
+        values = dict(vars(self))
+        # Checkpoints of earlier versions have this key, too.
+        values["group"] = values.pop("step_in_epoch")
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Progress:
+        """Reads the text of `as_json`."""
+        values = json.loads(text)
+        return cls(step_in_epoch=values.pop("group"), **values)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -41,6 +68,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
     All processes call this function, with the same state but for their random numbers; the first one writes.
     """
+    # A collective operation: every process takes part before all but the first return.
     tensors = {name: processes.gather(source.get_rng_state()) for name, source in hardware.random_sources().items()}
     if not processes.is_main():
         return
@@ -49,7 +77,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors.update({f"best.{name}": value for name, value in best.items()})
-    save_checked(path, tensors, json.dumps(vars(progress)))
+    save_checked(path, tensors, progress.as_json())
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -64,6 +92,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     tensors, text = load_checked(path)
     parameters = trainable(model)
+    # Compared before the first weight is written: a checkpoint of another model changes nothing.
     saved = {name: value.shape for name, value in tensors.items() if name.startswith("model.")}
     if saved != {f"model.{name}": p.shape for name, p in parameters.items()}:
         raise UserError(f"{path}: the checkpoint is of another model")
@@ -76,6 +105,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, source in hardware.random_sources().items():
         states = torch.atleast_2d(tensors[name]) if name in tensors else []  # by process
         if processes.rank() < len(states):
-            source.set_rng_state(states[processes.rank()].clone())  # cloned, because it reads from the start of the storage
-    return Progress(**json.loads(text)), {
-        name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+            # Cloned, because `set_rng_state` reads from the start of the storage.
+            source.set_rng_state(states[processes.rank()].clone())
+    best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+    return Progress.from_json(text), best

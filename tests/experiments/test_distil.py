@@ -28,10 +28,10 @@ def distilled(work):
             None if isinstance(model, DistilRNN) else seen["teacher"].append(sum(len(b.rows) for b in batches)),
             compute_logits(model, batches))[1])
 
-        def watched(model, batches, *args, **kwargs):
+        def watched(model, data, *args, **kwargs):
             seen["starts"].append(({name: value.clone() for name, value in model.state_dict().items()},
-                                   torch.get_rng_state(), [batch.input_ids for batch in batches]))
-            return fit(model, batches, *args, **kwargs)
+                                   torch.get_rng_state(), [batch.input_ids for batch in data.batches]))
+            return fit(model, data, *args, **kwargs)
 
         patch.setattr(train_utils, "fit", watched)
         assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--out", work / "distil",

@@ -1,4 +1,4 @@
-"""The transfer set and its cache: what several make at a time is made once; what a teacher says, and in which order."""
+"""The transfer set and its cache: files made together are made once; a teacher's targets, and their order."""
 import itertools
 import threading
 import time
@@ -11,19 +11,27 @@ import torch
 from conftest import PAD, adapted
 
 from data_utils import Batch
-from distillation.teachers import Reduction, as_labeller, hidden_states
-from experiments import transfer
+from distillation import labels, writer
+from distillation.batching import neighbour_batches
+from distillation.cache import Cache
+from distillation.labels import Labeller
+from distillation.pca import Reduction
+from distillation.sharing import share
+from distillation.teachers import as_labeller, hidden_states
+from distillation.writer import Writer
 from machine.errors import UserError
 from machine.signals import Interrupted
 from model import lora_layers
+from options.schema import DistilOptions
 
 
-def source_of(folder, teacher, monkeypatch) -> transfer.Source:
-    """Returns a cache in a folder, with the first four dimensions for principal components."""
+def labeller_of(folder, teacher, monkeypatch) -> Labeller:
+    """Returns a teacher with its cache in a folder; the first four dimensions are the principal components."""
     scores = teacher.net.config.num_labels * teacher.decoder
-    monkeypatch.setattr(transfer.Source, "components", lambda *_: (
+    monkeypatch.setattr(Labeller, "components", lambda *_: (
         Reduction(torch.zeros(32), torch.eye(32)[:, :4], torch.ones(4)), torch.ones(scores)))
-    return transfer.Source(folder, None, SimpleNamespace(pad_token_id=PAD), "", teacher.decoder, [], lambda: None)
+    return Labeller(Cache(folder, lambda: None), teacher, "key", SimpleNamespace(pad_token_id=PAD), [],
+                    DistilOptions(folder, match_size=4))
 
 
 def ids_of(count: int) -> list[list[int]]:
@@ -43,7 +51,7 @@ def test_several_processes_make_each_file_once_and_all_of_them_get_every_file(tm
         path.write_text("{}")
 
     with ThreadPoolExecutor(3) as pool:
-        for done in [pool.submit(transfer.share, dict.fromkeys(wanted, 1), make, lambda: None) for _ in range(3)]:
+        for done in [pool.submit(share, dict.fromkeys(wanted, 1), make, lambda: None) for _ in range(3)]:
             done.result()
     assert sorted(made) == sorted(wanted)
     assert sorted(tmp_path.iterdir()) == sorted(wanted)
@@ -54,7 +62,7 @@ def test_a_stop_ends_the_wait_for_another_process(tmp_path):
         raise Interrupted(15)
 
     with filelock.FileLock(tmp_path / "one.lock"), pytest.raises(Interrupted):
-        transfer.share({tmp_path / "one": 1}, pytest.fail, check_stop)
+        share({tmp_path / "one": 1}, pytest.fail, check_stop)
 
 
 def test_threads_make_files_at_a_time_with_one_core_each(tmp_path):
@@ -70,7 +78,7 @@ def test_threads_make_files_at_a_time_with_one_core_each(tmp_path):
 
     torch.set_num_threads(3)
     try:
-        transfer.share(dict.fromkeys(wanted, 1), make, lambda: None, threads=2)
+        share(dict.fromkeys(wanted, 1), make, lambda: None, threads=2)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -88,7 +96,7 @@ def test_an_error_in_one_thread_ends_the_others_after_their_files(tmp_path, bad)
         path.write_text("")
 
     with pytest.raises(UserError, match="disk full"):
-        transfer.share(dict.fromkeys(wanted, 1), make, lambda: None, threads=2)
+        share(dict.fromkeys(wanted, 1), make, lambda: None, threads=2)
     assert len(list(tmp_path.iterdir())) < 20
 
 
@@ -97,14 +105,14 @@ def test_what_a_teacher_says_is_the_same_whatever_the_number_of_threads(tmp_path
     """Threads are at other sentences in the same model at the same time."""
     teacher, ids = adapted(architecture), ids_of(60)
     teacher.net.base_model.register_forward_pre_hook(lambda *_: time.sleep(0.002))
-    monkeypatch.setattr(transfer, "LABELLED", 3)
+    monkeypatch.setattr(labels, "LABELLED", 3)
     found = []
     for number in (1, 3):
         folder = tmp_path / str(number)
         folder.mkdir()
-        source = source_of(folder, teacher, monkeypatch)
-        monkeypatch.setattr(transfer, "cores", lambda number=number: number)
-        logits, states = source.outputs(teacher, "key", ids, 4)
+        labeller = labeller_of(folder, teacher, monkeypatch)
+        monkeypatch.setattr(labels, "cores", lambda number=number: number)
+        logits, states = labeller.targets(ids, match=True)
         found.append((logits, states.values))
     torch.testing.assert_close(*found, atol=2e-6, rtol=2e-6)
     assert found[0][0].std(0).min() > 0.01
@@ -113,11 +121,11 @@ def test_what_a_teacher_says_is_the_same_whatever_the_number_of_threads(tmp_path
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
 def test_each_sentence_has_what_the_library_says_of_it_in_the_order_given(tmp_path, monkeypatch, architecture):
     teacher, ids = adapted(architecture), ids_of(40)
-    monkeypatch.setattr(transfer, "LABELLED", 4)
-    monkeypatch.setattr(transfer, "SORTED", 12)
-    monkeypatch.setattr(transfer, "TOKENS", 24)
-    source = source_of(tmp_path, teacher, monkeypatch)
-    logits, states = source.outputs(teacher, "key", ids, 4)
+    monkeypatch.setattr(labels, "LABELLED", 4)
+    monkeypatch.setattr(labels, "SORTED", 12)
+    monkeypatch.setattr(labels, "TOKENS", 24)
+    labeller = labeller_of(tmp_path, teacher, monkeypatch)
+    logits, states = labeller.targets(ids, match=True)
     assert len(states) == 40
     for row, one in enumerate(ids):
         with torch.no_grad():
@@ -130,13 +138,13 @@ def test_each_sentence_has_what_the_library_says_of_it_in_the_order_given(tmp_pa
 
 def test_labels_of_a_larger_set_are_taken_over_from_a_smaller_one(tmp_path, monkeypatch):
     teacher, ids, made = adapted("gpt2"), ids_of(40), []
-    monkeypatch.setattr(transfer, "LABELLED", 4)
-    monkeypatch.setattr(transfer, "SORTED", 12)
-    source = source_of(tmp_path, teacher, monkeypatch)
-    first, _ = source.outputs(teacher, "key", ids[:24], 4)
-    monkeypatch.setattr(transfer.Source, "label", lambda self, teacher, chunk, *_, label=transfer.Source.label: (
-        made.extend(chunk) or label(self, teacher, chunk, *_)))
-    assert source.outputs(teacher, "key", ids, 4)[0][:24].equal(first)
+    monkeypatch.setattr(labels, "LABELLED", 4)
+    monkeypatch.setattr(labels, "SORTED", 12)
+    labeller = labeller_of(tmp_path, teacher, monkeypatch)
+    first, _ = labeller.targets(ids[:24], match=True)
+    monkeypatch.setattr(Labeller, "compute", lambda self, chunk, *_, compute=Labeller.compute: (
+        made.extend(chunk) or compute(self, chunk, *_)))
+    assert labeller.targets(ids, match=True)[0][:24].equal(first)
     assert sorted(made) == sorted(ids[24:])
 
 
@@ -144,7 +152,7 @@ def test_tokens_with_the_same_beginning_are_computed_once():
     teacher, computed = adapted("llama"), []
     teacher.net.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    (batch,) = transfer.neighbours([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7]], [0] * 3, [0, 1, 2], 100, SimpleNamespace(
+    (batch,) = neighbour_batches([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7]], [0] * 3, [0, 1, 2], 100, SimpleNamespace(
         pad_token_id=PAD))
     assert len(hidden_states(teacher, batch)) == 10 and computed == [5]
 
@@ -172,17 +180,16 @@ def test_a_labeller_in_bfloat16_is_a_copy_near_its_teacher(architecture):
 def test_sentences_are_written_in_threads_as_many_as_will_be_taken(tmp_path, monkeypatch, least):
     made = []
 
-    def draw(lm, tokenizer, count, length, seed, check_stop) -> list[str]:
+    def sample(lm, tokenizer, count, length, seed, check_stop) -> list[str]:
         made.append((seed, torch.get_num_threads()))
         return [f"{seed} {number}" for number in range(count)]
 
-    monkeypatch.setattr(transfer, "WRITTEN", 4)
-    monkeypatch.setattr(transfer, "draw_sentences", draw)
-    monkeypatch.setattr(transfer, "by_blocks", lambda lm: True)
-    monkeypatch.setattr(transfer, "cores", lambda: 2)
-    source = transfer.Source(tmp_path, None, None, "", True, [], lambda: None)
-    monkeypatch.setattr(source, "longest", lambda: 9)
-    monkeypatch.setattr(source, "writer", lambda: "a language model")
+    monkeypatch.setattr(writer, "WRITTEN", 4)
+    monkeypatch.setattr(writer, "sample_sentences", sample)
+    monkeypatch.setattr(writer, "by_blocks", lambda lm: True)
+    monkeypatch.setattr(writer, "cores", lambda: 2)
+    source = Writer(Cache(tmp_path, lambda: None), "", None, ["a b c d e f g h i"])
+    monkeypatch.setattr(source, "language_model", lambda: "a language model")
     found = list(itertools.islice(source.written(least), 1))
     at_once = max(1, -(-least // 4))
     assert found == ["0 0"] and sorted(seed for seed, _ in made) == list(range(at_once))

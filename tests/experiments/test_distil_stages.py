@@ -12,9 +12,12 @@ from transformers import AutoTokenizer
 import train_utils
 from benchmarks import collect
 from data_utils import load_task
-from experiments import arguments, evaluate, seeds, stages, transfer
+from distillation import recipe, sentences
+from distillation.labels import Labeller
+from distillation.transfer_set import normalised
+from distillation.writer import Writer
+from experiments import arguments, evaluate, seeds
 from experiments.parser import build_parser
-from experiments.transfer import normalised
 from record.files import read_json
 from record.folder import without_times
 from report import figures, records, tables
@@ -78,8 +81,8 @@ def test_what_is_kept_is_the_student_alone(staged):
 
 
 def test_a_second_run_computes_no_sentence_again(work, staged, monkeypatch):
-    for name in ("label", "writer"):
-        monkeypatch.setattr(transfer.Source, name, lambda *_: pytest.fail("computed again"))
+    for owner, name in ((Labeller, "compute"), (Writer, "language_model")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("computed again"))
     assert distil(work, staged / "again") == 0
     first, second = (toy.tree(staged / name) for name in ("run", "again"))
     assert first["student.safetensors"] == second["student.safetensors"]
@@ -87,7 +90,7 @@ def test_a_second_run_computes_no_sentence_again(work, staged, monkeypatch):
 
 def test_without_matching_a_student_takes_the_logits_that_came_with_hidden_states(work, staged, tmp_path, monkeypatch):
     assert distil(work, tmp_path / "alone", "--match", "none") == 0
-    monkeypatch.setattr(transfer.Source, "label", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(Labeller, "compute", lambda *_: pytest.fail("computed again"))
     assert distil(work, staged / "beside", "--match", "none") == 0
     one, other = toy.tree(tmp_path / "alone"), toy.tree(staged / "beside")
     assert one["student.safetensors"] == other["student.safetensors"]
@@ -95,9 +98,9 @@ def test_without_matching_a_student_takes_the_logits_that_came_with_hidden_state
 
 def test_a_stage_without_a_teacher_is_trained_once_for_student_and_control(work, staged, tmp_path, monkeypatch):
     words, backward = ("--augment", 0, "--match", "none"), torch.Tensor.backward
-    taken, passes = stages.take_over, {}
+    taken, passes = recipe.take_over, {}
     for name, take_over in (("twice", lambda *_: None), ("once", taken)):
-        monkeypatch.setattr(stages, "take_over", take_over)
+        monkeypatch.setattr(recipe, "take_over", take_over)
         monkeypatch.setattr(torch.Tensor, "backward", lambda self, name=name: passes.update(
             {name: passes.get(name, 0) + 1}) or backward(self))
         assert distil(work, tmp_path / name, *words) == 0
@@ -110,9 +113,9 @@ def test_a_stage_without_a_teacher_is_trained_once_for_student_and_control(work,
 
 
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(work, staged, monkeypatch):
-    drawn, sentences = [], transfer.Source.sentences
-    monkeypatch.setattr(transfer.Source, "sentences", lambda self, count: drawn.append(
-        (sentences(self, count // 2), sentences(self, count))) or drawn[0][1])
+    drawn, make = [], sentences.make_transfer_set
+    monkeypatch.setattr(sentences, "make_transfer_set", lambda *args: drawn.append(
+        (make(*args[:-1], args[-1] // 2), make(*args))) or drawn[0][1])
     assert distil(work, staged / "half") == 0
     assert drawn[0][0] == drawn[0][1][:20]
 
@@ -120,9 +123,9 @@ def test_a_smaller_set_is_the_beginning_of_a_larger_one(work, staged, monkeypatc
 @pytest.mark.parametrize(("fast", "words", "precision"), [
     (True, (), "bf16"), (False, (), "teacher"), (True, ("--label-precision", "teacher"), "teacher")])
 def test_a_teacher_labels_in_bfloat16_where_that_is_fast_or_as_it_is_told(work, staged, monkeypatch, fast, words, precision):
-    asked, as_labeller = [], stages.as_labeller
+    asked, as_labeller = [], sentences.as_labeller
     monkeypatch.setattr("experiments.distil.bf16_is_fast", lambda: fast)
-    monkeypatch.setattr(stages, "as_labeller", lambda *args: asked.append(args[1]) or as_labeller(*args))
+    monkeypatch.setattr(sentences, "as_labeller", lambda *args: asked.append(args[1]) or as_labeller(*args))
     out = staged / f"{fast}-{len(words)}"
     assert distil(work, out, "--no-control", "--pretrain", 0, *words) == 0
     assert asked == [precision] and read_json(out / "config.json")["options"]["label_precision"] == precision
@@ -225,7 +228,7 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
     run = tmp_path / "run"
     assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--text", work / "plain.txt", "--out", run, *SMALL[:-1],
                     "--plots", tmp_path / "plots", "--cache", staged, "--no-control") == 0
-    assert "student without" not in capsys.readouterr().out
+    assert "baseline" not in capsys.readouterr().out
     assert (run / "student.safetensors").read_bytes() == (staged / "run" / "student.safetensors").read_bytes()
     summary = records.read_json(run / "summary.json")
     assert "scratch" not in summary and not list(run.glob("scratch*"))

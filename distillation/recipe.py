@@ -1,0 +1,115 @@
+"""Distillation from top to bottom: the algorithm of the report.
+
+    students = distil(inputs, run, options, folder)
+    students["student"].model, students["scratch"].model    # the student, and the baseline: the same without a teacher
+
+The files in the order in which they are used: sentences.py (the transfer set and the teachers' targets), stages.py (stages
+as data), heads.py (heads for training alone), losses.py (the losses).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import speed
+from distillation.sentences import Inputs, prepare_sentences
+from distillation.stages import Done, Plan, Stage, baseline_stages, gold_stage, run_stage, student_stages, without_teacher
+from distillation.teachers import embed_as, teacher_logits
+from machine.hardware import device
+from model import DistilRNN
+from options.schema import DistilOptions, RunOptions
+from record.files import write_file
+from record.folder import Recorder
+from train_utils import Checkpointing, Hooks
+
+STUDENT, BASELINE = "student", "scratch"  # names of files and keys in a run's folder
+
+
+@dataclass
+class Trained:
+    """A student after all of its stages."""
+
+    model: DistilRNN
+    stages: list[Done]
+
+
+def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path, say: Callable[[str], None] = print,
+           stop: Callable[[], int | None] = lambda: None) -> dict[str, Trained]:
+    """Distils the teachers into a student, then trains the baseline: the same student without a teacher.
+
+    Both begin with the same weights and take the same number of steps in each stage. In the last stage, on the training set,
+    they get the same batches in the same order.
+
+    Args:
+        folder: the run's, for checkpoints and metrics.
+        stop: called after each step; a signal's number ends the run, which can be resumed.
+
+    Returns:
+        The student and, with `options.control`, the baseline.
+
+    Raises:
+        UserError: a text file that cannot be read, a damaged cache or checkpoint.
+        train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
+    """
+    train, stages, baseline = run.train, [], []
+
+    # 1. The teachers label: new sentences and the training set once for all stages, or with --plain the training set alone.
+    if options.pretrain or options.transfer:
+        sentences = prepare_sentences(inputs, run, options, stop)
+        plan = Plan(inputs, sentences, options, train)
+        stages = student_stages(plan)
+        baseline = baseline_stages(plan, stages)
+        logits = sentences.logits[sentences.unlabelled:]
+    else:
+        logits = teacher_logits(inputs.teacher, inputs.data.batches, folder / "teacher_logits.safetensors")
+
+    # 2. The last stage of both is the training set: with the teacher's logits, and without.
+    gold = gold_stage(inputs, logits, options, train)
+    plans = {STUDENT: [*stages, gold]}
+    if options.control:
+        plans[BASELINE] = [*baseline, without_teacher(gold)]
+
+    trained, recorder = {}, Recorder(folder, say)
+    for phase, its_stages in plans.items():
+        say("student with KD" if phase == STUDENT else "baseline: the same student without a teacher")
+
+        # 3. A student from the same initial weights and random numbers, with the teacher's token embeddings in it.
+        torch.manual_seed(train.seed)
+        model = DistilRNN(inputs.student)
+        if options.student_embeddings == "teacher":
+            embed_as(inputs.teachers[0], model)
+        model.to(device())
+        speed.install(model)
+
+        # 4. Stage after stage, each from the best weights of the one before.
+        done = []
+        for number, stage in enumerate(its_stages):
+            # A stage that both students share is trained once.
+            shared = phase == BASELINE and any(stage is one for one in stages)
+            if shared:
+                take_over(folder, stage)
+            checkpointing = Checkpointing(folder, checkpoint_name(phase, stage), run.resume or shared)
+
+            def on_epoch(history: list[dict], phase: str = phase, stage: Stage = stage) -> None:
+                recorder(history, phase, stage.name if stages else None)
+
+            done.append(run_stage(model, stage, number, checkpointing, Hooks(on_epoch, stop)))
+        trained[phase] = Trained(model, done)
+    return trained
+
+
+def checkpoint_name(phase: str, stage: Stage) -> str:
+    """Returns the beginning of the name of a stage's checkpoint."""
+    # The gold stage has the name of runs with --plain, whose only stage it is.
+    return f"{phase}." if stage.name == "gold" else f"{phase}.{stage.name}."
+
+
+def take_over(folder: Path, stage: Stage) -> None:
+    """Copies the student's finished checkpoint of a stage that the baseline shares."""
+    theirs, own = (Checkpointing(folder, checkpoint_name(phase, stage)).path for phase in (STUDENT, BASELINE))
+    # A resumed run may have gone on from it already.
+    if not own.exists():
+        write_file(own, theirs.read_bytes())

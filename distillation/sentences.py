@@ -1,0 +1,128 @@
+"""The sentences of a distillation, as token ids, and the teachers' targets for them."""
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.tables import read_sentences
+from data_utils import Task, encode
+from distillation.cache import Base, Cache
+from distillation.labels import Labeller
+from distillation.teachers import HiddenStates, as_labeller
+from distillation.transfer_set import longest_length, normalised, plain_sentences, transfer_set
+from distillation.writer import Writer
+from machine.errors import UserError
+from model import TextClassifier
+from options.schema import DistilOptions, RNNConfig, RunOptions
+from record import tensors
+from train_utils import Data
+
+
+@dataclass
+class Inputs:
+    """Everything that a distillation starts from."""
+
+    task: Task
+    tokenizer: object
+    base: Base  # of the teachers
+    teachers: list[TextClassifier]
+    teacher: torch.nn.Module  # the only teacher, or all of them `Averaged`
+    student: RNNConfig
+    data: Data  # the task's batches as the teachers read them
+    texts: Data  # the same without numeric features, as the student reads them
+
+
+@dataclass
+class Sentences:
+    """The sentences of all stages before the last one; the transfer set comes first, then the training set, then text."""
+
+    ids: list[list[int]]  # token ids
+    labels: list[int]  # the teacher's choice in the transfer set, gold ones in the training set; 0 for plain text
+    unlabelled: int  # rows of the transfer set
+    train: int  # rows of the training set
+    logits: Tensor  # (unlabelled + train, labels) of the teachers
+    hidden: HiddenStates | None  # the first teacher's, of the same rows
+
+    @property
+    def targeted(self) -> int:
+        """Returns the number of rows with a teacher's targets."""
+        return self.unlabelled + self.train
+
+    def rows_of_training_set(self) -> range:
+        """Returns the rows of the training set."""
+        return range(self.unlabelled, self.targeted)
+
+
+def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, stop: Callable[[], int | None]) -> Sentences:
+    """Makes the transfer set and the teachers' targets, or takes both from the cache.
+
+    Raises:
+        UserError: a file of `options.text` that cannot be read, or a damaged cache.
+        Interrupted: `stop` returned a signal.
+    """
+    # New sentences, without gold labels.
+    task, cache = inputs.task, Cache.open(options.cache or Path(run.out).parent, inputs.base, inputs.task, stop)
+    plain = read_text(options.text)
+    transfer = make_transfer_set(inputs, cache, plain, options.augment) if options.augment else []
+
+    # Pretraining reads plain text of any length, but no sentence twice and none of the task.
+    text, seen = [], {*known_sentences(task), *map(normalised, transfer)}
+    if options.pretrain:
+        text = [sentence for sentence in dict.fromkeys(plain) if normalised(sentence) not in seen]
+    ids = encode(inputs.tokenizer, [*transfer, *task.train.sentences, *text], run.max_length, run.table.truncate)
+
+    # Each teacher labels the transfer set and the training set once: logits are averaged, hidden states the first one's.
+    targeted, logits, hidden = len(transfer) + len(task.train), [], None
+    for teacher in inputs.teachers:
+        # Labels in bfloat16 are other labels, and have other files.
+        key = tensors.weights_digest(teacher) + (" bf16" if options.label_precision == "bf16" else "")
+        labeller = Labeller(cache, as_labeller(teacher, options.label_precision), key, inputs.tokenizer,
+                            task.train.sentences, options)
+        one, states = labeller.targets(ids[:targeted], match=options.match == "hidden" and hidden is None)
+        logits.append(one)
+        hidden = hidden or states
+    logits = torch.stack(logits).mean(0)
+    # A class for every row: the scores of training need one, the losses of unlabelled rows do not read it.
+    labels = [*logits[:len(transfer)].argmax(-1).tolist(), *task.train.labels, *[0] * len(text)]
+    return Sentences(ids, labels, len(transfer), len(task.train), logits, hidden)
+
+
+def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int) -> list[str]:
+    """Returns the first `count` sentences of the transfer set, or all of them with a warning if there are fewer."""
+    train, known = inputs.task.train.sentences, known_sentences(inputs.task)
+    # Plain sentences as long as training sentences, and none of the task.
+    plain, written = plain_sentences(text, known, longest_length(train)), None
+    # A decoder's base writes sentences: one of four kinds, or of two turns out of four.
+    if inputs.teachers[0].decoder:
+        written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
+    # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
+    sentences = itertools.islice(transfer_set(train, known, plain, written), count)
+    found = list(tqdm(sentences, total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2))
+    if len(found) < count:
+        warnings.warn(f"--augment {count}: only {len(found):,} different sentences can be had", stacklevel=2)
+    cache.write_sentences(found)
+    return [sentence for _, sentence in found]
+
+
+def known_sentences(task: Task) -> set[str]:
+    """Returns the normalised sentences of a task, none of which may be in the transfer set."""
+    return {normalised(sentence) for split in (task.train, *task.dev.values()) for sentence in split.sentences}
+
+
+def read_text(files: tuple[str, ...]) -> list[str]:
+    """Returns the sentences of text files, one a line.
+
+    Raises:
+        UserError: a file is missing, not UTF-8, or has no sentence.
+    """
+    try:
+        return [sentence for file in files for sentence in read_sentences(file)]
+    except UserError as error:
+        raise UserError(f"--text {error}") from None

@@ -1,0 +1,90 @@
+"""The transfer set: sentences without gold labels, from several sources that take turns. Pure iterators, no files.
+
+    kinds = transfer_set(train, known, plain, written)
+    list(itertools.islice(kinds, 40_000))    # the first 40,000; a smaller set is the beginning of a larger one
+
+The sources: edits of training sentences, sentences written by the teacher's language model (distillation/writer.py), plain
+sentences, and edits of the latter two.
+"""
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+
+from data.edits import edit
+
+TRIES = 1000  # sentences in a row that are not new: then the source is exhausted
+
+
+def normalised(sentence: str) -> str:
+    """Returns a sentence without case and punctuation: duplicates and development sentences are recognised by it."""
+    return " ".join("".join(c if c.isalnum() else " " for c in sentence.casefold()).split())
+
+
+def longest_length(sentences: list[str]) -> int:
+    """Returns the 95th percentile of the sentences' lengths in words."""
+    # Not the longest one: a single long sentence would let in texts of any length.
+    lengths = sorted(len(sentence.split()) for sentence in sentences)
+    return lengths[len(lengths) * 95 // 100]
+
+
+def plain_sentences(text: Iterable[str], known: set[str], longest: int) -> list[str]:
+    """Returns the sentences of at most `longest` words, shuffled, without duplicates and without known ones.
+
+    Args:
+        known: normalised sentences of the task.
+    """
+    kept = {normalised(sentence): sentence for sentence in text if len(sentence.split()) <= longest}
+    found = [sentence for key, sentence in kept.items() if key and key not in known]
+    # One order for all seeds of the run: they share the transfer set.
+    random.Random(0).shuffle(found)
+    return found
+
+
+def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
+    """Yields edits of randomly chosen sentences without end, and an empty text where a sentence has no edit.
+
+    The list may grow between two edits.
+    """
+    rng = random.Random(seed)
+    while True:
+        yield edit(rng.choice(sentences), rng) or "" if sentences else ""
+
+
+def transfer_set(train: list[str], known: set[str], plain: list[str], written: Iterator[str] | None
+                 ) -> Iterator[tuple[str, str]]:
+    """Yields (kind, sentence), the kinds in turns, until every source is exhausted. No sentence comes twice.
+
+    Args:
+        train: the training sentences, for edits.
+        known: normalised sentences of the task, none of which is yielded.
+        plain: plain sentences, see `plain_sentences`.
+        written: sentences of a language model; None: the teacher is an encoder and has none.
+    """
+    # Seen sentences count as known: no duplicate, whatever its source.
+    seen, others = set(known), list(plain)
+    sources = {"edit of training": edits_of(train, 1)}
+    if written is not None:
+        sources["written"] = written
+    if plain:
+        sources["plain"] = iter(plain)
+    # Edits of all but training sentences; what is written becomes a source of edits, too.
+    if written is not None or plain:
+        sources["edit of others"] = edits_of(others, 2)
+    turns = list(sources)
+    # Without plain sentences the language model has their turn.
+    if written is not None and not plain:
+        turns.append("written")
+    while turns:
+        for kind in list(turns):
+            tried = itertools.islice(sources[kind], TRIES)
+            sentence = next((one for one in tried if (key := normalised(one)) and key not in seen), None)
+            # An exhausted source has no further turn; the others go on.
+            if sentence is None:
+                turns.remove(kind)
+                continue
+            if kind == "written":
+                others.append(sentence)
+            seen.add(normalised(sentence))
+            yield kind, sentence

@@ -1,0 +1,25 @@
+"""The parts of summary.json that a training gives: its cost, and the scores of its best and last epoch."""
+from __future__ import annotations
+
+from data_utils import Batch, padding_percent
+from machine.hardware import peak_memory_bytes
+from metrics.classification import per_class
+from training.checkpoints import Progress
+
+
+def training_summary(progress: Progress, batches: list[Batch]) -> dict:
+    """Returns the entry `train` of summary.json: sums over the epochs, padding and peak memory."""
+    seconds = sum(line["seconds"] for line in progress.history)
+    tokens = sum(line["tokens"] for line in progress.history)
+    return {"epochs": len(progress.history), "steps": progress.step, "seconds": seconds, "tokens": tokens,
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "padding_percent": padding_percent(batches), "peak_memory_bytes": peak_memory_bytes()}
+
+
+def best_and_last(best_epoch: int, history: list[dict], classes: tuple[str, ...]) -> dict:
+    """Returns the scores of the best and the last epoch, and those of the best epoch by class."""
+    best, last = next(line for line in history if line["epoch"] == best_epoch), history[-1]
+    by_class = {split: {"confusion": matrix, "per_class": per_class(matrix, classes)}
+                for split, matrix in best["confusion"].items()}
+    return {"best_epoch": best_epoch, "validation": best["validation"], "by_class": by_class,
+            "last_epoch": last["epoch"], "last_validation": last["validation"]}
