@@ -8,7 +8,8 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from data.tables import Split, read_sentences
+from data.lines import read_sentences
+from data.splits import Split
 from machine.errors import UserError
 
 Words = list[str]
@@ -141,7 +142,7 @@ def real_or_edited(sentences: Iterable[str]) -> Split:
     return Split([text for text, _ in kept], [label for _, label in kept])
 
 
-def read(data: Path) -> tuple[Split, list[Path]]:
+def read_real_or_edited(data: Path) -> tuple[Split, list[Path]]:
     """Makes the task of a text file, or of all text files of a folder; returns it with the files.
 
     Raises:

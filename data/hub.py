@@ -46,7 +46,9 @@ def load_dataset(name: str) -> dict[str, datasets.Dataset]:
     offline = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = offline or hub_unreachable()  # or it would retry for minutes
     try:
-        return {str(split): rows for split, rows in datasets.load_dataset(name).items()}
+        # Older versions of the library ran a script that came with the data.
+        splits = datasets.load_dataset(name, trust_remote_code=False)
+        return {str(split): rows for split, rows in splits.items()}
     except Exception as error:  # its own classes, huggingface_hub's, pyarrow's and those of the HTTP library
         missing = "no such file or folder here, and as a data set of the Hugging Face Hub"
         if datasets.config.HF_HUB_OFFLINE:

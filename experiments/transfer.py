@@ -33,7 +33,7 @@ import data_utils
 import train_utils
 from data.backbones import load_causal_lm
 from data.edits import edit
-from data.tables import read_sentences
+from data.lines import read_sentences
 from data_utils import Batch, Task
 from distillation.heads import Outputs, mean_loss
 from distillation.teachers import (
