@@ -105,7 +105,7 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
             the verdict), its `tail`, or its `middle`. The tokenizer's own special tokens at both ends stay.
 
     Raises:
-        UserError: a sentence of which the tokenizer makes no token at all, or no room for any.
+        UserError: a sentence without a token, or a `max_length` without room for one.
     """
     encoded = tokenizer(sentences, add_special_tokens=True, truncation=False, verbose=False,
                         return_special_tokens_mask=True)
@@ -113,6 +113,7 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
     for row, tokens in enumerate(ids):
         if not tokens:
             raise UserError(f"row {row + 1}: the tokenizer makes no token of {sentences[row]!r}")
+        # The tokenizer's own truncation knows no middle.
         if len(tokens) > max_length:
             ids[row] = _cut(tokens, encoded["special_tokens_mask"][row], max_length, truncate)
             cut += 1
@@ -124,13 +125,15 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
 
 def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) -> list[int]:
     """Cuts one sentence's tokens to `max_length`; special tokens at both ends stay."""
+    # Special tokens before the first and after the last token of text.
     opening = special.index(0) if 0 in special else len(tokens)
     closing = special[::-1].index(0) if 0 in special else 0
     room = max_length - opening - closing
     if room < 1:
         raise UserError(f"--max-length {max_length}: no room for a token beside the tokenizer's {opening + closing} own")
     body = tokens[opening:len(tokens) - closing]
-    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]  # tokens that stay at the front
+    # Tokens that stay at the front; the others stay at the end.
+    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]
     return tokens[:opening] + body[:first] + body[len(body) - (room - first):] + tokens[len(tokens) - closing:]
 
 
@@ -140,7 +143,7 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
                      shared_prefixes: list[list[int]] | None = None) -> list[list[int]]:
     """Groups rows into batches of about equal length.
 
-    Rows are sorted by length, ties broken by the seed, and cut into runs. Every row stands in exactly
+    Rows are sorted by length, ties broken by the seed, and cut into batches. Every row stands in exactly
     one batch, and the same arguments give the same batches.
 
     Args:
@@ -149,15 +152,17 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
         seed: breaks ties between rows of equal length.
         batch_tokens: if given, bounds rows x longest row of a batch instead of counting rows (a
             single row longer than that still makes a batch of its own).
-        shared_prefixes: the rows' token ids, if rows of equal length with a shared prefix shall stand together, NEIGHBOURS
-            at a time.
+        shared_prefixes: token ids of the rows, to put rows of equal length with a shared prefix next to each other,
+            NEIGHBOURS at a time.
     """
+    # Without mixed ties, rows of equal length would stay in the file's order, which often has one class after the other.
     shuffle = random.Random(seed)
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], shuffle.random()))
     if shared_prefixes is not None:
         order = _neighbours(order, lengths, shared_prefixes, shuffle)
     batches, current = [], []
     for row in order:
+        # Rows are sorted, so this one is the longest of its batch so far: all would be padded to it.
         full = len(current) == batch_size if batch_tokens is None else (len(current) + 1) * lengths[row] > batch_tokens
         if current and full:
             batches.append(current)
@@ -171,7 +176,8 @@ def _neighbours(order: list[int], lengths: list[int], ids: list[list[int]], shuf
 
     The groups are small because a batch of nothing but rows with one prefix is a poor sample of the split.
     """
-    rank = collections.defaultdict(shuffle.random)  # token id -> random key by which rows are sorted
+    # A random key for each token id: prefixes meet when rows are sorted by it, in an order that the seed decides.
+    rank = collections.defaultdict(shuffle.random)
     ordered = []
     for _, rows in itertools.groupby(order, key=lambda row: lengths[row]):
         rows = sorted(rows, key=lambda row: [rank[token] for token in ids[row]])
@@ -190,6 +196,7 @@ def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: in
     width = max(lengths)
     input_ids = torch.tensor([ids[row] + [pad_id] * (width - len(ids[row])) for row in rows])
     attention_mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    # Features stay float64: the head standardises them before it computes in float32.
     numbers = torch.tensor([features[row] for row in rows], dtype=torch.float64) if features else None
     return Batch(input_ids, attention_mask, torch.tensor([labels[row] for row in rows]), torch.tensor(rows),
                  sum(lengths), features=numbers)
@@ -212,7 +219,7 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
 
 
 def split_large(batches: list[Batch], rank: int = 0, count: int = 1) -> list[Batch]:
-    """Gives each batch that this process does not compute at once its micro-batches.
+    """Gives micro-batches to each batch that this process does not compute in one piece.
 
     Each of several processes computes a part of every batch's rows. A batch, or such a part, of more than LARGE times the
     mean's tokens is cut into micro-batches below that size: large batches alone would set a training's peak memory. The
@@ -220,11 +227,13 @@ def split_large(batches: list[Batch], rank: int = 0, count: int = 1) -> list[Bat
 
     Args:
         rank: number of this process.
-        count: processes; where they are more than a batch's rows, some have no row of that batch.
+        count: number of processes; with more of them than rows in a batch, some have no row of that batch.
     """
+    # The mean of all batches, not of this process's: every process cuts alike.
     most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches) / count
     for batch in batches:
         start, end = (len(batch.rows) * i // count for i in (rank, rank + 1))
+        # No row of this batch: an empty list, as None would mean the whole batch.
         if start == end:
             batch.micro = []
             continue
@@ -237,8 +246,9 @@ def split_large(batches: list[Batch], rank: int = 0, count: int = 1) -> list[Bat
 
 
 def epoch_order(batches: int, seed: int, epoch: int) -> list[int]:
-    """Returns the order in which epoch `epoch` (from 1) takes the batches; the seed fixes it."""
+    """Returns the order of the batches in epoch `epoch` (from 1); the seed fixes it."""
     order = list(range(batches))
+    # A generator of its own for each epoch: a resumed run needs no state of the epochs before.
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 

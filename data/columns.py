@@ -54,11 +54,13 @@ def texts_of(table: Table, options: TableOptions, separator: str) -> list[str]:
         names = options.text_column or tuple(name for name in TEXT_COLUMNS if name in table.columns)[:1]
         if not names:
             table.column("text", option)  # raises, naming the columns that exist
+    # A template may name a column twice; it is read and checked once.
     cells = {name: _strings(table, name, option) for name in dict.fromkeys(names)}
     texts = []
     for number, row in enumerate(zip(*map(cells.get, names), strict=True), 1):
         if all(map(is_blank, row)):
             raise UserError(f"{table.path}, row {number}: the text ({', '.join(names)}) is empty")
+        # A part that is missing leaves no separator behind; in a template its place stays empty.
         if literals is None:
             texts.append(separator.join(cell for cell in row if not is_blank(cell)))
         else:
@@ -81,6 +83,7 @@ def _template(template: str) -> tuple[list[str], list[str]]:
         literals[-1] += literal
         if name is None:
             continue
+        # "{x:.2f}" and "{x!r}" would format a number: columns are texts.
         if spec or conversion:
             names = []
             break
@@ -110,6 +113,7 @@ def _strings(table: Table, name: str, option: str) -> list[str]:
 def _text(value) -> str:
     if value is None:
         return ""
+    # Parquet written by other programs often holds text as bytes.
     if isinstance(value, bytes):
         value = _decoded(value)
     if not isinstance(value, str):
@@ -159,6 +163,7 @@ def labels_of(table: Table, column: str) -> list[str]:
             if key is not None:
                 seen[key] = name
         names.append(name)
+    # "1" and "positive" in one column are two codes for one thing, or a row that slipped.
     if len(kinds) > 1:
         (one, (row, value)), (other, (row2, value2)) = list(kinds.items())[:2]
         raise UserError(f"{table.path}: labels of mixed types in {column}: a {one} ({_quoted(value)}, row {row}) and a "
@@ -181,6 +186,7 @@ def _class_of(value, class_names: list[str] | None) -> tuple[str, str]:
     """
     if isinstance(value, bytes):
         value = _decoded(value, "label ")
+    # Before numbers, of which Python counts booleans as some.
     if isinstance(value, bool):
         return "boolean", str(value).lower()
     if isinstance(value, int) or isinstance(value, float) and value.is_integer():
@@ -193,8 +199,10 @@ def _class_of(value, class_names: list[str] | None) -> tuple[str, str]:
         what = _quoted(value) if isinstance(value, float) else f"is {_type_of(value)}"
         raise _CellError(f"label {what}; {EXPECTED_LABEL}")
     name = _name(value)
+    # Digits stay as they are written: 01 may be a code.
     if DIGITS.fullmatch(name):
         return "whole number", name
+    # Programs write whole numbers as 1.0 once a cell of their column was empty; any other fraction is a score, no class.
     if FRACTION.fullmatch(name):
         whole, _, fraction = name.partition(".")
         if not whole.lstrip("+-") or fraction.strip("0"):

@@ -1,4 +1,4 @@
-"""Computes digests of what a base model is beside its weights: its configuration and its tokenizer.
+"""Computes digests of a base model's configuration and tokenizer.
 
     python -c "from data import backbones, digests; print(digests.config_digest(backbones.load_config('tiny')))"
 
@@ -24,7 +24,7 @@ def config_digest(config) -> str:
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """Returns the SHA-256 of all that decides a tokenizer's token ids."""
+    """Returns the SHA-256 of everything that decides a tokenizer's token ids."""
     digest = hashlib.sha256(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())

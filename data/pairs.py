@@ -3,8 +3,8 @@
     python -c "from data import pairs; print(pairs.read_pairs('blimp/pairs.tsv')[0])"
 
 A file of pairs is BLiMP's (Warstadt et al. 2020) as one table: tab-separated, with a header that has `phenomenon`,
-`paradigm`, `good` and `bad`. Other models' published accuracies stand in `published.tsv` beside it: `paradigm`, and a
-column for each model.
+`paradigm`, `good` and `bad`. Published accuracies of other models stand in `published.tsv` next to it: `paradigm`,
+and a column for each model.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 def built_in(limit: int) -> list[Pair]:
-    """Returns `limit` pairs of each phenomenon of the built-in grammar; a phenomenon is its own one paradigm."""
+    """Returns `limit` pairs of each phenomenon of the built-in grammar; each phenomenon has one paradigm, itself."""
     return [Pair(phenomenon, phenomenon, good, bad) for phenomenon, good, bad in grammar.draw_pairs(limit)]
 
 
@@ -40,6 +40,7 @@ def read_pairs(path: Path, limit: int | None = None) -> list[Pair]:
         pair = Pair(*(row[field].strip() for field in Pair._fields))
         if not all(pair):
             raise UserError(f"{path}, line {number}: {Pair._fields[pair.index('')]} is empty")
+        # The limit is of each paradigm, in the file's order.
         count[pair.paradigm] = count.get(pair.paradigm, 0) + 1
         if limit is None or count[pair.paradigm] <= limit:
             found.append(pair)
@@ -57,6 +58,7 @@ def read_published(path: Path) -> dict[str, dict[str, float]]:
         for model, text in row.items():
             if model in ("paradigm", "phenomenon", "field"):
                 continue
+            # A cell that is no number is refused like one out of range.
             try:
                 value = float(text)
             except ValueError:
@@ -71,6 +73,7 @@ def _tsv_rows(path: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, 
     """Returns number and cells of each line of a TSV with a header; at least one."""
     rows = stream.open_rows(path, "tsv")
     with rows.file:
+        # Columns may stand in any order, and others beside them.
         if lacking := [name for name in needed if name not in rows.names]:
             raise UserError(f"{path}: no column {lacking[0]}; expected a header with {', '.join(needed)}, separated by tabs")
         found = []

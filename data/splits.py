@@ -55,9 +55,11 @@ def read_split(table: Table, options: TableOptions, separator: str, classes: lis
         UserError: see `texts_of`, `labels_of`, `features_of`; or a label that training lacks.
     """
     texts, names = texts_of(table, options, separator), labels_of(table, options.label_column)
+    # The training split decides the classes; other splits may lack some of them.
     if classes is None:
         where = f"{table.path}, column {options.label_column}"
         classes = classes_of(names, where)
+        # A head for a class without an example would be trained on nothing, and named in every table.
         unused = [name for name in table.names.get(options.label_column, []) if name.strip() not in classes]
         if unused:
             raise UserError(f"{where}: class {unused[0]} has no example; every class needs one")
@@ -94,6 +96,7 @@ def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Pat
         UserError: no such file or split; those that exist are named.
     """
     share = _share(eval_split)
+    # One file: the evaluation rows are another file, or a share of this one.
     if not data.is_dir():
         if not data.exists():
             raise UserError(f"--data {data}: no such file or folder")
@@ -102,6 +105,7 @@ def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Pat
                 raise UserError(f"--eval-split {eval_split}: no such file; expected one, or a share such as 0.1")
             return data, {Path(eval_split).stem: Path(eval_split)}
         return data, share or DEFAULT_SHARE
+    # A folder: each file is a split, named by its stem.
     files: dict[str, list[Path]] = {}
     for path in sorted(data.iterdir()):
         if path.suffix.lower() in SUFFIXES and path.is_file():
@@ -110,6 +114,7 @@ def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Pat
         raise UserError(f"--data {data}: no training file; expected train{', train'.join(SUFFIXES)}"
                         + (f" (it has {', '.join(files)})" if files else ""))
     train, chosen = choose_splits(list(files), eval_split, str(data), "file")
+    # train.csv and train.jsonl: nobody can know which is meant.
     for name in [train, *(chosen if isinstance(chosen, list) else [])]:
         if len(files[name]) > 1:
             raise UserError(f"--data {data}: {name} stands there twice ({', '.join(p.name for p in files[name])})")
@@ -154,9 +159,11 @@ def set_aside(split: Split, share: float, where: str) -> tuple[Split, Split]:
     Raises:
         UserError: a class too small to be divided.
     """
+    # A fixed seed, not the run's: runs of several seeds are compared on the same rows.
     rng, taken = random.Random(0), set()
     for label in sorted(set(split.labels)):
         rows = [row for row, other in enumerate(split.labels) if other == label]
+        # At least one row of each class, or the evaluation rows would lack it.
         count = round(share * len(rows)) or 1
         if count == len(rows):
             raise UserError(f"{where}: a class has {len(rows)} row(s), too few to set {share:g} of them aside for "

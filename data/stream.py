@@ -92,6 +92,7 @@ def open_rows(path: Path | str, kind: str | None = None, headless: bool | None =
     # A text may begin with these letters; in Parquet, the header of a page follows them.
     if start.startswith(PARQUET_START + b"\x15") and kind != "text":
         raise UserError(f"{path}: a Parquet file, not the {FORMATS[kind]} file its ending says")
+    # Every other format is text, a row a line; only a quoted cell of CSV spans lines.
     lines = decoded_lines(file, path, options.encoding)
     if kind == "text":
         return Rows(path, kind, None, map(_text_row, lines), file, size)
@@ -101,6 +102,7 @@ def open_rows(path: Path | str, kind: str | None = None, headless: bool | None =
     if kind == "jsonl":
         return Rows(path, kind, None, _json_rows(lines), file, size)
     delimiter = _delimiter(kind, options.delimiter)
+    # A sentence in the second column is no digit: CoLA's files are told from tables with a header by their first line.
     cells = first.text.split("\t")
     if headless or headless is None and kind == "tsv" and len(cells) == len(COLA_COLUMNS) and cells[1] in ("0", "1"):
         return Rows(path, kind, list(COLA_COLUMNS), _cola_rows(lines), file, size)
@@ -136,7 +138,8 @@ class _DuplicateKeyError(ValueError):
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        counts = Counter([key for key, _ in pairs])
+        twice = next(key for key, count in counts.items() if count > 1)
         raise _DuplicateKeyError(f"two keys are called {twice!r}")
     return found
 
@@ -209,6 +212,7 @@ def _check_header(path: Path, kind: str, first: Line, delimiter: str, given: boo
     if note := re.fullmatch(r'"?sep=(.*?)"?', line, re.IGNORECASE):
         other = f", and give --delimiter {_shown(note[1])}" if note[1] not in ("", delimiter) else ""
         raise UserError(f"{path}: its first line is {line[:20]!r}, a note to Excel and no header; delete that line{other}")
+    # A JSON Lines file under the wrong name would be a table of one column.
     if line.startswith("{"):
         try:
             json.loads(line)
@@ -216,6 +220,7 @@ def _check_header(path: Path, kind: str, first: Line, delimiter: str, given: boo
             pass
         else:
             raise UserError(f"{path}: holds JSON, not the {FORMATS[kind]} its ending says")
+    # A header without its delimiter is one column, or a table with another delimiter.
     if delimiter not in line:
         for other, name in DELIMITERS.items():
             if other in line:
@@ -235,6 +240,7 @@ def _separated(path: Path, kind: str, lines: Iterator[Line], delimiter: str) -> 
     Columns without a name (the index that pandas writes) are read and left out.
     """
     records = (_csv_records if kind == "csv" else _tsv_records)(lines, delimiter)
+    # The first record is the header: names without the spaces around them.
     number, header, error = next(records, (1, [], None))
     if error:
         raise UserError(f"{path}, line {number}: not a readable {FORMATS[kind]} header ({error})")
@@ -252,6 +258,7 @@ def _separated(path: Path, kind: str, lines: Iterator[Line], delimiter: str) -> 
         width, all_named = len(header), len(names) == len(header)
         for number, cells, error in records:
             if len(cells) != width and not error:
+                # Spreadsheets write empty cells as far as their widest row; anything else has slipped into another column.
                 if len(cells) < width or any(cell.strip() for cell in cells[width:]):
                     error = f"{len(cells)} cells, and the header has {width} ({', '.join(names)[:60]}){cause}"
                 cells = cells[:width]
@@ -338,6 +345,7 @@ def _parquet(path: Path, file: BinaryIO) -> tuple[list[str], Iterator[dict[str, 
     """Returns the names of the columns of a Parquet file, batches of rows by column, and the names of its classes."""
     import pyarrow.parquet
 
+    # Rows are decoded a batch at a time; the file's end, which has the schema, is read first.
     try:
         table = pyarrow.parquet.ParquetFile(file)
         schema = table.schema_arrow

@@ -36,6 +36,7 @@ class Table:
             UserError: no such column; the ones that exist are named.
         """
         if name not in self.columns:
+            # At most twenty names, shortened: without a header they are whole sentences.
             known = [key if key.isprintable() else ascii(key) for key in list(self.columns)[:20]]
             known = ", ".join(key if len(key) <= 40 else key[:40] + "..." for key in known)
             more = ", ..." if len(self.columns) > 20 else ""
@@ -60,6 +61,7 @@ def read_table(path: Path | str, options: TableOptions = DEFAULT_COLUMNS) -> Tab
         plain = "; plain sentences, without labels, are for --task edits" if path.suffix.lower() == ".txt" else ""
         raise UserError(f"{path}: unknown ending; expected one of {', '.join(SUFFIXES)}{plain}")
     rows = stream.open_rows(path, options=options)
+    # Parquet comes by column already: to take it apart into rows would cost four times the time.
     with rows.file:
         columns = _columns_of(path, list(good_rows(rows)), rows.names) if rows.batches is None else _joined(rows)
     return Table(path, columns, rows.class_names, rows.kind in ("csv", "tsv"))
@@ -84,6 +86,7 @@ def good_rows(rows: Rows) -> Iterator[dict]:
     """
     number = 0
     for number, row in enumerate(rows.rows, 1):
+        # Rows are what a table's user counts; an editor counts lines.
         if row.error:
             where = f"line {row.line}" if rows.kind == "jsonl" else f"row {number} (line {row.line})"
             advice = "; --encoding names another encoding" if row.error.startswith("not UTF-8") else ""
@@ -100,6 +103,7 @@ def _columns_of(path: Path, rows: list[dict], names: list[str] | None = None) ->
         UserError: no row has a column.
     """
     if names is None:
+        # JSON objects may have different keys. A dictionary keeps them in order.
         found: dict[str, None] = {}
         for row in rows:
             found.update(dict.fromkeys(row))
@@ -134,6 +138,7 @@ def one_hot_columns(path: Path, rows: list[dict]) -> Table:
     """
     decoded = []
     for row in rows:
+        # "guess:Ishmael" is a column and its value; keys without a colon are columns already.
         plain = {key: value for key, value in row.items() if ":" not in key}
         decoded.append({**plain, **dict(key.split(":", 1) for key in row if ":" in key)})
     return Table(path, _columns_of(path, decoded))

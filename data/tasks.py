@@ -94,6 +94,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
     if name not in TASKS:
         raise UserError(f"--task {name}: unknown; expected one of {', '.join(TASKS)}")
     if name in FIXED:
+        # Options that would be ignored are refused.
         given = [f.name for f in fields(options) if f.name != "truncate" and getattr(options, f.name) != f.default]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')}: not for --task {name}, whose format is fixed; --task csv "
@@ -115,6 +116,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
                         f"({', '.join(stream.SUFFIXES)})")
     if options.eval_split is not None:
         raise UserError(f"--eval-split: with the Hub's {name} the split is {list(HUB_TABLES[name][1])[1]}; give --data")
+    # The Hub's own files are read by the same reader as a user's.
     repository, names = HUB_TABLES[name]
     paths = {split: _hub_file(name, repository, file) for split, file in names.items()}
     train = paths.pop("train")
@@ -154,6 +156,7 @@ def _table_files(name: str, data: Path, options: TableOptions, separator: str) -
 
 def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) -> Task:
     """Makes a task of a data set on the Hub; one of its splits, or a share of the training rows, is for evaluation."""
+    # Splits come from the library's cache, as they have no files of their own here.
     train, chosen = choose_splits(list(load_dataset(data)), options.eval_split, f"--data {data}")
     split, classes = read_split(read_dataset(data, train), options, separator)
     if isinstance(chosen, list):
@@ -175,6 +178,7 @@ def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, opt
                 files: dict[str, Path]) -> Task:
     """Makes a task from its training file and the evaluation files (or the share of the training rows to set aside)."""
     table, options = _read_table(name, train, options)
+    # Classes are those of the training rows; every evaluation file is read with them.
     split, classes = read_split(table, options, separator)
     if isinstance(others, dict):
         dev = {}
@@ -183,6 +187,7 @@ def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, opt
     else:
         split, held_out = set_aside(split, others, str(train))
         dev = {"held_out": held_out}
+    # After the split: a feature whose values were all set aside has no mean.
     missing = check_features(split, options.feature_columns, str(train))
     return Task(name, split, dev, {key: sha256(path) for key, path in files.items()}, tuple(classes), missing)
 
@@ -226,6 +231,7 @@ def _tiny_task() -> Task:
     from data import grammar
 
     with tempfile.TemporaryDirectory() as folder:
+        # Through files, so that the built-in task takes the same way as CoLA.
         grammar.write_tiny_task(Path(folder))
         task = _cola_folder("tiny", Path(folder))
     return replace(task, files={f"tiny/{Path(path).name}": digest for path, digest in task.files.items()})
@@ -260,6 +266,7 @@ def _glue_cola() -> Task:
         rows = tables.read_table(path).columns
         splits[split] = Split(rows["sentence"], rows["label"], ["glue"] * len(rows["label"]))
         files[f"{GLUE_REPOSITORY}/{file}"] = sha256(path)
+    # GLUE joined CoLA's two development files; they are taken apart again.
     both = splits["validation"]
     if len(both) != GLUE_VALIDATION_ROWS:
         raise UserError(f"{GLUE_REPOSITORY}: {len(both)} validation rows; expected {GLUE_VALIDATION_ROWS}, of which "
