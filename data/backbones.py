@@ -204,9 +204,9 @@ def classifier_on_meta(config) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except Exception as error:  # a library that it needs next to transformers, or sizes that do not go together
-        what = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         said = "" if isinstance(error, ImportError) else " cannot be built from its configuration"
-        raise UserError(f"--model: a {config.model_type} model{said}: {what}") from None
+        raise UserError(f"--model: a {config.model_type} model{said}: {reason}") from None
 
 
 def is_decoder(config) -> bool:

@@ -36,7 +36,7 @@ TYPES = {bool: "a boolean", int: "a number", float: "a number", list: "a list", 
 
 
 class _CellError(ValueError):
-    """A cell that is not what its column needs; says why, without naming file and row."""
+    """A cell does not serve its column; says why, without naming file and row."""
 
 
 # ---------------------------------------------------------------- texts
@@ -123,11 +123,11 @@ def _text(value) -> str:
     return value
 
 
-def _decoded(value: bytes, what: str = "") -> str:
+def _decoded(value: bytes, subject: str = "") -> str:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        raise _CellError(f"{what}is bytes that are not UTF-8; expected a string") from None
+        raise _CellError(f"{subject}is bytes that are not UTF-8; expected a string") from None
 
 
 def _type_of(value) -> str:
@@ -205,7 +205,7 @@ def _class_of(value, class_names: list[str] | None) -> tuple[str, str]:
     # Programs write whole numbers as 1.0 once a cell of their column was empty; any other fraction is a score, no class.
     if FRACTION.fullmatch(name):
         whole, _, fraction = name.partition(".")
-        if not whole.lstrip("+-") or fraction.strip("0"):
+        if not DIGITS.fullmatch(whole) or fraction.strip("0"):
             raise _CellError(f"label {_quoted(name)}; {EXPECTED_LABEL}")
         return "decimal number", whole
     return "text", name

@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-# Keys that describe the file, the library or the head, and change nothing of what the backbone computes.
+# Keys that describe the file, the library or the head, and change no result of the backbone.
 NO_PART_OF_THE_BASE = {
     "_name_or_path", "architectures", "attn_implementation", "_attn_implementation", "dtype", "id2label", "label2id",
     "num_labels", "problem_type", "quantization_config", "torch_dtype", "transformers_version", "use_cache"}

@@ -23,7 +23,7 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32",
 
 
 class Line(NamedTuple):
-    """Holds a line with its end, or what is wrong with it."""
+    """Holds a line with its end, or its error."""
 
     number: int  # in the file, from 1
     text: str
@@ -60,6 +60,7 @@ def decoded_lines(file: BinaryIO, path: Path | str, encoding: str = UTF8) -> Ite
         UserError: no such encoding, or a damaged file in an encoding of several bytes a character.
     """
     encoding = encoding_of(file.peek(4), encoding)
+    # Bytes that cannot be decoded stay in their line, so that only this line is an error.
     try:
         text = io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape", newline="")
     except (LookupError, ValueError):
@@ -85,7 +86,7 @@ def decoded_lines(file: BinaryIO, path: Path | str, encoding: str = UTF8) -> Ite
 
 
 def undecoded(text: str, encoding: str) -> str | None:
-    """Returns the error of a line whose bytes are not all in its encoding: the decoder leaves them as lone surrogates."""
+    """Returns the error of a line with bytes of another encoding, which the decoder left as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

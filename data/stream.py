@@ -34,7 +34,7 @@ DEFAULT_COLUMNS = TableOptions()
 
 
 class Row(NamedTuple):
-    """Holds a row's cells by column, or what is wrong with the row."""
+    """Holds a row's cells by column, or its error."""
 
     line: int  # in the file, from 1: the first of the row's lines; in Parquet the row's number
     columns: dict | None
@@ -66,7 +66,7 @@ def open_rows(path: Path | str, kind: str | None = None, headless: bool | None =
         options: delimiter and encoding.
 
     Raises:
-        UserError: it cannot be read, it is empty, or it is not what its ending says.
+        UserError: it cannot be read, is empty, or is of another format than its ending says.
     """
     path, standard = Path(path), str(path) == "-"
     suffix = path.suffix.lower().removeprefix(".")
@@ -201,7 +201,7 @@ def _check_header(path: Path, kind: str, first: Line, delimiter: str, given: boo
     """Checks that the first line of a CSV or TSV is a header of that format.
 
     Raises:
-        UserError: it is something else; says what was found, and what to do.
+        UserError: it is something else; names that, and the remedy.
     """
     if first.error:
         raise UserError(f"{path}, line {first.number}: {first.error}; expected a {FORMATS[kind]} file")
@@ -298,6 +298,7 @@ def _csv_records(lines: Iterator[Line], delimiter: str) -> Iterator[tuple[int, l
 
     # The limit belongs to the process; the module's own is too low for a long document.
     csv.field_size_limit(LONGEST)
+    # Strict: a lenient reader drops quotes, and joins rows, without a word.
     reader = csv.reader(feed(), delimiter=delimiter, strict=True)
     while True:
         taken.clear()
@@ -320,7 +321,7 @@ def _csv_records(lines: Iterator[Line], delimiter: str) -> Iterator[tuple[int, l
 
 
 def _quote_error(found: str, taken: list[Line]) -> str:
-    """Returns what is wrong with the quotes of a record, from the message of Python's csv module."""
+    """Returns the error of a record with wrong quotes, from the message of Python's csv module."""
     if "limit" in found:
         return f"a cell of more than {LONGEST:,} characters, or a double quote that is not closed"
     if "end of data" in found:
@@ -379,7 +380,7 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         found = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        return {}  # none, or not what `datasets` writes
+        return {}  # none, or metadata of another program
     return {name: names for name, names in found.items()
             if isinstance(names, list) and all(isinstance(one, str) for one in names)}
 

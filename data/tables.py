@@ -54,7 +54,8 @@ def read_table(path: Path | str, options: TableOptions = DEFAULT_COLUMNS) -> Tab
         options: delimiter and encoding.
 
     Raises:
-        UserError: missing, empty, of an unknown ending, not what its ending says, or with a bad row; names file and row.
+        UserError: missing, empty, of an unknown ending, of another format than its ending says, or with a bad row; names
+            file and row.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:

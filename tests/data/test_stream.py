@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import fuzz
 from data import stream
 from data.lines import LONGEST, read_lines, read_sentences
 from data.pairs import read_pairs
@@ -225,6 +226,8 @@ def as_dicts(names, rows):
        encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), index=st.booleans())
 def test_any_csv_comes_back_as_it_was_written(tmp_path, table, end, quoting, delimiter, encoding, index):
     names, rows = table
+    if {"\r", "\n"} & set("".join(map("".join, rows))):  # Python's writer puts its own line end alone into quotes
+        quoting = csv.QUOTE_ALL
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=quoting)
     writer.writerows([["", *row] if index else row for row in [names, *rows]])
@@ -265,8 +268,9 @@ def test_no_line_is_lost_without_a_word(tmp_path, lines, ending):
     path = tmp_path / f"rows.{ending}"
     path.write_text("\n".join(["text,label" if ending == "csv" else "text\tlabel", *lines, ""]))
     rows = list(stream.open_rows(path).rows)
-    covered = sum(1 if row.error else 1 + sum(cell.count("\n") for cell in row.columns.values()) for row in rows)
-    assert covered == sum(1 for line in lines if line)
+    fuzz.check_lines(path.read_bytes(), [row.line for row in rows], ending)
+    if '"' not in "".join(lines):
+        assert len(rows) == sum(1 for line in lines if line)
     try:
         assert len(read_table(path)) == len(rows)
     except UserError:
