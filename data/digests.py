@@ -1,4 +1,4 @@
-"""Computes digests of what a base model is beside its weights: its configuration and its tokenizer.
+"""Computes digests of a base model's configuration and tokenizer.
 
     python -c "from data import backbones, digests; print(digests.config_digest(backbones.load_config('tiny')))"
 
@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-# Keys that describe the file, the library or the head, and change nothing of what the backbone computes.
+# Keys that describe the file, the library or the head, and change no result of the backbone.
 NO_PART_OF_THE_BASE = {
     "_name_or_path", "architectures", "attn_implementation", "_attn_implementation", "dtype", "id2label", "label2id",
     "num_labels", "problem_type", "quantization_config", "torch_dtype", "transformers_version", "use_cache"}
@@ -24,7 +24,7 @@ def config_digest(config) -> str:
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """Returns the SHA-256 of all that decides a tokenizer's token ids."""
+    """Returns the SHA-256 of everything that decides a tokenizer's token ids."""
     digest = hashlib.sha256(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -8,7 +8,8 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from data.tables import Split, read_sentences
+from data.lines import read_sentences
+from data.splits import Split
 from machine.errors import UserError
 
 Words = list[str]
@@ -56,7 +57,7 @@ def move_word(words: Words, rng: random.Random) -> Words | None:
 
 
 def break_agreement(words: Words, rng: random.Random) -> Words | None:
-    """Exchanges is/are, was/were, has/have ..., or takes an -s off a noun or verb, or puts one on."""
+    """Exchanges is/are, was/were, has/have ..., or adds or removes the -s of a noun or verb."""
     def other(word: str) -> str | None:
         if word.lower() in AGREEMENT:
             return AGREEMENT[word.lower()]
@@ -79,6 +80,7 @@ def exchange_function_word(words: Words, rng: random.Random) -> Words | None:
 def exchange_arguments(words: Words, rng: random.Random) -> Words | None:
     """Exchanges two noun phrases: a determiner with the word after it, or a name."""
     spans = []
+    # Spans of noun phrases, as far as they can be told without a parser.
     for at, word in enumerate(words):
         if word.lower() in DETERMINERS and at + 1 < len(words) and words[at + 1].lower() not in FUNCTION_WORDS:
             spans.append((at, at + 2))
@@ -96,7 +98,8 @@ EDITS: tuple[Edit, ...] = (swap_neighbours, drop_word, double_word, move_word, b
 
 
 def _exchange(words: Words, rng: random.Random, other: Callable[[str], str | None]) -> Words | None:
-    """Replaces one word, drawn among those for which `other` knows one."""
+    """Replaces one random word among those for which `other` returns one."""
+    # Choices first, then one random number: a sentence without a place for the edit uses up none.
     found = [(at, new) for at, word in enumerate(words) if (new := other(word))]
     if not found:
         return None
@@ -105,7 +108,7 @@ def _exchange(words: Words, rng: random.Random, other: Callable[[str], str | Non
 
 
 def edit(sentence: str, rng: random.Random, edits: tuple[Edit, ...] = EDITS) -> str | None:
-    """Edits a sentence once, in a way drawn from those that find a place for it.
+    """Edits a sentence once, in a random way among those that find a place for it.
 
     The mark at its end stays there, and its first letter keeps its case.
 
@@ -116,8 +119,9 @@ def edit(sentence: str, rng: random.Random, edits: tuple[Edit, ...] = EDITS) -> 
     end, words = sentence[len(body):], body.split()
     if not words:
         return None
+    # In random order, until one of them finds a place.
     for change in rng.sample(edits, len(edits)):
-        # Inside the sentence its first word is written small, if it is one that is.
+        # A function word that began the sentence is written small once it stands inside.
         small = [words[0].lower() if words[0].lower() in FUNCTION_WORDS else words[0], *words[1:]]
         changed = change(small, rng)
         if changed and changed != small:
@@ -129,9 +133,10 @@ def edit(sentence: str, rng: random.Random, edits: tuple[Edit, ...] = EDITS) -> 
 def real_or_edited(sentences: Iterable[str]) -> Split:
     """Makes a task of plain sentences, whose labels cost nobody anything: half as they are (label 1), half edited (label 0).
 
-    Which half is drawn without regard to any seed: the same sentences, the same task. Sentences of other lengths than WORDS,
-    second copies, and those that no edit changes are left out.
+    The same sentences make the same task, whatever the seed of a run. Sentences of other lengths than WORDS, second copies,
+    and those that no edit changes are left out.
     """
+    # Not the run's seed: an intermediate task is one task for all runs.
     rng = random.Random(0)
     rows = [sentence for sentence in dict.fromkeys(sentences) if len(sentence.split()) in WORDS]
     rng.shuffle(rows)
@@ -141,7 +146,7 @@ def real_or_edited(sentences: Iterable[str]) -> Split:
     return Split([text for text, _ in kept], [label for _, label in kept])
 
 
-def read(data: Path) -> tuple[Split, list[Path]]:
+def read_real_or_edited(data: Path) -> tuple[Split, list[Path]]:
     """Makes the task of a text file, or of all text files of a folder; returns it with the files.
 
     Raises:

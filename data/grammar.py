@@ -1,4 +1,4 @@
-"""Draws acceptable and unacceptable sentences from a small grammar of English, and makes a CoLA-like task of them.
+"""Samples acceptable and unacceptable sentences from a small grammar of English, and makes a CoLA-like task of them.
 
     python -m data.grammar        prints an acceptable and an unacceptable sentence of each phenomenon
 
@@ -58,8 +58,8 @@ HELD_OUT_EVERY = 4
 
 # The phenomena. Each name is a source code of the task; each line is an acceptable sentence, then ways to spoil it.
 # {boy}, {girl}, {monk} are people; {has}, {is}, {goes} agree with {boy}; {go}{rest} is any verb with its objects; SLOTS
-# says how each slot is drawn. Mind, in adding one, that past tenses hide agreement, and that single words should not
-# give the label away: what stands in a spoilt sentence stands in acceptable ones too.
+# says how each slot is filled. Mind, in adding one, that past tenses hide agreement, and that single words should not
+# give the label away: each word of a spoilt sentence stands in acceptable ones too.
 IN_DOMAIN = {
     "agreement": """
         {boy}{beside_girl} {goes}{rest}. | {boy}{beside_girl} {goes_wrong}{rest}.
@@ -141,7 +141,7 @@ HELD_OUT = {
 
 
 class Noun(NamedTuple):
-    """Holds a noun phrase and what agrees with it; gender is "m", "f" or "n"."""
+    """Holds a noun phrase and its agreement; gender is "m", "f" or "n"."""
 
     text: str
     plural: bool
@@ -173,7 +173,7 @@ def add_s(word: str) -> str:
 
 
 def inflect(entry: str) -> Verb:
-    """Returns the forms of `sleep/slept/slept` or `arrive`; the lexicon gives what the rules would get wrong."""
+    """Returns the forms of `sleep/slept/slept` or `arrive`; the lexicon gives irregular forms."""
     base, *given = entry.split("/")
     past = re.sub(r"([^aeiou])y$", r"\1i", base).removesuffix("e") + "ed"
     regular = [past, past, base.removesuffix("e") + "ing"]
@@ -187,7 +187,7 @@ def finish(text: str) -> str:
 
 
 class Scene(dict):
-    """Draws the words of one pair: a slot when a template first names it, and the same word for both sentences."""
+    """Picks the words of one pair: a slot when a template first names it, and the same word for both sentences."""
 
     def __init__(self, rng: random.Random, entries: dict[str, list[str]]):
         super().__init__()
@@ -334,7 +334,7 @@ SLOTS = {
 
 
 def pair(phenomenon: str, rng: random.Random, entries: dict[str, list[str]]) -> tuple[str, str]:
-    """Draws an acceptable sentence of the phenomenon, and the same with one violation."""
+    """Samples an acceptable sentence of the phenomenon, and the same with one violation."""
     templates = re.sub(r"\s+\|", " |", {**IN_DOMAIN, **HELD_OUT}[phenomenon].strip()).splitlines()
     scene = Scene(rng, entries)
     good, *spoilt = rng.choice(templates).strip().split(" | ")
@@ -356,9 +356,9 @@ def lexicon(words: str) -> dict[str, list[str]]:
 
 
 def draw(phenomena: list[str], words: str, n: int, share: float, rng: random.Random, seen: set[str]) -> list[Row]:
-    """Draws `n` rows, `share` of them acceptable, of the phenomena in turn, and shuffles them.
+    """Samples `n` rows, `share` of them acceptable, of the phenomena in turn, and shuffles them.
 
-    A sentence in `seen` is not drawn again; `seen` grows by the new ones.
+    No sentence in `seen` is sampled again; `seen` grows by the new ones.
     """
     entries, rows = lexicon(words), []
     while len(rows) < n:
@@ -372,7 +372,7 @@ def draw(phenomena: list[str], words: str, n: int, share: float, rng: random.Ran
 
 
 def draw_task(rng: random.Random, seen: set[str]) -> dict[str, list[Row]]:
-    """Draws the rows of the task's three files; `seen` grows by their sentences."""
+    """Samples the rows of the task's three files; `seen` grows by their sentences."""
     out_of_domain = [*IN_DOMAIN, *HELD_OUT, *HELD_OUT]  # four rows of 16 are of a held-out phenomenon
     return {
         "in_domain_train.tsv": draw([*IN_DOMAIN], "train", N_TRAIN, ACCEPTABLE_SHARE, rng, seen),
@@ -382,21 +382,23 @@ def draw_task(rng: random.Random, seen: set[str]) -> dict[str, list[Row]]:
 
 
 def draw_corpus() -> list[str]:
-    """Draws the corpus of the language model: acceptable sentences, all words and phenomena, no sentence of the task."""
+    """Samples the corpus of the language model: acceptable sentences, all words and phenomena, no sentence of the task."""
     rng, seen = random.Random(SEED), set()
     draw_task(rng, seen)
     return [sentence for _, _, sentence in draw([*IN_DOMAIN, *HELD_OUT], "all", N_CORPUS, 1.0, rng, seen)]
 
 
 def draw_pairs(n: int) -> list[tuple[str, str, str]]:
-    """Draws minimal pairs: phenomenon, the acceptable sentence, the same with one violation; the same pairs each time.
+    """Samples minimal pairs: phenomenon, the acceptable sentence, the same with one violation; the same pairs each time.
 
     Of held-out words, and none of their sentences is in the task or in the language model's corpus.
 
     Args:
         n: pairs of each phenomenon.
     """
-    seen = {*draw_corpus(), *(row[2] for rows in draw_task(random.Random(SEED), set()).values() for row in rows)}
+    seen = set(draw_corpus())
+    for rows in draw_task(random.Random(SEED), set()).values():
+        seen.update(sentence for _, _, sentence in rows)
     rng, entries, found = random.Random(SEED + 1), lexicon("held-out"), []
     for phenomenon in (*IN_DOMAIN, *HELD_OUT):
         kept = 0

@@ -28,25 +28,29 @@ def hub_unreachable() -> bool:
 
 
 def is_dataset_name(data: str | Path) -> bool:
-    """Whether `--data` may be the name of a data set on the Hub, owner/name: a local path always wins."""
+    """Returns whether `--data` may be the name of a data set on the Hub, owner/name: a local path always wins."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(data)) is not None and not Path(data).exists()
 
 
 @functools.cache
 def load_dataset(name: str) -> dict[str, datasets.Dataset]:
-    """The splits of a data set on the Hub by their names; from the cache where it cannot be reached.
+    """Returns the splits of a data set on the Hub by their names; from the cache where the Hub cannot be reached.
 
     Raises:
-        UserError: there is no such data set, or it can neither be downloaded nor read from the cache.
+        UserError: no such data set, or one that can neither be downloaded nor read from the cache.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is raised as well, and said once
+    # The library raises its errors as well as logging them.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    # Without a connection it would retry for minutes.
     offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = offline or hub_unreachable()  # or it would retry for minutes
+    datasets.config.HF_HUB_OFFLINE = offline or hub_unreachable()
     try:
-        return {str(split): rows for split, rows in datasets.load_dataset(name).items()}
+        # Older versions of the library ran a script that came with the data.
+        splits = datasets.load_dataset(name, trust_remote_code=False)
+        return {str(split): rows for split, rows in splits.items()}
     except Exception as error:  # its own classes, huggingface_hub's, pyarrow's and those of the HTTP library
         missing = "no such file or folder here, and as a data set of the Hugging Face Hub"
         if datasets.config.HF_HUB_OFFLINE:
@@ -58,7 +62,7 @@ def load_dataset(name: str) -> dict[str, datasets.Dataset]:
 
 
 def read_dataset(name: str, split: str) -> Table:
-    """A split of a data set on the Hub as a table, with the class names of its features."""
+    """Returns a split of a data set on the Hub as a table, with the class names of its features."""
     from datasets import ClassLabel
 
     rows = load_dataset(name)[split]

@@ -70,7 +70,8 @@ def train_model(folder: Path) -> None:
     )
     hardware.keep_freed_memory()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(grammar.SEED)  # torch.manual_seed would reseed the caller's GPU as well
+        # torch.manual_seed would reseed the caller's GPU as well.
+        torch.default_generator.manual_seed(grammar.SEED)
         model = GPT2LMHeadModel(config)
     # Half of the sentences start with <|endoftext|>, as text generated from nothing does; half at position 0 without
     # it, as a prompt or a sentence to classify does.
@@ -93,15 +94,16 @@ def train_model(folder: Path) -> None:
             optimizer.zero_grad()
             if step % 50 == 0:
                 progress.set_postfix(loss=f"{loss.item():.2f}")
-    model.config.activation_function = "gelu_new"  # as stock GPT-2 has it
+    # The name of the activation in GPT-2's own configuration; the function is the same.
+    model.config.activation_function = "gelu_new"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def recipe() -> str:
-    """Returns a key of what decides the weights: the grammar, the sizes, the seed, and the versions of the libraries.
+    """Returns a key of everything that decides the weights: grammar, sizes, seed, and versions of the libraries.
 
-    The grammar counts by what it writes: a sample of the corpus, in which every phenomenon and word class occurs.
+    A sample of the corpus, in which every phenomenon and word class occurs, stands for the grammar.
     """
     sizes = (VOCABULARY, POSITIONS, LAYERS, CHANNELS, HEADS, STEPS, TOKENS_PER_STEP, LEARNING_RATE, grammar.N_CORPUS)
     versions = [version(name) for name in ("torch", "transformers", "tokenizers")]
@@ -127,10 +129,12 @@ def tiny_model_folder(cache: Path | None = None) -> Path:
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "lora-distil" / f"tiny-{recipe()}"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs that start together train one model: the second finds the first one's folder.
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+            # A process that was killed leaves half a folder.
+            shutil.rmtree(partial, ignore_errors=True)
             threads = torch.get_num_threads()
             # Two threads, whatever the machine has: more would wait for each other, and the bytes are the same on a
             # laptop and on a server.

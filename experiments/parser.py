@@ -151,6 +151,10 @@ def _table_options(parser: Parser) -> None:
                help="numbers that the head reads beside the text")
     parser.add(DATA, "--truncate", choices=("head", "tail", "middle"), default=TableOptions.truncate,
                help="the part of a text longer than --max-length that is cut")
+    parser.add(DATA, "--delimiter", metavar="CHARACTER",
+               help="between the cells of CSV and TSV; a comma and a tab if not given")
+    parser.add(DATA, "--encoding", default=TableOptions.encoding, metavar="NAME",
+               help="of CSV, TSV and JSON Lines, such as cp1252; a byte order mark in the file wins")
 
 
 def _training_options(parser: Parser) -> None:

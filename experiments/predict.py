@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 import data_utils
+from data import columns as cells
 from data import stream, tables
 from data.tables import Table
 from data_utils import Batch
@@ -71,8 +72,8 @@ class RunPredictor:
 
     def parse(self, table: Table) -> tuple[str, list[float]]:
         """Returns text and features of a table of one row."""
-        return (tables.texts_of(table, self.columns, self.separator)[0],
-                (tables.features_of(table, self.columns.feature_columns) or [[]])[0])
+        return (cells.texts_of(table, self.columns, self.separator)[0],
+                (cells.features_of(table, self.columns.feature_columns) or [[]])[0])
 
     def row(self, path: Path, kind: str, columns: dict) -> tuple[str, list[float]]:
         """Returns text and features of a file's row.
@@ -137,10 +138,11 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
     Raises:
         UserError: the file cannot be read at all.
     """
-    cola = isinstance(predictor, RunPredictor) and predictor.task in ("cola", "tiny")
+    of_run = isinstance(predictor, RunPredictor)
     if isinstance(predictor, BankPredictor) and str(path) == "-":
         kind = kind or "jsonl"
-    rows = stream.open_rows(path, kind, cola)
+    rows = stream.open_rows(path, kind, None if of_run and predictor.task in ("cola", "tiny") else False,
+                            predictor.columns if of_run else stream.DEFAULT_COLUMNS)
     predictor.check(rows)
     while window := list(itertools.islice(rows.rows, WINDOW)):
         parsed: list = []

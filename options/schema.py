@@ -41,6 +41,8 @@ class TableOptions:
     eval_split: str | None = None  # a file of the folder by its stem, a file, or a share of the training rows
     feature_columns: tuple[str, ...] = ()  # numeric columns that the head reads beside the text
     truncate: str = "tail"  # the part of a text too long that is cut: head, tail or middle
+    delimiter: str | None = None  # between the cells of CSV and TSV; a comma and a tab if None
+    encoding: str = "utf-8"  # of CSV, TSV and JSON Lines; a byte order mark in the file wins
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """Any damage to any file that is read ends in a result or one clear line; benchmarks/fuzz.py tries it in thousands."""
+import itertools
 import pickle
 import shutil
 import zipfile
@@ -10,6 +11,7 @@ import toy
 
 from adapters import peft_layout
 from benchmarks import fuzz
+from data import stream, tables
 from experiments import evaluate
 from machine.errors import UserError
 from report import build, records
@@ -50,6 +52,28 @@ def test_what_a_reader_must_not_do_is_noticed(tmp_path, wrong, says):
     path = tmp_path / "file"
     path.write_bytes(b"whole")
     assert says in fuzz.fuzz("bad", path, lambda: wrong(path), 5)["error"]
+
+
+@pytest.mark.parametrize("name", fuzz.TABLES)
+def test_made_tables_are_read_alike_or_refused(tmp_path, name):
+    row = fuzz.fuzz_table(name, tmp_path, 200)
+    assert row["error"] is None and row["tried"] >= 200
+
+
+@pytest.mark.parametrize("name, ending, content, says", [
+    ("_tsv_records", "tsv", b"text\tlabel\na\t1\nb\t0\n", "line 3 is lost"),
+    ("_json_rows", "jsonl", b'{"text": "a"}\n[1]\n', "line 2 is lost")])
+def test_a_reader_that_loses_a_row_is_noticed(tmp_path, monkeypatch, name, ending, content, says):
+    whole, kept = getattr(stream, name), 2 if ending == "tsv" else 1  # header and first row
+    monkeypatch.setattr(stream, name, lambda *given: itertools.islice(whole(*given), kept))
+    with pytest.raises(AssertionError, match=says):
+        fuzz.check_table(tmp_path, ending, content)
+
+
+def test_a_reader_of_training_that_differs_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "good_rows", lambda rows: ({**row.columns, "label": "1"} for row in rows.rows))
+    with pytest.raises(AssertionError, match="another column label"):
+        fuzz.check_table(tmp_path, "csv", b"text,label\na,1\nb,0\n")
 
 
 # ---------------------------------------------------------------- nothing unpickles, nothing escapes

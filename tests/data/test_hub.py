@@ -270,12 +270,13 @@ import json, sys
 from pathlib import Path
 import data_utils
 from options.schema import TableOptions
-for options in (TableOptions(), TableOptions(eval_split="0.5"), TableOptions(text_column=("idx", "sentence"))):
+for options in (TableOptions(), TableOptions(eval_split="0.5"), TableOptions(text_column=("sentence", "sentence"))):
     task = data_utils.load_task("csv", "stanfordnlp/sst2", options)
     print(json.dumps([len(task.train), {name: [len(split), split.sentences[1], split.labels[:2]] for name, split in
                                         task.dev.items()}, task.classes, task.files]))
 for task, data, options in (("csv", "stanfordnlp/sst2", TableOptions(eval_split="test")),
                             ("csv", "stanfordnlp/sst2", TableOptions(eval_split="dev")),
+                            ("csv", "stanfordnlp/sst2", TableOptions(text_column=("idx", "sentence"))),
                             ("csv", "stanfordnlp/sst2", TableOptions(label_column="sentiment")),
                             ("cola", "stanfordnlp/sst2", TableOptions()), ("csv", "nobody/nothing", TableOptions())):
     try:
@@ -317,12 +318,13 @@ def test_a_data_set_by_name_has_the_columns_and_class_names_of_its_features(sst2
     assert (train, dev, classes) == (20, {"validation": [8, "validation sentence 1.", [0, 1]]}, ["negative", "positive"])
     assert list(files) == ["stanfordnlp/sst2/train", "stanfordnlp/sst2/validation"] and len(set(files.values())) == 2
     assert json.loads(half)[:2][0] == 10 and json.loads(half)[1]["held_out"][0] == 10
-    assert json.loads(joined)[1]["validation"][1] == "1 validation sentence 1."
-    assert [error.partition("error ")[2].partition(";")[0] for error in errors[:2]] == [
-        "stanfordnlp/sst2/test, row 1: label '-1', which the training data lacks",
-        "--eval-split dev: --data stanfordnlp/sst2 has no such split"]
-    assert "has no column 'sentiment'" in errors[2] and "for --task csv" in errors[3]
-    assert errors[4].startswith("error --data nobody/nothing: no such file or folder here, and as a data set of the")
+    assert json.loads(joined)[1]["validation"][1] == "validation sentence 1. validation sentence 1."
+    assert [error.partition("error ")[2].partition(";")[0] for error in errors[:3]] == [
+        "stanfordnlp/sst2/test, row 1: the label (label) is missing",
+        "--eval-split dev: --data stanfordnlp/sst2 has no such split",
+        "stanfordnlp/sst2/train, row 1: the text (idx) is a number"]
+    assert "has no column 'sentiment'" in errors[3] and "for --task csv" in errors[4]
+    assert errors[5].startswith("error --data nobody/nothing: no such file or folder here, and as a data set of the")
     assert len(fetched) == len(set(fetched))  # nothing twice
 
 

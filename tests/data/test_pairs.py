@@ -29,7 +29,8 @@ def test_a_limit_is_of_each_paradigm(tmp_path):
 
 @pytest.mark.parametrize("content, said", [
     (b"paradigm\tlstm\nq\t1.5\n", "line 2: lstm is '1.5'; expected an accuracy from 0 to 1"),
-    (b"paradigm\tlstm\nq\tnan\n", "line 2: lstm is 'nan'"), (b"paradigm\n\xff\n", "not UTF-8"), (b"", "no column paradigm")])
+    (b"paradigm\tlstm\nq\tnan\n", "line 2: lstm is 'nan'"), (b"paradigm\n\xff\n", "not UTF-8"),
+    (b"", "the file is empty"), (b"lstm\n0.5\n", "no column paradigm")])
 def test_bad_published_figures_are_one_line(tmp_path, content, said):
     (tmp_path / "published.tsv").write_bytes(content)
     with pytest.raises(UserError, match="published.tsv") as error:

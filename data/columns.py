@@ -1,0 +1,290 @@
+"""Turns the columns of a table into texts, names of classes and numbers, and refuses cells that are none of these.
+
+    python -c "from data import columns, tables; print(columns.labels_of(tables.read_table('FILE.csv'), 'label'))"
+
+Nothing is guessed from a cell's looks: a review that says "NA" is a text, and `01` and `1` are two classes. A list, a number
+or a boolean is no text: its Python form would be trained on in silence.
+"""
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import string
+from decimal import Decimal
+
+from data.stream import is_blank
+from data.tables import Table
+from machine.errors import UserError
+from options.schema import TableOptions
+
+TEXT_COLUMNS = ("text", "sentence", "review")  # the first of them that exists, where --text-column does not say
+MISSING = ("", "na", "n/a", "nan", "null", "none")  # of a number
+LONGEST_NAME = 200  # characters of a class's name
+# Standardising sums squares over all rows: beyond this size the sum leaves float64.
+LARGEST_NUMBER = 1e150
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+# Ends of lines, other control characters and the byte order mark, which no table or plot shows.
+INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
+DIGITS = re.compile("[+-]?[0-9]+")
+FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?[0-9]+[eE][+-]?[0-9]+")
+PLAIN_NUMBER = re.compile("0|-?[1-9][0-9]*")
+EXPECTED_LABEL = "expected a string, a boolean or a whole number"
+NO_CLASS = -1  # of a ClassLabel column: the row has no label
+TYPES = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes"}
+
+
+class _CellError(ValueError):
+    """A cell does not serve its column; says why, without naming file and row."""
+
+
+# ---------------------------------------------------------------- texts
+
+def texts_of(table: Table, options: TableOptions, separator: str) -> list[str]:
+    """Returns the text of each row: the filled template, or the text columns joined by the tokenizer's separator.
+
+    Raises:
+        UserError: an unknown column, a malformed template, a cell that is no text, an empty text.
+    """
+    if options.template is not None:
+        option, (literals, names) = "--template", _template(options.template)
+    else:
+        option, literals = "--text-column", None
+        names = options.text_column or tuple(name for name in TEXT_COLUMNS if name in table.columns)[:1]
+        if not names:
+            table.column("text", option)  # raises, naming the columns that exist
+    # A template may name a column twice; it is read and checked once.
+    cells = {name: _strings(table, name, option) for name in dict.fromkeys(names)}
+    texts = []
+    for number, row in enumerate(zip(*map(cells.get, names), strict=True), 1):
+        if all(map(is_blank, row)):
+            raise UserError(f"{table.path}, row {number}: the text ({', '.join(names)}) is empty")
+        # A part that is missing leaves no separator behind; in a template its place stays empty.
+        if literals is None:
+            texts.append(separator.join(cell for cell in row if not is_blank(cell)))
+        else:
+            texts.append("".join(itertools.chain(*zip(literals, (*row, ""), strict=True))))
+    return texts
+
+
+def _template(template: str) -> tuple[list[str], list[str]]:
+    """Splits a template into the literal texts around its columns (one more than columns) and the columns' names.
+
+    Raises:
+        UserError: it is malformed, or names no column.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"--template {template!r}: {error}") from None
+    literals, names = [""], []
+    for literal, name, spec, conversion in parts:
+        literals[-1] += literal
+        if name is None:
+            continue
+        # "{x:.2f}" and "{x!r}" would format a number: columns are texts.
+        if spec or conversion:
+            names = []
+            break
+        names.append(name)
+        literals.append("")
+    if not names:
+        raise UserError(f"--template {template!r}: expected column names in braces, such as "
+                        '"Q: {question} A: {guess}"')
+    return literals, names
+
+
+def _strings(table: Table, name: str, option: str) -> list[str]:
+    """Returns a column's cells as texts, "" where one is missing.
+
+    Raises:
+        UserError: no such column, or a cell that is no text; names the row.
+    """
+    found = []
+    for row, value in enumerate(table.column(name, option), 1):
+        try:
+            found.append(_text(value))
+        except _CellError as error:
+            raise UserError(f"{table.path}, row {row}: the text ({name}) {error}") from None
+    return found
+
+
+def _text(value) -> str:
+    if value is None:
+        return ""
+    # Parquet written by other programs often holds text as bytes.
+    if isinstance(value, bytes):
+        value = _decoded(value)
+    if not isinstance(value, str):
+        raise _CellError(f"is {_type_of(value)}; expected a string")
+    if not value.isascii() and (half := SURROGATE.search(value)):
+        raise _CellError(f"holds half of a surrogate pair (U+{ord(half[0]):04X}), which is no character")
+    return value
+
+
+def _decoded(value: bytes, subject: str = "") -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise _CellError(f"{subject}is bytes that are not UTF-8; expected a string") from None
+
+
+def _type_of(value) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "not a number (NaN)"
+    return TYPES.get(type(value), f"of type {type(value).__name__}")
+
+
+# ---------------------------------------------------------------- labels
+
+def labels_of(table: Table, column: str) -> list[str]:
+    """Returns each row's class by name: strings as they are, whole numbers in digits, booleans as false and true.
+
+    Raises:
+        UserError: no such column, a missing label, labels of mixed types, or one that is no name of a class.
+    """
+    class_names = table.names.get(column)
+    kinds: dict[str, tuple[int, object]] = {}  # type -> the first row of it, and its label
+    # Few classes stand for many rows: each value of a type is looked at once.
+    seen: dict[tuple[type, object], str] = {}
+    names = []
+    for row, value in enumerate(table.column(column, "--label-column"), 1):
+        key = (type(value), value) if isinstance(value, str | int | float) else None
+        name = seen.get(key)
+        if name is None:
+            try:
+                if _is_missing(value, class_names):
+                    raise _CellError(f"the label ({column}) is missing")
+                kind, name = _class_of(value, class_names)
+            except _CellError as error:
+                raise UserError(f"{table.path}, row {row}: {error}") from None
+            kinds.setdefault(kind, (row, value))
+            if key is not None:
+                seen[key] = name
+        names.append(name)
+    # "1" and "positive" in one column are two codes for one thing, or a row that slipped.
+    if len(kinds) > 1:
+        (one, (row, value)), (other, (row2, value2)) = list(kinds.items())[:2]
+        raise UserError(f"{table.path}: labels of mixed types in {column}: a {one} ({_quoted(value)}, row {row}) and a "
+                        f"{other} ({_quoted(value2)}, row {row2})")
+    return names
+
+
+def _is_missing(value, class_names: list[str] | None) -> bool:
+    """Returns whether a row has no label: nothing, spaces, NaN, or the -1 of a ClassLabel column."""
+    if isinstance(value, str):
+        return is_blank(value)
+    return value is None or isinstance(value, float) and math.isnan(value) or class_names is not None and value == NO_CLASS
+
+
+def _class_of(value, class_names: list[str] | None) -> tuple[str, str]:
+    """Returns the type of a label and the name of its class.
+
+    Raises:
+        _CellError: it is no name of a class.
+    """
+    if isinstance(value, bytes):
+        value = _decoded(value, "label ")
+    # Before numbers, of which Python counts booleans as some.
+    if isinstance(value, bool):
+        return "boolean", str(value).lower()
+    if isinstance(value, int) or isinstance(value, float) and value.is_integer():
+        if class_names is None:
+            return "whole number", _name(_digits(int(value)))
+        if not 0 <= value < len(class_names):
+            raise _CellError(f"label {_quoted(value)}; the file has names for 0 to {len(class_names) - 1}")
+        return "whole number", _name(class_names[int(value)])
+    if not isinstance(value, str):
+        what = _quoted(value) if isinstance(value, float) else f"is {_type_of(value)}"
+        raise _CellError(f"label {what}; {EXPECTED_LABEL}")
+    name = _name(value)
+    # Digits stay as they are written: 01 may be a code.
+    if DIGITS.fullmatch(name):
+        return "whole number", name
+    # Programs write whole numbers as 1.0 once a cell of their column was empty; any other fraction is a score, no class.
+    if FRACTION.fullmatch(name):
+        whole, _, fraction = name.partition(".")
+        if not DIGITS.fullmatch(whole) or fraction.strip("0"):
+            raise _CellError(f"label {_quoted(name)}; {EXPECTED_LABEL}")
+        return "decimal number", whole
+    return "text", name
+
+
+def _name(value: str) -> str:
+    """Returns the name of a class without the spaces around it.
+
+    Raises:
+        _CellError: it is empty or too long, or holds a character that cannot be seen or written.
+    """
+    name = value.strip().strip("\ufeff").strip()
+    if not 0 < len(name) <= LONGEST_NAME:
+        raise _CellError(f"label of {len(name):,} characters; expected the name of a class, of at most {LONGEST_NAME}")
+    if wrong := SURROGATE.search(name) or INVISIBLE.search(name):
+        raise _CellError(f"label {_quoted(name)} holds the character U+{ord(wrong[0]):04X}, which cannot be shown; expected "
+                         "the name of a class")
+    return name
+
+
+def _digits(value: int) -> str:
+    """Returns a whole number in digits; Python refuses to write thousands of them."""
+    return str(value) if abs(value) < 10 ** LONGEST_NAME else "9" * (LONGEST_NAME + 1)
+
+
+def _quoted(value) -> str:
+    """Returns the beginning of a cell in quotes, on one line, with escapes where it cannot be seen."""
+    try:
+        return repr(str(value)[:40])
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def classes_of(names: list[str], where: str) -> list[str]:
+    """Returns the classes in order: whole numbers by value, false before true, strings by the alphabet.
+
+    Raises:
+        UserError: fewer than two classes.
+    """
+    classes = sorted(set(names))
+    if all(map(PLAIN_NUMBER.fullmatch, classes)):
+        classes.sort(key=Decimal)  # which has no limit of digits
+    if len(classes) < 2:
+        raise UserError(f"{where}: every label is {classes[0]}; training needs at least two classes")
+    return classes
+
+
+# ---------------------------------------------------------------- numbers
+
+def features_of(table: Table, columns: tuple[str, ...]) -> list[list[float]]:
+    """Returns the numeric columns by row, NaN where a cell is empty.
+
+    Raises:
+        UserError: an unknown column, or a cell that is neither empty nor a number whose square is finite.
+    """
+    rows = [[] for _ in range(len(table))]
+    for column in columns:
+        for row, value in enumerate(table.column(column, "--feature-columns")):
+            try:
+                rows[row].append(_number(value))
+            except _CellError as error:
+                raise UserError(f"{table.path}, row {row + 1}: feature {column} is {error}") from None
+    return rows if columns else []
+
+
+def _number(value) -> float:
+    if value is None or isinstance(value, str) and value.strip().lower() in MISSING:
+        return math.nan
+    try:
+        if isinstance(value, str) and "_" in value:  # Python's own way of writing a number
+            raise ValueError
+        number = float(value)
+    except (TypeError, ValueError):
+        number = None
+    except OverflowError:  # a whole number beyond float64
+        number = math.inf
+    if number is None or math.isinf(number):
+        what = _quoted(value) if isinstance(value, str | int | float) else _type_of(value)
+        raise _CellError(f"{what}; expected a finite number or an empty cell")
+    if abs(number) > LARGEST_NUMBER:
+        raise _CellError(f"{_quoted(value)}; expected a number of at most {LARGEST_NUMBER:g}, whose square is finite")
+    return number

@@ -1,0 +1,172 @@
+"""Makes labelled splits of tables, and finds the training and the evaluation rows among files, splits and shares.
+
+    python -c "from data import splits; print(splits.split_files(splits.Path('DIR'), None))"
+"""
+from __future__ import annotations
+
+import math
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.columns import classes_of, features_of, labels_of, texts_of
+from data.stream import SUFFIXES
+from data.tables import Table
+from machine.errors import UserError
+from options.schema import TableOptions
+
+EVAL_SPLITS = ("validation", "dev", "eval", "val")  # in this order, where --eval-split does not say
+DEFAULT_SHARE = 0.1  # of the training rows for evaluation, where no split is found
+
+
+@dataclass(frozen=True)
+class Split:
+    """Holds labelled sentences, in file order."""
+
+    sentences: list[str]
+    labels: list[int]
+    sources: list[str] = field(default_factory=list)  # CoLA's source code: the publication, or the phenomenon
+    features: list[list[float]] = field(default_factory=list)  # the numbers of each sentence, NaN where one is missing
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows) -> Split:
+        """Returns the given rows, in that order."""
+        parts = (self.sentences, self.labels, self.sources, self.features)
+        return Split(*(_chosen(values, rows) for values in parts))
+
+
+def _chosen(values: list, rows) -> list:
+    """Returns the values of the given rows; none of a list that is empty for all rows."""
+    return [values[row] for row in rows] if values else []
+
+
+def read_split(table: Table, options: TableOptions, separator: str, classes: list[str] | None = None
+               ) -> tuple[Split, list[str]]:
+    """Makes a labelled split of a table; returns it and its classes.
+
+    Args:
+        separator: between several text columns: the tokenizer's.
+        classes: of the training split; those found here if None.
+
+    Raises:
+        UserError: see `texts_of`, `labels_of`, `features_of`; or a label that training lacks.
+    """
+    texts, names = texts_of(table, options, separator), labels_of(table, options.label_column)
+    # The training split decides the classes; other splits may lack some of them.
+    if classes is None:
+        where = f"{table.path}, column {options.label_column}"
+        classes = classes_of(names, where)
+        # A head for a class without an example would be trained on nothing, and named in every table.
+        unused = [name for name in table.names.get(options.label_column, []) if name.strip() not in classes]
+        if unused:
+            raise UserError(f"{where}: class {unused[0]} has no example; every class needs one")
+    index = {name: number for number, name in enumerate(classes)}
+    for row, name in enumerate(names, 1):
+        if name not in index:
+            raise UserError(f"{table.path}, row {row}: label {name!r}, which the training data lacks; it has "
+                            f"{', '.join(classes[:20])}")
+    return Split(texts, [index[name] for name in names], [], features_of(table, options.feature_columns)), classes
+
+
+def check_features(train: Split, columns: tuple[str, ...], where: str) -> dict[str, int]:
+    """Counts the missing values of each feature in the training split.
+
+    Raises:
+        UserError: a feature without a single value.
+    """
+    missing = {}
+    for i, column in enumerate(columns):
+        missing[column] = sum(math.isnan(row[i]) for row in train.features)
+        if missing[column] == len(train):
+            raise UserError(f"--feature-columns: {where} has no value at all under {column!r}")
+    return missing
+
+
+def split_files(data: Path, eval_split: str | None) -> tuple[Path, dict[str, Path] | float]:
+    """Finds the training file, and the evaluation files by name or the share of the training rows to set aside.
+
+    Args:
+        data: a file, or a folder with `train` and, say, `validation` in one of the formats.
+        eval_split: see `TableOptions`.
+
+    Raises:
+        UserError: no such file or split; those that exist are named.
+    """
+    share = _share(eval_split)
+    # One file: the evaluation rows are another file, or a share of this one.
+    if not data.is_dir():
+        if not data.exists():
+            raise UserError(f"--data {data}: no such file or folder")
+        if share is None and eval_split is not None:
+            if not Path(eval_split).is_file():
+                raise UserError(f"--eval-split {eval_split}: no such file; expected one, or a share such as 0.1")
+            return data, {Path(eval_split).stem: Path(eval_split)}
+        return data, share or DEFAULT_SHARE
+    # A folder: each file is a split, named by its stem.
+    files: dict[str, list[Path]] = {}
+    for path in sorted(data.iterdir()):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            files.setdefault(path.stem, []).append(path)
+    if "train" not in files:
+        raise UserError(f"--data {data}: no training file; expected train{', train'.join(SUFFIXES)}"
+                        + (f" (it has {', '.join(files)})" if files else ""))
+    train, chosen = choose_splits(list(files), eval_split, str(data), "file")
+    # train.csv and train.jsonl: nobody can know which is meant.
+    for name in [train, *(chosen if isinstance(chosen, list) else [])]:
+        if len(files[name]) > 1:
+            raise UserError(f"--data {data}: {name} stands there twice ({', '.join(p.name for p in files[name])})")
+    return files[train][0], {name: files[name][0] for name in chosen} if isinstance(chosen, list) else chosen
+
+
+def choose_splits(there: list[str], eval_split: str | None, where: str, kind: str = "split"
+                  ) -> tuple[str, list[str] | float]:
+    """Returns the training split, and the evaluation split in a list or the share of the training rows to set aside.
+
+    A split called `test` is evaluated on only where `eval_split` names it: public ones often have no labels.
+
+    Raises:
+        UserError: no such split; those that exist are named.
+    """
+    if "train" not in there:
+        raise UserError(f"{where}: no {kind} called train; it has {', '.join(there)}")
+    if share := _share(eval_split):
+        return "train", share
+    names = [eval_split] if eval_split else [name for name in EVAL_SPLITS if name in there][:1]
+    if names and names[0] not in there:
+        raise UserError(f"--eval-split {names[0]}: {where} has no such {kind}; it has {', '.join(there)}")
+    return "train", names or DEFAULT_SHARE
+
+
+def _share(eval_split: str | None) -> float | None:
+    """Returns `--eval-split` as a share of the training rows, None where it is a name.
+
+    Raises:
+        UserError: the share is 0.
+    """
+    if eval_split is None or not re.fullmatch(r"0?\.\d+", eval_split):
+        return None
+    if not 0 < float(eval_split) < 1:
+        raise UserError(f"--eval-split {eval_split}: expected a share of the training rows between 0 and 1")
+    return float(eval_split)
+
+
+def set_aside(split: Split, share: float, where: str) -> tuple[Split, Split]:
+    """Takes `share` of each class out of a split; the same rows in every run.
+
+    Raises:
+        UserError: a class too small to be divided.
+    """
+    # A fixed seed, not the run's: runs of several seeds are compared on the same rows.
+    rng, taken = random.Random(0), set()
+    for label in sorted(set(split.labels)):
+        rows = [row for row, other in enumerate(split.labels) if other == label]
+        # At least one row of each class, or the evaluation rows would lack it.
+        count = round(share * len(rows)) or 1
+        if count == len(rows):
+            raise UserError(f"{where}: a class has {len(rows)} row(s), too few to set {share:g} of them aside for "
+                            "evaluation; give --eval-split FILE")
+        taken.update(rng.sample(rows, count))
+    return (split.take([row for row in range(len(split)) if row not in taken]), split.take(sorted(taken)))

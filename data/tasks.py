@@ -1,0 +1,282 @@
+"""Loads tasks: a training split and one or more named development splits, with the digest of every file read.
+
+    python -c "from data import tasks; print(tasks.load_task('cola', 'DIR_WITH_THE_TSV_FILES').train.labels[:5])"
+
+A new task is a name in TASKS and a branch in `load_task`.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from data import edits, stream, tables
+from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
+from data.splits import Split, check_features, choose_splits, read_split, set_aside, split_files
+from data.stream import DEFAULT_COLUMNS, is_blank
+from data.tables import Table
+from machine.errors import UserError
+from options.schema import TableOptions
+from record.files import sha256
+
+COLA_FILES = {"train": "in_domain_train.tsv", "in_domain": "in_domain_dev.tsv", "out_of_domain": "out_of_domain_dev.tsv"}
+# GLUE's CoLA validation set is the two public development files, one after the other.
+GLUE_IN_DOMAIN_ROWS, GLUE_VALIDATION_ROWS = 527, 1043
+GLUE_REPOSITORY = "nyu-mll/glue"
+COLA_CLASSES = ("0", "1")
+# Public data sets on the Hub: repository, and the file of each split.
+HUB_TABLES = {
+    "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes",
+                        {"train": "train.parquet", "validation": "validation.parquet"}),
+    "imdb": ("stanfordnlp/imdb", {"train": "plain_text/train-00000-of-00001.parquet",
+                                  "test": "plain_text/test-00000-of-00001.parquet"}),
+}
+# The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
+BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
+HELD_OUT = 0.02  # of the sentences of `edits`, for development
+TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
+FIXED = ("cola", "edits", "tiny")  # their files have no columns to choose
+
+
+@dataclass(frozen=True)
+class Task:
+    """Holds a training split and the development splits by name, with the SHA-256 of every file read."""
+
+    name: str
+    train: Split
+    dev: dict[str, Split]
+    files: dict[str, str]
+    classes: tuple[str, ...] = COLA_CLASSES  # names of the classes; a label is an index into them
+    missing: dict[str, int] = field(default_factory=dict)  # training rows without a value, by feature
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.classes)
+
+    def limit(self, rows: int) -> Task:
+        """Returns the same task with `rows` rows of each split, evenly spaced (files are often sorted by label).
+
+        Raises:
+            UserError: if the shortened training split lacks a class, or a feature has no value in it.
+        """
+        train = _spaced(self.train, rows)
+        dev = {name: _spaced(split, rows) for name, split in self.dev.items()}
+        where, present = f"the {rows} training rows", set(train.labels)
+        lacking = [name for label, name in enumerate(self.classes) if label not in present]
+        if lacking:
+            raise UserError(f"--limit {rows}: {where} have no example of class {lacking[0]}")
+        return replace(self, train=train, dev=dev, missing=check_features(train, tuple(self.missing), where))
+
+
+def _spaced(split: Split, rows: int) -> Split:
+    """Returns at most `rows` rows of a split, evenly spaced."""
+    return split.take([i * len(split) // rows for i in range(rows)] if rows < len(split) else range(len(split)))
+
+
+def load_task(name: str, data: Path | str | None = None, options: TableOptions = DEFAULT_COLUMNS, separator: str = " "
+              ) -> Task:
+    """Loads a task by name.
+
+    Args:
+        name: `cola`, `rotten_tomatoes` and `imdb` (from `data`, else from the Hugging Face Hub), `buzzer` and
+            `csv` (from `data`), `edits` (plain sentences of `data`, real against edited), or `tiny`.
+        data: for `cola` the folder with its three public TSV files, for `edits` a text file or a folder of them; else a
+            table, a folder of tables, or the name of a data set on the Hub.
+        options: which columns are what; not for FIXED tasks.
+        separator: between several text columns: the tokenizer's.
+
+    Raises:
+        UserError: unknown task, missing or malformed files, a class without an example, or a Hub that
+            cannot be reached.
+    """
+    if name not in TASKS:
+        raise UserError(f"--task {name}: unknown; expected one of {', '.join(TASKS)}")
+    if name in FIXED:
+        # Options that would be ignored are refused.
+        given = [f.name for f in fields(options) if f.name != "truncate" and getattr(options, f.name) != f.default]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')}: not for --task {name}, whose format is fixed; --task csv "
+                            "takes tables of any columns")
+        if data is not None and is_dataset_name(data):
+            load_dataset(str(data))  # raises where the Hub has no such data set
+            raise UserError(f"--data {data}: a data set of the Hugging Face Hub, for --task csv")
+        if name == "edits":
+            return _edits_task(data)
+        if data is not None:
+            return _cola_folder(name, Path(data))
+        return _tiny_task() if name == "tiny" else _glue_cola()
+    if data is not None and is_dataset_name(data):
+        return _hub_dataset(name, str(data), options, separator)
+    if data is not None:
+        return _table_files(name, Path(data), options, separator)
+    if name not in HUB_TABLES:
+        raise UserError(f"--task {name}: needs --data, a folder with train and validation files or one file "
+                        f"({', '.join(stream.SUFFIXES)})")
+    if options.eval_split is not None:
+        raise UserError(f"--eval-split: with the Hub's {name} the split is {list(HUB_TABLES[name][1])[1]}; give --data")
+    # The Hub's own files are read by the same reader as a user's.
+    repository, names = HUB_TABLES[name]
+    paths = {split: _hub_file(name, repository, file) for split, file in names.items()}
+    train = paths.pop("train")
+    files = {f"{repository}/{names[split]}": path for split, path in {"train": train, **paths}.items()}
+    return _task_of_tables(name, train, paths, options, separator, files)
+
+
+def read_rows(path: Path | str, task: str, options: TableOptions, separator: str, classes: list[str]) -> Split:
+    """Reads a labelled file in the format of a task, for scoring.
+
+    Raises:
+        UserError: see `read_cola_tsv`, `lines.read_sentences` and `splits.read_split`.
+    """
+    if task in ("cola", "tiny"):
+        return read_cola_tsv(path)
+    if task == "edits" and Path(path).suffix.lower() not in stream.SUFFIXES:
+        return edits.read_real_or_edited(Path(path))[0]
+    table, options = _read_table(task, Path(path), options)
+    return read_split(table, options, separator, classes)[0]
+
+
+def _read_table(task: str, path: Path, options: TableOptions) -> tuple[Table, TableOptions]:
+    """Reads a table in the format of a task; returns it and the options with the task's own defaults in them."""
+    if task != "buzzer":
+        return tables.read_table(path, options), options
+    if options.template is None and not options.text_column:
+        options = replace(options, template=BUZZER_TEMPLATE)
+    return tables.read_one_hot_jsonl(path, options), options
+
+
+def _table_files(name: str, data: Path, options: TableOptions, separator: str) -> Task:
+    """Makes a task from a file, or from a folder with one file for each split."""
+    train, others = split_files(data, options.eval_split)
+    paths = [train, *(others.values() if isinstance(others, dict) else ())]
+    return _task_of_tables(name, train, others, options, separator, {str(path): path for path in paths})
+
+
+def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) -> Task:
+    """Makes a task of a data set on the Hub; one of its splits, or a share of the training rows, is for evaluation."""
+    # Splits come from the library's cache, as they have no files of their own here.
+    train, chosen = choose_splits(list(load_dataset(data)), options.eval_split, f"--data {data}")
+    split, classes = read_split(read_dataset(data, train), options, separator)
+    if isinstance(chosen, list):
+        dev = {key: read_split(read_dataset(data, key), options, separator, classes)[0] for key in chosen}
+    else:
+        split, held_out = set_aside(split, chosen, data)
+        dev = {"held_out": held_out}
+    missing = check_features(split, options.feature_columns, data)
+    return Task(name, split, dev, {f"{data}/{key}": _content_digest(rows) for key, rows in {train: split, **dev}.items()},
+                tuple(classes), missing)
+
+
+def _content_digest(split: Split) -> str:
+    """Returns the SHA-256 of a split's rows: the library keeps no file of the Hub's as it was."""
+    return hashlib.sha256(json.dumps([split.sentences, split.labels, split.features]).encode()).hexdigest()
+
+
+def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, options: TableOptions, separator: str,
+                files: dict[str, Path]) -> Task:
+    """Makes a task from its training file and the evaluation files (or the share of the training rows to set aside)."""
+    table, options = _read_table(name, train, options)
+    # Classes are those of the training rows; every evaluation file is read with them.
+    split, classes = read_split(table, options, separator)
+    if isinstance(others, dict):
+        dev = {}
+        for key, path in others.items():
+            dev[key] = read_split(_read_table(name, path, options)[0], options, separator, classes)[0]
+    else:
+        split, held_out = set_aside(split, others, str(train))
+        dev = {"held_out": held_out}
+    # After the split: a feature whose values were all set aside has no mean.
+    missing = check_features(split, options.feature_columns, str(train))
+    return Task(name, split, dev, {key: sha256(path) for key, path in files.items()}, tuple(classes), missing)
+
+
+def _edits_task(data: Path | str | None) -> Task:
+    if data is None:
+        raise UserError("--task edits: needs --data, a text file with one sentence a line, or a folder of .txt files")
+    rows, files = edits.read_real_or_edited(Path(data))
+    train, held_out = set_aside(_two_classes(rows, str(data)), HELD_OUT, str(data))
+    return Task("edits", train, {"held_out": held_out}, {str(file): sha256(file) for file in files})
+
+
+# ---------------------------------------------------------------- CoLA, and the built-in task in its format
+
+def read_cola_tsv(path: Path | str) -> Split:
+    """Reads CoLA's format: source code, label (0 or 1), author's mark, sentence; tab-separated, no header.
+
+    Raises:
+        UserError: missing or empty file, a row with other than four columns, a label other than 0 or
+            1, an empty sentence, bytes that are not UTF-8; file and line are named.
+    """
+    split = Split([], [], [])
+    rows = stream.open_rows(path, "tsv", headless=True)
+    with rows.file:
+        for row in rows.rows:
+            where = f"{path}, line {row.line}"
+            if row.error:
+                raise UserError(f"{where}: {row.error}")
+            source, label, _, sentence = row.columns.values()
+            if label not in COLA_CLASSES:
+                raise UserError(f"{where}: label {label[:20]!r}; expected 0 or 1")
+            if is_blank(sentence):
+                raise UserError(f"{where}: the sentence is empty")
+            split.sources.append(source)
+            split.labels.append(int(label))
+            split.sentences.append(sentence)
+    return split
+
+
+def _tiny_task() -> Task:
+    from data import grammar
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Through files, so that the built-in task takes the same way as CoLA.
+        grammar.write_tiny_task(Path(folder))
+        task = _cola_folder("tiny", Path(folder))
+    return replace(task, files={f"tiny/{Path(path).name}": digest for path, digest in task.files.items()})
+
+
+def _cola_folder(name: str, folder: Path) -> Task:
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: not a folder; expected one with {', '.join(COLA_FILES.values())}")
+    paths = {split: folder / file for split, file in COLA_FILES.items()}
+    splits = {split: read_cola_tsv(path) for split, path in paths.items()}
+    train = _two_classes(splits.pop("train"), str(paths["train"]))
+    return Task(name, train, splits, {str(path): sha256(path) for path in paths.values()})
+
+
+def _hub_file(task: str, repository: str, file: str) -> Path:
+    """Returns the path of a data set's file of the Hub, taken from the cache if it is there."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file, repo_type="dataset", local_files_only=hub_unreachable()))
+    except (OSError, ValueError) as error:  # offline and not cached, or no such file
+        expected = f"DIR with {', '.join(COLA_FILES.values())}" if task == "cola" else "a folder with its files"
+        raise UserError(f"--task {task}: {repository} is not cached and the Hugging Face Hub cannot be reached "
+                        f"({type(error).__name__}); give --data {expected}") from None
+
+
+def _glue_cola() -> Task:
+    splits, files = {}, {}
+    for split in ("train", "validation"):
+        file = f"cola/{split}-00000-of-00001.parquet"
+        path = _hub_file("cola", GLUE_REPOSITORY, file)
+        rows = tables.read_table(path).columns
+        splits[split] = Split(rows["sentence"], rows["label"], ["glue"] * len(rows["label"]))
+        files[f"{GLUE_REPOSITORY}/{file}"] = sha256(path)
+    # GLUE joined CoLA's two development files; they are taken apart again.
+    both = splits["validation"]
+    if len(both) != GLUE_VALIDATION_ROWS:
+        raise UserError(f"{GLUE_REPOSITORY}: {len(both)} validation rows; expected {GLUE_VALIDATION_ROWS}, of which "
+                        f"the first {GLUE_IN_DOMAIN_ROWS} are in-domain")
+    dev = {"in_domain": both.take(range(GLUE_IN_DOMAIN_ROWS)),
+           "out_of_domain": both.take(range(GLUE_IN_DOMAIN_ROWS, GLUE_VALIDATION_ROWS))}
+    return Task("cola", _two_classes(splits["train"], GLUE_REPOSITORY), dev, files)
+
+
+def _two_classes(split: Split, where: str) -> Split:
+    if len(set(split.labels)) < 2:
+        raise UserError(f"{where}: every label is {split.labels[0]}; training needs both classes")
+    return split
