@@ -310,11 +310,11 @@ def evaluate(args) -> None:
     """`eval`: scores a saved run on a file."""
     from experiments import evaluate
 
-    result = evaluate.evaluate_run(args.run, args.data, args.predictions)
+    result = evaluate.evaluate_run(args.run, args.data, args.predictions, args.allow_training_data)
     if args.json:
         print(json.dumps(result))
     else:
-        print(f"{args.data}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
+        print(f"{result['data']}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
               f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
 
 
@@ -361,7 +361,7 @@ def test(args) -> None:
     """`test`: tests the difference of two runs on a file."""
     from experiments import significance
 
-    result = significance.paired_test(args.run, args.other, args.data, args.resamples, args.seed)
+    result = significance.paired_test(args.run, args.other, args.data, args.resamples, args.seed, args.allow_training_data)
     print(json.dumps(result) if args.json else significance.paired_test_text(result))
 
 
@@ -370,7 +370,7 @@ def diagnose(args) -> None:
     from experiments import diagnose
     from report import diagnosis, records
 
-    result = diagnose.diagnose_run(args.run, args.data, args.pairs, args.limit, args.out)
+    result = diagnose.diagnose_run(args.run, args.data, args.pairs, args.limit, args.out, args.allow_training_data)
     out = args.out or args.run.parent / f"diagnose-{args.run.name}"
     print(json.dumps(result) if args.json else
           f"{diagnosis.diagnosis_text(records.read_json(out / 'diagnose.json'))}\ndiagnosis: {out}")

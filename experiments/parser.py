@@ -333,9 +333,16 @@ def _sweep(parser: Parser) -> None:
     add_finetune_options(parser)
 
 
+def _training_data_option(parser: Parser, group: str) -> None:
+    parser.add(group, "--allow-training-data", action="store_true",
+               help="score a file although the run was trained on it")
+
+
 def _eval(parser: Parser) -> None:
     """score a saved run on a labelled file"""
-    parser.add("scoring", "--data", type=Path, required=True, metavar="FILE", help="in the format of the run's task")
+    parser.add("scoring", "--data", type=Path, metavar="FILE",
+               help="in the format of the run's task; the rows that the run held out if not given")
+    _training_data_option(parser, "scoring")
     parser.add("scoring", "--json", action="store_true", help="print one JSON object")
     parser.add("scoring", "--predictions", type=Path, metavar="OUT.tsv",
                help="write sentence, label, prediction and probability")
@@ -379,6 +386,7 @@ def _test(parser: Parser) -> None:
     parser.usage = "run.py test RUN_A RUN_B --data FILE [options]"
     parser.add_argument("other", metavar="RUN_B", type=Path)
     parser.add("scoring", "--data", type=Path, required=True, metavar="FILE", help="in the format of the runs' task")
+    _training_data_option(parser, "scoring")
     parser.add("scoring", "--json", action="store_true", help="print one JSON object")
     parser.add("test", "--resamples", type=number(int, 100, 10 ** 7, "a whole number from 100 to 10000000"), default=10_000,
                help="of the sentences, with replacement")
@@ -390,6 +398,7 @@ def _diagnose(parser: Parser) -> None:
     """find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements"""
     parser.add("diagnosis", "--data", type=Path, metavar="FILE",
                help="in the format of the run's task; its development files if not given")
+    _training_data_option(parser, "diagnosis")
     parser.add("diagnosis", "--pairs", type=Path, metavar="FILE",
                help="TSV of minimal pairs with the columns phenomenon, paradigm, good, bad (BLiMP's; figures of "
                     "published.tsv beside it are shown too); the built-in grammar's if not given")
