@@ -148,10 +148,10 @@ def generate(args) -> None:
     prompts = list(args.prompt or [])
     if args.prompt_file:
         prompts += generate.read_prompts(args.prompt_file)
-    for sample in generate.generate(
-            model, prompts or [""], seed=int(args.sr), max_new_tokens=args.max_new_tokens,
-            sampling=Sampling(args.greedy, args.temperature, args.top_k, args.top_p), num_samples=args.num_samples,
-            adapter=args.adapter, batch_size=args.batch_size, precision=args.precision):
+    options = generate.GenerateOptions(
+        model, int(args.sr), args.adapter, args.max_new_tokens, args.num_samples,
+        Sampling(args.greedy, args.temperature, args.top_k, args.top_p), args.batch_size, args.precision)
+    for sample in generate.generate(prompts or [""], options):
         tqdm.write(sample)  # to stdout, with the bar out of the way
 
 
@@ -328,9 +328,11 @@ def predict(args) -> None:
 
     if bool(args.run) == bool(args.adapter) or args.adapter and (args.control or args.texts or not args.file):
         raise UserError("predict: expected RUN_DIR, or --adapter NAME=DIR (several times) with --file")
+    if args.base and not args.adapter:
+        raise UserError("predict: --base is for --adapter")
     if bool(args.texts) == bool(args.file):
         raise UserError("predict: expected sentences, or --file FILE" + (", not both" if args.file else ""))
-    predictor = predict.BankPredictor(named(args.adapter, "--adapter")) if args.adapter else \
+    predictor = predict.BankPredictor(named(args.adapter, "--adapter"), args.base) if args.adapter else \
         predict.RunPredictor(args.run, args.control)
     if args.texts:
         print("\n".join(predict.line_of(result, args.json) for result in predict.predict_texts(predictor, args.texts)))

@@ -206,7 +206,7 @@ def study(args) -> None:
                 "summary": {**read_json(folder / "summary.json"), "size_bytes": compare.size_on_disk(folder)}}
 
     tried = [run(seeds[0], rate) for rate in args.lr_grid]
-    chosen = compare.choose_rate(tried)
+    chosen = compare.choose_learning_rate(tried)
     chosen = [chosen, *(run(seed, chosen["learning_rate"]) for seed in seeds[1:])]
     runs = tried + chosen[1:]
     entry = Namespace(name="peft", words=[], options=Namespace(method="peft", model=args.model))

@@ -133,6 +133,7 @@ def diagnose_run(folder: Path, data: Path | None = None, pairs: Path | None = No
     folder = Path(folder)
     out = out or folder.parent / f"diagnose-{folder.name}"
     check_folder(out)
+    # Pairs are read before any model: a bad file is told at once.
     chosen = minimal_pairs.read_pairs(pairs, limit) if pairs else None
     published = pairs and pairs.with_name("published.tsv")
     accuracies = minimal_pairs.read_published(published) if published and published.exists() else {}
@@ -265,6 +266,7 @@ def by_source(run: Diagnosed, answers: Answers) -> list[dict] | None:
     if len(set(sources)) < 2:
         run.left_out.append(f"by source: the task {run.config['options']['task']} has no sources here")
         return None
+    # Large groups first: small ones say little, and stand at the end of the table.
     order = sorted(set(sources), key=lambda source: (-sources.count(source), source))
     return by_group(sources, order, answers.labels, answers.predictions)
 
@@ -287,6 +289,7 @@ def calibrate(logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> d
 
     The scaled figures flatter on that split; on another one they show the worth of the temperature.
     """
+    # Fitted on one split alone, so that the others are new to the temperature.
     chosen = train_utils.selection_split(logits)
     temperature = calibration.fit_temperature(logits[chosen], labels[chosen])
     return {"fitted_on": chosen, "temperature": temperature, "splits": {
@@ -414,6 +417,7 @@ def log_probabilities(lm, tokenizer, sentences: list[str], batch_tokens: int = L
     any; an end-of-text token is not scored.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # Some tokenizers add the token themselves: it must not stand twice.
     opening = [] if start is None else [start]
     ids = [tokens if tokens[:1] == opening else opening + tokens
            for tokens in data_utils.encode(tokenizer, sentences, max_length_of(lm) - len(opening))]

@@ -87,6 +87,7 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: damaged student ({str(error).splitlines()[0]})") from None
+    # Token ids index the student's embeddings: another tokenizer would look up other words.
     name, tokenizer = config["options"]["model"], load_tokenizer(config["options"]["model"])
     if config.get("tokenizer_sha256") not in (None, tokenizer_digest(tokenizer)):
         raise UserError(f"{folder}: the tokenizer of {name} is not the one that the student was trained with")
@@ -124,6 +125,7 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
         files = {str(data): sha256(data)} if data.is_file() else {}
         check_not_trained_on(folder, config, files, allow_training_data)
     model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)
+    # Runs made before there were other tasks recorded no classes: theirs are CoLA's.
     classes = config.get("classes", data_utils.COLA_CLASSES)
     if data is None:
         name, split = own_split(folder, config, tokenizer, allow_training_data)
@@ -180,6 +182,7 @@ def evaluate_run(folder: Path, data: Path | None = None, predictions: Path | Non
     # Warned of last: a command that fails says one line, its error.
     for note in scored.notes:
         warnings.warn(note, stacklevel=2)
+    # The same functions as during training, so that the scores equal the summary's.
     answer = scored.logits, torch.tensor(scored.split.labels)
     matrix = train_utils.confusion(*answer)
     return {**train_utils.scores(*answer), "data": scored.name, "trained_on": scored.trained_on,

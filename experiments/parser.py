@@ -362,6 +362,8 @@ def _predict(parser: Parser) -> None:
     parser.add("prediction", "--adapter", type=named_folder, action="append", default=[], metavar="NAME=DIR",
                help='instead of RUN_DIR, several times: LoRA runs on one base; each row of --file names its own, '
                     '{"adapter": "NAME", "text": "..."}')
+    parser.add("prediction", "--base", action="store_true",
+               help="with --adapter: a row that names no adapter is answered by the base alone, instead of being an error")
 
 
 def _serve(parser: Parser) -> None:

@@ -48,16 +48,22 @@ def over_seeds(summaries: list[dict]) -> dict:
     found = {}
     for which, key in (("best", "validation"), ("last", "last_validation")):
         if key in summaries[0]:
-            found[which] = {split: _spreads([summary[key][split] for summary in summaries]) for split in summaries[0][key]}
+            found[which] = {}
+            for split in summaries[0][key]:
+                found[which][split] = _spreads([summary[key][split] for summary in summaries])
         if f"{which}_epoch" in summaries[0]:
             found[f"{which}_epoch"] = spread([summary[f"{which}_epoch"] for summary in summaries])
     return found
 
 
 def _spreads(scores: list[dict]) -> dict[str, dict]:
-    """Returns the spread of every score that all seeds have; an older run recorded no macro-F1."""
-    shared = [name for name in SCORES if all(name in one for one in scores)]
-    return {name: spread([one[name] for one in scores]) for name in shared}
+    """Returns the spread of every score that all seeds have."""
+    found = {}
+    for name in SCORES:
+        # An older run recorded no macro-F1.
+        if all(name in one for one in scores):
+            found[name] = spread([one[name] for one in scores])
+    return found
 
 
 def paired_differences(one: dict, other: dict) -> dict:
@@ -66,6 +72,7 @@ def paired_differences(one: dict, other: dict) -> dict:
     Args:
         one, other: results of `over_seeds` with their `seeds`; a seed of only one of them is left out.
     """
+    # A run that diverged has no scores: its seed is on one side only.
     seeds = [seed for seed in one["seeds"] if seed in other["seeds"]]
     found = {"seeds": seeds}
     for which in ("best", "last"):

@@ -73,6 +73,7 @@ def restore(step: Step, out: Path, records: Path) -> None:
     Raises:
         UserError: the record names a file outside that folder.
     """
+    # All names are checked before the first file is written.
     files = _files_inside(step, out, records)
     for path, text in files.items():
         make_folder(path.parent)
@@ -90,6 +91,7 @@ def forget(step: Step, out: Path, records: Path) -> None:
     for path in _files_inside(step, out, records):
         path.unlink(missing_ok=True)
         if path.parent.is_dir() and not any(path.parent.iterdir()):
+            # An empty folder would pass for a run that was begun.
             path.parent.rmdir()
     state_of(step, out).unlink(missing_ok=True)
 

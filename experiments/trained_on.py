@@ -29,8 +29,8 @@ def training_files(config: dict) -> dict[str, str]:
     names = list(files)
     # Plain sentences, real against edited, have no development files; a transfer set's are trained on as well.
     own = names if options["task"] == "edits" else names[:1]
-    text = options.get("text")
-    return {files[name]: name for name in [*own, *(name for name in names if isinstance(text, list) and name in text)]}
+    text = options["text"] if isinstance(options.get("text"), list) else []
+    return {files[name]: name for name in names if name in own or name in text}
 
 
 def find_source(folder: Path, recorded: str) -> Path | None:
@@ -46,6 +46,7 @@ def find_source(folder: Path, recorded: str) -> Path | None:
 def sources(folder: Path, config: dict) -> Iterator[tuple[Path, dict]]:
     """Yields a run and all runs that it learned from, as (folder, config): its teachers, its first adapter, and theirs."""
     yield folder, config
+    # Recursively: a student's teacher may itself have started from an adapter of an intermediate task.
     options = config["options"]
     more = options.get("more_teachers")
     recorded = [options.get("init"), options.get("teacher"), *(more if isinstance(more, list) else [])]
@@ -86,6 +87,7 @@ def recorded_task(folder: Path, config: dict, tokenizer) -> Task:
     Raises:
         UserError: its data are not there, or are no longer those that the run read.
     """
+    # By the recorded options, --limit among them: only rows that the run really read count.
     task = load_task(rebuild(RunOptions, config["options"], out=folder), tokenizer)
     for name, digest in task.files.items():
         if config.get("data_files", {}).get(name) != digest:
@@ -100,6 +102,7 @@ def count_trained_on(folder: Path, config: dict, tokenizer, splits: dict[str, Sp
     Returns:
         The counts, None where the training data are not there any more; and warnings for the user, a sentence each.
     """
+    # A run outlives its data: scoring goes on without them, and says so.
     try:
         training = recorded_task(folder, config, tokenizer).train.sentences
     except UserError as error:
