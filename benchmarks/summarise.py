@@ -70,7 +70,8 @@ SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
 # Their rows in the README, without bfloat16: program, end of the row's recorded name, label.
 HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
              ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
-             ("generation", ": fp32, ours / transformers.generate", "sampling texts, float32: this project / `transformers`"),
+             ("generation", ": fp32, ours / transformers.generate",
+              "sampling texts, float32: this project / `transformers`"),
              ("inference", "stages, SmolLM2: student / teacher", "classifying CoLA: student in stages / SmolLM2"))
 # Programs that count: label, a function of the result to (held, tried), command.
 COUNTED = {

@@ -105,7 +105,8 @@ def test_lora_and_its_reference_are_trainings_with_their_difference_paired_by_se
         return summarise.of_step(step, {"files": {summarise.STEPS[step].done: json.dumps(content)}})
     results = {"paper/lora": study("lora", "LoRA", [0.5, 0.6, 0.7]), "paper/peft": study("peft", "peft", [0.48, 0.6, 0.66])}
     lines = summarise.cola(results)
-    assert any(line.startswith("| `LoRA`, float32, best of two learning rates | 3 (12345 to 12347) | best (2) | 7 | 0.807 ± 0.000 / 0.600")
+    label = "`LoRA`, float32, best of two learning rates"
+    assert any(line.startswith(f"| {label} | 3 (12345 to 12347) | best (2) | 7 | 0.807 ± 0.000 / 0.600")
                and line.endswith("| `python run.py lora 12345` |") for line in lines)
     half = 4.302653 * 0.02 / 3 ** 0.5  # of 0.02, 0 and 0.04: mean 0.02, deviation 0.02; Student's t, two degrees of freedom
     said = f"{0.02:+.3f} ({0.02 - half:+.3f} to {0.02 + half:+.3f})"
