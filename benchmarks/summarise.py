@@ -116,7 +116,8 @@ def cola(results: dict[str, dict]) -> list[str]:
                              f"{row['trainable']:,}" if first else "",
                              *(accuracy_and_mcc(row[which][split]) for split in splits),
                              f"`{result['command']}`" if first else ""])
-    return [*table(["what", "seeds", "epoch", "trained parameters:", "in-domain", "out-of-domain", "all", "command"], rows),
+    head = ["training", "seeds", "epoch", "trained parameters:", "in-domain", "out-of-domain", "all", "command"]
+    return [*table(head, rows),
             *lora_minus_peft(results), *measured_on(results[name] for name in names if name in results)]
 
 
@@ -297,7 +298,7 @@ def measured(results: Iterable[dict], keys: tuple[str, ...]) -> list[str]:
             lines += [f"### {machine}", ""]
         rows = [row for key in keys for row in result[key]]
         # Without targets the two columns would be empty.
-        head = ["what", "median:", "smallest to largest:", "target", "met"]
+        head = ["measured", "median:", "smallest to largest:", "target", "met"]
         if not any("target" in row for row in rows):
             head, rows = head[:3], [measured_row(row)[:3] for row in rows]
         else:
@@ -338,7 +339,7 @@ def reliability(results: dict[str, dict]) -> list[str]:
             rows += [[f"checkpoints' share of training time, {row['what'].split(': ')[0]} (target: at most 2 %)",
                       f"{row['median']:.2f} %", f"`{shown(result)}`"] for row in result["targets"]]
             used.append(result)
-    return [*table(["what", "figure:", "command"], rows), *measured_on(used)]
+    return [*table(["trial", "figure:", "command"], rows), *measured_on(used)]
 
 
 # ---------------------------------------------------------------- the README's one table
@@ -369,7 +370,7 @@ def summary(results: dict[str, dict]) -> list[str]:
                      # Older results do not say at which commit they were measured: docs/speed.md shows them, with that.
                      if result.get("benchmark") == program and row["what"].endswith(end)
                      and result["machine"].get("git_commit") and "--precision bf16" not in result["command"]]
-    return table(["what", "accuracy / MCC, or times as fast", "command"], rows)
+    return table(["result", "accuracy / MCC, or times as fast", "command"], rows)
 
 
 def architectures(results: dict[str, dict]) -> list[str]:

@@ -237,7 +237,7 @@ def warn_of_changed_teachers(config: dict, recorded: list[str], found: list[Path
 def by_group(groups: list[str], order: list[str], labels: np.ndarray, predictions: dict[str, np.ndarray]) -> list[dict]:
     """Returns n, the majority class's accuracy, and every model's accuracy and MCC of each group of rows.
 
-    MCC is None where all rows of a group have one label: it is not defined there.
+    MCC is None, because it is not defined, for a group whose rows have one label.
 
     Args:
         groups: (N) each row's group.

@@ -103,7 +103,7 @@ class ScoredRows:
     split: Split  # the rows
     classes: list[str]  # names of the classes
     trained_on: int | None  # rows that stand in the training data too; None where these cannot be read
-    notes: list[str]  # the same in words, where there is something to say
+    notes: list[str]  # the same in words, as warnings; empty without such rows
 
 
 def score_rows(folder: Path, data: Path | None, allow_training_data: bool = False) -> ScoredRows:
@@ -121,7 +121,7 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
     config, summary = read_run(folder)
     if data is not None:
         warn_of_changed_data(config, data)
-        # A file that is not there is the reader's to name, with the format it expects.
+        # The reader names a missing file, together with the format that it expects.
         files = {str(data): sha256(data)} if data.is_file() else {}
         check_not_trained_on(folder, config, files, allow_training_data)
     model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)

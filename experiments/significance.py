@@ -107,7 +107,7 @@ def matthews(correct: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np
     n = true.sum(-1)
     variances = (n ** 2 - (predicted ** 2).sum(-1)) * (n ** 2 - (true ** 2).sum(-1))
     covariance = correct * n - (predicted * true).sum(-1)
-    # A variance is 0 where all rows are of one class: the ratio would be 0 / 0 there.
+    # A variance is 0 if all rows are of one class: the ratio would be 0 / 0.
     return np.divide(covariance, np.sqrt(variances), out=np.zeros(np.shape(variances)), where=variances > 0)
 
 

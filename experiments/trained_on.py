@@ -7,7 +7,7 @@ A score on training data says how well a model remembers, not how well it judges
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from data.overlap import count_repeated
@@ -43,18 +43,23 @@ def find_source(folder: Path, recorded: str) -> Path | None:
     return next((path for path in places if (path / "config.json").exists()), None)
 
 
-def sources(folder: Path, config: dict) -> Iterator[tuple[Path, dict]]:
-    """Yields a run and all runs that it learned from, as (folder, config): its teachers, its first adapter, and theirs."""
-    yield folder, config
-    # Recursively: a student's teacher may itself have started from an adapter of an intermediate task.
-    options = config["options"]
-    more = options.get("more_teachers")
-    recorded = [options.get("init"), options.get("teacher"), *(more if isinstance(more, list) else [])]
-    for path in (find_source(folder, name) for name in recorded if isinstance(name, str)):
-        if path is not None and path != folder:
-            before = read_json(path / "config.json")
-            if isinstance(before.get("options"), dict) and "task" in before["options"]:
-                yield from sources(path, before)
+def sources(folder: Path, config: dict) -> dict[Path, dict]:
+    """Returns config.json of a run and of all runs that it learned from, by folder: teachers, first adapters, and theirs."""
+    found, left = {folder: config}, [folder]
+    while left:
+        at = left.pop()
+        options = found[at]["options"]
+        more = options.get("more_teachers")
+        for name in [options.get("init"), options.get("teacher"), *(more if isinstance(more, list) else [])]:
+            path = find_source(at, name) if isinstance(name, str) else None
+            # A source that was removed or damaged since is no reason not to score the run itself.
+            with suppress(UserError):
+                if path is not None and path not in found:
+                    before = read_json(path / "config.json")
+                    if isinstance(before.get("options"), dict) and "task" in before["options"]:
+                        found[path] = before
+                        left.append(path)
+    return found
 
 
 def check_not_trained_on(folder: Path, config: dict, files: dict[str, str], allowed: bool) -> None:
@@ -67,14 +72,14 @@ def check_not_trained_on(folder: Path, config: dict, files: dict[str, str], allo
     Raises:
         UserError: one was trained on; names both.
     """
-    for source, its_config in sources(folder, config):
+    for source, its_config in sources(folder, config).items():
         for digest, trained in training_files(its_config).items():
             for name in (name for name, own in files.items() if own == digest):
                 learner = f"{folder} was trained" if source == folder else f"{folder} learned from {source}, trained"
                 same = "" if Path(name).resolve() == Path(trained).resolve() else f" (as {trained}: the same SHA-256)"
                 message = f"{name}: {learner} on this file{same}; its scores would tell nothing of other text"
                 if not allowed:
-                    # Of a single file with a held-out share there is something better to score.
+                    # A run on a single file held rows of it out: they are the better choice.
                     held_out = "eval without --data scores the rows held out of it; " if set(
                         its_config["data_files"].values()) == {digest} else ""
                     raise UserError(f"{message}; {held_out}--allow-training-data scores it all the same")
@@ -85,7 +90,7 @@ def recorded_task(folder: Path, config: dict, tokenizer) -> Task:
     """Loads the task of a run again, from the same data.
 
     Raises:
-        UserError: its data are not there, or are no longer those that the run read.
+        UserError: its data are missing, or changed since the run read them.
     """
     # By the recorded options, --limit among them: only rows that the run really read count.
     task = load_task(rebuild(RunOptions, config["options"], out=folder), tokenizer)
@@ -100,7 +105,7 @@ def count_trained_on(folder: Path, config: dict, tokenizer, splits: dict[str, Sp
     """Counts the rows of each split that stand among a run's training rows, case and punctuation aside.
 
     Returns:
-        The counts, None where the training data are not there any more; and warnings for the user, a sentence each.
+        The counts, None if the training data are missing or changed; and warnings for the user, a sentence each.
     """
     # A run outlives its data: scoring goes on without them, and says so.
     try:

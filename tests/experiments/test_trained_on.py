@@ -118,6 +118,16 @@ def test_without_data_the_runs_own_development_rows_are_scored(table, capsys, ru
     assert capsys.readouterr().out.startswith(f"{split}: n {result['n']}, ")
 
 
+def test_a_students_held_out_rows_are_those_of_its_own_run(table, tmp_path, capsys):
+    assert toy.main("distil", "12345", "--plain", "--teacher", table / "held", "--out", tmp_path / "student", "--epochs", 1,
+                    "--embedding-size", 6, "--hidden-size", 5, "--no-plots") == 0
+    capsys.readouterr()
+    assert toy.main("eval", tmp_path / "student", "--json") == 0
+    result, summary = json.loads(capsys.readouterr().out), read_json(tmp_path / "student" / "summary.json")
+    assert {key: result[key] for key in toy.SCORES} == summary["student"]["validation"]["held_out"]
+    assert toy.main("eval", tmp_path / "student", "--data", table / "rows.csv") == 2
+
+
 def test_the_file_of_a_held_out_share_is_refused_with_what_to_do(table, capsys):
     assert toy.main("eval", table / "held", "--data", table / "rows.csv") == 2
     assert "eval without --data scores the rows held out of it" in capsys.readouterr().err
@@ -161,6 +171,18 @@ def test_every_kind_of_task_records_its_training_file_first(work, table, tmp_pat
         files = data_utils.load_task(task, data).files
         names = trained_on.training_files({"data_files": files, "options": {"task": task}})
         assert [name.rpartition("/")[2] for name in names.values()] == [expected], task
+
+
+def test_runs_that_start_from_each_other_or_from_a_damaged_one_are_followed_once(tmp_path):
+    for name, other in (("a", "b"), ("b", "a"), ("c", "d")):
+        (tmp_path / name).mkdir()
+        options = {"task": "cola", "init": str(tmp_path / other)}
+        (tmp_path / name / "config.json").write_text(json.dumps({"options": options, "data_files": {name: name}}))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "config.json").write_text("no JSON")
+    found = trained_on.sources(tmp_path / "a", read_json(tmp_path / "a" / "config.json"))
+    assert list(found) == [tmp_path / "a", tmp_path / "b"]
+    assert list(trained_on.sources(tmp_path / "c", read_json(tmp_path / "c" / "config.json"))) == [tmp_path / "c"]
 
 
 def test_a_transfer_sets_plain_sentences_are_trained_on():
