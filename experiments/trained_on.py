@@ -7,6 +7,7 @@ A score on training data says how well a model remembers, not how well it judges
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def training_files(config: dict) -> dict[str, str]:
             file, of which a share was held out, is a training file too.
     """
     files, options = config.get("data_files", {}), config["options"]
-    names = list(files)
+    # Of a source's config.json nothing has been checked.
+    names = [name for name, digest in files.items() if isinstance(digest, str)] if isinstance(files, dict) else []
     # Plain sentences, real against edited, have no development files; a transfer set's are trained on as well.
     own = names if options["task"] == "edits" else names[:1]
     text = options["text"] if isinstance(options.get("text"), list) else []
@@ -80,14 +82,17 @@ def check_not_trained_on(folder: Path, config: dict, files: dict[str, str], allo
                 message = f"{name}: {learner} on this file{same}; its scores would tell nothing of other text"
                 if not allowed:
                     # A run on a single file held rows of it out: they are the better choice.
-                    held_out = "eval without --data scores the rows held out of it; " if set(
-                        its_config["data_files"].values()) == {digest} else ""
+                    alone = all(own == digest for own in its_config["data_files"].values())
+                    held_out = "eval without --data scores the rows held out of it; " if alone else ""
                     raise UserError(f"{message}; {held_out}--allow-training-data scores it all the same")
                 warnings.warn(f"TRAINING DATA: {message}", stacklevel=2)
 
 
-def recorded_task(folder: Path, config: dict, tokenizer) -> Task:
+def recorded_task(folder: Path, config: dict, tokenizer, unchanged: Collection[str] | None = None) -> Task:
     """Loads the task of a run again, from the same data.
+
+    Args:
+        unchanged: names of the files whose content must be that of the run; all if None.
 
     Raises:
         UserError: its data are missing, or changed since the run read them.
@@ -95,7 +100,7 @@ def recorded_task(folder: Path, config: dict, tokenizer) -> Task:
     # By the recorded options, --limit among them: only rows that the run really read count.
     task = load_task(rebuild(RunOptions, config["options"], out=folder), tokenizer)
     for name, digest in task.files.items():
-        if config.get("data_files", {}).get(name) != digest:
+        if (unchanged is None or name in unchanged) and config.get("data_files", {}).get(name) != digest:
             raise UserError(f"{name}: changed since the run read it (its SHA-256 is another)")
     return task
 
@@ -109,7 +114,7 @@ def count_trained_on(folder: Path, config: dict, tokenizer, splits: dict[str, Sp
     """
     # A run outlives its data: scoring goes on without them, and says so.
     try:
-        training = recorded_task(folder, config, tokenizer).train.sentences
+        training = recorded_task(folder, config, tokenizer, training_files(config).values()).train.sentences
     except UserError as error:
         return dict.fromkeys(splits), [f"{folder}: its training data cannot be read ({error}); rows of them are not counted"]
     found = {name: count_repeated(split.sentences, training) for name, split in splits.items()}

@@ -185,6 +185,23 @@ def test_runs_that_start_from_each_other_or_from_a_damaged_one_are_followed_once
     assert list(trained_on.sources(tmp_path / "c", read_json(tmp_path / "c" / "config.json"))) == [tmp_path / "c"]
 
 
+def test_a_changed_development_file_does_not_hide_the_count(work, tmp_path, capsys):
+    shutil.copytree(work / "cola", tmp_path / "cola")
+    assert toy.main("LoRA", "12345", "--model", work / "model", "--data", tmp_path / "cola", "--epochs", 1, "--out",
+                    tmp_path / "run", "--no-plots") == 0
+    dev, train = (tmp_path / "cola" / f"in_domain_{name}.tsv" for name in ("dev", "train"))
+    dev.write_text(train.read_text().split("\n")[0] + "\n" + dev.read_text())
+    capsys.readouterr()
+    assert toy.main("eval", tmp_path / "run", "--data", dev, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["trained_on"] >= 1 and f"{dev}: changed since the run read it" in err
+
+
+@pytest.mark.parametrize("files", [None, [], {"a": None, "b": ["x"]}, {"a": {}}, "text"])
+def test_a_config_of_other_types_has_no_training_files(files):
+    assert trained_on.training_files({"data_files": files, "options": {"task": "cola", "text": [1, None]}}) == {}
+
+
 def test_a_transfer_sets_plain_sentences_are_trained_on():
     config = {"data_files": {"a": "1", "b": "2", "c": "3"}, "options": {"task": "cola", "text": ["c"]}}
     assert trained_on.training_files(config) == {"1": "a", "3": "c"}
