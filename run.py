@@ -149,9 +149,9 @@ def generate(args) -> None:
     if args.prompt_file:
         prompts += generate.read_prompts(args.prompt_file)
     sampling = Sampling(args.greedy, args.temperature, args.top_k, args.top_p, int(args.sr))
-    for sample in generate.generate(
-            model, prompts or [""], max_new_tokens=args.max_new_tokens, sampling=sampling, num_samples=args.num_samples,
-            adapter=args.adapter, batch_size=args.batch_size, precision=args.precision):
+    options = generate.GenerateOptions(model, args.adapter, args.max_new_tokens, args.num_samples, sampling, args.batch_size,
+                                       args.precision)
+    for sample in generate.generate(prompts or [""], options):
         tqdm.write(sample)  # to stdout, with the bar out of the way
 
 
@@ -311,11 +311,11 @@ def evaluate(args) -> None:
     """`eval`: scores a saved run on a file."""
     from experiments import evaluate
 
-    result = evaluate.evaluate_run(args.run, args.data, args.predictions)
+    result = evaluate.evaluate_run(args.run, args.data, args.predictions, args.allow_training_data)
     if args.json:
         print(json.dumps(result))
     else:
-        print(f"{args.data}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
+        print(f"{result['data']}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
               f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
 
 
@@ -329,9 +329,11 @@ def predict(args) -> None:
 
     if bool(args.run) == bool(args.adapter) or args.adapter and (args.control or args.texts or not args.file):
         raise UserError("predict: expected RUN_DIR, or --adapter NAME=DIR (several times) with --file")
+    if args.base and not args.adapter:
+        raise UserError("predict: --base is for --adapter")
     if bool(args.texts) == bool(args.file):
         raise UserError("predict: expected sentences, or --file FILE" + (", not both" if args.file else ""))
-    predictor = predict.BankPredictor(named(args.adapter, "--adapter")) if args.adapter else \
+    predictor = predict.BankPredictor(named(args.adapter, "--adapter"), args.base) if args.adapter else \
         predict.RunPredictor(args.run, args.control)
     if args.texts:
         print("\n".join(predict.line_of(result, args.json) for result in predict.predict_texts(predictor, args.texts)))
@@ -362,7 +364,7 @@ def test(args) -> None:
     """`test`: tests the difference of two runs on a file."""
     from experiments import significance
 
-    result = significance.paired_test(args.run, args.other, args.data, args.resamples, args.seed)
+    result = significance.paired_test(args.run, args.other, args.data, args.resamples, args.seed, args.allow_training_data)
     print(json.dumps(result) if args.json else significance.paired_test_text(result))
 
 
@@ -371,7 +373,7 @@ def diagnose(args) -> None:
     from experiments import diagnose
     from report import diagnosis, records
 
-    result = diagnose.diagnose_run(args.run, args.data, args.pairs, args.limit, args.out)
+    result = diagnose.diagnose_run(args.run, args.data, args.pairs, args.limit, args.out, args.allow_training_data)
     out = args.out or args.run.parent / f"diagnose-{args.run.name}"
     print(json.dumps(result) if args.json else
           f"{diagnosis.diagnosis_text(records.read_json(out / 'diagnose.json'))}\ndiagnosis: {out}")

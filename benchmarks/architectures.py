@@ -1,11 +1,11 @@
-"""What works with each text classifier of `transformers`: toy checkpoints of all of them, run through run.py.
+"""Tries every text classifier of `transformers`: toy checkpoints of all of them, run through run.py.
 
     python benchmarks/architectures.py --json > benchmarks/results/architectures.json
     python benchmarks/summarise.py                   # writes the table of docs/architectures.md from that file
 
 Each architecture has two blocks of 32 channels, random weights and a tokenizer of ten words; one of the sentences is longer
-than any context. An outcome begins with "works", or is the one line with which run.py refuses (exit status 2). Anything
-else, a traceback above all, begins with FAILED and ends the program with exit status 1.
+than any context. An outcome begins with "works", or is run.py's one-line refusal (exit status 2). Anything else, a
+traceback above all, begins with FAILED and ends the program with exit status 1.
 """
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ DEEPSEEK = {**LATENT, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "
             "first_k_dense_replace": 1}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
           "layer_types": ["linear_attention", "full_attention"]}
-# What an architecture wants beside these sizes (None: the size is not given).
+# Sizes that an architecture needs in addition to these (None: the size is left out).
 WANTS: dict[str, dict] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3"), DEEPSEEK), "mistral4": {**DEEPSEEK, "head_dim": 16},
     "minicpm3": {**LATENT, "num_key_value_heads": 4},
@@ -109,8 +109,9 @@ WANTS: dict[str, dict] = {
 
 
 def config_of(architecture: str):
-    """A configuration of toy size."""
+    """Returns a configuration of toy size."""
     config_class = CONFIG_MAPPING[architecture]
+    # Every architecture has its own names of the same sizes: those that it knows are set.
     default = config_class()
     sizes = {}
     for name, size in SIZES.items():
@@ -124,7 +125,7 @@ def config_of(architecture: str):
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of the toy words that puts <s> and </s> around a sentence, with pads on the left."""
+    """Writes a tokenizer of the toy words that puts <s> and </s> around a sentence, with pads on the left."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -137,7 +138,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_checkpoint(architecture: str, folder: Path) -> Path:
-    """A causal language model where the architecture has one, as people publish it; else the backbone under no head."""
+    """Writes a causal language model, as people publish it, or for an architecture without one the backbone alone."""
     config = config_of(architecture)
     torch.manual_seed(0)
     if is_decoder(config) and architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -149,17 +150,17 @@ def write_checkpoint(architecture: str, folder: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------- what is tried
+# ---------------------------------------------------------------- trials
 
 class Refused(Exception):
-    """Carries the one line with which run.py refuses, or what went wrong."""
+    """Carries run.py's one-line refusal, or a description of the failure."""
 
 
 def call(*arguments) -> tuple[str, str]:
-    """What run.py prints in this process, on stdout and on stderr.
+    """Runs run.py in this process; returns its stdout and stderr.
 
     Raises:
-        Refused: its exit status was 2 and it said one line; or anything else happened (FAILED, and what).
+        Refused: exit status 2 and one line; or any other failure, marked with FAILED.
     """
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -168,6 +169,7 @@ def call(*arguments) -> tuple[str, str]:
             status = toy.main(*arguments)
     except Exception:
         raise Refused(f"{FAILED}: {' | '.join(traceback.format_exc().strip().splitlines()[-3:])}") from None
+    # A refusal is exactly one line; anything longer is a failure.
     lines = [line for line in err.getvalue().splitlines() if line.startswith("run.py: ")]
     if status == 2 and len(lines) == 1:
         raise Refused(lines[0].removeprefix("run.py: "))
@@ -177,7 +179,8 @@ def call(*arguments) -> tuple[str, str]:
 
 
 def train(folder: Path, work: Path, *options) -> tuple[str, str]:
-    """Trains for two epochs into `folder`, holds `eval` to the summary, and returns what the training printed."""
+    """Trains for two epochs into `folder`, checks `eval` against the summary, and returns the training's output."""
+    # A high rate and two epochs: an adapter that gets no gradient shows itself by its zeros.
     printed = call("LoRA", "12345", "--model", work / "base", "--data", work / "cola", "--out", folder, "--epochs", 2,
                    "--batch-size", 8, "--lr", 0.01, "--no-plots", *options)
     expected = json.loads((folder / "summary.json").read_text())["validation"]["in_domain"]
@@ -189,7 +192,7 @@ def train(folder: Path, work: Path, *options) -> tuple[str, str]:
 
 
 def train_cached(folder: Path, work: Path, *options) -> str:
-    """Trains with and without cached frozen blocks: the same bytes; says whether they were."""
+    """Trains with and without cached frozen blocks, and checks that both end in the same bytes."""
     printed = train(folder, work, *options)
     fresh = folder.with_name(f"{folder.name}-fresh")
     train(fresh, work, "--no-keep", *options)
@@ -202,7 +205,8 @@ def train_cached(folder: Path, work: Path, *options) -> str:
 
 @torch.no_grad()
 def compare_logits(ours, theirs, tokenizer) -> str:
-    """Holds our logits of a padded batch against the library's, sentence by sentence and without a pad."""
+    """Checks our logits of a padded batch against the library's, sentence by sentence and without a pad."""
+    # Unpadded for the library: its own padded logits depend on the pads for some architectures.
     ids = [tokenizer(sentence).input_ids for sentence, _ in toy.toy_rows(6, seed=9)]
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     expected = torch.cat([theirs(input_ids=torch.tensor([row])).logits for row in ids])
@@ -213,7 +217,7 @@ def compare_logits(ours, theirs, tokenizer) -> str:
 
 
 def train_lora(work: Path) -> str:
-    """Trains LoRA on all blocks, and looks whether every adapted layer has moved."""
+    """Trains LoRA on all blocks, and checks that every adapted layer has moved."""
     (work / "warnings").write_text(train(work / "lora", work)[1])
     still = [name.removeprefix("base_model.model.").removesuffix(".lora_B.weight") for name, value in load_file(
         work / "lora" / "adapter_model.safetensors").items() if "lora_B" in name and not value.any()]
@@ -233,7 +237,7 @@ def to_peft(work: Path) -> str:
 
 
 def from_peft(work: Path) -> str:
-    """Loads an adapter that PEFT saved, of the same layers with random weights."""
+    """Loads an adapter saved by PEFT, of the same layers with random weights."""
     classifier, tokenizer, _ = load_finetuned(work / "lora")
     model = get_peft_model(library_net(work), LoraConfig(
         task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=list(lora_layers(classifier.net)),
@@ -260,7 +264,7 @@ TRIALS: dict[str, Callable[[Path], str]] = {
 
 
 def attempt(trial: Callable[[Path], str], work: Path) -> str:
-    """The outcome of a trial: "works", or the line with which it was refused."""
+    """Returns the outcome of a trial: "works", or the line of its refusal."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -272,14 +276,16 @@ def attempt(trial: Callable[[Path], str], work: Path) -> str:
 
 
 def outcomes(architecture: str, work: Path) -> dict[str, str]:
-    """Every trial of an architecture in a folder of its own."""
+    """Returns the outcomes of every trial of an architecture, made in a folder of its own."""
     write_cola(work / "cola")
     try:
         write_checkpoint(architecture, work / "base")
-    except UserError as refused:  # it needs a library beside transformers
+    # Some architectures need a library in addition to transformers.
+    except UserError as refused:
         return dict.fromkeys(TRIALS, str(refused))
     found = {}
     for name, trial in TRIALS.items():
+        # Without a LoRA run there is no adapter to exchange with PEFT.
         if "PEFT" in name and not found["LoRA"].startswith("works"):
             found[name] = found["LoRA"]
         else:
@@ -288,7 +294,7 @@ def outcomes(architecture: str, work: Path) -> dict[str, str]:
 
 
 def write_cola(folder: Path) -> None:
-    """Toy sentences, one of them longer than every context here."""
+    """Writes toy sentences, one of them longer than every context of the toy checkpoints."""
     toy.write_cola(folder, train=24)
     with open(folder / toy.COLA_FILES[0], "a", encoding="utf-8") as file:
         file.write(toy.tsv([(" ".join(toy.WORDS * 60), 1)]))
@@ -299,6 +305,7 @@ def main() -> int:
     parser.add_argument("architectures", nargs="*", metavar="NAME", help="model types; all of the library's if none")
     parser.add_argument("--json", action="store_true", help="print one JSON object; the lines go to stderr")
     args = parser.parse_args()
+    # Toys gain nothing from threads, and one thread gives the same bytes everywhere.
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     result = {}

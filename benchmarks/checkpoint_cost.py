@@ -1,11 +1,11 @@
-"""Measures what share of a training its checkpoints cost, at the defaults: one after each epoch and every ten minutes.
+"""Measures the checkpoints' share of a training's time at the defaults: one after each epoch and every ten minutes.
 
     python benchmarks/checkpoint_cost.py
 
 A few optimiser steps give the time of a step, a few checkpoints of the trained state (with its best epoch so far) the
 time of a save, flushed to disk. The share is that of a default run on CoLA, extrapolated: its steps in an epoch times
-the step's time, one save an epoch and one every ten minutes. The toy is so small that its epoch takes a second: its
-share is the worst case. Prints the target, at most 2 %, beside it.
+the step's time, one save an epoch and one every ten minutes. An epoch of the toy takes a second: its share is the worst
+case. Prints the target, at most 2 %, next to it.
 """
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
     batches = data_utils.make_batches(task.train, load_tokenizer(model), max_length, OPTIONS.batch_size, 1)
     chosen = [batches[i] for i in common.spread_sample(steps + 1, len(batches), 1)]
     optimizer, objective = train_utils.make_optimizer(classifier, OPTIONS), train_utils.cross_entropy()
+    # Steps as `fit` takes them, without its bookkeeping: a shorter step makes the share larger, not smaller.
     seconds = []
     classifier.train()
     for batch in chosen:
@@ -54,19 +55,22 @@ def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
         optimizer.zero_grad(set_to_none=True)
         common.synchronize()
         seconds.append(time.perf_counter() - start)
+    # Each checkpoint holds the best epoch's weights too.
     best = {name: p.detach().cpu().clone() for name, p in checkpoints.trainable(classifier).items()}
     path, taken = work / f"{Path(model).name}.safetensors", []
     for _ in range(saves + 1):
         start = time.perf_counter()
         checkpoints.save_checkpoint(path, classifier, optimizer, checkpoints.Progress(), best)
         taken.append(time.perf_counter() - start)
-    return seconds[1:], taken[1:], path.stat().st_size, len(batches)  # the first of each warms up
+    # The first of each warms up.
+    return seconds[1:], taken[1:], path.stat().st_size, len(batches)
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> common.Report:
     report = common.Report()
     toy.write_model(work / "toy")
-    tiny.STEPS = 30  # a tiny model that learned little: its weights have no say in the figures
+    # A tiny model that learned little: its weights do not change the figures.
+    tiny.STEPS = 30
     made = str(tiny.tiny_model_folder(work))
     cases = {"toy (32 channels), CoLA": (str(work / "toy"), args.task),
              "tiny, --task tiny": (made, data_utils.load_task("tiny")),

@@ -2,9 +2,9 @@
 
     python benchmarks/collect.py --name cola_lora_bf16 runs/LoRA-12345 runs/LoRA-12346 runs/LoRA-12347
 
-Reads the runs of one `LoRA` or `distil` command with several seeds; writes benchmarks/results/NAME.json, from which
-summarise.py writes the tables of the pages. Runs are one result only if they differ in nothing but the seed: the same
-command, data, versions, CPU and threads. What the paper's steps leave comes to the pages by `run.py paper --records`.
+Reads the runs of one `LoRA` or `distil` command with several seeds and writes benchmarks/results/NAME.json; summarise.py
+makes the pages' tables from it. Runs are one result only if they differ in nothing but the seed: the same command, data,
+versions, CPU and threads. The results of the paper's steps reach the pages by `run.py paper --records`.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +24,10 @@ from machine.errors import UserError  # noqa: E402
 from record.files import make_folder, write_json  # noqa: E402 (needs the path above)
 from record.folder import read_run  # noqa: E402
 
-# Options that say where a run stands and how it was started, with the number of their values.
+# Options of a run's place and of its start, which change no result, with the number of their values.
 PLACE = {"--out": 1, "--plots": 1, "--cache": 1, "--save-every": 1, "--jobs": 1,
          "--resume": 0, "--overwrite": 0, "--no-plots": 0}
-# What the runs of one result have in common.
+# Keys of config.json that are equal in all runs of one result.
 SAME = ("versions", "cpu", "device", "threads", "matmul", "kernels", "data_files", "init_files")
 
 
@@ -34,7 +35,7 @@ def typed(command: str) -> str:
     """Returns a recorded command as the pages show it: without the run's place, with paths relative to the project.
 
     Raises:
-        UserError: a path lies outside the project's folder and its neighbours, and means nothing on another machine.
+        UserError: a path lies outside the project's folder and its neighbours, and would mean nothing on another machine.
     """
     words, shown = iter(shlex.split(command)), []
     for word in words:
@@ -43,6 +44,7 @@ def typed(command: str) -> str:
             for _ in range(0 if value else PLACE[option]):
                 next(words, None)
             continue
+        # Paths are shown as a reader in the project's folder types them.
         if os.path.isabs(value or word):
             path = os.path.relpath(value or word, ROOT)
             if path.startswith("../.."):
@@ -53,36 +55,45 @@ def typed(command: str) -> str:
 
 
 def of_any_seed(commands: list[str], seeds: list[str]) -> list[str]:
-    """Returns the commands with SR for the seed, also within a path; words that all have in common (one teacher) stay."""
+    """Returns the commands with SR in the place of the seed, also within a path."""
     words = [shlex.split(command) for command in commands]
+    # A word that all commands share is no seed's own: one teacher for all students keeps its name.
     common = {at for at, same in enumerate(zip(*words, strict=False)) if len(set(same)) == 1} if len(words) > 1 else set()
-    return [shlex.join(word if at in common else word.replace(seed, "SR") for at, word in enumerate(own))
-            for own, seed in zip(words, seeds, strict=True)]
+    found = []
+    for own, seed in zip(words, seeds, strict=True):
+        found.append(shlex.join(word if at in common else word.replace(seed, "SR") for at, word in enumerate(own)))
+    return found
 
 
 def spread(values: Sequence[float]) -> dict:
-    """Returns mean, sample standard deviation (n - 1; None of a single value) and the values."""
+    """Returns mean, sample standard deviation (n - 1; None for a single value) and the values."""
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
             "values": list(values)}
 
 
 def scores(validations: list[dict]) -> dict:
     """Returns the spread of accuracy and MCC on each split over the seeds."""
-    return {split: {key: spread([validation[split][key] for validation in validations]) for key in ("accuracy", "mcc")}
-            for split in validations[0]}
+    found = {}
+    for split in validations[0]:
+        found[split] = {}
+        for key in ("accuracy", "mcc"):
+            found[split][key] = spread([validation[split][key] for validation in validations])
+    return found
 
 
 def row(name: str, parts: list[dict]) -> dict:
     """Returns one model's figures over the seeds.
 
     Args:
-        parts: of each seed's summary.json what concerns the model: `validation`, and where there are epochs
-            `last_validation`, `best_epoch` and `last_epoch`.
+        parts: the model's part of each seed's summary.json: `validation`, and for a trained model `last_validation`,
+            `best_epoch` and `last_epoch`.
     """
     result = {"name": name, "best": scores([part["validation"] for part in parts])}
     if "last_validation" in parts[0]:
         result["last"] = scores([part["last_validation"] for part in parts])
-        result |= {key: [part[key] for part in parts] for key in ("best_epoch", "last_epoch")}
+        for key in ("best_epoch", "last_epoch"):
+            result[key] = [part[key] for part in parts]
+    # A student has one number: all of its parameters train.
     counts = parts[0]["parameters"]
     result["trainable"] = counts["trainable"] if isinstance(counts, dict) else counts
     if "sentences_per_second" in parts[0]:
@@ -101,6 +112,7 @@ def collect(folders: list[Path]) -> dict:
     seeds = [summary["sr"] for summary in summaries]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{folders[0]} ...: two runs have the same seed ({', '.join(seeds)})")
+    # Equal commands are not enough: the same command on other data or another machine is another result.
     commands = of_any_seed([typed(config["command"]) for config in configs], seeds)
     for folder, config, command in zip(folders, configs, commands, strict=True):
         if command != commands[0]:
@@ -110,18 +122,25 @@ def collect(folders: list[Path]) -> dict:
                 raise UserError(f"{folder}: {key} is not that of {folders[0]}: {config.get(key)}, not "
                                 f"{configs[0].get(key)}")
     first = summaries[0]
-    rows = [row(name, [summary[name] for summary in summaries]) for name in ("teacher", "student", "scratch")
-            if name in first] if first["mode"] == "distil" else [row(first.get("method", first["mode"]), summaries)]
+    if first["mode"] == "distil":
+        # Its models by their recorded names; scratch is the baseline, which a run may have left out.
+        names = [name for name in ("teacher", "student", "scratch") if name in first]
+        rows = [row(name, list(map(itemgetter(name), summaries))) for name in names]
+    else:
+        rows = [row(first.get("method", first["mode"]), summaries)]
+    train = {}
+    for key in ("seconds", "peak_memory_bytes"):
+        if key in first["train"]:
+            train[key] = spread([summary["train"][key] for summary in summaries])
     validation = (first["teacher"] if first["mode"] == "distil" else first)["validation"]
     return {"collected": first["mode"], "command": commands[0], "seeds": seeds, **about(configs), "model": first["model"],
             "task": first["task"], "rows": rows,
             "majority_accuracy": {split: values["majority_accuracy"] for split, values in validation.items()},
-            "train": {key: spread([summary["train"][key] for summary in summaries])
-                      for key in ("seconds", "peak_memory_bytes") if key in first["train"]}}
+            "train": train}
 
 
 def about(configs: list[dict]) -> dict:
-    """Returns on what the runs ran; their commits may differ."""
+    """Returns the runs' machine and versions, and their commits, which may differ."""
     return {"git_commits": list(dict.fromkeys(config.get("git_commit") for config in configs)),
             **{key: configs[0].get(key) for key in SAME if key != "data_files"}}
 

@@ -1,7 +1,6 @@
-"""Gives the benchmarks what they share: options, samples of CoLA, both sides' models, alternation, and one form of report.
+"""Shared parts of the benchmarks: options, samples of CoLA, both sides' models, alternation, and one form of report.
 
-A benchmark is a function (args, work folder) -> Report; `main` runs it. Nothing here is a result: every
-figure that is printed was measured in the run that prints it.
+A benchmark is a function (args, work folder) -> Report; `main` runs it. Every printed figure was measured in the same run.
 """
 from __future__ import annotations
 
@@ -18,9 +17,11 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # every model is on the disk
+# Before the libraries are imported, which read these. Every model is on the disk, and one line a round on stderr replaces
+# the progress bars, which would print while the clock runs.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DISABLE", "1")  # one line a round on stderr instead
+os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 import torch  # noqa: E402 (reads the environment)
@@ -46,21 +47,22 @@ TOLERANCE = 1e-4  # between the two sides' losses on one batch
 # ---------------------------------------------------------------- figures
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Returns median and spread."""
+    """Returns the median, the smallest and the largest value."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def paired_ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """Returns a / b round by round: what slows the machine in one round slows both sides of its ratio."""
+    """Returns a / b round by round: a slow round of the machine slows both sides of its ratio."""
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
 def alternate(sides: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Calls every side once a round with the round's number; odd rounds go through the sides backwards.
+    """Calls every side once a round with the round's number.
 
     Returns:
-        What each side returned (seconds, or a rate), round by round.
+        The value of each side (seconds, or a rate), round by round.
     """
+    # Odd rounds go backwards: the side that runs after a hot one is not always the same.
     results = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides)[::-1 if number % 2 else 1]:
@@ -71,21 +73,23 @@ def alternate(sides: dict[str, Callable[[int], float]], rounds: int) -> dict[str
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a text table, columns as wide as their widest cell; the first to the left, figures to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(
-        zip(line, widths, strict=True))).rstrip() for line in lines)
+    """Returns a text table: the first column aligned to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for line in (header, ["-" * width for width in widths], *rows):
+        figures = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("  ".join([line[0].ljust(widths[0]), *figures]).rstrip())
+    return "\n".join(lines)
 
 
 def figure(value: float) -> str:
-    """Formats a number for a table: three significant digits, or all of a larger one's whole part."""
+    """Formats a number for a table: three significant digits, or the whole part of a number from 100 on."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 @dataclass
 class Report:
-    """Collects what a benchmark checked and measured, and the targets beside it."""
+    """Collects the checks and measurements of a benchmark, and its targets next to the measured values."""
 
     checks: list[dict] = field(default_factory=list)
     measurements: list[dict] = field(default_factory=list)
@@ -93,7 +97,8 @@ class Report:
 
     def check(self, what: str, difference: float, tolerance: float) -> None:
         """Stops the benchmark unless both sides compute the same."""
-        if not difference <= tolerance:  # NaN fails too
+        # Not `difference > tolerance`: NaN has to fail too.
+        if not difference <= tolerance:
             raise SystemExit(f"{what}: the sides differ by {difference:g}; at most {tolerance:g} is allowed")
         self.checks.append({"what": what, "difference": difference, "tolerance": tolerance})
 
@@ -106,7 +111,7 @@ class Report:
         self.measurements.append({"what": what, "unit": unit, **summary(values)})
 
     def target(self, what: str, values: Sequence[float], goal: float, unit: str = "x", at_most: bool = False) -> None:
-        """Notes a target beside the median that was measured."""
+        """Notes a target next to the measured median."""
         measured = summary(values)
         met = measured["median"] <= goal if at_most else measured["median"] >= goal
         self.targets.append({"what": what, "unit": unit, **measured,
@@ -126,7 +131,7 @@ class Report:
 
 
 def machine() -> dict:
-    """Describes the machine; the load average shows whether it was quiet when the run began."""
+    """Describes the machine; the load average at the start shows whether it was quiet."""
     return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0], "system": platform.platform(),
@@ -135,7 +140,7 @@ def machine() -> dict:
 
 
 def result(measured: dict) -> str:
-    """Returns one JSON object: what was measured, the program and command that measured it, and where."""
+    """Returns one JSON object: the measurements, their program, command and machine."""
     return json.dumps({"benchmark": Path(sys.argv[0]).stem, "command": command(), "machine": machine(), **measured})
 
 
@@ -153,6 +158,7 @@ def main(doc: str, benchmark: Callable[[argparse.Namespace, Path], Report],
     options(parser)
     args = parser.parse_args()
     set_threads(args)
+    # Before the benchmark, or its own load would count as the machine's.
     described = machine()
     try:
         args.task = data_utils.load_task("cola", args.data)
@@ -176,7 +182,7 @@ def set_threads(args: argparse.Namespace) -> None:
 
 
 def synchronize() -> None:
-    """Waits for the GPU, so that a clock that is read now means something."""
+    """Waits for the GPU to finish, so that a clock read afterwards counts its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -204,18 +210,21 @@ def thinned(split: Split, rows: int) -> Split:
 
 
 def spread_sample(count: int, total: int, seed: int) -> list[int]:
-    """Draws `count` of the numbers below `total`, one from each of as many equal ranges.
+    """Samples `count` of the numbers below `total`, one from each of `count` equal ranges.
 
-    Of batches in order of length it takes short and long ones in the proportion of the whole epoch.
+    From batches in order of length it takes short and long ones in the proportion of the whole epoch.
     """
     draw = random.Random(seed).random()
     return [int((i + draw) * total / count) for i in range(count)] if count < total else list(range(total))
 
 
 def padding_percent(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
-    """Returns the share of pads, in percent, where rows are batched in this order and padded to the longest of the batch."""
-    groups = [[lengths[row] for row in order[i:i + batch_size]] for i in range(0, len(order), batch_size)]
-    return 100.0 * (1 - sum(map(sum, groups)) / sum(max(group) * len(group) for group in groups))
+    """Returns the share of pads, in percent, of rows batched in this order and padded to the longest row of each batch."""
+    real = computed = 0
+    for start in range(0, len(order), batch_size):
+        group = [lengths[row] for row in order[start:start + batch_size]]
+        real, computed = real + sum(group), computed + max(group) * len(group)
+    return 100.0 * (1 - real / computed)
 
 
 # ---------------------------------------------------------------- models
@@ -223,15 +232,15 @@ def padding_percent(lengths: Sequence[int], order: Sequence[int], batch_size: in
 def base_of(model: str, work: Path) -> str:
     """Makes a folder with the base model as safetensors, for every side: `gpt2` (124M, random weights) or `smollm2`.
 
-    GPT-2's weights have no say in its speed. Its tokenizer here is SmolLM2's: a trained one, with ids
-    below GPT-2's 50,257.
+    GPT-2's weights do not change its speed. Its tokenizer is SmolLM2's: a trained one, with ids below GPT-2's 50,257.
     """
     folder = work / model
     if not folder.exists():
         torch.manual_seed(0)
         lm = GPT2LMHeadModel(GPT2Config()) if model == "gpt2" else load_causal_lm("smollm2")
         tokenizer_of("smollm2").save_pretrained(make_folder(folder))
-        lm.hf_quantizer = None  # dequantised by now: plain weights, which may be saved
+        # Loading has dequantised the weights; the library refuses to save a model still marked as quantised.
+        lm.hf_quantizer = None
         lm.save_pretrained(folder)
     return str(folder)
 
@@ -255,23 +264,25 @@ def peft_classifier(base: str, adapter: Path, pad_token_id: int, best: bool):
 
 
 def as_if_trained(classifier: TextClassifier) -> TextClassifier:
-    """Makes B and the head, which start at zero, non-zero, and installs the fast path.
+    """Gives B and the head, which start at zero, random values, and installs the fast path.
 
     Zeros would hide a difference between the sides.
     """
     torch.manual_seed(0)
-    heads = [classifier.net.get_submodule(name) for name in classifier.head_names()]
+    parameters = [layer.lora_B for layer in lora_layers(classifier.net).values()]
+    for name in classifier.head_names():
+        parameters += classifier.net.get_submodule(name).parameters()
     with torch.no_grad():
-        for p in [layer.lora_B for layer in lora_layers(classifier.net).values()] + [
-                p for head in heads for p in head.parameters()]:
+        for p in parameters:
             p.normal_(std=0.02)
     speed.install(classifier)
     return classifier
 
 
 def epoch_seconds(model, batches: list[Batch], objective: train_utils.Objective, **more) -> float:
-    """Returns the training seconds of one epoch through `train_utils.fit`, the loop that every run goes through."""
+    """Returns the training seconds of one epoch through `train_utils.fit`, the loop of every run."""
     options = train_utils.TrainOptions(seed=1, epochs=1, lr=1e-4, warmup=0.0, schedule="constant", **more)
-    first = replace(batches[0], rows=torch.arange(len(batches[0].rows)))  # validated after the epoch, off the clock
+    # `fit` validates after the epoch, off the clock: one batch is enough.
+    first = replace(batches[0], rows=torch.arange(len(batches[0].rows)))
     data = train_utils.Data(batches, {"in_domain": [first]})
     return train_utils.fit(model, data, objective, options).history[-1]["seconds"]

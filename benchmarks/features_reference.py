@@ -2,8 +2,8 @@
 
     python benchmarks/features_reference.py --task buzzer --data DIR --feature-columns Gpr_confidence,Length_char
 
-The rows, classes and evaluation split are those that `run.py LoRA` reads with the same options; features are
-standardised on the training rows; a missing value is replaced by the mean and marked.
+Rows, classes and evaluation split are those of `run.py LoRA` with the same options; features are standardised on the
+training rows; a missing value is replaced by the mean and marked.
 """
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from record.files import write_file
 
 def reference(task: data_utils.Task) -> dict[str, dict[str, float]]:
     """Returns n, accuracy, MCC, macro-F1 and the majority's accuracy of logistic regression on each evaluation split."""
+    # Missing values get the mean and a mark of their own, as in a run's feature head.
     model = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler(), LogisticRegression(max_iter=1000))
     model.fit(np.array(task.train.features), task.train.labels)
     result = {}
     for name, split in task.dev.items():
-        said = model.predict(np.array(split.features))
-        result[name] = {"n": len(split), "accuracy": float(accuracy_score(split.labels, said)),
-                        "mcc": float(matthews_corrcoef(split.labels, said)),
-                        "macro_f1": float(f1_score(split.labels, said, average="macro")),
+        predicted = model.predict(np.array(split.features))
+        result[name] = {"n": len(split), "accuracy": float(accuracy_score(split.labels, predicted)),
+                        "mcc": float(matthews_corrcoef(split.labels, predicted)),
+                        "macro_f1": float(f1_score(split.labels, predicted, average="macro")),
                         "majority_accuracy": max(np.bincount(split.labels)) / len(split)}
     return result
 
@@ -51,6 +52,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, help="write the JSON object to this file")
     args = parser.parse_args()
+    # The options of `run.py LoRA`, read by the same reader, so that both sides have the same rows.
     try:
         names = {name: tuple(filter(None, getattr(args, name).split(","))) for name in ("text_column", "feature_columns")}
         task = data_utils.load_task(args.task, args.data, TableOptions(

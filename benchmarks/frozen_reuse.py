@@ -1,17 +1,16 @@
-"""Measures what caching the output of frozen parts saves, in time of an epoch.
+"""Measures the time of an epoch that caching the output of frozen parts saves.
 
     python benchmarks/frozen_reuse.py
     python benchmarks/frozen_reuse.py --quick --json
 
-GPT-2 124M on a sample of CoLA's training split in batches of 32; every epoch goes through
-`train_utils.fit`. Timed against each other, after cached results were found equal to fresh ones bit for bit:
+GPT-2 124M on a sample of CoLA's training split in batches of 32; every epoch goes through `train_utils.fit`. Cached
+results must equal fresh ones bit for bit; then these are timed against each other:
 
-    --method head    the first epoch, which computes and keeps the features, against a later one
-    --layers 6-11    a later epoch, which starts from the cached output of block 5, against all layers, and
-                     against the same layers without keeping. By FLOP count the limits are 2.0 and 1.5:
-                     forward and backward through 12 blocks, or forward through 12 and backward through 6,
-                     against forward and backward through 6
-    distil           a student's epoch with the teacher's logits cached, against asking the teacher anew
+    --method head    the first epoch, which computes and caches the features, against a later one
+    --layers 6-11    a later epoch, from the cached output of block 5 on, against all layers, and against the same layers
+                     without a cache. By FLOP count the limits are 2.0 and 1.5: forward and backward through 12 blocks, or
+                     forward through 12 and backward through 6, against forward and backward through 6
+    distil           a student's epoch with the teacher's cached logits, against computing them anew
 """
 from __future__ import annotations
 
@@ -48,14 +47,15 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
 
 
 def copies(batches: list[Batch]) -> list[Batch]:
-    """Returns the same batches with nothing cached."""
+    """Returns the same batches without cached results."""
     return [Batch(batch.input_ids, batch.attention_mask, batch.labels, batch.rows, batch.tokens,
                   micro=batch.micro and copies(batch.micro)) for batch in batches]
 
 
 def check_kept(report: Report, what: str, model: TextClassifier, cached: list[Batch]) -> None:
-    """Compares logits and gradients of the shortest and the longest batch, from cached results and fresh."""
+    """Checks that cached results give the same logits and gradients as fresh ones, on the shortest and longest batch."""
     for name, batch in (("shortest", cached[0]), ("longest", cached[-1])):
+        # Gradients too: a cached result must cut the graph at the right place.
         results = []
         for one in (batch, replace(batch, cached=None)):
             one = one.to(device())
@@ -79,11 +79,13 @@ def timed(work) -> float:
 
 
 def measure_head(report: Report, base: str, batches: list[Batch], rounds: int) -> None:
+    """Measures the first epoch of the head alone, which computes the features, against a later one."""
     model = classifier(base, "head")
     prefix, cached = FrozenPrefix(model), copies(batches)
     model.prefix = prefix
     prefix.cache(cached)
     check_kept(report, "head", model, cached)
+    # The first epoch includes computing the cache.
     seconds = common.alternate({
         "first": lambda _: timed(lambda: prefix.cache(cached)) + epoch_seconds(model, cached, CROSS_ENTROPY),
         "later": lambda _: epoch_seconds(model, cached, CROSS_ENTROPY)}, rounds)
@@ -93,6 +95,7 @@ def measure_head(report: Report, base: str, batches: list[Batch], rounds: int) -
 
 
 def measure_layers(report: Report, base: str, batches: list[Batch], rounds: int) -> None:
+    """Measures epochs of the upper six blocks, with and without a cache, against all twelve."""
     everything, upper = classifier(base), classifier(base, layers="6-11")
     prefix, cached = FrozenPrefix(upper), copies(batches)
     upper.prefix = prefix
@@ -111,11 +114,14 @@ def measure_layers(report: Report, base: str, batches: list[Batch], rounds: int)
 
 
 def measure_distillation(report: Report, base: str, batches: list[Batch], rounds: int, work: Path) -> None:
+    """Measures a student's epoch with cached logits of the teacher against one that computes them."""
     teacher = classifier(base).eval()
     fresh = train_utils.compute_logits(teacher, batches)
+    # The first call computes and writes them, the second one reads the file.
     for name in ("computed", "read from the run's file"):
         cached = teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
         report.check_bits(f"distil: cached logits, {name}", cached, fresh)
+    # A tenth of the teacher, as a distillation's default.
     budget = count_parameters(teacher)["total"] // 10
     config = student_config(len(common.tokenizer_of(base)), common.LABELS, budget)
     torch.manual_seed(0)
@@ -135,8 +141,10 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    hardware.keep_freed_memory()  # as every run does; it reaches all sides here
+    # As every run does; all sides share this process.
+    hardware.keep_freed_memory()
     report, base = Report(), common.base_of("gpt2", work)
+    # A GPU would finish the small sample too soon to be timed.
     rows, rounds = (96, 2) if args.quick else (640, 5)
     if torch.cuda.is_available():
         rows *= 8

@@ -1,11 +1,11 @@
-"""Text generation in new tokens a second at batch 64: this project against `transformers.generate`.
+"""Measures text generation in new tokens a second at batch 64: this project against `transformers.generate`.
 
     python benchmarks/generation.py --threads 1            GPT-2 124M and SmolLM2-135M, float32
     python benchmarks/generation.py --precision bf16       bfloat16 against bfloat16
 
-Both sides draw the likeliest token from the same prompts, the first words of CoLA's sentences, and none of them ends early.
+Both sides take the likeliest token after the same prompts, the first words of CoLA's sentences, and no text ends early.
 `transformers` has its own model, cached keys and values, and GPT-2's activation in its fused form. In float32 both must
-draw the same texts; in bfloat16, where each rounds elsewhere, this project's first tokens are held to those of float32.
+give the same texts. In bfloat16 the sides round at different places: this project's first tokens are held to float32's.
 """
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Ours:
 
 
 class Library:
-    """`transformers.generate`; shorter prompts are padded on the left."""
+    """Generates by `transformers.generate`; shorter prompts are padded on the left."""
 
     def __init__(self, base: str, precision: str):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -54,6 +54,7 @@ class Library:
 
     @torch.inference_mode()
     def texts(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        # On the left, so that the new tokens of all rows begin in the same column.
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device())
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device())
@@ -63,8 +64,10 @@ class Library:
 
 
 def measure(report: Report, model: str, args: argparse.Namespace, work: Path) -> None:
+    """Checks and measures both sides with one model."""
     base = common.base_of(model, work)
     tokenizer = common.tokenizer_of(base)
+    # Prompts of one to six tokens, so that rows of different lengths share a batch.
     step = len(args.task.train) // BATCH_SIZE
     prompts = [tokenizer(sentence).input_ids[:1 + i % PROMPT_TOKENS]
                for i, sentence in enumerate(args.task.train.sentences[::step][:BATCH_SIZE])]
@@ -72,9 +75,12 @@ def measure(report: Report, model: str, args: argparse.Namespace, work: Path) ->
     sides = {"ours": Ours(base, args.precision), "transformers": Library(base, args.precision)}
     if args.precision == "fp32":
         ours, theirs = (side.texts(prompts, new) for side in sides.values())
-        report.check(f"{model}: tokens that differ", sum(a != b for row in zip(ours, theirs, strict=True)
-                                                         for a, b in zip(*row, strict=True)), 0)
+        different = 0
+        for one, other in zip(ours, theirs, strict=True):
+            different += sum(a != b for a, b in zip(one, other, strict=True))
+        report.check(f"{model}: tokens that differ", different, 0)
     else:
+        # Later tokens follow from the first that differs, and say nothing of rounding.
         exact = Ours(base, "fp32").texts(prompts, 1)
         report.check(f"{model}: share of first tokens that differ from float32's", sum(
             a != b for a, b in zip(sides["ours"].texts(prompts, 1), exact, strict=True)) / len(exact), 0.25)
@@ -87,6 +93,7 @@ def measure(report: Report, model: str, args: argparse.Namespace, work: Path) ->
         synchronize()
         return time.perf_counter() - start
 
+    # The same prompts and number of tokens on both sides: the ratio of times is that of rates.
     times = common.alternate({name: lambda number, side=side: seconds(side) for name, side in sides.items()}, rounds)
     for name, values in times.items():
         report.measure(f"{model}: {name}", [len(prompts) * new / value for value in values], "tokens/s")
@@ -95,7 +102,8 @@ def measure(report: Report, model: str, args: argparse.Namespace, work: Path) ->
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    hardware.keep_freed_memory()  # both sides: they share this process
+    # Of both sides, which share this process.
+    hardware.keep_freed_memory()
     report = Report()
     for model in MODELS:
         if args.model in (model, None):

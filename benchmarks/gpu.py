@@ -1,10 +1,10 @@
-"""Every GPU check and benchmark, one after the other: what `make bench-gpu` runs.
+"""Runs every GPU check and benchmark, one after the other (`make bench-gpu`).
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --quick       few batches and rounds: a look, nothing is written
 
-Writes benchmarks/results/<program>_<gpu>.json for each program below; where there is no GPU of CUDA it says so in one
-line and ends with status 2. A program that fails is named at the end, and the others' results stand.
+Writes benchmarks/results/<program>_<gpu>.json for each program below; without a CUDA GPU it says so in one line and ends
+with status 2. A failed program is named at the end, and the others' results stand.
 
     gpu.py --checks       logits of transformers' own classes and of PEFT, in float32 and in bf16; a run stopped and
                           resumed with --deterministic to the same bytes; the peak memory of that run
@@ -40,21 +40,21 @@ from model import LoRAOptions, inject_lora, load_classifier
 
 PROGRAMS = ("gpu.py --checks", "train_throughput.py", "frozen_reuse.py", "inference.py")
 RESULTS = Path(__file__).parent / "results"
-TOLERANCE = 1e-4  # of float32 logits, relative to the largest where that is above 1
+TOLERANCE = 1e-4  # of float32 logits, relative to the largest one if that is above 1
 BATCH_SIZE = 16
 
 
 # ---------------------------------------------------------------- the checks
 
 def largest_difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    """Of logits (B, labels), batch by batch, relative to the largest one where that is above 1."""
+    """Returns the largest difference of logits (B, labels), batch by batch, relative to the largest one if above 1."""
     size = max(1.0, *(float(one.abs().max()) for one in b))
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) / size
 
 
 @torch.inference_mode()
 def logits_of(model: Callable, batches: list[Batch], precision: str = "fp32") -> list[torch.Tensor]:
-    """Logits (B, labels) of each batch, in float32; `precision` bf16 is autocast, as PEFT and the Trainer have it."""
+    """Returns each batch's logits (B, labels) in float32; `precision` bf16 is autocast, as in PEFT and the Trainer."""
     found = []
     for batch in batches:
         batch = batch.to(device())
@@ -88,7 +88,7 @@ def check_logits(report: Report, name: str, work: Path, batches_of_base: Callabl
     peft = common.peft_classifier(base, adapter, pad, best=False).to(device()).eval()
     exact, expected = logits_of(lambda batch: ours(*batch.inputs()), batches), logits_of(by_library(peft), batches)
     report.check(f"{name}: float32 logits under an adapter, ours and PEFT's", largest_difference(exact, expected), TOLERANCE)
-    # bf16 has no tolerance to hold: the figures say how far each side is from its own float32.
+    # bf16 has no tolerance: the figures are each side's distance from its own float32.
     set_precision(ours.net.base_model, "bf16")
     sides = {"ours": (logits_of(lambda batch: ours(*batch.inputs()), batches), exact),
              "PEFT's, by autocast": (logits_of(by_library(peft), batches, "bf16"), expected)}
@@ -100,6 +100,7 @@ def check_logits(report: Report, name: str, work: Path, batches_of_base: Callabl
 
 def run(*words: str, until: Path | None = None) -> int:
     """`python run.py` in a process of its own, asked to stop once the file `until` is there; returns its exit status."""
+    # Asked as a user asks, by a signal, once there is a checkpoint to resume from.
     process = subprocess.Popen([sys.executable, "run.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL,
                                env={**os.environ, "HF_HUB_OFFLINE": "1"})
     while until is not None and process.poll() is None:
@@ -118,6 +119,7 @@ def check_resume(report: Report, args: argparse.Namespace, work: Path) -> None:
                 "--limit", "512", "--epochs", "3", "--device", device().type, "--precision", "bf16", "--dropout", "0.1",
                 "--deterministic", "--save-every", "10steps", "--no-plots", "--out", str(work / name)]
 
+    # Two whole runs first: if they differ, the machine is not deterministic, and resuming is not to blame.
     begun = work / "stopped/checkpoint.safetensors"
     statuses = [run(*line("whole")), run(*line("again")), run(*line("stopped"), until=begun),
                 run(*line("stopped"), "--resume")]
@@ -148,7 +150,7 @@ def checks(args: argparse.Namespace, work: Path) -> Report:
 # ---------------------------------------------------------------- one program after the other
 
 def result_file(program: str, gpu: str) -> Path:
-    """Returns where a program's result goes: its name and the GPU's."""
+    """Returns the file of a program's result, named after the program and the GPU."""
     stem = program.partition(".py")[0] + ("_checks" if "--checks" in program else "")
     return RESULTS / f"{stem}_{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
@@ -180,7 +182,8 @@ def main() -> int:
               file=sys.stderr)
         return 2
     words = sys.argv[1:]
-    if "--look" in words:  # whether there is one
+    # The Makefile's question whether there is a GPU at all.
+    if "--look" in words:
         return 0
     if {"--checks", "-h", "--help"} & set(words):
         return common.main(__doc__, checks, lambda parser: parser.add_argument(

@@ -1,15 +1,15 @@
-"""Measures what a user waits for: the student's answers, `--help`, and the start of a run.
+"""Measures the times that a user sees: the student's answers, `--help`, and the start of a run.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --quick --json
 
     sentences/s  DistilRNN at its default sizes against its teacher, both over CoLA's development sentences batched by
                  length, on the CPU in float32: the plain one against GPT-2 124M, the one in stages against SmolLM2-135M;
-                 teachers without adapter (a merged one costs the same)
+                 teachers without an adapter (a merged one costs the same)
     --help       `python run.py --help` in a fresh process, from spawning it to its end
-    start        `python run.py LoRA` on CoLA to the loss of its first batch, reading and tokenising the data
-                 and the check of the generated text included, against a fresh process that imports the
-                 libraries and loads the same model and tokenizer with `from_pretrained` and ends
+    start        `python run.py LoRA` on CoLA to the loss of its first batch, including reading and tokenising the data
+                 and the check of the generated text, against a fresh process that imports the libraries and loads the
+                 same model and tokenizer with `from_pretrained`
 """
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claim is about the CPU
+# The claim is about the CPU, also on a machine with a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
@@ -83,6 +84,7 @@ def check_batching(report: Report, what: str, model: torch.nn.Module, batch: Bat
 
 def measure_student(report: Report, args: argparse.Namespace, what: str, base: str, kind: str,
                     goal: float, rounds: int) -> None:
+    """Measures the student's rate against its teacher's, after checking that batching changes no logits of either."""
     task = args.task.limit(64) if args.quick else args.task
     dev = {name: common.batches_of(split, base, BATCH_SIZE) for name, split in task.dev.items()}
     teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).to(common.device()).eval()
@@ -95,6 +97,7 @@ def measure_student(report: Report, args: argparse.Namespace, what: str, base: s
     install(student)
     student = student.to(common.device()).eval()
     sides = {f"{what}: teacher": teacher, f"{what}: student": student}
+    # The longest batch with a pad: batching is where a wrong mask would show.
     padded = next(b for b in dev["in_domain"][::-1] if b.tokens < b.input_ids.numel())
     for name, model in sides.items():
         check_batching(report, name, model, padded)
@@ -107,12 +110,14 @@ def measure_student(report: Report, args: argparse.Namespace, what: str, base: s
 
 
 def measure_help(report: Report) -> None:
+    """Measures `run.py --help` in a fresh process."""
+    # The first one reads the files from disk; the smallest is that of a warm cache.
     seconds = [process_seconds("run.py", "--help") for _ in range(5)]
     report.target("run.py --help (min is the best of 5)", seconds, 0.5, "s", at_most=True)
 
 
 def located(base: str) -> list[str]:
-    """Returns what `from_pretrained` needs to find the model: a folder, and the GGUF file in it where it is one."""
+    """Returns the arguments of `from_pretrained`: the model's folder, and its GGUF file for a packaged model."""
     if base not in PACKAGED:
         return [base]
     package, file, _ = PACKAGED[base]
@@ -120,6 +125,7 @@ def located(base: str) -> list[str]:
 
 
 def measure_start(report: Report, args: argparse.Namespace, name: str, base: str, work: Path, rounds: int) -> None:
+    """Measures the start of a run to its first loss, against loading the model with the library alone."""
     seconds = common.alternate({
         "first step": lambda number: process_seconds(
             "-c", FIRST_STEP, "LoRA", "12345", "--model", base, "--data", str(args.data.resolve()),
@@ -132,12 +138,14 @@ def measure_start(report: Report, args: argparse.Namespace, name: str, base: str
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
-    hardware.keep_freed_memory()  # as every run does; it reaches teacher and student alike
+    # As every run does; it serves teacher and student alike.
+    hardware.keep_freed_memory()
     report, base = Report(), common.base_of("gpt2", work)
     for kind, name, teacher, goal in (("plain", "GPT-2", base, 50), ("stages", "SmolLM2", "smollm2", 80)):
         measure_student(report, args, f"{kind}, {name}", teacher, kind, goal, 2 if args.quick else 5)
     measure_help(report)
-    for name, model in (("smollm2", "smollm2"), ("gpt2", base)):  # a GGUF file, and a folder of safetensors
+    # A GGUF file, and a folder of safetensors.
+    for name, model in (("smollm2", "smollm2"), ("gpt2", base)):
         measure_start(report, args, name, model, work, 1 if args.quick else 3)
     return report
 

@@ -1,4 +1,4 @@
-"""Clients of the service on loopback: so many at a time, each with a connection that it keeps, each request timed.
+"""Sends requests to the service on loopback: several clients at a time, each with one kept connection, each request timed.
 
     answers = asyncio.run(load.ask(port, [{"adapter": "cola", "texts": ["A sentence."]}, ...], clients=64))
 """
@@ -14,7 +14,7 @@ LIMIT = 120  # seconds after which a request counts as lost
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client got: status None where the connection ended without an answer."""
+    """Holds a client's answer; the status is None if the connection ended without one."""
 
     status: int | None
     body: dict
@@ -22,7 +22,7 @@ class Answer:
 
 
 class Client:
-    """A connection that is kept."""
+    """Keeps one connection, and opens another after it was closed."""
 
     def __init__(self, port: int):
         self.port, self.writer = port, None
@@ -33,6 +33,7 @@ class Client:
         try:
             async with asyncio.timeout(LIMIT):
                 status, answer = await self._exchange(method, path, body)
+        # A lost answer is a result, which the benchmark counts; the connection's state is unknown by then.
         except (OSError, EOFError, TimeoutError, ValueError) as error:
             self.close()
             status, answer = None, {"error": repr(error)}
@@ -44,6 +45,7 @@ class Client:
         content = b"" if body is None else json.dumps(body).encode()
         self.writer.write(f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
                           f"content-length: {len(content)}\r\n\r\n".encode() + content)
+        # The service sends no chunked bodies: a length stands in every head.
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         length = int(head.split("content-length:")[1].split("\r\n")[0])
         answer = json.loads(await self.reader.readexactly(length))
@@ -58,8 +60,9 @@ class Client:
 
 
 async def ask(port: int, questions: list[dict], clients: int) -> list[Answer]:
-    """Posts questions to /v1/classify, `clients` at a time; the answers in the questions' order."""
+    """Posts questions to /v1/classify from a number of clients; returns the answers in the questions' order."""
     answers: list[Answer | None] = [None] * len(questions)
+    # One iterator for all clients: whoever is free takes the next question.
     waiting = iter(enumerate(questions))
 
     async def work() -> None:

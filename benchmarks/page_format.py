@@ -12,6 +12,7 @@ def figure(value: float) -> str:
 
 def mean(spread: dict, form: str = ".3f", factor: float = 1) -> str:
     """Formats the mean and, if there are several seeds, the sample standard deviation."""
+    # Collected results say std, the studies' sd.
     std = spread.get("std", spread.get("sd"))
     return f"{factor * spread['mean']:{form}}" + ("" if std is None else f" ± {factor * std:{form}}")
 
@@ -21,7 +22,7 @@ def accuracy_and_mcc(scores: dict) -> str:
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Returns the lines of a Markdown table; columns whose head ends with a colon stand to the right."""
+    """Returns the lines of a Markdown table; a head that ends with a colon aligns its column to the right."""
     lines = ["| " + " | ".join(cell.rstrip(":") for cell in head) + " |",
              "| " + " | ".join("---:" if cell.endswith(":") else "---" for cell in head) + " |"]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
@@ -39,23 +40,25 @@ def cpu_of(result: dict) -> str:
 
 
 def machine_of(result: dict) -> str:
-    """Says on what a result was measured."""
+    """Returns the machine of a result in words: CPU or GPU, threads, libraries."""
     where = result.get("machine", result)
     versions = result.get("versions", where)
     threads = f"{where['threads']} of {where['cores']} cores" if "cores" in where else f"{where['threads']} thread(s)"
-    library = f", products by {where['matmul']}" if where.get("matmul") else ""
+    library = f", matmuls by {where['matmul']}" if where.get("matmul") else ""
     return f"{cpu_of(result)}, {threads}{library}; torch {versions['torch']}, transformers {versions['transformers']}"
 
 
 def commits_of(results: Iterable[dict]) -> str:
-    """Says at which commits results were measured; "not recorded" for one that does not know its commit."""
-    commits = {commit for result in results for commit in result.get("git_commits", [result.get("machine", {}).get(
-        "git_commit")])}
+    """Returns the commits of results in words; "not recorded" for a result without one."""
+    commits = set()
+    for result in results:
+        # A collected result has those of its runs, a measured one its machine's.
+        commits.update(result.get("git_commits", [result.get("machine", {}).get("git_commit")]))
     return "commit " + ", ".join(sorted({commit[:7] if commit else "not recorded" for commit in commits}))
 
 
 def measured_on(results: Iterable[dict]) -> list[str]:
-    """Returns a line for each machine that results were measured on."""
+    """Returns a line for each machine of the results."""
     by_machine: dict[str, list[dict]] = {}
     for result in results:
         by_machine.setdefault(machine_of(result), []).append(result)
@@ -65,6 +68,7 @@ def measured_on(results: Iterable[dict]) -> list[str]:
 
 def wrapped(command: str, width: int = 118) -> list[str]:
     """Breaks a command into lines that a shell reads as one."""
+    # At spaces alone: the commands of the pages have no quoted ones.
     lines = [""]
     for word in command.split(" "):
         if len(lines[-1]) + len(word) > width:

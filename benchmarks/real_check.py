@@ -37,6 +37,7 @@ def main() -> int:
             return status
         losses = [json.loads(line)["train"]["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         ours, tokenizer, options = evaluate.load_finetuned(out)
+        # An independent path: transformers' classifier under PEFT's adapter, nothing of this project's model.
         reference, _ = load_smollm2()
         reference = PeftModel.from_pretrained(reference, out).eval()
         split = data_utils.load_task("cola", args.data).limit(args.limit).dev["in_domain"]
@@ -47,6 +48,7 @@ def main() -> int:
             size = float(ours(*batches[0].to(device()).inputs()).abs().max())
     result = {"loss_epoch_1": losses[0], "loss_epoch_2": losses[1], "logits_difference": difference, "largest_logit": size}
     print(json.dumps(result) if args.json else result)
+    # Relative to the largest logit, above 1: rounding grows with the size.
     if losses[1] >= losses[0] or difference > 1e-4 * max(1.0, size):
         print("FAILED: the loss must fall and the logits equal PEFT's", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Many adapters on one frozen base, and the service: memory, throughput, and every answer compared with its adapter's alone.
+"""Measures many adapters on one frozen base, and the service: memory, throughput, and the correctness of every answer.
 
     python benchmarks/serving.py --threads 1 --json
     python benchmarks/serving.py --quick
@@ -8,10 +8,10 @@ GPT-2 124M with random weights serves; its adapters are of rank 8 on every proje
     memory       resident memory of a process that holds the base with 32 and with 256 adapters, against the base alone
     mixing       batches of 32 sentences of CoLA's development set, each under its own adapter: against the same batches
                  under one adapter in `LoRALinear`, and against PEFT's `adapter_names` (as its documentation shows it, and at
-                 its best: GPT-2's activation in its fused form); the base without an adapter, the most that mixing can
-                 reach; and both sides on a base in bfloat16, PEFT's at its best
+                 its best: GPT-2's activation in its fused form); the base without an adapter, the upper limit of mixing;
+                 and both sides on a base in bfloat16, PEFT's at its best
     clients      64 clients with a sentence a request over 8 adapters, against one client; `run.py serve` on one core, the
-                 clients on the others
+                 clients on the others; every answer is compared with its adapter's alone
     coming and going    the same while adapters are added and removed, and SIGTERM in the middle
     student      32 sentences a request through the service, student against teacher
 """
@@ -34,7 +34,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claim is about the CPU
+# The claim is about the CPU, also on a machine with a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -68,9 +69,10 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-# ---------------------------------------------------------------- runs that are served
+# ---------------------------------------------------------------- the served runs
 
 def command(*arguments, **more) -> None:
+    """Runs `run.py` in a process of its own; ends the benchmark if it fails."""
     done = subprocess.run([sys.executable, "run.py", *map(str, arguments)], cwd=common.ROOT, capture_output=True, text=True,
                           **more)
     if done.returncode:
@@ -78,10 +80,8 @@ def command(*arguments, **more) -> None:
 
 
 def make_runs(args: argparse.Namespace, base: str, work: Path) -> Path:
-    """A folder with runs a0, a1, ... on one base, each with random B and head of its own, and the student of a0.
-
-    One run is trained for a step; its speed and memory are any other's.
-    """
+    """Makes a folder with runs a0, a1, ... on one base, each with a random B and head, and the student of a0."""
+    # One run is trained for a step; the others are copies with other weights, of the same speed and memory.
     root = work / "runs"
     short = ("--limit", 32, "--epochs", 1, "--batch-size", 32, "--data", args.data.resolve(), "--plots", work / "plots")
     command("LoRA", "12345", "--model", base, *short, "--no-plots", "--out", root / "a0")
@@ -101,6 +101,8 @@ def make_runs(args: argparse.Namespace, base: str, work: Path) -> Path:
 # ---------------------------------------------------------------- the bank
 
 def measure_memory(report: Report, base: str, root: Path) -> None:
+    """Measures the resident memory of a process with the base and a number of adapters."""
+    # A process for each: memory that one held would still be the next one's.
     def resident(adapters: int) -> float:
         done = subprocess.run([sys.executable, "-c", RESIDENT, str(common.ROOT), base, str(root), str(adapters)], check=True,
                               capture_output=True, text=True)
@@ -115,7 +117,7 @@ def measure_memory(report: Report, base: str, root: Path) -> None:
 
 
 def peft_mixer(base: str, root: Path, pad_token_id: int, best: bool):
-    """PEFT's side: all adapters loaded into one model, which a batch mixes by `adapter_names`."""
+    """Builds PEFT's side: all adapters in one model, which a batch mixes by `adapter_names`."""
     model = common.peft_classifier(base, root / "a0", pad_token_id, best).eval()
     model.load_adapter(root / "a0", "a0")
     for number in range(1, ADAPTERS):
@@ -125,7 +127,9 @@ def peft_mixer(base: str, root: Path, pad_token_id: int, best: bool):
 
 @torch.inference_mode()
 def measure_mixing(report: Report, args: argparse.Namespace, base: str, root: Path, rounds: int) -> None:
+    """Measures batches under 32 adapters against the same batches under one, none, and PEFT's mixture."""
     tokenizer = common.tokenizer_of(base)
+    # Full batches alone: each row has an adapter of its own.
     batches = [batch for batch in make_batches(args.task.dev["in_domain"], tokenizer, common.MAX_LENGTH, 32, 1)
                if len(batch.rows) == 32]
     names = [f"a{number}" for number in range(ADAPTERS)]
@@ -171,6 +175,7 @@ def measure_mixing(report: Report, args: argparse.Namespace, base: str, root: Pa
         "PEFT's adapter_names, bfloat16": lambda number: rate(lambda batch: theirs(batch, "bf16"), number)}, rounds)
     for name, values in sides.items():
         report.measure(f"mixing: {name}", values, "sentences/s")
+    # In bfloat16 PEFT's side is at its best too: the base's precision is not what is compared.
     mixed = sides["32 adapters mixed"]
     report.target("mixing: 32 adapters / one alone", paired_ratios(mixed, sides["one adapter alone"]), 0.8)
     for name in ("PEFT's adapter_names", "PEFT's adapter_names at its best"):
@@ -184,7 +189,7 @@ def measure_mixing(report: Report, args: argparse.Namespace, base: str, root: Pa
 
 @contextlib.contextmanager
 def served(root: Path, *arguments) -> Iterator[tuple[subprocess.Popen, int]]:
-    """`run.py serve` on the first core alone, and its port."""
+    """Starts `run.py serve` on the first core alone; yields its process and port."""
     adapters = [word for number in range(SERVED) for word in ("--adapter", f"a{number}={root / f'a{number}'}")]
     process = subprocess.Popen(
         [sys.executable, "run.py", "serve", *adapters, "--port", "0", "--timeout", "100", "--quiet", *map(str, arguments)],
@@ -203,7 +208,7 @@ def served(root: Path, *arguments) -> Iterator[tuple[subprocess.Popen, int]]:
 
 @torch.inference_mode()
 def answers_alone(root: Path, folder: Path, texts: list[str], names: list[str]) -> dict[tuple[str, str], list[float]]:
-    """Probabilities of each text under each adapter alone, and under the student: one sentence at a time."""
+    """Returns each text's probabilities under each adapter alone, and under the student, one sentence at a time."""
     found = {}
     for name in names:
         model, tokenizer, _ = load_student(folder) if name == "student" else load_finetuned(root / name)
@@ -214,7 +219,7 @@ def answers_alone(root: Path, folder: Path, texts: list[str], names: list[str]) 
 
 
 def wrong(question: dict, answer: load.Answer, alone: dict) -> bool:
-    """Whether an answer is none, or not that of the adapter alone."""
+    """Returns whether an answer is missing, or not that of the adapter alone."""
     if answer.status != 200 or len(answer.body["results"]) != len(question["texts"]):
         return True
     return any(abs(a - b) > TOLERANCE for text, result in zip(question["texts"], answer.body["results"], strict=True)
@@ -232,6 +237,7 @@ def percentile(values: list[float], share: float) -> float:
 
 def measure_clients(report: Report, args: argparse.Namespace, root: Path, texts: list[str], alone: dict, rounds: int
                     ) -> None:
+    """Measures 64 clients against one, and counts wrong or lost answers."""
     names = [f"a{number}" for number in range(SERVED)]
     count = (640 if args.quick else REQUESTS) // rounds
     mistakes, seconds = 0, {1: [], CLIENTS: []}
@@ -247,6 +253,7 @@ def measure_clients(report: Report, args: argparse.Namespace, root: Path, texts:
         return len(asked) / elapsed
 
     with served(root) as (_, port):
+        # Unmeasured: the first requests pay for lazy imports.
         asyncio.run(load.ask(port, questions(64, texts, names, 99), 8))
         sides = common.alternate({"64 clients": lambda number: rate(port, CLIENTS, number),
                                   "one at a time": lambda number: rate(port, 1, number)}, rounds)
@@ -260,7 +267,7 @@ def measure_clients(report: Report, args: argparse.Namespace, root: Path, texts:
 
 
 def measure_coming_and_going(report: Report, args: argparse.Namespace, root: Path, texts: list[str], alone: dict) -> None:
-    """Adapters 6 and 7 come and go; SIGTERM ends it in the middle."""
+    """Measures the service while adapters 6 and 7 come and go, and SIGTERM ends it in the middle."""
     names = [f"a{number}" for number in range(SERVED)]
     asked = questions(REQUESTS, texts, names, 5)
     duration, changes = 8 if args.quick else 40, []
@@ -282,7 +289,7 @@ def measure_coming_and_going(report: Report, args: argparse.Namespace, root: Pat
     mistakes = sum(wrong(question, answer, alone) for question, answer in pairs) - unknown
     mistakes += sum(change.status not in (200, 201) for change in changes)
     answered, accepted = map(int, re.fullmatch(r"stopped: (\d+) of (\d+) accepted requests answered\n", said).groups())
-    # An unknown adapter is told before a request is accepted, or after it where it was removed meanwhile.
+    # An adapter is found unknown before its request is accepted, or after, if it was removed meanwhile.
     received = len(pairs) - unknown + len(changes)
     report.measure("coming and going: answered before SIGTERM took effect", [len(pairs)], "requests")
     report.measure("coming and going: adapters added or removed", [len(changes)], "")
@@ -294,6 +301,7 @@ def measure_coming_and_going(report: Report, args: argparse.Namespace, root: Pat
 
 def measure_student(report: Report, args: argparse.Namespace, root: Path, student: Path, texts: list[str], alone: dict,
                     rounds: int) -> None:
+    """Measures student and teacher through the service, and counts wrong answers."""
     mistakes = 0
 
     def rate(port: int, name: str, count: int, number: int) -> float:
@@ -319,9 +327,10 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     report, base = Report(), common.base_of("gpt2", work)
     rounds = 2 if args.quick else 4
     root, student = make_runs(args, base, work), work / "student"
-    sentences = [text for text in dict.fromkeys(args.task.dev["in_domain"].sentences)]
+    sentences = list(dict.fromkeys(args.task.dev["in_domain"].sentences))
     texts = random.Random(0).sample(sentences, 40)
     alone = answers_alone(root, student, texts, [*(f"a{number}" for number in range(SERVED)), "student"])
+    # Equal adapters would answer right by chance: their probabilities have to differ.
     spread = statistics.pstdev(alone[f"a{number}", texts[0]][0] for number in range(SERVED))
     report.check("the adapters differ: 1e-3 / standard deviation of their probabilities", 1e-3 / spread, 1)
     measure_memory(report, base, root)

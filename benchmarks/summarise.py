@@ -5,8 +5,8 @@
     python run.py paper 12345 --profile full --data-root ../shared/data --records benchmarks/results/paper
     python benchmarks/summarise.py
 
-A page marks where a table stands: `<!-- NAME, by summarise.py -->` before it and `<!-- end of NAME -->` after it. NAME
-is one of SECTIONS, or the name of a program in benchmarks/. What has no result says "not run" beside its command.
+A page marks the place of a table: `<!-- NAME, by summarise.py -->` before it and `<!-- end of NAME -->` after it. NAME
+is one of SECTIONS, or the name of a program in benchmarks/. A row without a result says "not run" next to its command.
 """
 from __future__ import annotations
 
@@ -41,37 +41,39 @@ MARKED = re.compile(r"(<!-- ([\w-]+), by summarise\.py -->\n).*?(<!-- end of \2 
 UNITS = {"x": " ×", "%": " %", "s": " s", "MiB": " MiB"}
 NOT_RUN = "not run"
 COLA = "../shared/data/cola"
-# The paper's steps on real data, whose records are in results/paper/: results named paper/STEP.
+# The paper's steps on real data; their records in results/paper/ are results of the name paper/STEP.
 STEPS = {step.name: step for step in steps("full", "12345", 3, Path("../shared/data"), Path("runs/paper-12345"))}
-COMMANDS = {name: typed("python " + shlex.join("4e-4" if word == CHOSEN else word for word in step.words))
-            for name, step in STEPS.items()}
-# Trainings on CoLA: result, label of each of its rows, command while there is no result.
+# A learning rate that the grid chooses is shown as the one it may choose.
+COMMANDS = {name: typed("python " + shlex.join(step.words).replace(CHOSEN, "4e-4")) for name, step in STEPS.items()}
+# Trainings on CoLA: result, label of each of its rows, command to show without a result. `scratch` is the recorded name of
+# the baseline, the same student trained without a teacher.
 TRAININGS = (
-    ("paper/peft", {"peft": "PEFT + Trainer, rate of two"}, COMMANDS["peft"]),
-    ("paper/lora", {"LoRA": "`LoRA`, float32, rate of two"}, COMMANDS["lora"]),
+    ("paper/peft", {"peft": "PEFT + Trainer, best of two learning rates"}, COMMANDS["peft"]),
+    ("paper/lora", {"LoRA": "`LoRA`, float32, best of two learning rates"}, COMMANDS["lora"]),
     ("cola_lora_fp32", {"lora": "`LoRA`, float32"}, f"python run.py LoRA SR --model smollm2 --data {COLA} --precision fp32"),
     ("cola_lora_bf16", {"lora": "`LoRA`, bfloat16"},
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
     ("paper/teacher", {"LoRA": "`LoRA` after an intermediate task, bfloat16, rank 16: the students' teacher"},
      COMMANDS["teacher"]),
-    ("paper/distil", {"student": "`distil`: student with KD", "scratch": "`distil`: no-KD baseline"}, COMMANDS["distil"]),
-    ("paper/distil-plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: no-KD baseline"},
+    ("paper/distil", {"student": "`distil`: student with KD", "scratch": "`distil`: baseline"}, COMMANDS["distil"]),
+    ("paper/distil-plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: baseline"},
      COMMANDS["distil-plain"]))
-IN_DETAIL = ("cola_lora_bf16",)  # of these, what stands in docs/results.md alone
+IN_DETAIL = ("cola_lora_bf16",)  # trainings of docs/results.md that the README leaves out
 # The paper's comparisons and its sweep: step, label.
 STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tomatoes", "long": "MiniLM on movie_reviews",
            "buzzer": "MiniLM on buzzer"}
 STUDENTS = {"distil": [], **{f"distil-{name}": flags for name, flags in ABLATIONS.items()}}  # step -> its own options
-LABELS = {"teacher": "teacher", "student": "student with KD", "scratch": "no-KD baseline"}
-SHOWN = ("lora", "peft", "teacher", "logistic", "polarity", *STUDIES, *STUDENTS)  # here; the paper shows every step
-# Programs whose targets docs/speed.md shows.
+LABELS = {"teacher": "teacher", "student": "student with KD", "scratch": "baseline"}
+SHOWN = ("lora", "peft", "teacher", "logistic", "polarity", *STUDIES, *STUDENTS)  # on the pages; the paper shows every step
+# Programs with targets in docs/speed.md.
 SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
-# Their rows in the README, which says nothing of bfloat16: program, end of the row's name, label.
+# Their rows in the README, without bfloat16: program, end of the row's recorded name, label.
 HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
              ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
-             ("generation", ": fp32, ours / transformers.generate", "drawing texts, float32: this project / `transformers`"),
+             ("generation", ": fp32, ours / transformers.generate",
+              "sampling texts, float32: this project / `transformers`"),
              ("inference", "stages, SmolLM2: student / teacher", "classifying CoLA: student in stages / SmolLM2"))
-# Programs that count what survived: label, keys of what held and of what was tried, command.
+# Programs that count: label, a function of the result to (held, tried), command.
 COUNTED = {
     "tamper_test": ("flipped bits and cuts in every file of finished and unfinished runs, noticed / tried",
                     lambda result: (result["noticed"], result["tried"]), "python benchmarks/tamper_test.py --flips 100"),
@@ -89,6 +91,7 @@ COUNTED = {
 # ---------------------------------------------------------------- trainings
 
 def majority(results: dict[str, dict], names: Iterable[str]) -> dict[str, float] | None:
+    """Returns the majority class's accuracy by split, which is the same in all results of a task."""
     return next((results[name]["majority_accuracy"] for name in names if name in results), None)
 
 
@@ -98,6 +101,7 @@ def cola(results: dict[str, dict]) -> list[str]:
     rows = []
     if share := majority(results, names):
         rows.append(["majority class", "", "", "", *(f"{share[split]:.3f} / 0" for split in splits), ""])
+    # Two lines of each training, the best and the last epoch; the second one repeats no label.
     for name, labels, command in TRAININGS:
         result = results.get(name)
         for key, label in labels.items():
@@ -112,58 +116,64 @@ def cola(results: dict[str, dict]) -> list[str]:
                              f"{row['trainable']:,}" if first else "",
                              *(accuracy_and_mcc(row[which][split]) for split in splits),
                              f"`{result['command']}`" if first else ""])
-    return [*table(["what", "seeds", "epoch", "trained parameters:", "in-domain", "out-of-domain", "all", "command"], rows),
+    head = ["training", "seeds", "epoch", "trained parameters:", "in-domain", "out-of-domain", "all", "command"]
+    return [*table(head, rows),
             *lora_minus_peft(results), *measured_on(results[name] for name in names if name in results)]
 
 
 def lora_minus_peft(results: dict[str, dict]) -> list[str]:
-    """Says by how much LoRA and PEFT's reference differ at equal budget, paired by seed, with 95 % intervals."""
+    """Shows the difference of LoRA and PEFT's reference at equal budget, paired by seed, with 95 % intervals."""
     if not {"paper/lora", "paper/peft"} <= results.keys():
         return []
     one, other = (results[name]["entries"][0] for name in ("paper/lora", "paper/peft"))
-    return ["", "LoRA minus PEFT at equal budget, MCC paired by seed, 95 % interval: " + "; ".join(
-        f"{which} epoch " + ", ".join(f"{split.replace('_', '-')} {difference(one, other, which, split)}"
-                                      for split in one[which]) for which in ("best", "last")) + "."]
+    parts = []
+    for which in ("best", "last"):
+        splits = [f"{split.replace('_', '-')} {difference(one, other, which, split)}" for split in one[which]]
+        parts.append(f"{which} epoch {', '.join(splits)}")
+    return ["", f"LoRA minus PEFT at equal budget, MCC paired by seed, 95 % interval: {'; '.join(parts)}."]
 
 
 def student(results: dict[str, dict]) -> list[str]:
-    """Shows size and speed of a distillation's student beside its teacher's."""
+    """Shows size and speed of a distillation's student next to its teacher's."""
     result = results.get("paper/distil")
     if result is None:
         return [f"Student against teacher, size and speed: {NOT_RUN}."]
+    # The baseline is the same network as the student.
     return table(["model", "parameters:", "sentences a second:"], [
         [entry["entry"], f"{entry['parameters']:,}", mean(entry["sentences_per_second"], ",.0f")]
         for entry in result["entries"] if entry["entry"] != "scratch"])
 
 
 def ablations(results: dict[str, dict]) -> list[str]:
-    """Shows the paper's student and its variants: MCC of the best epoch, against the no-KD baseline and the first row."""
-    splits, rows = ("in_domain", "out_of_domain", "all"), []
-    studies = {name: {entry["entry"]: entry for entry in results[f"paper/{name}"]["entries"]} for name in STUDENTS
-               if f"paper/{name}" in results}
+    """Shows the paper's student and its variants: MCC of the best epoch, against the baseline and the first row."""
+    splits, rows, studies = ("in_domain", "out_of_domain", "all"), [], {}
+    for name in STUDENTS:
+        if f"paper/{name}" in results:
+            studies[name] = {entry["entry"]: entry for entry in results[f"paper/{name}"]["entries"]}
     first = studies.get("distil", {}).get("student")
     for name, flags in STUDENTS.items():
         label = f"`{' '.join(flags)}`" if flags else "as it is"
         if name not in studies:
             rows.append([label, NOT_RUN, "", "", "", "", ""])
             continue
-        student, control = studies[name]["student"], studies[name].get("scratch")
+        student, baseline = studies[name]["student"], studies[name].get("scratch")
         rows.append([label, *(mean(student["best"][split]["mcc"]) for split in splits),
-                     mean(control["best"]["all"]["mcc"]) if control else "",
-                     difference(student, control) if control else "",
+                     mean(baseline["best"]["all"]["mcc"]) if baseline else "",
+                     difference(student, baseline) if baseline else "",
                      difference(student, first) if first and name != "distil" else ""])
+    # The strongest baseline of all: the student's own may be one that no teacher was needed to beat.
     best = max((entries["scratch"] for entries in studies.values() if "scratch" in entries), default=None,
-               key=lambda control: control["best"]["all"]["mcc"]["mean"])
+               key=lambda baseline: baseline["best"]["all"]["mcc"]["mean"])
     said = difference(first, best) if first and best else NOT_RUN
     return ["```", *wrapped(COMMANDS["distil"]), "```", "",
-            *table(["its own options", "in-domain:", "out-of-domain:", "all:", "no-KD baseline, all:",
+            *table(["its own options", "in-domain:", "out-of-domain:", "all:", "baseline, all:",
                     "student minus it, all:", "minus the first row, all:"], rows), "",
-            f"The first row's student minus the best no-KD baseline of all rows: {said}.",
+            f"The first row's student minus the best baseline of all rows: {said}.",
             *measured_on(results[f"paper/{name}"] for name in studies)]
 
 
 def polarity(results: dict[str, dict]) -> list[str]:
-    """Shows teacher, student and no-KD baseline on sentence polarity: accuracy and MCC of best and last epoch."""
+    """Shows teacher, student and baseline on sentence polarity: accuracy and MCC of best and last epoch."""
     study = results.get("paper/polarity")
     lines = ["```", *wrapped(study["command"] if study else COMMANDS["polarity"]), "```", ""]
     if study is None:
@@ -171,14 +181,15 @@ def polarity(results: dict[str, dict]) -> list[str]:
     split, rows = study["selection"]["split"], []
     for entry in study["entries"]:
         best, last = (which in entry and accuracy_and_mcc(entry[which][split]) for which in ("best", "last"))
-        best = best if last else best.replace(" ± 0.000", "")  # all seeds have one teacher
+        # All seeds have one teacher, with no epochs of its own: its deviation is none.
+        best = best if last else best.replace(" ± 0.000", "")
         rows.append([LABELS[entry["entry"]], f"{entry['parameters']:,}", best, last or ""])
     return [*lines, *table(["model", "parameters:", "accuracy / MCC, best epoch", "last epoch"], rows), "",
             f"Seeds: {seeds_of(study)}.{against(study, split)}", *measured_on([study])]
 
 
 def difference(one: dict, other: dict, which: str = "best", split: str = "all") -> str:
-    """Says by how much two entries differ in MCC, paired by seed, with the 95 % interval."""
+    """Returns the difference of two entries in MCC, paired by seed, with the 95 % interval."""
     spread = paired_differences(one, other)[which][split]["mcc"]
     return f"{spread['mean']:+.3f}" + (" ({:+.3f} to {:+.3f})".format(*spread["interval"]) if spread["interval"] else "")
 
@@ -197,6 +208,7 @@ def comparison(name: str, results: dict[str, dict]) -> list[str]:
         if entry not in done:
             rows.append([entry["entry"], "", "", "diverged", "", "", "", "", ""])
             continue
+        # A method that trains nothing has neither a learning rate nor a last epoch.
         counts, rate = entry["parameters"], entry["learning_rate"]
         best, last = entry["best"][split], entry["last"][split]
         percent = counts["trainable_percent"]
@@ -212,7 +224,7 @@ def comparison(name: str, results: dict[str, dict]) -> list[str]:
 
 
 def against(result: dict, split: str) -> str:
-    """Says by how much the accuracy of entries differs from that of others, paired by seed."""
+    """Returns sentences on the differences in accuracy between entries, paired by seed: one for each subtrahend."""
     said, spoken = {}, {name: f"the {label}" for name, label in LABELS.items()}
     for row in (row for row in result["differences"] if "best" in row):
         entry, minus = (spoken.get(row[which], f"`{row[which]}`") for which in ("entry", "minus"))
@@ -240,9 +252,11 @@ def sweep(name: str, results: dict[str, dict]) -> list[str]:
         scores = cells[at]["validation"][split]
         return f"{100 * scores['accuracy']:.1f} % / {scores['mcc']:.3f} ({cells[at]['parameters']['trainable']:,})"
 
+    rows = []
+    for value in row_values:
+        rows.append([str(value), *(cell((value, other)) for other in column_values)])
     shares = " and ".join(f"`{option}` {100 * share:.0f} %" for option, share in (result["importance"] or {}).items())
-    return [*lines, *table([row_option, *(f"{value}:" for value in column_values)],
-                           [[str(value), *(cell((value, other)) for other in column_values)] for value in row_values]), "",
+    return [*lines, *table([row_option, *(f"{value}:" for value in column_values)], rows), "",
             *([f"Share of the scores' variance that each option explains (fANOVA): {shares}."] if shares else []),
             *measured_on([result])]
 
@@ -272,13 +286,19 @@ def measured_row(row: dict) -> list[str]:
 
 
 def measured(results: Iterable[dict], keys: tuple[str, ...]) -> list[str]:
-    """Shows a table for each result, under its machine; of each result the rows under `keys`."""
+    """Shows a table for each result, under its machine.
+
+    Args:
+        keys: the parts of a result whose rows are shown.
+    """
+    # Sorted by machine, so that each one has a single heading.
     lines, machine = [], None
     for result in sorted(results, key=machine_of):
         if machine != (machine := machine_of(result)):
             lines += [f"### {machine}", ""]
         rows = [row for key in keys for row in result[key]]
-        head = ["what", "median:", "smallest to largest:", "target", "met"]
+        # Without targets the two columns would be empty.
+        head = ["measured", "median:", "smallest to largest:", "target", "met"]
         if not any("target" in row for row in rows):
             head, rows = head[:3], [measured_row(row)[:3] for row in rows]
         else:
@@ -290,24 +310,24 @@ def measured(results: Iterable[dict], keys: tuple[str, ...]) -> list[str]:
 
 
 def of_program(name: str, results: dict[str, dict]) -> list[str]:
-    """Shows all that one program measured."""
+    """Shows all measurements of one program."""
     found = [result for result in results.values() if result.get("benchmark") == name]
     return measured(found, ("targets", "measurements")) if found else [f"`python benchmarks/{name}.py`: {NOT_RUN}."]
 
 
 def speed(results: dict[str, dict]) -> list[str]:
-    """Shows what was aimed at, and what was reached."""
+    """Shows the targets of the programs of SPEED, and whether each was met."""
     found = [result for result in results.values() if result.get("benchmark") in SPEED]
     return measured(found, ("targets",)) if found else [f"{', '.join(SPEED)}: {NOT_RUN}."]
 
 
 def measurements(results: dict[str, dict]) -> list[str]:
-    """Shows what the programs of `speed` measured beside their targets."""
+    """Shows the measurements of the programs of SPEED other than their targets."""
     return measured([result for result in results.values() if result.get("benchmark") in SPEED], ("measurements",))
 
 
 def reliability(results: dict[str, dict]) -> list[str]:
-    """Shows what was damaged or killed, and what held; what a checkpoint costs."""
+    """Shows the counts of damage and kills survived, and the cost of a checkpoint."""
     rows, used = [], []
     for name, (label, counts, command) in COUNTED.items():
         result = results.get(name)
@@ -316,16 +336,16 @@ def reliability(results: dict[str, dict]) -> list[str]:
         used += [result] if result else []
     for result in results.values():
         if result.get("benchmark") == "checkpoint_cost":
-            rows += [[f"share of training time that checkpoints cost, {row['what'].split(': ')[0]} (at most 2 % wanted)",
+            rows += [[f"checkpoints' share of training time, {row['what'].split(': ')[0]} (target: at most 2 %)",
                       f"{row['median']:.2f} %", f"`{shown(result)}`"] for row in result["targets"]]
             used.append(result)
-    return [*table(["what", "figure:", "command"], rows), *measured_on(used)]
+    return [*table(["trial", "figure:", "command"], rows), *measured_on(used)]
 
 
 # ---------------------------------------------------------------- the README's one table
 
 def summary(results: dict[str, dict]) -> list[str]:
-    """Shows the figures that a reader looks for first."""
+    """Shows the README's figures: accuracy and MCC of trainings, and factors of speed."""
     rows = []
     if share := majority(results, [name for name, *_ in TRAININGS]):
         rows.append(["CoLA, majority class", f"{share['all']:.3f} / 0", ""])
@@ -350,16 +370,20 @@ def summary(results: dict[str, dict]) -> list[str]:
                      # Older results do not say at which commit they were measured: docs/speed.md shows them, with that.
                      if result.get("benchmark") == program and row["what"].endswith(end)
                      and result["machine"].get("git_commit") and "--precision bf16" not in result["command"]]
-    return table(["what", "accuracy / MCC, or how many times as fast", "command"], rows)
+    return table(["result", "accuracy / MCC, or times as fast", "command"], rows)
 
 
 def architectures(results: dict[str, dict]) -> list[str]:
-    """What works with which architecture: those of which all does by name, the others in a table with the lines said."""
+    """Shows what works with each architecture.
+
+    Architectures with which everything works are listed by name, the others stand in a table with run.py's messages.
+    """
     if "architectures" not in results:
         return [f"`python benchmarks/architectures.py`: {NOT_RUN}."]
     result = results["architectures"]
     outcomes, lines = result["outcomes"], {}
 
+    # Equal messages share one number.
     def cell(outcome: str) -> str:
         word, _, line = ("yes", "", "") if outcome == "works" else ("yes", *outcome.partition(", ")[1:]) if (
             outcome.startswith("works, ")) else ("no", "", outcome)
@@ -384,31 +408,37 @@ SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "s
 # ---------------------------------------------------------------- pages
 
 def pages() -> list[Path]:
+    """Returns every page that may have a table."""
     return [ROOT / "README.md", HERE / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def read_results() -> dict[str, dict]:
-    """Returns every result by the name of its file, and what the paper's recorded steps left as paper/STEP."""
+    """Returns every result by the name of its file, those of the paper's recorded steps as paper/STEP."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))}
     return found | {f"paper/{path.stem}": of_step(path.stem, json.loads(path.read_text()))
                     for path in sorted((HERE / "results" / "paper").glob("*.json")) if path.stem in SHOWN}
 
 
 def of_step(name: str, record: dict) -> dict:
-    """Returns what a step left as a result; a step of TRAININGS with their `rows`."""
+    """Returns the study of a recorded step as a result; a step of TRAININGS with `rows`, as collect.py writes them."""
     study = json.loads(record["files"][STEPS[name].done])
     result = {**study, "command": typed(study["command"]), "git_commits": [study.get("git_commit")]}
     if f"paper/{name}" in (training for training, *_ in TRAININGS):
-        result["rows"] = [{"name": entry["entry"], "trainable": _trained(entry["parameters"]), **{
-            which: entry[which] for which in ("best", "last")}, **{
-            key: [int(epoch) for epoch in entry[key]["values"]] for key in ("best_epoch", "last_epoch")}}
-            for entry in study["entries"] if "last" in entry]
+        result["rows"] = [_row_of(entry) for entry in study["entries"] if "last" in entry]
         result["majority_accuracy"] = study.get("majority_accuracy", study["entries"][0].get("majority_accuracy"))
     return result
 
 
+def _row_of(entry: dict) -> dict:
+    """Returns an entry of a study in the form of a collected row."""
+    row = {"name": entry["entry"], "trainable": _trained(entry["parameters"]), "best": entry["best"], "last": entry["last"]}
+    for key in ("best_epoch", "last_epoch"):
+        row[key] = [int(epoch) for epoch in entry[key]["values"]]
+    return row
+
+
 def _trained(parameters: int | dict) -> int:
-    """Returns how many parameters train: all of a student's, which has one number."""
+    """Returns the number of trained parameters; a student has a single number, because all of its parameters train."""
     return parameters["trainable"] if isinstance(parameters, dict) else parameters
 
 

@@ -1,10 +1,10 @@
-"""Flips bits and cuts files of run folders, reads each folder through run.py, and counts what was noticed.
+"""Flips bits and cuts files of run folders, reads each folder through run.py, and counts the damage noticed.
 
     python benchmarks/tamper_test.py --flips 500
 
-Each file of a finished LoRA run, of a finished distillation and of an unfinished one of each gets that many flips at
-random places, and a tenth as many cuts. Noticed means: exit status 2 and one line that names the file. TensorBoard's
-events, and what an unfinished run writes anew from its checkpoint, are harmless: nothing reads them.
+Each file of a finished LoRA run, of a finished distillation and of an unfinished one of each gets this number of flips at
+random places, and a tenth of it in cuts. Noticed means exit status 2 and one line that names the file. TensorBoard's
+events, and the files that an unfinished run writes anew from its checkpoint, are harmless: nothing reads them.
 Prints a line for each file; exit status 0 if every flip and cut was noticed or harmless.
 """
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 import toy  # noqa: E402 (needs the path above)
 
 SMALL = ("--epochs", "2", "--batch-size", "8")
-# In an unfinished run these are written anew; nothing reads them before.
+# An unfinished run writes these anew; nothing reads them before.
 WRITTEN_ANEW = ("metrics.jsonl", "student.safetensors")
 
 
@@ -38,13 +38,13 @@ def call(*arguments) -> tuple[int, str]:
 
 
 def stopping_after(steps: int):
-    """Returns a patch under which SIGTERM seems to arrive after so many steps."""
+    """Returns a patch that makes SIGTERM seem to arrive after a number of steps."""
     calls = []
     return mock.patch("machine.signals.received", lambda: 15 if (calls.append(1) or len(calls) == steps) else None)
 
 
 def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
-    """Makes the run folders; returns them and, for each, the command lines that read it."""
+    """Makes the run folders; returns each with the command lines that read it."""
     toy.write_model(work / "model")
     toy.write_cola(work / "cola")
     plots = ("--plots", str(work / "plots"))
@@ -64,6 +64,7 @@ def folders(work: Path) -> dict[str, tuple[Path, list[tuple]]]:
                ("report", "12345", "--runs", str(work / "runs"), *plots)]
     more = [("gen", "12345", "--adapter", "RUN", "--max-new-tokens", "1"),
             ("distil", "12345", "--plain", "--teacher", "RUN", "--out", str(work / "none"), *plots)]
+    # Each folder is read by every mode that takes one; an unfinished one can only be resumed.
     return {"LoRA": (work / "runs/LoRA-12345", readers + more),
             "distil": (work / "runs/distil-12345", readers),
             "LoRA, unfinished": (work / "lora", [(*lora, "RUN", "--resume")]),
@@ -83,20 +84,26 @@ def harmless(name: str, path: Path) -> bool:
 
 
 def tamper(work: Path, flips: int, seed: int) -> list[dict]:
-    """Returns a row for each file: how many flips and cuts were tried and noticed, and what went wrong."""
+    """Returns a row for each file: the number of flips and cuts tried and noticed, and the failures in words."""
+    # The places are random, but the same for the same seed: a miss can be looked at again.
     draw, rows = random.Random(seed), []
     for name, (folder, readers) in folders(work).items():
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"):
+        for path in sorted(folder.rglob("*")):
+            # A lock is empty, and no part of the run.
+            if not path.is_file() or path.name == ".lock":
+                continue
             whole, row = path.read_bytes(), {"run": name, "file": str(path.relative_to(folder)), "tried": 0, "noticed": 0,
                                              "harmless": harmless(name, path), "wrong": []}
             rows.append(row)
             if row["harmless"]:
                 continue
+            # Flips first, then cuts; every command that reads the folder has its turn.
             for number in range(flips + max(2, flips // 10)):
                 reader = [str(folder) if word == "RUN" else word for word in readers[number % len(readers)]]
                 path.write_bytes(damaged(whole, draw, cut=number >= flips))
                 status, errors = call(*reader)
                 lines = [line for line in errors.splitlines() if line]
+                # Noticed only if the one line names the file: "damaged" alone would not help a user.
                 row["tried"] += 1
                 if status == 2 and len(lines) == 1 and lines[0].startswith("run.py: ") and path.name in lines[0]:
                     row["noticed"] += 1
@@ -114,7 +121,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         rows = tamper(Path(work), args.flips, args.seed)
-    tried, noticed = (sum(row[key] for row in rows) for key in ("tried", "noticed"))
+    tried, noticed = sum(row["tried"] for row in rows), sum(row["noticed"] for row in rows)
     if args.json:
         from benchmarks import common  # late: it sets the environment that libraries read when imported
 

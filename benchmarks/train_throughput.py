@@ -1,21 +1,21 @@
-"""LoRA training in real tokens a second, on CoLA's real lengths: this project against PEFT.
+"""Measures LoRA training in real tokens a second, on CoLA's real lengths: this project against PEFT.
 
     python benchmarks/train_throughput.py            GPT-2 124M and SmolLM2-135M, batches of 16
     python benchmarks/train_throughput.py --model gpt2 --quick --json
 
-Pads are not counted as tokens. The sides, each in a process of its own, of which one computes at a time:
+Pads are not counted as tokens. The sides have a process each, and one side computes at a time:
 
     ours          batches by length, TextClassifier, LoRALinear, train_utils.fit
-    ours-bf16x3   the same with --precision bf16x3 (amx.py), where the CPU has tiles
+    ours-bf16x3   the same with --precision bf16x3 (amx.py), on a CPU with tiles
     peft-docs     PEFT and the Trainer as their documentation shows them: random order, dynamic padding,
                   the model's own activation and dropout, 0.1 on the inputs of A
-    peft-best     PEFT on the very batches of `ours`, fused activation, no dropout, a bare loop, fused AdamW
-    peft-fp32     (with --precision bf16) peft-best in float32, which is what people run
+    peft-best     PEFT on the same batches as `ours`, fused activation, no dropout, a bare loop, fused AdamW
+    peft-fp32     (with --precision bf16) peft-best in float32, the usual choice
     peft-trainer  (on a GPU) the same model as peft-best under the Trainer with group_by_length
-    products      the frozen matrix products of the same batches and nothing else: the limit, in one precision
+    products      the frozen matmuls of the same batches and nothing else: the limit, in one precision
 
-Every round takes the same sentences on all sides: one batch from each range of lengths. All adapt the
-same layers with the same rank, and start from the same weights, B non-zero.
+Every round takes the same sentences on all sides: one batch from each range of lengths. All sides adapt the same layers
+with the same rank, and start from the same weights, B non-zero.
 """
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MODELS = {"gpt2": {"peft-docs": 3.0, "peft-best": 1.4}, "smollm2": {"peft-best":
 # ---------------------------------------------------------------- the sides, each in its process
 
 class Side:
-    """A way of training, on CoLA's training split in this project's batches."""
+    """Trains in one of the ways, on CoLA's training split in this project's batches."""
 
     def __init__(self, args: argparse.Namespace, base: str, adapter: Path):
         self.args, self.base, self.adapter = args, base, adapter
@@ -72,7 +72,8 @@ class Side:
         raise NotImplementedError
 
     def check(self, number: int) -> tuple[float, float]:
-        """Loss of a batch and norm of the As' gradient, which needs all else, without dropout, in float32."""
+        """Returns a batch's loss and the gradient norm of all As, without dropout, in float32."""
+        # The gradient of A depends on every other part of the step.
         self.model.eval()
         loss = self.loss(self.batches[number].to(device()))
         loss.backward()
@@ -86,14 +87,15 @@ class Side:
         return list(train_utils.trainable(self.model).values())
 
     def set_precision(self) -> None:
-        """Casts what is frozen, once the sides were compared in float32."""
+        """Casts the frozen weights, after the sides were compared in float32."""
         if self.args.precision == "bf16":
             for p in self.model.parameters():
                 if not p.requires_grad:
                     p.data = p.data.bfloat16()
 
     def peak(self, numbers: list[int]) -> tuple[int, int]:
-        """Memory in bytes before training on these batches, and at its peak."""
+        """Returns the memory in bytes before training on these batches, and at its peak."""
+        # Twice: the second pass finds the optimiser's state, as every step but a run's first does.
         before = reset_peak()
         for _ in range(2):
             self.run(numbers)
@@ -102,7 +104,8 @@ class Side:
 
 class Ours(Side):
     def build(self):
-        hardware.keep_freed_memory()  # as every run of this project does; it reaches this process alone
+        # As every run of this project does; the other sides have processes of their own.
+        hardware.keep_freed_memory()
         classifier, _ = load_classifier(self.base, common.LABELS)
         torch.manual_seed(0)
         inject_lora(classifier.net, LoRAOptions())
@@ -122,9 +125,9 @@ class Ours(Side):
                                     precision=self.args.precision)
 
     def profile(self, numbers: list[int]) -> dict[str, float]:
-        """Share of the operators' own time, in percent, on these batches: what the step's time goes into.
+        """Returns the parts' shares of the operators' own time, in percent, on these batches.
 
-        The profiler's own cost lies on every operator alike, so that many small ones seem dearer than they are.
+        The profiler's cost is the same for every operator, so that many small ones seem slower than they are.
         """
         from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -134,8 +137,11 @@ class Ours(Side):
                     return function(*values, **more)
             return call
 
-        plain = {(module, name): getattr(module, name) for module, name in (
-            (amx, "matmul"), (gemm, "product"), *((onepass, name) for name in onepass.ARGUMENTS))}
+        # This project's kernels are called through ctypes: without a label they would be nobody's time.
+        plain = {}
+        for module, names in ((amx, ["matmul"]), (gemm, ["product"]), (onepass, onepass.ARGUMENTS)):
+            for name in names:
+                plain[module, name] = getattr(module, name)
         for (module, name), function in plain.items():
             part = "products" if module in (amx, gemm) else "attention" if "attend" in name else "norms and activations"
             setattr(module, name, labelled(function, part))
@@ -145,14 +151,16 @@ class Ours(Side):
             setattr(module, name, function)
         parts = dict.fromkeys(("products", "attention", "norms and activations", "the rest"), 0.0)
         for event in profiler.key_averages():
+            # This project's kernels by their label, PyTorch's operators by their name.
             part = event.key if event.key in parts else next((part for word, part in PARTS.items() if word in event.key),
                                                              "the rest")
             parts[part] += event.self_cpu_time_total
-        return {part: 100 * spent / sum(parts.values()) for part, spent in parts.items()}
+        total = sum(parts.values())
+        return {part: 100 * spent / total for part, spent in parts.items()}
 
 
 class OursBf16x3(Ours):
-    """With its precision from the start, so that it is held to the same loss as the others."""
+    """Has its precision from the start, so that its loss is checked against the others'."""
 
     def build(self):
         classifier = super().build()
@@ -235,14 +243,14 @@ class PeftBest(Side):
 
 
 class PeftFloat32(PeftBest):
-    """`peft-best` in float32, which is what people run, beside a side of ours in bfloat16."""
+    """Trains `peft-best` in float32, the usual choice, next to a side of ours in bfloat16."""
 
     def __init__(self, args: argparse.Namespace, *setup):
         super().__init__(argparse.Namespace(**{**vars(args), "precision": "fp32"}), *setup)
 
 
 class PeftTrainer(PeftBest):
-    """The Trainer's own loop, timed from the beginning of its first step to the end of its last."""
+    """Trains in the Trainer's own loop, timed from the beginning of its first step to the end of its last."""
 
     def set_precision(self):
         pass  # the Trainer's bf16 is autocast over float32 weights
@@ -261,10 +269,13 @@ class PeftTrainer(PeftBest):
                 synchronize()
                 times.append(time.perf_counter())
 
-        rows = [{"input_ids": ids[:length].tolist(), "attention_mask": [1] * length, "label": label}
-                for batch in (self.batches[i] for i in numbers)
-                for ids, length, label in zip(batch.input_ids, batch.attention_mask.sum(1).tolist(),
-                                              batch.labels.tolist(), strict=True)]
+        # Single rows without pads: the Trainer makes its own batches of them.
+        rows = []
+        for number in numbers:
+            batch = self.batches[number]
+            lengths, labels = batch.attention_mask.sum(1).tolist(), batch.labels.tolist()
+            for ids, length, label in zip(batch.input_ids, lengths, labels, strict=True):
+                rows.append({"input_ids": ids[:length].tolist(), "attention_mask": [1] * length, "label": label})
         trainer = Trainer(
             model=self.model, train_dataset=rows, data_collator=DataCollatorWithPadding(self.tokenizer),
             callbacks=[Clock()], args=TrainingArguments(
@@ -286,7 +297,7 @@ SIDES = {"ours": Ours, "ours-bf16x3": OursBf16x3, "peft-docs": PeftDocs, "peft-b
 
 
 def sides(args: argparse.Namespace) -> list[str]:
-    """Those that this machine has, in this precision."""
+    """Returns the sides of this machine in this precision."""
     left_out = set() if torch.cuda.is_available() else {"peft-trainer"}
     if args.precision == "fp32":
         left_out.add("peft-fp32")
@@ -296,11 +307,12 @@ def sides(args: argparse.Namespace) -> list[str]:
 
 
 def reset_peak() -> int:
-    """Forgets the process's peak memory so far; returns what it holds now, in bytes."""
+    """Resets the process's peak memory; returns its current memory in bytes."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5)): loading is no part of training
+    # 5 resets VmHWM (proc(5)): loading is no part of training.
+    Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
@@ -309,7 +321,7 @@ def peak_bytes() -> int:
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Returns a figure of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
@@ -317,8 +329,9 @@ def _status(name: str) -> int:
 # ---------------------------------------------------------------- processes
 
 def serve(connection, side: str, args: argparse.Namespace, *setup) -> None:
-    """The process of a side: builds it and answers calls of its methods."""
-    os.dup2(2, 1)  # what libraries print is no result
+    """Runs in a side's process: builds the side and answers calls of its methods."""
+    # Output of libraries goes to stderr: stdout is for the result.
+    os.dup2(2, 1)
     common.set_threads(args)
     worker = SIDES[side](args, *setup)
     connection.send("ready")
@@ -328,7 +341,7 @@ def serve(connection, side: str, args: argparse.Namespace, *setup) -> None:
 
 
 class Worker:
-    """The parent's end of a side's process; a call returns when the side has answered."""
+    """Starts a side's process; a call returns when the side has answered."""
 
     def __init__(self, side: str, *setup):
         context = multiprocessing.get_context("spawn")
@@ -350,7 +363,8 @@ class Worker:
             raise SystemExit(f"{self.side}: its process ended; what it said is above") from None
 
     def close(self) -> None:
-        with suppress(OSError):  # it may have ended by itself
+        # It may have ended by itself.
+        with suppress(OSError):
             self.connection.send(None)
         self.process.join()
 
@@ -358,10 +372,12 @@ class Worker:
 # ---------------------------------------------------------------- the benchmark
 
 def measure_padding(report: Report, model: str, batches: list[Batch]) -> None:
-    """Pads in an epoch: ours, random order, and the Trainer's group_by_length."""
+    """Measures the pads of an epoch: ours, random order, and the Trainer's group_by_length."""
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
-    lengths = [length for batch in batches for length in batch.attention_mask.sum(1).tolist()]
+    lengths = []
+    for batch in batches:
+        lengths += batch.attention_mask.sum(1).tolist()
     random.Random(0).shuffle(lengths)
     grouped = list(LengthGroupedSampler(BATCH_SIZE, lengths=lengths, generator=torch.Generator().manual_seed(0)))
     for name, order in (("random order", range(len(lengths))), ("group_by_length", grouped)):
@@ -370,7 +386,8 @@ def measure_padding(report: Report, model: str, batches: list[Batch]) -> None:
 
 
 def measure_memory(report: Report, model: str, workers: dict[str, Worker], batches: list[Batch]) -> None:
-    """Peak memory, the model and all else included, on a sample of the epoch with its largest batch, which sets the peak."""
+    """Measures the peak memory on a sample of the epoch, model and libraries included."""
+    # With the largest batch, which sets the peak.
     largest = max(range(len(batches)), key=lambda i: batches[i].input_ids.numel())
     sample = [*common.spread_sample(12, len(batches), 0), largest]
     peaks = {}
@@ -384,7 +401,7 @@ def measure_memory(report: Report, model: str, workers: dict[str, Worker], batch
 
 
 def goals(model: str, precision: str) -> dict[str, float]:
-    """Targets against PEFT's sides on this machine, in this precision."""
+    """Returns the targets against PEFT's sides on this machine, in this precision."""
     if torch.cuda.is_available():
         return {"peft-trainer": 3.0}
     if precision == "bf16":
@@ -398,16 +415,20 @@ def measure_speed(report: Report, model: str, workers: dict[str, Worker], batche
     if torch.cuda.is_available():
         count *= 8
     samples = [common.spread_sample(count, len(batches), seed) for seed in range(rounds)]
-    for worker in workers.values():  # first calls pay for what later ones find: lengths, optimiser, compilation
+    # Unmeasured: the first calls pay for lengths, optimiser and compilation.
+    for worker in workers.values():
         worker("run", common.spread_sample(2 if quick else 4, len(batches), rounds))
     seconds = common.alternate({side: lambda number, worker=worker: worker("run", samples[number])
                                 for side, worker in workers.items()}, rounds)
-    tokens = [sum(batches[i].tokens for i in sample) for sample in samples]
+    # Real tokens for the rates; the matmuls' own rate counts pads too, which they compute.
+    tokens, flop, flop_per_token = [], [], workers["products"]("flop_per_token")
+    for sample in samples:
+        tokens.append(sum(batches[i].tokens for i in sample))
+        flop.append(flop_per_token * sum(batches[i].input_ids.numel() for i in sample) / 1e9)
     for side in workers:
         report.measure(f"{model}: {side}", common.paired_ratios(tokens, seconds[side]), "tokens/s")
-    flop = [workers["products"]("flop_per_token") * sum(batches[i].input_ids.numel() for i in sample) / 1e9
-            for sample in samples]
     report.measure(f"{model}: products", common.paired_ratios(flop, seconds["products"]), "GFLOP/s")
+    # Each side of ours against each other side: a target, or without one a measurement.
     for ours in (side for side in workers if side.startswith("ours")):
         for side in workers:
             ratios = common.paired_ratios(seconds[side], seconds[ours])
@@ -430,8 +451,10 @@ def measure_model(report: Report, model: str, args: argparse.Namespace, work: Pa
     try:
         for side in sides(args):
             workers[side] = Worker(side, args, base, adapter)
+            # PEFT's sides load the adapter of ours: all start from the same weights.
             if side == "ours":
-                workers[side]("save")  # PEFT's sides load it
+                workers[side]("save")
+        # A batch with pads: a side that reads them would have another loss.
         padded = next(i for i, batch in enumerate(batches[len(batches) // 2:], len(batches) // 2)
                       if batch.tokens < batch.input_ids.numel())
         found = {side: worker("check", padded) for side, worker in workers.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.tables import read_sentences
+from data.lines import read_sentences
 from data_utils import Task, encode
 from distillation.cache import Base, Cache
 from distillation.labels import Labeller

@@ -1,4 +1,4 @@
-"""Measures whether a classifier's probabilities hold: reliability, calibration error, temperature.
+"""Measures a classifier's calibration: reliability, expected calibration error, temperature.
 
     python run.py diagnose runs/LoRA-12345
 
@@ -10,8 +10,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-BINS = 15  # of equal width, as Guo et al. have them
-TEMPERATURES = (0.01, 100.0)  # between which the best one is looked for
+BINS = 15  # of equal width, as in Guo et al.
+TEMPERATURES = (0.01, 100.0)  # bounds of the search for the best one
 
 
 def nll(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
@@ -21,23 +21,30 @@ def nll(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> flo
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature with the lowest negative log-likelihood, from 0.01 to 100; above 1: overconfident."""
+    # Searched on a logarithmic scale: 0.5 and 2 are equally far from no scaling.
     low, high = np.log(TEMPERATURES)
     return float(np.exp(minimize_scalar(lambda log_t: nll(logits, labels, np.exp(log_t)), bounds=(low, high),
                                         method="bounded", options={"xatol": 1e-6}).x))
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[dict]:
-    """Returns, of each bin of confidence that holds rows, its bounds (low, high], rows, mean confidence and accuracy.
+    """Returns the bins of confidence that hold rows: bounds (low, high], n, mean confidence and accuracy of each.
 
     Args:
-        probabilities: (N, K); a row's confidence is its largest.
+        probabilities: (N, K); a row's confidence is its largest one.
         labels: (N,) class indices.
     """
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+    # A bin holds its upper bound; clipped, because rounding may put a confidence of 1 above the last one.
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    return [{"low": i / bins, "high": (i + 1) / bins, "n": int(here.sum()),
-             "confidence": float(confidence[here].mean()), "accuracy": float(right[here].mean())}
-            for i in range(bins) if (here := index == i).any()]
+    found = []
+    for i in range(bins):
+        inside = index == i
+        # An empty bin has neither mean; its gap would weigh nothing.
+        if inside.any():
+            found.append({"low": i / bins, "high": (i + 1) / bins, "n": int(inside.sum()),
+                          "confidence": float(confidence[inside].mean()), "accuracy": float(right[inside].mean())})
+    return found
 
 
 def calibration_error(bins: list[dict]) -> float:
@@ -46,7 +53,7 @@ def calibration_error(bins: list[dict]) -> float:
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict:
-    """Returns n, and calibration error and negative log-likelihood as they are and at the given temperature."""
+    """Returns n, bins, and calibration error and negative log-likelihood, unscaled and at the given temperature."""
     bins = reliability(np.exp(log_softmax(logits, -1)), labels)
     scaled = reliability(np.exp(log_softmax(logits / temperature, -1)), labels)
     return {"n": len(labels), "ece": calibration_error(bins), "ece_scaled": calibration_error(scaled),

@@ -1,11 +1,11 @@
-"""Methods compared on one task: the same seeds, the same budget and the same learning rates to choose from.
+"""Compares methods on one task: the same seeds, the same budget and the same learning rates to choose from.
 
     python run.py compare 12345 --methods none,head,lora,full --seeds 3 --lr-grid 1e-4,3e-4,1e-3
 
-Each entry's learning rate is the one whose best epoch has the highest MCC (of equals, the lowest loss) on the
-selection split, with the first seed; the other seeds run at that rate alone. Every run is `run.py LoRA` in a
-process of its own, for the peak memory of a process never falls again: one after the other, or `--jobs` at a time.
-It leaves an ordinary run folder in `runs/compare-SR/`, so that a comparison started again keeps what is finished.
+The first seed chooses each entry's learning rate: the highest MCC of the best epoch (of equals, the lowest loss) on the
+selection split. The other seeds run at that rate alone. Every run is `run.py LoRA` in a process of its own, because the
+peak memory of a process never falls again: one after the other, or `--jobs` at a time. It leaves an ordinary run folder in
+`runs/compare-SR/`, and a comparison started again keeps the finished ones.
 """
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ from report import records, studies
 from report import seeds as seeds_tables
 
 RUN = Path(__file__).parents[1] / "run.py"
-PRCTL = getattr(ctypes.CDLL(None), "prctl", None)  # looked up here: between fork and exec there is no time for it
-DIVERGED = 3  # run.py's exit status where a loss is not finite
+# Looked up at import: between fork and exec nothing may be imported or allocated at length.
+PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
+DIVERGED = 3  # run.py's exit status after a loss that is not finite
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared, and where it goes."""
+    """Holds the entries of a comparison, their seeds, and the folder of its runs."""
 
     sr: str
     entries: list[Entry]
@@ -52,15 +53,15 @@ class CompareOptions:
     out: Path
     settings: dict  # every option as resolved: a comparison goes on only under the same ones
     overwrite: bool = False
-    jobs: int = 1  # runs at a time; each has its part of the threads
-    against: str | None = None  # the entry that is subtracted from every other one, seed by seed
+    jobs: int = 1  # runs at a time, each with its part of the threads
+    against: str | None = None  # entry to subtract from every other one, seed by seed
 
 
 def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) -> dict:
-    """Runs what is missing of the comparison and writes compare.json and compare.tex.
+    """Runs the missing runs of the comparison and writes compare.json and compare.tex.
 
     Returns:
-        What is in compare.json.
+        The content of compare.json.
 
     Raises:
         UserError: bad input, before anything is written; other options than the folder's; a run that failed.
@@ -70,41 +71,31 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
     names = [entry.name for entry in options.entries]
     if options.against not in (None, *names):
         raise UserError(f"--against {options.against}: no such entry; expected one of {', '.join(names)}")
+    # Every entry is checked before the first run: hours later is too late for a mistyped target.
     task = [check(entry) for entry in options.entries][0]
     seeds = seeds_of(options.sr, options.seeds)
-    plan = {entry.name: [(seeds[0], rate) for rate in entry.rates or [None]] for entry in options.entries}
-    total = sum(len(runs) + len(seeds) - 1 for runs in plan.values())
+    total = sum(len(first_runs(entry, seeds)) + len(seeds) - 1 for entry in options.entries)
     record = provenance(options.settings, task.files)
     rows, runs = [], []
     with study_folder(options.out, record, options.overwrite) as folder, tqdm(
             total=total, unit="run", desc="compare", dynamic_ncols=True) as bar:
-
-        def run(entry: Entry, which: list[tuple[str, float | None]]) -> list[dict]:
-            names = ["-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed]) for seed, rate in which]
-            words = [["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"])] for seed, rate in which]
-            folders, found = [folder / name for name in names], []
-            done = finished_runs(list(zip(words, folders, strict=True)), threads, options.jobs)
-            for (seed, rate), name in zip(which, names, strict=True):
-                bar.set_postfix_str(name)
-                summary = next(done)
-                found.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
-                              "status": "finished" if summary else "diverged", "summary": summary})
-                bar.update()
-            runs.extend(found)
-            return found
-
-        total_threads = read_json(folder / "config.json").get("threads")  # recorded when the comparison began
+        # The number of threads is recorded when the comparison begins, and is the same for every run.
+        total_threads = read_json(folder / "config.json").get("threads")
         threads = threads_each([path.parent for path in sorted(folder.glob("*/config.json"))], total_threads, options.jobs)
         for entry in options.entries:
-            tried = run(entry, plan[entry.name])
-            chosen = choose_rate(tried)
-            others = run(entry, [(seed, chosen["learning_rate"]) for seed in seeds[1:]]) if chosen else []
+            tried = run_entry(entry, first_runs(entry, seeds), folder, threads, options.jobs, bar)
+            chosen = choose_learning_rate(tried)
+            # An entry that diverged at every rate has no rate for the other seeds.
+            later = [(seed, chosen["learning_rate"]) for seed in seeds[1:]] if chosen else []
+            others = run_entry(entry, later, folder, threads, options.jobs, bar)
             bar.update(0 if chosen else len(seeds) - 1)
-            rows.append(aggregate(entry, tried, [r for r in [chosen, *others] if r and r["summary"]], folder))
+            runs += [*tried, *others]
+            rows.append(aggregate(entry, tried, [run for run in [chosen, *others] if run and run["summary"]], folder))
         result = {"mode": "compare", "sr": options.sr, "model": options.entries[0].options.model, "task": task.name,
                   "seeds": seeds, "selection": selection(runs), **record, "entries": rows, "runs": runs,
                   "differences": differences(rows, options.against)}
         write_json(folder / "compare.json", result)
+        # The tables are made from the file, as the report's are, so that both can only say the same.
         written = records.read_json(folder / "compare.json")
         write_file(folder / "compare.tex", studies.compare_latex(written))
         write_file(folder / "compare_intervals.tex", seeds_tables.intervals_latex(written))
@@ -112,6 +103,36 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
     if len(seeds) > 1:
         say(seeds_tables.intervals_text(written))
     return result
+
+
+def first_runs(entry: Entry, seeds: list[str]) -> list[tuple[str, float | None]]:
+    """Returns the first seed with every learning rate of an entry; None is the rate of a method that trains nothing."""
+    return [(seeds[0], rate) for rate in entry.rates or [None]]
+
+
+def run_entry(entry: Entry, which: list[tuple[str, float | None]], folder: Path, threads: int | None, jobs: int, bar: tqdm
+              ) -> list[dict]:
+    """Finishes the runs of an entry.
+
+    Args:
+        which: the seed and learning rate of each run.
+
+    Returns:
+        Each run as compare.json lists it: entry, learning_rate, seed, folder, status, and its summary or None.
+    """
+    names, runs, found = [], [], []
+    for seed, rate in which:
+        names.append("-".join([entry.name, *([] if rate is None else [f"lr{rate!r}"]), seed]))
+        words = ["LoRA", seed, *entry.words, *([] if rate is None else [f"--lr={rate!r}"])]
+        runs.append((words, folder / names[-1]))
+    done = finished_runs(runs, threads, jobs)
+    for (seed, rate), name in zip(which, names, strict=True):
+        bar.set_postfix_str(name)
+        summary = next(done)
+        found.append({"entry": entry.name, "learning_rate": rate, "seed": seed, "folder": name,
+                      "status": "finished" if summary else "diverged", "summary": summary})
+        bar.update()
+    return found
 
 
 def check(entry: Entry):
@@ -134,7 +155,8 @@ def study_folder(out: Path, config: dict, overwrite: bool):
     folder = make_folder(out)
     with locked(folder, "comparison"):
         if overwrite and (folder / "config.json").exists():
-            for log in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]/log.txt"):  # its runs, and nothing else that may lie here
+            # Its runs, which all have a log, and no other folder that somebody put next to them.
+            for log in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]/log.txt"):
                 remove_child(log.parent)
             for name in ("compare.json", "compare.tex", "compare_intervals.tex", "config.json"):
                 (folder / name).unlink(missing_ok=True)
@@ -146,39 +168,49 @@ def study_folder(out: Path, config: dict, overwrite: bool):
 
 
 def same_settings(before: dict, now: dict, what: Path | str) -> None:
-    """Refuses to go on under other options, or with other data, than something began with."""
+    """Checks that a study goes on with the options and data that it began with.
+
+    Args:
+        before: its config.json.
+        now: the same of this start.
+        what: the study, for the error's text.
+
+    Raises:
+        UserError: an option or a file is another one; names it.
+    """
     old, new = before.get("options", {}), now["options"]
     for name in [*new, *(name for name in old if name not in new)]:
         if old.get(name) != new.get(name):
-            raise UserError(f"{what}: began with another --{name.replace('_', '-')}: {_said(old.get(name))}, now "
-                            f"{_said(new.get(name))}; choose another SR or --out, or pass --overwrite")
+            raise UserError(f"{what}: began with another --{name.replace('_', '-')}: {_in_words(old.get(name))}, now "
+                            f"{_in_words(new.get(name))}; choose another SR or --out, or pass --overwrite")
     for path in now["data_files"].keys() | before.get("data_files", {}).keys():
         if now["data_files"].get(path) != before.get("data_files", {}).get(path):
             raise UserError(f"{what}: began with other data: {path} is not the file it began with; choose another SR or "
                             "--out, or pass --overwrite")
 
 
-def _said(value) -> str:
+def _in_words(value) -> str:
     return "none" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # ---------------------------------------------------------------- one run
 
 def threads_each(folders: Iterable[Path], threads: int | None, jobs: int) -> int | None:
-    """Returns the threads of each of several runs: those of the first that has begun, else its part of `threads`.
-
-    Another number would add up in another order, and give the seeds begun now another rounding than the others.
-    """
+    """Returns the threads of each run: those of the first that has begun, else its part of `threads`."""
+    # Another number of threads sums in another order: seeds that begin now would be rounded otherwise than the others.
     begun = (read_json(folder / "config.json").get("threads") for folder in folders if (folder / "config.json").exists())
     return next(begun, None) or (threads and max(1, threads // jobs))
 
 
 def finished_runs(runs: list[tuple[list[str], Path]], threads: int | None, jobs: int) -> Iterator[dict | None]:
-    """Yields what `finished_run` returns of each run's words and folder, in their order; `jobs` of them run at a time.
+    """Yields the result of `finished_run` for each run's words and folder, in order; `jobs` of them run at a time.
 
-    An error of one, or a signal, asks the others to stop; it is raised when they have saved their state.
+    Raises:
+        UserError, KeyboardInterrupt: of one run, or a signal; after the other runs have been asked to stop and have saved
+            their state.
     """
-    if jobs == 1:  # in this thread, which signals reach by themselves
+    if jobs == 1:
+        # In the main thread, where Python delivers signals.
         yield from (finished_run(words, folder, threads) for words, folder in runs)
         return
     stopped = threading.Event()
@@ -192,7 +224,8 @@ def finished_runs(runs: list[tuple[list[str], Path]], threads: int | None, jobs:
         try:
             return finished_run(*run, threads, tick)
         except BaseException:
-            stopped.set()  # at once, or this thread would begin another run
+            # At once: this thread would begin another run before the main one hears of the error.
+            stopped.set()
             raise
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -209,17 +242,19 @@ def finished_run(words: list[str], folder: Path, threads: int | None, tick: Call
     """Returns the summary of a run, which is started or resumed if it is not finished; None if it diverged.
 
     Args:
-        words: of its command line, but for its folder: mode, SR, options.
+        words: of its command line without its folder: mode, SR, options.
         tick: see `run_child`.
 
     Raises:
         UserError: the run failed; names its log.
     """
-    diverged = folder / "diverged.txt"  # or a comparison started again would try the same once more
+    # A note of the divergence: a comparison started again would otherwise try the same rate once more.
+    diverged = folder / "diverged.txt"
     if not (folder / "summary.json").exists() and not diverged.exists():
         make_folder(folder)
+        # The child of a killed comparison may still be at work in this folder: the lock is free when it has ended.
         with filelock.FileLock(folder / ".lock"):
-            pass  # the child of a killed comparison may still be at work here: now it has ended
+            pass
     if not (folder / "summary.json").exists() and not diverged.exists():
         words = [*words, f"--out={folder}", "--resume", "--no-plots", f"--device={device().type}"]
         status = run_child(words, folder / "log.txt", threads, tick=tick)
@@ -237,17 +272,20 @@ def finished_run(words: list[str], folder: Path, threads: int | None, tick: Call
 
 def run_child(words: list[str], log: Path, threads: int | None = None, program: Path | None = None,
               tick: Callable[[], None] | None = None) -> int:
-    """Runs `python run.py WORDS` in a process of its own, with so many threads (all cores if None) and its output in `log`.
+    """Runs `python run.py WORDS` in a process of its own, its output in `log`.
 
     Args:
+        threads: of the child; all cores if None.
         program: run.py if None.
-        tick: called every second while the child runs; a KeyboardInterrupt of it stops the child.
+        tick: called every second while the child runs; a KeyboardInterrupt from it stops the child.
 
-    Returns the exit status, negative for a signal.
+    Returns:
+        The exit status, negative for a signal.
 
-    Interrupted, it asks the child to stop and waits until that has saved its state. The child is in a process group of
-    its own: Ctrl-C would reach it too, and SIGINT after a signal ends it at once.
+    Raises:
+        KeyboardInterrupt: a signal, after the child has been asked to stop and has saved its state.
     """
+    # In a process group of its own: Ctrl-C would reach the child too, and a second signal ends it before it has saved.
     with open(log, "ab") as output:
         child = subprocess.Popen([sys.executable, str(program or RUN), *words], stdin=subprocess.DEVNULL, stdout=output,
                                  stderr=output, preexec_fn=_end_with_parent, process_group=0,
@@ -265,30 +303,31 @@ def run_child(words: list[str], log: Path, threads: int | None = None, program: 
 
 
 def _threads(threads: int | None) -> dict[str, str]:
-    """Returns environment variables that give a child so many threads, even more than cores (MKL_DYNAMIC)."""
+    """Returns environment variables for a child with this number of threads, even above the cores (MKL_DYNAMIC)."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"} if threads else {}
 
 
 def _end_with_parent() -> None:
-    """Lets the kernel (of Linux) send SIGTERM to the child, which then saves its state, when this process is killed."""
+    """Makes Linux send SIGTERM to the child when this process is killed, so that it saves its state."""
     if PRCTL:
-        PRCTL(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of sys/prctl.h
+        # 1 is PR_SET_PDEATHSIG of sys/prctl.h.
+        PRCTL(1, signal.SIGTERM)
 
 
 def size_on_disk(folder: Path) -> int:
-    """Returns the bytes of the weights that a finished run saved."""
+    """Returns the bytes of a finished run's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- many runs
 
 def score(summary: dict) -> tuple[float, float]:
-    """Returns (MCC, -loss) on the selection split, by which a learning rate is chosen, as an epoch is."""
+    """Returns (MCC, -loss) on the selection split: the order in which epochs and learning rates are chosen."""
     values = summary["validation"][train_utils.selection_split(summary["validation"])]
     return values["mcc"], -values["loss"]
 
 
-def choose_rate(tried: list[dict]) -> dict | None:
+def choose_learning_rate(tried: list[dict]) -> dict | None:
     """Returns the run with the best score; None if every run diverged."""
     return max((run for run in tried if run["summary"]), key=lambda run: score(run["summary"]), default=None)
 
@@ -305,7 +344,7 @@ def aggregate(entry: Entry, tried: list[dict], chosen: list[dict], folder: Path)
 
     Args:
         tried: the first seed's run at every learning rate.
-        chosen: the runs at the chosen one that did not diverge; none if every learning rate diverged.
+        chosen: the runs at the chosen rate that did not diverge; empty if every learning rate diverged.
     """
     row = {"entry": entry.name, "method": entry.options.method, "model": entry.options.model, "words": entry.words,
            "tried": [{"learning_rate": run["learning_rate"],
@@ -326,7 +365,7 @@ def aggregate(entry: Entry, tried: list[dict], chosen: list[dict], folder: Path)
 
 
 def differences(rows: list[dict], against: str | None) -> list[dict]:
-    """Computes every entry minus the entry `against`, paired by seed; nothing if `against` is not given."""
+    """Computes every entry minus the entry `against`, paired by seed; an empty list without `against`."""
     other = next((row for row in rows if row["entry"] == against and row["seeds"]), None)
     return [{"entry": row["entry"], "minus": against, **paired_differences(row, other)}
             for row in rows if other and row is not other and row["seeds"]]

@@ -1,10 +1,12 @@
-"""What a run left behind: its model loaded again, and scored on a labelled file.
+"""Loads a finished run's model again and scores it on labelled rows.
 
     python run.py eval runs/LoRA-12345 --data FILE
+    python run.py eval runs/LoRA-12345              # the share of its file that the run held out
 """
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,14 +20,16 @@ from data.backbones import load_tokenizer
 from data.digests import tokenizer_digest
 from data_utils import Split
 from experiments.inputs import check_base, separator_of
+from experiments.trained_on import check_not_trained_on, count_trained_on, recorded_task, training_files
 from machine.errors import UserError
 from machine.hardware import device
-from metrics.classification import per_class
 from model import DistilRNN, TextClassifier, load_classifier
 from options.schema import RNNConfig, TableOptions, rebuild
 from record import tensors
-from record.files import read_json, write_file
+from record.files import read_json, sha256, write_file
 from record.folder import read_run, warn_of_changed_data
+
+HELD_OUT = "held_out"  # the development split that was set aside from the training rows
 
 
 def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
@@ -40,7 +44,7 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
     classifier, _ = load_classifier(options["model"], len(config.get("classes", data_utils.COLA_CLASSES)))
     check_base(folder, config, options["model"], classifier.net, tokenizer)
     columns = len(options.get("feature_columns") or ())
-    # The training rows are in the saved statistics; what stands here is replaced by them.
+    # The saved statistics of the training rows replace this row of zeros.
     classifier.configure(options["method"], features=torch.zeros(1, columns, dtype=torch.float64) if columns else None)
     if options["method"] == "lora":
         peft_layout.load_adapter(classifier.net, folder)
@@ -56,7 +60,7 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
             classifier.feature_head.load_state_dict(tensors.load_tensors(path))
         except RuntimeError:
             raise UserError(f"{path}: made for other features") from None
-    # bf16x3 is a way of computing float32: where it cannot be had, the plain way gives the same up to rounding.
+    # bf16x3 computes float32 matmuls on tiles: without tiles, plain float32 gives the same up to rounding.
     plain = options["precision"] == "bf16x3" and (device().type != "cpu" or not speed.has_tiles())
     speed.install(classifier)
     speed.set_precision(classifier.net.base_model, "fp32" if plain else options["precision"])
@@ -64,14 +68,17 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
 
 
 def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object, dict]:
-    """Loads the student of a distillation run (or the no-KD baseline, `scratch`), its tokenizer and the run's options.
+    """Loads the student of a distillation run, its tokenizer and the run's options.
+
+    Args:
+        name: of the weights' file: `student`, or `scratch` for the baseline, the same student without a teacher.
 
     Raises:
         UserError: not a finished distillation run, or damaged.
     """
     config, summary = read_run(folder, "distil")
     if name not in summary:
-        raise UserError(f"{folder}: has no no-KD baseline (it was run with --no-control)")
+        raise UserError(f"{folder}: has no baseline (it was run with --no-control)")
     sizes = read_json(Path(folder) / "student_config.json")
     try:
         student = DistilRNN(RNNConfig(**sizes))
@@ -80,6 +87,7 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}: damaged student ({str(error).splitlines()[0]})") from None
+    # Token ids index the student's embeddings: another tokenizer would look up other words.
     name, tokenizer = config["options"]["model"], load_tokenizer(config["options"]["model"])
     if config.get("tokenizer_sha256") not in (None, tokenizer_digest(tokenizer)):
         raise UserError(f"{folder}: the tokenizer of {name} is not the one that the student was trained with")
@@ -87,48 +95,106 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
     return student.to(device()).eval(), tokenizer, config["options"]
 
 
-def answers(folder: Path, data: Path) -> tuple[Tensor, Split, list[str]]:
-    """Returns a saved run's logits (N, labels) of a labelled file, the file's rows, and the classes' names.
+@dataclass(frozen=True)
+class ScoredRows:
+    """Holds a saved run's answers to labelled rows."""
+
+    name: str  # of the file or split
+    logits: Tensor  # (N, labels)
+    split: Split  # the rows
+    classes: list[str]  # names of the classes
+    trained_on: int | None  # rows that stand in the training data too; None where these cannot be read
+    notes: list[str]  # the same in words, as warnings; empty without such rows
+
+
+def score_rows(folder: Path, data: Path | None, allow_training_data: bool = False) -> ScoredRows:
+    """Answers a labelled file with a saved run.
 
     Args:
-        folder: of a finished LoRA or distillation run (of which the student answers).
-        data: in the format of the run's task, with the run's columns.
+        folder: of a finished LoRA or distillation run (the student of the latter answers).
+        data: in the format of the run's task, with the run's columns. None: the run's own development split, which is
+            the share of its file that was held out, or its one development file.
+        allow_training_data: score a file that was trained on, with a warning.
+
+    Raises:
+        UserError: no such run, a file that cannot be read or was trained on, several development files.
     """
     config, summary = read_run(folder)
-    warn_of_changed_data(config, data)
+    if data is not None:
+        warn_of_changed_data(config, data)
+        # The reader names a missing file, together with the format that it expects.
+        files = {str(data): sha256(data)} if data.is_file() else {}
+        check_not_trained_on(folder, config, files, allow_training_data)
     model, tokenizer, options = (load_finetuned if summary["mode"] == "LoRA" else load_student)(folder)
+    # Runs made before there were other tasks recorded no classes: theirs are CoLA's.
     classes = config.get("classes", data_utils.COLA_CLASSES)
-    split = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
-    return logits_of(model, split, tokenizer, options), split, classes
+    if data is None:
+        name, split = own_split(folder, config, tokenizer, allow_training_data)
+    else:
+        name, split = str(data), data_utils.read_rows(
+            data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
+    counts, notes = count_trained_on(folder, config, tokenizer, {name: split})
+    return ScoredRows(name, logits_of(model, split, tokenizer, options), split, classes, counts[name], notes)
+
+
+def own_split(folder: Path, config: dict, tokenizer, allow_training_data: bool) -> tuple[str, Split]:
+    """Returns name and rows of a run's only development split, the same rows as during training.
+
+    Raises:
+        UserError: it has several, or its data changed or were trained on.
+    """
+    task = recorded_task(folder, config, tokenizer)
+    if len(task.dev) > 1:
+        files = [name for name in task.files if name not in training_files(config).values()]
+        raise UserError(f"--data: missing; {folder} has several development splits, {', '.join(task.dev)}: give one of "
+                        f"{', '.join(files)}, or another file")
+    (name, split), = task.dev.items()
+    # Held-out rows come from the training file itself; a development file must not be a copy of it.
+    others = {} if name == HELD_OUT else dict(list(task.files.items())[1:])
+    check_not_trained_on(folder, config, others, allow_training_data)
+    return name, split
 
 
 def logits_of(model: TextClassifier | DistilRNN, split: Split, tokenizer, options: dict) -> Tensor:
     """Returns logits (N, labels) of a split's rows, batched as the run with these options batched development rows."""
+    # The student reads text alone.
     if isinstance(model, DistilRNN):
-        split = replace(split, features=[])  # the student reads text alone
+        split = replace(split, features=[])
     return train_utils.compute_logits(model, data_utils.make_batches(
         split, tokenizer, options["max_length"], options["batch_size"], options["seed"], options.get("batch_tokens"),
         options.get("truncate", "tail"), shared_prefixes=True))
 
 
-def evaluate_run(folder: Path, data: Path, predictions: Path | None = None) -> dict:
-    """Scores a saved run on a labelled file of its task's format.
+def evaluate_run(folder: Path, data: Path | None = None, predictions: Path | None = None,
+                 allow_training_data: bool = False) -> dict:
+    """Scores a saved run on a labelled file of its task's format, or on the rows that it held out.
 
     Args:
-        folder, data: see `answers`.
+        folder, data, allow_training_data: see `score_rows`.
         predictions: if given, a TSV of sentence, label, prediction and probability (of the prediction).
 
     Returns:
-        n, loss, accuracy, mcc, macro_f1, majority_accuracy, by_class {confusion, per_class}.
+        n, loss, accuracy, mcc, macro_f1, majority_accuracy, data (file or split), trained_on (rows that stand in the
+        training data too), by_class {confusion, per_class}.
     """
-    logits, split, classes = answers(folder, data)
+    scored = score_rows(folder, data, allow_training_data)
     if predictions is not None:
-        probability, chosen = logits.softmax(-1).max(-1)
-        rows = zip(split.sentences, split.labels, chosen.tolist(), probability.tolist(), strict=True)
-        write_file(predictions, "sentence\tlabel\tprediction\tprobability\n" + "".join(
-            f"{' '.join(sentence.split())}\t{classes[label]}\t{classes[prediction]}\t{p:.6f}\n"
-            for sentence, label, prediction, p in rows))
-    answer = logits, torch.tensor(split.labels)
+        write_predictions(scored, predictions)
+    # Warned of last: a command that fails says one line, its error.
+    for note in scored.notes:
+        warnings.warn(note, stacklevel=2)
+    # The same functions as during training, so that the scores equal the summary's.
+    answer = scored.logits, torch.tensor(scored.split.labels)
     matrix = train_utils.confusion(*answer)
-    return {**train_utils.scores(*answer),
-            "by_class": {"confusion": matrix, "per_class": per_class(matrix, classes)}}
+    return {**train_utils.scores(*answer), "data": scored.name, "trained_on": scored.trained_on,
+            "by_class": {"confusion": matrix, "per_class": train_utils.per_class(matrix, scored.classes)}}
+
+
+def write_predictions(scored: ScoredRows, path: Path) -> None:
+    """Writes a TSV of sentence, label, prediction and the prediction's probability; spaces in a sentence become one."""
+    probability, chosen = scored.logits.softmax(-1).max(-1)
+    lines = ["sentence\tlabel\tprediction\tprobability\n"]
+    for sentence, label, prediction, p in zip(scored.split.sentences, scored.split.labels, chosen.tolist(),
+                                              probability.tolist(), strict=True):
+        lines.append(f"{' '.join(sentence.split())}\t{scored.classes[label]}\t{scored.classes[prediction]}\t{p:.6f}\n")
+    write_file(path, "".join(lines))

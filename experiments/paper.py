@@ -3,10 +3,10 @@
     python run.py paper 12345 --profile quick
     python run.py paper 12345 --profile full --data-root ../shared/data --seeds 3
 
-The steps are declared in experiments/steps.py. Each is a command line in a process of its own, with its output in a log;
-what it leaves are ordinary runs and studies. Several are at work at a time, each with its part of the CPU's threads. A step
-that is done is kept, an interrupted one goes on where it stopped, and one that fails is named while the others go on.
-paper.json says what became of each; the report is made from it.
+The steps are declared in experiments/steps.py. Each is a command line in a process of its own, with its output in a log,
+and leaves ordinary runs and studies. Several run at a time, each with its part of the CPU's threads. A step that is done
+is kept, an interrupted one goes on where it stopped, and a failed one is named while the others go on. paper.json holds
+the outcome of each step; the report is made from it.
 """
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from record.folder import provenance
 from report import build
 
 ROOT = compare.RUN.parent
-AT_A_TIME = 3  # steps on a CPU that has as many cores: more want the memory of as many trainings
+AT_A_TIME = 3  # steps on a CPU with as many cores: each takes the memory of a training
 
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """Says which paper is made, from what, and where its runs go."""
+    """Holds the paper's profile, its data, the steps to run, and the folder of its runs."""
 
     sr: str
     profile: str  # quick or full
@@ -47,17 +47,23 @@ class PaperOptions:
     data_root: Path | None  # folder of the data sets; the Hub's GPT-2 and CoLA if None
     out: Path
     only: tuple[str, ...] = ()  # names of the steps to run; all if empty
-    overwrite: bool = False
+    overwrite: bool = False  # remove those steps first, and run them whatever their records
     jobs: int | None = None  # steps at a time; see `jobs_here` if None
-    records: Path | None = None  # folder of what finished steps left, all but the weights
-    no_run: bool = False  # builds the paper of what is there
+    records: Path | None = None  # folder of the finished steps' results without weights
+    no_run: bool = False  # run and remove nothing: build the paper from the results at hand
+
+    @property
+    def settings(self) -> dict:
+        """Returns the options that decide the results; a paper goes on only under the same ones."""
+        return {"profile": self.profile, "seeds": self.seeds,
+                "data_root": None if self.data_root is None else str(self.data_root)}
 
     @property
     def steps(self) -> list[Step]:
         """Returns the steps of the paper.
 
         Raises:
-            UserError: `only` names a step that there is not.
+            UserError: `only` names an unknown step.
         """
         found = steps(self.profile, self.sr, self.seeds, self.data_root, self.out)
         names = [step.name for step in found]
@@ -67,7 +73,7 @@ class PaperOptions:
 
 
 def plan(options: PaperOptions) -> str:
-    """Returns every step of the paper for the terminal: whether it is done, about how long it takes, its command."""
+    """Returns every step of the paper for the terminal: its state or estimated minutes, and its command."""
     lines = []
     for step in options.steps:
         state = f"about {step.minutes:g} min on one core"
@@ -80,18 +86,18 @@ def plan(options: PaperOptions) -> str:
 
 
 def command(step: Step, rate: str = CHOSEN) -> str:
-    """Returns a step's command line, with the learning rate that the grid chose."""
+    """Returns a step's command line, with the grid's learning rate in the place of CHOSEN."""
     return "python " + shlex.join(rate if word == CHOSEN else word for word in step.words)
 
 
 def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
-    """Runs what is missing of the paper, writes paper.json and builds report/main.pdf.
+    """Runs the missing steps of the paper, writes paper.json and builds report/main.pdf.
 
     Returns:
-        The PDF, and what failed, a line each.
+        The PDF, and the failures, a line each.
 
     Raises:
-        UserError: bad input; another paper's folder; no Hub where it is needed.
+        UserError: bad input; another paper's folder, or one that no paper made; no Hub for a paper without data.
         signals.Interrupted: asked to stop; the step at work has saved its state.
     """
     wanted = [step for step in options.steps if not options.only or step.name in options.only]
@@ -99,20 +105,21 @@ def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
         wanted = []
     else:
         check(options)
-    settings = {"profile": options.profile, "seeds": options.seeds,
-                "data_root": None if options.data_root is None else str(options.data_root)}
+    check_own_folder(options.out)
     build.check_latex()
     with locked(make_folder(options.out), "paper"):
+        record = provenance(options.settings, {})
+        config = options.out / "config.json"
+        # Only a paper whose every step is removed may go on under other options.
+        begins_anew = options.overwrite and wanted == options.steps
+        if config.exists() and not begins_anew:
+            compare.same_settings(read_json(config), record, options.out)
         if options.overwrite:
-            for step in options.steps:
-                shutil.rmtree(options.out / Path(step.done).parts[0], ignore_errors=True)
-            shutil.rmtree(options.out / "steps", ignore_errors=True)
-            (options.out / "config.json").unlink(missing_ok=True)
-        record = provenance(settings, {})
-        if (options.out / "config.json").exists():
-            compare.same_settings(read_json(options.out / "config.json"), record, options.out)
-        else:
-            write_json(options.out / "config.json", record)
+            for step in wanted:
+                remove_step(step, options)
+        # Written after the steps are gone and over the old file: a paper's folder is known as one at every moment.
+        if begins_anew or not config.exists():
+            write_json(config, record)
         if options.records:
             exchange(wanted, options)
         failures = run_steps(wanted, options) if wanted else []
@@ -121,15 +128,50 @@ def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
     return pdf, failures
 
 
-def exchange(wanted: list[Step], options: PaperOptions) -> None:
-    """Records the steps that are done here, and takes from their records those that are not, unless they have to be run.
+def check_own_folder(out: Path) -> None:
+    """Checks that a folder is new, empty, or one that a paper made: nothing of others is overwritten or removed.
 
-    A step has to be run, whatever its record, if one needs it that is wanted and neither done nor recorded.
+    Raises:
+        UserError: it holds something else.
+    """
+    if not out.is_dir() or not [path for path in out.iterdir() if path.name != ".lock"]:
+        return
+    config = out / "config.json"
+    options = read_json(config).get("options") if config.is_file() else None
+    if not isinstance(options, dict) or not {"profile", "seeds", "data_root"} <= options.keys():
+        raise UserError(f"--out {out}: neither empty nor a paper's folder; expected a new folder")
+
+
+def remove_step(step: Step, options: PaperOptions) -> None:
+    """Removes the results of one step: its folder, or in a folder that steps share its own runs; its log and state.
+
+    Links to another step's runs are removed, and the runs stay.
+    """
+    top = Path(step.done).parts[0]
+    shared = any(Path(other.done).parts[0] == top for other in options.steps if other.name != step.name)
+    own = [*options.out.glob(step.runs or f"{step.name}/*"), options.out / step.done]
+    for path in own if shared else [options.out / top]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for ending in ("json", "log"):
+        (options.out / "steps" / f"{step.name}.{ending}").unlink(missing_ok=True)
+
+
+def exchange(wanted: list[Step], options: PaperOptions) -> None:
+    """Records the steps that are done, and restores the others from their records, unless they have to be run.
+
+    A step has to be run, whatever its record, if it is to be overwritten, or if a wanted step that is neither done nor
+    recorded needs its weights.
     """
     done = {step.name for step in options.steps if is_done(step, options)}
     recorded = {step.name for step in options.steps if step_records.has_record(step, options.records)}
+    if options.overwrite:
+        recorded -= {step.name for step in wanted}
     restored = {step.name for step in options.steps if step_records.is_restored(step, options.out)}
     by_name = {step.name: step for step in options.steps}
+    # Down the chain of needs, to the first steps whose weights are at hand.
     needed, left = set(), [step for step in wanted if step.name not in done | recorded]
     while left:
         needs = {name for name in left.pop().needs if name not in needed}
@@ -140,16 +182,18 @@ def exchange(wanted: list[Step], options: PaperOptions) -> None:
             step_records.keep(step, options.out, options.records)
         elif step.name in restored & needed:
             step_records.forget(step, options.out, options.records)
-        elif step.name in recorded - needed:  # what was taken before too: the record may be newer
+        # A step that was restored before is restored again: its record may be newer.
+        elif step.name in recorded - needed:
             step_records.restore(step, options.out, options.records)
 
 
 def check(options: PaperOptions) -> None:
-    """Checks that models and data are there, before hours of work.
+    """Checks that models and data are at hand, before hours of work.
 
     Raises:
-        UserError: a folder of data, or the Hub, is not there.
+        UserError: a folder of data is missing, or the Hub cannot be reached.
     """
+    # The built-in task and model need neither.
     if options.profile == "quick":
         return
     if options.data_root is not None:
@@ -159,6 +203,7 @@ def check(options: PaperOptions) -> None:
             raise UserError(f"--data-root {options.data_root}: has no folder {', '.join(missing)}; expected cola, "
                             "rotten_tomatoes, movie_reviews, buzzer, blimp and plain_text, or no --data-root: GPT-2 and "
                             "CoLA of the Hub")
+    # Imported late, and only configurations are read: a missing model shows itself in a second.
     from data import backbones
 
     for model in ("smollm2", "minilm") if options.data_root else ("gpt2",):
@@ -168,10 +213,11 @@ def check(options: PaperOptions) -> None:
 # ---------------------------------------------------------------- the steps
 
 def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
-    """Runs the steps that are not done, several at a time; returns what failed, a line each.
+    """Runs the steps that are not done, several at a time; returns the failures, a line each.
 
-    A step begins when a place is free and no step that it needs, or comes after, is still to run.
+    A step begins as soon as a place is free and every step that it needs or comes after has ended.
     """
+    # Each step has its part of the threads: together they never use more than the CPU has.
     jobs = options.jobs or jobs_here()
     threads = max(1, torch.get_num_threads() // jobs)
     failures, clock, stopped = [], Clock(wanted, jobs), threading.Event()
@@ -187,6 +233,7 @@ def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]") as bar:
         try:
             while waiting or at_work:
+                # In the order of declaration; a failed step counts as ended, and its followers say so themselves.
                 for step in list(waiting):
                     unfinished = {other.name for other in (*waiting, *at_work.values())}
                     if len(at_work) < jobs and not unfinished.intersection((*step.needs, *step.after)):
@@ -194,6 +241,7 @@ def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
                         clock.begin(step)
                         at_work[pool.submit(finished_step, step, options, threads, tick)] = step
                 bar.set_postfix_str(f"{clock}, {', '.join(step.name for step in at_work.values())}")
+                # A timeout, so that the estimate moves and a signal is noticed while nothing ends.
                 for future in wait(at_work, timeout=1, return_when=FIRST_COMPLETED).done:
                     step = at_work.pop(future)
                     try:
@@ -205,14 +253,15 @@ def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
                         tqdm.write(f"run.py: {failures[-1]}; the other steps go on", file=sys.stderr)
                         clock.done(step, None)
                     bar.update()
-        except BaseException:  # a signal: the pool waits until the steps at work have saved their state
+        except BaseException:
+            # A signal: every step is asked to stop, and leaving the pool joins them once they have saved their state.
             stopped.set()
             raise
     return failures
 
 
 class Clock:
-    """Estimates the time left: the declared minutes of what is to do, by how long the steps done took beside theirs."""
+    """Estimates the time left from the declared minutes, scaled by the finished steps' real time over their declared one."""
 
     def __init__(self, wanted: list[Step], jobs: int = 1):
         self.left, self.declared, self.took = {step.name: step.minutes for step in wanted}, 0.0, 0.0
@@ -222,14 +271,19 @@ class Clock:
         self.began[step.name] = time.monotonic()
 
     def done(self, step: Step, seconds: float | None) -> None:
-        """Counts a step that is over; one that failed (None) teaches nothing."""
+        """Counts a step that has ended.
+
+        Args:
+            seconds: None for a failed step.
+        """
         self.left.pop(step.name)
+        # A failed step ended at an arbitrary moment: its time says nothing of the others'.
         if seconds is not None:
             self.declared += step.minutes
             self.took += seconds / 60
 
     def minutes(self) -> float:
-        """Returns the minutes that are left: of all steps shared among the places, but no less than of the longest."""
+        """Returns the minutes left: those of all steps shared among the places, at least those of the longest step."""
         scale, now = self.took / self.declared if self.took else 1.0, time.monotonic()
         left = [max(0.0, scale * minutes - (now - self.began.get(name, now)) / 60) for name, minutes in self.left.items()]
         return max([sum(left) / self.jobs, *left])
@@ -240,7 +294,7 @@ class Clock:
 
 
 def finished_step(step: Step, options: PaperOptions, threads: int, tick: Callable[[], None]) -> float:
-    """Runs a step if it is not done, and records it; returns the seconds that it took, now or before."""
+    """Runs a step if it is not done, and records it; returns its seconds, now or before."""
     if is_done(step, options):
         return read_json(step_records.state_of(step, options.out))["seconds"]
     seconds = run_step(step, options, threads, tick)
@@ -250,10 +304,10 @@ def finished_step(step: Step, options: PaperOptions, threads: int, tick: Callabl
 
 
 def is_done(step: Step, options: PaperOptions) -> bool:
-    """Returns whether a step was done with the same command and all that it left is as it was written.
+    """Returns whether a step was done with the same command and its result is still there.
 
     Raises:
-        UserError: a file of a run was damaged or changed since.
+        UserError: a file of one of its runs was damaged or changed since.
     """
     state = step_records.state_of(step, options.out)
     if not state.exists() or not (options.out / step.done).exists():
@@ -270,12 +324,13 @@ def run_step(step: Step, options: PaperOptions, threads: int, tick: Callable[[],
     """Runs one step and notes that it is done; returns its seconds, those of interrupted starts included.
 
     Args:
-        tick: called every second; a KeyboardInterrupt of it stops the step.
+        tick: called every second; a KeyboardInterrupt from it stops the step.
 
     Raises:
-        UserError: it failed, or needs a step that did; names the log.
+        UserError: it failed, or needs a step that is not done; names the log.
         signals.Interrupted: asked to stop; the step has saved its state.
     """
+    # A restored step has no weights: enough for the report, not for a step that reads them.
     for name in step.needs:
         state = options.out / "steps" / f"{name}.json"
         if not state.exists() or read_json(state)["status"] != "done":
@@ -284,6 +339,7 @@ def run_step(step: Step, options: PaperOptions, threads: int, tick: Callable[[],
             raise UserError(f"it needs the weights of the step {name}, of which only the record is here; give --records too")
     rate = link_runs(options) if CHOSEN in step.words else CHOSEN
     state, log = step_records.state_of(step, options.out), options.out / "steps" / f"{step.name}.log"
+    # An interrupted start of the same command goes on, and so does its clock.
     before = read_json(state) if state.exists() else {}
     spent = before.get("seconds", 0.0) if before.get("words") == step.words and before.get("status") == "begun" else 0.0
     note = {"name": step.name, "words": step.words, "command": command(step, rate)}
@@ -295,6 +351,7 @@ def run_step(step: Step, options: PaperOptions, threads: int, tick: Callable[[],
         write_json(state, {**note, "status": "begun", "seconds": spent + time.monotonic() - began})
         raise
     seconds = spent + time.monotonic() - began
+    # A program may end well and leave nothing: the file decides.
     if status or not (options.out / step.done).exists():
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no output")
         how = f"exit status {status}" if status >= 0 else f"signal {-status}"
@@ -304,14 +361,18 @@ def run_step(step: Step, options: PaperOptions, threads: int, tick: Callable[[],
 
 
 def jobs_here() -> int:
-    """Returns how many steps run at a time: small models gain more from a core each than from several together."""
+    """Returns the number of steps at a time: small models gain more from a core each than from several cores together."""
     return min(AT_A_TIME, torch.get_num_threads()) if device().type == "cpu" else 1
 
 
 def link_runs(options: PaperOptions) -> str:
-    """Links the grid's runs at the chosen learning rate into cola/ as LoRA-<seed>: the same runs, not made again.
+    """Links the grid's runs at the chosen learning rate into cola/ as LoRA-<seed>, so that they are not trained again.
 
-    Returns the learning rate as a word of a command line.
+    Returns:
+        The learning rate as a word of a command line.
+
+    Raises:
+        UserError: every learning rate diverged.
     """
     entry = read_json(options.out / "grid" / "compare.json")["entries"][0]
     if entry["learning_rate"] is None:
@@ -320,15 +381,16 @@ def link_runs(options: PaperOptions) -> str:
     for seed in entry["seeds"]:
         link = cola / f"LoRA-{seed}"
         if not link.exists():
-            link.unlink(missing_ok=True)  # of a grid that is gone
+            # A dangling link points into a grid that was removed.
+            link.unlink(missing_ok=True)
             link.symlink_to(Path("..", "grid", f"lora-lr{rate}-{seed}"), target_is_directory=True)
     return rate
 
 
-# ---------------------------------------------------------------- what became of them
+# ---------------------------------------------------------------- outcomes
 
 def result(options: PaperOptions, record: dict) -> dict:
-    """Returns paper.json: what became of every step, and the differences between steps, paired by seed."""
+    """Returns the content of paper.json: the outcome of every step, and the differences between steps, paired by seed."""
     found = []
     for step in options.steps:
         state = step_records.state_of(step, options.out)
@@ -346,11 +408,12 @@ def differences(options: PaperOptions, files: dict[str, Path]) -> list[dict]:
     """Returns the differences between steps, paired by seed: LoRA minus PEFT, and each ablation minus the student.
 
     Args:
-        files: the study that each finished step left.
+        files: the study of each finished step.
     """
     def row(step: str, entry: str) -> dict | None:
         return files.get(step) and next((row for row in read_json(files[step])["entries"] if row["entry"] == entry), None)
 
+    # Each comparison: a step and its entry, minus another step's entry.
     pairs = [("lora", "LoRA", "peft", "peft")] + [(name, "student", "distil", "student") for name in files
                                                   if name.startswith("distil-")]
     return [{"step": step, "entry": entry, "minus": minus, **paired_differences(one, other)}

@@ -337,9 +337,16 @@ def _sweep(parser: Parser) -> None:
     add_finetune_options(parser)
 
 
+def _training_data_option(parser: Parser, group: str) -> None:
+    parser.add(group, "--allow-training-data", action="store_true",
+               help="score a file although the run was trained on it")
+
+
 def _eval(parser: Parser) -> None:
     """score a saved run on a labelled file"""
-    parser.add("scoring", "--data", type=Path, required=True, metavar="FILE", help="in the format of the run's task")
+    parser.add("scoring", "--data", type=Path, metavar="FILE",
+               help="in the format of the run's task; the rows that the run held out if not given")
+    _training_data_option(parser, "scoring")
     parser.add("scoring", "--json", action="store_true", help="print one JSON object")
     parser.add("scoring", "--predictions", type=Path, metavar="OUT.tsv",
                help="write sentence, label, prediction and probability")
@@ -359,6 +366,8 @@ def _predict(parser: Parser) -> None:
     parser.add("prediction", "--adapter", type=named_folder, action="append", default=[], metavar="NAME=DIR",
                help='instead of RUN_DIR, several times: LoRA runs on one base; each row of --file names its own, '
                     '{"adapter": "NAME", "text": "..."}')
+    parser.add("prediction", "--base", action="store_true",
+               help="with --adapter: a row that names no adapter is answered by the base alone, instead of being an error")
 
 
 def _serve(parser: Parser) -> None:
@@ -388,6 +397,7 @@ def _test(parser: Parser) -> None:
     parser.usage = "run.py test RUN_A RUN_B --data FILE [options]"
     parser.add_argument("other", metavar="RUN_B", type=Path)
     parser.add("scoring", "--data", type=Path, required=True, metavar="FILE", help="in the format of the runs' task")
+    _training_data_option(parser, "scoring")
     parser.add("scoring", "--json", action="store_true", help="print one JSON object")
     parser.add("test", "--resamples", type=number(int, 100, 10 ** 7, "a whole number from 100 to 10000000"), default=10_000,
                help="of the sentences, with replacement")
@@ -399,6 +409,7 @@ def _diagnose(parser: Parser) -> None:
     """find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements"""
     parser.add("diagnosis", "--data", type=Path, metavar="FILE",
                help="in the format of the run's task; its development files if not given")
+    _training_data_option(parser, "diagnosis")
     parser.add("diagnosis", "--pairs", type=Path, metavar="FILE",
                help="TSV of minimal pairs with the columns phenomenon, paradigm, good, bad (BLiMP's; figures of "
                     "published.tsv beside it are shown too); the built-in grammar's if not given")

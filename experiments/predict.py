@@ -1,4 +1,4 @@
-"""Asks a run about sentences: class by name and probability, in order, however long the file.
+"""Predicts classes with a finished run: name and probability of each sentence's class, in order, in constant memory.
 
     python run.py predict runs/LoRA-12345 "The cat sat on the mat."
     python run.py predict runs/distil-12345 --file FILE.csv --json
@@ -29,42 +29,45 @@ from serving import texts
 from serving.bank import AdapterBank
 from serving.texts import Reading
 
-WINDOW = 256  # rows that are read, batched by length and answered at a time
+WINDOW = 256  # rows read, batched by length and answered at a time
 
 
 class RunPredictor:
-    """A run's model.
+    """Answers with the model of one run.
 
     Args:
         folder: of a finished run of any mode.
-        control: of a distillation, the student that had no teacher.
+        baseline: of a distillation, answer with its baseline instead of its student.
 
     Raises:
-        UserError: not such a run, or damaged.
+        UserError: no such run, or damaged.
     """
 
-    def __init__(self, folder: Path, control: bool = False):
+    def __init__(self, folder: Path, baseline: bool = False):
         config, summary = read_run(folder)
-        if control and summary["mode"] != "distil":
-            raise UserError(f"--control: {folder} is a {summary['mode']} run; a distillation has a no-KD baseline")
+        if baseline and summary["mode"] != "distil":
+            raise UserError(f"--control: {folder} is a {summary['mode']} run; only a distillation has a baseline")
         if summary["mode"] == "distil":
-            self.model, self.tokenizer, options = load_student(folder, "scratch" if control else "student")
-            options = {**options, "feature_columns": []}  # the student reads text alone
+            self.model, self.tokenizer, options = load_student(folder, "scratch" if baseline else "student")
+            # The student reads text alone, whatever columns its teacher read.
+            options = {**options, "feature_columns": []}
         else:
             self.model, self.tokenizer, options = load_finetuned(folder)
         self.reading, self.task = Reading.of(config), options["task"]
         self.columns = rebuild(TableOptions, options)
+        # The quiz-bowl task has a template of its own, which its options do not record.
         if self.task == "buzzer" and self.columns.template is None and not self.columns.text_column:
             self.columns = replace(self.columns, template=data_utils.BUZZER_TEMPLATE)
         self.separator = separator_of(self.tokenizer)
 
     def check(self, rows: stream.Rows) -> None:
-        """Checks once what the file's header says.
+        """Checks the file's header, once.
 
         Raises:
-            UserError: the columns that the run reads are not there.
+            UserError: the run's columns are missing.
         """
         if rows.names is not None and self.task != "buzzer":
+            # A made-up row: training's own parser names the column that is missing.
             self.parse(Table(rows.path, {name: ["1"] for name in rows.names}))
         elif rows.kind == "text" and self.columns.feature_columns:
             raise UserError(f"{rows.path}: the run reads feature columns ({', '.join(self.columns.feature_columns)}); "
@@ -83,7 +86,8 @@ class RunPredictor:
         """
         if kind == "text":
             return columns["text"], []
-        if kind == "jsonl":  # an absent key is a missing value, as in training
+        if kind == "jsonl":
+            # An absent key is a missing value, as in training.
             columns = {**dict.fromkeys(self.columns.feature_columns), **columns}
         table = Table(path, {name: [value] for name, value in columns.items()})
         if self.task == "buzzer":
@@ -91,6 +95,7 @@ class RunPredictor:
         try:
             return self.parse(table)
         except UserError as error:
+            # The table had one row; the caller knows the line of the file.
             raise UserError(str(error).removeprefix(f"{path}, row 1: ")) from None
 
     def classify(self, rows: list[tuple[str, list[float]]]) -> list[dict | UserError]:
@@ -103,22 +108,41 @@ class RunPredictor:
 
 
 class BankPredictor:
-    """Adapters on one base: each row names its own, or none."""
+    """Answers with many adapters on one base: each row names its own.
 
-    def __init__(self, adapters: dict[str, Path]):
-        self.bank = AdapterBank.of(adapters)
+    Args:
+        adapters: name -> folder of a LoRA run.
+        base: answer a row that names no adapter with the base under its own head, which nothing trained.
+    """
+
+    def __init__(self, adapters: dict[str, Path], base: bool = False):
+        self.bank, self.names, self.base = AdapterBank.of(adapters), list(adapters), base
 
     def check(self, rows: stream.Rows) -> None:
-        if rows.kind == "text" or rows.names is not None and not {"adapter", "text"} <= set(rows.names):
+        """Checks the file's header, once.
+
+        Raises:
+            UserError: it has no column "text", or none called "adapter" where every row must name one.
+        """
+        needed = {"text"} if self.base else {"adapter", "text"}
+        if rows.kind == "text" or rows.names is not None and not needed <= set(rows.names):
             raise UserError(f'{rows.path}: with --adapter, expected JSON Lines such as {{"adapter": "NAME", "text": "..."}}')
 
     def row(self, path: Path, kind: str, columns: dict) -> tuple[str, str | None]:
-        name, text = columns.get("adapter") or None, columns.get("text")
+        """Returns text and adapter's name of a file's row, None for the base.
+
+        Raises:
+            UserError: a text or name is missing or no string.
+        """
+        name, text = columns.get("adapter"), columns.get("text")
         if not isinstance(text, str):
             raise UserError("text is missing or no string")
         if not isinstance(name, str | None):
             raise UserError("adapter is no string")
-        return text, name
+        # A forgotten or misspelt key would be answered by an untrained head, and nobody would see it.
+        if not name and not self.base:
+            raise UserError(f"adapter is missing; expected one of {', '.join(self.names)}, or --base for the base alone")
+        return text, name or None
 
     def classify(self, rows: list[tuple[str, str | None]]) -> list[dict | UserError]:
         return self.bank.classify([(name, text) for text, name in rows])
@@ -130,7 +154,7 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
 
     Args:
         kind: one of `stream.FORMATS`; by the file's ending if None.
-        progress: told after each window how many rows it had, and the file.
+        progress: called after each window with its number of rows and the file.
 
     Yields:
         text, label, probability and probabilities of each row; or error and line of a bad one.
@@ -138,6 +162,7 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
     Raises:
         UserError: the file cannot be read at all.
     """
+    # CoLA's own files have no header, and sentences in their last column.
     of_run = isinstance(predictor, RunPredictor)
     if isinstance(predictor, BankPredictor) and str(path) == "-":
         kind = kind or "jsonl"
@@ -145,12 +170,14 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
                             predictor.columns if of_run else stream.DEFAULT_COLUMNS)
     predictor.check(rows)
     while window := list(itertools.islice(rows.rows, WINDOW)):
+        # A bad row keeps its place: errors stand between the answers, and the rest goes on.
         parsed: list = []
         for row in window:
             try:
                 parsed.append(UserError(row.error) if row.error else predictor.row(path, rows.kind, row.columns))
             except UserError as error:
                 parsed.append(error)
+        # Good rows are answered together, in batches by length, and dealt out again in the file's order.
         good = [row for row in parsed if not isinstance(row, UserError)]
         answers = iter(predictor.classify(good))
         for row, given in zip(window, parsed, strict=True):
@@ -161,13 +188,13 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
 
 
 def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
-    """Answers sentences.
+    """Answers the sentences of a command line.
 
     Raises:
         UserError: one of them cannot be read, or the run reads feature columns too.
     """
     if predictor.columns.feature_columns:
-        raise UserError(f"the run reads feature columns ({', '.join(predictor.columns.feature_columns)}) beside the text; "
+        raise UserError(f"the run reads feature columns ({', '.join(predictor.columns.feature_columns)}) next to the text; "
                         "give --file with them")
     answers = predictor.classify([(text, []) for text in sentences])
     for number, answer in enumerate(answers, 1):

@@ -1,4 +1,4 @@
-"""Repeats a finished run from its config.json and says whether the result is the same.
+"""Repeats a finished run from its config.json and compares the results.
 
     python run.py repeat runs/LoRA-12345
 """
@@ -18,13 +18,13 @@ from record.ownership import DESCRIPTIONS, TOKENIZER_FILES, weights
 
 def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
            ) -> list[str]:
-    """Runs again what `folder` recorded, into `out`.
+    """Runs the recorded run of `folder` again, into `out`.
 
     Returns:
-        What differs, in words, and the differences of the two environments; nothing if the results are identical.
+        The differences of results and environments in words; an empty list for identical results.
 
     Raises:
-        UserError: not a finished run, or its data, base model or teacher are no longer what they were.
+        UserError: not a finished run, or its data, base model or teacher changed since.
     """
     config, summary = read_run(folder)
     values = config["options"]
@@ -34,18 +34,21 @@ def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop:
     else:
         distil.run_distil(options, rebuild(DistilOptions, values), say, stop)
     found = list(differences(folder, out))
+    # Another machine or version matters only as the cause of a difference.
     return found + changes(config, read_run(out)[0]) if found else []
 
 
 def differences(folder: Path, again: Path) -> Iterator[str]:
     """Lists the differences of two runs' folders: weights and their description byte for byte, results without times."""
+    # Both lists: a file of the second run alone is a difference too.
     written = {path.name for one in (folder, again) for path in weights(one)}
     for names in DESCRIPTIONS.values():
         written |= {name for name in names if (folder / name).exists() or (again / name).exists()}
     for name in sorted({*written, *TOKENIZER_FILES}):
         one, other = folder / name, again / name
         if not (one.exists() and other.exists()):
-            if name not in TOKENIZER_FILES:  # an older run has none of these
+            # An older run saved no tokenizer.
+            if name not in TOKENIZER_FILES:
                 yield f"{name} is there only once"
         elif _content(one) != _content(other):
             yield f"{name} differs"
@@ -56,14 +59,16 @@ def differences(folder: Path, again: Path) -> Iterator[str]:
 
 
 def _content(path: Path) -> bytes | dict:
-    """Returns what two runs' files must share: all bytes, but for the base's path in an adapter's configuration."""
+    """Returns the part of a file that two runs share: all bytes, except the base's path in an adapter's configuration."""
+    # The base may have moved since; its weights' digest was compared before the run began.
     if path.name != peft_layout.CONFIG_FILE:
         return path.read_bytes()
     return {key: value for key, value in read_json(path).items() if key != "base_model_name_or_path"}
 
 
 def _results(path: Path) -> list:
-    """Returns the objects of a .json or .jsonl file, without times; a run that trains nothing has no metrics."""
+    """Returns the objects of a .json or .jsonl file, without times."""
+    # A run that trains nothing has no metrics.
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -71,7 +76,8 @@ def _results(path: Path) -> list:
 
 
 def _first_difference(one, other, where: str = "") -> str:
-    """Describes the first value that two JSON values do not share: "validation.loss was 0.5, now 0.6"."""
+    """Describes the first difference of two JSON values: "validation.loss was 0.5, now 0.6"."""
+    # Into objects and lists of both, down to the value: whole ones would be unreadable.
     if type(one) is type(other) and isinstance(one, dict | list):
         keys = list(dict.fromkeys([*one, *other])) if isinstance(one, dict) else range(max(len(one), len(other)))
         for key in keys:

@@ -1,4 +1,4 @@
-"""Runs `LoRA` or `distil` with several seeds, and gives means and intervals.
+"""Runs `LoRA` or `distil` with several seeds, and computes means and intervals.
 
     python run.py LoRA 12345 --seeds 5
     python run.py distil 12345 --seeds 5
@@ -26,7 +26,7 @@ from report import records
 from report import seeds as tables
 from train_utils import selection_split
 
-# The models of a run's summary, where it has them, and which two are compared seed by seed.
+# The models of a run's summary, if it has them (scratch is the baseline's recorded name), and the pairs that are compared.
 MODELS = {"LoRA": (None,), "distil": ("teacher", "student", "scratch")}
 DIFFERENCES = {"LoRA": (), "distil": (("student", "scratch"), ("student", "teacher"))}
 SPEED = "sentences_per_second"  # of a distillation's models
@@ -34,7 +34,7 @@ SPEED = "sentences_per_second"  # of a distillation's models
 
 @dataclass(frozen=True)
 class SeedsOptions:
-    """Holds what is repeated, and where the results go."""
+    """Holds the runs of all seeds, and the folder of the results."""
 
     mode: str  # LoRA or distil
     sr: str
@@ -42,14 +42,14 @@ class SeedsOptions:
     out: Path  # folder of seeds.json
     settings: dict  # every option as given
     overwrite: bool = False
-    jobs: int = 1  # runs at a time; each has its part of the threads
+    jobs: int = 1  # runs at a time, each with its part of the threads
 
 
 def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict:
-    """Runs the seeds that are missing and writes seeds.json and seeds.tex.
+    """Runs the missing seeds and writes seeds.json and seeds.tex.
 
     Returns:
-        What is in seeds.json.
+        The content of seeds.json.
 
     Raises:
         UserError: bad input, before anything is written; a folder that holds a run with other options or data; a run
@@ -59,6 +59,7 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
     check_out(options.out, "seeds")
     for run in options.runs:
         check_out(run.folder, "run")
+    # Before the first run: one seed's options are checked for all, and old runs against them.
     if options.mode == "LoRA":
         finetune.check(options.runs[0].run)
     if not options.overwrite:
@@ -66,16 +67,19 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
             check_options(run)
     with locked(make_folder(options.out), "study of seeds"):
         if options.overwrite:
+            # Each folder is locked meanwhile: a run of it may be at work in another terminal.
             for run in options.runs:
                 with locked(make_folder(run.folder), "run"):
                     remove_run(run.folder)
                     (run.folder / "diverged.txt").unlink(missing_ok=True)
+        # Runs at a time share the CPU's threads; summaries come in the order of the seeds, as the bar names them.
         threads = compare.threads_each([run.folder for run in options.runs], torch.get_num_threads(), options.jobs)
         done = {}
         summaries = compare.finished_runs([(run.words, run.folder) for run in options.runs], threads, options.jobs)
         with tqdm(options.runs, unit="run", desc=f"{options.mode} seeds", dynamic_ncols=True) as bar:
             for run in bar:
                 bar.set_postfix_str(run.folder.name)
+                # A run that diverged has no summary; the other seeds still count.
                 if summary := next(summaries):
                     done[run.seed] = summary
         if not done:
@@ -93,7 +97,7 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
 
 
 def check_options(run: SeedRun) -> None:
-    """Checks that a run that is already in the folder has the options of this study.
+    """Checks that a run in the folder, finished or not, has the options of this study.
 
     Raises:
         UserError: it has others; names the first.
@@ -112,6 +116,7 @@ def same_data(runs: list[SeedRun]) -> dict[str, str]:
     Raises:
         UserError: a run read another file than the first one, or started from another adapter.
     """
+    # Runs made weeks apart may have read a file that changed in between.
     (folder, first), *others = [(run.folder, read_json(run.folder / "config.json")) for run in runs]
     for other, config in others:
         for key, said in (("data_files", "read another"), ("init_files", "started from another")):
@@ -125,11 +130,15 @@ def same_data(runs: list[SeedRun]) -> dict[str, str]:
 def results(mode: str, done: dict[str, dict]) -> dict:
     """Returns spreads and paired differences of every model, from the finished runs' summaries by seed."""
     first, seeds = next(iter(done.values())), list(done)
-    parts = {name or mode: [summary[name] if name else summary for summary in done.values()] for name in MODELS[mode]
-             if name is None or name in first}
-    rows = {name: {"entry": name, "seeds": seeds, "parameters": models[0]["parameters"], **over_seeds(models),
-                   **({SPEED: spread([model[SPEED] for model in models])} if SPEED in models[0] else {})}
-            for name, models in parts.items()}
+    # Of a LoRA run the summary itself is the model's; of a distillation each model has a part of it.
+    parts, rows = {}, {}
+    for name in MODELS[mode]:
+        if name is None or name in first:
+            parts[name or mode] = [summary[name] if name else summary for summary in done.values()]
+    for name, models in parts.items():
+        rows[name] = {"entry": name, "seeds": seeds, "parameters": models[0]["parameters"], **over_seeds(models)}
+        if SPEED in models[0]:
+            rows[name][SPEED] = spread([model[SPEED] for model in models])
     validation = next(iter(parts.values()))[0]["validation"]
     own = {"method": first["method"]} if mode == "LoRA" else {
         "distillation": {key: first["distillation"][key] for key in ("temperature", "alpha")},

@@ -1,7 +1,9 @@
-"""Keeps what a paper's finished steps left, all but the weights: another machine goes on from there, or builds the PDF.
+"""Records the results of a paper's finished steps without their weights, for another machine to go on or build the PDF.
 
-A step's record is one file, DIR/STEP.json: its state, and as text the JSON files that the report reads. A step that needs
-another one's weights cannot do with its record.
+    python run.py paper 12345 --records benchmarks/results/paper
+
+A step's record is one file, DIR/STEP.json: its state, and as text the JSON files that the report reads. A record does not
+serve a step that needs another one's weights.
 """
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ REPORTED = ("config.json", "summary.json", "metrics.jsonl")  # of a run
 
 
 def state_of(step: Step, out: Path) -> Path:
-    """Returns the file that says what became of a step."""
+    """Returns the file of a step's state: its command, status and seconds."""
     return out / "steps" / f"{step.name}.json"
 
 
@@ -28,10 +30,10 @@ def is_restored(step: Step, out: Path) -> bool:
 
 
 def has_record(step: Step, records: Path) -> bool:
-    """Returns whether there is a record of the same command.
+    """Returns whether a record of the same command exists.
 
     Raises:
-        UserError: a file of the record's name is none.
+        UserError: a file of that name is no record.
     """
     return (records / f"{step.name}.json").exists() and _read(step, records)["state"]["words"] == step.words
 
@@ -46,15 +48,17 @@ def _read(step: Step, records: Path) -> dict:
 
 def keep(step: Step, out: Path, records: Path) -> None:
     """Writes the record of a step that is done in the paper's folder `out`."""
+    # The report reads single runs of few steps; of the others the table is enough.
     runs = sorted(out.glob(step.runs)) if step.reported else []
     files = [out / step.done, *(run / name for run in runs for name in REPORTED)]
     write_json(make_folder(records) / f"{step.name}.json", {
         "state": read_json(state_of(step, out)),
-        "files": {str(path.relative_to(out)): _kept(path) for path in files if path.exists()}})
+        "files": {str(path.relative_to(out)): _recorded_text(path) for path in files if path.exists()}})
 
 
-def _kept(path: Path) -> str:
-    """Returns what a record holds of a file: of a diagnosis no more sentences than the report shows, for data stay out."""
+def _recorded_text(path: Path) -> str:
+    """Returns a file's text as a record holds it: a diagnosis with at most the sentences that the report shows."""
+    # Records are published with the code; data sets are not ours to publish.
     if path.name != "diagnose.json":
         return path.read_text()
     diagnosis = read_json(path)
@@ -64,25 +68,40 @@ def _kept(path: Path) -> str:
 
 
 def restore(step: Step, out: Path, records: Path) -> None:
-    """Writes into the paper's folder what a record holds.
+    """Writes the files of a record into the paper's folder.
 
     Raises:
         UserError: the record names a file outside that folder.
     """
-    record = _read(step, records)
-    for name, text in record["files"].items():
-        if not (out / name).resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{records / f'{step.name}.json'}: {name} lies outside the paper's folder")
-        make_folder((out / name).parent)
-        write_file(out / name, text)
+    # All names are checked before the first file is written.
+    files = _files_inside(step, out, records)
+    for path, text in files.items():
+        make_folder(path.parent)
+        write_file(path, text)
     make_folder(out / "steps")
-    write_json(state_of(step, out), record["state"] | {"restored": True})
+    write_json(state_of(step, out), _read(step, records)["state"] | {"restored": True})
 
 
 def forget(step: Step, out: Path, records: Path) -> None:
-    """Removes what `restore` wrote: without weights a run is not finished for a step that reads them."""
-    for name in _read(step, records)["files"]:
-        (out / name).unlink(missing_ok=True)
-        if (out / name).parent.is_dir() and not any((out / name).parent.iterdir()):
-            (out / name).parent.rmdir()
+    """Removes the files of `restore`, so that a run without weights does not count as finished.
+
+    Raises:
+        UserError: the record names a file outside the paper's folder.
+    """
+    for path in _files_inside(step, out, records):
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            # An empty folder would pass for a run that was begun.
+            path.parent.rmdir()
     state_of(step, out).unlink(missing_ok=True)
+
+
+def _files_inside(step: Step, out: Path, records: Path) -> dict[Path, str]:
+    """Returns the texts of a record by path in the paper's folder."""
+    files = {}
+    for name, text in _read(step, records)["files"].items():
+        # Whoever made the record chose the names: none may lead out of the folder, to be written or removed there.
+        if not (out / name).resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{records / f'{step.name}.json'}: {name} lies outside the paper's folder")
+        files[out / name] = text
+    return files

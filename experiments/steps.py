@@ -12,14 +12,14 @@ CHOSEN = "CHOSEN"  # in a command line: the learning rate that the step `grid` c
 SWEPT = "rank/best"  # no run's checksums are checked: a sweep removes the weights of all trials but the best
 RUN, PEFT, LOGISTIC = "run.py", "benchmarks/peft_reference.py", "benchmarks/features_reference.py"
 COLA_RATES, TINY_RATES = "2e-4,4e-4", "1e-3,2e-3"  # of LoRA and of PEFT alike
-# Of full fine-tuning and LoRA, which want rates far apart; the head has one of its own, for all methods alike.
+# Full fine-tuning and LoRA need learning rates far apart; the head has one of its own, the same for all methods.
 METHOD_RATES = ["--lr-grid", "1e-4,5e-4", "--head-lr", "5e-3"]
 FEATURES = "Gpr_confidence,Length_char,Length_word,Length_ftp,Length_guess,Frequency_guess"  # of the quiz-bowl guesses
-# Of the students' teacher, which need not keep to the budget of PEFT's reference. It labels 300,000 sentences: in bfloat16.
+# The students' teacher need not keep to the budget of PEFT's reference. It labels 300,000 sentences: in bfloat16.
 SIZE = ["--rank", "16", "--alpha", "32", "--precision", "bf16"]
 INTERMEDIATE = ["--limit", "48000", *SIZE, "--lr", "4e-4", "--epochs", "1"]  # real and edited sentences, before the task
 TEACHER = [*SIZE, "--lr", "3e-4", "--epochs", "3", "--label-smoothing", "0.1", "--ema", "0.995"]
-# The student's ablations: name -> options of `distil` beside those of the paper's student.
+# The student's ablations: name -> options of `distil` in addition to those of the paper's student.
 ABLATIONS = {"plain": ["--plain"], "no-transfer-set": ["--augment", "0"],
              "no-matching": ["--match", "none", "--no-control"],
              "hard-labels": ["--match", "none", "--kd-loss", "hard", "--no-control"],
@@ -33,14 +33,14 @@ class Step:
     name: str
     minutes: float  # on one core of two at work: the first estimate of the time left
     words: list[str]  # after `python`: the program, then its arguments
-    done: str  # the file in the paper's folder that it leaves when it is done
+    done: str  # file in the paper's folder that marks the step as done
     needs: tuple[str, ...] = ()  # steps without which it cannot begin
-    after: tuple[str, ...] = ()  # steps that it waits for where they are to run too: what they keep, it reads
-    runs: str = ""  # pattern of its runs' folders, whose checksums are checked; NAME/* if empty
+    after: tuple[str, ...] = ()  # steps that run first if they are to run too: their caches serve this one
+    runs: str = ""  # pattern of its runs' folders, for the checksums; NAME/* if empty
 
     @property
     def reported(self) -> bool:
-        """Returns whether the report reads its runs, and not only the table that it leaves."""
+        """Returns whether the report reads the step's runs, in addition to its table."""
         return Path(self.done).name in ("seeds.json", "summary.json")
 
 
@@ -50,7 +50,7 @@ def steps(profile: str, sr: str, seeds: int, data: Path | None, out: Path) -> li
     Args:
         profile: quick (the built-in task and model) or full.
         sr: the first seed.
-        seeds: how many.
+        seeds: the number of seeds.
         data: folder with the data sets; the Hub's GPT-2 and CoLA if None. Not used by quick.
         out: the paper's folder.
     """
@@ -76,12 +76,13 @@ def _quick(sr: str, seeds: str, out: Path) -> list[Step]:
 
 
 def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) -> list[Step]:
-    """Returns the steps on CoLA: of a model on the public files, or of the Hub's."""
+    """Returns the steps on CoLA: with SmolLM2 and the public files, or with GPT-2 and CoLA from the Hub."""
     pairs = ["--pairs", f"{data}/blimp/pairs.tsv", "--limit", "100"] if data else []
     text = _text(data) if data else []
+    # The Hub's variant has no plain text, and so no intermediate task.
     before = [Step("intermediate", 20, [RUN, "LoRA", sr, *task[:2], "--task", "edits", "--data", f"{data}/plain_text",
                                        *INTERMEDIATE, *_to(out, "intermediate")], "intermediate/summary.json",
-                   runs="intermediate")] if data else []  # the Hub's variant has no plain text
+                   runs="intermediate")] if data else []
     start = ["--init", f"{out}/intermediate"] if data else []
     found = [
         *_lora(task, sr, seeds, out, COLA_RATES, ["--epochs", "3"], (57, 1, 125)),
@@ -93,7 +94,8 @@ def _cola(task: list[str], sr: str, seeds: str, out: Path, data: Path | None) ->
             "distil-hard-labels": 28, "distil-language-model": 46}),
         Step("diagnose", 11, [RUN, "diagnose", f"{out}/cola/distil-{sr}", *pairs, "--out", f"{out}/diagnose"],
              "diagnose/diagnose.json", ("distil",))]
-    if data is None:  # the methods and the ranks on the one task that there is
+    # Without data sets, methods and ranks are compared on CoLA too: it is the only task.
+    if data is None:
         found += [
             Step("rank", 60, [RUN, "sweep", sr, *task, "--sampler", "grid", "--no-prune", "--search", "rank=1,2,4,8,16",
                               "--search", "targets=q+v,q+k+v+o,all", "--limit", "2000", "--epochs", "1",
@@ -110,7 +112,7 @@ def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: l
     return [
         Step("grid", minutes[0], [RUN, "compare", sr, *task, "--methods", "lora", "--lr-grid", rates, "--seeds", seeds,
                                   *budget, *_to(out, "grid")], "grid/compare.json"),
-        # The grid's runs at the chosen rate are this command's: they are linked into its folder, and not run again.
+        # The grid's runs at the chosen rate are those of this command: linked into its folder, they are not run again.
         Step("lora", minutes[1], [RUN, "LoRA", sr, *task, "--lr", CHOSEN, "--seeds", seeds, *budget, *_to(out, "cola")],
              f"cola/LoRA-{sr}-seeds/seeds.json", ("grid",), runs="cola/LoRA-*"),
         Step("peft", minutes[2], [PEFT, "--seed", sr, *task, "--lr-grid", rates, "--seeds", seeds, *budget,
@@ -119,14 +121,14 @@ def _lora(task: list[str], sr: str, seeds: str, out: Path, rates: str, budget: l
 
 def _distil(sr: str, seeds: str, out: Path, needs: str, teacher: str, text: list[str], minutes: dict[str, float]
             ) -> list[Step]:
-    """Returns the student with its no-KD baseline, and its ablations, all with one teacher.
-
-    The student's labels of the transfer set are computed once, for all of them.
+    """Returns the student with its baseline, and its ablations, all with one teacher.
 
     Args:
-        needs: the step that trains the teacher, whose folder is `teacher`.
-        minutes: of each step that there is, by name; "distil" is the student.
+        needs: the step that trains the teacher.
+        teacher: the teacher's folder.
+        minutes: of each step, by name; "distil" is the student.
     """
+    # The student runs first: its labels of the transfer set, kept by --cache, serve every ablation.
     def step(name: str) -> Step:
         flags, folder = ABLATIONS.get(name.removeprefix("distil-"), []), "cola" if name == "distil" else name
         stages = [] if "--plain" in flags else [*text, "--cache", str(out)]
@@ -144,7 +146,7 @@ def _other_tasks(sr: str, seeds: str, data: Path, out: Path) -> list[Step]:
     """Returns the steps with MiniLM: sentence polarity (a student, ranks, methods), long reviews, quiz-bowl guesses."""
     polarity = ["--model", "minilm", "--task", "rotten_tomatoes", "--data", f"{data}/rotten_tomatoes"]
     return [
-        # First, for it is the longest: begun last, it would end alone.
+        # The longest step begins first: begun last, it would run alone at the end.
         Step("long", 150, [RUN, "compare", sr, "--model", "minilm", "--data", f"{data}/movie_reviews", "--text-column",
                            "review", "--max-length", "256", "--truncate", "head", "--batch-tokens", "4096", "--methods",
                            "none,head,lora,full", "--against", "lora", "--seeds", seeds, *METHOD_RATES, "--epochs", "5",

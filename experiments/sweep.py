@@ -1,9 +1,9 @@
-"""A search over a fine-tuning's options with Optuna: which rank, roles, layers, learning rate ... serve best.
+"""Searches a fine-tuning's options with Optuna: rank, roles, layers, learning rate ...
 
     python run.py sweep 12345 --search rank=1,2,4,8 --search targets=q+v,all --search lr=1e-4..1e-3 --trials 20
 
 A trial is a fine-tuning in this process with the sweep's one seed; its score is its best epoch's MCC on the selection
-split. All trials wait in the study from the beginning, and each process takes the next: so several processes, on
+split. All trials are queued in the study from the beginning, and each process takes the next one: several processes, on
 several machines if `--storage` is a database server's, share one study and do no trial twice.
 """
 from __future__ import annotations
@@ -39,15 +39,15 @@ from record.ownership import check_out, remove_child, weights
 from report import records, studies
 from train_utils import Diverged
 
-HEARTBEAT, GRACE = 60, 300  # seconds: a trial whose process was silent for so long is given to another
-STRUCTURE = ("rank", "targets", "layers")  # what may not fit the model, alone or together
+HEARTBEAT, GRACE = 60, 300  # seconds; after GRACE without a heartbeat a trial goes to another process
+STRUCTURE = ("rank", "targets", "layers")  # options that may not fit the model, alone or together
 LOCK = ".trial.lock"
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What is searched, how, and where it goes."""
+    """Holds the searched options, the way of searching, and the study's place."""
 
     sr: str
     search: dict[str, list | Range]  # option -> its choices, or a range
@@ -62,18 +62,18 @@ class SweepOptions:
 
 
 class _Surplus(Exception):
-    """Another process took the last waiting trial."""
+    """Ends a trial that Optuna made up: another process took the last queued one."""
 
 
 def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict:
-    """Runs the trials that wait and writes sweep.json and sweep.tex.
+    """Runs the queued trials and writes sweep.json and sweep.tex.
 
     Returns:
-        What is in sweep.json.
+        The content of sweep.json.
 
     Raises:
         UserError: bad input, before anything is written; a study that began under other options.
-        signals.Interrupted: asked to stop; the trial at work waits for the next start.
+        signals.Interrupted: asked to stop; the trial at work is queued again.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -83,6 +83,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
     record["versions"]["optuna"] = version("optuna")
     with _storage_errors(options):
         study = open_study(options, record)
+        # As many threads as the first process of the study had: another number rounds otherwise.
         use_threads(study.user_attrs["threads"])
         record["threads"] = torch.get_num_threads()
         requeue_dead(study, options.out)
@@ -90,6 +91,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
         with tqdm(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
                   dynamic_ncols=True) as bar:
             while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                # One at a time, so that the folder is released after the study knows the outcome.
                 try:
                     study.optimize(trial, n_trials=1, catch=(_Surplus,))
                 finally:
@@ -110,6 +112,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
 
 def check(options: SweepOptions):
     """Returns the task, after checking that the ends of every searched range fit the model."""
+    # All combinations of structure alone: a rank may fit one layer and not another, a learning rate fits any.
     ends = {name: [s.low, s.high] if isinstance(s, Range) else s for name, s in options.search.items()}
     first = {name: values[0] for name, values in ends.items()}
     for values in itertools.product(*(ends[name] for name in STRUCTURE if name in ends)):
@@ -122,7 +125,7 @@ def check(options: SweepOptions):
 
 @contextmanager
 def _storage_errors(options: SweepOptions):
-    """Turns the errors of a database that cannot be used into a UserError, whose URL has no password."""
+    """Turns a database's errors into a UserError, without the password of its URL."""
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
@@ -132,7 +135,8 @@ def _storage_errors(options: SweepOptions):
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
-    """Opens the database; where another process creates its tables at this moment, tries again."""
+    """Opens the database."""
+    # Several attempts: another process may be creating the tables at this moment.
     for attempt in range(5):
         try:
             return optuna.storages.RDBStorage(
@@ -159,6 +163,7 @@ def open_study(options: SweepOptions, record: dict) -> optuna.Study:
             optuna.delete_study(study_name=name, storage=storage)
         for file in ("sweep.json", "sweep.tex"):
             (options.out / file).unlink(missing_ok=True)
+        # The folders of trials, which all have a lock, and no other that somebody put next to them.
         for lock in options.out.glob(f"trial-*/{LOCK}"):
             remove_child(lock.parent)
     settings = {key: record[key] for key in ("options", "data_files")}
@@ -167,22 +172,25 @@ def open_study(options: SweepOptions, record: dict) -> optuna.Study:
         study = optuna.create_study(study_name=name, storage=storage, pruner=pruner, direction="maximize")
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
-        end = time.monotonic() + 10  # another process may be making it this very moment
+        # Another process may be making it at this moment: its settings come last.
+        end = time.monotonic() + 10
         while "settings" not in study.user_attrs and time.monotonic() < end:
             time.sleep(0.1)
     if "settings" in study.user_attrs:
         same_settings(study.user_attrs["settings"], settings, f"study {name}")
     grid = [dict(zip(options.search, values, strict=True)) for values in itertools.product(*options.search.values())
             ] if options.sampler == "grid" else None
+    # A slot is a trial's number in the plan: a trial done again after a kill has another number, but the same slot.
     trials, slots = options.trials or (len(grid) if grid else 20), _slots(study)
     if len(slots) > trials:
         raise UserError(f"--trials {trials}: the study has {len(slots)} already")
     for slot in range(trials):
         if slot not in slots:
             study.enqueue_trial(grid[slot] if grid else {}, user_attrs={"slot": slot})
-    if "threads" not in study.user_attrs:  # every process of the study uses as many as the first
+    if "threads" not in study.user_attrs:
         study.set_user_attr("threads", record["threads"])
-    study.set_user_attr("settings", settings)  # last: now the study is whole
+    # Last: a study with settings is whole.
+    study.set_user_attr("settings", settings)
     return study
 
 
@@ -195,19 +203,21 @@ def _done(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def requeue(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    """Lets a trial that came to no end wait once more, with the values it had."""
+    """Queues an unfinished trial again, with the same values."""
     study.enqueue_trial(trial.params, user_attrs={"slot": trial.user_attrs["slot"]})
 
 
 def requeue_dead(study: optuna.Study, out: Path) -> None:
-    """Trials of processes that were killed here wait again at once; those of other machines when silent for long."""
+    """Queues the trials of processes killed on this machine again; those of other machines follow after GRACE."""
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         folder = trial_folder(out, trial.number)
         if not folder.is_dir():
             continue
+        # A lock that is free belongs to no living process.
         with suppress(filelock.Timeout), filelock.FileLock(folder / LOCK, timeout=0):
+            # Another process may have queued it meanwhile.
             if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
-                continue  # another process was faster
+                continue
             study.tell(trial.number, state=TrialState.FAIL)
             requeue(study, trial)
             remove_child(folder)
@@ -218,13 +228,13 @@ def trial_folder(out: Path, number: int) -> Path:
 
 
 def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
-    """Returns the trial with the highest score; of equals, the one that trains fewest parameters."""
+    """Returns the trial with the highest score; of equals, the one with the fewest trained parameters."""
     return max(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), default=None, key=lambda trial: (
         trial.value, -trial.user_attrs["parameters"]["trainable"], -trial.number))
 
 
 def keep_best(study: optuna.Study, out: Path) -> None:
-    """Removes weights and tokenizer of every finished trial here but the best of all."""
+    """Removes weights and tokenizer of every finished trial in this folder, except those of the best."""
     best = best_trial(study)
     chosen = best and best.user_attrs.get("same_as", best.number)
     for trial in _done(study):
@@ -237,14 +247,14 @@ def keep_best(study: optuna.Study, out: Path) -> None:
 # ---------------------------------------------------------------- one trial
 
 class Trial:
-    """The objective: called by Optuna with each trial."""
+    """Computes the objective: Optuna calls it with each trial."""
 
     def __init__(self, options: SweepOptions, study: optuna.Study, split: str):
         self.options, self.study, self.split = options, study, split
         self.lock: filelock.FileLock | None = None  # of the folder of the trial at work
 
     def release(self) -> None:
-        """Gives the folder free: not before the study knows the outcome, or another process would take it for dead."""
+        """Releases the folder, once the study knows the outcome; earlier, another process would take the trial for dead."""
         if self.lock:
             self.lock.release()
             self.lock = None
@@ -253,8 +263,9 @@ class Trial:
         if "slot" not in trial.user_attrs:
             raise _Surplus
         values = self.suggest(trial)
+        # The same options and seed are the same run: its outcome is copied.
         same = next((t for t in _done(self.study) if t.params == trial.params), None)
-        if same:  # the same options and seed: the same run
+        if same:
             for key, value in {**same.user_attrs, "slot": trial.user_attrs["slot"], "same_as": same.number}.items():
                 trial.set_user_attr(key, value)
             if same.state == TrialState.PRUNED:
@@ -268,17 +279,15 @@ class Trial:
             return self.run(trial, self.options.make(values, folder))
         except optuna.TrialPruned:
             raise
-        except BaseException:  # a signal, a full disk: the next start does it again
+        except BaseException:
+            # A signal, a full disk: the next start does this trial again.
             requeue(self.study, self.study.trials[trial.number])
             remove_child(folder)
             raise
 
     def suggest(self, trial: optuna.Trial) -> dict:
-        """Returns the trial's value of every searched option.
-
-        The sampler is seeded with SR and the trial's number: two processes, or one that was started again, must not
-        draw the same values once more.
-        """
+        """Returns the trial's value of every searched option."""
+        # Seeded with SR and the trial's number: two processes, or one started again, must not sample the same values twice.
         seed = (int(self.options.sr) * 100_003 + trial.number) % 2 ** 32
         self.study.sampler = (optuna.samplers.TPESampler(seed=seed, multivariate=False) if self.options.sampler == "tpe"
                               else optuna.samplers.RandomSampler(seed=seed))
@@ -296,6 +305,7 @@ class Trial:
         """Fine-tunes and returns the score."""
         def on_epoch(history: list[dict], counts: dict) -> None:
             epoch = history[-1]["epoch"]
+            # At every epoch: a pruned trial has parameters too.
             trial.set_user_attr("parameters", counts)
             trial.report(history[-1]["validation"][self.split]["mcc"], epoch)
             if epoch < run.train.epochs and trial.should_prune():
@@ -319,6 +329,7 @@ def results(study: optuna.Study, options: SweepOptions) -> dict:
     trials = []
     for trial in study.trials:
         attributes = trial.user_attrs
+        # A surplus trial, which never ran.
         if trial.state == TrialState.FAIL and "slot" not in attributes:
             continue
         state = "diverged" if "diverged" in attributes else trial.state.name.lower()
@@ -329,18 +340,26 @@ def results(study: optuna.Study, options: SweepOptions) -> dict:
             "epochs": len(reached), **{key: attributes.get(key) for key in (
                 "parameters", "best_epoch", "validation", "seconds", "diverged", "same_as")}})
     complete = [trial for trial in trials if trial["state"] == "complete"]
-    means = {}
-    for name, s in options.search.items():
-        if not isinstance(s, Range):
-            scores = {value: [t["score"] for t in complete if t["params"][name] == value] for value in s}
-            means[name] = [{"value": value, "n": len(x), "mean": statistics.fmean(x) if x else None,
-                            "sd": statistics.stdev(x) if len(x) > 1 else None} for value, x in scores.items()]
+    # Of choices alone: a range has no values that repeat.
+    means = {name: mean_scores(complete, name, choices) for name, choices in options.search.items()
+             if not isinstance(choices, Range)}
     best = best_trial(study)
     return {"trials": trials, "best": best and best.number, "means": means, "importance": importance(study, options)}
 
 
+def mean_scores(trials: list[dict], name: str, choices: list) -> list[dict]:
+    """Returns n, mean and sample standard deviation of the scores of each choice of an option."""
+    found = []
+    for value in choices:
+        scores = [trial["score"] for trial in trials if trial["params"][name] == value]
+        found.append({"value": value, "n": len(scores), "mean": statistics.fmean(scores) if scores else None,
+                      "sd": statistics.stdev(scores) if len(scores) > 1 else None})
+    return found
+
+
 def importance(study: optuna.Study, options: SweepOptions) -> dict[str, float] | None:
     """Computes the share of the scores' variance that each option explains (fANOVA, Hutter et al. 2014), or None."""
+    # Of fewer trials, or of equal scores, the regression trees of fANOVA can explain nothing.
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(options.search) < 2 or len(complete) < 4 or len({trial.value for trial in complete}) < 2:
         return None

@@ -105,7 +105,8 @@ def test_lora_and_its_reference_are_trainings_with_their_difference_paired_by_se
         return summarise.of_step(step, {"files": {summarise.STEPS[step].done: json.dumps(content)}})
     results = {"paper/lora": study("lora", "LoRA", [0.5, 0.6, 0.7]), "paper/peft": study("peft", "peft", [0.48, 0.6, 0.66])}
     lines = summarise.cola(results)
-    assert any(line.startswith("| `LoRA`, float32, rate of two | 3 (12345 to 12347) | best (2) | 7 | 0.807 ± 0.000 / 0.600")
+    label = "`LoRA`, float32, best of two learning rates"
+    assert any(line.startswith(f"| {label} | 3 (12345 to 12347) | best (2) | 7 | 0.807 ± 0.000 / 0.600")
                and line.endswith("| `python run.py lora 12345` |") for line in lines)
     half = 4.302653 * 0.02 / 3 ** 0.5  # of 0.02, 0 and 0.04: mean 0.02, deviation 0.02; Student's t, two degrees of freedom
     said = f"{0.02:+.3f} ({0.02 - half:+.3f} to {0.02 + half:+.3f})"
@@ -156,7 +157,7 @@ def test_a_variant_of_the_student_stands_beside_its_baseline_and_the_first_row()
     hard = next(line for line in lines if "--kd-loss hard" in line)
     assert hard.endswith("| 0.500 ± 0.071 | 0.400 ± 0.071 | 0.300 ± 0.071 |  |  | -0.050 (-0.050 to -0.050) |")
     assert sum("not run" in line for line in lines) == 3
-    assert "The first row's student minus the best no-KD baseline of all rows: +0.090 (-0.545 to +0.725)." in lines
+    assert "The first row's student minus the best baseline of all rows: +0.090 (-0.545 to +0.725)." in lines
 
 
 def test_a_student_of_another_task_stands_beside_its_teacher():
@@ -170,7 +171,7 @@ def test_a_student_of_another_task_stands_beside_its_teacher():
             {"entry": "student", "minus": minus, "best": {"validation": {"accuracy": {"mean": mean, "interval": interval}}}}
             for minus, mean, interval in (("scratch", 0.02, [0.01, 0.03]), ("teacher", -0.01, None))]}})
     assert "| teacher | 1,000 | 0.800 / 0.600 |  |" in lines  # one for both seeds
-    assert ("Seeds: 2 (12345 to 12346). Accuracy minus that of the no-KD baseline, paired by seed, 95 % interval: the "
+    assert ("Seeds: 2 (12345 to 12346). Accuracy minus that of the baseline, paired by seed, 95 % interval: the "
             "student with KD +2.0 % (+1.0 to +3.0). Accuracy minus that of the teacher, paired by seed, 95 % interval: the "
             "student with KD -1.0 %."
             ) in lines

@@ -83,7 +83,7 @@ def test_the_checksums_are_the_standard_tools(tmp_path):
 def test_eval_of_a_file_that_changed_since_the_run_says_so(rows, work, tmp_path, capsys):
     data = work / "cola/in_domain_dev.tsv"
     assert toy.main("eval", work / "runs/LoRA-12345", "--data", data) == 0
-    assert "warning" not in capsys.readouterr().err
+    assert "changed since" not in capsys.readouterr().err
     before = data.read_bytes()
     data.write_bytes(before + b"s\t1\t\tOne more.\n")
     assert toy.main("eval", work / "runs/LoRA-12345", "--data", data) == 0

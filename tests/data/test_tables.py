@@ -344,6 +344,7 @@ def test_eval_of_a_table_run_repeats_its_summary(table_run, tmp_path, capsys):
                     "--predictions", tmp_path / "out.tsv") == 0
     result = json.loads(capsys.readouterr().out)
     summary = read_json(table_run / "run" / "summary.json")
+    assert result.pop("data") == str(table_run / "data" / "validation.csv") and result.pop("trained_on") is not None
     assert result.pop("by_class") == summary["by_class"]["validation"] and result == summary["validation"]["validation"]
     rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()[1:]]
     assert np.mean([row[1] == row[2] for row in rows]) == pytest.approx(result["accuracy"])
@@ -377,7 +378,7 @@ def test_every_method_reads_features_and_evaluates_alike(table_run, tmp_path, ca
     capsys.readouterr()
     assert toy.main("eval", tmp_path / "run", "--data", table_run / "data" / "validation.csv", "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    del result["by_class"]
+    del result["by_class"], result["data"], result["trained_on"]
     assert result == read_json(tmp_path / "run" / "summary.json")["validation"]["validation"]
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import toy
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from data.backbones import load_causal_lm, load_tokenizer
 from data.pairs import Pair
 from data_utils import Split
-from experiments import diagnose, evaluate
+from experiments import diagnose, evaluate, trained_on
 from record.files import read_json
 
 PAIRS = "field\tphenomenon\tparadigm\tgood\tbad\n" + "".join(
@@ -67,10 +68,10 @@ def test_sentences_of_disagreement_and_of_common_error_are_what_they_say(work, d
     assert found["all_wrong"]["n"] == len(found["all_wrong"]["rows"]) == len(wrong)
     assert {row["sentence"] for row in found["all_wrong"]["rows"]} == {row["sentence"] for row in wrong}
     first = rows[0]
-    logits, split, _ = evaluate.answers(work / "LoRA", work / "cola" / f"{first['split']}_dev.tsv")
-    at = split.sentences.index(first["sentence"])
+    scored = evaluate.score_rows(work / "LoRA", work / "cola" / f"{first['split']}_dev.tsv")
+    at = scored.split.sentences.index(first["sentence"])
     assert first["models"]["teacher"]["probability_of_label"] == pytest.approx(
-        float(logits[at].softmax(-1)[int(first["label"])]), abs=1e-6)
+        float(scored.logits[at].softmax(-1)[int(first["label"])]), abs=1e-6)
 
 
 def test_pairs_are_counted_by_paradigm_and_phenomenon_beside_the_published_figures(work, distilled_run, diagnosed):
@@ -207,10 +208,10 @@ def test_a_moved_teacher_is_found_beside_the_run_and_a_missing_one_is_left_out(w
     path = tmp_path / "distilled" / "summary.json"
     path.write_text(path.read_text().replace(json.dumps(str(work / "LoRA")), json.dumps("gone/teacher")))
     toy.reseal(tmp_path / "distilled")
-    assert diagnose.find_teacher(tmp_path / "distilled", "gone/teacher") is None
+    assert trained_on.find_source(tmp_path / "distilled", "gone/teacher") is None
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "config.json").write_text("{}")
-    assert diagnose.find_teacher(tmp_path / "distilled", "gone/teacher") == tmp_path / "teacher"
+    assert trained_on.find_source(tmp_path / "distilled", "gone/teacher") == tmp_path / "teacher"
     shutil.rmtree(tmp_path / "teacher")
     assert toy.main("diagnose", tmp_path / "distilled", "--pairs", pairs, "--limit", 1, "--out", tmp_path / "out") == 0
     assert "left out: the teacher: gone/teacher is not there" in capsys.readouterr().out
@@ -218,3 +219,47 @@ def test_a_moved_teacher_is_found_beside_the_run_and_a_missing_one_is_left_out(w
     assert list(found["scores"]) == ["student", "scratch"] and found["disagreements"] is None
 
 
+@pytest.fixture(scope="module")
+def averaged(work, tmp_path_factory):
+    """A distillation of two teachers, in folders that the test may change."""
+    folder = tmp_path_factory.mktemp("averaged")
+    assert toy.lora(work, folder / "one", "--no-plots") == 0
+    assert toy.lora(work, folder / "two", "--rank", 2, "--lr", 0.03, "--no-plots") == 0
+    assert toy.main("distil", "12345", "--plain", "--teacher", folder / "one", "--teacher", folder / "two", "--out",
+                    folder / "run", "--epochs", 1, "--embedding-size", 6, "--hidden-size", 5, "--no-plots") == 0
+    return folder
+
+
+def test_a_distillation_of_several_teachers_is_diagnosed_with_their_average(averaged, pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert toy.main("diagnose", averaged / "run", "--pairs", pairs, "--limit", 2, "--out", tmp_path / "out") == 0
+    found = read_json(tmp_path / "out" / "diagnose.json")
+    assert list(found["scores"]) == ["teacher", "student", "scratch"] and "changed" not in capsys.readouterr().err
+    assert found["models"]["teacher"] == f"{averaged / 'one'}, {averaged / 'two'}"
+    expected = read_json(averaged / "run" / "summary.json")["teacher"]["validation"]
+    for split, scores in found["scores"]["teacher"].items():
+        assert scores["loss"] == pytest.approx(expected[split]["loss"], abs=1e-6) and scores["mcc"] == expected[split]["mcc"]
+    assert len(found["disagreements"]) == 24
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_each_of_several_teachers_is_looked_for_and_compared(averaged, pairs, tmp_path, capsys, name):
+    """Also where all were moved together, and by relative names, as they are given."""
+    shutil.copytree(averaged, tmp_path / "moved")
+    run = tmp_path / "moved" / "run"
+    for file in ("config.json", "summary.json"):
+        (run / file).write_text((run / file).read_text().replace(str(averaged), "gone"))
+    toy.reseal(run)
+    toy.reseal(tmp_path / "moved" / name)
+    words = ("diagnose", run, "--pairs", pairs, "--limit", 1, "--out", tmp_path / "out")
+    assert toy.main(*words) == 0
+    assert "changed since the student learned" not in capsys.readouterr().err
+    weights = load_file(tmp_path / "moved" / name / "adapter_model.safetensors")
+    save_file({key: value + 1 for key, value in weights.items()}, tmp_path / "moved" / name / "adapter_model.safetensors")
+    toy.reseal(tmp_path / "moved" / name)
+    assert toy.main(*words) == 0
+    assert f"warning: {tmp_path / 'moved' / name}: changed since the student learned from it" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "moved" / name)
+    assert toy.main(*words) == 0
+    assert f"left out: the teacher: gone/{name} is not there" in capsys.readouterr().out
+    assert list(read_json(tmp_path / "out" / "diagnose.json")["scores"]) == ["student", "scratch"]

@@ -16,6 +16,10 @@ def test_eval_of_a_lora_run_repeats_its_summary(work, capsys, split):
     result = json.loads(capsys.readouterr().out)
     summary = read_json(work / "LoRA" / "summary.json")
     assert result.pop("by_class") == summary["by_class"][split]
+    assert result.pop("data") == str(work / "cola" / f"{split}_dev.tsv")
+    train, dev = ({sentence.casefold() for sentence in data_utils.read_cola_tsv(work / "cola" / f"{name}.tsv").sentences}
+                  for name in ("in_domain_train", f"{split}_dev"))
+    assert result.pop("trained_on") == len(train & dev)  # no sentence of the toy's stands twice in a file
     assert set(result) == toy.SCORES
     assert result == summary["validation"][split]
 
@@ -35,6 +39,7 @@ def test_every_method_leaves_a_run_that_eval_scores_alike(work, tmp_path, capsys
     assert toy.main("eval", tmp_path / "run", "--data", work / "cola" / "in_domain_dev.tsv", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result.pop("by_class") == summary["by_class"]["in_domain"]
+    assert result.pop("data") and result.pop("trained_on") < 12
     assert result == summary["validation"]["in_domain"]
 
 

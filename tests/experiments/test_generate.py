@@ -7,7 +7,7 @@ from transformers import GPT2LMHeadModel
 
 from adapters.peft_layout import save_adapter
 from data.backbones import load_causal_lm, load_tokenizer
-from experiments.generate import base_model, generate, read_prompts
+from experiments.generate import GenerateOptions, base_model, generate, read_prompts
 from fast.generation import Sampling
 from machine.errors import UserError
 from model import LoRAOptions, TextClassifier, inject_lora
@@ -16,8 +16,8 @@ PROMPTS = ["The cat", "A dog ran to", "mat"]
 
 
 def texts(folder, prompts=("The cat sat",), greedy=False, temperature=1.0, top_k=0, top_p=1.0, **options) -> list[str]:
-    return list(generate(str(folder), list(prompts), sampling=Sampling(greedy, temperature, top_k, top_p), **{
-        "seed": 12345, "max_new_tokens": 12, "num_samples": 1, "adapter": None, **options}))
+    return list(generate(list(prompts), GenerateOptions(str(folder), **{
+        "seed": 12345, "max_new_tokens": 12, "sampling": Sampling(greedy, temperature, top_k, top_p), **options})))
 
 
 def saved_adapter(gpt2_folder, out, trained: bool):
@@ -98,8 +98,8 @@ def test_the_prompt_and_the_new_tokens_must_fit_the_context(gpt2_folder):
 
 
 def test_a_prompt_too_long_is_refused_before_anything_is_generated(gpt2_folder):
-    samples = generate(str(gpt2_folder), ["The cat", "mat " * 40], seed=1, max_new_tokens=2,
-                       sampling=Sampling(greedy=True), num_samples=1, adapter=None)
+    samples = generate(["The cat", "mat " * 40], GenerateOptions(str(gpt2_folder), seed=1, max_new_tokens=2,
+                                                                sampling=Sampling(greedy=True)))
     with pytest.raises(UserError, match="prompt of "):
         next(samples)
 

@@ -157,6 +157,97 @@ def test_another_number_of_seeds_is_refused_and_overwrite_begins_anew(three):
     assert ran == ["one", "two", "three"] * 2
 
 
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below a folder, but for the paper's own bookkeeping of this start."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()
+            and path.name not in ("config.json", "paper.json", ".lock")}
+
+
+@pytest.mark.parametrize("name", ["one", "two", "three"])
+def test_overwriting_one_step_leaves_the_others_and_what_else_lies_there(three, name):
+    options, _, ran = three
+    make_paper(options)
+    (options.out / "notes.txt").write_text("mine")
+    before, config = contents(options.out), (options.out / "config.json").read_bytes()
+    (options.out / name / "left over").write_text("of the step")
+    assert make_paper(replace(options, only=(name,), overwrite=True))[1] == [] and ran == ["one", "two", "three", name]
+    after = contents(options.out)
+    changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
+    assert changed <= {f"steps/{name}.json"}  # its seconds
+    assert (options.out / "config.json").read_bytes() == config and states(options) == ["done"] * 3
+
+
+def test_overwriting_one_step_of_another_paper_is_refused(three):
+    """The other steps would be of other seeds."""
+    options, *_ = three
+    make_paper(options)
+    before = contents(options.out)
+    with pytest.raises(UserError, match="began with another --seeds: 3, now 5"):
+        make_paper(replace(options, seeds=5, only=("two",), overwrite=True))
+    assert contents(options.out) == before
+
+
+@pytest.mark.parametrize("more", [{}, {"only": ("two",)}])
+def test_no_run_removes_nothing(three, more):
+    options, _, ran = three
+    make_paper(options)
+    before = contents(options.out)
+    assert make_paper(replace(options, no_run=True, overwrite=True, **more))[1] == []
+    assert contents(options.out) == before and ran == ["one", "two", "three"] and states(options) == ["done"] * 3
+
+
+@pytest.mark.parametrize("files", [
+    {"notes.txt": "mine"}, {"one/thesis.tex": "mine", "steps/one.json": "{}"}, {"config.json": "{}"},
+    {"config.json": json.dumps({"options": {"sr": "12345", "model": "tiny"}}), "one/adapter.safetensors": "mine"},
+    {"config.json": json.dumps({"model_type": "gpt2"})}, {"config.json/x": "a folder of that name"}])
+@pytest.mark.parametrize("more", [{}, {"overwrite": True}, {"overwrite": True, "only": ("one",)}, {"no_run": True}])
+def test_a_folder_that_no_paper_made_is_refused_and_left_as_it_is(three, files, more):
+    options, _, ran = three
+    for name, text in files.items():
+        (options.out / name).parent.mkdir(parents=True, exist_ok=True)
+        (options.out / name).write_text(text)
+    before = {path: path.is_file() and path.read_text() for path in options.out.rglob("*")}
+    with pytest.raises(UserError, match=f"--out {options.out}: neither empty nor a paper's folder"):
+        make_paper(replace(options, **more))
+    assert {path: path.is_file() and path.read_text() for path in options.out.rglob("*")} == before and ran == []
+
+
+def test_an_empty_folder_or_one_with_a_lock_alone_is_taken(three):
+    options, *_ = three
+    options.out.mkdir()
+    (options.out / ".lock").write_text("")
+    assert make_paper(options)[1] == []
+
+
+@pytest.mark.parametrize("profile, data", PLANS)
+def test_each_declared_step_removes_its_own_results_and_no_other_step_s(profile, data, tmp_path):
+    """Also of steps that share a folder, as LoRA and the students do, and of runs that are links."""
+    def make(step: Step) -> set[Path]:
+        made = {tmp_path / step.done, tmp_path / "steps" / f"{step.name}.json", tmp_path / "steps" / f"{step.name}.log"}
+        if step.runs:
+            made.add(tmp_path / step.runs.replace("*", "12345") / "summary.json")
+        if step.name == "grid":
+            made.add(tmp_path / "grid" / "lora-12346" / "summary.json")
+        for path in made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(step.name)
+        return made
+    options = PaperOptions("12345", profile, 3, data, tmp_path)
+    declared = options.steps
+    made = {step.name: make(step) for step in declared}
+    (tmp_path / "cola" / "LoRA-12346").symlink_to("../grid/lora-12346", target_is_directory=True)
+    (tmp_path / "config.json").write_text("{}")
+    for step in declared:
+        paper.remove_step(step, options)
+        assert not any(path.exists() for path in made[step.name]), step.name
+        assert all(path.exists() for other in declared if other is not step for path in made[other.name]), step.name
+        assert (tmp_path / "config.json").exists()
+        if step.name == "lora":
+            assert not (tmp_path / "cola" / "LoRA-12346").is_symlink()
+            assert (tmp_path / "grid" / "lora-12346" / "summary.json").read_text() == "grid"
+        make(step)
+
+
 def test_only_runs_the_named_steps(three):
     options, _, ran = three
     make_paper(replace(options, only=("two",)))
@@ -387,6 +478,28 @@ def test_no_run_builds_the_paper_of_what_is_there(recorded, monkeypatch):
     monkeypatch.setattr(paper, "check", lambda options: pytest.fail("models and data are not needed"))
     options = elsewhere(no_run=True)
     assert make_paper(options)[1] == [] and ran == [] and states(options) == ["not run", "done", "done"]
+
+
+def test_overwriting_runs_a_step_whatever_its_record_and_records_it_anew(recorded):
+    here, elsewhere, ran = recorded
+    options = elsewhere(only=("one",), overwrite=True)
+    before = (here.records / "two.json").read_bytes()
+    assert make_paper(options)[1] == [] and ran == ["one"] and states(options) == ["done"] * 3
+    assert (options.out / "one" / "run" / "weights").exists() and not (options.out / "two" / "run").exists()
+    assert (here.records / "two.json").read_bytes() == before
+
+
+def test_a_record_cannot_remove_a_file_outside_the_folder(recorded):
+    here, elsewhere, _ = recorded
+    options = elsewhere()
+    make_paper(options)
+    outside = options.out.parent / "outside.json"
+    outside.write_text("mine")
+    record = json.loads((here.records / "one.json").read_text())
+    (here.records / "one.json").write_text(json.dumps(record | {"files": {"../outside.json": "{}"}}))
+    with pytest.raises(UserError, match="one.json: ../outside.json lies outside the paper's folder"):
+        step_records.forget(options.steps[0], options.out, here.records)
+    assert outside.read_text() == "mine"
 
 
 def test_a_record_cannot_write_outside_the_folder(recorded):

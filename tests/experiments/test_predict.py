@@ -225,7 +225,7 @@ def test_rows_name_their_adapters(runs, capsys, tmp_path):
     rows += [{"adapter": "nobody", "text": "the cat"}, {"adapter": 3, "text": "the cat"}, {"adapter": "cola"},
              {"adapter": "cola", "text": " "}, {"text": "the cat"}]
     results = ask(capsys, "--adapter", f"cola={runs / 'lora'}", "--adapter", f"words={runs / 'qv'}", "--adapter",
-                  f"head={runs / 'head'}", "--file", write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+                  f"head={runs / 'head'}", "--base", "--file", write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
     folders = {"cola": "lora", "words": "qv", "head": "head"}
     for name, folder in folders.items():
         chosen = [i for i, row in enumerate(rows[:len(TEXTS)]) if row["adapter"] == name]
@@ -238,6 +238,23 @@ def test_rows_name_their_adapters(runs, capsys, tmp_path):
     errors = results[len(TEXTS):-1]
     assert [error["line"] for error in errors] == [len(TEXTS) + i for i in (1, 2, 3, 4)]
     assert "unknown adapter 'nobody'; expected one of cola, words, head" in errors[0]["error"]
+
+
+def test_a_row_that_names_no_adapter_is_an_error_unless_the_base_is_asked_for(runs, capsys, tmp_path):
+    rows = [{"adapter": "cola", "text": "the cat"}, {"text": "the cat"}, {"adapter": None, "text": "the cat"},
+            {"adapter": "", "text": "the cat"}, {"Adapter": "cola", "text": "the cat"},
+            {"adapter": "cola", "text": "the dog"}]
+    words = ("--adapter", f"cola={runs / 'lora'}", "--file", write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    results = ask(capsys, *words)
+    assert [result.get("line") for result in results] == [None, 2, 3, 4, 5, None]
+    assert all(result["error"] == "adapter is missing; expected one of cola, or --base for the base alone"
+               for result in results[1:5])
+    results = ask(capsys, *words, "--base")
+    assert [set(result.get("probabilities", ())) for result in results[1:5]] == [{"LABEL_0", "LABEL_1"}] * 4
+    table = write(tmp_path / "a.csv", "text\nthe cat\n")
+    refused(capsys, "with --adapter, expected JSON Lines", "--adapter", f"cola={runs / 'lora'}", "--file", table)
+    assert "label" in ask(capsys, "--adapter", f"cola={runs / 'lora'}", "--base", "--file", table)[0]
+    refused(capsys, "--base is for --adapter", runs / "lora", "the cat", "--base")
 
 
 @pytest.mark.parametrize("name, says", [("stranger", "adapter for another base"), ("full", "has --method full"),
