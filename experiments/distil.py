@@ -19,7 +19,6 @@ from data.digests import tokenizer_digest
 from data_utils import Batch, Task
 from distillation.teachers import Averaged, embed_as
 from experiments import stages
-from experiments.defaults import AUGMENT_MOST, AUGMENT_TIMES, default
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.stages import Stage
@@ -127,7 +126,7 @@ def prepare(options: RunOptions, distil_options: DistilOptions) -> Prepared:
         name: getattr(distil_options, name)
         for name in ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout")})
     if distil_options.augment is None:
-        most = min(default(AUGMENT_MOST, task.name), default(AUGMENT_TIMES, task.name) * len(task.train))
+        most = min(distil_options.augment_most, distil_options.augment_times * len(task.train))
         distil_options = replace(distil_options, augment=most)
     if distil_options.label_precision is None:
         staged = distil_options.pretrain or distil_options.transfer
