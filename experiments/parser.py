@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
         """Returns every option of the mode by its field's name; None where a preset decides, once the task is known."""
         known, unknown = self.parse_known_args(words)
         given = vars(known)
-        if "texts" in self.options:  # argparse takes sentences before the options, or after them
+        if self.mode == "predict":  # argparse takes sentences before the options, or after them
             given["texts"] = given.get("texts", []) + [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-")]
         if unknown:

@@ -15,9 +15,10 @@ from options.schema import FREE, RunOptions, TableOptions, as_json, settings_of
 
 # What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
 COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",
-          "save_every", "resume", "overwrite", "config", "seeds", "jobs", "device")
-# Of each run, and not of the command that it comes from.
-OWN = ("sr", "lr", "out", "plots", "no_plots", "resume", "overwrite", "config", "seeds", "jobs")
+          "save_every", "resume", "overwrite")
+COMMAND = ("config", "seeds", "jobs")  # options of one command that stands for many runs
+# What each run has for itself.
+OWN = ("lr", "out", "plots", "no_plots", "resume", "overwrite", *COMMAND)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Variant(Parser):
 
     def option(self, word: str) -> Option:
         """Returns the option of this name."""
-        if word not in self.options:
+        if word not in self.options or word in COMMAND:
             self.error(f"unknown option {word}{closest(word, self.options)}")
         return self.options[word]
 
