@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
                     "action": "store_false" if option.default else "store_true"}
         words = {"type": option.read, "help": described(option), "metavar": placeholder(option)}
         if place := option.declared.get("positional"):
-            return words if place is True else {**words, "nargs": place}
+            return words if place is True else {**words, "nargs": place, "default": None}
         return {**words, "dest": option.name, "action": "append" if option.declared.get("repeat") else "store"}
 
     def error(self, message: str):

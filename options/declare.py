@@ -2,7 +2,7 @@
 
     rank: int = option(8, "rank of each LoRA update", often=True)
 
-The command line, its checks and docs/options.md are made from such fields. Nothing heavy is imported: --help answers at once.
+The command line, its checks and docs/options.md are made from such fields. Nothing heavy is imported, for --help.
 """
 from __future__ import annotations
 

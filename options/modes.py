@@ -44,8 +44,8 @@ class Study:
 
 @declares
 class Seeds:
-    seeds: int | None = option(None, "number of seeds, SR, SR + 1, ... (00000 follows 99999): a run each, and their means with "
-                               "95 % intervals", least=1, most=1000, often=True)
+    seeds: int | None = option(None, "number of seeds, SR, SR + 1, ... (00000 follows 99999): a run each, and their means "
+                               "with 95 % intervals", least=1, most=1000, often=True)
     jobs: int = option(1, "runs at a time, each with its part of the CPU's threads", least=1)
 
 
@@ -69,22 +69,22 @@ class Gen:
 class Compare:
     methods: tuple[str, ...] = option(("none", "head", "lora", "full"), "methods to compare, an entry each", choices=METHODS,
                                       unique=True, often=True)
-    set: tuple[str, ...] = option((), "one more entry with LoRA's options, such as r2:method=lora,rank=2,targets=q+v (+ is the "
+    set: tuple[str, ...] = option((), "one more entry with LoRA's options, r2:method=lora,rank=2,targets=q+v (+ is the "
                                   "comma within targets and layers); may be given several times", repeat=True, often=True,
                                   metavar="NAME:OPTION=VALUE[,...]")
     seeds: int = option(3, "number of seeds: SR, SR + 1, ...; 00000 follows 99999", least=1, most=1000, often=True)
     jobs: int = option(1, "runs at a time, each with its part of the CPU's threads", least=1)
     against: str | None = option(None, "entry that is subtracted from every other one, paired by seed", often=True)
-    lr_grid: tuple[float, ...] | None = option(None, "learning rates that each entry chooses from on the first seed", above=0,
-                                               unique=True, often=True)
+    lr_grid: tuple[float, ...] | None = option(None, "learning rates that each entry chooses from on the first seed",
+                                               above=0, unique=True, often=True)
 
 
 @declares
 class Sweep:
     search: tuple[str, ...] = option(
-        (), "choices, rank=1,2,4 or targets=q+v,all (+ is the comma within targets and layers), or a range, lr=1e-4..1e-3 or "
-        "alpha=1..64:log (only learning rates are logarithmic without :log); once for each option", repeat=True, required=True,
-        often=True, metavar="OPTION=VALUES")
+        (), "choices, rank=1,2,4 or targets=q+v,all (+ is the comma within targets and layers), or a range, lr=1e-4..1e-3 "
+        "or alpha=1..64:log (only learning rates are logarithmic without :log); once for each option", repeat=True,
+        required=True, often=True, metavar="OPTION=VALUES")
     sampler: str = option("tpe", "sampler of Optuna; grid: every combination, once", choices=("tpe", "random", "grid"),
                           often=True)
     trials: int | None = option(None, "trials of all processes; 20, or the whole grid, if not given", least=1, often=True)
@@ -114,8 +114,8 @@ class Significance(Scoring):
 @declares
 class Diagnose:
     data: Path | None = option(None, "labelled file of the run's task; its development files if not given", metavar="FILE")
-    pairs: Path | None = option(None, "TSV of minimal pairs with the columns phenomenon, paradigm, good, bad (BLiMP's; figures "
-                                "of published.tsv next to it are shown too); the built-in grammar's if not given",
+    pairs: Path | None = option(None, "TSV of minimal pairs with the columns phenomenon, paradigm, good, bad (BLiMP's; "
+                                "figures of published.tsv next to it are shown too); the built-in grammar's if not given",
                                 metavar="FILE")
     limit: int | None = option(None, "pairs of each paradigm: a quick look", least=1)
     json: bool = option(False, "print one JSON object")
@@ -127,7 +127,7 @@ class Predict:
     run: Path | None = option(None, "folder of a finished run; of a distillation, its student", metavar="RUN_DIR",
                               positional="?")
     texts: tuple[str, ...] = option((), "sentences to classify", metavar="TEXT", positional="*", repeat=True)
-    file: Path | None = option(None, "a sentence a line, or a table with the run's columns; -: standard input", metavar="FILE")
+    file: Path | None = option(None, "sentences, one a line, or a table with the run's columns; -: stdin", metavar="FILE")
     format: str | None = option(None, "format of --file; by its ending if not given",
                                 choices=("text", "csv", "tsv", "jsonl", "parquet"))
     json: bool = option(False, "print one JSON object a line")
@@ -167,13 +167,13 @@ class Repeat:
 
 @declares
 class Paper:
-    profile: str = option("quick", "quick: the built-in task, some minutes; full: real models and data, some hours on two cores",
+    profile: str = option("quick", "quick: the built-in task, some minutes; full: real models and data, some hours",
                           choices=names_in("experiments/steps.py", "PROFILES"))
-    data_root: Path | None = option(None, "folder with cola/, rotten_tomatoes/, movie_reviews/, buzzer/, blimp/ and plain_text/ "
-                                    "for --profile full; the Hub's GPT-2 and CoLA if not given")
+    data_root: Path | None = option(None, "folder with cola/, rotten_tomatoes/, movie_reviews/, buzzer/, blimp/ and "
+                                    "plain_text/ for --profile full; the Hub's GPT-2 and CoLA if not given")
     seeds: int = option(3, "number of seeds: SR, SR + 1, ...; 00000 follows 99999", least=1, most=1000)
-    jobs: int | None = option(None, "steps at a time, each with its part of the CPU's threads; one a core up to three, or one "
-                              "on a GPU, if not given", least=1)
+    jobs: int | None = option(None, "steps at a time, each with its part of the CPU's threads; one a core up to three, or "
+                              "one on a GPU, if not given", least=1)
     dry_run: bool = option(False, "print every step with its command, and run nothing")
     only: tuple[str, ...] = option((), "steps to run, and no others", unique=True)
     no_run: bool = option(False, "run no step: build the paper of existing results")
@@ -212,7 +212,8 @@ MODES = {
                     "compare 12345 --methods none,head,lora,full --lr-grid 1e-4,3e-4,1e-3", Sr, Compare, RunOptions, Study,
                     Machine),
     "sweep": Mode("search rank, targets, layers, learning rate ... with Optuna",
-                  "sweep 12345 --search rank=1,2,4 --search lr=1e-4..1e-3 --trials 20", Sr, Sweep, RunOptions, Study, Machine),
+                  "sweep 12345 --search rank=1,2,4 --search lr=1e-4..1e-3 --trials 20", Sr, Sweep, RunOptions, Study,
+                  Machine),
     "eval": Mode("score a saved run on a labelled file", "eval runs/LoRA-12345 --data dev.tsv", RunFolder, Eval, Kernels,
                  Machine),
     "test": Mode("test the difference between two finished runs on one labelled file",

@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
 from machine.errors import UserError
-from options.declare import minutes_or_steps, names_in, option
+from options.declare import minutes_or_steps, option
 
 ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
 METHODS = ("lora", "full", "head", "features", "none")
@@ -42,8 +42,8 @@ class TableOptions:
     label_column: str = option("label", "column of the label: strings, booleans or whole numbers, any number of classes")
     template: str | None = option(None, 'text with columns in braces, "Q: {question} A: {guess}", instead of --text-column')
     eval_split: str | None = option(
-        None, "development rows: a file of the folder by its stem, another file, or a share of the training rows; validation, "
-        "dev or eval if the folder has one, else 0.1", metavar="NAME|FILE|SHARE")
+        None, "development rows: a file of the folder by its stem, another file, or a share of the training rows; "
+        "validation, dev or eval if the folder has one, else 0.1", metavar="NAME|FILE|SHARE")
     feature_columns: tuple[str, ...] = option((), "columns of numbers that the head reads next to the text")
     truncate: str = option("tail", "part of a text longer than --max-length that is cut", choices=("head", "tail", "middle"))
 
@@ -64,7 +64,7 @@ class TrainOptions:
     clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
     accumulate: int = option(1, "batches in an optimiser step", least=1)
     label_smoothing: float = option(0.0, "share of each label that is spread over all classes", least=0, most=1)
-    ema: float = option(0.0, "decay of the moving average of the weights, which is scored and kept; 0: none", least=0, most=1)
+    ema: float = option(0.0, "decay of the weights' moving average, which is scored and kept; 0: none", least=0, most=1)
     patience: int | None = option(None, "epochs without a better one after which training stops", least=1)
     precision: str = option("auto", "precision of frozen linears; trained weights stay float32", not_in="distil",
                             choices=("auto", "fp32", "bf16x3", "bf16"))
@@ -105,14 +105,14 @@ class DistilOptions:
     """
 
     teacher: Path = option(
-        help="folder of a LoRA run, runs/LoRA-SR if not given; the logits of several are averaged; with --seeds also the folder "
-        "with every seed's LoRA-SR", repeat=True, often=True)
+        help="folder of a LoRA run, runs/LoRA-SR if not given; the logits of several are averaged; with --seeds also the "
+        "folder with every seed's LoRA-SR", repeat=True, often=True)
     more_teachers: tuple[str, ...] = ()  # folders of all but the first teacher
     plain: bool = option(False, "one stage, on the training set alone, from random embeddings", before=True, often=True)
     control: bool = option(True, "leave out the baseline, which trains the same RNN without a teacher")
     temperature: float = option(1.0, "temperature that softens teacher and student", above=0, preset=True, often=True)
-    kd_alpha: float = option(0.5, "share of the teacher in the loss; gold labels have the rest", least=0, most=1, preset=True,
-                             often=True)
+    kd_alpha: float = option(0.5, "share of the teacher in the loss; gold labels have the rest", least=0, most=1, often=True,
+                             preset=True)
     kd_loss: str = option("kl", "the teacher's part of the loss: kl of soft labels, mse of logits, or hard labels",
                           choices=("kl", "mse", "hard"), often=True)
     student_embeddings: str = option("teacher", "the student's first embeddings: the teacher's, reduced by PCA, or random",
@@ -130,7 +130,7 @@ class DistilOptions:
     stage_lr: float = option(2e-3, "peak learning rate of the stages before the training set", above=0)
     stage_tokens: int = option(512, "tokens in a batch of the stages before the training set", least=1)
     stage_dropout: float = option(0.2, "dropout of the student in the stages before the training set", least=0, most=0.99)
-    lm_weight: float = option(1.0, "weight of language modelling in pretraining; 0: hidden states are matched alone", least=0)
+    lm_weight: float = option(1.0, "weight of language modelling in pretraining; 0: hidden states alone", least=0)
     match: str = option("hidden", "match the teacher's last hidden states, reduced by PCA, or none",
                         choices=("hidden", "none"), preset=True, before="none")
     match_size: int = option(192, "dimensions of the teacher's hidden states after PCA", least=1)
@@ -147,9 +147,9 @@ class DistilOptions:
     cell: str = option(RNNConfig.cell, "cell of the student's RNN", choices=("lstm", "gru"))
     pooling: str = option("attention", "pooling of the student's states over real tokens", preset=True, before="max",
                           choices=("max", "mean", "attention"))
-    dropout: float = option(RNNConfig.dropout, "dropout on the student's embeddings and its pooled vector", least=0, most=0.99)
+    dropout: float = option(RNNConfig.dropout, "dropout on the student's embeddings and pooled vector", least=0, most=0.99)
     augment_times: int = option(28, "training sets in a transfer set without --augment", least=0, preset=True)
-    augment_most: int = option(240_000, "largest number of sentences in a transfer set without --augment", least=0, preset=True)
+    augment_most: int = option(240_000, "most sentences in a transfer set without --augment", least=0, preset=True)
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,9 @@ class RunOptions:
         "stanfordnlp/sst2; the Hub's files of the task if not given", metavar="DIR|FILE|NAME", often=True)
     out: Path = option(help="the run's folder; runs/MODE-SR if not given", often=True)
     train: TrainOptions
-    method: str = option("lora", "part that is trained: lora (with the head), full (everything), head, features (a head that "
-                         "reads --feature-columns and no text), or none", choices=METHODS, not_in="distil compare", often=True)
+    method: str = option("lora", "part that is trained: lora (with the head), full (everything), head, features (a head "
+                         "that reads --feature-columns and no text), or none", choices=METHODS, often=True,
+                         not_in="distil compare")
     lora: LoRAOptions = option(LoRAOptions(), not_in="distil")
     table: TableOptions = option(TableOptions(), not_in="distil")
     init: Path | None = option(None, "finished run whose adapter, and head for the same classes, is trained on",
