@@ -321,7 +321,8 @@ def test_a_closed_stream_is_no_error(work, tmp_path, streams):
 
 
 def test_a_closed_standard_input_is_an_empty_one(work):
-    closed, empty = (shell(f"$RUN predict {work / 'run'} --file - --format text {stream}") for stream in ("<&-", "</dev/null"))
+    command = f"$RUN predict {work / 'run'} --file - --format text"
+    closed, empty = (shell(f"{command} {stream}") for stream in ("<&-", "</dev/null"))
     assert (closed.returncode, closed.stdout, closed.stderr) == (empty.returncode, empty.stdout, empty.stderr)
     assert b"Traceback" not in closed.stderr
 
