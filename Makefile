@@ -49,11 +49,11 @@ test: export OMP_NUM_THREADS ?= 1
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# import-linter takes packages only: a folder of links shows it the four modules of the root as packages.
+# import-linter takes packages only: a folder of links shows it the modules of the root as packages.
 lint: .venv/test.stamp
 	$(BIN)/python -m ruff check .
 	@rm -rf .lint && mkdir .lint
-	@for module in run train_utils model data_utils; do \
+	@for module in run train_utils speed model sampling data_utils; do \
 	  mkdir .lint/$$module && ln -s ../../$$module.py .lint/$$module/__init__.py; done
 	@for folder in experiments serving distillation training fast adapters data record metrics options machine report; do ln -s ../$$folder .lint/$$folder; done
 	cd .lint && ../$(BIN)/lint-imports ../pyproject.toml

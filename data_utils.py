@@ -93,18 +93,17 @@ class Batch:
     labels: torch.Tensor  # (B,) int64
     rows: torch.Tensor  # (B,) int64: each sentence's row in its split
     tokens: int  # real tokens, pads not counted
-    cached: torch.Tensor | None = None  # output of a classifier's frozen part, computed once (fast/frozen.py)
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
     micro: list[Batch] | None = None  # micro-batches that this process computes instead (`split_large`); None: the whole
 
     def to(self, device: torch.device) -> Batch:
         """Copies it to a device, but for the mask: models ask the mask about lengths, and a GPU would answer late."""
-        input_ids, labels, rows, cached, features = (None if t is None else send(t, device) for t in (
-            self.input_ids, self.labels, self.rows, self.cached, self.features))
-        return Batch(input_ids, self.attention_mask, labels, rows, self.tokens, cached, features)
+        input_ids, labels, rows, features = (None if t is None else send(t, device) for t in (
+            self.input_ids, self.labels, self.rows, self.features))
+        return Batch(input_ids, self.attention_mask, labels, rows, self.tokens, features)
 
     def pin(self) -> None:
-        """Lets its copies to a GPU go on beside what the GPU computes; what is cached was pinned when it was."""
+        """Lets its copies to a GPU go on beside what the GPU computes."""
         for name in ("input_ids", "attention_mask", "labels", "rows", "features"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.pin_memory())
@@ -131,9 +130,7 @@ class Batch:
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """Returns the arguments of a model's forward pass."""
-        if self.features is not None:
-            return self.input_ids, self.attention_mask, self.cached, self.features
-        return (self.input_ids, self.attention_mask) + (() if self.cached is None else (self.cached,))
+        return (self.input_ids, self.attention_mask) + (() if self.features is None else (self.features,))
 
 
 # ---------------------------------------------------------------- reading
@@ -452,7 +449,7 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
 
     Args:
         shared_prefixes: whether sentences of equal length with a shared prefix stand together, a few at a time: a decoder
-            computes the prefix once (`fast.blocks.UniqueTokens`).
+            computes the prefix once (`fast/blocks.py`).
     """
     ids = encode(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.

@@ -159,7 +159,7 @@ def _train(args, options, start) -> int:
         if not args.no_plots and processes.is_main():
             from report import figures  # late: the first step does not wait for Matplotlib
 
-            plots = figures.plot_run(options.out, make_folder(args.plots))
+            plots = figures.draw_finished(lambda: figures.plot_run(options.out, make_folder(args.plots)))
     except Diverged as error:
         complain(error)
         return 3
@@ -184,7 +184,8 @@ def _study(args, out: Path, start, name: str) -> int:
     check_folder(args.plots)
     try:
         start()
-        plots = [] if args.no_plots else figures.plot_study(out / f"{name}.json", make_folder(args.plots))
+        plots = [] if args.no_plots else figures.draw_finished(
+            lambda: figures.plot_study(out / f"{name}.json", make_folder(args.plots)))
     except Interrupted as error:
         complain(f"stopped; continue with: {_again()}")
         return 128 + error.signal
@@ -215,14 +216,14 @@ def generate(args) -> None:
     from tqdm import tqdm
 
     from experiments import generate, inputs
-    from fast.generation import Sampling
+    from sampling import Sampling
 
     model = args.model or (generate.base_model(args.adapter) if args.adapter else None)
     model, _, _ = inputs.choose(model, None, None, note, need_task=False)
     prompts = [*args.prompt, *(generate.read_prompts(args.prompt_file) if args.prompt_file else ())]
-    sampling = Sampling(args.greedy, args.temperature, args.top_k, args.top_p)
+    sampling = Sampling(args.greedy, args.temperature, args.top_k, args.top_p, int(args.sr))
     for sample in generate.generate(
-            model, prompts or [""], seed=int(args.sr), max_new_tokens=args.max_new_tokens, sampling=sampling,
+            model, prompts or [""], max_new_tokens=args.max_new_tokens, sampling=sampling,
             num_samples=args.num_samples, adapter=args.adapter, batch_size=args.batch_size, precision=args.precision):
         tqdm.write(sample)  # to stdout, with the bar out of the way
 
@@ -283,7 +284,7 @@ def _seeds(args) -> int:
     def start():
         for run in seeds.run_seeds(options)["runs"]:
             if run["status"] == "finished" and not args.no_plots:
-                figures.plot_run(Path(run["folder"]), args.plots)
+                figures.draw_finished(lambda folder=Path(run["folder"]): figures.plot_run(folder, args.plots))
     return _study(args, options.out, start, "seeds")
 
 

@@ -3,7 +3,7 @@
     layer = MixedLinear(base, routing)
     layer.pool.put(slot, scaling * ..., ...)        # adapter number `slot`
     routing.set(torch.tensor([1, 3]), {len(x): torch.tensor([4, 9])})       # rows 0-3 are adapter 1's, 4-8 adapter 3's
-    y = frozen_linear([layer], x)
+    y = layer(x)
 
 Rows stand sorted by adapter, so that each adapter's rows are one run of them and both narrow products of all adapters
 are one grouped matmul each (`torch.nn.functional.grouped_mm`). Multiplying by all matrices side by side and masking is
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.matmul import product
+from adapters.peft_layout import shape_of
 
 ALIGNMENT = 4  # float32 values: a grouped matmul takes matrices whose rows begin at multiples of 16 bytes
 
@@ -102,7 +102,7 @@ class Routing:
         if len(x) not in self.ends:
             raise RuntimeError(f"a layer reads {len(x)} rows; expected {' or '.join(map(str, self.ends))}")
         if len(matrices) == 1:
-            return product(x, matrices[0].t())
+            return x @ matrices[0]
         if x.shape[1] % ALIGNMENT:
             more = -x.shape[1] % ALIGNMENT
             x, matrices = F.pad(x, (0, more)), F.pad(matrices, (0, 0, 0, more))
@@ -125,22 +125,22 @@ class MixedLinear(nn.Module):
     def __init__(self, base: nn.Module, routing: Routing):
         super().__init__()
         self.base, self.routing = base, routing
-        self.pool = RowPool(shape_of(base), base.weight)  # of A and of (s B)^T, so many rows as the rank
+        self.in_features, self.out_features = shape_of(base)
+        self.pool = RowPool(shape_of(base), base.weight)  # of A and of (s B)^T, as many rows as the rank
 
-    def add_update(self, y: Tensor, x: Tensor, outputs: slice = slice(None)) -> None:
-        """Adds the rows' updates in place to y = W x + b, of which `outputs` were computed."""
-        if not self.pool.rows:
-            return
-        A, B = (matrix.to(x.dtype) for matrix in self.pool.gather(self.routing.slots))  # (G, r, in), (G, r, out)
-        if not A.shape[1]:
-            return
-        h = self.routing.product(x, A.transpose(1, 2))  # (rows, r)
-        y.add_(self.routing.product(h, B[..., outputs]))
+    def low_rank_terms(self) -> list | None:
+        """Returns no terms where no adapter has an update of this layer; else None: only `forward` computes them."""
+        return None if self.pool.rows else []
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        from fast.linear import frozen_linear  # late, for linear.py imports this module
-
-        return frozen_linear([self], x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        y, rows = self.base(x), x.flatten(0, -2)
+        if self.low_rank_terms() == []:
+            return y
+        A, B = (matrix.to(x.dtype) for matrix in self.pool.gather(self.routing.slots))  # (G, r, in), (G, r, out)
+        if not A.shape[1]:
+            return y
+        h = self.routing.product(rows, A.transpose(1, 2))  # (rows, r)
+        return y + self.routing.product(h, B).view_as(y)
 
 
 class MixedHead(nn.Module):
@@ -170,12 +170,3 @@ class MixedHead(nn.Module):
         weight, bias = self.pool.gather(self.routing.slots)  # (G, n, in), (G, n, 1)
         y = self.routing.product(x.to(weight.dtype), weight.transpose(1, 2))
         return y + self.routing.spread(bias[..., 0], len(x)) if self.has_bias else y
-
-
-def shape_of(linear: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of an `nn.Linear`, a `Conv1D` or what wraps one here; None for anything else."""
-    if isinstance(linear, MixedLinear):
-        return shape_of(linear.base)
-    if isinstance(linear, nn.Linear) or hasattr(linear, "block_B"):  # the latter: LoRALinear, which imports this module
-        return linear.in_features, linear.out_features
-    return (linear.nx, linear.nf) if hasattr(linear, "nf") else None

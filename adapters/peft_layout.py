@@ -9,24 +9,18 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.pytorch_utils import Conv1D
 
-from adapters.mixed import shape_of
 from data.backbones import freeze_backbone, fresh_modules
-from fast.linear import LoRALinear, lora_layers
 from machine.errors import UserError
+from model import LoRALinear, TextClassifier, lora_layers
 from record.files import read_json, write_file, write_json
 from record.tensors import load_tensors
-
-if TYPE_CHECKING:
-    from model import TextClassifier
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model
@@ -69,15 +63,6 @@ def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
         "fan_in_fan_out": isinstance(first.base, Conv1D)})
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-
-
-def misread_by_peft(net: PreTrainedModel, names: list[str]) -> list[str]:
-    """Adapted modules that PEFT takes for the experts of a mixture, fused into one tensor since `transformers` 5: dense
-    layers and shared experts of the same name. It loads their adapters as if they were the experts'.
-    """
-    fused = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
-    experts = fused.get({"mixtral": "mixtral", **_MODEL_TO_CONVERSION_PATTERN}.get(net.config.model_type), ())
-    return [name for name in names if name.rpartition(".")[2] in experts]
 
 
 def _saved_whole(classifier: TextClassifier) -> list[str]:
@@ -213,7 +198,7 @@ def start_from(classifier: TextClassifier, folder: Path, head: bool) -> None:
     for name, (A, B) in adapter.pairs.items():
         layer = layers[name]
         try:
-            layer.start_from(A, B)
+            _copy_update(layer, A, B)
         except ValueError:
             raise UserError(f"--init {folder}: {name} has an update of rank {len(A)} there, of rank {len(layer.lora_A)} "
                             "here, or of other outputs; expected --rank and --targets of that run") from None
@@ -224,6 +209,32 @@ def start_from(classifier: TextClassifier, folder: Path, head: bool) -> None:
     with torch.no_grad():
         for key, value in adapter.whole.items() if head else ():
             own[key].copy_(value)
+
+
+@torch.no_grad()
+def _copy_update(layer: LoRALinear, A: Tensor, block: Tensor) -> None:
+    """Copies A (rank * slices, in_features) and the result of `block_B` of a layer with the same rank and slices.
+
+    Raises:
+        ValueError: another rank, or other outputs.
+    """
+    if A.shape != layer.lora_A.shape or block.shape != (layer.out_features, len(A)):
+        raise ValueError("an update of another rank")
+    parts = [block[start:stop, i * layer.rank:(i + 1) * layer.rank] for i, (start, stop) in enumerate(layer.slices)]
+    B = torch.cat(parts)
+    # Entries outside the slices would be lost.
+    if B.count_nonzero() != block.count_nonzero():
+        raise ValueError("an update of other outputs")
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B)
+
+
+def shape_of(linear: nn.Module | None) -> tuple[int, int] | None:
+    """Returns (in_features, out_features) of a linear layer or of an adapted one; None for anything else."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    shape = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+    return None if None in shape else shape
 
 
 def _pattern(config: dict, key: str, name: str, default):

@@ -39,9 +39,8 @@ from adapters.peft_layout import load_adapter  # noqa: E402
 from benchmarks import common  # noqa: E402
 from data.backbones import is_decoder  # noqa: E402
 from experiments.evaluate import load_finetuned  # noqa: E402
-from fast.linear import lora_layers  # noqa: E402
 from machine.errors import UserError  # noqa: E402
-from model import load_classifier  # noqa: E402
+from model import load_classifier, lora_layers  # noqa: E402
 
 FAILED, TOLERANCE = "FAILED", 1e-5
 

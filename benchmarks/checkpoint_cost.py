@@ -26,6 +26,7 @@ from data import tiny  # noqa: E402
 from data.backbones import load_tokenizer, max_length_of  # noqa: E402
 from experiments import inputs  # noqa: E402
 from model import LoRAOptions, load_classifier  # noqa: E402
+from speed import install  # noqa: E402
 from training import checkpoints  # noqa: E402
 
 OPTIONS = train_utils.TrainOptions(seed=1)
@@ -37,6 +38,7 @@ def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
     inputs.seed_everything(1)
     classifier, _ = load_classifier(model, task.num_labels)
     classifier.configure("lora", LoRAOptions())
+    install(classifier)
     classifier.to(common.device())
     max_length = min(common.MAX_LENGTH, max_length_of(classifier.net))
     batches = data_utils.make_batches(task.train, load_tokenizer(model), max_length, OPTIONS.batch_size, 1)

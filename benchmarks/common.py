@@ -28,6 +28,7 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import data_utils  # noqa: E402
+import speed  # noqa: E402
 import train_utils  # noqa: E402
 from benchmarks import command  # noqa: E402
 from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
@@ -254,13 +255,17 @@ def peft_classifier(base: str, adapter: Path, pad_token_id: int, best: bool):
 
 
 def as_if_trained(classifier: TextClassifier) -> TextClassifier:
-    """Makes B and the head, which start at zero, non-zero: zeros would hide a difference between the sides."""
+    """Makes B and the head, which start at zero, non-zero, and installs the fast path.
+
+    Zeros would hide a difference between the sides.
+    """
     torch.manual_seed(0)
     heads = [classifier.net.get_submodule(name) for name in classifier.head_names()]
     with torch.no_grad():
         for p in [layer.lora_B for layer in lora_layers(classifier.net).values()] + [
                 p for head in heads for p in head.parameters()]:
             p.normal_(std=0.02)
+    speed.install(classifier)
     return classifier
 
 

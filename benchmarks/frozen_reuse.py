@@ -48,7 +48,8 @@ def classifier(base: str, method: str = "lora", layers: str | None = None) -> Te
 
 def copies(batches: list[Batch]) -> list[Batch]:
     """Returns the same batches with nothing cached."""
-    return [replace(batch, cached=None, micro=batch.micro and copies(batch.micro)) for batch in batches]
+    return [Batch(batch.input_ids, batch.attention_mask, batch.labels, batch.rows, batch.tokens,
+                  micro=batch.micro and copies(batch.micro)) for batch in batches]
 
 
 def check_kept(report: Report, what: str, model: TextClassifier, cached: list[Batch]) -> None:

@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, synchronize
 from data.backbones import load_causal_lm, load_config
-from fast.generation import Sampling, draw
-from fast.matmul import set_precision, speed_up
+from fast.generation import sample_together
+from fast.installation import install
+from fast.matmul import set_precision
 from machine import hardware
+from sampling import Sampling
 
 BATCH_SIZE, PROMPT_TOKENS = 64, 6
 MODELS = ("gpt2", "smollm2")
@@ -32,16 +34,15 @@ TARGET = 2.0
 
 
 class Ours:
-    """`fast.generation.draw`."""
+    """`fast.generation.sample_together`."""
 
     def __init__(self, base: str, precision: str):
         self.lm = load_causal_lm(base).to(device())
-        speed_up(self.lm.requires_grad_(False))
+        install(self.lm.requires_grad_(False))
         set_precision(self.lm, precision)
 
     def texts(self, prompts: list[list[int]], new: int) -> list[list[int]]:
-        return list(draw(self.lm, prompts, seed=1, max_new_tokens=new, sampling=Sampling(greedy=True),
-                         batch_size=len(prompts)))
+        return list(sample_together(self.lm, prompts, Sampling(greedy=True), max_new_tokens=new, batch_size=len(prompts)))
 
 
 class Library:

@@ -35,6 +35,7 @@ from experiments.arguments import preset
 from machine import hardware
 from model import DistilRNN, count_parameters, load_classifier, student_config
 from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions
+from speed import install
 
 BATCH_SIZE = 32
 FIRST_STEP = """
@@ -92,6 +93,7 @@ def measure_student(report: Report, args: argparse.Namespace, what: str, base: s
     sizes = PLAIN_SIZES if kind == "plain" else STAGED_SIZES[directions]
     student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10, sizes,
                                        pooling=recipe.get("pooling", DistilOptions.pooling), directions=directions))
+    install(student)
     student = student.to(common.device()).eval()
     sides = {f"{what}: teacher": teacher, f"{what}: student": student}
     padded = next(b for b in dev["in_domain"][::-1] if b.tokens < b.input_ids.numel())

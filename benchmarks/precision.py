@@ -26,7 +26,7 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report
 from distillation.teachers import as_labeller
 from experiments import evaluate
-from fast import amx, linear
+from fast import amx, frozen_linear
 from fast.matmul import set_precision
 from machine.errors import UserError
 from record.folder import read_run
@@ -40,12 +40,12 @@ def to_int8(x: Tensor) -> Tensor:
 
 @contextmanager
 def products_in_int8() -> Iterator[None]:
-    plain = linear.product
-    linear.product = lambda x, W, *more, **options: plain(to_int8(x), to_int8(W), *more, **options)
+    plain = frozen_linear.wide_matmul
+    frozen_linear.wide_matmul = lambda x, W, *more, **options: plain(to_int8(x), to_int8(W), *more, **options)
     try:
         yield
     finally:
-        linear.product = plain
+        frozen_linear.wide_matmul = plain
 
 
 @torch.no_grad()

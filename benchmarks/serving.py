@@ -48,6 +48,7 @@ from model import load_classifier
 from record.files import read_sums, sha256, write_sums
 from serving.bank import AdapterBank
 from serving.texts import Reading
+from speed import install
 
 ADAPTERS, SERVED, CLIENTS, REQUESTS = 32, 8, 64, 10_000
 TOLERANCE = 1e-5  # of a probability
@@ -134,8 +135,10 @@ def measure_mixing(report: Report, args: argparse.Namespace, base: str, root: Pa
             bank.add(name, read_adapter(bank.net, root / name), Reading(("0", "1"), common.MAX_LENGTH))
     alone = load_classifier(base, common.LABELS)[0]
     load_adapter(alone.net, root / "a0")
+    install(alone)
     alone.requires_grad_(False).eval()
     bare = load_classifier(base, common.LABELS)[0].requires_grad_(False).eval()
+    install(bare)
     peft = {kind: peft_mixer(base, root, tokenizer.pad_token_id, best=kind != "documented")
             for kind in ("documented", "best", "bf16")}
     peft["bf16"].bfloat16()

@@ -40,10 +40,9 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report, device, synchronize
 from data_utils import Batch, padding_percent
 from fast import amx, gemm, onepass
-from fast.linear import lora_layers
 from fast.matmul import set_precision
 from machine import hardware
-from model import LoRALinear, LoRAOptions, inject_lora, load_classifier
+from model import LoRALinear, LoRAOptions, inject_lora, load_classifier, lora_layers
 
 BATCH_SIZE = 16
 PARTS = {"mm": "products", "linear_pointwise": "products", "dot_product": "attention", "norm": "norms and activations",
@@ -164,7 +163,7 @@ class OursBf16x3(Ours):
 class Products(Ours):
     """Forward x W^T and backward grad W of each adapted layer, in the model's order, so that weights come cold.
 
-    Of every token in every layer, as the library computes them; `ours` needs fewer (see fused.py).
+    Of every token in every layer, as the library computes them; `ours` needs fewer (see fast/blocks.py).
     """
 
     def build(self):
@@ -172,7 +171,7 @@ class Products(Ours):
         self.weights: list[tuple[Tensor, bool]] = []  # W (out, in), and whether the layer below wants a gradient
         hooks = [layer.register_forward_pre_hook(self._note) for layer in lora_layers(classifier.net).values()]
         batch = self.batches[0]
-        classifier.known = False  # the library's way, on which every layer is called for every token
+        classifier.has_fused_blocks = False  # the library's way, on which every layer is called for every token
         classifier(batch.input_ids, batch.attention_mask)
         for hook in hooks:
             hook.remove()

@@ -4,18 +4,16 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+import speed
 from data_utils import Batch
-from fast.blocks import unique_tokens
-from fast.linear import lora_layers
-from fast.matmul import set_precision
 from machine.errors import UserError
 from machine.hardware import send
-from model import DistilRNN, TextClassifier
+from model import DistilRNN, TextClassifier, lora_layers
 
 
 @dataclass
@@ -76,7 +74,7 @@ def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:
     labeller = copy.deepcopy(teacher)
     for layer in lora_layers(labeller.net).values():
         layer.merge()
-    set_precision(labeller.net.base_model, "bf16")
+    speed.set_precision(labeller.net.base_model, "bf16")
     return labeller
 
 
@@ -88,11 +86,8 @@ def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
         UserError: the backbone does not give one state a token.
     """
     ids, mask = batch.input_ids, batch.attention_mask
-    if teacher.decoder and teacher.fused():
-        unique = replace(unique_tokens(ids, mask), last=None)  # tokens with the same prefix have the same state
-        states = unique.spread(teacher.states_of(unique))
-    elif teacher.decoder:
-        states = teacher.net.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    if teacher.decoder:
+        states = teacher.token_states(ids, mask)
     else:
         backbone = teacher.net.base_model
         masked = {"attention_mask": send(mask, ids.device)} if "attention_mask" in inspect.signature(
@@ -136,9 +131,7 @@ def _states_and_logits(teacher: TextClassifier, batch: Batch) -> tuple[Tensor, T
     hook = teacher.net.base_model.register_forward_hook(
         lambda module, inputs, outputs: found.append(outputs[0]) if threading.get_ident() == mine else None)
     try:
-        given = teacher.encoder_inputs(ids, mask)
-        given.pop("pooled", None)  # with it the last block computes one token alone
-        logits = teacher.net(**given).logits.float()
+        logits = teacher.net(input_ids=ids, attention_mask=teacher.encoder_mask(ids, mask)).logits.float()
     finally:
         hook.remove()
     return _of_real_tokens(teacher, found[0], batch), logits

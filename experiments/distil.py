@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import speed
 import train_utils
 from data.digests import tokenizer_digest
 from data_utils import Batch, Task
@@ -40,7 +41,7 @@ from options.schema import (
 )
 from record import tensors
 from record.files import read_json, sha256, write_file, write_json
-from record.folder import Recorder, finish, provenance, run_folder, use_recorded_machine
+from record.folder import Recorder, finish, provenance, run_folder
 from train_utils import best_and_last, selection_split, training_summary
 
 
@@ -162,7 +163,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         UserError: bad input, a teacher that is not a finished LoRA run.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
-    use_recorded_machine(options)
+    speed.use_recorded_machine(options)
     options = resolve_precision(options)
     if processes.count() > 1 and not distil_options.plain:
         raise UserError(f"distil in stages is for one process, and here are {processes.count()}; --plain takes several")

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 import data_utils
+import speed
 import train_utils
 from adapters import peft_layout
 from data.backbones import load_tokenizer
 from data.digests import tokenizer_digest
 from data_utils import Split
 from experiments.inputs import check_base, separator_of
-from fast import amx
-from fast.matmul import set_precision
 from machine.errors import UserError
 from machine.hardware import device
 from model import DistilRNN, TextClassifier, load_classifier
@@ -57,8 +56,9 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
         except RuntimeError:
             raise UserError(f"{path}: made for other features") from None
     # bf16x3 is a way of computing float32: where it cannot be had, the plain way gives the same up to rounding.
-    plain = options["precision"] == "bf16x3" and (device().type != "cpu" or not amx.available())
-    set_precision(classifier.net.base_model, "fp32" if plain else options["precision"])
+    plain = options["precision"] == "bf16x3" and (device().type != "cpu" or not speed.has_tiles())
+    speed.install(classifier)
+    speed.set_precision(classifier.net.base_model, "fp32" if plain else options["precision"])
     return classifier.requires_grad_(False).to(device()).eval(), tokenizer, options
 
 
@@ -82,6 +82,7 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
     name, tokenizer = config["options"]["model"], load_tokenizer(config["options"]["model"])
     if config.get("tokenizer_sha256") not in (None, tokenizer_digest(tokenizer)):
         raise UserError(f"{folder}: the tokenizer of {name} is not the one that the student was trained with")
+    speed.install(student)
     return student.to(device()).eval(), tokenizer, config["options"]
 
 

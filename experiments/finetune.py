@@ -6,7 +6,6 @@
 """
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+import speed
 import train_utils
 from adapters import peft_layout
 from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of, public_name
@@ -23,16 +23,14 @@ from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
 from experiments.inputs import BASE, load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.model_card import write_repository
-from fast import frozen
-from fast.matmul import set_precision
-from machine import hardware, processes
+from machine import processes
 from machine.errors import UserError
 from machine.hardware import device
 from model import TextClassifier, count_parameters, load_classifier
 from options.schema import RunOptions, as_json, settings_of
 from record import tensors
 from record.files import sha256, write_file
-from record.folder import Recorder, finish, provenance, read_run, run_folder, use_recorded_machine
+from record.folder import Recorder, finish, provenance, read_run, run_folder
 from serving.merge import label_maps
 from train_utils import best_and_last, selection_split, training_summary
 
@@ -137,10 +135,9 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     base = {"base_sha256": weights.result(), "base_config_sha256": config_digest(classifier.net.config),
             "tokenizer_sha256": tokenizer_sha256}
     init_files = start_from(options.init, classifier, task, base, say) if options.init else {}
-    set_precision(classifier.net.base_model, options.train.precision)
-    say(f"  precision {options.train.precision}" + (
-        f", products by {hardware.matmul()}, norms and attention by {hardware.kernels()}" if device().type == "cpu"
-        else ""))
+    way = speed.install(classifier)
+    speed.set_precision(classifier.net.base_model, options.train.precision)
+    say(f"  precision {options.train.precision}, {way}")
     classifier.to(device())
     return Prepared(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, init_files, base)
 
@@ -173,19 +170,6 @@ def start_from(init: Path, classifier: TextClassifier, task: Task, base: dict, s
     return {name: sha256(init / name) for name in (peft_layout.CONFIG_FILE, peft_layout.WEIGHTS_FILE)}
 
 
-def cache_prefix(options: RunOptions, run: Prepared, folder: Path, say: Callable[[str], None]) -> None:
-    """Computes what the frozen blocks below the lowest trained one make of every batch, once."""
-    if not options.keep or not run.classifier.reads_text or frozen.lowest_trained_block(run.classifier) == 0:
-        return
-    prefix = run.classifier.prefix = frozen.FrozenPrefix(run.classifier)
-    start, used = time.perf_counter(), 0
-    for split in (run.batches, *map(processes.shard, run.dev.values())):
-        used = prefix.cache(split, folder, int(options.keep_memory * 2 ** 30), used)
-    say(f"  {prefix.why_not}; they are computed each time" if prefix.why_not else
-        f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
-        f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
-
-
 def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None,
                  on_epoch: Callable[[list[dict], dict], None] = lambda history, counts: None) -> dict:
     """Fine-tunes a classifier and writes the run's folder.
@@ -202,11 +186,11 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
         UserError: bad input, before anything is written.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
-    use_recorded_machine(options)
+    speed.use_recorded_machine(options)
     options = resolve_precision(options)
     run = prepare(options, say)
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
-    config = {**provenance(as_json(settings), run.task.files), **run.base, "init_files": run.init_files,
+    config = {**provenance(as_json(settings), run.task.files), **speed.in_use(), **run.base, "init_files": run.init_files,
               "classes": list(run.task.classes),
               **label_maps(run.task.classes)}
     with run_folder(options, config) as folder:
@@ -219,7 +203,10 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
         if options.method == "none":
             progress, history = train_utils.Progress(), [untrained(run)]
         else:
-            cache_prefix(options, run, folder, say)
+            if options.keep:
+                splits = [run.batches, *map(processes.shard, run.dev.values())]
+                if said := speed.cache_frozen(run.classifier, splits, folder, options.keep_memory):
+                    say(said)
             progress = train_utils.fit(
                 run.classifier, run.batches, run.dev, train_utils.cross_entropy(options.train.label_smoothing),
                 options.train, folder=folder, resume=options.resume, select=selection_split(run.task.dev),

@@ -10,14 +10,14 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import speed
 from adapters import peft_layout
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
 from experiments.inputs import check_base
-from fast.generation import Sampling, draw
-from fast.matmul import set_precision, speed_up
 from machine.errors import UserError
 from machine.hardware import device
 from record.files import check_sums, read_json
+from sampling import Sampling
 
 
 def base_model(adapter: Path) -> str:
@@ -54,7 +54,7 @@ def end_tokens(lm: PreTrainedModel) -> set[int]:
     return set() if end is None else set(end) if isinstance(end, list) else {end}
 
 
-def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, sampling: Sampling, num_samples: int,
+def generate(model: str, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, num_samples: int,
              adapter: Path | None, batch_size: int = 64, precision: str = "fp32") -> Iterator[str]:
     """Yields `num_samples` texts of each prompt, prompt included, in order.
 
@@ -64,14 +64,15 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
         UserError: the model or adapter cannot be loaded, or a prompt leaves no room in the context.
     """
     lm, tokenizer = load_causal_lm(model), load_tokenizer(model)
-    speed_up(lm.requires_grad_(False))
+    lm.requires_grad_(False)
     if adapter is not None:
         check_sums(adapter)
         if (adapter / "config.json").exists():
             check_base(adapter, read_json(adapter / "config.json"), model, lm, tokenizer)
         peft_layout.load_adapter(lm, adapter, head=False)
     lm.to(device()).eval()
-    set_precision(lm, precision)
+    speed.install(lm)
+    speed.set_precision(lm, precision)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     context = max_length_of(lm)
     encoded = [tokenizer(prompt, verbose=False).input_ids or [start] for prompt in prompts]
@@ -81,6 +82,7 @@ def generate(model: str, prompts: list[str], *, seed: int, max_new_tokens: int, 
                             f"{context}")
     rows = [ids for ids in encoded for _ in range(num_samples)]
     with tqdm(total=len(rows) * max_new_tokens, unit="token", desc="generating", dynamic_ncols=True) as bar:
-        for ids, new in zip(rows, draw(lm, rows, seed=seed, max_new_tokens=max_new_tokens, end=end_tokens(lm),
-                                       sampling=sampling, batch_size=batch_size, progress=bar.update), strict=True):
+        texts = speed.sample_tokens(lm, rows, sampling, max_new_tokens=max_new_tokens, end=end_tokens(lm),
+                                    batch_size=batch_size, progress=bar.update)
+        for ids, new in zip(rows, texts, strict=True):
             yield tokenizer.decode([*ids, *new], skip_special_tokens=True)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 import data_utils
+import speed
 from data.backbones import load_config
 from data.digests import config_digest, tokenizer_digest
 from data.hub import is_dataset_name, load_dataset
 from data_utils import Batch, Task
-from fast import amx
 from machine import hardware, processes
 from machine.errors import UserError
 from options.schema import RunOptions, TrainOptions
@@ -141,6 +141,6 @@ def resolve_precision(options: RunOptions) -> RunOptions:
     elif options.mode == "LoRA" and options.method != "full":
         if hardware.device().type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-        elif hardware.device().type == "cpu" and amx.available():
+        elif hardware.device().type == "cpu" and speed.has_tiles():
             precision = "bf16x3"
     return replace(options, train=replace(options.train, precision=precision))

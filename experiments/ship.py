@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import data_utils
+import speed
 from data_utils import Split
 from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import load_task
-from fast.matmul import set_precision
 from machine.errors import UserError
 from options.schema import RunOptions, rebuild
 from record.files import check_new_folder
@@ -57,7 +57,7 @@ def merge_run(folder: Path, out: Path, say: Callable[[str], None] = print) -> No
                         "plain checkpoint has no place")
     classifier, tokenizer, _ = load_finetuned(folder)
     if options["precision"] == "bf16x3":
-        set_precision(classifier.net.base_model, "fp32")  # a checkpoint is computed the plain way
+        speed.set_precision(classifier.net.base_model, "fp32")  # a checkpoint is computed the plain way
     classes = config.get("classes", data_utils.COLA_CLASSES)
     rows, _ = development_rows(folder, options, classes, tokenizer, say)
     merge.write_checkpoint(classifier.cpu(), tokenizer, classes, rows.sentences, out, max_length=options["max_length"],

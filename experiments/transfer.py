@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data_utils
+import speed
 import train_utils
 from data.backbones import load_causal_lm
 from data.edits import edit
@@ -44,16 +45,14 @@ from distillation.teachers import (
     states_and_logits,
     token_scores,
 )
-from fast.generation import by_blocks, draw
-from fast.linear import lora_layers
-from fast.matmul import set_precision, speed_up
 from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
 from machine.signals import Interrupted
-from model import TextClassifier, inject_lora
+from model import TextClassifier, inject_lora, lora_layers
 from options.schema import LoRAOptions, TrainOptions
 from record import tensors
 from record.files import make_folder, read_json, write_file, write_json
+from sampling import Sampling
 
 LABELLED = 1024  # sentences in a chunk of the teacher's outputs
 SORTED = 64 * LABELLED  # sentences that are sorted before they are cut into chunks
@@ -188,7 +187,7 @@ class Source:
             self.check_stop()
             if not chunk(number).exists():
                 lm = lm or self.writer()
-                threads = cores() if by_blocks(lm) else 1  # the library draws from the one generator of the process
+                threads = cores() if speed.samples_together(lm) else 1
                 # All that will surely be taken, then a few at a time: some are too long, or there already.
                 last = max(together, number + max(1, together // 16))
                 share({chunk(some): WRITTEN for some in range(number, last)}, write, self.check_stop, threads, "writing")
@@ -198,10 +197,10 @@ class Source:
         """Returns the base's language model, adapted by LoRA for an epoch on the training sentences."""
         torch.manual_seed(0)
         lm = load_causal_lm(self.model)
-        speed_up(lm)
         lm.requires_grad_(False)
         inject_lora(lm, LoRAOptions(rank=16, alpha=32))
-        set_precision(lm.base_model, "bf16" if bf16_is_fast() else "fp32")
+        speed.install(lm)
+        speed.set_precision(lm.base_model, "bf16" if bf16_is_fast() else "fp32")
         model = Writer(lm).to(device())
         end = border(self.tokenizer)
         room = data_utils.encode(self.tokenizer, self.task.train.sentences, 8 * self.longest())
@@ -252,7 +251,7 @@ class Source:
 
         # Fused blocks keep nothing of a forward pass; of other architectures that is not known.
         share({path: len(chunk) for path, (_, chunk) in chunks.items()}, label, self.check_stop,
-              cores() if teacher.known else 1, "teacher")
+              cores() if speed.is_fused(teacher) else 1, "teacher")
         logits, values = [], []
         for path, (key, _) in chunks.items():
             found, its_key = tensors.load_checked(path)
@@ -274,7 +273,7 @@ class Source:
               ) -> dict[str, Tensor]:
         """Computes a chunk: logits (n, labels), and with `pca` hidden states and scores (tokens, d) in float16."""
         logits, parts = torch.empty(len(ids), teacher.net.config.num_labels), [None] * len(ids)
-        batches = neighbours if teacher.decoder and teacher.fused() else batches_of
+        batches = neighbours if teacher.decoder and speed.is_fused(teacher) else batches_of
         for batch in batches(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
             self.check_stop()
             hidden, said = states_and_logits(teacher, batch.to(device()), needed=bool(pca))
@@ -448,6 +447,6 @@ def draw_sentences(lm, tokenizer, count: int, max_new_tokens: int, seed: int, ch
         `count` texts with single spaces; an empty one where the end did not come within `max_new_tokens`.
     """
     end = border(tokenizer)
-    rows = draw(lm, [[end]] * count, seed=seed, max_new_tokens=max_new_tokens, end={end}, batch_size=TOGETHER,
-                progress=lambda tokens: check_stop())
+    rows = speed.sample_tokens(lm, [[end]] * count, Sampling(seed=seed), max_new_tokens=max_new_tokens, end={end},
+                               batch_size=TOGETHER, progress=lambda tokens: check_stop())
     return [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) if row[-1] == end else "" for row in rows]

@@ -1,6 +1,6 @@
 """Transformer blocks that compute no more than the classifier reads, and save no more than training needs.
 
-    fuse(net.base_model)                           # GPT-2, Llama, BERT, DistilBERT; says whether it knows the model
+    fuse(net.base_model)                           # GPT-2, Llama, BERT, DistilBERT; False: no fused blocks
     unique = unique_tokens(input_ids, attention_mask)      # a decoder's
     net.base_model(input_ids=unique.ids, position_ids=unique.positions, unique=unique)      # hidden states (B, 1, C)
 
@@ -28,7 +28,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from fast import onepass
-from fast.linear import frozen_linear
+from fast.choice import by_onepass
+from fast.frozen_linear import frozen_linear
 from fast.prologue import ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
 from machine.hardware import send
 
@@ -39,11 +40,11 @@ SHORT = 32  # tokens of a sentence up to which onepass.attend computes attention
 def fuse(backbone: nn.Module) -> bool:
     """Swaps the classes of the blocks and of their attention for the fused ones of this file.
 
-    The class of an existing module is swapped, and no new module built, so that the parameters and their names stay those
-    of the checkpoint. This function and `fast.matmul.speed_up` are the only two that swap classes.
+    Called by `fast.install` alone. The class of an existing module is swapped, and no new module built, so that the
+    parameters and their names stay those of the checkpoint.
 
     Returns:
-        Whether the architecture is known; if not, nothing is changed.
+        Whether there are fused blocks for this architecture; if not, nothing is changed.
     """
     config = backbone.config
     activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None) \
@@ -51,18 +52,25 @@ def fuse(backbone: nn.Module) -> bool:
     if getattr(config, "add_cross_attention", False) or activation not in (
             ("silu",) if config.model_type == "llama" else ACTIVATIONS):
         return False
-    known = {base: ours for ours in (FusedGPT2Block, FusedGPT2Attention, FusedLlamaLayer, FusedLlamaAttention,
-                                     FusedBertLayer, FusedBertAttention, FusedBertSelfAttention, FusedDistilBertBlock,
-                                     FusedDistilBertAttention) for base in ours.__bases__}
+    fused = {ours.__bases__[0]: ours for ours in (
+        FusedGPT2Block, FusedGPT2Attention, FusedLlamaLayer, FusedLlamaAttention, FusedBertLayer, FusedBertAttention,
+        FusedBertSelfAttention, FusedDistilBertBlock, FusedDistilBertAttention)}
     kinds = (GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock)
-    blocks = [module for module in backbone.modules() if type(module) in (*kinds, *map(known.get, kinds))]  # or fused before
+    # A second call finds the fused classes of the first.
+    blocks = [module for module in backbone.modules() if type(module) in (*kinds, *map(fused.get, kinds))]
     if not blocks or len(blocks) != config.num_hidden_layers:
         return False
     for module in backbone.modules():
-        module.__class__ = known.get(type(module), type(module))
+        module.__class__ = fused.get(type(module), type(module))
     for i, block in enumerate(blocks):
         block.last = i == len(blocks) - 1
     return True
+
+
+def is_fused(backbone: nn.Module) -> bool:
+    """Returns whether `fuse` swapped the classes of a backbone's blocks."""
+    kinds = (FusedGPT2Block, FusedLlamaLayer, FusedBertLayer, FusedDistilBertBlock)
+    return any(isinstance(module, kinds) for module in backbone.modules())
 
 
 # ---------------------------------------------------------------- decoders: one row for each different prefix
@@ -97,11 +105,11 @@ class UniqueTokens:
         x = x.flatten(0, 1)
         return x if self.first is None else x.index_select(0, self.first)
 
-    def attend(self, layer: int, q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, *how) -> Tensor:
-        """Computes a block's attention; see `attend`."""
-        y = attend(q, kv, heads, size, *how, unique=self)
+    def block_attention(self, layer: int, q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, *how) -> Tensor:
+        """Computes a block's attention; see `causal_attention`."""
+        y = causal_attention(q, kv, heads, size, *how, unique=self)
         if self.keep is not None:
-            self.keep(layer, *_Attend.parts(q, kv, heads[0] * size, heads[1] * size)[1:])
+            self.keep(layer, *_CausalAttention.parts(q, kv, heads[0] * size, heads[1] * size)[1:])
         return y
 
 
@@ -136,8 +144,8 @@ def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | N
                 None if plain else first, last, mask, (B, T))
 
 
-def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float,
-           rotary: tuple[Tensor, Tensor] | None = None, *, unique: UniqueTokens) -> Tensor:
+def causal_attention(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scale: float,
+                     rotary: tuple[Tensor, Tensor] | None = None, *, unique: UniqueTokens) -> Tensor:
     """Computes causal attention, y (U, C), or that of each sentence's last token alone, (B, C).
 
     Args:
@@ -149,8 +157,8 @@ def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scal
         rotary: cosine and sine (U, size) of the rotary embedding, if the model has one.
     """
     C, K = heads[0] * size, heads[1] * size
-    if unique.shape[1] <= SHORT and onepass.takes(q):
-        return _Attend.apply(q, kv, (C, K), size, scale, unique, rotary)
+    if unique.shape[1] <= SHORT and by_onepass(q):
+        return _CausalAttention.apply(q, kv, (C, K), size, scale, unique, rotary)
     if rotary is not None:
         q = Rotate.apply(q, *(rotary if kv is None else (x[unique.last] for x in rotary)), C if kv is not None else C + K)
         kv = None if kv is None else Rotate.apply(kv, *rotary, K)
@@ -164,8 +172,8 @@ def attend(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size: int, scal
     return y.reshape(len(q), C)
 
 
-class _Attend(torch.autograd.Function):
-    """`attend` by onepass.c, which reads each row in place. Saves its inputs and y for the backward pass."""
+class _CausalAttention(torch.autograd.Function):
+    """`causal_attention` by onepass.c, which reads each row in place. Saves its inputs and y for the backward pass."""
 
     @staticmethod
     def parts(q: Tensor, kv: Tensor | None, C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,9 +183,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, kv: Tensor | None, widths: tuple[int, int], size: int, scale: float, unique: UniqueTokens,
                 rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        ctx.widths, ctx.chains = widths, unique.chains[kv is not None]
-        ctx.how = size, scale, rotary
-        y, lse = onepass.attend(*_Attend.parts(q, kv, *widths), ctx.chains, *ctx.how)
+        ctx.widths, ctx.form = widths, onepass.Form(unique.chains[kv is not None], size, scale, rotary)
+        y, lse = onepass.attend(*_CausalAttention.parts(q, kv, *widths), ctx.form)
         ctx.save_for_backward(q, kv, y, lse)  # rotated in place by now
         return y
 
@@ -185,8 +192,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, y, lse = ctx.saved_tensors
         d_q, d_kv = (t if t is None else torch.empty_strided(t.shape, t.stride()) for t in (q, kv))  # laid out alike
-        onepass.attend_backward(*_Attend.parts(q, kv, *ctx.widths), ctx.chains, *ctx.how, y, lse, grad,
-                            _Attend.parts(d_q, d_kv, *ctx.widths))
+        onepass.attend_backward(_CausalAttention.parts(q, kv, *ctx.widths), ctx.form, y, lse, grad,
+                                _CausalAttention.parts(d_q, d_kv, *ctx.widths))
         return d_q, d_kv, None, None, None, None, None
 
 
@@ -201,7 +208,8 @@ class FusedGPT2Attention(GPT2Attention):
         else:
             q = frozen_linear([self.c_attn], hidden_states, LayerNormPrologue(norm))
         heads = (self.num_heads, self.num_heads)
-        return frozen_linear([self.c_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, None))
+        y = unique.block_attention(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, None)
+        return frozen_linear([self.c_proj], y)
 
 
 class FusedGPT2Block(GPT2Block):
@@ -263,7 +271,8 @@ class FusedLlamaAttention(LlamaAttention):
         else:
             q = frozen_linear([self.q_proj, self.k_proj, self.v_proj], hidden_states, prologue)
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        return frozen_linear([self.o_proj], unique.attend(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, rotary))
+        y = unique.block_attention(self.layer_idx, q, kv, heads, self.head_dim, self.scaling, rotary)
+        return frozen_linear([self.o_proj], y)
 
 
 class FusedLlamaLayer(LlamaDecoderLayer):

@@ -1,23 +1,22 @@
-"""Caches what the frozen blocks below the lowest trained block compute, so that it is computed once.
+"""Caches the output of the frozen blocks below the lowest trained block, so that it is computed once.
 
-    classifier.prefix = FrozenPrefix(classifier)       # after inject_lora
-    classifier.prefix.cache(batches)                    # once; each batch now carries its hidden states
-    logits = classifier(batch.input_ids, batch.attention_mask, batch.cached)
+    print(cache_frozen(classifier, [batches, *dev.values()], folder, memory=2.0))
+    logits = classifier(*batches[0].inputs())       # begins after the frozen blocks
 
-The composition of the batches is fixed for a run, so a cached tensor is the very result that a fresh
-computation of the same batch gives, bit for bit. Nothing is cached beyond the process, hence nothing
-can go stale. Dropout inside the frozen part is off throughout training.
+The composition of the batches is fixed for a run, so a cached tensor is the very result that a fresh computation of the
+same batch gives, bit for bit. Nothing is cached beyond the process, hence nothing can go stale. Dropout inside the frozen
+part is off throughout training.
 
-Blocks return a tensor or a tuple; heads read one token, all tokens or a pooler's output. `cache` finds out which by
+Blocks return a tensor or a tuple; heads read one token, all tokens or a pooler's output. `FrozenPrefix.cache` finds out by
 computing a few sentences with and without the cache: unless the logits are the same bit for bit, nothing is cached and
 `why_not` says why.
 """
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,53 @@ from torch import Tensor, nn
 
 from data.backbones import blocks_of, fresh_modules
 from data_utils import Batch
+from fast.classifier import FastClassifier
 from machine import hardware
 from machine.errors import UserError
+from machine.hardware import send
 
-if TYPE_CHECKING:
-    from model import TextClassifier
+
+class CachedBatch(Batch):
+    """A batch that carries the output of the classifier's frozen part; `cache` swaps the class of a `Batch`."""
+
+    cached: Tensor
+
+    def to(self, device: torch.device) -> CachedBatch:
+        batch = super().to(device)
+        attach(batch, send(self.cached, device))
+        return batch
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.input_ids, self.attention_mask, self.features, self.cached
+
+
+def attach(batch: Batch, cached: Tensor) -> None:
+    """Makes a batch one with a cached result."""
+    batch.__class__ = CachedBatch
+    batch.cached = cached
+
+
+def cache_frozen(classifier: FastClassifier, splits: list[list[Batch]], folder: Path | None, memory: float) -> str:
+    """Caches the output of the frozen blocks below the lowest trained one for every batch.
+
+    Args:
+        splits: batches of the training and the development splits.
+        folder: see `FrozenPrefix.cache`.
+        memory: GiB to hold in memory; the rest is memory-mapped.
+
+    Returns:
+        One line for the user: the size of the cache, or the reason why there is none; empty where nothing is frozen.
+    """
+    if not classifier.reads_text or lowest_trained_block(classifier) == 0:
+        return ""
+    prefix = classifier.prefix = FrozenPrefix(classifier)
+    start, used = time.perf_counter(), 0
+    for split in splits:
+        used = prefix.cache(split, folder, int(memory * 2 ** 30), used)
+    if prefix.why_not:
+        return f"  {prefix.why_not}; they are computed each time"
+    return (f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
+            f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
 
 
 class _Reached(Exception):
@@ -44,7 +85,7 @@ class NotCacheable(Exception):
     """Says why what the frozen part computes cannot be cached."""
 
 
-def lowest_trained_block(classifier: TextClassifier) -> int:
+def lowest_trained_block(classifier: FastClassifier) -> int:
     """Returns the number of the lowest block that trains: 0 if embeddings train, the count if the head alone does."""
     net = classifier.net
     blocks = list(blocks_of(net.base_model).values())
@@ -57,8 +98,7 @@ def lowest_trained_block(classifier: TextClassifier) -> int:
 class FrozenPrefix:
     """The part of a classifier below its lowest trained block.
 
-    The caller assigns it to `classifier.prefix`: through that attribute the classifier says, for each forward pass, what
-    cached result to start from.
+    The classifier sets `cached` for the time of a forward pass that starts from a cached result.
 
     Attributes:
         lowest: number of the lowest trained block.
@@ -66,7 +106,7 @@ class FrozenPrefix:
         why_not: why nothing can be cached, set by `cache`; empty otherwise.
     """
 
-    def __init__(self, classifier: TextClassifier):
+    def __init__(self, classifier: FastClassifier):
         self.classifier = classifier
         self.backbone = classifier.net.base_model
         self.blocks = list(blocks_of(self.backbone).values())
@@ -145,7 +185,7 @@ class FrozenPrefix:
         """Rebuilds the backbone's output with its strides: with other strides matmuls round differently."""
         hidden = self.cached[:, :-1] if self.pooler else self.cached
         tokens = (args[0] if args else kwargs["input_ids"]).shape[1]
-        if self.first_token and not self.classifier.known:
+        if self.first_token and not self.classifier.has_fused_blocks:
             hidden = F.pad(hidden, (0, 0, 0, tokens - 1))  # zeros, which the head does not read
         states = {"last_hidden_state": hidden.contiguous()}
         if self.pooler:
@@ -160,7 +200,7 @@ class FrozenPrefix:
         """
         if self.classifier.by_length:
             raise NotCacheable("sentences of each length are computed on their own")
-        if self.classifier.known or self.head_only and self.classifier.decoder:
+        if self.classifier.has_fused_blocks or self.head_only and self.classifier.decoder:
             return
         kinds = {bool(batch.attention_mask.all()): batch for batch in sorted(batches, key=lambda b: b.input_ids.shape[1])}
         for batch in (_two_rows(batch) for batch in kinds.values()):
@@ -172,7 +212,7 @@ class FrozenPrefix:
                 raise NotCacheable("what follows them depends on more than their hidden states")
 
     def _same(self, batch: Batch, fresh: Tensor) -> bool:
-        batch.cached = self.compute(batch)
+        attach(batch, self.compute(batch))
         try:
             return torch.equal(self._outcome(batch), fresh)
         except Exception as error:  # whatever code meets hidden states of a form that it did not expect
@@ -187,8 +227,11 @@ class FrozenPrefix:
         hook = self.backbone.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
         batch = batch.to(next(self.backbone.parameters()).device)
         try:
-            logits = self.classifier.eval().text_logits(*batch.inputs())
+            if isinstance(batch, CachedBatch):
+                self.cached = batch.cached
+            logits = self.classifier.eval().text_logits(batch.input_ids, batch.attention_mask)
         finally:
+            self.cached = None
             hook.remove()
             self.classifier.train(was_training)
         return logits if self.head_only else outputs[0]
@@ -222,19 +265,28 @@ class FrozenPrefix:
             size = hidden.numel() * hidden.element_size()
             if used + size <= budget:
                 # Pinned, so that copying to a GPU overlaps with computation.
-                batch.cached, used = hidden.pin_memory() if pinned else hidden.clone(), used + size
-                continue
-            try:
-                with tempfile.NamedTemporaryFile(dir=folder, prefix=".cached-") as file:
-                    # Written, not copied into a mapped empty file, which raises SIGBUS if the disk is full.
-                    file.write(hidden.contiguous().view(-1).view(torch.uint8).numpy())
-                    file.flush()
-                    batch.cached = torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype)
-            except OSError as error:
-                raise UserError(f"{folder or tempfile.gettempdir()}: no room to keep what frozen blocks compute "
-                                f"({error.strerror}); give more --keep-memory, or --no-keep") from None
-            batch.cached = batch.cached.view(hidden.shape)
+                attach(batch, hidden.pin_memory() if pinned else hidden.clone())
+                used += size
+            else:
+                attach(batch, _memory_mapped(hidden, folder))
         return used
+
+
+def _memory_mapped(hidden: Tensor, folder: Path | None) -> Tensor:
+    """Returns a copy of a tensor in a memory-mapped file without a name.
+
+    Raises:
+        UserError: no room for it.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".cached-") as file:
+            # Written, not copied into a mapped empty file, which raises SIGBUS if the disk is full.
+            file.write(hidden.contiguous().view(-1).view(torch.uint8).numpy())
+            file.flush()
+            return torch.from_file(file.name, shared=True, size=hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
+    except OSError as error:
+        raise UserError(f"{folder or tempfile.gettempdir()}: no room to keep what frozen blocks compute "
+                        f"({error.strerror}); give more --keep-memory, or --no-keep") from None
 
 
 def _two_rows(batch: Batch) -> Batch:

@@ -1,7 +1,7 @@
 """Computes products with wide weights, float32 or bfloat16, by AVX-512 (gemm.c): AMD's CPUs since 2022.
 
-    if gemm.takes(x, W):                                  # float32 activations on such a CPU, with a C compiler
-        y = gemm.product(x, W, bias, [Update(h, b, slice(0, 768), 2.0)])   # x W^T + bias, and 2 h b in 768 columns
+    if choice.by_gemm(x, W):                              # float32 activations on such a CPU, with a C compiler
+        y = gemm.matmul(x, W, bias, [Update(h, b, slice(0, 768), 2.0)])   # x W^T + bias, and 2 h b in 768 columns
 
 A float32 weight is multiplied in float32. A bfloat16 weight is multiplied by x rounded to bfloat16; sums are float32, and
 are not rounded. What a row becomes depends neither on the other rows nor on the number of threads.
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fast import compiled
-from machine import hardware
 
 SOURCE = Path(__file__).with_suffix(".c")
 FEATURES = {"avx512f": "-mavx512f", "avx512bw": "-mavx512bw", "avx512vl": "-mavx512vl", "avx512_bf16": "-mavx512bf16"}
@@ -39,7 +38,7 @@ class _Update(ctypes.Structure):
                 ("scaling", ctypes.c_float)]
 
 
-class _Product(ctypes.Structure):
+class _Arguments(ctypes.Structure):
     _fields_ = [*((name, POINTER) for name in ("a", "b", "bias", "c", "updates")), *((name, LONG) for name in (
         "M", "N", "K", "lda", "ldb", "ldc", "transposed", "rough", "add", "count"))]
 
@@ -47,23 +46,14 @@ class _Product(ctypes.Structure):
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """Loads gemm.c; returns None where the CPU has no AVX-512 with bfloat16 or no compiler works."""
-    return compiled.load_if_possible(SOURCE, FEATURES, {"product": [ctypes.POINTER(_Product), ctypes.c_int]})
+    return compiled.load_if_possible(SOURCE, FEATURES, {"product": [ctypes.POINTER(_Arguments), ctypes.c_int]})
 
 
 def available() -> bool:
     return load() is not None
 
 
-hardware.has_gemm = available  # which a run records
-
-
-def takes(x: Tensor, W: Tensor) -> bool:
-    """Returns whether `product` is in use, and takes such an input and weight."""
-    return (hardware.matmul() == "gemm" and x.dtype == torch.float32 and W.dtype in (torch.float32, torch.bfloat16)
-            and x.is_cpu and W.is_cpu and 1 in W.stride())
-
-
-def product(x: Tensor, W: Tensor, bias: Tensor | None = None, updates: Sequence[Update] = (), out: Tensor | None = None,
+def matmul(x: Tensor, W: Tensor, bias: Tensor | None = None, updates: Sequence[Update] = (), out: Tensor | None = None,
             add: bool = False) -> Tensor:
     """Computes x W^T + bias + the updates: (rows, in) -> (rows, outputs), in float32.
 
@@ -93,7 +83,7 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None, updates: Sequence[
     transposed = along == 1
     array = (_Update * len(terms))(*((h.data_ptr(), b.data_ptr(), h.stride(0), len(b), start, stop - start, scaling)
                                      for h, b, start, stop, scaling in terms))
-    if load().product(ctypes.byref(_Product(
+    if load().product(ctypes.byref(_Arguments(
             x.data_ptr(), W.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), ctypes.addressof(array),
             M, N, K, x.stride(0), across if transposed else along, out.stride(0), transposed, W.dtype == torch.bfloat16, add,
             len(terms))), torch.get_num_threads()):

@@ -1,57 +1,44 @@
-"""Draws texts from a causal language model, many at a time, with cached keys and values.
+"""Samples texts from a causal language model, many at a time, with cached keys and values.
 
-    for tokens in draw(lm, [[bos]] * 1000, seed=1, max_new_tokens=40, end={eos}): ...     # new tokens of each row, in order
+    for tokens in sample_together(lm, [[bos]] * 1000, Sampling(seed=1), max_new_tokens=40, end={eos}): ...     # of each text
 
-A row that is finished leaves the batch, and the next one takes its slot. Each row has random numbers of its own, so that
-what is drawn for it depends on no other row, and rows drawn in several calls (`first_row`) are those of one call. Which
-rows are together changes its logits by rounding at most.
+A text that is finished leaves the batch, and the next one takes its slot. The random numbers are those of `sampling.py`, so
+that a text depends on no other one, and texts sampled in several calls (`first_row`) are those of one call. Which texts
+are together changes their logits by rounding at most.
 
-GPT-2 and Llama go through the fused blocks of blocks.py: one new token of each row a step, logits of that token alone. The
-tokens of new prompts but the last are computed together, shared prefixes once. Other architectures go row by row through
-`transformers.generate`.
+GPT-2 and Llama go through the fused blocks of blocks.py: one new token of each text a step, logits of that token alone. The
+tokens of new prompts but the last are computed together, shared prefixes once.
 """
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fast import onepass
-from fast.blocks import SHORT, Rotate, fuse, unique_tokens
+from fast.blocks import SHORT, Rotate, is_fused, unique_tokens
+from fast.choice import by_onepass
+from fast.classifier import backbone_states
+from sampling import Sampling, uniforms
 
 BLOCK = 256  # tokens of the vocabulary: PyTorch's argmax and cumsum over all of it take several times as long as by blocks
 PREFILL_TOKENS = 4096  # of prompts computed together, pads included: bounds memory
-# Settings of a generation_config.json that are given to `draw` or change no text.
+# Settings of a generation_config.json that are arguments of `sample_together` or change no text.
 PLAIN = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache",
          "do_sample", "temperature", "top_k", "top_p", "output_attentions", "output_hidden_states"}
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen; the order is that of `transformers`: temperature, then top_k, then top_p."""
-
-    greedy: bool = False  # the likeliest token
-    temperature: float = 1.0
-    top_k: int = 0  # draw from the k likeliest; 0: all
-    top_p: float = 1.0  # draw from the fewest likeliest that hold this probability (Holtzman et al. 2020)
+class FastSampling(Sampling):
+    """`Sampling` by blocks of the vocabulary, without sorting all of it."""
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Chooses a token for each row.
-
-        Args:
-            logits: (n, V) float32; may be written over.
-            uniform: (n,) numbers from [0, 1), which decide.
-
-        Returns:
-            (n,) token ids.
-        """
+        """Chooses a token for each row; see `Sampling.choose`. The logits may be written over."""
         if self.greedy:
             block = _of_blocks(logits, torch.amax).argmax(-1, keepdim=True)
             tokens, part = _of_block(logits, block)
@@ -194,7 +181,7 @@ class _Step:
         chain = self.slots[:, None] * self.cache.positions + torch.arange(self.length)
         return onepass.Chains(chain.flatten(), self.slots * self.length, self.positions[:, 0] + 1)
 
-    def attend(self, layer: int, q: Tensor, kv: None, heads: tuple[int, int], size: int, scale: float,
+    def block_attention(self, layer: int, q: Tensor, kv: None, heads: tuple[int, int], size: int, scale: float,
                rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Adds the keys and values in q (n, C + 2 K) to the cache; returns each row's attention to all its own, (n, C)."""
         n, C, K = len(q), heads[0] * size, heads[1] * size
@@ -203,9 +190,9 @@ class _Step:
         q, *new = q.split([C, K, K], -1)
         for part, x in zip(self.cache.blocks[layer], new, strict=True):
             part[self.slots, self.positions[:, 0]] = x
-        if self.length <= SHORT and onepass.takes(q):
+        if self.length <= SHORT and by_onepass(q):
             keys, values = (part.flatten(0, 1) for part in self.cache.blocks[layer])
-            return onepass.attend(q, keys, values, self.chains, size, scale)[0]
+            return onepass.attend(q, keys, values, onepass.Form(self.chains, size, scale))[0]
         keys, values = (part[:n, :self.length].unflatten(-1, (-1, size)).transpose(1, 2)
                         for part in self.cache.blocks[layer])
         # Query heads that share a key head are passed as several queries of that head.
@@ -225,12 +212,6 @@ class _Batch:
     def __init__(self, lm: PreTrainedModel, slots: int, positions: int):
         self.lm, self.cache, self.rows = lm, _Cache(lm, slots, positions), []
 
-    def _hidden(self, unique) -> Tensor:
-        # Fused blocks read no mask; with this one, the library builds none.
-        none = unique.ids.new_ones(1, 1, 1, 1)
-        return self.lm.base_model(input_ids=unique.ids, attention_mask=none, position_ids=unique.positions, use_cache=False,
-                                  unique=unique).last_hidden_state[:, 0]
-
     @torch.inference_mode()
     def add(self, rows: list[_Row]) -> None:
         """Gives rows the next slots, and computes keys and values of their prompts but for the last token."""
@@ -246,7 +227,7 @@ class _Batch:
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
             unique = unique_tokens(ids.to(self.lm.device), mask)
             unique.keep = lambda layer, *new, slots=some, unique=unique: self._keep(layer, slots, map(unique.spread, new))
-            self._hidden(unique)
+            backbone_states(self.lm.base_model, unique)
 
     def _keep(self, layer: int, slots: list[int], new: Iterator[Tensor]) -> None:
         """Writes keys and values (B, T, K) of a block from position 0 on; a pad's are written over when a token comes."""
@@ -257,7 +238,7 @@ class _Batch:
     @torch.inference_mode()
     def step(self, sampling: Sampling) -> None:
         """Draws one token of each row."""
-        hidden = self._hidden(_Step(self.cache, self.rows, self.lm.device))
+        hidden = backbone_states(self.lm.base_model, _Step(self.cache, self.rows, self.lm.device))
         logits = self.lm.get_output_embeddings()(hidden).float()
         uniform = torch.tensor([row.uniform[len(row.new)] for row in self.rows], device=logits.device)
         for row, token in zip(self.rows, sampling.choose(logits, uniform).tolist(), strict=True):
@@ -273,30 +254,16 @@ class _Batch:
         return row
 
 
-def uniforms(seed: int, row: int, count: int) -> list[float]:
-    """Returns a row's random numbers; the first ones are the same whatever the count."""
-    return np.random.default_rng([seed, row]).random(count, dtype=np.float32).tolist()
-
-
-def draw(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int, end: Collection[int] = (),
-         sampling: Sampling = Sampling(), batch_size: int = 64, first_row: int = 0,
-         progress: Callable[[int], None] = lambda tokens: None) -> Iterator[list[int]]:
-    """Yields each row's new tokens in order; the end token, if one was drawn, is the last.
+def sample_together(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *, max_new_tokens: int,
+                    end: Collection[int] = (), batch_size: int = 64, first_row: int = 0,
+                    progress: Callable[[int], None] = lambda tokens: None) -> Iterator[list[int]]:
+    """Yields the new tokens of each text in order; see `sampling.sample_tokens`.
 
     Args:
-        lm: in evaluation mode; its blocks become fused ones if they are known.
-        prompts: token ids of each row, at least one; with the new tokens they must fit the model's context.
-        seed: of all random numbers.
-        max_new_tokens: of each row.
-        end: a row is finished with one of these tokens.
-        sampling: how tokens are chosen.
-        batch_size: rows drawn together.
-        first_row: number of the first row; a row's random numbers depend on the seed and its number alone.
-        progress: is called with the number of tokens that were drawn, or will not be.
+        lm: under `fast.install`; `takes` says whether this function serves it.
+        batch_size: texts sampled together.
     """
-    if not by_blocks(lm):
-        yield from _by_library(lm, prompts, seed, max_new_tokens, end, sampling, first_row, progress)
-        return
+    sampling = FastSampling(**asdict(sampling))
     waiting = deque(enumerate(prompts))
     batch = _Batch(lm, min(batch_size, len(prompts)), max(map(len, prompts), default=0) + max_new_tokens)
     finished: dict[int, list[int]] = {}
@@ -306,7 +273,9 @@ def draw(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int, ma
         # Computing a few prompts reads all weights, as many do: several are awaited. One of one token costs nothing extra.
         if waiting and free and (free >= batch_size // 4 or len(waiting[0][1]) == 1):
             new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-            batch.add([_Row(number, prompt, uniforms(seed, first_row + number, max_new_tokens)) for number, prompt in new])
+            rows = [_Row(number, prompt, uniforms(sampling.seed, first_row + number, max_new_tokens))
+                    for number, prompt in new]
+            batch.add(rows)
         batch.step(sampling)
         drawn = len(batch.rows)
         for slot in reversed(range(len(batch.rows))):
@@ -320,27 +289,8 @@ def draw(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], *, seed: int, ma
             following += 1
 
 
-def by_blocks(lm: PreTrainedModel) -> bool:
-    """Returns whether a model is drawn from by fused blocks, which it gets if they are known, and not by the library."""
-    return fuse(lm.base_model) and not _other_settings(lm.generation_config)
-
-
-def _other_settings(config: GenerationConfig | None) -> set[str]:
-    """Returns the settings of a model's generation_config.json that change texts and that `draw` does not know."""
-    return set() if config is None else {
-        name for name in config.to_diff_dict() if name not in PLAIN and not name.startswith("_")}
-
-
-def _by_library(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], seed: int, max_new_tokens: int, end: Collection[int],
-                sampling: Sampling, first_row: int, progress: Callable[[int], None]) -> Iterator[list[int]]:
-    """Draws row by row by `transformers.generate`."""
-    how = {"do_sample": False} if sampling.greedy else {
-        "do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-    for number, prompt in enumerate(prompts, first_row):
-        ids = torch.tensor([prompt], device=lm.device)
-        with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]))
-            out = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, use_cache=True,
-                              eos_token_id=list(end) or None, pad_token_id=next(iter(end), 0), **how)
-        progress(max_new_tokens)
-        yield out[0, len(prompt):].tolist()
+def takes(lm: PreTrainedModel) -> bool:
+    """Returns whether `sample_together` serves a model: fused blocks, and no setting beyond those of `Sampling`."""
+    config = lm.generation_config
+    other = set() if config is None else {name for name in config.to_diff_dict() if name not in PLAIN and name[0] != "_"}
+    return is_fused(lm.base_model) and not other

@@ -1,11 +1,10 @@
 """Computes x W^T by the library that is fastest on this CPU, for frozen and plain linears alike.
 
-    product(x, W, bias)                # (rows, in) (out, in) -> (rows, out); no gradients
-    speed_up(net)                      # every nn.Linear and Conv1D of a model computes by `product` from now on
+    wide_matmul(x, W, bias)                # (rows, in) (out, in) -> (rows, out); no gradients
     set_precision(backbone, "bf16")    # how its frozen linears are computed
 
 PyTorch takes MKL for float32, which uses half the width of an AMD CPU. gemm.py uses all of it, and so does oneDNN, which is
-in every PyTorch build. `machine.hardware` chooses between them, and a run records the choice.
+in every PyTorch build. `choice.py` chooses between them, and a run records the choice.
 """
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fast import amx, gemm, onepass
+from fast import amx, choice, gemm, onepass
+from fast.choice import by_gemm, by_onednn, by_onepass
 from fast.gemm import Update
 from machine import hardware
 from machine.errors import UserError
@@ -29,18 +29,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 NARROW = 32  # rank up to which onepass.py computes products: beyond, reading the wide matrix is the smaller part
 
 
-def is_dense(W: Tensor) -> bool:
-    """Returns whether a matrix, or its transpose, has no gaps between its rows, as oneDNN's fast code needs."""
-    return W.is_contiguous() or W.t().is_contiguous()
-
-
-def by_onednn(x: Tensor, W: Tensor) -> bool:
-    """Returns whether oneDNN computes x W^T."""
-    return (hardware.matmul() == "onednn" and x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu"
-            and x.numel() > 0 and is_dense(W))
-
-
-def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None = None, updates: Sequence[Update] = ()
+def wide_matmul(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None = None, updates: Sequence[Update] = ()
             ) -> Tensor:
     """Computes x W^T + bias + add + the updates, without gradients, in W's type: (rows, in) -> (rows, out).
 
@@ -53,10 +42,10 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None
     Returns:
         In the wider one of x's and W's types.
     """
-    if gemm.takes(x, W):
-        return gemm.product(x, W, bias, updates, add, add is not None)
+    if by_gemm(x, W):
+        return gemm.matmul(x, W, bias, updates, add, add is not None)
     if x.dtype != W.dtype:
-        y = product(x.to(W.dtype), W, bias).to(torch.promote_types(x.dtype, W.dtype))
+        y = wide_matmul(x.to(W.dtype), W, bias).to(torch.promote_types(x.dtype, W.dtype))
         y = y if add is None else add.add_(y)
     elif by_onednn(x, W):
         y = (torch.ops.mkldnn._linear_pointwise(x.contiguous(), W, bias, "none", [], "") if add is None else
@@ -76,26 +65,26 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None
 
 def narrow(x: Tensor, W: Tensor) -> Tensor:
     """Computes x W^T for a W of few rows: LoRA's A, or B transposed."""
-    if len(W) <= NARROW and onepass.takes(x, W):
+    if len(W) <= NARROW and by_onepass(x, W):
         return onepass.narrow(x, W)
     # On an AMD CPU MKL is 1.4 to 8 times as fast with the narrow matrix in front.
-    return torch.mm(x, W.t()) if hardware.matmul() == "torch" else torch.mm(W.contiguous(), x.t()).t()
+    return torch.mm(x, W.t()) if choice.matmul() == "torch" else torch.mm(W.contiguous(), x.t()).t()
 
 
 def add_update(out: Tensor, h: Tensor, b: Tensor, scaling: float = 1.0) -> None:
     """Adds scaling h b to out (rows, outputs), whose rows may lie apart; h (rows, rank) and b (rank, outputs) are narrow."""
-    if len(b) <= NARROW and onepass.takes(out, h, b):
+    if len(b) <= NARROW and by_onepass(out, h, b):
         onepass.update(out, h if scaling == 1 else h * scaling, b)
     elif out.shape[1] % 1024 == 0 and out.is_contiguous() and by_onednn(h, b.t()):
         # Rows 4 KiB apart share cache lines: MKL takes 7 times as long.
-        out.copy_(product(h * scaling, b.t(), add=out))
+        out.copy_(wide_matmul(h * scaling, b.t(), add=out))
     else:
         out.addmm_(h, b, alpha=scaling)
 
 
 def outer(h: Tensor, x: Tensor) -> Tensor:
     """Computes h^T x for a narrow h (rows, rank): (rank, in) for an x (rows, in)."""
-    if h.shape[1] <= NARROW and onepass.takes(h, x):
+    if h.shape[1] <= NARROW and by_onepass(h, x):
         return onepass.outer(h, x)
     return torch.mm(h.t(), x)  # with the narrow matrix in front MKL is 2 to 3 times as fast
 
@@ -126,29 +115,29 @@ def joined(weights: list[Tensor], biases: list[Tensor | None]) -> Tensor | None:
     return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
-class _Product(torch.autograd.Function):
-    """`product` with gradients for x, W and bias; computed in W's type if x has another type."""
+class _Matmul(torch.autograd.Function):
+    """`wide_matmul` with gradients for x, W and bias; computed in W's type if x has another type."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x.to(W.dtype) if ctx.needs_input_grad[1] else None, W)
         ctx.dtype = x.dtype
-        return product(x, W, bias)
+        return wide_matmul(x, W, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W = ctx.saved_tensors
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        grad_x = product(grad, W.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grad_W = product(grad.to(W.dtype).t(), x.t()) if ctx.needs_input_grad[1] else None
+        grad_x = wide_matmul(grad, W.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_W = wide_matmul(grad.to(W.dtype).t(), x.t()) if ctx.needs_input_grad[1] else None
         return grad_x, grad_W, grad_bias
 
 
 def _apply(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
     """Computes x W^T + bias for an x of any shape; returns None where PyTorch's own `forward` should compute it."""
-    if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype and not by_onednn(x, W) and not gemm.takes(x, W):
+    if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype and not by_onednn(x, W) and not by_gemm(x, W):
         return None
-    return _Product.apply(x.reshape(-1, x.shape[-1]), W, bias).view(*x.shape[:-1], len(W))
+    return _Matmul.apply(x.reshape(-1, x.shape[-1]), W, bias).view(*x.shape[:-1], len(W))
 
 
 class FastLinear(nn.Linear):
@@ -179,21 +168,10 @@ class FastEmbedding(nn.Embedding):
         return rows.float() if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else rows
 
 
-def speed_up(net: nn.Module) -> None:
-    """Swaps the classes of a model's linears and embeddings for the fast ones of this file.
-
-    The class of an existing module is swapped, and no new module built, so that the parameters and their names stay those
-    of the checkpoint. This function and `fast.blocks.fuse` are the only two that swap classes.
-    """
-    fast = {nn.Linear: FastLinear, Conv1D: FastConv1D, nn.Embedding: FastEmbedding}
-    for module in net.modules():
-        module.__class__ = fast.get(type(module), type(module))
-
-
 def set_precision(backbone: nn.Module, precision: str) -> None:
-    """Sets how the frozen linears of a backbone under `speed_up` are computed; what trains stays float32.
+    """Sets how the frozen linears of a backbone under `fast.install` are computed; what trains stays float32.
 
-    fp32: in float32, by the library that `machine.hardware` chose.
+    fp32: in float32, by the library that `choice.py` chose.
 
     bf16: frozen linears and embeddings become bfloat16. On a CPU activations and all else stay float32: bfloat16 makes
     its matmuls faster, and its other operations slower. On a GPU everything frozen becomes bfloat16.

@@ -1,8 +1,8 @@
 """Computes norms, activations, LoRA's narrow products and short sentences' attention in one pass each (CPUs with AVX-512).
 
-    if onepass.takes(x):                                   # a float32 tensor on such a CPU, with a C compiler
+    if choice.by_onepass(x):                               # a float32 tensor on such a CPU, with a C compiler
         y = onepass.rms_norm(x, weight, eps)
-    onepass.attend(q, k, v, chains, size, scale)           # softmax(scale q k^T) v
+    onepass.attend(q, k, v, Form(chains, size, scale))     # softmax(scale q k^T) v
 
 PyTorch makes several passes, and copies what its attention reads; its narrow products take twice as long. A row's result
 depends neither on the other rows nor on the number of threads.
@@ -13,12 +13,12 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fast import compiled
-from machine import hardware
 
 SOURCE = Path(__file__).with_suffix(".c")
 FEATURES = {"avx512f": "-mavx512f"}
@@ -53,14 +53,6 @@ def load() -> ctypes.CDLL | None:
 
 def available() -> bool:
     return load() is not None
-
-
-hardware.has_onepass = available  # which a run records
-
-
-def takes(*tensors: Tensor) -> bool:
-    """Returns whether these functions are in use, and take such tensors."""
-    return hardware.kernels() == "onepass" and all(x.is_cpu and x.dtype == torch.float32 for x in tensors)
 
 
 # ---------------------------------------------------------------- prologues
@@ -177,8 +169,16 @@ class Chains:
     length: Tensor  # (N,)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
-           rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+class Form(NamedTuple):
+    """The form of an attention: who attends to whom, and the heads."""
+
+    chains: Chains
+    size: int  # channels of a head
+    scale: float
+    rotary: tuple[Tensor, Tensor] | None = None  # cosine and sine (rows, size): q and k are rotated first, in place
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Computes softmax(scale q k^T) v over each token's chain, head by head.
 
     Made for short chains: the time grows with the sum of their lengths, and for long chains matmuls are faster.
@@ -187,50 +187,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: fl
         q: (N, heads * size), float32, as k and v. Rows of each may lie apart; k's and v's by as much.
         k: (rows, groups * size): consecutive query heads share a key head.
         v: as k.
-        rotary: cosine and sine (rows, size) of the rotary embedding: q and k are rotated first, in place.
 
     Returns:
-        y (N, heads * size), and (N, heads): what `attend_backward` wants.
+        y (N, heads * size), and the logarithms of the sums of exponentials (N, heads) for `attend_backward`.
 
     Raises:
         ValueError: strides other than those described.
         MemoryError
     """
-    y, lse = q.new_empty(q.shape), q.new_empty(len(q), q.shape[1] // size)
-    if load().attend(_attention(q, k, v, chains, size, scale, rotary), y.data_ptr(), lse.data_ptr(), len(chains.chain),
+    y, lse = q.new_empty(q.shape), q.new_empty(len(q), q.shape[1] // form.size)
+    if load().attend(_attention(q, k, v, form), y.data_ptr(), lse.data_ptr(), len(form.chains.chain),
                      torch.get_num_threads()):
         raise MemoryError
     return y, lse
 
 
-def attend_backward(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
-                    rotary: tuple[Tensor, Tensor] | None, y: Tensor, lse: Tensor, grad: Tensor,
+def attend_backward(qkv: tuple[Tensor, Tensor, Tensor], form: Form, y: Tensor, lse: Tensor, grad: Tensor,
                     out: tuple[Tensor, Tensor, Tensor]) -> None:
     """Writes the gradients of q, k and v as they were before rotation.
 
     Args:
-        q: as `attend` left it, like k.
+        qkv: q, k and v as `attend` left them.
         grad: of y.
-        out: where the gradients go; their rows lie as q's, k's and v's.
+        out: receives the gradients; their rows lie as those of q, k and v.
 
     Raises:
         ValueError: strides other than those described.
         MemoryError
     """
-    if [t.stride() for t in out] != [t.stride() for t in (q, k, v)]:
+    if [t.stride() for t in out] != [t.stride() for t in qkv]:
         raise ValueError("the gradients of q, k and v do not lie as these do")
     grad = grad.contiguous()
-    if load().attend_backward(_attention(q, k, v, chains, size, scale, rotary),
-                              *(t.data_ptr() for t in (y, lse, grad, *out)), torch.get_num_threads()):
+    if load().attend_backward(_attention(*qkv, form), *(t.data_ptr() for t in (y, lse, grad, *out)),
+                              torch.get_num_threads()):
         raise MemoryError
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, chains: Chains, size: int, scale: float,
-               rotary: tuple[Tensor, Tensor] | None):
+def _attention(q: Tensor, k: Tensor, v: Tensor, form: Form):
     """Returns the structure's address; the caller must keep the tensors alive."""
+    chains, size, rotary = form.chains, form.size, form.rotary
     if q.stride(1) != 1 or k.stride(1) != 1 or k.stride() != v.stride() or not all(t.is_contiguous() for t in rotary or ()):
-        raise ValueError("attention wants rows that are contiguous, k's and v's as far apart, and whole tables of angles")
+        raise ValueError("attention needs rows that are contiguous, k's and v's as far apart, and whole tables of angles")
     cos, sin = (None, None) if rotary is None else (t.data_ptr() for t in rotary)
     return ctypes.byref(_Attention(
         *(t.data_ptr() for t in (chains.chain, chains.start, chains.length, q, k, v)), cos, sin, len(q), len(k),
-        q.shape[1] // size, k.shape[1] // size, size, q.stride(0), k.stride(0), scale))
+        q.shape[1] // size, k.shape[1] // size, size, q.stride(0), k.stride(0), form.scale))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast import onepass
+from fast.choice import by_onepass
 
 
 class LayerNormPrologue:
@@ -26,12 +27,12 @@ class LayerNormPrologue:
         return torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if onepass.takes(x, self.weight, self.bias):
+        if by_onepass(x, self.weight, self.bias):
             return onepass.layer_norm(x, self.weight, self.bias, self.eps)
         return self._normalised(x)[0]
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        if onepass.takes(x, self.weight, self.bias):
+        if by_onepass(x, self.weight, self.bias):
             return onepass.layer_norm_backward(x, self.weight, self.bias, self.eps, grad)
         y, mean, rstd = self._normalised(x)
         return y, torch.ops.aten.native_layer_norm_backward(
@@ -51,12 +52,12 @@ class RMSNormPrologue:
         return x * r, r
 
     def __call__(self, x: Tensor) -> Tensor:
-        if onepass.takes(x, self.weight):
+        if by_onepass(x, self.weight):
             return onepass.rms_norm(x, self.weight, self.eps)
         return self._normalised(x)[0].mul_(self.weight).to(x.dtype)
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        if onepass.takes(x, self.weight):
+        if by_onepass(x, self.weight):
             return onepass.rms_norm_backward(x, self.weight, self.eps, grad)
         u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
         g = grad.to(u.dtype) * self.weight
@@ -75,7 +76,7 @@ class GELUPrologue:
     K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
 
     def __call__(self, x: Tensor) -> Tensor:
-        if onepass.takes(x):
+        if by_onepass(x):
             return onepass.gelu(x)
         if x.is_cuda:
             return F.gelu(x, approximate="tanh")
@@ -86,7 +87,7 @@ class GELUPrologue:
         return y
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        if onepass.takes(x):
+        if by_onepass(x):
             return onepass.gelu_backward(x, grad)
         if x.is_cuda:
             return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
@@ -114,13 +115,13 @@ class SwiGLUPrologue:
     """SwiGLU, silu(gate) * up with gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if onepass.takes(x):
+        if by_onepass(x):
             return onepass.swiglu(x)
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        if onepass.takes(x):
+        if by_onepass(x):
             return onepass.swiglu_backward(x, grad)
         gate, up = x.chunk(2, -1)
         dx = torch.empty_like(x)

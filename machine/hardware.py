@@ -1,8 +1,7 @@
-"""Describes and sets up this machine: its CPU, its device, its threads, its matrix products, and its memory."""
+"""Describes and sets up this machine: its CPU, its device, its threads, and its memory."""
 from __future__ import annotations
 
 import ctypes
-import functools
 import platform
 import re
 import resource
@@ -13,10 +12,6 @@ from machine.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _chosen = "auto"
-MATMULS = ("gemm", "onednn", "torch")  # for products with wide weights: fast/gemm.py, oneDNN in float32, what PyTorch calls
-_in_use: str | None = None  # what `use_matmul` was given last
-KERNELS = ("onepass", "torch")  # norms, activations and attention of short sentences on the CPU: fast/onepass.py or PyTorch
-_kernels: str | None = None  # what `use_kernels` was given last
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -126,14 +121,6 @@ def use_threads(threads) -> None:
                       "another order, and the result may differ in its last digits", stacklevel=2)
 
 
-@functools.cache
-def has_onednn() -> bool:
-    """Returns whether this build of PyTorch has oneDNN's linear operators."""
-    import torch
-
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def cpu_description() -> str:
     """Returns what the system says of the CPU, its vendor included."""
     try:
@@ -142,76 +129,8 @@ def cpu_description() -> str:
         return platform.processor()  # on Windows, the vendor too
 
 
-@functools.cache
-def slow_by_mkl() -> bool:
-    """Returns whether MKL, PyTorch's own choice, uses half of this CPU's width: AMD's with AVX-512."""
-    import torch
-
-    return "AuthenticAMD" in cpu_description() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def fastest_matmul() -> str:
-    """Returns what computes products with wide weights on this CPU, by rule: what is timed may differ from run to run.
-
-    Where MKL is slow fast/gemm.py, oneDNN if there is no compiler for it; elsewhere PyTorch's own choice.
-    """
-    import torch
-
-    if not slow_by_mkl():
-        return "torch"
-    return "gemm" if has_gemm() else "onednn" if torch.backends.mkl.is_available() and has_onednn() else "torch"
-
-
-def matmul() -> str:
-    """Returns what computes products with wide weights on the CPU, one of `MATMULS`."""
-    return _in_use or fastest_matmul()
-
-
-def use_matmul(library=None) -> None:
-    """Sets what computes products with wide weights to what was recorded; None: by rule. It decides how sums are rounded.
-
-    Warns in one line where it cannot be had.
-    """
-    global _in_use
-    if library in ("gemm", "onednn") and not {"gemm": has_gemm, "onednn": has_onednn}[library]():
-        name = "fast/gemm.c (it wants AVX-512 with bfloat16 and a C compiler)" if library == "gemm" else "oneDNN"
-        warnings.warn(f"matrix products by {name} cannot be had here, PyTorch's own are used: sums are rounded in another "
-                      "order, and the result may differ in its last digits", stacklevel=2)
-        library = "torch"
-    _in_use = library if library in MATMULS else None
-
-
 def bf16_is_fast() -> bool:
     """Returns whether this machine multiplies in bfloat16 without converting to float32 first."""
     import torch
 
     return device().type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-
-
-def has_gemm() -> bool:
-    """Returns whether fast/gemm.py can be had; that module, which stands above, puts its own function here."""
-    return False
-
-
-def has_onepass() -> bool:
-    """Returns whether fast/onepass.py can be had; that module, which stands above, puts its own function here."""
-    return False
-
-
-def kernels() -> str:
-    """Returns what computes norms, activations and attention on the CPU, one of `KERNELS`."""
-    return _kernels or ("onepass" if has_onepass() else "torch")
-
-
-def use_kernels(name=None) -> None:
-    """Sets what computes them to what was recorded; None: by rule. It decides how sums are rounded.
-
-    Warns in one line where it cannot be had.
-    """
-    global _kernels
-    if name == "onepass" and not has_onepass():
-        warnings.warn("norms and attention by fast/onepass.c cannot be had here (it wants AVX-512 and a C compiler), "
-                      "PyTorch's own are used: sums are rounded in another order, and the result may differ in its last "
-                      "digits", stacklevel=2)
-        name = "torch"
-    _kernels = name if name in KERNELS else None

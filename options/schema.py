@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
 from machine.errors import UserError
-from options.declare import minutes_or_steps, option
+from options.declare import minutes_or_steps, names_in, option
 
 ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
 METHODS = ("lora", "full", "head", "features", "none")
@@ -144,7 +144,7 @@ class DistilOptions:
     directions: int | None = option(None, "directions in which the student reads; if not given as its teacher: 1 of a "
                                     "decoder, 2 of an encoder", choices=(1, 2), preset=True, before=2)
     rnn_layers: int = option(RNNConfig.rnn_layers, "layers of the student's RNN", least=1)
-    cell: str = option(RNNConfig.cell, "cell of the student's RNN", choices=("lstm", "gru"))
+    cell: str = option(RNNConfig.cell, "cell of the student's RNN", choices=names_in("model.py", "CELLS"))
     pooling: str = option("attention", "pooling of the student's states over real tokens", preset=True, before="max",
                           choices=("max", "mean", "attention"))
     dropout: float = option(RNNConfig.dropout, "dropout on the student's embeddings and pooled vector", least=0, most=0.99)

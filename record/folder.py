@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from machine import processes
-from machine.hardware import cpu_name, device, kernels, matmul, use_kernels, use_matmul, use_threads
+from machine.hardware import cpu_name, device
 from options.schema import FREE, RunOptions, rebuild
 from record.files import (
     SUMS,
@@ -59,15 +59,6 @@ def recorded_config(options: RunOptions) -> dict | None:
     return read_json(folder / "config.json") if folder is not None and (folder / "config.json").exists() else None
 
 
-def use_recorded_machine(options: RunOptions) -> None:
-    """Gives a run that is resumed or repeats another one the recorded threads, library for products, and kernels."""
-    config = recorded_config(options)
-    if config is not None:
-        use_threads(config.get("threads"))
-    use_matmul(None if config is None else config.get("matmul", "torch"))  # not recorded: before there was a choice
-    use_kernels(None if config is None else recorded_kernels(config))
-
-
 def recorded_kernels(config: dict) -> str:
     """Returns the kernels of a run; before they were recorded, all but runs in bf16x3 had PyTorch's."""
     options = config.get("options")
@@ -93,8 +84,8 @@ def provenance(options: dict, data_files: dict[str, str]) -> dict:
     command = without_password(f"{processes.launcher()} run.py {shlex.join(sys.argv[1:])}")
     return {"command": command, "options": options,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(), "matmul": matmul(),
-            "kernels": kernels(), "processes": processes.count(), "git_commit": git_commit(), "data_files": data_files}
+            "cpu": cpu_name(), "device": str(device()), "threads": torch.get_num_threads(),
+            "processes": processes.count(), "git_commit": git_commit(), "data_files": data_files}
 
 
 def without_times(value):

@@ -1,1 +1,1 @@
-"""What runs left, as tables, plots and the PDF: this folder reads files and imports no other folder."""
+"""Turns the files of finished runs into tables, plots and the PDF; reads files only and imports no other folder."""

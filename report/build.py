@@ -1,11 +1,10 @@
-"""Writes tables, figures and the PDF in report/ from what a run left in runs/; zips what is handed in.
+"""Builds the PDF of a run or of the paper from recorded files, and the zip file to hand in.
 
     python run.py report 12345      # plots/*-12345_*, report/results/, report/Report_12345.pdf
     python run.py paper 12345       # runs/paper-quick-12345/plots/, report/results/, report/main.pdf
     python run.py submit 12345 ...  # Asst2_<first>_<last>_12345.zip
 
-It reads files only and imports no other folder, so that a table cannot show anything but what a run wrote down:
-`config.json`, `metrics.jsonl`, `summary.json`.
+Every number is from `config.json`, `metrics.jsonl` or `summary.json` of a run: this folder reads files and imports no other.
 """
 
 import os
@@ -26,21 +25,23 @@ from report.tables import config_tables, distil_tables, epochs, lora_tables
 NOT_RUN = rb"\emph{not run}"
 TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results",
           "distil_size", "distil_epochs", "distil_options", "distil_provenance")
-STUDIES = ("compare", "sweep")  # of many runs: a table <study>_results and a figure, if the study exists
+# Studies of many runs: each has a table <study>_results and a figure, if it exists.
+STUDIES = ("compare", "sweep")
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
-SUBMITTED = ("*.py", *(f"{room}/**/*.{kind}" for room in (
-    "experiments", "serving", "distillation", "lora", "data", "record", "report")
-                             for kind in ("py", "c", "h")), "docs/**/*.md", "docs/**/*.png", "tests/**/*.py",
-             "benchmarks/**/*.py", "benchmarks/**/*.sh", "benchmarks/**/*.md",
-             "requirements*.txt", "Makefile", "README.md", "LICENSE", "pyproject.toml", ".ci/run",
-             "report/main.tex", "report/results/*.tex", "report/results/*.pdf")
+# The submission: files of these kinds in every package and in these folders, and the listed files. Not whole folders: one
+# with code may also hold data, weights and caches.
+SUBMITTED_KINDS = ("py", "c", "h", "cu", "html", "css", "js", "toml", "md", "png", "svg", "ipynb", "sh")
+SUBMITTED_FOLDERS = ("docs", "tests", "benchmarks", "notebooks")
+SUBMITTED_FILES = ("*.py", "*.md", "requirements*.txt", "Makefile", "LICENSE", "pyproject.toml", ".ci/run",
+                   "report/main.tex", "report/results/*.tex", "report/results/*.pdf", "benchmarks/results/**/*.json",
+                   "plots/example_*.png")
 
 
 def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> list[Path]:
-    r"""Writes report/results/ from the runs and studies of `sr`: numbers.tex, tables, figures. Nothing older stays there.
+    r"""Writes numbers.tex, tables and figures of the runs and studies of `sr` into report/results/, and removes older ones.
 
-    numbers.tex holds a \setresult{key}{value} per number, which main.tex prints with \result{key}; a key that is
-    not there prints "not run", and the tables of a missing run say the same.
+    numbers.tex has a line \setresult{key}{value} for each number, and main.tex prints it with \result{key}. A missing key
+    prints "not run"; so does the table of a missing run.
 
     Raises ReportError where a file of a run is missing or malformed; report/results/ is then as it was.
     """
@@ -50,17 +51,20 @@ def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: P
 def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "distil")
                  ) -> tuple[dict[str, str], dict[str, bytes]]:
     """Returns the numbers, and the files by name, of the runs (of `modes`) and studies of `sr`."""
+    # Every table begins as "not run"; those of the runs that exist replace it.
     numbers, files = {"sr": sr}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
-    for mode, own in (("LoRA", lora_tables), ("distil", distil_tables)):
+    for mode, tables_of in (("LoRA", lora_tables), ("distil", distil_tables)):
         run_dir, prefix = runs_dir / f"{mode}-{sr}", mode.lower()
         if mode not in modes or not run_dir.is_dir():
             continue
         summary, config = read_json(run_dir / "summary.json"), read_json(run_dir / "config.json")
-        tables, derived = own(summary)
-        if summary.get("method") != "none":  # that method trains nothing
+        tables, derived = tables_of(summary)
+        # The method "none" trains nothing and has no epochs.
+        if summary.get("method") != "none":
             tables[f"{prefix}_epochs"] = epochs(read_metrics(run_dir / "metrics.jsonl"))
         tables |= config_tables(config, prefix)
-        plain_numbers = {key: value for key, value in summary.items() if key != "by_class"}  # `by_class` has its own table
+        # `by_class` has a table of its own, and its keys are names of classes.
+        plain_numbers = {key: value for key, value in summary.items() if key != "by_class"}
         numbers |= dict(flatten(prefix, plain_numbers)) | dict(flatten(prefix, derived))
         files |= {f"{name}.tex": table.encode() for name, table in tables.items()}
         files |= {f"{mode}_{path.stem.rpartition('_')[2]}.pdf": path.read_bytes()
@@ -77,25 +81,26 @@ def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "disti
 
 
 def _write(results: Path, numbers: dict[str, str], files: dict[str, bytes]) -> list[Path]:
-    """Writes numbers.tex and the files into report/results/, and removes all else there."""
+    """Writes numbers.tex and the files into the folder `results`, removes everything else in it, and returns the paths."""
     files = files | {"numbers.tex": "".join(f"\\setresult{{{key}}}{{{value}}}\n" for key, value in numbers.items()).encode()}
     for name, content in files.items():
         with replacing(results / name) as temporary:
             temporary.write_bytes(content)
+    # A table of an older run would otherwise stand in this run's report.
     for stale in set(results.iterdir()) - {results / name for name in files}:
         stale.unlink()
     return [results / name for name in files]
 
 
 def check_latex() -> str:
-    """Returns where latexmk is. Raises ReportError where it is not installed."""
+    """Returns the path of latexmk. Raises ReportError if it is not installed."""
     if not (latexmk := shutil.which("latexmk")):
         raise ReportError(f"latexmk not found; on Debian: apt install {DEBIAN}")
     return latexmk
 
 
 def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> Path:
-    """Writes the results of `sr`, runs latexmk and leaves `report/Report_<SR>.pdf`.
+    """Builds `report/Report_<SR>.pdf` from the runs and studies of `sr`.
 
     Raises ReportError: no run of `sr`, a malformed file, latexmk is missing, or LaTeX failed (its log is then kept).
     """
@@ -107,18 +112,17 @@ def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> 
 
 
 def build_paper(folder: Path, report_dir: Path) -> Path:
-    """Writes the results of a paper's steps, runs latexmk and leaves `report/main.pdf`.
-
-    The document is that of a single run, here the first seed's, with the tables over seeds before it.
+    """Builds `report/main.pdf` from the steps of a paper: the tables over seeds, then the report of the first seed's runs.
 
     Args:
-        folder: the paper's, with paper.json.
+        folder: the folder of the paper, with paper.json.
+        report_dir: the folder of main.tex.
 
     Raises ReportError: a malformed file, latexmk is missing, or LaTeX failed (its log is then kept).
     """
     check_latex()
     sr, plots = read_json(folder / "paper.json")["sr"], folder / "plots"
-    # A step that failed may have left an unfinished run: "not run" too.
+    # An unfinished run of a step that failed counts as "not run".
     finished = [mode for mode in ("LoRA", "distil") if (folder / "cola" / f"{mode}-{sr}" / "summary.json").exists()]
     numbers, files = _run_results(sr, folder / "cola", plots, finished)
     more_numbers, more_files = paper_results(folder, plots)
@@ -127,17 +131,18 @@ def build_paper(folder: Path, report_dir: Path) -> Path:
 
 
 def _compile(report_dir: Path, name: str) -> Path:
-    """Runs latexmk on main.tex and leaves report/<name>.pdf, or where LaTeX failed report/<name>.log."""
-    # LaTeX's own files go to a folder of their own: those of an interrupted build would break the next one.
+    """Runs latexmk on main.tex and writes report/<name>.pdf, or report/<name>.log if LaTeX failed."""
+    # LaTeX's auxiliary files go to a temporary folder: those of an interrupted build would break the next one.
     with tempfile.TemporaryDirectory() as build:
         done = subprocess.run([check_latex(), "-pdf", "-cd", "-interaction=nonstopmode", "-halt-on-error",
                                f"-outdir={build}", str(report_dir / "main.tex")], stdin=subprocess.DEVNULL,
                               capture_output=True, env=os.environ | {"max_print_line": "1000"}, check=False)
         if done.returncode:
+            # The log is the only way to find the error, so it outlives the temporary folder.
             log, kept = Path(build, "main.log"), report_dir / f"{name}.log"
             kept.write_bytes(log.read_bytes() if log.exists() else done.stderr)
-            said = re.search("^! .*", kept.read_text(errors="replace"), flags=re.MULTILINE)
-            raise ReportError(f"{report_dir / 'main.tex'}: LaTeX failed: {said[0] if said else 'no error in its log'} "
+            error = re.search("^! .*", kept.read_text(errors="replace"), flags=re.MULTILINE)
+            raise ReportError(f"{report_dir / 'main.tex'}: LaTeX failed: {error[0] if error else 'no error in its log'} "
                               f"(see {kept}; if a file was not found, on Debian: apt install {DEBIAN})")
         with replacing(report_dir / f"{name}.pdf") as temporary:
             shutil.copyfile(Path(build, "main.pdf"), temporary)
@@ -145,12 +150,15 @@ def _compile(report_dir: Path, name: str) -> Path:
 
 
 def make_submission(sr: str, first_name: str, last_name: str, root: Path) -> Path:
-    """Zips code, plots and report of `sr` as `Asst2_<first>_<last>_<SR>.zip`, without data and runs; same bytes again.
+    """Zips code, pages, plots and report of `sr` as `Asst2_<first>_<last>_<SR>.zip`, without data and runs.
 
-    Raises ReportError for a name that no file can have, or a report that was not built for `sr`.
+    The same files give the same bytes. Names are written without spaces.
+
+    Raises ReportError for a name that cannot be part of a file's name, or a report that was not built for `sr`.
     """
     for name in (first_name, last_name):
-        if not name.strip() or re.search(r'[/\\:*?"<>|\x00-\x1f]', name):
+        # Surrogates stand for bytes of the command line that are not UTF-8.
+        if not name.strip() or re.search(r'[/\\:*?"<>|\x00-\x1f\x7f\ud800-\udfff]', name):
             raise ReportError(f"name {name!r}: must not be empty nor hold any of / \\ : * ? \" < > |")
     if not re.fullmatch("[0-9]{5}", sr):
         raise ReportError(f"SR {sr!r}: must be five digits")
@@ -159,13 +167,24 @@ def make_submission(sr: str, first_name: str, last_name: str, root: Path) -> Pat
         raise ReportError(f"{pdf}: not found; first `python run.py report {sr}`")
     if numbers.is_file() and rf"\setresult{{sr}}{{{sr}}}" not in numbers.read_text().splitlines():
         raise ReportError(f"{numbers}: holds the results of another SR; first `python run.py report {sr}`")
-    patterns = [*SUBMITTED, f"plots/*-{sr}[_.]*", f"report/{pdf.name}"]
-    files = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
-    top = f"Asst2_{first_name.strip()}_{last_name.strip()}_{sr}"
+    top = "_".join(["Asst2", *("".join(name.split()) for name in (first_name, last_name)), sr])
     with replacing(root / f"{top}.zip") as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for path in sorted(files):
+        for path in _submitted(root, [f"plots/*-{sr}[_.]*", f"report/{pdf.name}"]):
             entry = zipfile.ZipInfo(f"{top}/{path.relative_to(root).as_posix()}", date_time=(1980, 1, 1, 0, 0, 0))
-            entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3  # 3: Unix, whatever made it
+            # 3 is Unix, on Windows too: permissions are stored for it, and the same files give the same bytes.
+            entry.compress_type, entry.create_system = zipfile.ZIP_DEFLATED, 3
             entry.external_attr = (0o755 if path.match(".ci/run") else 0o644) << 16
             archive.writestr(entry, path.read_bytes())
     return root / f"{top}.zip"
+
+
+def _submitted(root: Path, more: list[str]) -> list[Path]:
+    """Returns the files of a submission in order; `more` are the patterns of the plots and the report."""
+    # Every package, so that a new one cannot be forgotten.
+    folders = [*SUBMITTED_FOLDERS, *(path.parent.name for path in root.glob("[!.]*/__init__.py"))]
+    patterns = [f"{folder}/**/*.{kind}" for folder in folders for kind in SUBMITTED_KINDS]
+    found = {path for pattern in patterns for path in root.glob(pattern)}
+    # Checkpoints of notebooks and the like hide in folders with a dot.
+    visible = {path for path in found if "/." not in path.relative_to(root).as_posix()}
+    listed = {path for pattern in [*SUBMITTED_FILES, *more] for path in root.glob(pattern)}
+    return sorted(path for path in visible | listed if path.is_file())

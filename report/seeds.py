@@ -1,23 +1,18 @@
-"""Writes means over seeds, their intervals and paired differences for the terminal and for LaTeX."""
+"""Makes tables of several seeds for the terminal and for LaTeX: means, 95 % intervals, paired differences."""
 
 import math
-import re
+from itertools import chain
 
-from report.latex import escape, tabular
-from report.records import Record, shown_splits, spoken
+from report.latex import plain_table
+from report.records import Record, model_name, shown_splits, spoken
 from report.studies import aligned
 
+# Recorded score -> name of its column.
 NAMES = {"accuracy": "accuracy (%)", "mcc": "MCC"}
-ENTRIES = {"student": "student with KD", "scratch": "no-KD baseline"}
-
-
-def spoken_entry(name: str) -> str:
-    """Returns an entry's name in a table."""
-    return ENTRIES.get(name, name)
 
 
 def cell(spread: Record, key: str, signed: bool = False) -> tuple[str, str]:
-    """Returns mean with sample standard deviation, and the interval, which a single seed does not have."""
+    """Returns two cells: mean ± sample standard deviation, and the interval. A single seed has the mean alone."""
     factor, digits, sign = *((100, 1) if key == "accuracy" else (1, 3)), "+" if signed else ""
     mean, sd = factor * spread.number("mean"), factor * spread.number("sd")
     interval = spread.get("interval")
@@ -26,40 +21,37 @@ def cell(spread: Record, key: str, signed: bool = False) -> tuple[str, str]:
 
 
 def interval_rows(study: Record) -> tuple[list[str], list[list[str]]]:
-    """Returns head and rows, as plain text, of every entry's scores and of the paired differences."""
-    rows, splits = [], shown_splits(study.section("selection")["splits"])
-    lines = [(spoken_entry(entry["entry"]), entry, False) for entry in study["entries"]]
-    lines += [(f"{spoken_entry(row['entry'])} minus {spoken_entry(row['minus'])}", row, True)
+    """Returns head and rows of the table as plain text: the scores of each entry, then the paired differences."""
+    splits = shown_splits(study.section("selection")["splits"])
+    lines = [(model_name(entry["entry"]), entry, False) for entry in study["entries"]]
+    lines += [(f"{model_name(row['entry'])} minus {model_name(row['minus'])}", row, True)
               for row in study.get("differences", [])]
+    rows = []
     for name, row, signed in lines:
         for which in ("best", "last"):
             for split in splits if which in row else []:
                 scores = row.section(which).section(split)
-                rows.append([name, str(len(row["seeds"])), which, spoken(split),
-                             *(text for key in NAMES for text in cell(scores.section(key), key, signed))])
+                cells = [cell(scores.section(key), key, signed) for key in NAMES]
+                rows.append([name, str(len(row["seeds"])), which, spoken(split), *chain.from_iterable(cells)])
+                # The name stands in the first of its rows alone.
                 name = ""
-    return ["", "seeds", "epoch", "split", *(text for name in NAMES.values() for text in (name, "95 % interval"))], rows
+    columns = [(name, "95 % interval") for name in NAMES.values()]
+    return ["", "seeds", "epoch", "split", *chain.from_iterable(columns)], rows
 
 
 def intervals_text(study: Record) -> str:
-    """Returns the table of intervals for the terminal, and what must be known beside the table."""
+    """Returns the table of intervals for the terminal, with its notes."""
     head, rows = interval_rows(study)
     return "\n".join([*aligned([head, *rows]), *interval_notes(study)])
 
 
 def intervals_latex(study: Record) -> str:
     """Returns the table of intervals for a paper."""
-    head, rows = interval_rows(study)
-    return tabular("lrllrrrr", " & ".join(map(escape, head)), [[_latex(text) for text in row] for row in rows])
-
-
-def _latex(text: str) -> str:
-    """A plain cell as LaTeX: a number's minus is no hyphen."""
-    return re.sub(r"(?<!\w)-(?=\d)", "$-$", escape(text))
+    return plain_table("lrllrrrr", *interval_rows(study))
 
 
 def interval_notes(study: Record) -> list[str]:
-    """Returns what a reader must know beside the intervals."""
+    """Returns the notes below a table of intervals: number of seeds, kind of interval, how differences are paired."""
     seeds = study["seeds"]
     if len(seeds) == 1:
         return [f"One seed ({seeds[0]}): no standard deviation and no interval; --seeds 3 or more gives them."]
@@ -74,6 +66,7 @@ def seeds_text(study: Record) -> str:
     """Returns a study of seeds for the terminal."""
     majority = ", ".join(f"{spoken(split)} {100 * study.section('majority_accuracy').number(split):.1f} %"
                          for split in shown_splits(list(study.section("majority_accuracy"))))
+    # A diverged run has no score: the mean is of the others, and the reader must know.
     diverged = [run["seed"] for run in study["runs"] if run["status"] == "diverged"]
     notes = [f"The majority class has an accuracy of {majority}, and MCC 0."]
     if len(study.get("teachers", [])) == 1 and len(study["seeds"]) > 1:

@@ -1,42 +1,46 @@
 """Makes tables of comparisons and sweeps, for the terminal and for LaTeX."""
 
 import math
-import re
+from itertools import chain
 
-from report.latex import escape, grouped, tabular
+from report.latex import cell, escape, grouped, plain_table, tabular
 from report.records import Record, ReportError, shown_splits, spoken
 
 # ---------------------------------------------------------------- comparisons
 
 def _spread(spread: Record, key: str) -> str:
-    """Returns mean and, if there are several seeds, sample standard deviation."""
+    """Returns mean ± sample standard deviation as plain text; of a single seed the mean alone."""
     factor, digits = (100, 1) if key == "accuracy" else (1, 3)
     mean, sd = factor * spread.number("mean"), factor * spread.number("sd")
     return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" \u00b1 {sd:.{digits}f}")
 
 
 def _scores_of(entries: list[Record]) -> dict[str, str]:
-    """Returns key -> name of the scores that a comparison has."""
+    """Returns the scores that every entry has on every split, as recorded key -> name of the column."""
     names = {"accuracy": "acc. %", "mcc": "MCC", "macro_f1": "macro-F1"}
-    return {key: name for key, name in names.items() if all(
-        key in scores for entry in entries for scores in entry.section("best").values())}
+    # Comparisons recorded before macro-F1 lack it.
+    recorded = [set(scores) for entry in entries for scores in entry.section("best").values()]
+    common = set.intersection(*recorded)
+    return {key: name for key, name in names.items() if key in common}
 
 
 def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list[str], list[list[str]]]:
-    """Returns a comparison as plain text cells.
+    """Returns head and rows of a comparison as plain text.
 
     Returns:
-        the columns before the scores, the scores of each split, the columns after them, and the rows: the majority
-        class, then the best and the last epoch of each entry.
+        columns before the scores, names of the scores by split, columns after the scores, and rows: the majority class,
+        then best and last epoch of each entry.
+
+    Raises ReportError if every run diverged.
     """
     done = [entry for entry in compare["entries"] if "best" in entry]
     if not done:
         raise ReportError(f"{compare.source}: every run diverged; lower --lr-grid")
     splits, scores = shown_splits(compare.section("selection")["splits"]), _scores_of(done)
     majority = done[0].section("majority_accuracy")
-    rows = [["majority class", "", "", "", ""] + [
-        {"accuracy": f"{100 * majority.number(split):.1f}", "mcc": "0"}.get(key, "") for split in splits for key in scores]
-        + [""] * 3]
+    of_majority = [{"accuracy": f"{100 * majority.number(split):.1f}", "mcc": "0"}.get(key, "")
+                   for split in splits for key in scores]
+    rows = [["majority class", "", "", "", "", *of_majority, "", "", ""]]
     for entry in compare["entries"]:
         name, seeds = entry["entry"], len(entry["seeds"])
         if entry not in done:
@@ -47,7 +51,9 @@ def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list
                 "" if rate is None else f"{rate:g}"]
         cost = [f"{entry.number('seconds_per_epoch'):.3g}", f"{entry.number('peak_memory_bytes') / 2 ** 20:,.0f}",
                 f"{entry.number('size_bytes') / 1e6:.3g}"]
+        # A mean of fewer seeds than the others' says so next to its name.
         few = f" ({seeds} of {len(compare['seeds'])} seeds)" if seeds < len(compare["seeds"]) else ""
+        # An entry without a learning rate trains nothing: it has one epoch, the one before training.
         for which in ("best",) if rate is None else ("best", "last"):
             epoch = "untrained" if rate is None else f"{which} ({entry.section(which + '_epoch').number('mean'):.3g})"
             values = [_spread(entry.section(which).section(split).section(key), key) for split in splits for key in scores]
@@ -59,7 +65,7 @@ def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list
 
 
 def compare_notes(compare: Record) -> list[str]:
-    """Returns what a reader must know beside the table."""
+    """Returns the notes below a comparison: seeds, the split that chose, learning rates at the edge of the grid."""
     selection, seeds = compare.section("selection"), compare["seeds"]
     main = selection["split"]
     others = [split for split in shown_splits(selection["splits"]) if split != main]
@@ -68,6 +74,7 @@ def compare_notes(compare: Record) -> list[str]:
         " by its MCC")
     split = (f"The {spoken(main)} split chose {chose}; {spoken(others[0])} took part in no choice." if others else
              f"The {spoken(main)} split chose {chose}, and is the one reported: its figures flatter a little.")
+    # The best of a grid at its edge may have a better neighbour outside.
     edge = []
     for entry in compare["entries"]:
         rates = sorted(run["learning_rate"] for run in entry["tried"] if run["learning_rate"] is not None)
@@ -75,23 +82,27 @@ def compare_notes(compare: Record) -> list[str]:
             edge.append(f"{entry['entry']} ({entry['learning_rate']:g})")
     return [(f"Mean \u00b1 sample standard deviation over {len(seeds)} seeds ({seeds[0]} to {seeds[-1]})."
              if len(seeds) > 1 else f"One seed ({seeds[0]})."), split,
-            "Seconds an epoch are of training alone; where frozen results are kept, one pass over the data comes first.",
+            "Seconds per epoch are of training alone; if frozen results are cached, one pass over the data comes first.",
             *([f"Chosen at the edge of the grid: {', '.join(edge)}; a wider grid may do better."] if edge else [])]
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Returns rows as lines of text: the first column to the left, the others to the right."""
+    """Returns rows as lines of text, the first column aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
-                                                   ]).rstrip() for row in rows]
+    lines = []
+    for first, *others in rows:
+        line = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(line).rstrip())
+    return lines
 
 
 def compare_text(compare: Record) -> str:
-    """Returns the table of a comparison for the terminal."""
+    """Returns the table of a comparison for the terminal, with its notes."""
     before, groups, after, rows = compare_rows(compare)
-    above = [""] * len(before) + [spoken(split) if i == 0 else "" for split, names in groups.items()
-                                  for i in range(len(names))] + [""] * len(after)
-    head = before + sum(groups.values(), []) + after
+    # The name of a split stands above the first of its scores.
+    above = [[spoken(split)] + [""] * (len(names) - 1) for split, names in groups.items()]
+    above = [""] * len(before) + list(chain.from_iterable(above)) + [""] * len(after)
+    head = [*before, *chain.from_iterable(groups.values()), *after]
     return "\n".join([f"{compare['model']} on {compare['task']}", *aligned([above, head, *rows]), *compare_notes(compare)])
 
 
@@ -101,19 +112,15 @@ def compare_latex(compare: Record) -> str:
     head = grouped(list(map(escape, before)), {split: list(map(escape, names)) for split, names in groups.items()},
                     list(map(escape, after)))
     scores = sum(map(len, groups.values()))
-    return tabular("lrrrl" + "r" * (scores + len(after)), head, [[_latex(cell) for cell in row] for row in rows])
-
-
-def _latex(cell: str) -> str:
-    """Returns a plain cell as LaTeX: a number's minus is no hyphen."""
-    return re.sub(r"^-(?=\d)", "$-$", escape(cell))
+    return tabular("lrrrl" + "r" * (scores + len(after)), head, [list(map(cell, row)) for row in rows])
 
 
 # ---------------------------------------------------------------- sweeps
 
 def sweep_rows(sweep: Record, most: int = 10) -> tuple[list[str], list[list[str]]]:
-    """Returns head and rows, as plain text cells, of a sweep's best trials."""
+    """Returns head and rows of the best trials of a sweep, at most `most`, as plain text."""
     split, options = sweep.section("selection")["split"], list(sweep.section("search"))
+    # Of trials with the same score the smaller model stands first.
     complete = sorted((trial for trial in sweep["trials"] if trial["state"] == "complete"),
                       key=lambda trial: (-trial.number("score"), trial.section("parameters").number("trainable")))
     rows = []
@@ -127,12 +134,12 @@ def sweep_rows(sweep: Record, most: int = 10) -> tuple[list[str], list[list[str]
 
 
 def sweep_notes(sweep: Record) -> list[str]:
-    """Returns what a reader must know beside the table."""
+    """Returns the notes below a sweep: states of the trials, how the best was chosen, importance of the options."""
     states = [trial["state"] for trial in sweep["trials"]]
     counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     split = spoken(sweep.section("selection")["split"])
     notes = [f"{len(states)} trials with one seed ({sweep['sr']}): {', '.join(counts)}.",
-             f"A trial's score is its best epoch's MCC on the {split} split, by which the best trial is chosen too: its "
+             f"A trial's score is its best epoch's MCC on the {split} split, which chose the best trial too: its "
              "figures flatter."]
     if majority := _sweep_majority(sweep):
         notes.append(f"The majority class has an accuracy of {100 * majority:.1f} % and MCC 0.")
@@ -143,21 +150,23 @@ def sweep_notes(sweep: Record) -> list[str]:
 
 
 def _sweep_majority(sweep: Record) -> float | None:
+    """Returns the accuracy of the majority class on the split that chose, or None if no trial was scored."""
     split = sweep.section("selection")["split"]
     return next((trial.section("validation").section(split).number("majority_accuracy") for trial in sweep["trials"]
                  if trial["validation"]), None)
 
 
 def sweep_text(sweep: Record) -> str:
-    """Returns a sweep's best trials for the terminal."""
+    """Returns the table of the best trials of a sweep for the terminal, with its notes."""
     head, rows = sweep_rows(sweep)
     return "\n".join([f"{sweep['model']} on {sweep['task']}: the best trials", *aligned([head, *rows]), *sweep_notes(sweep)])
 
 
 def sweep_latex(sweep: Record) -> str:
-    """Returns a sweep's best trials for the report."""
+    """Returns the table of the best trials of a sweep for the report."""
     head, rows = sweep_rows(sweep)
-    return tabular("r" * len(head), " & ".join(map(escape, head)), [[_latex(cell) for cell in row] for row in rows])
+    return plain_table("r" * len(head), head, rows)
 
 
+# Mode of a study -> its table for the report, and its notes.
 STUDY_TABLES = {"compare": (compare_latex, compare_notes), "sweep": (sweep_latex, sweep_notes)}

@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import speed
 from adapters.mixed import MixedHead, MixedLinear, Routing
 from adapters.peft_layout import WEIGHTS_FILE, Adapter, read_adapter
 from data.backbones import load_config, load_tokenizer
 from data.digests import config_digest, tokenizer_digest
-from fast.blocks import unique_tokens
-from fast.matmul import set_precision
 from machine.errors import UserError
 from machine.hardware import device
 from model import TextClassifier, load_classifier
@@ -63,7 +62,8 @@ class AdapterBank:
         self.digests = {"base_sha256": weights_digest(classifier.net.base_model),
                         "base_config_sha256": config_digest(classifier.net.config),
                         "tokenizer_sha256": tokenizer_digest(tokenizer)}  # under the keys of a run's config.json
-        set_precision(classifier.net.base_model, precision)
+        speed.install(classifier)
+        speed.set_precision(classifier.net.base_model, precision)
         self.net, self.routing = classifier.net, Routing()
         self.entries: dict[str, Entry] = {}
         labels = self.net.config.id2label
@@ -228,24 +228,14 @@ class AdapterBank:
 
     def _sorted_logits(self, input_ids: Tensor, attention_mask: Tensor, slots: Tensor) -> Tensor:
         """Computes logits (B, most classes) of rows that are sorted by slot."""
-        B, T = input_ids.shape
         present, group = torch.unique_consecutive(slots, return_inverse=True)  # (G,), (B,)
 
-        def ends(groups: Tensor) -> Tensor:
-            return torch.bincount(groups, minlength=len(present)).cumsum(0)
+        def route(*groups: Tensor) -> None:
+            """Tells the layers where each adapter's rows end, for each number of rows that they read."""
+            ends = {len(rows): torch.bincount(rows, minlength=len(present)).cumsum(0) for rows in groups}
+            self.routing.set(present, ends)
 
-        of_sentences, net = ends(group), self.net
-        if not (self.classifier.decoder and self.classifier.fused()):
-            self.routing.set(present, {B: of_sentences, B * T: of_sentences * T})
-            if self.classifier.decoder:
-                return net.score(self.classifier.pool(input_ids, attention_mask)).float()
-            return net(**self.classifier.encoder_inputs(input_ids, attention_mask)).logits.float()
-        unique = unique_tokens(input_ids, attention_mask, group.tolist())
-        if len(unique.ids) == B and T > 1:  # share none: `Routing` tells tokens from sentences by their number
-            unique = unique_tokens(input_ids, attention_mask, list(range(B)))
-        token = torch.arange(B * T, device=input_ids.device) if unique.first is None else unique.first
-        self.routing.set(present, {B: of_sentences, len(unique.ids): ends(group[token // T])})
-        return net.score(self.classifier.pool(input_ids, attention_mask, unique)).float()
+        return self.classifier.grouped_logits(input_ids, attention_mask, group, route)
 
     def classify(self, rows: list[tuple[str | None, str]]) -> list[dict | UserError]:
         """Returns label, probability and probabilities of each (adapter, text), or its error; see `texts.classify`."""

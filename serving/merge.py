@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from adapters import peft_layout
-from fast.linear import lora_layers
 from machine.errors import UserError
-from model import TextClassifier
+from model import TextClassifier, lora_layers
 from record.files import json_text, new_folder, write_file
 
 # Of logits, relative where they are large; False: the run computed in bfloat16. Merged weights are rounded to float32: the

@@ -1,6 +1,6 @@
-"""Runs under a full disk, a quota or a read-only folder; test_limits.py calls it and reads the JSON object it prints.
+"""Runs run.py under a full disk, a quota and a read-only folder, and prints a JSON object for test_limits.py.
 
-A process of its own, as benchmarks/kill_test.py's: it forks a child for each run, and no thread may run then.
+It is a process of its own, like benchmarks/kill_test.py: it forks a child for each run, which is safe without threads alone.
 """
 import json
 import os
@@ -16,18 +16,19 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 
 from kill_test import command, difference, fork, inputs, start, uninterrupted, wait  # noqa: E402 (needs the path above)
 
-os.environ["TQDM_DISABLE"] = "1"  # stderr is a file too, and must stay below the limits
+# stderr is a file too, and must stay below the limits.
+os.environ["TQDM_DISABLE"] = "1"
 STEPS = ["--save-every", "1steps"]
 
 
 def limit_files(size: int) -> None:
-    """No file may grow beyond so many bytes: what a quota does."""
+    """Limits the size of every file to `size` bytes, as a quota does."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def before(module: str, function: str, act: Callable[[], None]) -> Callable[[], None]:
-    """Lets `act()` happen whenever a function is called, before it."""
+    """Returns a function that makes `act()` run before every call of `module.function`."""
     def prepare():
         owner = sys.modules[module]
         for part in function.split(".")[:-1]:
@@ -39,13 +40,13 @@ def before(module: str, function: str, act: Callable[[], None]) -> Callable[[], 
 
 
 def attempt(work: Path, arguments: list[str], prepare: Callable[[], None] = lambda: None) -> dict:
-    """Exit status of a run and what it said on stderr, progress bars left out."""
+    """Returns the exit status of a run and its lines on stderr."""
     status = wait(start(arguments, work, prepare))
     return {"status": status, "stderr": (work / "stderr").read_text().splitlines()}
 
 
 def quota(work: Path, expected: dict, name: str, prepare: Callable[[], None], *more: str) -> dict:
-    """A run that hits a limit, and its resume without one."""
+    """Runs into a limit, resumes without it, and returns the outcome of both."""
     out = work / name
     hit = attempt(work, [*command(work, out), *STEPS, *more], prepare)
     checkpoint = out / "checkpoint.safetensors"
@@ -57,13 +58,13 @@ def quota(work: Path, expected: dict, name: str, prepare: Callable[[], None], *m
 
 
 def third(act: Callable[[], None]) -> Callable[[], None]:
-    """Acts at the third call only."""
+    """Returns a function that acts at its third call alone."""
     calls = []
     return lambda: act() if calls.append(1) or len(calls) == 3 else None
 
 
 def full_disk(work: Path, expected: dict) -> dict | None:
-    """A real file system that is full, then read-only, then larger; None where it may not be mounted."""
+    """Runs on a file system that is full, then read-only, then larger; returns None if none may be mounted."""
     disk = work / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=220k", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -83,9 +84,10 @@ def full_disk(work: Path, expected: dict) -> dict | None:
 
 
 def main() -> None:
+    # Imported once, for all the children.
     import run  # noqa: F401
     from experiments import distil, finetune  # noqa: F401
-    from report import figures  # noqa: F401 (imported here, once, for the children)
+    from report import figures  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -1,4 +1,4 @@
-"""Runs, comparisons and sweeps made up, written as the contract has them, for test_figures.py and test_tables.py."""
+"""Writes made-up runs, comparisons and sweeps in the layout of real ones, for the tests of report/."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,20 @@ HASH = "0123456789abcdef" * 4
 
 
 def validation(mcc: float, splits: tuple[str, ...] = COLA) -> dict:
+    """Returns the scores of each split; no two splits have the same."""
     return {split: {"n": 527, "loss": 0.5 + i / 10, "accuracy": 0.8065 - i / 20, "mcc": mcc - i / 10,
                     "majority_accuracy": 0.6926 - i / 100} for i, split in enumerate(splits)}
 
 
 def epoch(number: int, splits: tuple[str, ...] = COLA, lift: float = 0.0, **more) -> dict:
+    """Returns a line of metrics.jsonl; `lift` adds to the MCC, `more` are further fields."""
     train = {"loss": 0.9 / number, "cross_entropy": 0.6 / number, "accuracy": 0.7 + 0.02 * number, "mcc": 0.1 * number}
     return {"epoch": number, "train": train, "validation": validation(lift + 0.1 * number - 0.01 * number**2, splits),
             "learning_rate": 2e-4 / number, "seconds": 12.5, "tokens": 98765, **more}
 
 
 def write_run(folder: Path, summary: dict, metrics: list[dict], **config) -> Path:
+    """Writes the files of a run into a new folder and returns it; `config` adds to config.json."""
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
@@ -36,6 +39,7 @@ TRAIN = {"epochs": 4, "steps": 1072, "seconds": 1234.5678, "tokens": 345678, "to
 
 
 def lora_run(runs: Path, epochs: int = 4, splits: tuple[str, ...] = COLA, **changes) -> Path:
+    """Writes a LoRA run and returns its folder; `changes` are fields of summary.json."""
     summary = {"mode": "LoRA", "sr": SR, "model": "gpt2", "task": "cola", "method": "lora",
                "best_epoch": min(3, epochs),
                "parameters": {"total": 125620992, "trainable": 1181184, "reduction_percent": 99.0597},
@@ -46,6 +50,7 @@ def lora_run(runs: Path, epochs: int = 4, splits: tuple[str, ...] = COLA, **chan
 
 
 def distil_run(runs: Path, epochs: int = 4) -> Path:
+    """Writes a distillation of a teacher into a student and a baseline, and returns its folder."""
     def student(mcc: float) -> dict:
         return {"parameters": 5000000, "validation": validation(mcc), "best_epoch": 2, "last_epoch": epochs,
                 "last_validation": validation(mcc - 0.02), "sentences_per_second": 2100.0}
@@ -61,11 +66,12 @@ def distil_run(runs: Path, epochs: int = 4) -> Path:
 
 
 def spread(mean: float, sd: float | None = 0.01) -> dict:
+    """Returns a score over two seeds, or over one if `sd` is None."""
     return {"mean": mean, "sd": sd, "values": [mean - 0.01, mean + 0.01] if sd else [mean]}
 
 
 def study(runs: Path, mode: str, content: dict) -> Path:
-    """A comparison or a sweep."""
+    """Writes a comparison or a sweep and returns its JSON file."""
     path = runs / f"{mode}-{SR}" / f"{mode}.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"mode": mode, "sr": SR, "model": "gpt2", "task": "cola", "options": {},
@@ -74,6 +80,7 @@ def study(runs: Path, mode: str, content: dict) -> Path:
 
 
 def entry_row(name: str, trainable: int, accuracy: float, rate: float | None = 4e-4, splits=COLA, sd=0.01, **more) -> dict:
+    """Returns an entry of a comparison; `more` are further fields."""
     scores = {split: {"accuracy": spread(accuracy - i / 20, sd), "mcc": spread(accuracy - 0.6, sd)}
               for i, split in enumerate(splits)}
     return {"entry": name, "tried": [{"learning_rate": rate, "mcc": 0.2}], "learning_rate": rate,
@@ -85,6 +92,7 @@ def entry_row(name: str, trainable: int, accuracy: float, rate: float | None = 4
 
 
 def comparison(runs: Path, splits=COLA, **changes) -> Path:
+    """Writes a comparison of an untrained head, two adapters and a run that diverged, and returns its JSON file."""
     rows = [entry_row("none", 0, 0.3, None, splits), entry_row("lora", 123456, 0.8123, splits=splits),
             entry_row("r_2", 1234, 0.55, splits=splits), {"entry": "full", "tried": [{"learning_rate": 1, "mcc": None}],
                                                           "learning_rate": None, "seeds": []}]
@@ -93,6 +101,7 @@ def comparison(runs: Path, splits=COLA, **changes) -> Path:
 
 
 def search(runs: Path, **changes) -> Path:
+    """Writes a sweep of three complete and two pruned trials, and returns its JSON file."""
     trials = [{"number": i, "state": "complete" if i < 3 else "pruned",
                "params": {"targets": targets, "lr": 0.001 * (i + 1)},
                "score": 0.5 - i / 10 if i < 4 else -0.1, "best_epoch": 2, "same_as": None, "diverged": None,

@@ -1,6 +1,6 @@
-"""Every reader of files, with files that it reads: what test_fuzz.py and benchmarks/fuzz.py damage.
+"""Lists every reader of files, with a file that test_fuzz.py and benchmarks/fuzz.py damage.
 
-A reader is one line in `readers`: the file that is damaged, and a call that reads it.
+A reader is one line in `readers`: the file to damage, and a call that reads it.
 """
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from unittest import mock
 import toy
 from hypothesis import strategies as st
 
-LIMIT = 20  # seconds that a reader may take
+# The longest time of a reader, in seconds.
+LIMIT = 20
 
 
 def make(base: Path) -> Path:
-    """A toy model, tables, a LoRA run and a distillation, without checksums: what is damaged shall be read."""
+    """Writes a toy model, tables, two runs of LoRA and a distillation into the folder `base`, and returns it.
+
+    The runs have no checksums: damage would be found there, and no reader would see it.
+    """
     import datasets
 
     toy.write_model(base / "model")
@@ -66,7 +70,7 @@ def make(base: Path) -> Path:
 
 
 def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
-    """Each reader's name, the file of it that is damaged, and the call."""
+    """Returns the file to damage and the call of each reader, by its name."""
     import data_utils
     from adapters import peft_layout
     from data import pairs
@@ -82,7 +86,7 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     def adapter():
         return peft_layout.load_adapter(load_classifier(str(base / "model"), 2)[0].net, base / "lora")
 
-    def drawn():
+    def plotted():
         return figures.curves(records.read_metrics(base / "lora/metrics.jsonl"),
                               records.read_json(base / "lora/summary.json"), "mcc")
 
@@ -118,8 +122,8 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
                            lambda: tensors.load_checked(base / "distil/teacher_logits.safetensors")),
         "SHA256SUMS": (base / "sums/SHA256SUMS", lambda: files.check_sums(base / "sums")),
         "options of config.json": (base / "lora/config.json", rebuilt),
-        "report: metrics.jsonl": (base / "lora/metrics.jsonl", drawn),
-        "report: summary.json": (base / "lora/summary.json", drawn),
+        "report: metrics.jsonl": (base / "lora/metrics.jsonl", plotted),
+        "report: summary.json": (base / "lora/summary.json", plotted),
     }
 
 
@@ -131,7 +135,12 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 10 ** 12) | st.f
 
 
 def damaged(whole: bytes, path: Path) -> st.SearchStrategy[bytes]:
-    """The file with bytes changed, inserted, cut out or repeated; with JSON values replaced; or any bytes at all."""
+    """Returns a strategy of damaged files: bytes changed, inserted, cut out or repeated, JSON values replaced, or any bytes.
+
+    Args:
+        whole: the bytes of the undamaged file.
+        path: the file, whose suffix tells its format.
+    """
     place = st.integers(0, max(0, len(whole) - 1))
     change = st.tuples(place, st.integers(0, 40), st.binary(max_size=6) | st.sampled_from(
         [b"\n", b"\t", b"\r", b"\0", b'"', b",", b"{", b"]", b"\xff", b"-1", b"1e999", b"NaN", b"null", b"../../x"]))
@@ -141,6 +150,7 @@ def damaged(whole: bytes, path: Path) -> st.SearchStrategy[bytes]:
         for start, length, new in changes:
             result = result[:start] + new + result[start + length:]
         return result
+    # Changes inside of valid JSON reach deeper than changed bytes: they are three times as likely.
     kinds = [st.lists(change, min_size=1, max_size=3).map(changed), place.map(lambda end: whole[:end]),
              place.map(lambda end: whole + whole[:end]), st.binary(max_size=60)]
     if path.suffix == ".json":
@@ -162,7 +172,7 @@ def damaged(whole: bytes, path: Path) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def _with_other_values(draw, value):
-    """A JSON value of which up to three parts, at any depth, are replaced, removed or renamed."""
+    """Returns a JSON value with up to three parts, at any depth, replaced, removed or renamed."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 3))):
         part = value
@@ -185,12 +195,12 @@ def _with_other_values(draw, value):
 # ---------------------------------------------------------------- one case
 
 def attempt(path: Path, content: bytes, call: Callable[[], object]) -> None:
-    """Reads a damaged file. Anything but a result or one line that the user can mend is an error here.
+    """Reads a damaged file. Anything but a result or an error of the user's in one line is a failure.
 
     Raises:
         AssertionError: a message of several lines, or a file that was made or changed.
         TimeoutError: the reader hangs.
-        Exception: whatever else the reader raised.
+        Exception: any other error of the reader.
     """
     from machine.errors import UserError
     from report.records import ReportError

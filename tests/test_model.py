@@ -3,7 +3,18 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, CONTEXT, VOCAB, adapted, logits_of, one_line, randomize_B, toy_batch, toy_net
+from conftest import (
+    ARCHITECTURES,
+    CONTEXT,
+    VOCAB,
+    adapted,
+    fast_classifier,
+    logits_of,
+    one_line,
+    randomize_B,
+    toy_batch,
+    toy_net,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -21,22 +32,21 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from adapters import peft_layout
+from data.architectures import find_targets, parse_layers
 from data.backbones import blocks_of
-from fast.linear import lora_layers
 from machine.errors import UserError
 from model import (
-    ROLES,
     LoRAOptions,
     TextClassifier,
     count_parameters,
-    find_targets,
     inject_lora,
-    parse_layers,
+    lora_layers,
 )
+from options.schema import ROLES
 
 
 def base_logits(architecture: str) -> torch.Tensor:
-    return logits_of(TextClassifier(toy_net(architecture)))
+    return logits_of(fast_classifier(toy_net(architecture)))
 
 
 # ---------------------------------------------------------------- invariants 1 to 5

@@ -14,14 +14,13 @@ from transformers import (
 
 from benchmarks.architectures import config_of
 from data.backbones import load_causal_lm, load_config
-from fast.linear import lora_layers
 from machine.errors import UserError
 from model import (
     LoRAOptions,
     TextClassifier,
     inject_lora,
     load_classifier,
-    probe,
+    lora_layers,
 )
 
 # ---------------------------------------------------------------- the head
@@ -156,7 +155,7 @@ def ids_with_ends(lengths: tuple[int, ...] = (5, 9, 3, 12)) -> tuple[torch.Tenso
 def test_logits_are_the_librarys_of_each_sentence_alone(architecture, by_length):
     """Whatever a head reads and blocks mix; where pads would have a say, sentences of each length are computed apart."""
     classifier = TextClassifier(library_net(architecture))
-    probe(classifier, architecture)
+    classifier.probe(architecture)
     ids, mask = ids_with_ends()
     together = logits_of(classifier.eval(), (ids, mask))
     with torch.no_grad():
@@ -230,5 +229,5 @@ def test_a_classifier_that_needs_more_than_token_ids_is_refused_in_one_line(monk
         raise AssertionError
     monkeypatch.setattr(net, "forward", forward)
     with pytest.raises(UserError, match=r"--model x: a deberta classifier does not take token ids alone \(.*boxes") as error:
-        probe(TextClassifier(net), "x")
+        TextClassifier(net).probe("x")
     one_line(error)

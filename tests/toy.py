@@ -1,4 +1,4 @@
-"""Toy inputs for the tests and the kill benchmark: a GPT-2 folder, CoLA folders, and a call of run.py in this process."""
+"""Makes toy inputs for tests and benchmarks (a GPT-2 folder, CoLA folders), and calls run.py in this process."""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ SCORES = {"n", "loss", "accuracy", "mcc", "macro_f1", "majority_accuracy"}
 
 
 def write_model(folder: Path, channels: int = 32, seed: int = 0) -> Path:
-    """A GPT-2 of two layers with random weights and a byte-level BPE tokenizer, as `save_pretrained` writes them."""
+    """Writes a GPT-2 of two layers with random weights and a byte-level BPE tokenizer, as `save_pretrained` does."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -31,26 +31,26 @@ def write_model(folder: Path, channels: int = 32, seed: int = 0) -> Path:
                                         unk_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    # Weights ten times a fresh model's, so that there is something in the last hidden state to learn from.
+    # Weights ten times a fresh model's: its last hidden state would hardly differ between sentences.
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=2, n_embd=channels, n_head=4, n_positions=64,
                                initializer_range=0.2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     return folder
 
 
 def other_weights(model: Path) -> None:
-    """Changes a model's weights and nothing else."""
+    """Changes the weights of a model and nothing else."""
     write_model(model, seed=1)
 
 
 def other_config(model: Path) -> None:
-    """Changes what a model computes from the same weights."""
+    """Changes the configuration of a model, so that the same weights give other logits."""
     path = model / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "layer_norm_epsilon": 10 * config["layer_norm_epsilon"]}))
 
 
 def other_tokenizer(model: Path) -> None:
-    """Takes the last merge from a model's tokenizer: the same vocabulary, other tokens."""
+    """Removes the last merge of a model's tokenizer: the same vocabulary, other tokens."""
     path = model / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["merges"].pop()
@@ -58,19 +58,22 @@ def other_tokenizer(model: Path) -> None:
 
 
 def toy_rows(rows: int, seed: int) -> list[tuple[str, int]]:
-    """Sentences of two to nine words; the label is 1 where the last word is one of the first five."""
-    draw = random.Random(seed)
-    sentences = [[draw.choice(WORDS) for _ in range(draw.randint(2, 9))] for _ in range(rows)]
+    """Returns sentences of two to nine words with labels: 1 if the last word is one of the first five of WORDS."""
+    generator = random.Random(seed)
+    sentences = []
+    for _ in range(rows):
+        length = generator.randint(2, 9)
+        sentences.append([generator.choice(WORDS) for _ in range(length)])
     return [(" ".join(words), int(words[-1] in WORDS[:5])) for words in sentences]
 
 
 def tsv(rows: list[tuple[str, int]]) -> str:
-    """Rows in CoLA's format."""
+    """Returns rows in the format of CoLA."""
     return "".join(f"toy\t{label}\t{'' if label else '*'}\t{sentence}\n" for sentence, label in rows)
 
 
 def write_cola(folder: Path, train: int = 40, dev: int = 12) -> Path:
-    """A folder with CoLA's three files."""
+    """Writes the three files of CoLA with toy sentences into a folder, and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, rows) in enumerate(zip(COLA_FILES, (train, dev, dev), strict=True)):
         (folder / name).write_text(tsv(toy_rows(rows, seed)), encoding="utf-8")
@@ -78,7 +81,7 @@ def write_cola(folder: Path, train: int = 40, dev: int = 12) -> Path:
 
 
 def main(*arguments) -> int:
-    """`python run.py ARGUMENTS` in this process: its exit status; signal handlers and warnings are put back."""
+    """Runs `python run.py ARGUMENTS` in this process and returns the exit status; restores signal handlers and warnings."""
     import run
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -95,31 +98,32 @@ def main(*arguments) -> int:
 
 
 def lora(work: Path, out: Path, *more) -> int:
-    """Fine-tunes `work`/model on `work`/cola into `out`, for three epochs of five steps: its exit status."""
+    """Fine-tunes `work`/model on `work`/cola into `out`, in three epochs of five steps, and returns the exit status."""
     plots = () if "--plots" in more else ("--plots", work / "plots")
     return main("LoRA", "12345", "--model", work / "model", "--data", work / "cola", "--out", out, "--epochs", 3,
                 "--batch-size", 8, "--lr", 0.01, "--dropout", 0.2, *plots, *more)
 
 
 def lines_of(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
+    """Returns the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def reseal(folder: Path) -> None:
-    """Makes a run's changed files pass for its own: SHA256SUMS anew."""
+    """Writes SHA256SUMS anew, so that changed files of a run pass its check."""
     from record.files import read_sums, sha256, write_sums
 
     write_sums(folder, {name: sha256(folder / name) for name in read_sums(folder)})
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones but the lock included, with its bytes."""
+    """Returns every file below a folder with its bytes, hidden files too, except the lock."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != ".lock"}
 
 
 def until(condition, limit: float = 300) -> None:
+    """Returns as soon as `condition()` is true; an assertion fails after `limit` seconds."""
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end

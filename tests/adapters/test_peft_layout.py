@@ -5,10 +5,10 @@ import json
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, adapted, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net
+from conftest import ARCHITECTURES, VOCAB, adapted, fast_classifier, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertForMaskedLM, BertForSequenceClassification, DeepseekV3ForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from adapters.peft_layout import (
     CONFIG_FILE,
@@ -16,14 +16,13 @@ from adapters.peft_layout import (
     base_of,
     load_adapter,
     load_tensors,
-    misread_by_peft,
     save_adapter,
     start_from,
 )
-from benchmarks.architectures import config_of
-from fast.linear import lora_layers
+from data.architectures import misread_by_peft
+from fast.installation import install
 from machine.errors import UserError
-from model import LoRAOptions, TextClassifier, inject_lora, load_classifier
+from model import LoRAOptions, TextClassifier, inject_lora, load_classifier, lora_layers
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
     "FutureWarning:transformers", "UserWarning:peft", "peft.utils.warning.PeftWarning")]
@@ -56,12 +55,12 @@ def randomize_heads(net: nn.Module) -> None:
 
 
 def base_logits(architecture: str) -> torch.Tensor:
-    return logits_of(TextClassifier(toy_net(architecture)))
+    return logits_of(fast_classifier(toy_net(architecture)))
 
 
 def with_other_head(architecture: str) -> TextClassifier:
     """The same frozen backbone under a head of another seed: what a second process starts from."""
-    classifier = TextClassifier(toy_net(architecture)).eval()
+    classifier = fast_classifier(toy_net(architecture)).eval()
     torch.manual_seed(99)
     randomize_heads(classifier.net)
     return classifier
@@ -76,6 +75,7 @@ def test_a_reload_under_another_seed_gives_the_same_logits_exactly(tmp_path, arc
     again = with_other_head(architecture)
     assert not torch.equal(logits_of(again), logits_of(classifier))
     names = load_adapter(again.net, tmp_path)
+    install(again)
     assert torch.equal(logits_of(again.eval()), logits_of(classifier))
     assert set(names) == set(lora_layers(again.net)) == set(lora_layers(classifier.net))
     trainable = {name for name, p in again.net.named_parameters() if p.requires_grad}
@@ -257,8 +257,8 @@ def test_an_adapter_brings_the_pooler_that_its_base_lacked(tmp_path):
     (["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.o_proj"], ["model.layers.0.mlp.gate_proj"]),
     (["model.layers.0.self_attn.o_proj"], [])])
 def test_layers_that_peft_takes_for_experts_are_named(names, misread):
-    assert misread_by_peft(toy_net("llama"), names) == []
-    assert misread_by_peft(DeepseekV3ForSequenceClassification(config_of("deepseek_v3")), names) == misread
+    assert misread_by_peft("llama", names) == []
+    assert misread_by_peft("deepseek_v3", names) == misread
 
 
 def test_a_language_model_takes_a_classifiers_adapter_without_its_head(tmp_path):
@@ -423,6 +423,7 @@ def test_a_fresh_adapter_that_starts_from_a_saved_one_computes_the_same(tmp_path
     save_adapter(classifier, tmp_path, "the-base")
     again = with_other_head(architecture)
     inject_lora(again.net, LoRAOptions(**{"rank": 4, "alpha": 6.0, **options}))
+    install(again)
     own = {name: again.net.get_submodule(name).weight.clone() for name in HEADS[architecture]}
     start_from(again, tmp_path, head)
     assert torch.equal(logits_of(again.eval()), logits_of(classifier)) == head

@@ -35,9 +35,8 @@ from data.backbones import (
     load_tokenizer,
     max_length_of,
 )
-from fast.linear import lora_layers
 from machine.errors import UserError
-from model import LoRAOptions, inject_lora, load_classifier
+from model import LoRAOptions, inject_lora, load_classifier, lora_layers
 
 # ---------------------------------------------------------------- what a model is
 

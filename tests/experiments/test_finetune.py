@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_utils
 import train_utils
 from experiments import evaluate, finetune
-from fast import amx, onepass
-from machine import hardware
+from fast import amx, choice, gemm, onepass
 from machine.signals import Interrupted
 from model import TextClassifier
 from options.schema import RunOptions, rebuild
@@ -210,10 +209,10 @@ def test_a_resumed_run_has_as_many_threads_as_it_began_with(work, tmp_path, monk
                                             ("onednn", "gemm")])
 def test_a_resumed_run_has_the_library_for_products_that_it_began_with(work, tmp_path, monkeypatch, quick, recorded, rule):
     """Whatever the rule says by now; a run from before there was a choice began with PyTorch's own."""
-    if not hardware.has_onednn() or "gemm" in (recorded, rule) and not hardware.has_gemm():
+    if not choice.has_onednn() or "gemm" in (recorded, rule) and not gemm.available():
         pytest.skip("this PyTorch was built without oneDNN, or there is no CPU or no compiler for fast/gemm.c")
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
-    monkeypatch.setattr(hardware, "fastest_matmul", lambda: recorded or "torch")
+    monkeypatch.setattr(choice, "fastest_matmul", lambda: recorded or "torch")
     assert toy.lora(work, tmp_path / "whole") == 0
     with pytest.MonkeyPatch.context() as patch:
         interrupt(work, tmp_path / "run", patch)
@@ -224,14 +223,14 @@ def test_a_resumed_run_has_the_library_for_products_that_it_began_with(work, tmp
         del config["matmul"]
         write_json(tmp_path / "run" / "config.json", config)
         toy.reseal(tmp_path / "run")
-    monkeypatch.setattr(hardware, "fastest_matmul", lambda: rule)
-    hardware.use_matmul()
+    monkeypatch.setattr(choice, "fastest_matmul", lambda: rule)
+    choice.use_matmul()
     assert toy.lora(work, tmp_path / "run", "--resume") == 0
-    assert hardware.matmul() == (recorded or "torch")
+    assert choice.matmul() == (recorded or "torch")
     weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
     assert weights[0] == weights[1]
     assert toy.lora(work, tmp_path / "new") == 0  # a run of its own goes by the rule again
-    assert read_json(tmp_path / "new" / "config.json")["matmul"] == rule == hardware.matmul()
+    assert read_json(tmp_path / "new" / "config.json")["matmul"] == rule == choice.matmul()
 
 
 @pytest.mark.parametrize("recorded", ["torch", "onepass", None])
@@ -240,7 +239,7 @@ def test_a_resumed_run_has_the_kernels_that_it_began_with(work, tmp_path, monkey
     if not onepass.available():
         pytest.skip("no CPU with AVX-512, or no C compiler")
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
-    monkeypatch.setattr(hardware, "has_onepass", lambda: recorded == "onepass")
+    monkeypatch.setattr(onepass, "available", lambda: recorded == "onepass")
     words = ("--precision", "fp32")
     assert toy.lora(work, tmp_path / "whole", *words) == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -251,10 +250,10 @@ def test_a_resumed_run_has_the_kernels_that_it_began_with(work, tmp_path, monkey
         del config["kernels"]
         write_json(tmp_path / "run" / "config.json", config)
         toy.reseal(tmp_path / "run")
-    monkeypatch.setattr(hardware, "has_onepass", lambda: True)
-    hardware.use_kernels()
+    monkeypatch.setattr(onepass, "available", lambda: True)
+    choice.use_kernels()
     assert toy.lora(work, tmp_path / "run", "--resume", *words) == 0
-    assert hardware.kernels() == (recorded or "torch")
+    assert choice.kernels() == (recorded or "torch")
     weights = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
     assert weights[0] == weights[1]
 

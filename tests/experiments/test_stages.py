@@ -208,7 +208,7 @@ def test_plots_show_the_stages(work, staged, tmp_path):
     figure = figures.stages_figure(records.read_metrics(staged / "run" / "metrics.jsonl"),
                                    records.read_json(staged / "run" / "summary.json"))
     assert [[line.get_label() for line in axes.get_lines()] for axes in figure.axes] == [
-        [f"{name}: {what}" for name in ("student, KD", "student, no teacher") for what in stage]
+        [f"{name}: {what}" for name in ("student with KD", "baseline") for what in stage]
         for stage in (("train", "held out"), ("train", "in-domain", "out-of-domain"))]
 
 

@@ -13,9 +13,9 @@ from conftest import PAD, adapted
 from data_utils import Batch
 from distillation.teachers import Reduction, as_labeller, hidden_states
 from experiments import transfer
-from fast.linear import lora_layers
 from machine.errors import UserError
 from machine.signals import Interrupted
+from model import lora_layers
 
 
 def source_of(folder, teacher, monkeypatch) -> transfer.Source:

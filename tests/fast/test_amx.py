@@ -12,16 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
-from conftest import ARCHITECTURES, adapted, toy_batch, toy_net
+from conftest import ARCHITECTURES, adapted, fast_classifier, toy_batch, toy_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from fast import amx, compiled, gemm
-from fast.linear import frozen_linear
+from fast.frozen_linear import frozen_linear
 from fast.matmul import set_precision
 from machine.errors import UserError
-from model import TextClassifier
 from record.files import read_json
 from report import figures
 from train_utils import trainable
@@ -219,7 +218,7 @@ def test_float64_is_computed_as_ever(monkeypatch):
 
 def test_a_full_run_has_no_frozen_product(monkeypatch):
     monkeypatch.setattr(amx, "load", None)
-    classifier = TextClassifier(toy_net("gpt2")).configure("full")
+    classifier = fast_classifier(toy_net("gpt2")).configure("full")
     set_precision(classifier.net.base_model, "bf16x3")
     assert not any(getattr(module, "tiles", False) for module in classifier.modules())
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, PAD, adapted, logits_of, toy_batch, toy_net
+from conftest import ARCHITECTURES, PAD, adapted, fast_classifier, logits_of, toy_batch, toy_net
 from torch import nn
 
 from data.backbones import blocks_of
@@ -14,7 +14,7 @@ from train_utils import trainable
 
 def plain(classifier: TextClassifier) -> TextClassifier:
     """The same classifier on the library's way."""
-    classifier.known = False
+    classifier.has_fused_blocks = False
     return classifier
 
 
@@ -26,7 +26,7 @@ OPTIONS = [{}, {"targets": ("q", "v")}, {"layers": "1-1"}, {"layers": "0-0"}, {"
 def test_logits_and_gradients_are_those_of_the_librarys_way(architecture, options):
     found = []
     for classifier in (adapted(architecture, **options), plain(adapted(architecture, **options))):
-        assert classifier.fused() == (not found)
+        assert classifier.fused == (not found)
         ids, mask = toy_batch()
         logits = classifier(ids, mask)
         F.cross_entropy(logits, torch.tensor([0, 1, 1, 0])).backward()
@@ -45,8 +45,8 @@ def test_gpt2s_variants_give_the_librarys_logits(changes):
     ids, mask = toy_batch()
     with torch.no_grad():
         expected = net(input_ids=ids, attention_mask=mask).logits
-    classifier = TextClassifier(net)
-    assert classifier.known
+    classifier = fast_classifier(net)
+    assert classifier.has_fused_blocks
     torch.testing.assert_close(logits_of(classifier), expected, atol=1e-5, rtol=0)
 
 
@@ -62,7 +62,7 @@ def test_the_library_s_own_call_is_as_before(architecture):
     net, ids = toy_net(architecture), toy_batch((6, 6))[0]
     with torch.no_grad():
         before = net.base_model(input_ids=ids).last_hidden_state
-        TextClassifier(net)
+        fast_classifier(net)
         assert torch.equal(net.base_model(input_ids=ids).last_hidden_state, before)
     assert before.shape[1] == 6
 
@@ -84,7 +84,7 @@ def test_the_last_blocks_mlp_sees_the_pooled_tokens_only(architecture):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_fully_trained_backbone_and_an_unfrozen_one_get_their_gradients(architecture):
     for full in (False, True):
-        classifier = TextClassifier(toy_net(architecture)).eval()
+        classifier = fast_classifier(toy_net(architecture)).eval()
         classifier.configure("full" if full else "lora")
         classifier.requires_grad_(True)
         classifier(*toy_batch()).square().sum().backward()
@@ -95,7 +95,7 @@ def test_a_fully_trained_backbone_and_an_unfrozen_one_get_their_gradients(archit
 def test_a_backbone_unfrozen_in_part_is_refused_and_not_trained_in_part():
     net = toy_net("gpt2")
     inject_lora(net, LoRAOptions(rank=2))
-    classifier = TextClassifier(net)
+    classifier = fast_classifier(net)
     net.base_model.h[0].mlp.c_fc.base.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="requires a gradient"):
         classifier(*toy_batch())

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
-from conftest import ARCHITECTURES, adapted, randomize_B, toy_batch, toy_net
+from conftest import ARCHITECTURES, adapted, fast_classifier, randomize_B, toy_batch, toy_net
 from transformers import AutoModelForSequenceClassification
 
 import data_utils
@@ -17,9 +17,10 @@ from benchmarks.architectures import PAD, config_of
 from data.backbones import blocks_of
 from data_utils import Batch
 from experiments import distil
-from fast.frozen import FrozenPrefix, lowest_trained_block
+from fast.frozen import CachedBatch, FrozenPrefix, lowest_trained_block
+from fast.installation import install
 from machine.errors import UserError
-from model import LoRAOptions, TextClassifier, inject_lora, probe
+from model import LoRAOptions, TextClassifier, inject_lora
 from record import tensors
 from record.files import read_json
 from record.tensors import batches_digest, digest_meanwhile, weights_digest
@@ -44,7 +45,7 @@ def made(architecture: str, part: str) -> TextClassifier:
         return adapted(architecture, layers="1-1", dropout=0.1)
     net = toy_net(architecture)
     net.base_model.requires_grad_(False)
-    return TextClassifier(net)
+    return fast_classifier(net)
 
 
 def step(classifier: TextClassifier, batch: Batch) -> dict[str, torch.Tensor]:
@@ -136,7 +137,7 @@ def test_the_lowest_trained_block(architecture):
     assert lowest_trained_block(adapted(architecture, layers="0-0")) == 0
     assert lowest_trained_block(adapted(architecture, layers="1-1")) == 1
     assert lowest_trained_block(made(architecture, "head")) == blocks
-    assert lowest_trained_block(TextClassifier(toy_net(architecture))) == 0  # everything trains
+    assert lowest_trained_block(fast_classifier(toy_net(architecture))) == 0  # everything trains
     embeddings = made(architecture, "head")
     next(embeddings.net.base_model.parameters()).requires_grad_(True)
     assert lowest_trained_block(embeddings) == 0
@@ -147,14 +148,15 @@ def test_the_lowest_trained_block(architecture):
 def made_of(architecture: str, part: str) -> TextClassifier:
     """As `made`, of an architecture that is not fused."""
     torch.manual_seed(0)
-    classifier = TextClassifier(AutoModelForSequenceClassification.from_config(config_of(architecture)).eval())
-    probe(classifier, architecture)
+    classifier = fast_classifier(AutoModelForSequenceClassification.from_config(config_of(architecture)).eval())
+    classifier.probe(architecture)
     if part == "head":
         return classifier.configure("head")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its roles are not known
         classifier.configure("lora", LoRAOptions(rank=4, layers="1", dropout=0.1))
     randomize_B(classifier.net)
+    install(classifier)
     return classifier
 
 
@@ -202,7 +204,7 @@ def test_what_cannot_be_cached_is_said_and_computed_each_time(architecture, part
     classifier, batches = made_of(architecture, part), batches_with_ends()
     prefix = classifier.prefix = FrozenPrefix(classifier)
     assert prefix.cache(batches, used=7) == 7
-    assert prefix.why_not.startswith(why) and all(batch.cached is None for batch in batches)
+    assert prefix.why_not.startswith(why) and not any(isinstance(batch, CachedBatch) for batch in batches)
     for batch in batches_with_ends():
         found, expected = step(classifier, batch), step(made_of(architecture, part), batch)
         assert all(torch.equal(found[name], expected[name]) for name in expected)

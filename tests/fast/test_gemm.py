@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast import compiled, gemm
+from fast import choice, compiled, gemm
+from fast.choice import by_gemm
 from fast.gemm import Update
-from machine import hardware
 from machine.errors import UserError
 
 pytestmark = pytest.mark.skipif(not gemm.available(), reason="no CPU with AVX-512 and bfloat16, or no C compiler")
@@ -55,7 +55,7 @@ def test_a_product_is_that_of_float64(dtype, rows, inputs, outputs, layout, bias
     expected = exact(x, W, bias, updates, out if add else None)
     if 1 not in W.stride():
         return  # a matrix of no columns
-    assert_close(gemm.product(x, W, bias, updates, out, add), expected, inputs)
+    assert_close(gemm.matmul(x, W, bias, updates, out, add), expected, inputs)
     out.copy_(before[:, gap:gap + outputs])
     assert torch.equal(whole, before)  # nothing was written beside it
 
@@ -69,7 +69,7 @@ def test_products_of_many_blocks_are_those_of_float64(dtype, layout, rows, input
     W = LAYOUTS[layout](torch.randn(outputs, inputs).to(dtype))
     updates = [Update(torch.randn(rows, 8), torch.randn(8, outputs - 7), slice(7, None), 2.0)]
     expected = exact(x, W, W[:, 0].float(), updates, out)
-    assert_close(gemm.product(x, W, W[:, 0], updates, out, True), expected, inputs)
+    assert_close(gemm.matmul(x, W, W[:, 0], updates, out, True), expected, inputs)
 
 
 @TYPES
@@ -78,10 +78,10 @@ def test_products_of_many_blocks_are_those_of_float64(dtype, layout, rows, input
 def test_a_row_depends_on_no_other_row_nor_on_the_threads(dtype, rows, first, count, threads):
     torch.manual_seed(2)
     x, W, update = torch.randn(rows, 530), torch.randn(100, 530).to(dtype), Update(torch.randn(rows, 4), torch.randn(4, 100))
-    whole, some = gemm.product(x, W, None, [update]), slice(min(first, rows - 1), min(first, rows - 1) + count)
+    whole, some = gemm.matmul(x, W, None, [update]), slice(min(first, rows - 1), min(first, rows - 1) + count)
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(gemm.product(x[some], W, None, [update._replace(h=update.h[some])]), whole[some])
+        assert torch.equal(gemm.matmul(x[some], W, None, [update._replace(h=update.h[some])]), whole[some])
     finally:
         torch.set_num_threads(1)
 
@@ -91,7 +91,7 @@ def test_a_row_depends_on_no_other_row_nor_on_the_threads(dtype, rows, first, co
 def test_what_is_not_finite_stays_in_its_row_or_column(dtype, layout):
     x, W = torch.ones(30, 40), torch.ones(50, 40)
     x[3, 5], x[17, 39], W[33, 2], W[49, 39] = torch.nan, torch.inf, torch.nan, -torch.inf
-    y = gemm.product(x, LAYOUTS[layout](W.to(dtype)))
+    y = gemm.matmul(x, LAYOUTS[layout](W.to(dtype)))
     expected = x @ W.t()
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(0), expected.nan_to_num(0))
 
@@ -123,7 +123,7 @@ def test_nothing_is_read_or_written_where_memory_ends(dtype, transposed, rows, i
     W = W.t() if transposed else W
     update = Update(at_the_end(h), at_the_end(b))
     expected = exact(x, W, bias, [update])
-    found = gemm.product(at_the_end(x), W, at_the_end(bias), [update], at_the_end(torch.zeros(rows, outputs)))
+    found = gemm.matmul(at_the_end(x), W, at_the_end(bias), [update], at_the_end(torch.zeros(rows, outputs)))
     assert_close(found, expected, inputs)
 
 
@@ -131,7 +131,7 @@ def test_sums_with_bfloat16_weights_are_not_rounded():
     x = torch.full((1, 300), 1.0)
     W = torch.full((40, 300), 1.0, dtype=torch.bfloat16)
     W[:, 0] = 2.0 ** -10
-    assert gemm.product(x, W)[0, 0] == 299 + 2.0 ** -10
+    assert gemm.matmul(x, W)[0, 0] == 299 + 2.0 ** -10
 
 
 @pytest.mark.parametrize("shapes", [
@@ -140,17 +140,17 @@ def test_what_does_not_fit_is_refused(shapes):
     x, W, bias, out, h, b = (torch.zeros(shapes.get(name, shape)) for name, shape in {
         "x": (3, 8), "W": (5, 8), "bias": (5,), "out": (3, 5), "h": (3, 2), "b": (2, 5)}.items())
     with pytest.raises(ValueError, match=r"\(3, 8\) by .* does not give"):
-        gemm.product(x, W, bias, [Update(h, b)], out)
+        gemm.matmul(x, W, bias, [Update(h, b)], out)
 
 
 def test_other_types_and_matrices_with_gaps_both_ways_are_left_to_others():
-    hardware.use_matmul("gemm")
+    choice.use_matmul("gemm")
     x, W = torch.zeros(3, 8), torch.zeros(6, 8)
-    assert gemm.takes(x, W) and gemm.takes(x, W.bfloat16()) and gemm.takes(x, W.t().contiguous().t())
-    assert not gemm.takes(x, torch.zeros(6, 16)[:, ::2]) and not gemm.takes(x.double(), W.double())
-    assert not gemm.takes(x.bfloat16(), W.bfloat16())
-    hardware.use_matmul("torch")
-    assert not gemm.takes(x, W)
+    assert by_gemm(x, W) and by_gemm(x, W.bfloat16()) and by_gemm(x, W.t().contiguous().t())
+    assert not by_gemm(x, torch.zeros(6, 16)[:, ::2]) and not by_gemm(x.double(), W.double())
+    assert not by_gemm(x.bfloat16(), W.bfloat16())
+    choice.use_matmul("torch")
+    assert not by_gemm(x, W)
 
 
 def test_without_the_cpu_or_a_compiler_products_are_left_to_others(monkeypatch):
@@ -160,9 +160,9 @@ def test_without_the_cpu_or_a_compiler_products_are_left_to_others(monkeypatch):
     monkeypatch.setattr(compiled, "load", load)
     gemm.load.cache_clear()
     try:
-        assert not gemm.available() and hardware.fastest_matmul() != "gemm"
-        with pytest.warns(UserWarning, match=r"products by fast/gemm\.c \(it wants .* cannot be had here, PyTorch's own"):
-            hardware.use_matmul("gemm")
-        assert hardware.matmul() == "torch"
+        assert not gemm.available() and choice.fastest_matmul() != "gemm"
+        with pytest.warns(UserWarning, match=r"matmuls by fast/gemm\.c \(it needs .* cannot be had here, PyTorch's own"):
+            choice.use_matmul("gemm")
+        assert choice.matmul() == "torch"
     finally:
         gemm.load.cache_clear()

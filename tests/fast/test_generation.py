@@ -1,13 +1,19 @@
 """generation: greedy texts are `transformers`' own, samples follow their distribution, a row depends on itself alone."""
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from conftest import CONTEXT, SIZES, VOCAB
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import sampling as sampling_module
+import speed
 from fast import generation, onepass
-from fast.generation import Sampling, draw, uniforms
-from fast.matmul import set_precision, speed_up
+from fast.generation import FastSampling
+from fast.installation import install
+from fast.matmul import set_precision
+from sampling import Sampling, uniforms
 
 CONFIGS = {
     "gpt2": lambda: GPT2Config(**SIZES["gpt2"][2], vocab_size=VOCAB, initializer_range=0.2),
@@ -16,6 +22,7 @@ CONFIGS = {
     "neox": lambda: GPTNeoXConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                   num_attention_heads=4, max_position_embeddings=CONTEXT, initializer_range=0.2)}
 KNOWN = ("gpt2", "llama")
+SEEDED = Sampling(seed=1)
 PROMPTS = [[5], [1, 2, 3, 4], [7, 7, 9], [1, 2, 3, 4], [5], [8, 1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 9]]
 
 
@@ -25,12 +32,12 @@ def language_model(architecture: str):
     for name, p in lm.named_parameters():
         if name.endswith("norm.weight") or "ln_" in name and name.endswith("weight"):
             torch.nn.init.normal_(p, 1.0, 0.2)
-    speed_up(lm)
+    install(lm)
     return lm
 
 
-def texts(lm, prompts=PROMPTS, **options) -> list[list[int]]:
-    return list(draw(lm, prompts, **{"seed": 1, "max_new_tokens": 12, **options}))
+def texts(lm, prompts=PROMPTS, sampling=SEEDED, **options) -> list[list[int]]:
+    return list(speed.sample_tokens(lm, prompts, sampling, **{"max_new_tokens": 12, **options}))
 
 
 def library_texts(lm, end: int) -> list[list[int]]:
@@ -64,7 +71,7 @@ def test_either_way_of_computing_attention_gives_the_librarys_texts(architecture
 
 @pytest.mark.parametrize("architecture", KNOWN)
 def test_known_architectures_do_not_go_through_the_library(architecture, monkeypatch):
-    monkeypatch.setattr(generation, "_by_library", None)
+    monkeypatch.setattr(sampling_module, "sample_tokens", None)
     assert len(texts(language_model(architecture))) == len(PROMPTS)
 
 
@@ -77,14 +84,14 @@ def test_settings_that_only_the_library_knows_are_left_to_it():
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=5, temperature=0.7), Sampling(top_p=0.8)])
+@pytest.mark.parametrize("sampling", [SEEDED, Sampling(top_k=5, temperature=0.7, seed=1), Sampling(top_p=0.8, seed=1)])
 def test_a_row_depends_on_the_seed_and_its_number_alone(architecture, sampling):
     lm = language_model(architecture)
     together = texts(lm, sampling=sampling)
     assert together == texts(lm, sampling=sampling, batch_size=2)
     assert together == [*texts(lm, PROMPTS[:3], sampling=sampling), *texts(lm, PROMPTS[3:], sampling=sampling, first_row=3)]
     assert together[1] != together[3] and together[0] != together[4]  # the same prompts
-    assert together != texts(lm, sampling=sampling, seed=2)
+    assert together != texts(lm, sampling=replace(sampling, seed=2))
 
 
 def test_random_numbers_do_not_depend_on_how_many_are_asked_for():
@@ -101,11 +108,12 @@ def library_distribution(logits, sampling: Sampling) -> torch.Tensor:
     return scores.softmax(-1)
 
 
+@pytest.mark.parametrize("kind", [Sampling, FastSampling])
 @pytest.mark.parametrize("sampling", [
     Sampling(), Sampling(temperature=0.5), Sampling(top_k=4), Sampling(top_p=0.7), Sampling(top_k=1), Sampling(top_p=1e-9),
     Sampling(temperature=1.5, top_k=9, top_p=0.6)])
 @pytest.mark.parametrize("block", [256, 8, 7])  # one, five whole ones, five and a part
-def test_tokens_are_chosen_by_the_librarys_distribution(sampling, block, monkeypatch):
+def test_tokens_are_chosen_by_the_librarys_distribution(kind, sampling, block, monkeypatch):
     """Uniform numbers in equal steps choose each token as often as its probability says, to within a step."""
     monkeypatch.setattr(generation, "BLOCK", block)
     steps = 2000
@@ -113,15 +121,16 @@ def test_tokens_are_chosen_by_the_librarys_distribution(sampling, block, monkeyp
     expected = library_distribution(logits, sampling)
     uniform = (torch.arange(steps) + 0.5) / steps
     for row, p in zip(logits, expected, strict=True):
-        chosen = sampling.choose(row.expand(steps, -1).clone(), uniform)
+        chosen = kind(**asdict(sampling)).choose(row.expand(steps, -1).clone(), uniform)
         assert (chosen.bincount(minlength=40) / steps - p).abs().max() < 2 / steps
 
 
+@pytest.mark.parametrize("kind", [Sampling, FastSampling])
 @pytest.mark.parametrize("block", [256, 8, 7, 1])
-def test_the_likeliest_token_is_numpys(block, monkeypatch):
+def test_the_likeliest_token_is_numpys(kind, block, monkeypatch):
     monkeypatch.setattr(generation, "BLOCK", block)
     logits = torch.randn(500, 40, generator=torch.Generator().manual_seed(0))
-    chosen = Sampling(greedy=True).choose(logits.clone(), torch.zeros(500))
+    chosen = kind(greedy=True).choose(logits.clone(), torch.zeros(500))
     assert chosen.tolist() == logits.numpy().argmax(-1).tolist() and len(chosen.unique()) == 40
 
 
@@ -133,13 +142,14 @@ def test_the_whole_sum_leads_to_the_last_one_with_a_probability():
     assert generation._invert(p, torch.zeros(2, 1))[0].tolist() == [[0], [2]]
 
 
+@pytest.mark.parametrize("kind", [Sampling, FastSampling])
 @pytest.mark.parametrize("block", [256, 2, 1])
-def test_the_largest_uniform_number_chooses_no_impossible_token(block, monkeypatch):
+def test_the_largest_uniform_number_chooses_no_impossible_token(kind, block, monkeypatch):
     monkeypatch.setattr(generation, "BLOCK", block)
     logits = torch.tensor([[0.0, 1.0, -200.0]])
     almost = torch.tensor([1 - 2 ** -24])
-    assert Sampling().choose(logits.clone(), almost).item() == 1
-    assert Sampling().choose(logits.clone(), torch.zeros(1)).item() == 0
+    assert kind().choose(logits.clone(), almost).item() == 1
+    assert kind().choose(logits.clone(), torch.zeros(1)).item() == 0
 
 
 @pytest.mark.parametrize("architecture", KNOWN)
@@ -170,6 +180,15 @@ def test_bf16_weights_draw_texts_too(architecture):
     assert lm.get_output_embeddings().weight.dtype == torch.bfloat16
     rough = texts(lm, sampling=Sampling(greedy=True), max_new_tokens=1)
     assert sum(a == b for a, b in zip(exact, rough, strict=True)) >= len(PROMPTS) - 2
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize("sampling", [Sampling(seed=1), Sampling(top_k=5, top_p=0.9, seed=3), Sampling(greedy=True)])
+def test_the_reference_samples_the_same_texts(architecture, sampling):
+    lm = language_model(architecture)
+    fast = texts(lm, sampling=sampling, end={VOCAB - 1})
+    assert fast == list(sampling_module.sample_tokens(lm, PROMPTS, sampling, max_new_tokens=12, end={VOCAB - 1}))
+    assert len(set(map(tuple, fast))) > 3
 
 
 def test_no_prompts_give_no_texts():

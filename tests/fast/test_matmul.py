@@ -4,12 +4,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, adapted, toy_batch, toy_net
+from conftest import ARCHITECTURES, adapted, fast_classifier, toy_batch, toy_net
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fast import gemm, linear, matmul, onepass
-from fast.linear import LoRALinear, frozen_linear, weight_of
+from fast import choice, gemm, matmul, onepass
+from fast import frozen_linear as frozen_linear_module
+from fast.frozen_linear import frozen_linear
+from fast.installation import FAST
 from fast.matmul import (
     FastConv1D,
     FastLinear,
@@ -18,16 +20,14 @@ from fast.matmul import (
     joined,
     lay_side_by_side,
     narrow,
-    product,
     set_precision,
-    speed_up,
+    wide_matmul,
 )
-from machine import hardware
-from model import LoRAOptions, TextClassifier
+from model import LoRALinear, LoRAOptions, TextClassifier, weight_of
 from train_utils import trainable
 
 
-@pytest.fixture(params=hardware.MATMULS)
+@pytest.fixture(params=choice.MATMULS)
 def library(request):
     """Each library in turn, whichever this machine would choose."""
     choose(request.param)
@@ -35,11 +35,11 @@ def library(request):
 
 
 def choose(library: str) -> None:
-    if library == "onednn" and not hardware.has_onednn():
+    if library == "onednn" and not choice.has_onednn():
         pytest.skip("this PyTorch was built without oneDNN")
-    if library == "gemm" and not hardware.has_gemm():
+    if library == "gemm" and not gemm.available():
         pytest.skip("no CPU with AVX-512 and bfloat16, or no C compiler")
-    hardware.use_matmul(library)
+    choice.use_matmul(library)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def by_library(monkeypatch):
         return asked
 
     monkeypatch.setattr(matmul, "by_onednn", noted(matmul.by_onednn))
-    monkeypatch.setattr(gemm, "takes", noted(gemm.takes))
+    monkeypatch.setattr(matmul, "by_gemm", noted(matmul.by_gemm))
     return calls
 
 
@@ -74,15 +74,15 @@ def test_a_product_is_that_of_float64(library, layout, rows, inputs, outputs):
     exact = x.double() @ W.double().t()
     for b, a in ((None, None), (bias, None), (None, add), (bias, add)):
         expected = (exact + sum(t.double() for t in (b, a) if t is not None)).float()
-        torch.testing.assert_close(product(x, W, b, None if a is None else a.clone()), expected, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(wide_matmul(x, W, b, None if a is None else a.clone()), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", hardware.KERNELS)
+@pytest.mark.parametrize("kernels", choice.KERNELS)
 @pytest.mark.parametrize("outputs", [40, 1024])  # rows of 4 KiB go to the other library
 def test_narrow_products_of_lora_are_those_of_float64(library, outputs, kernels):
     if kernels == "onepass" and not onepass.available():
         pytest.skip("no CPU with AVX-512, or no C compiler")
-    hardware.use_kernels(kernels)
+    choice.use_kernels(kernels)
     torch.manual_seed(0)
     x, A, b, whole = torch.randn(30, 16), torch.randn(3, 16), torch.randn(3, outputs), torch.randn(30, outputs + 8)
     h, before = narrow(x, A), whole.clone()
@@ -96,14 +96,14 @@ def test_narrow_products_of_lora_are_those_of_float64(library, outputs, kernels)
 
 def test_weights_with_gaps_and_other_types_never_reach_onednn():
     """Its reference code, which takes what its fast code does not, is a hundred times slower."""
-    if not hardware.has_onednn():
+    if not choice.has_onednn():
         pytest.skip("this PyTorch was built without oneDNN")
-    hardware.use_matmul("onednn")
+    choice.use_matmul("onednn")
     x, W = torch.randn(4, 8), torch.randn(6, 8)
     assert by_onednn(x, W) and by_onednn(x, torch.randn(8, 6).t())
     assert not by_onednn(x, torch.randn(6, 16)[:, :8]) and not by_onednn(x, torch.randn(8, 12).t()[:6])
     assert not by_onednn(x.double(), W.double()) and not by_onednn(x[:0], W)
-    hardware.use_matmul("torch")
+    choice.use_matmul("torch")
     assert not by_onednn(x, W)
 
 
@@ -124,7 +124,7 @@ def test_some_outputs_of_many_rows_are_a_dense_product(library, by_library):
 @pytest.mark.parametrize("plain", [nn.Linear(8, 12), nn.Linear(8, 12, bias=False), Conv1D(12, 8)], ids=str)
 def test_a_fast_linear_is_the_plain_one_with_all_its_gradients(library, plain, by_library):
     fast = copy.deepcopy(plain)
-    speed_up(fast)
+    fast.__class__ = FAST[type(fast)]
     assert isinstance(fast, (FastLinear, FastConv1D)) and list(fast.state_dict()) == list(plain.state_dict())
     found = []
     for layer in (plain, fast):
@@ -166,7 +166,7 @@ def assert_like(found, expected, logits: float, gradients: float) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("other", [library for library in hardware.MATMULS if library != "torch"])
+@pytest.mark.parametrize("other", [library for library in choice.MATMULS if library != "torch"])
 def test_logits_and_gradients_do_not_depend_on_the_library(architecture, options, other, by_library):
     found = []
     for library in ("torch", other):
@@ -187,7 +187,7 @@ def test_bf16_is_float32_up_to_its_rounding(library, architecture, options):
         if isinstance(options, dict):
             classifier = adapted(architecture, **options)
         else:
-            classifier = TextClassifier(toy_net(architecture)).configure(options)
+            classifier = fast_classifier(toy_net(architecture)).configure(options)
         set_precision(classifier.net.base_model, precision)
         linears = [m for m in classifier.net.base_model.modules() if isinstance(m, (FastLinear, FastConv1D))]
         assert {m.weight.dtype for m in linears} == {torch.bfloat16 if precision == "bf16" else torch.float32}
@@ -217,7 +217,7 @@ def test_a_float32_head_reads_what_a_bfloat16_backbone_gives(library):
 
 def test_a_full_run_stays_float32():
     net = toy_net("bert")
-    classifier = TextClassifier(net).configure("full", LoRAOptions())
+    classifier = fast_classifier(net).configure("full", LoRAOptions())
     set_precision(net.base_model, "bf16")
     assert {p.dtype for p in classifier.parameters()} == {torch.float32}
 
@@ -239,8 +239,9 @@ def test_layers_that_read_the_same_input_are_one_product(architecture, options, 
     assert names.keys() == together.state_dict().keys()
     assert all(value.equal(names[name]) for name, value in together.state_dict().items())
     expected = step(apart)
-    monkeypatch.setattr(linear, "product", lambda x, W, *rest, product=linear.product, **more: (
-        products.append(tuple(W.shape)) or product(x, W, *rest, **more)))
+    plain = frozen_linear_module.wide_matmul
+    monkeypatch.setattr(frozen_linear_module, "wide_matmul", lambda x, W, *rest, **more: (
+        products.append(tuple(W.shape)) or plain(x, W, *rest, **more)))
     assert_like(step(together), expected, 1e-5, 1e-5)
     groups = groups_of(together)
     assert groups and all(joined(group, [None] * len(group)) is not None for group in groups)

@@ -6,8 +6,8 @@ from conftest import ARCHITECTURES, adapted, toy_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast import blocks, compiled, onepass
-from machine import hardware
+from fast import blocks, choice, compiled, onepass
+from fast.choice import by_onepass
 from train_utils import trainable
 
 needs_onepass = pytest.mark.skipif(not onepass.available(), reason="no CPU with AVX-512, or no C compiler")
@@ -111,11 +111,11 @@ def test_attention_is_its_formula_in_float64(data, heads, size, rotary, apart, s
     expected = attention(*wide, chains, size, 0.3, None if angle is None else angle.double())
     grad = torch.randn(expected.shape, generator=g)
     expected.backward(grad.double())
-    y, lse = onepass.attend(*inputs, chains, size, 0.3, table)
+    y, lse = onepass.attend(*inputs, onepass.Form(chains, size, 0.3, table))
     torch.testing.assert_close(y.double(), expected.detach(), atol=1e-5, rtol=0)
     out = ([torch.empty(len(tokens), widths[0]), *torch.empty(rows, 2 * widths[1]).split(widths[1:], 1)] if apart else
            torch.empty(rows, sum(widths)).split(widths, 1))
-    onepass.attend_backward(*inputs, chains, size, 0.3, table, y, lse, grad, out)
+    onepass.attend_backward(inputs, onepass.Form(chains, size, 0.3, table), y, lse, grad, out)
     for ours, x in zip(out, wide, strict=True):
         torch.testing.assert_close(ours.double(), x.grad, atol=2e-5 * max(1.0, float(x.grad.abs().max())), rtol=0)
 
@@ -128,9 +128,10 @@ def test_attention_does_not_depend_on_the_number_of_threads(monkeypatch):
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         q, k, v = qkv.clone().split([6 * 32, 2 * 32, 2 * 32], 1)
-        y, lse = onepass.attend(q, k, v, chains, 32, 0.3, (angle.cos(), angle.sin()))
+        form = onepass.Form(chains, 32, 0.3, (angle.cos(), angle.sin()))
+        y, lse = onepass.attend(q, k, v, form)
         d = torch.empty_like(qkv)
-        onepass.attend_backward(q, k, v, chains, 32, 0.3, (angle.cos(), angle.sin()), y, lse, grad,
+        onepass.attend_backward((q, k, v), form, y, lse, grad,
                             d.split([6 * 32, 2 * 32, 2 * 32], 1))
         found.append((y, d))
     for y, d in found[1:]:
@@ -198,8 +199,8 @@ def test_logits_and_gradients_are_pytorchs(architecture, options, monkeypatch):
     found, calls = [], []
     for name, function in {name: getattr(onepass, name) for name in onepass.ARGUMENTS}.items():
         monkeypatch.setattr(onepass, name, lambda *args, function=function: calls.append(1) or function(*args))
-    for kernels in hardware.KERNELS:
-        hardware.use_kernels(kernels)
+    for kernels in choice.KERNELS:
+        choice.use_kernels(kernels)
         calls.clear()
         classifier = adapted(architecture, **options).train()
         torch.manual_seed(4)
@@ -215,16 +216,16 @@ def test_logits_and_gradients_are_pytorchs(architecture, options, monkeypatch):
 @pytest.mark.parametrize("wrong", [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.bfloat16),
                                    torch.zeros(2, device="meta")])
 def test_other_tensors_are_pytorchs(wrong, monkeypatch):
-    monkeypatch.setattr(hardware, "has_onepass", lambda: True)
-    assert onepass.takes(torch.zeros(2)) and not onepass.takes(torch.zeros(2), wrong)
+    monkeypatch.setattr(onepass, "available", lambda: True)
+    assert by_onepass(torch.zeros(2)) and not by_onepass(torch.zeros(2), wrong)
 
 
 def test_where_they_cannot_be_had_pytorch_computes_and_says_nothing(monkeypatch):
     monkeypatch.setattr(compiled, "flags_of_cpu", lambda: {"avx2"})
     monkeypatch.setattr(onepass, "load", onepass.load.__wrapped__)
-    assert not onepass.available() and not onepass.takes(torch.zeros(2)) and hardware.kernels() == "torch"
+    assert not onepass.available() and not by_onepass(torch.zeros(2)) and choice.kernels() == "torch"
     with pytest.warns(UserWarning, match="cannot be had here"):
-        hardware.use_kernels("onepass")
-    assert hardware.kernels() == "torch"
-    hardware.use_kernels("no such kernels")  # nothing usable was recorded: by rule, without a warning
-    assert hardware.kernels() == "torch"
+        choice.use_kernels("onepass")
+    assert choice.kernels() == "torch"
+    choice.use_kernels("no such kernels")  # nothing usable was recorded: by rule, without a warning
+    assert choice.kernels() == "torch"

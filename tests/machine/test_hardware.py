@@ -66,26 +66,3 @@ def test_a_checkpoint_holds_the_random_numbers_of_the_device_that_computes(monke
     assert list(hardware.random_sources()) == sources
     assert all(callable(source.get_rng_state) and callable(source.set_rng_state)
                for source in hardware.random_sources().values())
-
-
-@pytest.mark.parametrize("library, name", [("onednn", "oneDNN"), ("gemm", "fast/gemm.c")])
-def test_a_library_that_cannot_be_had_is_told_in_one_line(monkeypatch, library, name):
-    monkeypatch.setattr(hardware, f"has_{library}", lambda: False)
-    with pytest.warns(UserWarning, match=f"products by {name}.* cannot be had here, PyTorch's own are used: sums"):
-        hardware.use_matmul(library)
-    assert hardware.matmul() == "torch"
-    hardware.use_matmul(77)  # nothing usable was recorded: by rule, without a warning, which would be an error here
-    assert hardware.matmul() == hardware.fastest_matmul()
-
-
-@pytest.mark.parametrize("cpu, width, compiler, library", [
-    ("vendor_id : AuthenticAMD", "AVX512", True, "gemm"), ("vendor_id : AuthenticAMD", "AVX512", False, "onednn"),
-    ("vendor_id : AuthenticAMD", "AVX2", True, "torch"), ("vendor_id : GenuineIntel", "AVX512", True, "torch")])
-def test_the_library_is_chosen_by_vendor_and_width(monkeypatch, cpu, width, compiler, library):
-    monkeypatch.setattr(hardware, "cpu_description", lambda: cpu)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(hardware, "has_onednn", lambda: True)
-    monkeypatch.setattr(hardware, "has_gemm", lambda: compiler)
-    monkeypatch.setattr(hardware, "slow_by_mkl", hardware.slow_by_mkl.__wrapped__)
-    assert hardware.fastest_matmul() == library

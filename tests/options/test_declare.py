@@ -9,6 +9,7 @@ import toy
 
 from experiments import arguments
 from experiments.parser import Parser
+from model import CELLS
 from options import modes, page
 from options.declare import names_in, option, options_of
 from options.modes import MODES
@@ -79,6 +80,10 @@ def test_choices_are_read_from_a_modules_dictionary_or_tuple(tmp_path):
         "x", "y")
     with pytest.raises(LookupError):
         names_in(tmp_path / "losses.py", "B")()
+
+
+def test_a_students_cells_are_those_of_the_model():
+    assert Parser("distil").options["cell"].choices == tuple(CELLS)
 
 
 def test_only_recorded_options_are_free_of_the_result():

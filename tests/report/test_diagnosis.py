@@ -93,8 +93,8 @@ def test_axes_are_named_and_models_told_apart(tmp_path):
     assert [label.get_text() for label in left.get_yticklabels()] == ["ks08 (n=5)", "b_82 (n=5)"]
     assert left.get_lines()[0].get_xdata() == pytest.approx([80, 80])
     upper = figures["reliability"].axes[:3]
-    assert [axes.get_title() for axes in upper] == ["teacher", "student with KD", "no-KD baseline"]
+    assert [axes.get_title() for axes in upper] == ["teacher", "student with KD", "baseline"]
     assert upper[0].get_lines()[1].get_xdata() == pytest.approx([66, 95])
     names = [text.get_text() for text in figures["phenomena"].legends[0].get_texts()]
-    assert names == ["teacher", "student with KD", "no-KD baseline", "bare language model", "LSTM, published",
+    assert names == ["teacher", "student with KD", "baseline", "bare language model", "LSTM, published",
                      "GPT-2, published", "chance"]

@@ -5,9 +5,12 @@ import struct
 from pathlib import Path
 
 import pytest
-from made_up import COLA, SR, comparison, distil_run, epoch, lora_run, search
+import toy
+from made_up import COLA, SR, comparison, distil_run, entry_row, epoch, lora_run, search
 from matplotlib.image import imread
+from matplotlib.text import Text
 
+from machine.signals import Interrupted
 from report import figures
 from report.records import ReportError, read_json, read_metrics
 
@@ -64,6 +67,74 @@ def test_axes_and_title_are_named(tmp_path):
         assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
+HOSTILE = r"a$x^{\frac$b_c\$"  # mathematics that does not parse
+
+
+def by_class(name: str, split: str) -> dict:
+    per_class = {cls: {"n": 5, "precision": 0.5, "recall": 0.5, "f1": 0.5} for cls in (name, f"{name}$")}
+    return {split: {"confusion": [[3, 2], [1, 4]], "per_class": per_class}}
+
+
+def test_dollar_signs_in_names_are_no_mathematics(tmp_path):
+    """Each text of every figure, with hostile names of model, task, splits, classes, entries and options."""
+    splits = (HOSTILE, f"{HOSTILE}2")
+    run = lora_run(tmp_path, splits=splits, model=HOSTILE, task=HOSTILE, by_class=by_class(HOSTILE, HOSTILE))
+    summary, metrics = read_json(run / "summary.json"), read_metrics(run / "metrics.jsonl")
+    rows = [entry_row(HOSTILE, 100, 0.8, splits=splits), entry_row(f"{HOSTILE}2", 200, 0.8, splits=splits)]
+    chosen = {"split": HOSTILE, "splits": list(splits)}
+    study = comparison(tmp_path, splits, entries=rows, selection=chosen, model=HOSTILE)
+    means = {"targets": [{"value": HOSTILE, "n": 2, "mean": 0.4, "sd": 0.14}]}
+    swept = search(tmp_path, means=means, search={"targets": [HOSTILE]}, selection={"split": HOSTILE}, task=HOSTILE)
+    drawn = [figures.curves(metrics, summary, quantity) for quantity in figures.QUANTITIES]
+    drawn += [figures.confusion(summary), figures.compare_figure(read_json(study)), figures.sweep_figure(read_json(swept))]
+    for figure in drawn:
+        figure.canvas.draw()
+        hostile = [text for text in figure.findobj(Text) if "$" in text.get_text()]
+        assert hostile
+        for text in hostile:
+            assert text._preprocess_math(text.get_text())[1] is False
+    confusion = drawn[len(figures.QUANTITIES)].axes[0]
+    shown = confusion.get_xticklabels()[0]
+    assert shown._preprocess_math(shown.get_text())[0] == HOSTILE
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("\nParseException:\n  at 3"),
+                                   MemoryError(), RuntimeError("")])
+def test_a_plot_that_fails_is_a_warning_and_no_end(error):
+    def fails():
+        raise error
+
+    with pytest.warns(UserWarning, match="^no plots: .+; the results are complete$") as caught:
+        assert figures.draw_finished(fails) == []
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_a_run_whose_plots_fail_is_finished_and_resume_draws_them(tmp_path, monkeypatch, capsys):
+    toy.write_model(tmp_path / "model"), toy.write_cola(tmp_path / "cola")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "save_figure", full)
+        assert toy.lora(tmp_path, tmp_path / "run") == 0
+    assert "No space left on device; the results are complete" in capsys.readouterr().err
+    assert (tmp_path / "run" / "summary.json").exists() and not list((tmp_path / "plots").iterdir())
+    assert toy.lora(tmp_path, tmp_path / "run", "--resume") == 0
+    assert len(list((tmp_path / "plots").iterdir())) == 8
+
+
+def test_a_malformed_file_and_a_signal_are_no_failures_of_a_plot(tmp_path):
+    with pytest.raises(ReportError, match=r"summary\.json"):
+        figures.draw_finished(lambda: figures.plot_run(tmp_path, tmp_path))
+
+    def interrupted():
+        raise Interrupted(15)
+
+    with pytest.raises(Interrupted):
+        figures.draw_finished(interrupted)
+
+
 def test_single_epoch_and_a_single_split_of_another_name(tmp_path):
     run = lora_run(tmp_path / "runs", epochs=1, splits=("validation",))
     assert len(figures.plot_run(run, tmp_path / "plots")) == 6
@@ -76,18 +147,18 @@ def test_single_epoch_and_a_single_split_of_another_name(tmp_path):
 def test_distillation_draws_both_students_and_the_teacher_in_one_figure(tmp_path):
     run = distil_run(tmp_path)
     lines = legend(run, "mcc")
-    for name in ("student, KD", "student, no teacher"):
+    for name in ("student with KD", "baseline"):
         for curve in ("train", "validation, in-domain", "validation, out-of-domain"):
             assert f"{name}: {curve}" in lines
-    assert list(lines["student, KD: validation, in-domain"].get_ydata()) == pytest.approx([0.19, 0.26, 0.31, 0.34])
-    control = lines["student, no teacher: validation, in-domain"].get_ydata()
-    assert list(control) == pytest.approx([0.09, 0.16, 0.21, 0.24])
+    assert list(lines["student with KD: validation, in-domain"].get_ydata()) == pytest.approx([0.19, 0.26, 0.31, 0.34])
+    baseline = lines["baseline: validation, in-domain"].get_ydata()
+    assert list(baseline) == pytest.approx([0.09, 0.16, 0.21, 0.24])
     assert set(lines["teacher, in-domain (0.512)"].get_ydata()) == {0.5123}
     # The loss is the cross-entropy (0.6 / epoch), not the objective (0.9 / epoch), for both.
     loss = legend(run, "loss")
-    for name in ("student, KD", "student, no teacher"):
+    for name in ("student with KD", "baseline"):
         assert list(loss[f"{name}: train"].get_ydata()) == pytest.approx([0.6, 0.3, 0.2, 0.15])
-    assert "no KD term" in loss["student, KD: train"].axes.get_ylabel()
+    assert "no KD term" in loss["student with KD: train"].axes.get_ylabel()
 
 
 def test_the_stages_are_drawn_by_their_share_with_every_split_of_both_students(tmp_path):
@@ -98,14 +169,15 @@ def test_the_stages_are_drawn_by_their_share_with_every_split_of_both_students(t
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     figure = figures.stages_figure(read_metrics(tmp_path / "metrics.jsonl"), {"model": "m", "task": "t", "sr": SR})
     pretrain, transfer = figure.axes
-    assert [text.get_text() for text in pretrain.get_legend().get_texts()] == ["student, KD: train", "student, KD: held out"]
+    names = [text.get_text() for text in pretrain.get_legend().get_texts()]
+    assert names == ["student with KD: train", "student with KD: held out"]
     lines = {line.get_label(): line for line in transfer.get_lines()}
-    assert list(lines) == [f"{name}: {curve}" for name in ("student, KD", "student, no teacher")
+    assert list(lines) == [f"{name}: {curve}" for name in ("student with KD", "baseline")
                            for curve in ("train", "in-domain", "out-of-domain")]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == 6
-    assert list(lines["student, KD: in-domain"].get_xdata()) == [0.5, 1]
-    assert list(lines["student, no teacher: out-of-domain"].get_xdata()) == [0.25, 0.5, 0.75, 1]
-    assert list(lines["student, KD: out-of-domain"].get_ydata()) == pytest.approx([-0.01, 0.06])
+    assert list(lines["student with KD: in-domain"].get_xdata()) == [0.5, 1]
+    assert list(lines["baseline: out-of-domain"].get_xdata()) == [0.25, 0.5, 0.75, 1]
+    assert list(lines["student with KD: out-of-domain"].get_ydata()) == pytest.approx([-0.01, 0.06])
 
 
 # ---------------------------------------------------------------- comparisons and sweeps

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -88,8 +89,8 @@ def test_results_hold_the_numbers_of_the_runs(both):
     comparison = (results / "distil_results.tex").read_text()
     assert r"majority class & -- & 69.26 & 0 & 68.26 & 0 & 67.26 & 0 \\" in comparison
     assert r"teacher & -- & 80.65 & 0.512 & 75.65 & 0.412 & 70.65 & 0.312 \\" in comparison
-    assert r"student, KD & 2 (best) & 80.65 & 0.322 &" in comparison
-    assert r"student, no teacher & 4 (last) & 80.65 & 0.259 &" in comparison
+    assert r"student with KD & 2 (best) & 80.65 & 0.322 &" in comparison
+    assert r"baseline & 4 (last) & 80.65 & 0.259 &" in comparison
     epochs = (results / "lora_epochs.tex").read_text()
     assert r"1 & 2.0e$-$04 & 0.600 & 72.00 & 0.100 & 0.500 & 80.65 & 0.090 &" in epochs
     assert r"2.0e$-$04 & 0.900 & 0.600 &" in (results / "distil_epochs.tex").read_text()
@@ -218,7 +219,10 @@ def test_the_report_builds_before_any_run(tmp_path):
 @needs_latex
 def test_the_report_builds_from_runs_with_hostile_strings(tmp_path):
     every = "".join(map(chr, [*range(32, 127), *range(0xa1, 0x100)])) + "\n\u4e2d\U0001f600 -- << ?` [x] \\end{x}"
-    lora_run(tmp_path / "runs", model=every[:95], sanity={"prompt": "*", "text": every, "equal_to_base": True})
+    scores = {"n": 5, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    by_class = {"in_domain": {"confusion": [[3, 2], [1, 4]], "per_class": {every[:30]: scores, "$x^$": scores}}}
+    lora_run(tmp_path / "runs", model=every[:95], sanity={"prompt": "*", "text": every, "equal_to_base": True},
+             by_class=by_class)
     distil_run(tmp_path / "runs")
     comparison(tmp_path / "runs", model=every[:95]), search(tmp_path / "runs", task=every[:95])
     report = tmp_path / "a folder" / "report"
@@ -244,13 +248,17 @@ def test_a_latex_error_is_told_in_one_line(tmp_path):
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A project folder with all that is to be handed in, and all that is not."""
-    wanted = ["run.py", "model.py", "fast/amx.c", "fast/avx512.h", "tests/test_model.py", "benchmarks/speed.py",
-              "requirements.txt", "Makefile", "requirements-dev.txt", "README.md", "LICENSE", "pyproject.toml", ".ci/run",
+    wanted = ["run.py", "model.py", "fast/__init__.py", "fast/amx.c", "fast/avx512.h", "tests/test_model.py",
+              "benchmarks/speed.py", "benchmarks/results/speed.json", "benchmarks/results/paper/lora.json",
+              "serving/__init__.py", "serving/page.html", "serving/page.js", "serving/page.css", "data/__init__.py",
+              "docs/speed.md", "plots/example_serving.png", "requirements.txt", "Makefile", "requirements-dev.txt",
+              "README.md", "LICENSE", "pyproject.toml", ".ci/run",
               "report/main.tex", "report/results/LoRA_mcc.pdf", f"plots/LoRA-{SR}_mcc.png", f"plots/distil-{SR}_loss.pdf",
               f"report/Report_{SR}.pdf"]
     unwanted = ["data/cola.tsv", "train.csv", "runs/LoRA-12345/metrics.jsonl", "model.safetensors", ".venv/lib/x.py",
                 "__pycache__/run.pyc", ".git/config", ".pytest_cache/x", ".ruff_cache/x", "tests/__pycache__/x.pyc",
-                "tests/rows.tsv", "benchmarks/out.jsonl", "plots/LoRA-54321_mcc.png", "report/main.aux",
+                "tests/rows.tsv", "benchmarks/out.jsonl", "data/train.json",
+                "mine/x.py", "docs/.checkpoints/x.md", "plots/LoRA-54321_mcc.png", "report/main.aux",
                 "report/Report_54321.pdf", "old.zip"]
     for name in wanted + unwanted:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -270,13 +278,40 @@ def test_submission_holds_code_plots_and_report_and_nothing_else(project):
     assert not list(project.glob(".*.part"))
 
 
+def test_submission_of_this_project_holds_every_file_that_git_holds(project):
+    if not (REPORT.parent / ".git").exists():
+        pytest.skip("the submission itself")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPORT.parent, capture_output=True, text=True, check=True)
+    tracked = {name for name in listed.stdout.split("\0") if name and (REPORT.parent / name).is_file()}
+    for name in tracked:
+        (project / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPORT.parent / name, project / "copy" / name)
+    (project / "copy" / "report" / f"Report_{SR}.pdf").write_text("PDF")
+    path = build.make_submission(SR, "Ada", "Lovelace", project / "copy")
+    with zipfile.ZipFile(path) as archive:
+        names = {name.removeprefix(f"{path.stem}/") for name in archive.namelist()}
+        archive.extractall(project)
+    assert tracked - names == {".gitignore", "plots/.gitkeep"}
+    # Every link of its pages leads somewhere, in the unzipped folder too.
+    checked = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_pages.py", "-k",
+                              "link"], cwd=project / path.stem, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout[-2000:] + checked.stderr[-2000:]
+
+
+def test_submission_has_no_space_in_its_name(project):
+    path = build.make_submission(SR, " Mary  Ann", "van der\u00a0Berg ", project)
+    assert path.name == f"Asst2_MaryAnn_vanderBerg_{SR}.zip"
+    assert all(name.startswith(f"{path.stem}/") for name in zipfile.ZipFile(path).namelist())
+
+
 def test_submission_is_the_same_bytes_again(project):
     first = build.make_submission(SR, "Ada", "Lovelace", project).read_bytes()
     os.utime(project / "run.py", (1, 1))
     assert build.make_submission(SR, "Ada", "Lovelace", project).read_bytes() == first
 
 
-@pytest.mark.parametrize(("first", "last"), [("", "L"), ("A", " "), ("../A", "L"), ("A", "b\\c"), ("A\n", "L")])
+@pytest.mark.parametrize(("first", "last"), [("", "L"), ("A", " "), ("../A", "L"), ("A", "b\\c"), ("A\n", "L"),
+                                           ("A\udcff", "L")])
 def test_submission_rejects_names_no_file_can_have(project, first, last):
     with pytest.raises(ReportError, match="name"):
         build.make_submission(SR, first, last, project)

@@ -6,14 +6,23 @@ import weakref
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, adapted, logits_of, one_line, randomize_B, toy_batch, toy_net, write_tokenizer
+from conftest import (
+    ARCHITECTURES,
+    adapted,
+    fast_classifier,
+    logits_of,
+    one_line,
+    randomize_B,
+    toy_batch,
+    toy_net,
+    write_tokenizer,
+)
 
 from adapters.mixed import MixedLinear, RowPool
 from adapters.peft_layout import load_adapter, read_adapter, save_adapter
-from fast.linear import lora_layers
 from fast.matmul import set_precision
 from machine.errors import UserError
-from model import LoRAOptions, TextClassifier, inject_lora
+from model import LoRAOptions, TextClassifier, inject_lora, lora_layers
 from serving.bank import AdapterBank
 from serving.texts import Reading
 
@@ -34,7 +43,7 @@ def fine_tuned(architecture: str, number: int, classes: int, **options) -> TextC
     torch.manual_seed(number)
     inject_lora(net, LoRAOptions(**{"rank": 4, "alpha": 6.0, **options}))
     randomize_B(net)
-    classifier = TextClassifier(net).eval()
+    classifier = fast_classifier(net).eval()
     for name in classifier.head_names():
         for p in net.get_submodule(name).parameters():
             torch.nn.init.normal_(p, std=0.3)
@@ -44,7 +53,7 @@ def fine_tuned(architecture: str, number: int, classes: int, **options) -> TextC
 @pytest.fixture(params=ARCHITECTURES)
 def mixed(request, tmp_path):
     """A bank, and by adapter (or none) the model that has it alone."""
-    base = TextClassifier(toy_net(request.param))
+    base = fast_classifier(toy_net(request.param))
     alone = {None: copy.deepcopy(base).eval()}
     bank = AdapterBank(base, write_tokenizer(tmp_path), "the-base")
     for number, (name, (options, classes)) in enumerate(ADAPTERS.items()):
@@ -141,7 +150,7 @@ def test_a_base_in_bf16_serves_what_was_trained_on_one(tmp_path, architecture):
     alone = fine_tuned(architecture, 1, 3)
     in_fp32 = logits_of(alone)
     save_adapter(alone, tmp_path, "the-base")
-    bank = AdapterBank(TextClassifier(toy_net(architecture)), write_tokenizer(tmp_path / "tokenizer"), "the-base", "bf16")
+    bank = AdapterBank(fast_classifier(toy_net(architecture)), write_tokenizer(tmp_path / "tokenizer"), "the-base", "bf16")
     bank.add("a", read_adapter(bank.net, tmp_path), reading(3))
     set_precision(alone.net.base_model, "bf16")
     got = bank.logits(*toy_batch(), ["a", None, "a", "a"])
@@ -172,7 +181,7 @@ def test_load_adapter_and_the_bank_read_the_same_file(tmp_path):
     (lambda a: next(iter(a.pairs.values()))[1].fill_(float("inf")), "not finite")])
 def test_what_does_not_fit_is_refused_and_the_bank_is_as_it_was(tmp_path, change, says):
     save_adapter(fine_tuned("gpt2", 0, 2), tmp_path, "the-base")
-    bank = AdapterBank(TextClassifier(toy_net("gpt2")), write_tokenizer(tmp_path / "tokenizer"), "the-base")
+    bank = AdapterBank(fast_classifier(toy_net("gpt2")), write_tokenizer(tmp_path / "tokenizer"), "the-base")
     bank.add("good", read_adapter(bank.net, tmp_path), reading(2))
     before = [list(module.pool.free) for module in bank.net.modules() if isinstance(module, MixedLinear)]
     adapter = read_adapter(bank.net, tmp_path)
@@ -187,7 +196,7 @@ def test_what_does_not_fit_is_refused_and_the_bank_is_as_it_was(tmp_path, change
     (name, "expected up to 64") for name in ("", "a/b", "../x", "a" * 65, "a\n", "ä"))])
 def test_names_are_unique_and_plain(tmp_path, name, says):
     save_adapter(fine_tuned("gpt2", 0, 2), tmp_path, "the-base")
-    bank = AdapterBank(TextClassifier(toy_net("gpt2")), write_tokenizer(tmp_path / "tokenizer"), "the-base")
+    bank = AdapterBank(fast_classifier(toy_net("gpt2")), write_tokenizer(tmp_path / "tokenizer"), "the-base")
     bank.add("good", read_adapter(bank.net, tmp_path), reading(2))
     with pytest.raises(UserError, match=says) as error:
         bank.add(name, read_adapter(bank.net, tmp_path), reading(2))
@@ -198,7 +207,7 @@ def test_names_are_unique_and_plain(tmp_path, name, says):
 
 def test_an_adapter_for_another_base_is_named(tmp_path):
     save_adapter(adapted("gpt2", rank=2), tmp_path, "the-base")
-    bank = AdapterBank(TextClassifier(toy_net("llama")), write_tokenizer(tmp_path / "tokenizer"), "another")
+    bank = AdapterBank(fast_classifier(toy_net("llama")), write_tokenizer(tmp_path / "tokenizer"), "another")
     with pytest.raises(UserError, match="adapter for another base: transformer.h.0.* does not exist"):
         read_adapter(bank.net, tmp_path)
 

@@ -4,8 +4,8 @@ import torch
 from conftest import ARCHITECTURES, adapted, one_line, write_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from fast.linear import lora_layers
 from machine.errors import UserError
+from model import lora_layers
 from serving import merge
 
 SENTENCES = ["The cat sat on the mat.", "A dog", "cat", "The dog ran to the mat on the cat."]

@@ -41,7 +41,7 @@ class Broken(nn.Module):
 def plain():
     """A classifier whose modules are called one by one; fused blocks (fused.py) are named as a whole."""
     classifier = adapted("gpt2")
-    classifier.known = False
+    classifier.has_fused_blocks = False
     return classifier
 
 

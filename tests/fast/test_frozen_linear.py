@@ -12,9 +12,10 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from fast import linear as linear_module
-from fast.linear import LoRALinear, frozen_linear
+from fast import frozen_linear as linear_module
+from fast.frozen_linear import FastLoRALinear, frozen_linear
 from fast.prologue import ApplyPrologue, ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
+from model import LoRALinear
 
 # ---------------------------------------------------------------- LoRALinear
 
@@ -116,7 +117,7 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training():
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
 def test_products_with_bfloat16_weights_leave_the_rest_in_float32(kind):
     torch.manual_seed(0)
-    exact = LoRALinear(linear(kind), rank=2, alpha=4.0)
+    exact = FastLoRALinear(linear(kind), rank=2, alpha=4.0)
     nn.init.normal_(exact.lora_B)
     rough = copy.deepcopy(exact)
     rough.base.to(torch.bfloat16)
@@ -136,7 +137,7 @@ def test_products_with_bfloat16_weights_leave_the_rest_in_float32(kind):
 def test_bfloat16_activations_meet_float32_weights():
     torch.manual_seed(0)
     base, x = linear("Linear"), torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
-    lora = LoRALinear(base, rank=2, alpha=4)
+    lora = FastLoRALinear(base, rank=2, alpha=4)
     nn.init.normal_(lora.lora_B)
     expected, weights = lora(x.detach().float().requires_grad_()), torch.randn(4, base.out_features)
     found = lora(x)

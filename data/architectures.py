@@ -1,0 +1,147 @@
+"""Facts about the architectures of `transformers`: the roles of their projections, and their oddities.
+
+    from data.architectures import find_targets
+    find_targets(net.base_model, ("q", "v"))        # {"attn.c_attn": {"q", "v"}} for GPT-2
+"""
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+from transformers.pytorch_utils import Conv1D
+
+from data.backbones import blocks_of
+from machine import hardware
+from machine.errors import UserError
+from options.schema import ROLES
+
+# Which module of a block plays which role. GPT-2 computes q, k and v in one fused projection.
+ROLE_MODULES = {
+    "gpt2": {"q": ["attn.c_attn"], "k": ["attn.c_attn"], "v": ["attn.c_attn"], "o": ["attn.c_proj"],
+             "mlp": ["mlp.c_fc", "mlp.c_proj"]},
+    "llama": {"q": ["self_attn.q_proj"], "k": ["self_attn.k_proj"], "v": ["self_attn.v_proj"],
+              "o": ["self_attn.o_proj"], "mlp": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]},
+    "bert": {"q": ["attention.self.query"], "k": ["attention.self.key"], "v": ["attention.self.value"],
+             "o": ["attention.output.dense"], "mlp": ["intermediate.dense", "output.dense"]},
+    "distilbert": {"q": ["attention.q_lin"], "k": ["attention.k_lin"], "v": ["attention.v_lin"],
+                   "o": ["attention.out_lin"], "mlp": ["ffn.lin1", "ffn.lin2"]},
+}
+FUSED_QKV = "attn.c_attn"
+
+
+def parse_layers(text: str | None, blocks: int) -> list[int]:
+    """Returns the block numbers of "0-11", "0,2,4-5" or None (all).
+
+    Raises:
+        UserError: malformed, or beyond the model's blocks.
+    """
+    if text is None:
+        return list(range(blocks))
+    chosen = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last >= blocks:
+            raise UserError(f"--layers {text}: expected block numbers 0 to {blocks - 1}, such as 0-{blocks - 1}")
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)
+
+
+def find_targets(backbone: nn.Module, targets: tuple[str, ...], rank: int = 1) -> dict[str, set[str] | None]:
+    """Finds the linear modules inside the blocks that the targets name; not every block has all of them (experts, say).
+
+    Args:
+        rank: of the updates. Where the roles are not known and every linear layer is adapted, those too narrow for it are
+            left out (a router of experts, say).
+
+    Returns:
+        name inside a block -> the roles that chose it, or None where a pattern chose it whole.
+
+    Raises:
+        UserError: a target that matches nothing; the modules that exist are named.
+    """
+    kind = backbone.config.model_type
+    linears = {name: module for block in blocks_of(backbone).values() for name, module in block.named_modules()
+               if isinstance(module, (nn.Linear, Conv1D))}
+    if not linears:
+        raise UserError(f"--method lora: the blocks of a {kind} model have no linear layer that can be adapted; expected "
+                        "--method head, full or none")
+    table = next((roles for roles in ROLE_MODULES.values() if all(set(names) <= set(linears) for names in roles.values())),
+                 None)
+    known = set() if table is None else {name for names in table.values() for name in names}
+    if set(targets) >= set(ROLES) and known != set(linears):
+        wide = [name for name, module in linears.items() if min(module.weight.shape) >= rank] or list(linears)
+        warnings.warn(f"the roles of a {kind} model are not known here; every linear layer of its blocks is adapted: "
+                      f"{', '.join(wide)}", stacklevel=2)
+        return dict.fromkeys(wide)
+    found: dict[str, set[str] | None] = {}
+    for target in targets:
+        if target in ROLES and table is None:
+            raise UserError(f"--targets {target}: the roles of a {kind} model are not known here; name its modules "
+                            f"instead: {', '.join(linears)}")
+        if target in ROLES:
+            for name in table[target]:
+                roles = found.setdefault(name, set())
+                if roles is not None:
+                    roles.add(target)
+            continue
+        names = [n for n in linears if n == target or n.endswith("." + target) or fnmatch.fnmatchcase(n, target)]
+        if not names:
+            raise UserError(f"--targets {target}: matches no linear layer; expected any of {', '.join(ROLES)}, or a "
+                            f"pattern for {', '.join(linears)}")
+        found.update(dict.fromkeys(names))
+    return found
+
+
+def misread_by_peft(model_type: str, names: list[str]) -> list[str]:
+    """Returns the adapted modules that PEFT takes for the experts of a mixture.
+
+    Since `transformers` 5 the experts are fused into one tensor. PEFT goes by the modules' names: dense layers and shared
+    experts of the same name are loaded as if they were the experts.
+    """
+    fused = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
+    experts = fused.get({"mixtral": "mixtral", **_MODEL_TO_CONVERSION_PATTERN}.get(model_type), ())
+    return [name for name in names if name.rpartition(".")[2] in experts]
+
+
+@torch.inference_mode()
+def depends_on_batch(name: str, config, compute: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Returns whether a sentence's result depends on the other sentences of its batch, by computing two short sentences.
+
+    The results of some architectures do: XLNet's head reads the last column, pad or not; FNet mixes all columns; others sum
+    over windows or hash. Without a pad all are right.
+
+    Args:
+        name: of the model, for errors.
+        config: the model's configuration; gets a pad token where the library refuses batches without one.
+        compute: (token ids (B, T), attention mask (B, T)) -> (B, n), in evaluation mode.
+
+    Raises:
+        UserError: the model cannot compute a result of token ids alone, or uses random numbers for it (Reformer's hashes).
+    """
+    if hasattr(config, "hash_seed"):
+        raise UserError(f"--model {name}: a {config.model_type} classifier draws random numbers in evaluation too; the same "
+                        "sentence would have other logits each time")
+    # Without an id the library refuses batches of several sentences (CTRL). A decoder with known roles is pooled here.
+    if getattr(config, "pad_token_id", None) is None and config.model_type not in ROLE_MODULES:
+        config.pad_token_id = -1
+    text = config.get_text_config()
+    special = {getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "cls", "decoder_start")}
+    end = text.eos_token_id if isinstance(getattr(text, "eos_token_id", None), int) else 2  # BART and T5 pool there
+    words = [token for token in range(3, 20) if token not in special][:9]
+    pad = max(getattr(config, "pad_token_id", None) or 0, 0)
+    ids = torch.tensor([[*words[:5], end, pad, pad, pad, pad], [*words, end]])
+    mask = torch.tensor([[1] * 6 + [0] * 4, [1] * 10])
+    try:
+        alone, together = compute(ids[:1, :6], mask[:1, :6]), compute(ids, mask)[:1]
+    except Exception as error:
+        if hardware.exhausted(error):
+            raise
+        what = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"--model {name}: a {config.model_type} classifier does not take token ids alone ({what})") from None
+    return not torch.allclose(together, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
