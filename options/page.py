@@ -13,7 +13,7 @@ from options.schema import FREE
 PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Options
 
-Made by `python -m options.page` from the fields in `options/`; do not edit. `python run.py MODE --help` shows the most used
+Made by `python -m options.page` from the fields in `options/`; do not edit. `run.py MODE --help` shows the most used
 options, `--help all` every one. Precedence: default, preset, `--config FILE` (JSON or TOML, such as a run's `config.json`),
 flag. Options marked with \\* change no result: a run may be resumed with others.
 """
