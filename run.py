@@ -1,59 +1,54 @@
-"""The command line.
+"""The command line: parses, calls and prints.
 
-    python run.py gen 12345        generate text
-    python run.py LoRA 12345       inject LoRA into a backbone and fine-tune it on a task
-    python run.py distil 12345     distil that run into a small RNN, and train the RNN alone beside it
-    python run.py compare 12345    methods on one task: same seeds, budget and learning rates for each
-    python run.py sweep 12345      search rank, targets, layers, learning rate ...
-    python run.py eval RUN_DIR --data FILE
-    python run.py test RUN_A RUN_B --data FILE     is the difference between two runs more than chance?
-    python run.py diagnose RUN_DIR                 where a run is right and wrong
-    python run.py predict RUN_DIR "A sentence."
-    python run.py serve --adapter NAME=RUN_DIR
-    python run.py export RUN_DIR --out DIR   a distillation's student as an ONNX file
-    python run.py merge RUN_DIR --out DIR    a fine-tuned classifier as a plain transformers checkpoint
-    python run.py repeat RUN_DIR   repeat a run from its config.json and compare
-    python run.py paper 12345      every run that the paper cites, then report/main.pdf
-    python run.py report 12345     tables and plots of the runs into report/Report_12345.pdf
-    python run.py submit 12345 --first-name A --last-name B
+    python run.py                  one line about each mode
+    python run.py LoRA --help      its options, and an example
+    python run.py LoRA 12345       fine-tune with LoRA
+    python run.py distil 12345     distil that run into a small RNN
 
-It parses (experiments/parser.py), calls and prints. PyTorch is imported after parsing, so that --help answers at once.
-A new mode is a function of options in experiments/parser.py and a function here, in CALLS.
+PyTorch is imported after parsing, so that --help answers at once. A new mode is a dataclass of options in options/modes.py
+and a function here, in CALLS; a new option is a field, in options/schema.py if a run records it.
 """
 from __future__ import annotations
 
 import gc
 import json
 import os
+import re
 import shlex
 import signal
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
-from experiments.parser import MODES, READS_FILES_ONLY, SEVERAL_PROCESSES, build_parser, closest, complain
+from experiments.parser import MODES, Parser, closest, complain, note, overview
 from machine import processes
+
+SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several times for one run
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    _open_streams()
     try:
         processes.connect()
     except processes.Lost as error:
         complain(error)
         return 1
-    parser, modes = build_parser()
-    if argv and not argv[0].startswith("-") and argv[0] not in MODES:
-        parser.error(f"unknown mode {argv[0]}{closest(argv[0], MODES)}")
-    args, unknown = parser.parse_known_args(argv)
-    if args.mode == "predict":  # argparse takes sentences before the options, or after them
-        args.texts += [word for word in unknown if not word.startswith("-")]
-        unknown = [word for word in unknown if word.startswith("-")]
-    if unknown:
-        known = ["-h", "--help", *(name for action in modes[args.mode].options.values() for name in action.option_strings)]
-        parser.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], known)}")
-    warnings.showwarning = lambda message, *_, **__: _note(f"warning: {message}")
+    # Python hides bytes that are not UTF-8 in surrogates, which no tokenizer, JSON file or terminal takes.
+    if stray := next((word for word in argv if re.search("[\ud800-\udfff]", word)), None):
+        complain(f"{stray!r}: not UTF-8")
+        return 2
+    mode = argv[0] if argv else "--help"
+    if mode in ("-h", "--help"):
+        print(overview())
+        for name in MODES if argv[1:] == ["all"] else ():
+            Parser(name).print_help()
+        return 0
+    if mode not in MODES:
+        complain(f"unknown {'option' if mode.startswith('-') else 'mode'} {mode}{closest(mode, MODES)}")
+        return 2
+    args = Parser(mode).parse(argv[1:])
+    warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
     from machine import signals
 
     signals.install()
@@ -64,13 +59,24 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + getattr(error, "signal", signal.SIGINT)
 
 
+def _open_streams() -> None:
+    """Makes output possible where a stream is closed, or cannot write every character."""
+    # In this order: the lowest free file descriptor is taken, and no file of a run must become standard output.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _call(args) -> int:
     """Runs the chosen mode; what the user can mend is one line and exit status 2."""
     from machine.errors import UserError
     from report.records import ReportError
 
     try:
-        if args.mode not in READS_FILES_ONLY:
+        if hasattr(args, "device"):  # report and submit read files alone
             _import_libraries()
             from machine import hardware
 
@@ -131,28 +137,11 @@ def _less_memory(args) -> str:
     return less + f" --accumulate {2 * args.accumulate}, which is the same step, and --overwrite; checkpoints are kept"
 
 
-def _note(text: str) -> None:
-    if processes.claim_once(text):
-        print(text, file=sys.stderr, flush=True)
+# ---------------------------------------------------------------- ways of ending
 
-
-def generate(args) -> None:
-    """`gen`: prints samples; the same SR, the same text."""
-    from tqdm import tqdm
-
-    from experiments import generate, inputs
-    from sampling import Sampling
-
-    model = args.model or (generate.base_model(args.adapter) if args.adapter else None)
-    model, _, _ = inputs.choose(model, None, None, _note, need_task=False)
-    prompts = list(args.prompt or [])
-    if args.prompt_file:
-        prompts += generate.read_prompts(args.prompt_file)
-    sampling = Sampling(args.greedy, args.temperature, args.top_k, args.top_p, int(args.sr))
-    options = generate.GenerateOptions(model, args.adapter, args.max_new_tokens, args.num_samples, sampling, args.batch_size,
-                                       args.precision)
-    for sample in generate.generate(prompts or [""], options):
-        tqdm.write(sample)  # to stdout, with the bar out of the way
+def _again(*more: str) -> str:
+    """Returns the command that goes on with what this one began."""
+    return f"{processes.launcher()} run.py " + shlex.join([*(word for word in sys.argv[1:] if word != "--overwrite"), *more])
 
 
 def _train(args, options, start) -> int:
@@ -162,14 +151,12 @@ def _train(args, options, start) -> int:
     from train_utils import Diverged
 
     check_folder(args.plots)  # made after the training: bad input leaves nothing behind
-    again = f"{processes.launcher()} run.py " + shlex.join(
-        [word for word in sys.argv[1:] if word != "--overwrite"] + ([] if args.resume else ["--resume"]))
+    again = _again(*([] if args.resume else ["--resume"]))
     try:
-        no_plots = getattr(args, "no_plots", False)
-        if no_plots or not processes.broadcast(args.resume and _only_plots_missing(options, args.plots)):
+        if args.no_plots or not processes.broadcast(args.resume and _only_plots_missing(options, args.plots)):
             start(signals.received)
         plots = []
-        if not no_plots and processes.is_main():
+        if not args.no_plots and processes.is_main():
             from report import figures  # late: the first step does not wait for Matplotlib
 
             plots = figures.draw_finished(lambda: figures.plot_run(options.out, make_folder(args.plots)))
@@ -188,8 +175,26 @@ def _train(args, options, start) -> int:
     return 0
 
 
+def _study(args, out: Path, start, name: str) -> int:
+    """Runs a comparison, a sweep or seeds, draws it and turns its ways of ending into exit statuses."""
+    from machine.signals import Interrupted
+    from record.files import check_folder, make_folder
+    from report import figures
+
+    check_folder(args.plots)
+    try:
+        start()
+        plots = [] if args.no_plots else figures.draw_finished(
+            lambda: figures.plot_study(out / f"{name}.json", make_folder(args.plots)))
+    except Interrupted as error:
+        complain(f"stopped; continue with: {_again()}")
+        return 128 + error.signal
+    _say_where(name, out, plots)
+    return 0
+
+
 def _say_where(name: str, out: Path, plots: list[Path]) -> None:
-    """Prints where the results stand, and the plots where there are any."""
+    """Prints the folder of the results, and the plots."""
     print(f"{name}: {out}")
     if plots:
         print(f"plots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
@@ -202,6 +207,25 @@ def _only_plots_missing(options, plots: Path) -> bool:
     finished = all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl"))
     return finished and not all((plots / f"{options.mode}-{options.sr}_{quantity}.{kind}").exists()
                                 for quantity in (*figures.QUANTITIES, "confusion") for kind in ("png", "pdf"))
+
+
+# ---------------------------------------------------------------- the modes, one function each
+
+def generate(args) -> None:
+    """`gen`: prints samples; the same SR, the same text."""
+    from tqdm import tqdm
+
+    from experiments import generate, inputs
+    from sampling import Sampling
+
+    model = args.model or (generate.base_model(args.adapter) if args.adapter else None)
+    model, _, _ = inputs.choose(model, None, None, note, need_task=False)
+    prompts = [*args.prompt, *(generate.read_prompts(args.prompt_file) if args.prompt_file else ())]
+    sampling = Sampling(args.greedy, args.temperature, args.top_k, args.top_p, int(args.sr))
+    options = generate.GenerateOptions(model, args.adapter, args.max_new_tokens, args.num_samples, sampling, args.batch_size,
+                                       args.precision)
+    for sample in generate.generate(prompts or [""], options):
+        tqdm.write(sample)  # to stdout, with the bar out of the way
 
 
 def finetune(args) -> int:
@@ -227,7 +251,7 @@ def finetune(args) -> int:
 
 
 def distil(args) -> int:
-    """`distil`: distils and prints teacher, student and no-KD baseline side by side."""
+    """`distil`: distils and prints teacher, student and baseline side by side."""
     from experiments import arguments, distil
 
     if args.seeds:
@@ -246,9 +270,10 @@ def _check_jobs(args) -> None:
 
 
 def _seeds(args) -> int:
-    """`LoRA` and `distil` with `--seeds`: runs the seeds that are missing, and prints and draws what they say together."""
+    """`LoRA` and `distil` with `--seeds`: runs the seeds that are missing, prints and draws their means."""
     from experiments import seeds, variants
     from machine.errors import UserError
+    from report import figures
 
     if processes.count() > 1:
         raise UserError(f"--seeds is for one process, and here are {processes.count()}; start the seeds one by one")
@@ -257,27 +282,25 @@ def _seeds(args) -> int:
                                  args.overwrite, args.jobs)
 
     def start():
-        from report import figures
-
         for run in seeds.run_seeds(options)["runs"]:
             if run["status"] == "finished" and not args.no_plots:
                 figures.draw_finished(lambda folder=Path(run["folder"]): figures.plot_run(folder, args.plots))
-    return _study(args, options, start, "seeds")
+    return _study(args, options.out, start, "seeds")
 
 
 def compare(args) -> int:
-    """`compare`: runs what is missing of a comparison, and prints and draws it."""
+    """`compare`: runs the missing runs of a comparison, prints and draws it."""
     from experiments import arguments, compare, variants
 
     arguments.choose(args)
     options = compare.CompareOptions(args.sr, variants.entries(args), args.seeds,
                                      args.out or Path(f"runs/compare-{args.sr}"), variants.settings(args, "against"),
                                      args.overwrite, args.jobs, args.against)
-    return _study(args, options, lambda: compare.run_comparison(options), "compare")
+    return _study(args, options.out, lambda: compare.run_comparison(options), "compare")
 
 
 def sweep(args) -> int:
-    """`sweep`: runs the trials that wait, and prints and draws the study."""
+    """`sweep`: runs the trials that are left, prints and draws the study."""
     from experiments import arguments, sweep, variants
 
     arguments.choose(args)
@@ -285,26 +308,7 @@ def sweep(args) -> int:
         args.sr, variants.search(args), lambda values, folder: variants.trial_options(args, values, folder), args.sampler,
         args.trials, not args.no_prune, args.storage, args.out or Path(f"runs/sweep-{args.sr}"),
         variants.settings(args, "trials", "storage"), args.overwrite)
-    return _study(args, options, lambda: sweep.run_sweep(options), "sweep")
-
-
-def _study(args, options, start, name: str) -> int:
-    """Runs a comparison, a sweep or seeds, draws it and turns its ways of ending into exit statuses."""
-    from machine.signals import Interrupted
-    from record.files import check_folder, make_folder
-    from report import figures
-
-    check_folder(args.plots)
-    try:
-        start()
-        plots = [] if args.no_plots else figures.draw_finished(
-            lambda: figures.plot_study(options.out / f"{name}.json", make_folder(args.plots)))
-    except Interrupted as error:
-        _note("run.py: stopped; continue with: python run.py "
-              + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
-        return 128 + error.signal
-    _say_where(name, options.out, plots)
-    return 0
+    return _study(args, options.out, lambda: sweep.run_sweep(options), "sweep")
 
 
 def evaluate(args) -> None:
@@ -312,11 +316,9 @@ def evaluate(args) -> None:
     from experiments import evaluate
 
     result = evaluate.evaluate_run(args.run, args.data, args.predictions, args.allow_training_data)
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(f"{result['data']}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
-              f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
+    print(json.dumps(result) if args.json else
+          f"{result['data']}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
+          f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
 
 
 def predict(args) -> None:
@@ -397,6 +399,8 @@ def merge(args) -> None:
 
 def repeat(args) -> int:
     """`repeat`: runs it again and compares."""
+    import tempfile
+
     from experiments import repeat
     from machine import signals
     from train_utils import Diverged
@@ -405,7 +409,7 @@ def repeat(args) -> int:
         try:
             found = repeat.run_again(args.run, args.out or Path(folder) / "run", stop=signals.received)
         except Diverged as error:
-            _note(f"run.py: {error}")
+            complain(error)
             return 3
     print(f"different: {'; '.join(found)}" if found else f"identical: {args.run} and its repetition")
     return 1 if found else 0
@@ -426,8 +430,7 @@ def paper(args) -> int:
     try:
         pdf, failures = paper.make_paper(options)
     except Interrupted as error:
-        _note("run.py: stopped; continue with: python run.py "
-              + shlex.join(word for word in sys.argv[1:] if word != "--overwrite"))
+        complain(f"stopped; continue with: {_again()}")
         return 128 + error.signal
     for failure in failures:
         complain(failure)
@@ -452,6 +455,7 @@ def submit(args) -> None:
     print(build.make_submission(args.sr, args.first_name, args.last_name, Path(__file__).parent))
 
 
+# --help lists the modes in the order of options/modes.py.
 CALLS = {"gen": generate, "LoRA": finetune, "distil": distil, "compare": compare, "sweep": sweep, "eval": evaluate,
          "test": test, "diagnose": diagnose, "predict": predict, "serve": serve, "export": export, "merge": merge,
          "repeat": repeat, "paper": paper, "report": report, "submit": submit}

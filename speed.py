@@ -68,7 +68,7 @@ def use_recorded_machine(options: RunOptions) -> None:
     """Gives a run that is resumed or repeated the recorded threads and libraries: they decide how sums are rounded."""
     config = recorded_config(options)
     if config is None:
-        choose(getattr(options, "kernels", "auto"))
+        choose(options.fast)
         if not MISSING:
             choice.use_matmul(None)
         return

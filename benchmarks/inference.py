@@ -32,10 +32,10 @@ from benchmarks.common import Report, paired_ratios
 from data.backbones import PACKAGED
 from data_utils import Batch
 from experiments import distil
-from experiments.defaults import STAGES, default
+from experiments.arguments import preset
 from machine import hardware
 from model import DistilRNN, count_parameters, load_classifier, student_config
-from options.schema import PLAIN_SIZES, STAGED_SIZES
+from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions
 from speed import install
 
 BATCH_SIZE = 32
@@ -90,10 +90,11 @@ def measure_student(report: Report, args: argparse.Namespace, what: str, base: s
     teacher = common.as_if_trained(load_classifier(base, common.LABELS)[0]).to(common.device()).eval()
     parameters = count_parameters(teacher)["total"]
     torch.manual_seed(0)
-    directions = default(STAGES["directions"], kind) or 1  # in stages as its teacher, a decoder
+    recipe = preset("distil-plain" if kind == "plain" else "distil")
+    directions = recipe.get("directions", 1)  # in stages as its teacher, a decoder
     sizes = PLAIN_SIZES if kind == "plain" else STAGED_SIZES[directions]
     student = DistilRNN(student_config(len(common.tokenizer_of(base)), common.LABELS, parameters // 10, sizes,
-                                       pooling=default(STAGES["pooling"], kind), directions=directions))
+                                       pooling=recipe.get("pooling", DistilOptions.pooling), directions=directions))
     install(student)
     student = student.to(common.device()).eval()
     sides = {f"{what}: teacher": teacher, f"{what}: student": student}

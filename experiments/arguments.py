@@ -1,21 +1,19 @@
-"""Parsed arguments -> typed options, with the defaults that depend on model, task or method."""
+"""Parsed arguments -> typed options; options/presets/ has the defaults that depend on the task, the method or --plain.
+
+    preset("LoRA-tiny", "full")    # {"lr": 5e-4, "epochs": 12}
+"""
 from __future__ import annotations
 
-import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
-from experiments.argument_types import saving
-from experiments.defaults import EPOCHS, LEARNING_RATE, STAGES, default
-from machine import processes
+from experiments.parser import closest, note
 from machine.errors import UserError
+from options.declare import ROOT, saving
 from options.schema import DistilOptions, LoRAOptions, RunOptions, TableOptions, TrainOptions
 
-
-def note(text: str) -> None:
-    """Tells the person at the terminal something that is no result."""
-    if processes.claim_once(text):
-        print(text, file=sys.stderr, flush=True)
+PRESETS = ROOT / "options" / "presets"
 
 
 def named(pairs: list[tuple[str, Path]], option: str) -> dict[str, Path]:
@@ -31,18 +29,53 @@ def named(pairs: list[tuple[str, Path]], option: str) -> dict[str, Path]:
     return dict(pairs)
 
 
-def _of(cls: type, args, **given):
-    """Returns a `cls` whose fields are the arguments of the same names; `given` ones take precedence."""
-    named = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
-    return cls(**{**named, **given})
+# ---------------------------------------------------------------- presets
+
+def preset_name(mode: str, task: str, plain: bool = False) -> str:
+    """Returns the preset of a run: of its task, if there is one."""
+    general = f"{mode}-plain" if plain else mode
+    return f"{general}-{task}" if (PRESETS / f"{general}-{task}.toml").exists() else general
 
 
-def _run_options(args, mode: str, model: str | None, task: str | None, data: str | None, plain: bool = False, **more
-                 ) -> RunOptions:
-    train = _of(TrainOptions, args, seed=int(args.sr), epochs=args.epochs or default(EPOCHS[mode], task, plain),
-                lr=args.lr or default(LEARNING_RATE[getattr(args, "method", mode)], task, plain), **saving(args.save_every))
-    return _of(RunOptions, args, mode=mode, model=model, task=task, data=data, train=train,
-               out=args.out or Path("runs") / f"{mode}-{args.sr}", **more)
+def preset(name: str, method: str = "") -> dict:
+    """Returns the options that a preset sets, with those of the preset that it builds on.
+
+    Args:
+        method: chooses from the values that stand in a table by method; others are left out.
+
+    Raises:
+        UserError: there is no preset of that name.
+    """
+    names = sorted(path.stem for path in PRESETS.glob("*.toml"))
+    if name not in names:
+        raise UserError(f"--preset {name}: unknown{closest(name, names)}")
+    values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    found = preset(values.pop("base"), method) if "base" in values else {}
+    for key, value in values.items():
+        if not isinstance(value, dict):
+            found[key] = value
+        elif method in value:
+            found[key] = value[method]
+    return found
+
+
+def given(args) -> dict:
+    """Returns the arguments that have a value: by a flag, by --config, or by default."""
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+
+def _of(cls: type, values: dict, **more):
+    """Returns a `cls` whose fields are the values of the same names."""
+    names = [field.name for field in fields(cls)]
+    return cls(**{name: value for name, value in {**values, **more}.items() if name in names})
+
+
+# ---------------------------------------------------------------- options of a run
+
+def _run_options(args, values: dict, **more) -> RunOptions:
+    saves = {"save_every": TrainOptions.save_every, **saving(str(args.save_every))}
+    train = _of(TrainOptions, values, seed=int(args.sr), **saves)
+    return _of(RunOptions, values, train=train, out=args.out or Path("runs") / f"{args.mode}-{args.sr}", **more)
 
 
 def choose(args) -> None:
@@ -50,7 +83,8 @@ def choose(args) -> None:
     from experiments import inputs
 
     args.model, args.task, args.data = inputs.choose(args.model, args.task, args.data, note)
-    args.epochs = args.epochs or default(EPOCHS["LoRA"], args.task)
+    preset_values = preset(args.preset or preset_name("LoRA", args.task))
+    args.epochs = args.epochs or preset_values.get("epochs", TrainOptions.epochs)
 
 
 def finetune_options(args) -> RunOptions:
@@ -58,9 +92,10 @@ def finetune_options(args) -> RunOptions:
     from experiments import inputs
 
     model, task, data = inputs.choose(args.model, args.task, args.data, note)
-    targets = tuple(part.strip() for part in args.targets.split(",") if part.strip())
-    return _run_options(args, "LoRA", model, task, data, keep=not args.no_keep, lora=_of(LoRAOptions, args, targets=targets),
-                        table=_of(TableOptions, args))
+    name = args.preset or preset_name("LoRA", task)
+    # Precedence: default, preset, --config, flag; `args` has the last two.
+    values = {**preset(name, args.method), **given(args), "mode": "LoRA", "model": model, "task": task, "data": data}
+    return _run_options(args, values, preset=name, lora=_of(LoRAOptions, values), table=_of(TableOptions, values))
 
 
 def distil_options(args) -> tuple[RunOptions, DistilOptions]:
@@ -77,18 +112,21 @@ def distil_options(args) -> tuple[RunOptions, DistilOptions]:
             raise UserError(f"teacher {folder}: no such run; python run.py LoRA {args.sr} makes it")
     recorded = read_run(teacher, "LoRA")[0]["options"]
     task = args.task or recorded["task"]
-    stages = {name: default(table, task, args.plain) if getattr(args, name) is None else getattr(args, name)
-              for name, table in STAGES.items()}
-    given = [name for name in ("augment", "pretrain", "transfer", "text", "label_precision")
-             if args.plain and getattr(args, name)]
-    if given:
-        raise UserError(f"--{given[0].replace('_', '-')}: not with --plain, whose one stage is the training set")
+    name = args.preset or preset_name("distil", task, args.plain)
+    defaults = preset(name)
+    values = {**defaults, **given(args)}
+    for option in ("augment", "pretrain", "transfer", "text", "label_precision"):
+        if args.plain and getattr(args, option) and values[option] != defaults.get(option):
+            raise UserError(f"--{option.replace('_', '-')}: not with --plain, whose one stage is the training set")
     if recorded.get("feature_columns") or recorded["method"] == "features":
         if args.augment:
             raise UserError("--augment: the teacher reads feature columns, which new sentences do not have; leave it out")
-        stages.update(augment=0, match="none")
-    if stages.setdefault("augment", 0 if args.plain else args.augment) == 0:
-        stages["transfer"] = 0
+        values.update(augment=0, match="none")
+    if values.get("augment") == 0:
+        values["transfer"] = 0
     # Where the training set alone teaches classes, it takes as many epochs as with --plain.
-    return _run_options(args, "distil", None, task, args.data, plain=not stages["transfer"]), _of(
-        DistilOptions, args, teacher=teacher, more_teachers=tuple(map(str, more)), text=tuple(args.text), **stages)
+    if not values.get("transfer", DistilOptions.transfer):
+        gold = preset(preset_name("distil", task, plain=True))
+        values.update({key: gold[key] for key in ("epochs", "lr") if getattr(args, key) is None})
+    run = _run_options(args, values, preset=name, model=None, task=task, data=args.data)
+    return run, _of(DistilOptions, values, teacher=teacher, more_teachers=tuple(map(str, more)))

@@ -23,7 +23,6 @@ from distillation.cache import Base
 from distillation.recipe import STUDENT, Trained, distil
 from distillation.sentences import Inputs
 from distillation.teachers import Averaged
-from experiments.defaults import AUGMENT_MOST, AUGMENT_TIMES, default
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
 from machine import processes
@@ -147,7 +146,7 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
 
     # As many new sentences as the task's size deserves, up to a bound.
     if distil_options.augment is None:
-        most = min(default(AUGMENT_MOST, task.name), default(AUGMENT_TIMES, task.name) * len(task.train))
+        most = min(distil_options.augment_most, distil_options.augment_times * len(task.train))
         distil_options = replace(distil_options, augment=most)
     # Labels of the stages may be computed in bfloat16; those of --plain are the teacher's own.
     if distil_options.label_precision is None:

@@ -3,19 +3,21 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from experiments.argument_types import sr_type
 from experiments.arguments import choose, distil_options, finetune_options
-from experiments.parser import Parser, add_distil_options, add_finetune_options, closest
+from experiments.parser import Parser, closest
 from machine.errors import UserError
+from options.declare import Option
 from options.schema import FREE, RunOptions, TableOptions, as_json, settings_of
 
 # What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
 COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",
           "save_every", "resume", "overwrite")
+COMMAND = ("config", "seeds", "jobs")  # options of one command that stands for many runs
+# What each run has for itself.
+OWN = ("lr", "out", "plots", "no_plots", "resume", "overwrite", *COMMAND)
 
 
 @dataclass(frozen=True)
@@ -49,48 +51,37 @@ class Range:
 
 
 class Variant(Parser):
-    """Parses the options of one entry or trial; an error names the option that held them."""
-    def __init__(self, where: str, add_options: Callable[[Parser], None] = add_finetune_options):
-        super().__init__(prog=where, add_help=False)
+    """Parses the options of one entry, trial or seed; an error names the option that held them."""
+
+    def __init__(self, where: str, mode: str = "LoRA"):
+        super().__init__(mode)
         self.where = where
-        self.add_argument("sr", type=sr_type)
-        add_options(self)
 
     def error(self, message: str):
         raise UserError(f"{self.where}: {message}")
 
     def words(self, args, changes: dict[str, str]) -> list[str]:
-        """Returns what in `args` is no default, with `changes` (option -> value as written), as words of a command line."""
+        """Returns all in `args` that is no default, with `changes` (option -> value as written), as a command line."""
         words = []
-        for action in self.options.values():
-            value = getattr(args, action.dest, action.default)
-            if action.dest in changes or value == action.default or (
-                    action.dest in ("out", "plots", "no_plots", "resume", "overwrite", "lr")):
-                continue
-            option = action.option_strings[-1]
-            if action.nargs == 0:
-                words.append(option)
-            elif isinstance(action, argparse._AppendAction):
-                words += [f"{option}={one}" for one in value]
-            elif isinstance(value, (list, tuple)):
-                words.append(f"{option}={','.join(map(str, value))}")
-            else:
-                words.append(f"{option}={value}")
-        for dest, value in changes.items():
-            action = self.option(dest)
-            option = action.option_strings[-1]
-            if dest in ("targets", "layers"):  # the comma stands between options, or between choices
+        for word, option in self.options.items():
+            value = getattr(args, option.name, option.start)
+            if word not in (*changes, *OWN) and value != option.start:
+                words += option.words(value)
+        for word, value in changes.items():
+            option = self.option(word)
+            if word in ("targets", "layers"):  # the comma stands between options, or between choices
                 value = "" if value == "all" else value.replace("+", ",")
-            if action.nargs == 0 and value not in ("yes", "no"):
-                self.error(f"{dest}={value}: expected yes or no")
-            words += ([option] if value == "yes" else []) if action.nargs == 0 else [f"{option}={value}"] if value else []
+            if option.kind is bool and value not in ("yes", "no"):
+                self.error(f"{word}={value}: expected yes or no")
+            if value not in ("", "no"):
+                words.append(option.flag if option.kind is bool else f"{option.flag}={value}")
         return words
 
-    def option(self, name: str):
-        """Returns the option `name`, dashes or underscores in it alike."""
-        if name not in self.options:
-            self.error(f"unknown option {name}{closest(name, self.options)}")
-        return self.options[name]
+    def option(self, word: str) -> Option:
+        """Returns the option of this name."""
+        if word not in self.options or word in COMMAND:
+            self.error(f"unknown option {word}{closest(word, self.options)}")
+        return self.options[word]
 
 
 def _entry(args, name: str, changes: dict[str, str], where: str) -> Entry:
@@ -101,10 +92,10 @@ def _entry(args, name: str, changes: dict[str, str], where: str) -> Entry:
             parser.error(f"{option} is the same for every entry; give it as --{option.replace('_', '-')}")
         parser.option(option)
     words = parser.words(args, changes)
-    parsed = parser.parse_args([args.sr, *words])
+    parsed = parser.parse([args.sr, *words])
     parsed.lr = args.lr
     options = finetune_options(parsed)
-    rates = [] if options.method == "none" else args.lr_grid or [options.train.lr]
+    rates = [] if options.method == "none" else list(args.lr_grid or [options.train.lr])
     return Entry(name, words, options, rates)
 
 
@@ -131,8 +122,14 @@ def entries(args) -> list[Entry]:
 
 def settings(args, *more: str) -> dict:
     """Returns every option of a comparison or sweep that may change its results."""
-    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "no_keep", "device", "jobs", *FREE, *more)
-    return as_json({name: value for name, value in vars(args).items() if name not in skipped})
+    skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "config", "device", "jobs", *FREE, *more)
+    found = {name: value for name, value in vars(args).items() if name not in skipped}
+    # As studies recorded them that began before these options had another form, or existed: those can go on, too.
+    if "targets" in found:
+        found["targets"] = ",".join(found["targets"])
+    if found["fast"] == RunOptions.fast:
+        del found["fast"]
+    return as_json(found)
 
 
 def search(args) -> dict[str, list | Range]:
@@ -151,7 +148,7 @@ def search(args) -> dict[str, list | Range]:
         if match := re.fullmatch(r"([^,]+?)\.\.([^,]+?)(?::(log|linear))?", rest):
             low, high = (_value(parser, args, name, end) for end in match.groups()[:2])
             log = (match[3] or ("log" if name in ("lr", "head_lr") else "linear")) == "log"
-            if option.nargs == 0 or not isinstance(low, (int, float)) or not low < high or (log and low <= 0):
+            if option.kind is bool or not isinstance(low, (int, float)) or not low < high or (log and low <= 0):
                 parser.error("expected a range LOW..HIGH of numbers, LOW below HIGH" + (" and above 0" if log else ""))
             if args.sampler == "grid":
                 parser.error("a grid needs choices, such as 1,2,4, not a range")
@@ -171,14 +168,14 @@ def _value(parser: Variant, args, name: str, text: str):
     """
     if not text:
         parser.error("a value is empty")
-    parsed = getattr(parser.parse_args([args.sr, *parser.words(args, {name: text})]), name)
+    parsed = getattr(parser.parse([args.sr, *parser.words(args, {name: text})]), parser.option(name).name)
     return parsed if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) else text
 
 
 def trial_options(args, values: dict, folder: Path) -> RunOptions:
     """Returns the options of a sweep's trial: the common ones, its own values (option -> value), and its folder."""
     parser = Variant("sweep")
-    parsed = parser.parse_args([args.sr, *parser.words(args, {name: str(value) for name, value in values.items()})])
+    parsed = parser.parse([args.sr, *parser.words(args, {name: str(value) for name, value in values.items()})])
     parsed.lr = values.get("lr") or args.lr
     return replace(finetune_options(parsed), out=folder, overwrite=True)
 
@@ -201,7 +198,7 @@ def seed_runs(args) -> list[SeedRun]:
     if args.mode == "LoRA":
         choose(args)  # once: every seed trains the same
     folder, found = args.out or Path("runs"), []
-    parser = Variant(args.mode, add_finetune_options if args.mode == "LoRA" else add_distil_options)
+    parser = Variant(args.mode, args.mode)
     for seed in seeds_of(args.sr, args.seeds):
         one = argparse.Namespace(**{**vars(args), "sr": seed, "out": folder / f"{args.mode}-{seed}"})
         if args.mode == "LoRA":

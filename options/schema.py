@@ -1,9 +1,9 @@
-"""Holds every option of a run in dataclasses, with type and default; writes them to config.json and reads them back.
+"""Declares the options of a run, each in one field; writes them to config.json and reads them back.
 
     python -c "from options.schema import LoRAOptions; print(LoRAOptions(rank=4))"
 
-A default is written here and nowhere else: the command line (experiments/parser.py) and the models read it from here.
-Nothing heavy is imported, so that --help answers at once.
+A new option is one line here: the command line, the checks and docs/options.md are made from these fields (declare.py).
+Defaults that depend on the task or on --plain stand in presets/.
 """
 from __future__ import annotations
 
@@ -14,59 +14,68 @@ from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
 from machine.errors import UserError
+from options.declare import minutes_or_steps, names_in, option
 
-FREE = ("keep", "keep_memory", "save_every", "save_steps", "anomaly", "cache")  # change no result: a resume may have others
 ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
+METHODS = ("lora", "full", "head", "features", "none")
+TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
 
 @dataclass(frozen=True)
 class LoRAOptions:
-    """Says which layers LoRA adapts, and how."""
+    """Holds the layers that LoRA adapts, and the size of their updates."""
 
-    rank: int = 8  # rank of each update
-    alpha: float = 16.0  # numerator of the scaling
-    dropout: float = 0.0  # on the inputs of A
-    rslora: bool = False  # scale by alpha / sqrt(rank)
-    targets: tuple[str, ...] = ROLES  # roles, or module-name patterns
-    layers: str | None = None  # "0-11", "0,2,4-5"; all blocks if None
+    rank: int = option(8, "rank of each LoRA update", often=True)
+    alpha: float = option(16.0, "LoRA's updates are scaled by alpha / rank", above=0, often=True)
+    dropout: float = option(0.0, "dropout on the inputs of LoRA's A", least=0, most=0.99)
+    rslora: bool = option(False, "scale LoRA's updates by alpha / sqrt(rank)")
+    targets: tuple[str, ...] = option(ROLES, "roles of the layers that LoRA adapts, or patterns of module names", often=True)
+    layers: str | None = option(None, "blocks that LoRA adapts, such as 0-11 or 0,2,4-5; all if not given")
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    """Says which columns of a table are text, label and features."""
+    """Holds the columns of a table that are text, label and features."""
 
-    text_column: tuple[str, ...] = ()  # joined by the tokenizer's separator; text, sentence or review if none
-    label_column: str = "label"  # strings, booleans or whole numbers
-    template: str | None = None  # instead of text_column: "Q: {question} A: {guess}"
-    eval_split: str | None = None  # a file of the folder by its stem, a file, or a share of the training rows
-    feature_columns: tuple[str, ...] = ()  # numeric columns that the head reads beside the text
-    truncate: str = "tail"  # the part of a text too long that is cut: head, tail or middle
-    delimiter: str | None = None  # between the cells of CSV and TSV; a comma and a tab if None
-    encoding: str = "utf-8"  # of CSV, TSV and JSON Lines; a byte order mark in the file wins
+    text_column: tuple[str, ...] = option(
+        (), "columns of the text, joined by the tokenizer's separator; text, sentence or review if not given")
+    label_column: str = option("label", "column of the label: strings, booleans or whole numbers, any number of classes")
+    template: str | None = option(None, 'text with columns in braces, "Q: {question} A: {guess}", instead of --text-column')
+    eval_split: str | None = option(
+        None, "development rows: a file of the folder by its stem, another file, or a share of the training rows; "
+        "validation, dev or eval if the folder has one, else 0.1", metavar="NAME|FILE|SHARE")
+    feature_columns: tuple[str, ...] = option((), "columns of numbers that the head reads next to the text")
+    truncate: str = option("tail", "part of a text longer than --max-length that is cut", choices=("head", "tail", "middle"))
+    delimiter: str | None = option(None, "character between the cells of CSV and TSV; a comma and a tab if not given",
+                                   metavar="CHARACTER")
+    encoding: str = option("utf-8", "encoding of CSV, TSV and JSON Lines, such as cp1252; a byte order mark wins",
+                           metavar="NAME")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Says how a model is trained; the same for every method that is compared."""
+    """Holds the training of a model; the same for every method that is compared."""
 
     seed: int
-    epochs: int = 3
-    batch_size: int = 32  # sentences in a batch
-    batch_tokens: int | None = None  # instead: tokens in a batch, pads included
-    lr: float = 4e-4  # peak learning rate
-    head_lr: float | None = None  # of the task head; lr if None
-    weight_decay: float = 0.01  # not on biases, norms and other vectors
-    warmup: float = 0.06  # share of the steps over which the rate rises from 0
-    schedule: str = "linear"  # linear or cosine decay to 0, or constant
-    clip: float = 1.0  # largest global gradient norm; 0 for none
-    accumulate: int = 1  # batches in an optimiser step
-    label_smoothing: float = 0.0
-    ema: float = 0.0  # decay of the average of the weights that is scored and kept; 0: the weights themselves
-    patience: int | None = None  # stop after so many epochs without a better one
-    precision: str = "auto"  # of frozen linears: fp32, bf16x3, bf16, or the fastest that changes no prediction
-    save_every: float = 10.0  # minutes between checkpoints inside an epoch
-    save_steps: int | None = None  # instead: optimiser steps between them
-    anomaly: bool = False  # name the first module that computes something not finite
+    epochs: int = option(3, "passes over the training set", least=1, preset=True, often=True)
+    batch_size: int = option(32, "sentences in a batch", least=1, often=True)
+    batch_tokens: int | None = option(None, "tokens in a batch, pads included, instead of --batch-size", least=1)
+    lr: float = option(4e-4, "peak learning rate", above=0, preset=True, often=True)
+    head_lr: float | None = option(None, "peak learning rate of the head; --lr if not given", above=0, not_in="distil")
+    weight_decay: float = option(0.01, "weight decay of matrices; biases and norms have none", least=0)
+    warmup: float = option(0.06, "share of the steps over which the learning rate rises from 0", least=0, most=1)
+    schedule: str = option("linear", "decay of the learning rate after warm-up", choices=("linear", "cosine", "constant"))
+    clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
+    accumulate: int = option(1, "batches in an optimiser step", least=1)
+    label_smoothing: float = option(0.0, "share of each label that is spread over all classes", least=0, most=1)
+    ema: float = option(0.0, "decay of the weights' moving average, which is scored and kept; 0: none", least=0, most=1)
+    patience: int | None = option(None, "epochs without a better one after which training stops", least=1)
+    precision: str = option("auto", "precision of frozen linears; trained weights stay float32", not_in="distil",
+                            choices=("auto", "fp32", "bf16x3", "bf16"))
+    save_every: float = option(10.0, "minutes, or optimiser steps, between checkpoints inside an epoch",
+                               reads=minutes_or_steps, metavar="Nmin|Nsteps", free=True)
+    save_steps: int | None = None  # optimiser steps between checkpoints, instead of minutes
+    anomaly: bool = option(False, "name the first module that computes inf or nan; several times slower", free=True)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class RNNConfig:
     hidden_size: int = 128  # of each direction
     directions: int = 2  # 1: forward alone
     rnn_layers: int = 1
-    cell: str = "lstm"  # lstm or gru
+    cell: str = "lstm"
     pooling: str = "max"  # max, mean or attention, over real tokens
     dropout: float = 0.3  # on embeddings and on the pooled vector
 
@@ -95,64 +104,99 @@ PLAIN_SIZES = ((RNNConfig.embedding_size, RNNConfig.hidden_size), (72, 96), (48,
 class DistilOptions:
     """Holds the teacher, the sizes of the student, its stages and losses.
 
-    The defaults here are those of a plain distillation, one stage on the training set; the command line has others.
+    Defaults are those of a distillation in stages. A run recorded before there were stages had one, the training set: the
+    value that it lacks is `before`.
     """
 
-    teacher: Path
-    more_teachers: tuple[str, ...] = ()  # folders; logits are averaged
-    plain: bool = True  # gold stage alone, from random embeddings
-    control: bool = True  # train the same student without a teacher, too
-    temperature: float = 4.0
-    kd_alpha: float = 0.9
-    kd_loss: str = "kl"  # kl, mse (of logits) or hard (the teacher's choice alone)
-    student_embeddings: str = "random"  # random or teacher (reduced by PCA)
-    text: tuple[str, ...] = ()  # files of plain sentences, one a line
-    cache: Path | None = None  # folder of the transfer set's cache; beside the runs if None
-    augment: int | None = 0  # sentences of the transfer set; None: a multiple of the training set's
-    label_precision: str | None = "teacher"  # or bf16: in which the stages' labels are computed; None: bf16 if it is fast
-    pretrain: int = 0  # epochs of language modelling
-    transfer: int = 0  # epochs on the transfer set
-    stage_lr: float = 2e-3  # peak learning rate of both
-    stage_tokens: int = 512  # tokens in a batch of both
-    stage_dropout: float = 0.2  # of the student in both
-    lm_weight: float = 1.0  # of language modelling in pretraining; 0: hidden states are matched alone
-    match: str = "none"  # hidden or none: the teacher's last hidden states
-    match_size: int = 192  # dimensions to which these are reduced
-    match_weight: float = 1.0
-    score_weight: float = 0.5  # of the logits that a decoder's head gives each prefix of a sentence
-    gold_repeats: int = 2  # times that an epoch on the transfer set holds each training sentence
-    embedding_size: int | None = None
-    hidden_size: int | None = None
-    directions: int | None = RNNConfig.directions  # None: those in which the teacher reads
-    rnn_layers: int = RNNConfig.rnn_layers
-    cell: str = RNNConfig.cell
-    pooling: str = RNNConfig.pooling
-    dropout: float = RNNConfig.dropout
+    teacher: Path = option(
+        help="folder of a LoRA run, runs/LoRA-SR if not given; the logits of several are averaged; with --seeds also the "
+        "folder with every seed's LoRA-SR", repeat=True, often=True)
+    more_teachers: tuple[str, ...] = ()  # folders of all but the first teacher
+    plain: bool = option(False, "one stage, on the training set alone, from random embeddings", before=True, often=True)
+    control: bool = option(True, "leave out the baseline, which trains the same RNN without a teacher")
+    temperature: float = option(1.0, "temperature that softens teacher and student", above=0, preset=True, often=True)
+    kd_alpha: float = option(0.5, "share of the teacher in the loss; gold labels have the rest", least=0, most=1, often=True,
+                             preset=True)
+    kd_loss: str = option("kl", "the teacher's part of the loss: kl of soft labels, mse of logits, or hard labels",
+                          choices=("kl", "mse", "hard"), often=True)
+    student_embeddings: str = option("teacher", "the student's first embeddings: the teacher's, reduced by PCA, or random",
+                                     choices=("teacher", "random"), preset=True, before="random")
+    text: tuple[str, ...] = option((), "file of plain sentences, one a line, for the stages; may be given several times",
+                                   metavar="FILE", repeat=True, often=True)
+    cache: Path | None = option(None, "folder that caches the transfer set; next to the runs if not given", free=True)
+    augment: int | None = option(None, "sentences of the transfer set, which the teacher labels: edits, plain and generated "
+                                 "ones; see --augment-times if not given", least=0, preset=True, before=0, often=True)
+    label_precision: str | None = option(
+        None, "precision of the labelling teacher: its own, or bf16 with merged updates; bf16 if not given and fast here",
+        choices=("teacher", "bf16"), preset=True, before="teacher")
+    pretrain: int = option(0, "epochs of language modelling in the student's directions, the first stage", least=0)
+    transfer: int = option(3, "epochs on the transfer set, the second stage", least=0, preset=True, before=0, often=True)
+    stage_lr: float = option(2e-3, "peak learning rate of the stages before the training set", above=0)
+    stage_tokens: int = option(512, "tokens in a batch of the stages before the training set", least=1)
+    stage_dropout: float = option(0.2, "dropout of the student in the stages before the training set", least=0, most=0.99)
+    lm_weight: float = option(1.0, "weight of language modelling in pretraining; 0: hidden states alone", least=0)
+    match: str = option("hidden", "match the teacher's last hidden states, reduced by PCA, or none",
+                        choices=("hidden", "none"), preset=True, before="none")
+    match_size: int = option(192, "dimensions of the teacher's hidden states after PCA", least=1)
+    match_weight: float = option(1.0, "weight in the loss of the hidden states that are matched", least=0)
+    score_weight: float = option(0.5, "weight in the loss of a decoder's logits for each prefix of a sentence", least=0)
+    gold_repeats: int = option(2, "copies of the training set in each epoch on the transfer set", least=0)
+    embedding_size: int | None = option(
+        None, "size of the student's embeddings; the largest default that fits 10 % of the teacher if not given", least=1)
+    hidden_size: int | None = option(
+        None, "size of the student's state in each direction; the default next to --embedding-size if not given", least=1)
+    directions: int | None = option(None, "directions in which the student reads; if not given as its teacher: 1 of a "
+                                    "decoder, 2 of an encoder", choices=(1, 2), preset=True, before=2)
+    rnn_layers: int = option(RNNConfig.rnn_layers, "layers of the student's RNN", least=1)
+    cell: str = option(RNNConfig.cell, "cell of the student's RNN", choices=names_in("model.py", "CELLS"))
+    pooling: str = option("attention", "pooling of the student's states over real tokens", preset=True, before="max",
+                          choices=("max", "mean", "attention"))
+    dropout: float = option(RNNConfig.dropout, "dropout on the student's embeddings and pooled vector", least=0, most=0.99)
+    augment_times: int = option(28, "training sets in a transfer set without --augment", least=0, preset=True)
+    augment_most: int = option(240_000, "most sentences in a transfer set without --augment", least=0, preset=True)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Holds what every run has."""
+    """Holds the options that every run has."""
 
     mode: str  # LoRA or distil
-    sr: str  # five digits: the seed, and the run's name
-    model: str
-    task: str
-    data: str | None  # folder of the task's files; the Hub's if None
-    out: Path  # the run's folder
+    sr: str
+    model: str = option(help="name on the Hub, local folder, GGUF file, smollm2, minilm, or tiny; gpt2 if not given",
+                        not_in="distil", often=True)
+    task: str = option(help="csv: any table; edits: plain sentences, real against edited; cola if not given, unless --data "
+                       "holds tables or nothing can be downloaded", choices=TASKS, often=True)
+    data: str | None = option(
+        help="folder of the task's files, a CSV, TSV, JSONL or Parquet file, or a data set on the Hub, such as "
+        "stanfordnlp/sst2; the Hub's files of the task if not given", metavar="DIR|FILE|NAME", often=True)
+    out: Path = option(help="the run's folder; runs/MODE-SR if not given", often=True)
     train: TrainOptions
-    method: str = "lora"  # lora, full, head or none
-    lora: LoRAOptions = LoRAOptions()
-    table: TableOptions = TableOptions()
-    init: Path | None = None  # folder of a LoRA run whose adapter this one starts from; a fresh adapter if None
-    keep: bool = True  # keep what the frozen blocks below the lowest trained one compute
-    keep_memory: float = 2.0  # GiB of it in memory; the rest is memory-mapped
-    max_length: int | None = None  # tokens; the model's context if None
-    limit: int | None = None  # so many rows of each split only
-    resume: bool = False
-    overwrite: bool = False
-    deterministic: bool = False
+    method: str = option("lora", "part that is trained: lora (with the head), full (everything), head, features (a head "
+                         "that reads --feature-columns and no text), or none", choices=METHODS, often=True,
+                         not_in="distil compare")
+    lora: LoRAOptions = option(LoRAOptions(), not_in="distil")
+    table: TableOptions = option(TableOptions(), not_in="distil")
+    init: Path | None = option(None, "finished run whose adapter, and head for the same classes, is trained on",
+                               not_in="distil")
+    keep: bool = option(True, "recompute frozen blocks below the lowest trained one, and cache none of their results",
+                        not_in="distil", free=True)
+    keep_memory: float = option(2.0, "memory for cached results of frozen blocks; the rest is memory-mapped", metavar="GIB",
+                                least=0, not_in="distil", free=True)
+    max_length: int | None = option(None, "tokens of a text; the model's context if not given", least=1)
+    limit: int | None = option(None, "rows of each split, evenly spaced: a quick look", least=1)
+    resume: bool = option(False, "continue an unfinished run", often=True)
+    overwrite: bool = option(False, "replace a run that is already in the folder", often=True)
+    deterministic: bool = option(False, "use deterministic kernels on a GPU too")
     repeats: Path | None = None  # folder of the finished run that this one must equal in options and data
+    # The field is `fast`, for `kernels` is in config.json already: the library that this machine computed with.
+    fast: str = option("auto", "auto: the fastest code for this machine; reference: model.py alone, without fast/",
+                       flag="--kernels", choices=("auto", "reference"))
+    preset: str | None = option(None, "file of defaults, options/presets/NAME.toml; the task's if not given", metavar="NAME")
+
+
+# Options that change no result: a resumed run may have others. `save_steps` is another way to write `save_every`.
+FREE = ("save_steps", *(one.name for cls in (RunOptions, TrainOptions, DistilOptions) for one in fields(cls)
+                        if one.metadata.get("free")))
 
 
 # ---------------------------------------------------------------- config.json
@@ -195,6 +239,8 @@ def rebuild(cls: type, values: dict, **given):
                 raise UserError(f"config.json: {field.name} is {json.dumps(value)[:60]}; expected {field.type}")
             value = tuple(value) if isinstance(value, list) else value
             made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
+        elif "before" in field.metadata:
+            made[field.name] = field.metadata["before"]
     try:
         return cls(**made)
     except TypeError as error:

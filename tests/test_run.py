@@ -290,6 +290,43 @@ def test_a_real_process_prints_one_line_and_no_traceback(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+# ---------------------------------------------------------------- streams and bytes that are not as usual
+
+def shell(command: str, **environment) -> subprocess.CompletedProcess:
+    """Runs a shell command in which run.py is `$RUN`."""
+    return subprocess.run(["sh", "-c", command], capture_output=True, timeout=300, cwd=ROOT, env={
+        **os.environ, "RUN": f"{sys.executable} {ROOT / 'run.py'}", **environment})
+
+
+def test_a_word_that_is_not_utf_8_is_refused():
+    for words in ("gen 12345 --prompt $(printf 'caf\\351')", "$(printf '\\377')"):
+        done = shell(f"$RUN {words}")
+        assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1) and b"not UTF-8" in done.stderr
+
+
+def test_characters_that_the_output_cannot_write_are_escaped(work):
+    prompt = ("gen", "12345", "--model", work / "model", "--max-new-tokens", "1", "--prompt", "caf\u00e9")
+    done = subprocess.run([*PYTHON, *map(str, prompt)], capture_output=True, cwd=ROOT, timeout=300,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii", "TQDM_DISABLE": "1"})
+    assert done.returncode == 0 and rb"caf\xe9" in done.stdout
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(work, tmp_path, streams):
+    """Nothing that is printed goes into a file that got the number of a closed stream."""
+    done = shell(f"$RUN eval {work / 'run'} --data {work / 'cola' / 'in_domain_dev.tsv'} --predictions "
+                 f"{tmp_path / 'out.tsv'} {streams}")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert (tmp_path / "out.tsv").read_text().startswith("sentence\tlabel")
+
+
+def test_a_closed_standard_input_is_an_empty_one(work):
+    command = f"$RUN predict {work / 'run'} --file - --format text"
+    closed, empty = (shell(f"{command} {stream}") for stream in ("<&-", "</dev/null"))
+    assert (closed.returncode, closed.stdout, closed.stderr) == (empty.returncode, empty.stdout, empty.stderr)
+    assert b"Traceback" not in closed.stderr
+
+
 # ---------------------------------------------------------------- what it prints when all is well
 
 def test_a_warning_is_one_line_that_counts(work, tmp_path, capsys):

@@ -367,7 +367,7 @@ def test_changed_data_is_refused_by_its_file(work, tmp_path, made_up, capsys):
     (("--set", "r2"), "--set r2: expected NAME:OPTION=VALUE"), (("--set", "r2:rank"), "--set r2:rank: expected NAME:"),
     (("--set", "a/b:rank=1"), "--set a/b:rank=1: expected NAME:"), (("--set", "a:rank="), "--set a:rank=: expected NAME:"),
     (("--set", "a:rnk=2"), "--set a: unknown option rnk; did you mean rank?"),
-    (("--set", "a:rank=two"), "--set a: argument --rank: invalid int value: 'two'"),
+    (("--set", "a:rank=two"), "--set a: argument --rank: 'two': expected a whole number"),
     (("--set", "a:dropout=2"), "--set a: argument --dropout: '2': expected a number from 0 to 0.99"),
     (("--set", "a:rslora=1"), "--set a: rslora=1: expected yes or no"),
     (("--set", "a:rank=2,rank=3"), "--set a:rank=2,rank=3: an option is given twice"),

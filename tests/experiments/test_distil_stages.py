@@ -17,7 +17,7 @@ from distillation.labels import Labeller
 from distillation.transfer_set import normalised
 from distillation.writer import Writer
 from experiments import arguments, evaluate, seeds
-from experiments.parser import build_parser
+from experiments.parser import Parser
 from record.files import read_json
 from record.folder import without_times
 from report import figures, records, tables
@@ -186,7 +186,7 @@ def test_a_student_reads_as_its_teacher_does_unless_told_otherwise(work, staged,
 @pytest.mark.parametrize(("words", "epochs", "lr"), [((), 6, 5e-4), (("--augment", "0"), 15, 3e-3), (("--plain",), 15, 3e-3),
                                                      (("--transfer", "0", "--lr", "1e-3"), 15, 1e-3)])
 def test_without_a_transfer_set_the_training_set_has_the_epochs_of_the_plain_recipe(work, words, epochs, lr):
-    args = build_parser()[0].parse_args(["distil", "12345", "--teacher", str(work / "LoRA"), "--task", "cola", *words])
+    args = Parser("distil").parse(["12345", "--teacher", str(work / "LoRA"), "--task", "cola", *words])
     train = arguments.distil_options(args)[0].train
     assert (train.epochs, train.lr) == (epochs, lr)
 

@@ -8,6 +8,7 @@ import toy
 
 import train_utils
 from experiments import distil, finetune, repeat
+from experiments.arguments import preset
 from fast import amx
 from machine.errors import UserError
 from model import LoRAOptions
@@ -38,6 +39,10 @@ def work(tmp_path_factory):
     return folder
 
 
+# The options of a student with --plain; its epochs and learning rate are options of the training.
+RECIPE = {name: value for name, value in preset("distil-plain").items() if name not in ("epochs", "lr")}
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
@@ -65,8 +70,9 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
         "12345", "cola", 9, 30, 1.0, work / "lora")
     options, student = handed["distil"]
     assert (options.train.epochs, options.train.batch_size, options.limit) == (2, 8, 30)
-    assert student == DistilOptions(work / "lora", temperature=3.0, kd_alpha=0.5, embedding_size=6, hidden_size=5,
-                                    rnn_layers=1, cell="gru", pooling="mean", dropout=0.1)
+    assert student == DistilOptions(work / "lora", plain=True, **{
+        **RECIPE, "temperature": 3.0, "kd_alpha": 0.5, "embedding_size": 6, "hidden_size": 5,
+        "rnn_layers": 1, "cell": "gru", "pooling": "mean", "dropout": 0.1})
 
 
 @pytest.mark.parametrize("name", ["lora", "distil"])

@@ -247,7 +247,7 @@ def test_other_options_than_it_began_with_are_refused_by_name(work, tmp_path, ma
 @pytest.mark.parametrize("more, said", [
     ((), "the following arguments are required: --search"), (("--search", "rank"), "--search rank: expected OPTION=VALUES"),
     (("--search", "rnk=1,2"), "--search rnk=1,2: unknown option rnk; did you mean rank?"),
-    (("--search", "rank=1,x"), "--search rank=1,x: argument --rank: invalid int value: 'x'"),
+    (("--search", "rank=1,x"), "--search rank=1,x: argument --rank: 'x': expected a whole number"),
     (("--search", "rank=1,1"), "--search rank=1,1: a value is given twice"),
     (("--search", "rank=1,,2"), "--search rank=1,,2: a value is empty"),
     (("--search", "rank=1,2", "--search", "rank=4"), "--search rank=4: rank is searched twice"),

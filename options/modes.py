@@ -1,0 +1,244 @@
+"""Declares the modes of the command line and the options that no run records; those of a run stand in schema.py."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from options.declare import five_digits, names_in, option, pair
+from options.schema import METHODS, DistilOptions, RunOptions
+
+# No object of these classes is made: without methods, all of them are there in a tenth of the time.
+declares = partial(dataclass, init=False, repr=False, eq=False)
+
+
+@declares
+class Sr:
+    sr: str = option(help="five digits: the seed, and the run's name", metavar="SR", reads=five_digits, positional=True)
+
+
+@declares
+class RunFolder:
+    run: Path = option(help="folder of a finished run", metavar="RUN_DIR", positional=True)
+
+
+@declares
+class Machine:
+    device: str = option("auto", "auto: the GPU that CUDA finds, else the CPU; mps: an Apple GPU", often=True,
+                         choices=("auto", "cpu", "cuda", "mps"))
+
+
+@declares
+class Kernels:
+    fast: str = option("auto", "auto: the fastest code for this machine; reference: model.py alone, without fast/",
+                       flag="--kernels", choices=("auto", "reference"))
+
+
+@declares
+class Study:
+    config: Path | None = option(None, "JSON or TOML file of options, such as a run's config.json; flags take precedence",
+                                 metavar="FILE", often=True)
+    plots: Path = option(Path("plots"), "folder of the plots")
+    no_plots: bool = option(False, "make no plots")
+
+
+@declares
+class Seeds:
+    seeds: int | None = option(None, "number of seeds, SR, SR + 1, ... (00000 follows 99999): a run each, and their means "
+                               "with 95 % intervals", least=1, most=1000, often=True)
+    jobs: int = option(1, "runs at a time, each with its part of the CPU's threads", least=1)
+
+
+@declares
+class Gen:
+    model: str | None = option(None, "name on the Hub, local folder or GGUF file; the adapter's, or gpt2, if not given")
+    prompt: tuple[str, ...] = option((), "beginning of a text; may be given several times", repeat=True)
+    prompt_file: Path | None = option(None, "UTF-8 file with one prompt a line", metavar="FILE")
+    max_new_tokens: int = option(40, "tokens of each sample, without its prompt", least=1)
+    adapter: Path | None = option(None, "folder of a saved LoRA adapter")
+    batch_size: int = option(64, "samples that are generated together", least=1)
+    precision: str = option("fp32", "precision of the model's linears", choices=("fp32", "bf16"))
+    num_samples: int = option(1, "samples of each prompt", least=1)
+    greedy: bool = option(False, "take the likeliest token each time")
+    temperature: float = option(0.8, "temperature of sampling; below 1, likelier tokens become likelier still", above=0)
+    top_k: int = option(50, "sample from the k likeliest tokens; 0: from all", least=0)
+    top_p: float = option(0.95, "sample from the likeliest tokens that hold this probability", above=0, most=1)
+
+
+@declares
+class Compare:
+    methods: tuple[str, ...] = option(("none", "head", "lora", "full"), "methods to compare, an entry each", choices=METHODS,
+                                      unique=True, often=True)
+    set: tuple[str, ...] = option((), "one more entry with LoRA's options, r2:method=lora,rank=2,targets=q+v (+ is the "
+                                  "comma within targets and layers); may be given several times", repeat=True, often=True,
+                                  metavar="NAME:OPTION=VALUE[,...]")
+    seeds: int = option(3, "number of seeds: SR, SR + 1, ...; 00000 follows 99999", least=1, most=1000, often=True)
+    jobs: int = option(1, "runs at a time, each with its part of the CPU's threads", least=1)
+    against: str | None = option(None, "entry that is subtracted from every other one, paired by seed", often=True)
+    lr_grid: tuple[float, ...] | None = option(None, "learning rates that each entry chooses from on the first seed",
+                                               above=0, unique=True, often=True)
+
+
+@declares
+class Sweep:
+    search: tuple[str, ...] = option(
+        (), "choices, rank=1,2,4 or targets=q+v,all (+ is the comma within targets and layers), or a range, lr=1e-4..1e-3 "
+        "or alpha=1..64:log (only learning rates are logarithmic without :log); once for each option", repeat=True,
+        required=True, often=True, metavar="OPTION=VALUES")
+    sampler: str = option("tpe", "sampler of Optuna; grid: every combination, once", choices=("tpe", "random", "grid"),
+                          often=True)
+    trials: int | None = option(None, "trials of all processes; 20, or the whole grid, if not given", least=1, often=True)
+    storage: str | None = option(None, "database that several processes share; study.db in the folder if not given",
+                                 metavar="URL")
+    no_prune: bool = option(False, "finish trials that are below the median of the others", often=True)
+
+
+@declares
+class TrainingData:
+    allow_training_data: bool = option(False, "score a file although the run was trained on it")
+    json: bool = option(False, "print one JSON object")
+
+
+@declares
+class Eval(TrainingData):
+    data: Path | None = option(None, "labelled file of the run's task; the rows that the run held out if not given",
+                               metavar="FILE")
+    predictions: Path | None = option(None, "file for sentence, label, prediction and probability", metavar="OUT.tsv")
+
+
+@declares
+class Significance(TrainingData):
+    data: Path = option(None, "labelled file in the format of the runs' task", metavar="FILE", required=True)
+    other: Path = option(None, "folder of the run that is subtracted", metavar="RUN_B", positional=True)
+    resamples: int = option(10_000, "resamples of the sentences, with replacement", least=100, most=10 ** 7)
+    seed: int = option(0, "seed of the resamples", least=0)
+
+
+@declares
+class Diagnose(TrainingData):
+    data: Path | None = option(None, "labelled file of the run's task; its development files if not given", metavar="FILE")
+    pairs: Path | None = option(None, "TSV of minimal pairs with the columns phenomenon, paradigm, good, bad (BLiMP's; "
+                                "figures of published.tsv next to it are shown too); the built-in grammar's if not given",
+                                metavar="FILE")
+    limit: int | None = option(None, "pairs of each paradigm: a quick look", least=1)
+    out: Path | None = option(None, "folder of JSON, tables and plots; diagnose-RUN next to the run if not given")
+
+
+@declares
+class Predict:
+    run: Path | None = option(None, "folder of a finished run; of a distillation, its student", metavar="RUN_DIR",
+                              positional="?")
+    texts: tuple[str, ...] = option((), "sentences to classify", metavar="TEXT", positional="*", repeat=True)
+    file: Path | None = option(None, "sentences, one a line, or a table with the run's columns; -: stdin", metavar="FILE")
+    format: str | None = option(None, "format of --file; by its ending if not given",
+                                choices=("text", "csv", "tsv", "jsonl", "parquet"))
+    json: bool = option(False, "print one JSON object a line")
+    control: bool = option(False, "use a distillation's baseline, trained without a teacher, instead of its student")
+    adapter: tuple[tuple, ...] = option((), "LoRA runs on one base instead of RUN_DIR; each row of --file names its own, "
+                                        '{"adapter": "NAME", "text": "..."}', reads=pair, repeat=True, metavar="NAME=DIR")
+    base: bool = option(False, "answer rows that name no adapter by the base alone, instead of refusing them")
+
+
+@declares
+class Serve:
+    adapter: tuple[tuple, ...] = option((), "LoRA run; all on one base", reads=pair, repeat=True, metavar="NAME=DIR")
+    student: tuple[tuple, ...] = option((), "distillation run", reads=pair, repeat=True, metavar="NAME=DIR")
+    adapters_root: Path | None = option(None, "folder from which a running service may add adapters; none if not given")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0: any that is free", least=0, most=65535)
+    max_queue: int = option(1024, "texts that may queue; more: 429", least=1)
+    max_texts: int = option(256, "texts of a request; more: 413", least=1)
+    max_characters: int = option(20000, "characters of a text; more: 413", least=1)
+    timeout: float = option(30.0, "seconds to answer a request; more: 504", above=0)
+    allowed_host: tuple[str, ...] = option((), "name that a Host header may have besides loopback names and --host; may be "
+                                           "given several times", repeat=True, metavar="NAME")
+    max_connections: int = option(512, "open connections; more: the one that waits longest is closed", least=1)
+    quiet: bool = option(False, "write no access log")
+
+
+@declares
+class Merge:
+    out: Path = option(help="new folder of the result", required=True)
+
+
+@declares
+class Export(Merge):
+    int8: bool = option(False, "8-bit weights: a quarter of the size; prints the loss of accuracy")
+    control: bool = option(False, "write the baseline, trained without a teacher, instead of the student")
+
+
+@declares
+class Repeat:
+    out: Path | None = option(None, "folder that keeps the repetition")
+
+
+@declares
+class Paper:
+    profile: str = option("quick", "quick: the built-in task, some minutes; full: real models and data, some hours",
+                          choices=names_in("experiments/steps.py", "PROFILES"))
+    data_root: Path | None = option(None, "folder with cola/, rotten_tomatoes/, movie_reviews/, buzzer/, blimp/ and "
+                                    "plain_text/ for --profile full; the Hub's GPT-2 and CoLA if not given")
+    seeds: int = option(3, "number of seeds: SR, SR + 1, ...; 00000 follows 99999", least=1, most=1000)
+    jobs: int | None = option(None, "steps at a time, each with its part of the CPU's threads; one a core up to three, or "
+                              "one on a GPU, if not given", least=1)
+    dry_run: bool = option(False, "print every step with its command, and run nothing")
+    only: tuple[str, ...] = option((), "steps to run, and no others", unique=True)
+    no_run: bool = option(False, "run no step: build the paper of existing results")
+    records: Path | None = option(None, "folder of finished steps without weights; a recorded step is not run again")
+    out: Path | None = option(None, "folder of the paper's runs; runs/paper-SR, or runs/paper-quick-SR, if not given")
+    overwrite: bool = option(False, "remove the results of the steps, and begin anew")
+
+
+@declares
+class Report:
+    plots: Path = option(Path("plots"), "folder of the plots")
+    runs: Path = option(Path("runs"), "folder of the runs")
+
+
+@declares
+class Submit(Report):
+    first_name: str = option(None, "the author's first name", required=True)
+    last_name: str = option(None, "the author's last name", required=True)
+
+
+class Mode:
+    """Holds one line about a mode, an example, and the dataclasses that declare its options; run.py has its function."""
+
+    def __init__(self, help: str, example: str, *options: type):
+        self.help, self.example, self.options = help, example, options
+
+
+# Modes that start something take SR, those that read a run take its folder.
+MODES = {
+    "gen": Mode("generate text", 'gen 12345 --model gpt2 --prompt "The cat"', Sr, Gen, Kernels, Machine),
+    "LoRA": Mode("inject LoRA into a backbone and fine-tune it on a task", "LoRA 12345 --model gpt2 --task cola --rank 8",
+                 Sr, RunOptions, Seeds, Study, Machine),
+    "distil": Mode("distil a LoRA run into a small RNN, and train the same RNN without a teacher",
+                   "distil 12345 --teacher runs/LoRA-12345", Sr, DistilOptions, RunOptions, Seeds, Study, Machine),
+    "compare": Mode("compare methods on one task: the same seeds, budget and learning rates for each",
+                    "compare 12345 --methods none,head,lora,full --lr-grid 1e-4,3e-4,1e-3", Sr, Compare, RunOptions, Study,
+                    Machine),
+    "sweep": Mode("search rank, targets, layers, learning rate ... with Optuna",
+                  "sweep 12345 --search rank=1,2,4 --search lr=1e-4..1e-3 --trials 20", Sr, Sweep, RunOptions, Study,
+                  Machine),
+    "eval": Mode("score a saved run on a labelled file", "eval runs/LoRA-12345 --data dev.tsv", RunFolder, Eval, Kernels,
+                 Machine),
+    "test": Mode("test the difference between two finished runs on one labelled file",
+                 "test runs/LoRA-12345 runs/distil-12345 --data dev.tsv", RunFolder, Significance, Machine),
+    "diagnose": Mode("find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements",
+                     "diagnose runs/LoRA-12345", RunFolder, Diagnose, Machine),
+    "predict": Mode("classify sentences by a saved run: class and probability",
+                    'predict runs/LoRA-12345 "The cat sat on the mat."', Predict, Kernels, Machine),
+    "serve": Mode("answer requests over HTTP: many adapters on one base, and students next to them",
+                  "serve --adapter cola=runs/LoRA-12345 --port 8000", Serve, Machine),
+    "export": Mode("write a distillation's student as an ONNX model that needs neither PyTorch nor this project",
+                   "export runs/distil-12345 --out student-onnx", RunFolder, Export, Machine),
+    "merge": Mode("write a fine-tuned classifier as a plain transformers checkpoint, its adapter merged",
+                  "merge runs/LoRA-12345 --out merged", RunFolder, Merge, Machine),
+    "repeat": Mode("repeat a finished run from its config.json; exit status 1 if the result differs",
+                   "repeat runs/LoRA-12345", RunFolder, Repeat, Machine),
+    "paper": Mode("make every run that the paper cites, then report/main.pdf", "paper 12345 --profile quick", Sr, Paper,
+                  Machine),
+    "report": Mode("put tables and plots of the runs into report/Report_SR.pdf", "report 12345", Sr, Report),
+    "submit": Mode("zip code, plots and the PDF, without data and caches",
+                   "submit 12345 --first-name Ada --last-name Lovelace", Sr, Submit)}

@@ -1,0 +1,54 @@
+"""Writes docs/options.md, a table of every option of each mode, and of every preset.
+
+    python -m options.page
+"""
+from __future__ import annotations
+
+import tomllib
+
+from options.declare import ROOT, Option, options_of
+from options.modes import MODES
+from options.schema import FREE
+
+PAGE = ROOT / "docs" / "options.md"
+HEAD = """# Options
+
+Made by `python -m options.page` from the fields in `options/`; do not edit. `run.py MODE --help` shows the most used
+options, `--help all` every one. Precedence: default, preset, `--config FILE` (JSON or TOML, such as a run's `config.json`),
+flag. Options marked with \\* change no result: a run may be resumed with others.
+"""
+
+
+def row(option: Option) -> str:
+    """Returns an option as a row of a Markdown table."""
+    value = option.default
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    default = "" if value in (None, "") or option.kind is bool else f"`{value}`"
+    if option.declared.get("preset"):
+        default = f"{default or 'none'}, or the preset's"
+    allowed = option.expected if option.kind in (int, float) or option.choices else ""
+    flag = f"`{option.flag}`" + (" \\*" if option.name in FREE else "")
+    cells = (flag, option.declared["help"], allowed, default)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def page() -> str:
+    """Returns docs/options.md."""
+    parts = [HEAD]
+    for name, mode in MODES.items():
+        declared = [option for cls in mode.options for option in options_of(cls, name)]
+        flags = [option for option in declared if not option.declared.get("positional")]
+        parts += [f"\n## {name}\n\n{mode.help[0].upper()}{mode.help[1:]}: `python run.py {mode.example}`.\n",
+                  "\n| option | meaning | allowed | default |\n| --- | --- | --- | --- |\n",
+                  "".join(row(option) + "\n" for option in flags)]
+    parts.append("\n## Presets\n\nA run takes the preset of its mode, task and `--plain`, or that of `--preset`.\n")
+    for path in sorted((ROOT / "options" / "presets").glob("*.toml")):
+        text = path.read_text(encoding="utf-8")
+        tomllib.loads(text)  # a preset that cannot be read is found here
+        parts.append(f"\n`{path.stem}`:\n\n```toml\n{text}```\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
