@@ -81,6 +81,10 @@ def _call(args) -> int:
             from machine import hardware
 
             hardware.use_device(args.device)
+        if hasattr(args, "fast"):
+            import speed
+
+            speed.choose(args.fast)
         if processes.count() > 1:
             if args.mode not in SEVERAL_PROCESSES:
                 raise UserError(f"{args.mode} is for one process, and here are {processes.count()}; "

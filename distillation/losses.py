@@ -2,8 +2,8 @@
 
     LOSSES["kl"](student_logits, teacher_logits, labels, temperature=4.0, alpha=0.9)
 
-A new KD loss is a function with the parameters of `kd_loss`, an entry in LOSSES, and its name in the choices of `--kd-loss`
-(a test holds both alike). Below the losses stand the objectives: `train_utils.fit` minimises an objective, a function
+A new KD loss is a function with the parameters of `kd_loss` and an entry in LOSSES: its name is a choice of `--kd-loss`.
+Below the losses stand the objectives: `train_utils.fit` minimises an objective, a function
 (output of the model, batch) -> mean loss of the batch.
 """
 from __future__ import annotations

@@ -118,7 +118,7 @@ class DistilOptions:
     kd_alpha: float = option(0.5, "share of the teacher in the loss; gold labels have the rest", least=0, most=1, often=True,
                              preset=True)
     kd_loss: str = option("kl", "the teacher's part of the loss: kl of soft labels, mse of logits, or hard labels",
-                          choices=("kl", "mse", "hard"), often=True)
+                          choices=names_in("distillation/losses.py", "LOSSES"), often=True)
     student_embeddings: str = option("teacher", "the student's first embeddings: the teacher's, reduced by PCA, or random",
                                      choices=("teacher", "random"), preset=True, before="random")
     text: tuple[str, ...] = option((), "file of plain sentences, one a line, for the stages; may be given several times",
