@@ -25,7 +25,7 @@ from toy_training import (
 from data_utils import collate, split_large
 from distillation.losses import kd_objective
 from metrics.classification import per_class
-from record.folder import CHECKPOINT
+from record.ownership import CHECKPOINT
 from train_utils import (
     Checkpointing,
     Data,

@@ -12,7 +12,7 @@ from toy_training import ToyModel, toy_batches, toy_data, toy_dev, weights
 import train_utils
 from machine import signals
 from machine.signals import Interrupted
-from record.folder import CHECKPOINT
+from record.ownership import CHECKPOINT
 from train_utils import Checkpointing, Data, Hooks, cross_entropy, fit, validate
 from training import average, checkpoints
 

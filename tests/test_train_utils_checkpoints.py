@@ -21,7 +21,7 @@ from toy_training import (
 import train_utils
 from machine.errors import UserError
 from machine.signals import Interrupted
-from record.folder import CHECKPOINT
+from record.ownership import CHECKPOINT
 from train_utils import Checkpointing, Hooks, cross_entropy, fit, make_optimizer
 from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 

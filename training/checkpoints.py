@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from machine import hardware, processes
 from machine.errors import UserError
-from record.folder import CHECKPOINT
+from record.ownership import CHECKPOINT
 from record.tensors import load_checked, save_checked
 
 
