@@ -115,7 +115,7 @@ def cola(results: dict[str, dict]) -> list[str]:
                 rows.append([label if first else "", seeds_of(result) if first else "", f"{which} ({epochs})",
                              f"{row['trainable']:,}" if first else "",
                              *(accuracy_and_mcc(row[which][split]) for split in splits),
-                             f"`{result['command']}`" if first else ""])
+                             f"`{with_precision(result['command'], label)}`" if first else ""])
     head = ["training", "seeds", "epoch", "trained parameters:", "in-domain", "out-of-domain", "all", "command"]
     return [*table(head, rows),
             *lora_minus_peft(results), *measured_on(results[name] for name in names if name in results)]
@@ -278,6 +278,11 @@ def shown(result: dict | None) -> str:
     return result["command"].removesuffix(" --json") if result else ""
 
 
+def with_precision(command: str, label: str) -> str:
+    """Returns a training's command with the precision that its label names: `auto` is another one on another CPU."""
+    return command + " --precision fp32" if "float32" in label and "--precision" not in command else command
+
+
 def measured_row(row: dict) -> list[str]:
     unit = UNITS.get(row["unit"], f" {row['unit']}" if row["unit"] else "")
     target = row.get("target", "").replace(">=", "≥").replace("<=", "≤")
@@ -354,7 +359,8 @@ def summary(results: dict[str, dict]) -> list[str]:
             result = results.get(name)
             said = accuracy_and_mcc(next(row for row in result["rows"] if row["name"] == key)["best"]["all"]
                                     ) if result else NOT_RUN
-            rows.append([f"CoLA, {label}", said, f"`{result['command'] if result else command}`"])
+            typed_command = result["command"] if result else command
+            rows.append([f"CoLA, {label}", said, f"`{with_precision(typed_command, label)}`"])
     label = STUDIES["methods"]
     if result := results.get("paper/methods"):
         split = result["selection"]["split"]
