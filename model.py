@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from data.backbones import (
 from data.feature_head import FeatureHead
 from machine.errors import UserError
 from machine.hardware import send
-from options.schema import PLAIN_SIZES, LoRAOptions, RNNConfig
+from options.schema import LoRAOptions, RNNConfig
 
 # ---------------------------------------------------------------- LoRA
 
@@ -41,14 +41,14 @@ class LoRALinear(nn.Module):
     LoRA, Hu et al. 2021, equation 3; scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023).
 
     With `slices`, each (start, stop) range of the outputs gets an A and a B of its own and the other outputs stay as they
-    are (GPT-2's fused c_attn adapted in q and v only). The As are stacked and the Bs form one block matrix, which is one
-    LoRA of the summed rank.
+    are (GPT-2's fused c_attn adapted in q and v only). The As are stacked and the Bs form one block matrix: one LoRA of the
+    summed rank.
 
     Args:
-        base: `nn.Linear`, or GPT-2's `Conv1D`, which stores W transposed; frozen here.
+        base: `nn.Linear`, or GPT-2's `Conv1D` (W stored transposed); frozen here.
         rank: rank of each update.
         alpha: numerator of the scaling.
-        dropout: probability with which an input of A is zeroed in training.
+        dropout: probability that an input of A is zeroed in training.
         rslora: scale by alpha / sqrt(rank).
         slices: output ranges to adapt; all outputs if None.
     """
@@ -244,7 +244,7 @@ class TextClassifier(nn.Module):
         Args:
             method: lora, full, head, features or none.
             lora: for `lora`, the adapter to inject; None where a saved adapter will be loaded.
-            features: (N, F) float64, the training rows by which a feature head standardises, NaN where a value is
+            features: (N, F) float64, training rows for the feature head's mean and deviation, NaN where a value is
                 missing; None without feature columns.
 
         Raises:
@@ -280,9 +280,9 @@ class TextClassifier(nn.Module):
         return cls(net)
 
     def head_names(self) -> list[str]:
-        """Returns the names of the task head's modules, which are no part of the pretrained backbone."""
-        children = [n for n, module in self.net.named_children()
-                    if n != self.net.base_model_prefix and any(True for _ in module.parameters())]
+        """Returns the names of the task head's modules; they are no part of the pretrained backbone."""
+        children = [name for name, module in self.net.named_children()
+                    if name != self.net.base_model_prefix and next(module.parameters(), None) is not None]
         return [*fresh_modules(self.net), *children]
 
     def train(self, mode: bool = True) -> TextClassifier:
@@ -438,28 +438,3 @@ class DistilRNN(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # (B, T), (B, T) -> (B, labels)
         return self.classify(self.states(input_ids, attention_mask), attention_mask)
-def student_parameters(config: RNNConfig) -> int:
-    """Counts the parameters of a student, embeddings included, without building it."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in DistilRNN(config).parameters())
-
-
-def student_config(vocab_size: int, num_labels: int, budget: int, largest_first: Sequence[tuple[int, int]] = PLAIN_SIZES,
-                   **sizes) -> RNNConfig:
-    """Returns the largest default student that fits `budget` parameters.
-
-    Sizes given explicitly (not None) are taken as they are.
-
-    Args:
-        largest_first: embedding and hidden sizes to choose from.
-
-    Raises:
-        UserError: not even the smallest default fits.
-    """
-    sizes = {name: value for name, value in sizes.items() if value is not None}
-    for embedding, hidden in largest_first:
-        config = RNNConfig(vocab_size, num_labels, **{"embedding_size": embedding, "hidden_size": hidden, **sizes})
-        if student_parameters(config) <= budget or {"embedding_size", "hidden_size"} <= set(sizes):
-            return config
-    raise UserError(f"no default student fits {budget:,} parameters with a vocabulary of {vocab_size:,}; give "
-                    "--embedding-size and --hidden-size")

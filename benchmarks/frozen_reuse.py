@@ -29,10 +29,11 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
 from data_utils import Batch
 from distillation.losses import kd_objective
+from distillation.student_size import student_config
 from distillation.teachers import teacher_logits
 from fast.frozen import FrozenPrefix
 from machine import hardware
-from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier, student_config
+from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier
 
 BATCH_SIZE = 32
 CROSS_ENTROPY = train_utils.cross_entropy()

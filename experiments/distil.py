@@ -22,13 +22,14 @@ from data_utils import Batch
 from distillation.cache import Base
 from distillation.recipe import STUDENT, Trained, distil
 from distillation.sentences import Inputs
+from distillation.student_size import student_config, student_parameters
 from distillation.teachers import Averaged
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
 from machine import processes
 from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
-from model import TextClassifier, count_parameters, student_config, student_parameters
+from model import TextClassifier, count_parameters
 from options.schema import (
     PLAIN_SIZES,
     STAGED_SIZES,

@@ -9,14 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from distillation.student_size import student_config, student_parameters
 from machine.errors import UserError
-from model import (
-    DistilRNN,
-    RNNConfig,
-    count_parameters,
-    student_config,
-    student_parameters,
-)
+from model import DistilRNN, RNNConfig, count_parameters
 
 # ---------------------------------------------------------------- the student
 

@@ -80,14 +80,14 @@ def test_a_training_is_mean_and_deviation_of_its_best_and_last_epoch():
     assert lines[best:best + 2] == [
         "| `LoRA`, float32 | 2 (12345 to 12346) | best (2) | 4,950,530 | "
         f"0.806 ± 0.000 / 0.550 ± {deviation:.3f} | 0.756 ± 0.000 / 0.450 ± {deviation:.3f} | "
-        f"0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR` |",
+        f"0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR --precision fp32` |",
         f"|  |  | last (3) |  | 0.806 ± 0.000 / 0.350 ± {deviation:.3f} | 0.756 ± 0.000 / 0.250 ± {deviation:.3f} | "
         f"0.707 ± 0.000 / 0.150 ± {deviation:.3f} |  |"]
     # Two of the equal budget, bfloat16, the teacher, a student in stages, one without, and their two baselines.
     assert sum("not run" in line for line in lines) == 8
     assert lines[-1] == "Measured on A CPU, 2 thread(s); torch 2.0, transformers 5.0; commit 0123456, abcdef0."
-    assert f"| CoLA, `LoRA`, float32 | 0.707 ± 0.000 / 0.350 ± {deviation:.3f} | `python run.py LoRA SR --precision fp32` |" in (
-        summarise.summary(results))
+    assert (f"| CoLA, `LoRA`, float32 | 0.707 ± 0.000 / 0.350 ± {deviation:.3f} | "
+            "`python run.py LoRA SR --precision fp32` |") in summarise.summary(results)
 
 
 def recorded(step: str, path: Path) -> dict:
@@ -107,7 +107,7 @@ def test_lora_and_its_reference_are_trainings_with_their_difference_paired_by_se
     lines = summarise.cola(results)
     label = "`LoRA`, float32, best of two learning rates"
     assert any(line.startswith(f"| {label} | 3 (12345 to 12347) | best (2) | 7 | 0.807 ± 0.000 / 0.600")
-               and line.endswith("| `python run.py lora 12345` |") for line in lines)
+               and line.endswith("| `python run.py lora 12345 --precision fp32` |") for line in lines)
     half = 4.302653 * 0.02 / 3 ** 0.5  # of 0.02, 0 and 0.04: mean 0.02, deviation 0.02; Student's t, two degrees of freedom
     said = f"{0.02:+.3f} ({0.02 - half:+.3f} to {0.02 + half:+.3f})"
     assert ("LoRA minus PEFT at equal budget, MCC paired by seed, 95 % interval: best epoch in-domain "
