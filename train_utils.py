@@ -322,7 +322,7 @@ class Trainer:
         for batch in (micro.to(self.device) for whole in group for micro in whole.micro_batches()):
             # Autocast is for a backbone that trains in float32: a frozen one has its precision in its layers.
             with torch.autocast(self.device.type, torch.bfloat16,
-                                enabled=options.precision == "bf16" and getattr(self.model, "full", False)):
+                                enabled=options.precision == "bf16" and getattr(self.model, "trains_backbone", False)):
                 outputs = self.model(*batch.inputs())
             outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
             loss = self.objective(outputs, batch)

@@ -269,7 +269,7 @@ def test_a_run_says_and_records_how_products_are_computed(work, tmp_path, monkey
     assert toy.lora(work, tmp_path / "run", "--epochs", 1) == 0
     config = read_json(tmp_path / "run" / "config.json")
     assert config["options"]["precision"] == ("bf16x3" if amx.available() else "fp32")
-    assert (f"precision {config['options']['precision']}, products by {config['matmul']}, norms and attention by "
+    assert (f"precision {config['options']['precision']}, matmuls by {config['matmul']}, norms and attention by "
             f"{config['kernels']}") in capsys.readouterr().out
 
 

@@ -10,11 +10,14 @@ from conftest import ARCHITECTURES, randomize_B, toy_batch, toy_net
 from torch import nn
 
 import speed
+import train_utils
+from data_utils import Batch
 from fast.classifier import FastClassifier
 from fast.frozen_linear import FastLoRALinear
 from fast.installation import install
 from fast.recurrent import FastDistilRNN
 from model import DistilRNN, LoRALinear, LoRAOptions, RNNConfig, TextClassifier, inject_lora, lora_layers
+from options.schema import TrainOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -130,3 +133,21 @@ def test_a_second_call_changes_nothing_and_the_reference_nothing_at_all():
 def test_the_model_can_be_imported_without_the_fast_path():
     code = "import sys, model; sys.exit(any(name.partition('.')[0] == 'fast' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("method, dtype", [("full", torch.bfloat16), ("lora", torch.float32)])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_backbone_that_trains_computes_in_bf16_by_autocast_alone(method, dtype, fast):
+    """With --precision bf16 a trained backbone keeps float32 weights; a frozen one has its precision in its layers."""
+    net = toy_net("gpt2")
+    torch.manual_seed(0)
+    classifier = TextClassifier(net).configure(method, LoRAOptions(rank=2))
+    if fast:
+        install(classifier)
+    found = []
+    net.score.register_forward_hook(lambda module, args, output: found.append(output.dtype) if module.training else None)
+    ids, mask = toy_batch()
+    batches = [Batch(ids, mask, torch.tensor([0, 1, 1, 0]), torch.arange(4), int(mask.sum()))]
+    options = TrainOptions(seed=1, epochs=1, precision="bf16")
+    train_utils.fit(classifier, train_utils.Data(batches, {"in_domain": batches}), train_utils.cross_entropy(), options)
+    assert found == [dtype]
