@@ -162,7 +162,9 @@ def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:
     bases = [base_of(linear) for linear in linears]
     if not all(getattr(base, "tiles", False) for base in bases):
         return False
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in [x, *(base.weight for base in bases)])
+    # On a GPU, or with weights in bfloat16, the layers keep their mark, and other kernels compute.
+    factors = [x, *(base.weight for base in bases)]
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in factors)
 
 
 class FastLoRALinear(LoRALinear):
