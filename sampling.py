@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """The rule by which a token is chosen; the order is that of `transformers`: temperature, then top_k, then top_p."""
+    """The rule that chooses a token, in the order of `transformers`: temperature, then top_k, then top_p."""
 
     greedy: bool = False  # the likeliest token
     temperature: float = 1.0
@@ -32,7 +32,7 @@ class Sampling:
 
         Args:
             logits: (n, V) float32.
-            uniform: (n,) numbers from [0, 1), which decide.
+            uniform: (n,) random numbers from [0, 1): they decide.
 
         Returns:
             (n,) token ids.
@@ -40,6 +40,7 @@ class Sampling:
         if self.greedy:
             return logits.argmax(-1)
         logits = logits / self.temperature
+        # Sorted, the k likeliest and the nucleus are the first columns; `tokens` leads back to the ids.
         tokens = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
         if self.top_k > 0 or self.top_p < 1:
             logits, tokens = logits.sort(descending=True)
@@ -57,6 +58,7 @@ class Sampling:
 
 def uniforms(seed: int, row: int, count: int) -> list[float]:
     """Returns a text's random numbers; the first ones are the same for every count."""
+    # A generator for each text: a text does not depend on the number of texts before it.
     return np.random.default_rng([seed, row]).random(count, dtype=np.float32).tolist()
 
 
@@ -84,7 +86,7 @@ def sample_tokens(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], samplin
         max_new_tokens: of each text.
         end: a text is finished with one of these tokens.
         first_row: number of the first text; a text's random numbers depend on the seed and its number alone.
-        progress: is called with the number of tokens that were sampled, or will not be.
+        progress: called with the number of tokens done: sampled, or saved by an early end.
     """
     config = copy.deepcopy(lm.generation_config)
     # Greedy for the library: `ChosenToken` has chosen already.

@@ -3,7 +3,7 @@
     speed.choose("auto")                    # or "reference": use nothing of fast/
     print(speed.install(classifier))
 
-No other module outside `fast/` imports it.
+No other module outside `fast/` imports that folder.
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from options.schema import RunOptions
 from record.folder import recorded_config, recorded_kernels
 from sampling import Sampling
 
+# Only the missing folder is expected: a package that `fast/` itself does not find is an error.
 try:
     from fast import amx, choice, frozen, generation, installation, matmul
     MISSING = ""
@@ -38,7 +39,7 @@ def choose(kernels: str = "auto") -> None:
     """Chooses the way to compute for everything that is installed from now on.
 
     Args:
-        kernels: `reference`, which uses nothing of `fast/`; `auto`, the fastest on this machine; or a library of `fast/`.
+        kernels: `reference`: nothing of `fast/`; `auto`: the fastest on this machine; or a library of `fast/`.
     """
     global _kernels
     _kernels = kernels
@@ -67,6 +68,7 @@ def install(model: nn.Module) -> str:
 def use_recorded_machine(options: RunOptions) -> None:
     """Gives a run that is resumed or repeated the recorded threads and libraries: they decide how sums are rounded."""
     config = recorded_config(options)
+    # A new run: the option decides, and the rule of `fast.choice`.
     if config is None:
         choose(options.fast)
         if not MISSING:
@@ -76,7 +78,8 @@ def use_recorded_machine(options: RunOptions) -> None:
     kernels = recorded_kernels(config)
     choose(kernels)
     if not MISSING:
-        choice.use_matmul(config.get("matmul", "torch"))  # runs from before there was a choice have PyTorch's own
+        # Runs without this entry are older than the choice and had PyTorch's own matmuls.
+        choice.use_matmul(config.get("matmul", "torch"))
     elif kernels != "reference":
         warnings.warn(f"{MISSING}, and the result may differ in its last digits", stacklevel=2)
 
@@ -89,19 +92,20 @@ def in_use() -> dict[str, str]:
 
 
 def is_fused(classifier: TextClassifier) -> bool:
-    """Returns whether fused blocks compute a classifier; they take sentences of shared prefixes, and several threads."""
+    """Returns whether fused blocks compute a classifier: they profit from shared prefixes and from several threads."""
     return getattr(classifier, "fused", False)
 
 
 # ---------------------------------------------------------------- precision
 
 def has_tiles() -> bool:
-    """Returns whether bf16x3 can be had: float32 matmuls by AMX tiles of bfloat16."""
+    """Returns whether this machine has bf16x3: float32 matmuls by AMX tiles of bfloat16."""
     return is_fast() and amx.available()
 
 
 def check_precision(precision: str) -> None:
     """Raises `UserError` if this machine cannot compute in a precision."""
+    # Before a model is loaded: the error comes at once.
     if precision == "bf16x3" and is_fast() and hardware.device().type == "cpu":
         amx.load()
 
@@ -122,7 +126,7 @@ def cache_frozen(classifier: TextClassifier, splits: list[list[Batch]], folder: 
 
 
 def sample_tokens(lm, prompts, sampling: Sampling, *, batch_size: int = 64, **how) -> Iterator[list[int]]:
-    """Samples texts, many together where the fast path serves the model; see `sampling.sample_tokens`."""
+    """Samples texts, `batch_size` together where the fast path takes the model; see `sampling.sample_tokens`."""
     if is_fast() and generation.takes(lm):
         return generation.sample_together(lm, prompts, sampling, batch_size=batch_size, **how)
     return reference.sample_tokens(lm, prompts, sampling, **how)

@@ -29,6 +29,7 @@ class FeatureHead(nn.Module):
         super().__init__()
         if device().type == "mps":
             raise UserError("--device mps: has no float64, which numeric features need; use --device cpu")
+        # Mean and variance of the values that are present: a missing one must not pull them towards 0.
         present = ~features.isnan()
         count = present.sum(0).clamp(min=1)
         mean = features.nan_to_num().sum(0) / count
@@ -39,12 +40,14 @@ class FeatureHead(nn.Module):
         self.register_buffer("mean", mean)
         # A constant feature carries no information; dividing by 1 leaves it at zero.
         self.register_buffer("std", torch.where(constant, 1.0, variance.sqrt()))
+        # Each feature has two inputs: its value, and whether it is missing.
         self.hidden = nn.Linear(2 * features.shape[1], hidden_size)
         self.out = nn.Linear(hidden_size, num_labels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def standardise(self, features: Tensor) -> Tensor:  # (B, F) -> (B, F) float32
+        # In float64 until here: the difference of two large numbers (years, prices) is small.
         return ((features - self.mean) / self.std).nan_to_num(nan=0.0).float()
 
     def forward(self, features: Tensor) -> Tensor:  # (B, F) -> (B, labels)

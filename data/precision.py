@@ -14,6 +14,7 @@ def round_frozen(backbone: nn.Module, precision: str) -> None:
     """
     if precision != "bf16":
         return
+    # Rounded and stored as float32 again: the numbers of a bfloat16 model, without its faster matmuls.
     for module in backbone.modules():
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             for p in module.parameters(recurse=False):

@@ -35,6 +35,7 @@ from serving.merge import label_maps
 from train_utils import Checkpointing, Data, Hooks, selection_split
 from training.summary import best_and_last, training_summary
 
+# The text that a fresh adapter must not change: a prompt, and the number of tokens generated after it.
 SANITY_PROMPT, SANITY_TOKENS = "The", 12
 
 
@@ -51,8 +52,9 @@ def greedy(lm, tokenizer, prompt: str, tokens: int) -> Tensor:
     """Generates greedily: returns token ids (1, T), prompt included."""
     ids, end = tokenizer(prompt, return_tensors="pt").input_ids.to(lm.device), lm.generation_config.eos_token_id
     with torch.inference_mode():
+        # Instruct models have several end tokens; any of them may fill up a text, and one text has nothing to fill up.
         return lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                           pad_token_id=end[0] if isinstance(end, list) else end)  # instruct models end in several ways
+                           pad_token_id=end[0] if isinstance(end, list) else end)
 
 
 @torch.inference_mode()
@@ -66,8 +68,8 @@ def check_fresh_adapter(lm, tokenizer, ids: Tensor) -> dict:
     """Compares greedy text of the base model, generated before injection, with the text after it.
 
     Args:
-        lm: the language model, whose backbone carries a fresh adapter by now.
-        ids: (1, T), what `greedy` gave before.
+        lm: the language model; its backbone has a fresh adapter by now.
+        ids: (1, T), the result of `greedy` before injection.
 
     Returns:
         summary.json's `sanity`.
@@ -76,7 +78,8 @@ def check_fresh_adapter(lm, tokenizer, ids: Tensor) -> dict:
         RuntimeError: the adapter changed the text.
     """
     text = tokenizer.decode(ids[0], skip_special_tokens=True)
-    # Generated again only where a pass over the text leaves a doubt, as rounding may between near equals.
+    # One pass over the text costs less than generating it again. Rounding may part two tokens that are nearly equally
+    # likely, so that a difference here is a doubt only, and the text is generated again.
     if not is_greedy(lm, ids, len(tokenizer(SANITY_PROMPT).input_ids)):
         after = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS)
         if not torch.equal(after, ids):
@@ -88,8 +91,8 @@ def check_fresh_adapter(lm, tokenizer, ids: Tensor) -> dict:
 # ---------------------------------------------------------------- the run, step by step
 
 @dataclass
-class Prepared:
-    """What a fine-tuning starts from."""
+class FineTuning:
+    """A fine-tuning that is ready to start: task, adapted model and batches."""
 
     task: Task
     tokenizer: object
@@ -98,12 +101,12 @@ class Prepared:
     dev: dict[str, list[Batch]]  # the development splits', by name
     max_length: int  # tokens
     counts: dict  # total and trainable parameters, and the reduction in percent
-    sanity: dict | None  # what `check_fresh_adapter` found; None without LoRA on a language model
-    init_files: dict[str, str]  # SHA-256 of what --init starts from, by name
+    sanity: dict | None  # the result of `check_fresh_adapter`; None without LoRA on a language model
+    init_files: dict[str, str]  # SHA-256 of the files of --init by name
     base: dict  # digests of the base model, as config.json records them
 
 
-def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
+def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     """Loads task and model, adapts the model, and makes the batches; writes nothing.
 
     Raises:
@@ -117,10 +120,13 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     tokenizer_sha256 = tokenizer_digest(tokenizer)
     classifier, lm = load_classifier(options.model, task.num_labels)
     max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net))
+    # Generated before injection, and compared with the text after it.
     sane = lm is not None and options.method == "lora"
     ids = greedy(lm, tokenizer, SANITY_PROMPT, SANITY_TOKENS) if sane else None
-    weights = tensors.digest_meanwhile(classifier.net.base_model)  # on a core that tokenising leaves idle
-    torch.manual_seed(int(options.sr))  # again: A must not depend on what loading drew
+    # The digest of the base is computed on a core that tokenising leaves idle.
+    weights = tensors.digest_meanwhile(classifier.net.base_model)
+    # Seeded again, so that A does not depend on the random numbers used in loading.
+    torch.manual_seed(int(options.sr))
     features = torch.tensor(task.train.features, dtype=torch.float64) if task.train.features else None
     classifier.configure(options.method, options.lora, features)
     counts = count_parameters(classifier)
@@ -136,17 +142,18 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> Prepared:
     base = {"base_sha256": weights.result(), "base_config_sha256": config_digest(classifier.net.config),
             "tokenizer_sha256": tokenizer_sha256}
     init_files = start_from(options.init, classifier, task, base, say) if options.init else {}
+    # The fast path last: injection and the adapter of --init find the library's own classes.
     way = speed.install(classifier)
     speed.set_precision(classifier.net.base_model, options.train.precision)
     say(f"  precision {options.train.precision}, {way}")
     classifier.to(device())
-    return Prepared(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, init_files, base)
+    return FineTuning(task, tokenizer, classifier, batches, dev, max_length, counts, sanity, init_files, base)
 
 
 def start_from(init: Path, classifier: TextClassifier, task: Task, base: dict, say: Callable[[str], None]) -> dict[str, str]:
-    """Puts the adapter of another run in the place of the fresh one: training on an intermediate task (Phang et al. 2018).
+    """Replaces the fresh adapter by that of another run: training on an intermediate task (Phang et al. 2018).
 
-    Its head goes with it where both tasks have the same classes.
+    The head of that run is taken too if both tasks have the same classes.
 
     Args:
         base: digests of this run's base model.
@@ -160,10 +167,11 @@ def start_from(init: Path, classifier: TextClassifier, task: Task, base: dict, s
     config, summary = read_run(init, "LoRA")
     if summary.get("method") != "lora":
         raise UserError(f"--init {init}: a run with --method {summary.get('method')}; expected one with an adapter")
-    for key, what in BASE.items():
+    # An update of one matrix is noise on another: the base must be the same by content, not by name.
+    for key, part in BASE.items():
         if config.get(key) not in (None, base[key]):
             raise UserError(f"--init {init}: adapter for another base: it was made for {config['options']['model']}, with "
-                            f"{what} than the model here")
+                            f"{part} than the model here")
     head = config.get("classes") == list(task.classes)
     peft_layout.start_from(classifier, init, head)
     say(f"  starts from the adapter of {init}, trained on {summary['task']}; "
@@ -176,9 +184,9 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     """Fine-tunes a classifier and writes the run's folder.
 
     Args:
-        stop: asked after each step; a signal number ends the run, which can be resumed.
-        on_epoch: called after each epoch with the lines of metrics.jsonl so far and the parameters' counts; what it
-            raises ends the run.
+        stop: called after each step; a signal number ends the run, and --resume continues it.
+        on_epoch: called after each epoch with the lines of metrics.jsonl so far and the parameters' counts; its exceptions
+            end the run.
 
     Returns:
         The summary, as in summary.json.
@@ -187,6 +195,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
         UserError: bad input, before anything is written.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
+    # Errors in options, data or model come before the folder exists: a failed command leaves nothing behind.
     check_run_folder(options, *([options.init] if options.init else []))
     speed.use_recorded_machine(options)
     options = resolve_precision(options)
@@ -202,9 +211,11 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
             recorder(history)
             on_epoch(history, run.counts)
 
+        # The floor of every comparison: the model as it is, scored like an epoch.
         if options.method == "none":
             progress, history = train_utils.Progress(), [untrained(run)]
         else:
+            # Frozen blocks give each batch the same output in every epoch. Each process caches its own development batches.
             if options.keep:
                 splits = [run.batches, *map(processes.shard, run.dev.values())]
                 if said := speed.cache_frozen(run.classifier, splits, folder, options.keep_memory):
@@ -214,6 +225,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
                 train_utils.cross_entropy(options.train.label_smoothing), options.train,
                 Checkpointing(folder, resume=options.resume), Hooks(record, stop))
             history = progress.history
+        # By now the model has its best epoch's weights.
         save_trained(run.classifier, options.method, folder, options.model)
         summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": run.task.name,
                    "method": options.method, "classes": list(run.task.classes), "parameters": run.counts,
@@ -225,24 +237,29 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     return summary
 
 
-def untrained(run: Prepared) -> dict:
+def untrained(run: FineTuning) -> dict:
     """Scores a classifier as it is: the line of epoch 0."""
     validation, matrices = train_utils.validate(run.classifier, run.dev)
     return {"epoch": 0, "validation": validation, "confusion": matrices}
 
 
 def check(options: RunOptions) -> Task:
-    """Raises what `run_finetune` would of a task, model, target, layer or rank, without loading weights.
+    """Checks task, model, targets, layers and rank without loading weights.
 
     Returns:
         The task.
+
+    Raises:
+        UserError: as `run_finetune` would.
     """
     config = load_config(options.model)
-    is_decoder(config)  # or says that there is no classifier of that kind
+    # Both calls are for their errors: no classifier of this kind, no LoRA run.
+    is_decoder(config)
     if options.init:
-        read_run(options.init, "LoRA")  # or says that it is none
+        read_run(options.init, "LoRA")
     task = load_task(options, load_tokenizer(options.model))
     config.num_labels = task.num_labels
+    # On the meta device weights have shapes and no memory.
     with torch.device("meta"):
         classifier = TextClassifier(AutoModelForSequenceClassification.from_config(config))
     classifier.configure(options.method, options.lora)
@@ -250,9 +267,9 @@ def check(options: RunOptions) -> Task:
 
 
 def save_trained(classifier: TextClassifier, method: str, folder: Path, base: str) -> None:
-    """Writes what was trained: an adapter with its head in PEFT's layout, else the trained tensors by name.
+    """Writes the trained weights: an adapter with its head in PEFT's layout, else the trained tensors by name.
 
-    A feature head, of which PEFT knows nothing, goes into a file of its own.
+    A feature head goes into a file of its own, because PEFT's layout has no place for it.
     """
     def write(name: str, tensors: dict[str, Tensor]) -> None:
         write_file(folder / name, save({n: t.cpu().contiguous() for n, t in tensors.items()}))
@@ -261,7 +278,7 @@ def save_trained(classifier: TextClassifier, method: str, folder: Path, base: st
         peft_layout.save_adapter(classifier, folder, public_name(base))
     elif method != "features":
         state = classifier.net.state_dict(prefix="net.")
-        # Of weights that are tied (BART's embeddings) one name is enough.
+        # Tied weights (BART's embeddings) are written under one of their names.
         state = dict(sorted({(t.data_ptr(), t.shape): (name, t) for name, t in state.items()}.values()))
         heads = tuple(f"net.{head}." for head in classifier.head_names())
         write("trained.safetensors", {n: t for n, t in state.items() if method == "full" or n.startswith(heads)})

@@ -7,11 +7,11 @@
 The classes below are subclasses of those of `transformers`, with a second forward pass over the same parameters; without
 the argument `unique` (or `pooled`) they behave as the library's. The result is the same up to rounding:
 
-- One token of each sentence is read in the end. The last block computes queries, output projection and MLP
-  for that token alone; of the others it needs keys and values only.
+- The head reads one token of each sentence. The last block computes queries, output projection and MLP for that token
+  alone; it needs only keys and values of the other tokens.
 - In a decoder, tokens with the same prefix have the same hidden state: sentences with a shared prefix share its rows. Pads
   have no row.
-- Frozen layers go through `frozen_linear`, which groups them and recomputes what is cheap.
+- Frozen layers go through `frozen_linear`: it groups them and recomputes cheap operations in the backward pass.
 """
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from fast.prologue import ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RM
 from machine.hardware import send
 
 ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
-SHORT = 32  # tokens of a sentence up to which onepass.attend computes attention; for longer ones PyTorch is faster
+# The longest sentence, in tokens, with attention by onepass.attend; for longer ones PyTorch is faster.
+SHORT = 32
 
 
 def fuse(backbone: nn.Module) -> bool:
@@ -44,20 +45,23 @@ def fuse(backbone: nn.Module) -> bool:
     parameters and their names stay those of the checkpoint.
 
     Returns:
-        Whether there are fused blocks for this architecture; if not, nothing is changed.
+        Whether this architecture has fused blocks; if not, nothing is changed.
     """
     config = backbone.config
+    # The name of the activation in GPT-2, in Llama and BERT, in DistilBERT.
     activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None) \
         or getattr(config, "activation", None)
     if getattr(config, "add_cross_attention", False) or activation not in (
             ("silu",) if config.model_type == "llama" else ACTIVATIONS):
         return False
+    # From each class of the library to its fused subclass.
     fused = {ours.__bases__[0]: ours for ours in (
         FusedGPT2Block, FusedGPT2Attention, FusedLlamaLayer, FusedLlamaAttention, FusedBertLayer, FusedBertAttention,
         FusedBertSelfAttention, FusedDistilBertBlock, FusedDistilBertAttention)}
     kinds = (GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock)
     # A second call finds the fused classes of the first.
     blocks = [module for module in backbone.modules() if type(module) in (*kinds, *map(fused.get, kinds))]
+    # A model with other blocks among these would mix two ways of passing hidden states.
     if not blocks or len(blocks) != config.num_hidden_layers:
         return False
     for module in backbone.modules():
@@ -81,16 +85,18 @@ class UniqueTokens:
 
     ids: Tensor  # (U, 1) token ids
     positions: Tensor  # (U, 1)
-    index: Tensor | None  # (B * T,) row of each token, a pad's being its sentence's last; None: all tokens in order
-    first: Tensor | None  # (U,) the first token that a row stands for
-    last: Tensor | None  # (B,) row of each sentence's last token, which alone is read in the end; None: all rows are
+    index: Tensor | None  # (B * T,) row of each token, for a pad the last row of its sentence; None: all tokens in order
+    first: Tensor | None  # (U,) the first of the tokens of each row; None: as above
+    last: Tensor | None  # (B,) row of each sentence's last token, the only one that the head reads; None: it reads all rows
     mask: Tensor | None  # (B, 1, 1, T) whether a token is real; None where all are
     shape: tuple[int, int]  # B, T
-    keep: Callable[[int, Tensor, Tensor], None] | None = None  # is given each block's number and all rows' keys and values
+    # Called by each block with its number and the keys and values of all rows.
+    keep: Callable[[int, Tensor, Tensor], None] | None = None
 
     @cached_property
     def chains(self) -> tuple[onepass.Chains, onepass.Chains | None]:
         """Returns the rows that each row attends to, and those that each sentence's last token (`last`) attends to."""
+        # The tokens of a sentence stand in order in `index`: a token attends to a run of it that begins at its sentence.
         B, T = self.shape
         chain = torch.arange(B * T) if self.index is None else self.index
         first = chain if self.first is None else self.first
@@ -114,7 +120,7 @@ class UniqueTokens:
 
 
 def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | None = None) -> UniqueTokens:
-    """Finds the unique tokens of a right-padded batch (B, T), whose mask is on the CPU.
+    """Finds the unique tokens of a right-padded batch (B, T); its mask is on the CPU.
 
     Args:
         keys: one for each sentence; sentences with different keys (adapters, say) share no row.
@@ -122,23 +128,28 @@ def unique_tokens(input_ids: Tensor, attention_mask: Tensor, keys: list[int] | N
     B, T = input_ids.shape
     lengths = attention_mask.sum(1)
     mask = None if bool(attention_mask.all()) else attention_mask.bool()[:, None, None]
-    if not input_ids.is_cpu:  # one shape for all batches of a size, and nothing that waits for the GPU
+    # On a GPU every token has a row: reading the ids would wait for the GPU, and U would differ from batch to batch.
+    if not input_ids.is_cpu:
         places = torch.arange(T, device=input_ids.device).expand(B, T)
         last = send(torch.arange(B, device=lengths.device) * T + lengths - 1, input_ids.device)
         return UniqueTokens(input_ids.reshape(-1, 1), places.reshape(-1, 1), None, None, last,
                             None if mask is None else send(mask, input_ids.device), (B, T))
-    rows: dict[tuple[int, int], int] = {}  # (row of what came before, token) -> row
+    # A trie over the sentences: (row of the prefix, next token) -> row.
+    rows: dict[tuple[int, int], int] = {}
     index, first, last = [], [], []
     for b, (sentence, length) in enumerate(zip(input_ids.tolist(), lengths.tolist(), strict=True)):
+        # A root of its own for each key keeps the prefixes of different keys apart.
         row = -1 if keys is None else -1 - keys[b]
         for t, token in enumerate(sentence[:length]):
             row = rows.setdefault((row, token), len(rows))
             if row == len(first):
                 first.append(b * T + t)
             index.append(row)
+        # A pad has no row of its own; causal attention never reads it, and any finite number will do.
         index += [row] * (T - length)
         last.append(row)
     index, first, last = map(torch.tensor, (index, first, last))
+    # Without a shared prefix and without pads the rows are the tokens: no gathering is needed.
     plain = len(first) == B * T
     return UniqueTokens(input_ids.reshape(-1)[first, None], (first % T)[:, None], None if plain else index,
                 None if plain else first, last, mask, (B, T))
@@ -149,19 +160,21 @@ def causal_attention(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size:
     """Computes causal attention, y (U, C), or that of each sentence's last token alone, (B, C).
 
     Args:
-        q: (B, C) if it is of the last tokens, or queries, keys and values of all rows side by side. It and kv are rotated in
-            place.
-        kv: (U, keys and values side by side), or None: they are in q.
+        q: (B, C), queries of the last tokens, or (U, C + 2 K), queries, keys and values of all rows side by side. Both q
+            and kv are rotated in place.
+        kv: (U, 2 K), keys and values side by side, or None: they are in q.
         heads: numbers of query heads and of key heads; consecutive query heads share a key head.
         size: channels of a head.
         rotary: cosine and sine (U, size) of the rotary embedding, if the model has one.
     """
     C, K = heads[0] * size, heads[1] * size
+    # Short sentences are faster without the copies below: onepass.c reads the rows in place.
     if unique.shape[1] <= SHORT and by_onepass(q):
         return _CausalAttention.apply(q, kv, (C, K), size, scale, unique, rotary)
     if rotary is not None:
         q = Rotate.apply(q, *(rotary if kv is None else (x[unique.last] for x in rotary)), C if kv is not None else C + K)
         kv = None if kv is None else Rotate.apply(kv, *rotary, K)
+    # PyTorch's attention reads whole sentences: from rows to (B, T, ...), and back after it.
     q, k, v = unique.spread(q).split([C, K, K], -1) if kv is None else (q.unsqueeze(1), *unique.spread(kv).split(K, -1))
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, size)
     if kv is None:
@@ -173,7 +186,7 @@ def causal_attention(q: Tensor, kv: Tensor | None, heads: tuple[int, int], size:
 
 
 class _CausalAttention(torch.autograd.Function):
-    """`causal_attention` by onepass.c, which reads each row in place. Saves its inputs and y for the backward pass."""
+    """`causal_attention` by onepass.c, with the rows read in place. Saves its inputs and y for the backward pass."""
 
     @staticmethod
     def parts(q: Tensor, kv: Tensor | None, C: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,13 +198,15 @@ class _CausalAttention(torch.autograd.Function):
                 rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         ctx.widths, ctx.form = widths, onepass.Form(unique.chains[kv is not None], size, scale, rotary)
         y, lse = onepass.attend(*_CausalAttention.parts(q, kv, *widths), ctx.form)
-        ctx.save_for_backward(q, kv, y, lse)  # rotated in place by now
+        # q and kv are rotated in place by now; the kernel's backward pass rotates the gradients back.
+        ctx.save_for_backward(q, kv, y, lse)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, y, lse = ctx.saved_tensors
-        d_q, d_kv = (t if t is None else torch.empty_strided(t.shape, t.stride()) for t in (q, kv))  # laid out alike
+        # The kernel writes each gradient in the layout of its input.
+        d_q, d_kv = (t if t is None else torch.empty_strided(t.shape, t.stride()) for t in (q, kv))
         onepass.attend_backward(_CausalAttention.parts(q, kv, *ctx.widths), ctx.form, y, lse, grad,
                                 _CausalAttention.parts(d_q, d_kv, *ctx.widths))
         return d_q, d_kv, None, None, None, None, None
@@ -202,6 +217,7 @@ class FusedGPT2Attention(GPT2Attention):
         if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
         C, kv = self.embed_dim, None
+        # Of the last block's queries the head reads those of the pooled tokens; keys and values it needs of all rows.
         if last:
             q = frozen_linear([self.c_attn], hidden_states[unique.last], LayerNormPrologue(norm), slice(0, C))
             kv = frozen_linear([self.c_attn], hidden_states, LayerNormPrologue(norm), slice(C, None))
@@ -213,14 +229,16 @@ class FusedGPT2Attention(GPT2Attention):
 
 
 class FusedGPT2Block(GPT2Block):
-    last = False  # set by `fuse`: whether this is the model's last block, which computes the pooled token alone
+    last = False  # set by `fuse`: whether this is the model's last block; it computes the pooled token alone
 
     def forward(self, hidden_states, *args, unique: UniqueTokens | None = None, **kwargs):
         if unique is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states.squeeze(1)  # (U, C)
         last = self.last and unique.last is not None
+        # The norms are handed on as prologues: their output exists only within `frozen_linear`.
         y = self.attn(x, unique=unique, norm=self.ln_1, last=last)
+        # In place: `frozen_linear` does not save its own output, so that autograd does not need y.
         x = y.add_(x[unique.last] if last else x)
         y = frozen_linear([self.mlp.c_fc], x, LayerNormPrologue(self.ln_2))
         y = frozen_linear([self.mlp.c_proj], y, ACTIVATIONS[self.attn.config.activation_function])
@@ -238,6 +256,7 @@ class Rotate(torch.autograd.Function):
         half = cos.shape[-1] // 2
         a, b = x[:, :columns].unflatten(-1, (-1, 2, half)).unbind(2)  # (U, heads, half) each
         cos, sin = cos[:, None, :half], sin[:, None, :half]
+        # Both mixed terms first: the two lines after them write over a and b.
         b_sin, a_sin = b * sin, a * sin
         a.mul_(cos).sub_(b_sin)
         b.mul_(cos).add_(a_sin)
@@ -253,6 +272,7 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        # The inverse rotation; a copy, because the gradient may be somebody else's too.
         return Rotate.rotate(grad.clone(), cos, -sin, ctx.columns), None, None, None
 
 
@@ -264,6 +284,7 @@ class FusedLlamaAttention(LlamaAttention):
         if unique is None:
             return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         prologue, kv = RMSNormPrologue(norm), None
+        # One row of angles for each row of tokens, contiguous for onepass.c.
         rotary = tuple(x.expand(len(unique.ids), -1, -1).squeeze(1).contiguous() for x in position_embeddings)  # (U, D) each
         if last:
             q = frozen_linear([self.q_proj], hidden_states[unique.last], prologue)
@@ -296,6 +317,7 @@ class FusedLlamaLayer(LlamaDecoderLayer):
 def attend_to_all(q: Tensor, kv: Tensor, size: int, scale: float, mask: Tensor | None) -> Tensor:
     """Computes attention of q (B, T or 1, C) over k and v side by side (B, T, 2 C) -> as q."""
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, *kv.chunk(2, -1)))
+    # The last block has one query, and some masks of the library have a row for each token.
     if mask is not None and mask.shape[2] != q.shape[2]:
         mask = mask[:, :, :q.shape[2]]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2)

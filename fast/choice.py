@@ -1,7 +1,7 @@
 """Chooses the libraries that compute on the CPU: those of matmuls with wide weights, and those of everything else.
 
     choice.matmul()                     # "gemm", "onednn" or "torch"
-    choice.use_matmul("torch")          # as a run recorded it: the library decides in which order sums are rounded
+    choice.use_matmul("torch")          # as a run recorded it: the library decides the order in which sums are rounded
     if by_gemm(x, W): ...
 
 The choice follows rules, not timings, because timings differ from run to run and the choice decides the last digits.
@@ -58,6 +58,7 @@ def use_matmul(library=None) -> None:
     Warns in one line if this machine does not have it.
     """
     global _matmul
+    # A run from another machine still resumes, with a warning: an error would be worse than other last digits.
     if library in ("gemm", "onednn") and not {"gemm": gemm.available, "onednn": has_onednn}[library]():
         name = "fast/gemm.c (it needs AVX-512 with bfloat16 and a C compiler)" if library == "gemm" else "oneDNN"
         warnings.warn(f"matmuls by {name} cannot be had here, PyTorch's own are used: sums are rounded in another "
@@ -79,6 +80,7 @@ def by_onednn(x: Tensor, W: Tensor) -> bool:
 
 def by_gemm(x: Tensor, W: Tensor) -> bool:
     """Returns whether gemm.c computes x W^T."""
+    # The kernel is for float32 activations; either the rows or the columns of W must be contiguous.
     return (matmul() == "gemm" and x.dtype == torch.float32 and W.dtype in (torch.float32, torch.bfloat16)
             and x.is_cpu and W.is_cpu and 1 in W.stride())
 

@@ -2,7 +2,7 @@
 
 - Its fused blocks (blocks.py) compute each different prefix of a batch once, no pad, and in the last block the pooled token
   alone.
-- What its frozen blocks give a batch can be cached (frozen.py); the forward pass then begins after them.
+- The output of its frozen blocks can be cached (frozen.py); the forward pass then begins after them.
 
 `fast.install` swaps the class of a classifier for this one.
 """
@@ -33,12 +33,13 @@ def backbone_states(backbone: PreTrainedModel, unique: UniqueTokens) -> Tensor:
 class FastClassifier(TextClassifier):
     """A classifier under `fast.install`; its logits are those of `TextClassifier` up to rounding."""
 
-    has_fused_blocks = False  # set by `fast.install`: whether there are fused blocks for the architecture
+    has_fused_blocks = False  # set by `fast.install`: whether the architecture has fused blocks
     prefix = None  # set by `frozen.cache_frozen`: the `FrozenPrefix` that reads and fills the cache
 
     @property
     def fused(self) -> bool:
-        """Returns whether the fused blocks compute; they give the backbone's own weights no gradient."""
+        """Returns whether the fused blocks compute."""
+        # They give the backbone's own weights no gradient: full fine-tuning takes the library's blocks.
         trained = torch.is_grad_enabled() and next(self.net.base_model.parameters()).requires_grad
         return self.has_fused_blocks and not self.trains_backbone and not trained
 
@@ -47,7 +48,7 @@ class FastClassifier(TextClassifier):
         """Returns logits (B, labels); see `TextClassifier.forward`.
 
         Args:
-            cached: the output of the frozen part for this batch (`frozen.CachedBatch`), which is then not computed.
+            cached: the output of the frozen part for this batch (`frozen.CachedBatch`), read instead of computed.
         """
         if cached is None:
             return super().forward(input_ids, attention_mask, features)
@@ -58,6 +59,7 @@ class FastClassifier(TextClassifier):
             self.prefix.cached = None
 
     def text_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # An encoder's fused blocks hang on one argument, passed through the library's model to each block.
         if self.fused and not self.decoder and not self.by_length:
             mask = self.encoder_mask(input_ids, attention_mask)
             return self.net(input_ids=input_ids, attention_mask=mask, pooled=True).logits.float()
@@ -71,6 +73,7 @@ class FastClassifier(TextClassifier):
         return mask
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # With the head alone in training the cache holds the pooled states: no block is left to compute.
         if self.prefix is not None and self.prefix.cached is not None and self.prefix.head_only:
             return self.prefix.cached[:, 0]
         if self.fused:
@@ -82,7 +85,8 @@ class FastClassifier(TextClassifier):
         if not (self.decoder and self.fused):
             return super().grouped_logits(input_ids, attention_mask, group, route)
         B, T = input_ids.shape
-        unique = unique_tokens(input_ids, attention_mask, group.tolist())  # groups share no prefix
+        # Sentences of different groups share no row: each row gets the adapter of one group.
+        unique = unique_tokens(input_ids, attention_mask, group.tolist())
         # `route` tells tokens from sentences by their number: with as many of both, sentences share no prefix either.
         if len(unique.ids) == B and T > 1:
             unique = unique_tokens(input_ids, attention_mask, list(range(B)))

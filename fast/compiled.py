@@ -31,7 +31,7 @@ NAME = "lora-distil"
 
 
 class NotHere(UserError):
-    """Reports a machine that cannot have the kernels, with nothing wrong on it: another CPU, or no compiler."""
+    """A machine without the kernels and without a fault: another CPU, or no compiler."""
 
 
 def flags_of_cpu() -> set[str]:
@@ -45,7 +45,7 @@ def flags_of_cpu() -> set[str]:
 def load(source: Path, features: dict[str, str]) -> ctypes.CDLL:
     """Loads a C file; the first process that needs it compiles it.
 
-    A file of the cache that is not as it was written, or that the system does not load, is compiled again, once.
+    A damaged file of the cache, or one that the system does not load, is compiled again, once.
 
     Args:
         source: the C file; headers are found next to it.
@@ -57,6 +57,7 @@ def load(source: Path, features: dict[str, str]) -> ctypes.CDLL:
     """
     if missing := sorted(features.keys() - flags_of_cpu()):
         raise NotHere(f"this CPU has no {', '.join(missing)}")
+    # The compiler is needed even for a file in the cache: its version is a part of the file's name.
     compiler = _compiler()
     flags = [*FLAGS, *features.values()]
     try:
@@ -78,8 +79,7 @@ def load_if_possible(source: Path, features: dict[str, str], arguments: dict[str
         arguments: types of the arguments, by the function's name.
 
     Returns:
-        The library; None if it cannot be had. The reason is a warning of one line, unless it is the CPU or that no compiler
-        is installed.
+        The library, or None without one. The reason is a warning of one line, except for another CPU or no compiler.
     """
     try:
         lib = load(source, features)
@@ -128,7 +128,7 @@ def _key(compiler: list[str], flags: list[str], source: Path) -> str:
 
 @functools.cache
 def _version(compiler: tuple[str, ...]) -> bytes:
-    """Returns the compiler's own words about its version; an update of the system changes them and not its name."""
+    """Returns the output of `--version`: an update of the system changes it, and not the compiler's name."""
     done = subprocess.run([*compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True)
     return done.stdout + done.stderr
 
@@ -165,7 +165,7 @@ def _digest(library: Path) -> str:
 
 
 def _load_whole(library: Path) -> ctypes.CDLL | None:
-    """Loads a compiled file if its bytes are those that its name tells; returns None if not, or if it does not load."""
+    """Loads a compiled file; returns None if its bytes do not match the digest in its name, or if it does not load."""
     if library.stem.rpartition("-")[2] != _digest(library):
         return None
     # A whole library does not load after an update of the system removed one that it is linked to.
@@ -176,7 +176,7 @@ def _load_whole(library: Path) -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of compiled files: in the user's cache folder, or a temporary one if that cannot be had.
+    """Returns the folder of compiled files: in the user's cache folder, or else a temporary one.
 
     Raises:
         OSError: neither can be written to.
@@ -195,8 +195,8 @@ def cache_folder() -> Path:
 
 
 def _temporary_folder() -> Path:
-    """Returns a folder below the system's temporary one that no other user can write to: loading a library runs its code."""
-    # Windows gives every user a temporary folder of their own.
+    """Returns a folder below the system's temporary one that no other user can write to."""
+    # Loading a library runs its code, so that nobody else may put one there. Windows gives every user a folder of their own.
     user = os.getuid() if hasattr(os, "getuid") else None
     folder = Path(tempfile.gettempdir()) / (NAME if user is None else f"{NAME}-{user}")
     with suppress(FileExistsError):

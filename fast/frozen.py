@@ -8,8 +8,8 @@ same batch gives, bit for bit. Nothing is cached beyond the process, hence nothi
 part is off throughout training.
 
 Blocks return a tensor or a tuple; heads read one token, all tokens or a pooler's output. `FrozenPrefix.cache` finds out by
-computing a few sentences with and without the cache: unless the logits are the same bit for bit, nothing is cached and
-`why_not` says why.
+computing a few sentences with and without the cache: unless the logits are the same bit for bit, nothing is cached, and
+`obstacle` names the reason.
 """
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class CachedBatch(Batch):
 
 def attach(batch: Batch, cached: Tensor) -> None:
     """Makes a batch one with a cached result."""
+    # In place: the training loop and this cache hold the same batch.
     batch.__class__ = CachedBatch
     batch.cached = cached
 
@@ -59,22 +60,24 @@ def cache_frozen(classifier: FastClassifier, splits: list[list[Batch]], folder: 
         memory: GiB to hold in memory; the rest is memory-mapped.
 
     Returns:
-        One line for the user: the size of the cache, or the reason why there is none; empty where nothing is frozen.
+        One line for the user: the size of the cache, or the reason for none; empty where nothing is frozen.
     """
+    # With a trained embedding, or no text to read, no block has a fixed output.
     if not classifier.reads_text or lowest_trained_block(classifier) == 0:
         return ""
     prefix = classifier.prefix = FrozenPrefix(classifier)
     start, used = time.perf_counter(), 0
+    # All splits share one budget: the training split, first in the list, gets its memory first.
     for split in splits:
         used = prefix.cache(split, folder, int(memory * 2 ** 30), used)
-    if prefix.why_not:
-        return f"  {prefix.why_not}; they are computed each time"
+    if prefix.obstacle:
+        return f"  {prefix.obstacle}; they are computed each time"
     return (f"  cached what the {prefix.lowest} frozen blocks below the lowest trained one compute: "
             f"{used / 2 ** 20:.0f} MiB in memory, {time.perf_counter() - start:.1f} s")
 
 
 class _Reached(Exception):
-    """Carries a block's output out of a forward pass that need not go on."""
+    """Carries a block's output out of a forward pass, and ends the pass there."""
 
     def __init__(self, output):
         super().__init__()
@@ -82,17 +85,23 @@ class _Reached(Exception):
 
 
 class NotCacheable(Exception):
-    """Says why what the frozen part computes cannot be cached."""
+    """Names the reason why the output of the frozen part cannot be cached."""
 
 
 def lowest_trained_block(classifier: FastClassifier) -> int:
     """Returns the number of the lowest block that trains: 0 if embeddings train, the count if the head alone does."""
     net = classifier.net
     blocks = list(blocks_of(net.base_model).values())
-    inside = {id(p) for module in (*blocks, *map(net.get_submodule, fresh_modules(net))) for p in module.parameters()}
+    inside = set()
+    for module in (*blocks, *map(net.get_submodule, fresh_modules(net))):
+        inside.update(map(id, module.parameters()))
+    # A trained parameter outside the blocks and the head (an embedding) changes the input of the first block.
     if any(p.requires_grad and id(p) not in inside for p in net.base_model.parameters()):
         return 0
-    return next((i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())), len(blocks))
+    for i, block in enumerate(blocks):
+        if any(p.requires_grad for p in block.parameters()):
+            return i
+    return len(blocks)
 
 
 class FrozenPrefix:
@@ -102,8 +111,8 @@ class FrozenPrefix:
 
     Attributes:
         lowest: number of the lowest trained block.
-        head_only: whether nothing in the backbone trains; then as much of its output is cached as the head reads.
-        why_not: why nothing can be cached, set by `cache`; empty otherwise.
+        head_only: whether nothing in the backbone trains; the cache then holds the head's input.
+        obstacle: the reason why nothing can be cached, set by `cache`; empty otherwise.
     """
 
     def __init__(self, classifier: FastClassifier):
@@ -113,9 +122,10 @@ class FrozenPrefix:
         self.lowest = lowest_trained_block(classifier)
         self.head_only = not any(p.requires_grad for p in self.backbone.parameters())
         self.cached: Tensor | None = None  # set for the running forward pass by the classifier
-        self.why_not = ""
+        self.obstacle = ""
         self.checked = False
         self.first_token = True  # whether only the first of an encoder's last hidden states is cached
+        # Embeddings, below the first block, are computed each time: they cost little.
         if self.head_only:
             self._wrap(self.backbone, self._head_input)
         else:
@@ -123,28 +133,30 @@ class FrozenPrefix:
                 self._wrap(block, self._block_output)
 
     def _wrap(self, module: nn.Module, instead: Callable) -> None:
-        """Wraps the module's forward: returns what `instead` returns while a cached result is set, else computes.
+        """Wraps the module's forward: returns the value of `instead` while a cached result is set, else computes.
 
-        The forward of this one object is wrapped, because the library's forward, which calls the module, offers no way to
-        begin after a block. This method is the only one that wraps a forward.
+        The forward of this one object is wrapped, because the library's model calls its blocks itself and offers no way to
+        begin after one of them. This method is the only one that wraps a forward.
         """
         forward = module.forward
         module.forward = lambda *args, **kwargs: (forward if self.cached is None else instead)(*args, **kwargs)
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Tensor:
-        """Computes what the trained part reads of a batch: hidden states (B, T, C), or fewer if only the head trains.
+        """Computes the input of the trained part for a batch: hidden states (B, T, C), or fewer if only the head trains.
 
         Raises:
             NotCacheable: the trained part reads more than that.
         """
         device = next(self.backbone.parameters()).device
         inputs = batch.input_ids.to(device), batch.attention_mask
+        # A result with dropout would be one sample, repeated in every epoch.
         was_training = self.classifier.training
         self.classifier.eval()
         try:
             if self.head_only and self.classifier.decoder:
                 return self.classifier.pool(*inputs).unsqueeze(1)
+            # The pass ends at the last frozen module: the hook raises with its output.
             hook = (self.backbone if self.head_only else self.blocks[self.lowest - 1]).register_forward_hook(_stop)
             try:
                 self.classifier.text_logits(*inputs)
@@ -156,8 +168,8 @@ class FrozenPrefix:
             self.classifier.train(was_training)
         raise NotCacheable("a frozen block is never reached")
 
-    # A block's output is hidden states, or a tuple or list that begins with them; what else is in it (attention weights,
-    # say) is not cached, and `_check` finds out whether a later layer needs it.
+    # A block's output is hidden states, or a tuple or list that begins with them. The rest of it (attention weights, say) is
+    # not cached, and `_check` finds out whether a later layer needs it.
 
     def _hidden_of(self, output: Tensor | tuple) -> Tensor:
         """Returns the hidden states in a block's output, and notes its form for `_block_output`."""
@@ -173,7 +185,7 @@ class FrozenPrefix:
     # The backbone's output is hidden states and, in some architectures, its pooler's output.
 
     def _read_by_head(self, output) -> Tensor:
-        """Returns what the head may read of the backbone's output: (B, T or 1, C), the pooler's output as the last row."""
+        """Returns the head's possible input from the backbone's output: (B, T or 1, C), the pooler's output as last row."""
         hidden, pooler = (getattr(output, name, None) for name in ("last_hidden_state", "pooler_output"))
         if not isinstance(hidden, Tensor) or hidden.ndim != 3:
             raise NotCacheable("its backbone hands on no hidden states by name")
@@ -186,7 +198,8 @@ class FrozenPrefix:
         hidden = self.cached[:, :-1] if self.pooler else self.cached
         tokens = (args[0] if args else kwargs["input_ids"]).shape[1]
         if self.first_token and not self.classifier.has_fused_blocks:
-            hidden = F.pad(hidden, (0, 0, 0, tokens - 1))  # zeros, which the head does not read
+            # The head reads the first token alone, from a tensor with the strides of all tokens.
+            hidden = F.pad(hidden, (0, 0, 0, tokens - 1))
         states = {"last_hidden_state": hidden.contiguous()}
         if self.pooler:
             states["pooler_output"] = self.cached[:, -1].contiguous()
@@ -200,8 +213,10 @@ class FrozenPrefix:
         """
         if self.classifier.by_length:
             raise NotCacheable("sentences of each length are computed on their own")
+        # For these the tests hold that the rest reads nothing but the cached output.
         if self.classifier.has_fused_blocks or self.head_only and self.classifier.decoder:
             return
+        # With and without pads: without them the library builds no mask, and takes another kernel.
         kinds = {bool(batch.attention_mask.all()): batch for batch in sorted(batches, key=lambda b: b.input_ids.shape[1])}
         for batch in (_two_rows(batch) for batch in kinds.values()):
             fresh = self._outcome(batch)
@@ -215,7 +230,8 @@ class FrozenPrefix:
         attach(batch, self.compute(batch))
         try:
             return torch.equal(self._outcome(batch), fresh)
-        except Exception as error:  # whatever code meets hidden states of a form that it did not expect
+        # Code of any architecture may raise anything when it meets hidden states of an unexpected form.
+        except Exception as error:
             if hardware.exhausted(error):
                 raise
             return False
@@ -241,8 +257,8 @@ class FrozenPrefix:
 
         Args:
             batches: of any split; their composition must not change afterwards.
-            folder: where what exceeds the budget is memory-mapped, in a file without a name that goes
-                with the process; the system's temporary folder if None.
+            folder: place of the memory-mapped results beyond the budget, in files without a name that disappear with the
+                process; the system's temporary folder if None.
             budget: bytes to hold in memory.
             used: bytes of it that are taken already.
 
@@ -250,14 +266,15 @@ class FrozenPrefix:
             Bytes of the budget that are used now.
         """
         pinned = next(self.backbone.parameters()).is_cuda
+        # The training loop computes micro-batches one at a time: each has a cached result of its own.
         parts = [part for whole in batches for part in whole.micro_batches()]
         if not self.checked:
             try:
                 self._check(parts)
             except NotCacheable as error:
-                self.why_not = f"a {self.backbone.config.model_type} model's frozen blocks cannot be cached: {error}"
+                self.obstacle = f"a {self.backbone.config.model_type} model's frozen blocks cannot be cached: {error}"
             self.checked = True
-        if self.why_not:
+        if self.obstacle:
             return used
         for batch in parts:
             # Copied outside inference mode, because autograd will save the tensor.

@@ -1,4 +1,4 @@
-"""`frozen_linear`: the one matmul that every frozen layer of a fused block goes through, LoRA's update included.
+"""`frozen_linear`: the matmul of every frozen layer in a fused block, LoRA's update included.
 
     frozen_linear([q_proj, k_proj, v_proj], x, RMSNormPrologue(norm))    # (rows, C) -> (rows, q + k + v)
 
@@ -21,18 +21,19 @@ from fast.matmul import add_update, joined, narrow, outer, wide_matmul
 from fast.prologue import ApplyPrologue
 from model import LoRALinear, weight_of
 
-DENSE_ROWS = 64  # input rows from which copying strided weights pays off: oneDNN is fast on dense weights only
+# Copying strided weights pays off from this number of input rows: oneDNN is fast on dense weights only.
+DENSE_ROWS = 64
 
 
 class _FrozenLinear(torch.autograd.Function):
     """y W^T + b + scaling (y A^T) B^T with y = prologue(x), for Ws that never train.
 
-    `spans` are the outputs that each update covers; their As come next, then as many Bs. The As are stacked, for all
-    updates read the same y.
+    `spans` holds the range of outputs of each update; the As of all updates follow it, then their Bs. The As are stacked,
+    because all updates read the same y.
 
-    Saves x and the narrow y A^T for the backward pass, recomputes y there, and adds each update in place, so that no
-    second (rows, features) tensor is written in either direction. If W is bfloat16 and x is not, only the matmuls with
-    W run in bfloat16. If `tiles`, the AMX kernel computes matmuls and updates.
+    Saves x and the narrow y A^T for the backward pass, recomputes y there, and adds each update in place: neither
+    direction writes a second (rows, features) tensor. If W is bfloat16 and x is not, only the matmuls with W run in
+    bfloat16. With `tiles` the AMX kernel computes matmuls and updates.
     """
 
     @staticmethod
@@ -51,14 +52,17 @@ class _FrozenLinear(torch.autograd.Function):
         A = None if not As else As[0] if len(As) == 1 else torch.cat(As)
         y = x if prologue is None else prologue(x)  # (rows, in)
         h = None if A is None else narrow(y, A)  # (rows, ranks)
+        # The gradients of A and of a prologue need x. A plain frozen layer needs neither: it saves no activation at all.
         ctx.save_for_backward(None if A is None and prologue is None else x, h, A, *Bs, *weights)
         ctx.scaling, ctx.prologue, ctx.tiles = scaling, prologue, tiles
         sizes = list(map(len, weights))
         if tiles:
+            # The update is one more term of the kernel's sum, with a block matrix of all Bs.
             update = [] if A is None else [(h, (_FrozenLinear.block(spans, Bs, sum(sizes)) * scaling).split(sizes, 1))]
             return amx.matmul([(y, [weight.t() for weight in weights]), *update], biases)
         updates = [Update(part, B, span, scaling)
                    for span, part, B in zip(spans, () if h is None else h.split(ctx.ranks, 1), Bs, strict=True)]
+        # gemm.c adds the updates while the sums are in its registers.
         if len(weights) == 1:
             return wide_matmul(y, weights[0], biases[0], updates=updates).to(x.dtype)  # (rows, out)
         out = torch.cat([wide_matmul(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)], 1).to(x.dtype)
@@ -72,22 +76,27 @@ class _FrozenLinear(torch.autograd.Function):
         Bs, weights = saved[:len(ctx.spans)], saved[len(ctx.spans):]
         grad_x = grad_h = None
         if A is not None:
+            # Of each update: d h = scaling * d out B, and d B = scaling * (h^T d out)^T.
             grads = [grad[:, span] for span in ctx.spans]
             grad_h = [narrow(g, B) for g, B in zip(grads, Bs, strict=True)]
             grad_h = (grad_h[0] if len(Bs) == 1 else torch.cat(grad_h, 1)).mul_(ctx.scaling)  # (rows, ranks)
             grad_Bs = [outer(part, g).mul_(ctx.scaling).t() for part, g in zip(h.split(ctx.ranks, 1), grads, strict=True)]
+        # d y = d out W + d h A. Below the lowest adapted layer nothing needs a gradient, and both matmuls are left out.
         if ctx.needs_input_grad[0]:
             parts = list(zip(grad.split(list(map(len, weights)), 1), weights, strict=True))
             if ctx.tiles:
                 grad_x = amx.matmul([(g, [W]) for g, W in (parts if A is None else [*parts, (grad_h, A)])])  # of y
             else:
+                # Each weight adds to the same tensor, and the last one adds the update too.
                 for i, (g, W) in enumerate(parts):
                     updates = [] if A is None or i + 1 < len(parts) else [Update(grad_h, A)]
                     grad_x = wide_matmul(g, W.t(), add=grad_x, updates=updates).to(grad.dtype)
+            # The prologue gives its output again, for the gradient of A, with the gradient of x.
             if ctx.prologue is not None:
                 x, grad_x = ctx.prologue.backward(x, grad_x)
         elif ctx.prologue is not None:
             x = ctx.prologue(x)
+        # By now x is y, the input of the matmul: d A = d h^T y.
         updates = [] if A is None else [*outer(grad_h, x).split(ctx.ranks), *grad_Bs]
         return grad_x, None, None, None, None, None, None, *updates
 
@@ -102,21 +111,24 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
         outputs: of a single layer, computes these outputs only.
 
     Raises:
-        RuntimeError: a weight requires a gradient, which this function does not compute.
+        RuntimeError: a weight requires a gradient; this function computes none for it.
     """
     terms = [_low_rank_terms(linear) for linear in linears]
     # One scaling serves all updates; a layer without terms has its own forward pass (dropout, another variant of LoRA).
     if None in terms or len({scaling for some in terms for _, _, scaling in some}) > 1:
+        # Layers with different inputs or scalings are computed apart, and the prologue they share only once.
         y = x if prologue is None else ApplyPrologue.apply(x, prologue)
         parts = []
         for linear, some in zip(linears, terms, strict=True):
             parts.append(frozen_linear([linear], y) if some == [] else linear(y))
         return torch.cat(parts, -1)[:, outputs]
     bases = [base_of(linear) for linear in linears]
+    # A weight that trains would silently get no gradient below.
     for base in bases:
         if base.weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{base}: its weight requires a gradient; frozen_linear() is for frozen layers")
     weights, biases = [weight_of(base) for base in bases], [base.bias for base in bases]
+    # GPT-2's last block computes q of the pooled tokens and k, v of all tokens from one fused weight.
     if outputs != slice(None):
         weights, biases = [weights[0][outputs]], [None if biases[0] is None else biases[0][outputs]]
         if by_onednn(x, weight_of(bases[0])) and len(x) >= DENSE_ROWS:
@@ -125,11 +137,12 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
     ends = list(itertools.accumulate(map(len, weights)))
     spans, As, Bs, scaling = [], [], [], 1.0
     for some, weight, end in zip(terms, weights, ends, strict=True):
-        for A, B, scaling in some:  # noqa: B007 (the same for all)
+        for A, B, scaling in some:  # noqa: B007 (one scaling serves all terms)
             spans.append(slice(end - len(weight), end))
             As.append(A.to(x.dtype))
             Bs.append(B[outputs].to(x.dtype))
     tiles = by_tiles(linears, x)
+    # One wide matmul is faster than several narrower ones; the weights lie side by side since `set_precision`.
     if len(weights) > 1 and not tiles and (together := joined(weights, biases)) is not None:
         weights, biases = [together], [None if biases[0] is None else torch.cat(biases)]
     return _FrozenLinear.apply(x, scaling, prologue, weights, biases, tiles, spans, *As, *Bs)
@@ -147,18 +160,23 @@ def _low_rank_terms(linear: nn.Module) -> list[tuple[Tensor, Tensor, float]] | N
 def by_tiles(linears: list[nn.Module], x: Tensor) -> bool:
     """Returns whether the AMX kernel computes these layers' matmuls with x."""
     bases = [base_of(linear) for linear in linears]
-    return all(getattr(base, "tiles", False) for base in bases) and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, *(base.weight for base in bases)))
+    if not all(getattr(base, "tiles", False) for base in bases):
+        return False
+    # On a GPU, or with weights in bfloat16, the layers keep their mark, and other kernels compute.
+    factors = [x, *(base.weight for base in bases)]
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in factors)
 
 
 class FastLoRALinear(LoRALinear):
     """`LoRALinear` by `frozen_linear`, for architectures without fused blocks."""
 
-    low_rank_terms = LoRALinear.low_rank_terms  # `forward` below is the same function
+    # `forward` below computes the same sum, so that fused blocks may take its terms.
+    low_rank_terms = LoRALinear.low_rank_terms
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = x.reshape(-1, self.in_features)
-        if self.low_rank_terms() is None:  # W and A read different inputs
+        # With dropout W and A read different inputs, and one `frozen_linear` cannot serve both.
+        if self.low_rank_terms() is None:
             y = frozen_linear([self.base], rows)
             A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
             y = torch.addmm(y, torch.nn.functional.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)

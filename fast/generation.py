@@ -1,13 +1,13 @@
-"""Samples texts from a causal language model, many at a time, with cached keys and values.
+"""Samples texts from a causal language model, many in one batch, with cached keys and values.
 
     for tokens in sample_together(lm, [[bos]] * 1000, Sampling(seed=1), max_new_tokens=40, end={eos}): ...     # of each text
 
-A text that is finished leaves the batch, and the next one takes its slot. The random numbers are those of `sampling.py`, so
-that a text depends on no other one, and texts sampled in several calls (`first_row`) are those of one call. Which texts
-are together changes their logits by rounding at most.
+A finished text leaves the batch, and the next one takes its slot. The random numbers are those of `sampling.py`: a text
+depends on no other one, and texts sampled in several calls (`first_row`) are those of one call. The other texts of a batch
+change a text's logits by rounding at most.
 
-GPT-2 and Llama go through the fused blocks of blocks.py: one new token of each text a step, logits of that token alone. The
-tokens of new prompts but the last are computed together, shared prefixes once.
+GPT-2 and Llama go through the fused blocks of blocks.py: each step computes one new token of each text, and the logits of
+that token alone. The tokens of new prompts but the last are computed together, shared prefixes once.
 """
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from fast.choice import by_onepass
 from fast.classifier import backbone_states
 from sampling import Sampling, uniforms
 
-BLOCK = 256  # tokens of the vocabulary: PyTorch's argmax and cumsum over all of it take several times as long as by blocks
-PREFILL_TOKENS = 4096  # of prompts computed together, pads included: bounds memory
+# Tokens of a block of the vocabulary: PyTorch's argmax and cumsum over all of it take several times as long as by blocks.
+BLOCK = 256
+# Tokens of prompts computed together, pads included: a bound on memory.
+PREFILL_TOKENS = 4096
 # Settings of a generation_config.json that are arguments of `sample_together` or change no text.
 PLAIN = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache",
          "do_sample", "temperature", "top_k", "top_p", "output_attentions", "output_hidden_states"}
@@ -39,6 +41,7 @@ class FastSampling(Sampling):
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Chooses a token for each row; see `Sampling.choose`. The logits may be written over."""
+        # The likeliest token of the block with the highest maximum.
         if self.greedy:
             block = _of_blocks(logits, torch.amax).argmax(-1, keepdim=True)
             tokens, part = _of_block(logits, block)
@@ -47,6 +50,7 @@ class FastSampling(Sampling):
         if 0 < self.top_k < logits.shape[1]:
             logits, tokens = logits.topk(self.top_k)  # sorted
         p = logits.softmax(-1)
+        # Nuclei of the whole vocabulary differ in size: each text is computed by itself. After top_k all rows are short.
         if self.top_p < 1 and tokens is None:
             return torch.stack([self._from_nucleus(*row) for row in zip(p, uniform, strict=True)])
         chosen = self._by_inverse(p, uniform)
@@ -69,22 +73,24 @@ class FastSampling(Sampling):
             kept = ((sums - p) < self.top_p).sum(-1, keepdim=True).clamp(min=1)
             total = sums.gather(1, kept - 1)
             return _invert(p, uniform * total, total)[0][:, 0]
+        # First the block where the cumulative sum passes the number, then the token within the block.
         sums = _of_blocks(p, torch.sum)
         block, rest = _invert(sums, uniform * sums.sum(-1, keepdim=True))
         tokens, part = _of_block(p, block)
+        # Tokens of the block before a shorter last one get no probability.
         return tokens.gather(1, _invert(part * (tokens >= block * BLOCK), rest)[0])[:, 0]
 
 
 def _of_blocks(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    """Reduces each block of x (n, V), the last of which may be shorter: (n, blocks)."""
+    """Reduces each block of x (n, V) to one number: (n, blocks); the last block may be shorter."""
     whole = (x.shape[1] - 1) // BLOCK * BLOCK
     return torch.cat([reduce(x[:, :whole].unflatten(1, (-1, BLOCK)), -1), reduce(x[:, whole:], -1, keepdim=True)], 1)
 
 
 def _of_block(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the indices of a block (n, 1) of each row of x (n, V), and what stands there, (n, BLOCK) each.
+    """Returns the indices of a block (n, 1) of each row of x (n, V), and the values there, (n, BLOCK) each.
 
-    With a shorter last block come values of the one before it.
+    A shorter last block is filled up with the end of the block before it.
     """
     first = (block * BLOCK).clamp(max=max(0, x.shape[1] - BLOCK))
     at = first + torch.arange(min(BLOCK, x.shape[1]), device=x.device)
@@ -94,10 +100,10 @@ def _of_block(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
 def _invert(p: Tensor, at: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Finds where the cumulative sum of each row of p (n, k) passes `at` (n, 1): the indices (n, 1), and how far into them.
 
-    No index has a probability of 0.
+    No returned index has a probability of 0.
 
     Args:
-        total: (n, 1) the cumulative sum of what may be chosen; of all if None.
+        total: (n, 1) the sum of the probabilities that may be chosen; of all if None.
     """
     sums = p.cumsum(-1)
     total = sums[:, -1:] if total is None else total
@@ -109,7 +115,7 @@ def _invert(p: Tensor, at: Tensor, total: Tensor | None = None) -> tuple[Tensor,
 
 @dataclass
 class _Row:
-    """A text in the making."""
+    """An unfinished text."""
 
     number: int
     prompt: Sequence[int]
@@ -118,11 +124,12 @@ class _Row:
 
     @property
     def last(self) -> int:
+        """Returns the newest token: the input of the next step."""
         return self.new[-1] if self.new else self.prompt[-1]
 
     @property
     def position(self) -> int:
-        """Of `last`."""
+        """Returns the position of `last`."""
         return len(self.prompt) + len(self.new) - 1
 
 
@@ -134,14 +141,19 @@ class _Cache:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.positions = positions
-        self.ready = 0  # positions that hold finite numbers; the others take no memory yet
+        self.ready = 0  # positions with finite numbers; the others take no memory yet
+        # On a CPU activations are float32 even where the weights are bfloat16.
         dtype = torch.float32 if lm.device.type == "cpu" else lm.dtype
-        self.blocks = [tuple(torch.empty(slots, positions, heads * size, device=lm.device, dtype=dtype) for _ in range(2))
-                       for _ in range(config.num_hidden_layers)]
+        self.blocks = []
+        for _ in range(config.num_hidden_layers):
+            keys = torch.empty(slots, positions, heads * size, device=lm.device, dtype=dtype)
+            self.blocks.append((keys, torch.empty_like(keys)))
 
     def reach(self, length: int) -> None:
-        """Sets the positions below `length` to zero that were never used: attention multiplies what it masks by 0."""
+        """Sets positions below `length` to zero if they were never used."""
+        # Attention multiplies masked positions by 0, and 0 times uninitialised memory may be NaN.
         if length > self.ready:
+            # A few more than needed, so that most steps have nothing to do.
             start, self.ready = self.ready, length + 31
             for block in self.blocks:
                 for part in block:
@@ -158,12 +170,12 @@ class _Step:
     """One new token of each row; takes the place of `UniqueTokens` in the fused blocks.
 
     Args:
-        cache: slots 0 to n - 1 are the rows'.
+        cache: the keys and values; slots 0 to n - 1 belong to the rows.
         rows: n rows.
-        device: of the model.
+        device: the model's device.
     """
 
-    last = None  # every row's output is read
+    last = None  # as in UniqueTokens: the output of every row is read
 
     def __init__(self, cache: _Cache, rows: list[_Row], device: torch.device):
         self.cache, self.slots = cache, torch.arange(len(rows), device=device)
@@ -172,6 +184,7 @@ class _Step:
         self.length = max(positions) + 1
         cache.reach(self.length)
         self.positions = torch.tensor(positions, device=device)[:, None]  # (n, 1)
+        # Rows of one length need no mask, and attention without one is faster.
         self.mask = None if min(positions) == max(positions) else (
             torch.arange(self.length, device=device) <= self.positions)[:, None, None]  # (n, 1, 1, length)
 
@@ -182,11 +195,12 @@ class _Step:
         return onepass.Chains(chain.flatten(), self.slots * self.length, self.positions[:, 0] + 1)
 
     def block_attention(self, layer: int, q: Tensor, kv: None, heads: tuple[int, int], size: int, scale: float,
-               rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+                        rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Adds the keys and values in q (n, C + 2 K) to the cache; returns each row's attention to all its own, (n, C)."""
         n, C, K = len(q), heads[0] * size, heads[1] * size
         if rotary is not None:
             q = Rotate.rotate(q, *rotary, C + K)
+        # The new token attends to itself too, so that its key and value come first.
         q, *new = q.split([C, K, K], -1)
         for part, x in zip(self.cache.blocks[layer], new, strict=True):
             part[self.slots, self.positions[:, 0]] = x
@@ -201,12 +215,12 @@ class _Step:
 
 
 class _Batch:
-    """The rows that are being drawn.
+    """The rows that are sampled together.
 
     Args:
         lm: GPT-2 or Llama under `fuse`.
-        slots: rows at a time.
-        positions: of the longest row.
+        slots: the largest number of rows.
+        positions: tokens of the longest row.
     """
 
     def __init__(self, lm: PreTrainedModel, slots: int, positions: int):
@@ -215,6 +229,7 @@ class _Batch:
     @torch.inference_mode()
     def add(self, rows: list[_Row]) -> None:
         """Gives rows the next slots, and computes keys and values of their prompts but for the last token."""
+        # The last token of a prompt is the input of the first step.
         first = len(self.rows)
         self.rows += rows
         long = [slot for slot in range(first, len(self.rows)) if len(self.rows[slot].prompt) > 1]
@@ -222,6 +237,7 @@ class _Batch:
             width = max(len(self.rows[slot].prompt) for slot in long) - 1
             some, long = long[:max(1, PREFILL_TOKENS // width)], long[max(1, PREFILL_TOKENS // width):]
             self.cache.reach(width)
+            # Prompts with the same beginning compute it once: see `unique_tokens`.
             prompts = [torch.tensor(self.rows[slot].prompt[:-1]) for slot in some]
             ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (B, T)
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
@@ -230,14 +246,15 @@ class _Batch:
             backbone_states(self.lm.base_model, unique)
 
     def _keep(self, layer: int, slots: list[int], new: Iterator[Tensor]) -> None:
-        """Writes keys and values (B, T, K) of a block from position 0 on; a pad's are written over when a token comes."""
+        """Writes keys and values (B, T, K) of a block from position 0 on."""
+        # Those of pads are written over by the tokens to come, and masked until then.
         slots = torch.tensor(slots)
         for part, x in zip(self.cache.blocks[layer], new, strict=True):
             part[slots, :x.shape[1]] = x
 
     @torch.inference_mode()
     def step(self, sampling: Sampling) -> None:
-        """Draws one token of each row."""
+        """Samples one token of each row."""
         hidden = backbone_states(self.lm.base_model, _Step(self.cache, self.rows, self.lm.device))
         logits = self.lm.get_output_embeddings()(hidden).float()
         uniform = torch.tensor([row.uniform[len(row.new)] for row in self.rows], device=logits.device)
@@ -245,8 +262,8 @@ class _Batch:
             row.new.append(token)
 
     @torch.inference_mode()
-    def drop(self, slot: int) -> _Row:
-        """Takes a row out; the last row gets its slot."""
+    def take_out(self, slot: int) -> _Row:
+        """Takes a row out; the last row gets its slot, so that the rows stay side by side in the cache."""
         row, last = self.rows[slot], self.rows.pop()
         if row is not last:
             self.rows[slot] = last
@@ -260,7 +277,7 @@ def sample_together(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], sampl
     """Yields the new tokens of each text in order; see `sampling.sample_tokens`.
 
     Args:
-        lm: under `fast.install`; `takes` says whether this function serves it.
+        lm: a model under `fast.install` for which `takes` is true.
         batch_size: texts sampled together.
     """
     sampling = FastSampling(**asdict(sampling))
@@ -270,20 +287,24 @@ def sample_together(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], sampl
     following = 0
     while waiting or batch.rows:
         free = batch_size - len(batch.rows)
-        # Computing a few prompts reads all weights, as many do: several are awaited. One of one token costs nothing extra.
+        # A pass over few prompts reads all weights, as one over many does: wait until a quarter of the slots is free. A
+        # prompt of one token needs no such pass.
         if waiting and free and (free >= batch_size // 4 or len(waiting[0][1]) == 1):
             new = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             rows = [_Row(number, prompt, uniforms(sampling.seed, first_row + number, max_new_tokens))
                     for number, prompt in new]
             batch.add(rows)
         batch.step(sampling)
-        drawn = len(batch.rows)
+        sampled = len(batch.rows)
+        # From the last slot down: the row that takes a free slot has been looked at.
         for slot in reversed(range(len(batch.rows))):
             if len(batch.rows[slot].new) == max_new_tokens or batch.rows[slot].last in end:
-                row = batch.drop(slot)
+                row = batch.take_out(slot)
                 finished[row.number] = row.new
-                drawn += max_new_tokens - len(row.new)
-        progress(drawn)
+                # The tokens that an early end saves count as done.
+                sampled += max_new_tokens - len(row.new)
+        progress(sampled)
+        # Texts finish in any order and leave in that of the prompts.
         while following in finished:
             yield finished.pop(following)
             following += 1
@@ -291,6 +312,7 @@ def sample_together(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], sampl
 
 def takes(lm: PreTrainedModel) -> bool:
     """Returns whether `sample_together` serves a model: fused blocks, and no setting beyond those of `Sampling`."""
+    # Settings such as a repetition penalty are the library's to compute.
     config = lm.generation_config
     other = set() if config is None else {name for name in config.to_diff_dict() if name not in PLAIN and name[0] != "_"}
     return is_fused(lm.base_model) and not other

@@ -38,6 +38,7 @@ def install(model: nn.Module) -> str:
         module.__class__ = FAST.get(type(module), type(module))
         if isinstance(module, FastClassifier):
             module.has_fused_blocks = fuse(module.net.base_model)
+    # A language model without a classifier around it: `gen` samples from its fused blocks.
     if isinstance(model, PreTrainedModel):
         fuse(model.base_model)
     return (f"matmuls by {choice.matmul()}, norms and attention by {choice.kernels()}" if device().type == "cpu"

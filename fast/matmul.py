@@ -3,8 +3,8 @@
     wide_matmul(x, W, bias)                # (rows, in) (out, in) -> (rows, out); no gradients
     set_precision(backbone, "bf16")    # how its frozen linears are computed
 
-PyTorch takes MKL for float32, which uses half the width of an AMD CPU. gemm.py uses all of it, and so does oneDNN, which is
-in every PyTorch build. `choice.py` chooses between them, and a run records the choice.
+PyTorch takes MKL for float32; on an AMD CPU that is half of the width. gemm.py uses all of it, and so does oneDNN, a part of
+every PyTorch build. `choice.py` chooses between them, and a run records the choice.
 """
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from machine import hardware
 from machine.errors import UserError
 
 # oneDNN caches the code that it generates for each shape, half a MiB each, and batches of sentences rarely repeat their
-# number of rows: caching more than the shapes of one kind of block, forward and backward, does not pay. oneDNN reads the
+# number of rows. A larger cache than the shapes of one kind of block, forward and backward, does not pay. oneDNN reads the
 # variable at its first matmul.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-NARROW = 32  # rank up to which onepass.py computes products: beyond, reading the wide matrix is the smaller part
+# The highest rank of matmuls by onepass.py: beyond it, reading the wide matrix is the smaller part of the time.
+NARROW = 32
 
 
 def wide_matmul(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | None = None, updates: Sequence[Update] = ()
@@ -42,8 +43,10 @@ def wide_matmul(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | 
     Returns:
         In the wider one of x's and W's types.
     """
+    # gemm.c does all of it in one pass over the result.
     if by_gemm(x, W):
         return gemm.matmul(x, W, bias, updates, add, add is not None)
+    # bfloat16 weights and float32 activations: the matmul in bfloat16, the sum with `add` in float32.
     if x.dtype != W.dtype:
         y = wide_matmul(x.to(W.dtype), W, bias).to(torch.promote_types(x.dtype, W.dtype))
         y = y if add is None else add.add_(y)
@@ -60,8 +63,8 @@ def wide_matmul(x: Tensor, W: Tensor, bias: Tensor | None = None, add: Tensor | 
     return y
 
 
-# Products with a narrow matrix, LoRA's A or B: by onepass.py, else by MKL, because oneDNN would generate and cache code for
-# each number of rows.
+# Matmuls with a narrow matrix, LoRA's A or B: by onepass.py, else by MKL. oneDNN would generate and cache code for each
+# number of rows.
 
 def narrow(x: Tensor, W: Tensor) -> Tensor:
     """Computes x W^T for a W of few rows: LoRA's A, or B transposed."""
@@ -72,7 +75,7 @@ def narrow(x: Tensor, W: Tensor) -> Tensor:
 
 
 def add_update(out: Tensor, h: Tensor, b: Tensor, scaling: float = 1.0) -> None:
-    """Adds scaling h b to out (rows, outputs), whose rows may lie apart; h (rows, rank) and b (rank, outputs) are narrow."""
+    """Adds scaling h b to out (rows, outputs), with or without gaps between its rows; h (rows, rank), b (rank, outputs)."""
     if len(b) <= NARROW and by_onepass(out, h, b):
         onepass.update(out, h if scaling == 1 else h * scaling, b)
     elif out.shape[1] % 1024 == 0 and out.is_contiguous() and by_onednn(h, b.t()):
@@ -86,14 +89,15 @@ def outer(h: Tensor, x: Tensor) -> Tensor:
     """Computes h^T x for a narrow h (rows, rank): (rank, in) for an x (rows, in)."""
     if h.shape[1] <= NARROW and by_onepass(h, x):
         return onepass.outer(h, x)
-    return torch.mm(h.t(), x)  # with the narrow matrix in front MKL is 2 to 3 times as fast
+    # With the narrow matrix in front MKL is 2 to 3 times as fast.
+    return torch.mm(h.t(), x)
 
 
-# Frozen layers that read the same input are one product where their weights lie side by side in memory.
+# Frozen layers that read the same input are one matmul where their weights lie side by side in memory.
 
 @torch.no_grad()
 def lay_side_by_side(linears: list[nn.Module]) -> None:
-    """Moves the frozen weights of linears (or of what these adapt) into one tensor, of which each is a view from now on."""
+    """Moves the frozen weights of linears, adapted or not, into one tensor; each weight is a view of it from now on."""
     weights = [getattr(linear, "base", linear).weight for linear in linears]
     if any(weight.requires_grad for weight in weights) or len({(weight.dtype, weight.device) for weight in weights}) > 1:
         return
@@ -103,9 +107,10 @@ def lay_side_by_side(linears: list[nn.Module]) -> None:
 
 
 def joined(weights: list[Tensor], biases: list[Tensor | None]) -> Tensor | None:
-    """Returns weights (out, in) as one of all outputs; None if they do not follow each other, or not all have a bias."""
+    """Returns weights (out, in) as one of all outputs; None if they do not follow each other, or only some have a bias."""
     if len({bias is None for bias in biases}) > 1:
         return None
+    # Read from the addresses and not from a note of `lay_side_by_side`: moving a model to a device undoes it.
     first, following = weights[0], weights[0].data_ptr()
     for weight in weights:
         if not (weight.is_contiguous() and weight.dtype == first.dtype and weight.data_ptr() == following
@@ -113,6 +118,15 @@ def joined(weights: list[Tensor], biases: list[Tensor | None]) -> Tensor | None:
             return None
         following += weight.numel() * weight.element_size()
     return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
+def layers_of_one_input(backbone: nn.Module) -> list[list[nn.Module]]:
+    """Returns the groups of linears that read the same input, as the fused blocks name them in `together`."""
+    groups = []
+    for module in backbone.modules():
+        for names in getattr(module, "together", ()):
+            groups.append([module.get_submodule(name) for name in names])
+    return groups
 
 
 class _Matmul(torch.autograd.Function):
@@ -135,6 +149,7 @@ class _Matmul(torch.autograd.Function):
 
 def _apply(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor | None:
     """Computes x W^T + bias for an x of any shape; returns None where PyTorch's own `forward` should compute it."""
+    # Autocast, and the cases where no other library is faster, are PyTorch's.
     if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype and not by_onednn(x, W) and not by_gemm(x, W):
         return None
     return _Matmul.apply(x.reshape(-1, x.shape[-1]), W, bias).view(*x.shape[:-1], len(W))
@@ -169,7 +184,7 @@ class FastEmbedding(nn.Embedding):
 
 
 def set_precision(backbone: nn.Module, precision: str) -> None:
-    """Sets how the frozen linears of a backbone under `fast.install` are computed; what trains stays float32.
+    """Sets the precision of the frozen linears of a backbone under `fast.install`; trained parameters stay float32.
 
     fp32: in float32, by the library that `choice.py` chose.
 
@@ -180,7 +195,7 @@ def set_precision(backbone: nn.Module, precision: str) -> None:
     computed as three bfloat16 matmuls (amx.py).
 
     Raises:
-        UserError: bf16x3, and this machine cannot do it.
+        UserError: bf16x3 on a machine without it.
     """
     linears = [module for module in backbone.modules()
                if isinstance(module, FastLinear | FastConv1D) and not module.weight.requires_grad]
@@ -197,12 +212,11 @@ def set_precision(backbone: nn.Module, precision: str) -> None:
             for p in module.parameters():
                 if not p.requires_grad:
                     p.data = p.data.bfloat16()
-    groups = [[module.get_submodule(name) for name in names]
-              for module in backbone.modules() for names in getattr(module, "together", ())]
-    if precision == "bf16x3":  # its kernel takes several weights as they are
-        groups = []
+    # The kernel of bf16x3 takes several weights wherever they lie.
+    groups = [] if precision == "bf16x3" else layers_of_one_input(backbone)
     if on_cpu and (precision == "bf16" or groups):
-        for p in backbone.parameters():  # copied out of the mapped checkpoint, which would stay in memory
+        # Copied out of the memory-mapped checkpoint: a single view of it would keep the whole file in memory.
+        for p in backbone.parameters():
             if not p.requires_grad and p.dtype == torch.float32:
                 p.data = p.data.clone()
     for group in groups:

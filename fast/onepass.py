@@ -1,10 +1,10 @@
-"""Computes norms, activations, LoRA's narrow products and short sentences' attention in one pass each (CPUs with AVX-512).
+"""Computes norms, activations, LoRA's narrow matmuls and short sentences' attention in one pass each (CPUs with AVX-512).
 
     if choice.by_onepass(x):                               # a float32 tensor on such a CPU, with a C compiler
         y = onepass.rms_norm(x, weight, eps)
     onepass.attend(q, k, v, Form(chains, size, scale))     # softmax(scale q k^T) v
 
-PyTorch makes several passes, and copies what its attention reads; its narrow products take twice as long. A row's result
+PyTorch makes several passes, and copies the input of its attention; its narrow matmuls take twice as long. A row's result
 depends neither on the other rows nor on the number of threads.
 """
 from __future__ import annotations
@@ -23,7 +23,8 @@ from fast import compiled
 SOURCE = Path(__file__).with_suffix(".c")
 FEATURES = {"avx512f": "-mavx512f"}
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-ARGUMENTS = {  # as in onepass.c
+# The types of each function's arguments, as in onepass.c: without them ctypes would cut an address to 32 bits.
+ARGUMENTS = {
     "gelu": [POINTER, POINTER, LONG, INT],
     "gelu_backward": [POINTER, POINTER, POINTER, POINTER, LONG, INT],
     "swiglu": [POINTER, POINTER, LONG, LONG, INT],
@@ -47,7 +48,8 @@ class _Attention(ctypes.Structure):
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Loads onepass.c; returns None where the CPU has no AVX-512 or no compiler works: PyTorch can do all of it."""
+    """Loads onepass.c; returns None where the CPU has no AVX-512 or no compiler works."""
+    # No error: PyTorch can do all of it.
     return compiled.load_if_possible(SOURCE, FEATURES, ARGUMENTS)
 
 
@@ -57,7 +59,8 @@ def available() -> bool:
 
 # ---------------------------------------------------------------- prologues
 
-# All are (rows, n). Forward gives y; backward, given x and the gradient of y, gives y again and the gradient of x.
+# All are (rows, n). Forward gives y; backward, given x and the gradient of y, gives y again and the gradient of x. The C
+# functions get addresses alone, so that each function makes its inputs contiguous first and allocates its outputs.
 
 def gelu(x: Tensor) -> Tensor:
     """Computes GELU in its tanh form."""
@@ -135,11 +138,12 @@ def narrow(x: Tensor, A: Tensor) -> Tensor:
 
 
 def update(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
-    """Adds h b to y in place, whose rows may lie apart: (rows, n) (rows, rank) (rank, n) -> y.
+    """Adds h b to y in place: (rows, n) (rows, rank) (rank, n) -> y; the rows of y may lie apart.
 
     Raises:
         ValueError: a row of y is not contiguous.
     """
+    # A contiguous copy of y, as the other functions make it, would take the sum and be lost.
     if y.stride(1) != 1:
         raise ValueError("an update wants rows that are contiguous")
     h, b = h.contiguous(), b.contiguous()
@@ -159,9 +163,9 @@ def outer(h: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Chains:
-    """The rows that each of N tokens attends to, all int64: `length[i]` of them, at `chain[start[i]]` and after it.
+    """The rows that each of N tokens attends to, all int64: `length[i]` of them, from `chain[start[i]]` on.
 
-    The last is the token's own.
+    The last of them is the token's own.
     """
 
     chain: Tensor
@@ -170,7 +174,7 @@ class Chains:
 
 
 class Form(NamedTuple):
-    """The form of an attention: who attends to whom, and the heads."""
+    """The form of an attention: the rows that each token attends to, and the heads."""
 
     chains: Chains
     size: int  # channels of a head
@@ -181,7 +185,7 @@ class Form(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Computes softmax(scale q k^T) v over each token's chain, head by head.
 
-    Made for short chains: the time grows with the sum of their lengths, and for long chains matmuls are faster.
+    It suits short chains: the time grows with the sum of their lengths, and for long chains matmuls are faster.
 
     Args:
         q: (N, heads * size), float32, as k and v. Rows of each may lie apart; k's and v's by as much.
@@ -193,8 +197,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, form: Form) -> tuple[Tensor, Tensor]
 
     Raises:
         ValueError: strides other than those described.
-        MemoryError
+        MemoryError: no memory for the kernel's buffers.
     """
+    # The backward pass computes the probabilities again from these logarithms: saving them would take (N, heads, length).
     y, lse = q.new_empty(q.shape), q.new_empty(len(q), q.shape[1] // form.size)
     if load().attend(_attention(q, k, v, form), y.data_ptr(), lse.data_ptr(), len(form.chains.chain),
                      torch.get_num_threads()):
@@ -208,13 +213,14 @@ def attend_backward(qkv: tuple[Tensor, Tensor, Tensor], form: Form, y: Tensor, l
 
     Args:
         qkv: q, k and v as `attend` left them.
-        grad: of y.
-        out: receives the gradients; their rows lie as those of q, k and v.
+        grad: the gradient of y.
+        out: receives the gradients; their strides are those of q, k and v.
 
     Raises:
         ValueError: strides other than those described.
-        MemoryError
+        MemoryError: no memory for the kernel's buffers.
     """
+    # The kernel has one set of strides for inputs and gradients.
     if [t.stride() for t in out] != [t.stride() for t in qkv]:
         raise ValueError("the gradients of q, k and v do not lie as these do")
     grad = grad.contiguous()

@@ -1,9 +1,9 @@
-"""Prologues: what a block computes between two frozen linears, cheap enough to be computed again in the backward pass.
+"""Prologues: the operations between two frozen linears, cheap enough to be computed again in the backward pass.
 
     y = prologue(x)                                 # (rows, n): a norm or an activation, its weights frozen
     y, grad_x = prologue.backward(x, grad_y)        # y once more, and the gradient of x
 
-Some are computed in one pass by onepass.py where the machine can.
+Where the machine has AVX-512 and a C compiler, onepass.py computes all but the exact GELU in one pass.
 """
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class LayerNormPrologue:
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the norm's output, and mean and 1 / standard deviation of each row."""
         return torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -35,6 +36,7 @@ class LayerNormPrologue:
         if by_onepass(x, self.weight, self.bias):
             return onepass.layer_norm_backward(x, self.weight, self.bias, self.eps, grad)
         y, mean, rstd = self._normalised(x)
+        # Of the three gradients (input, weight, bias) the first alone: the norm is frozen.
         return y, torch.ops.aten.native_layer_norm_backward(
             grad, x, x.shape[-1:], mean, rstd, self.weight, self.bias, [True, False, False])[0]
 
@@ -47,6 +49,7 @@ class RMSNormPrologue:
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x / rms and 1 / rms."""
+        # In float32, as the library does: a mean of squares is too rough in bfloat16.
         x = x.float() if x.dtype == torch.bfloat16 else x
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
         return x * r, r
@@ -59,7 +62,8 @@ class RMSNormPrologue:
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         if by_onepass(x, self.weight):
             return onepass.rms_norm_backward(x, self.weight, self.eps, grad)
-        u, r = self._normalised(x)  # dx = r (g - u mean(g u)) with g = grad * weight
+        # dx = r (g - u mean(g u)) with g = grad * weight.
+        u, r = self._normalised(x)
         g = grad.to(u.dtype) * self.weight
         mean = torch.linalg.vecdot(g, u).div_(x.shape[-1]).unsqueeze_(-1)
         dx = g.addcmul_(u, mean.neg_()).mul_(r)
@@ -69,8 +73,8 @@ class RMSNormPrologue:
 class GELUPrologue:
     """GELU in its tanh form (`gelu_new`, `gelu_pytorch_tanh`), as x sigmoid(2 K (x + C x³)).
 
-    A CPU computes ROWS rows at a time, which stay in its cache from one operation to the next: forward and both
-    results of backward together take as long as PyTorch's kernels take for forward and gradient.
+    A CPU computes ROWS rows at a time; they stay in its cache from one operation to the next. Forward and both results of
+    backward together take as long as PyTorch's kernels take for forward and gradient.
     """
 
     K, C, ROWS = math.sqrt(2 / math.pi), 0.044715, 32
@@ -82,6 +86,7 @@ class GELUPrologue:
             return F.gelu(x, approximate="tanh")
         y = torch.empty_like(x)
         for some, out in zip(x.split(self.ROWS), y.split(self.ROWS), strict=True):
+            # x sigmoid(x (2 K + 2 K C x²)), all in `out`.
             torch.mul(some, some, out=out)
             out.mul_(2 * self.K * self.C).add_(2 * self.K).mul_(some).sigmoid_().mul_(some)
         return y
@@ -93,11 +98,13 @@ class GELUPrologue:
             return self(x), torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
         y, dx = torch.empty_like(x), torch.empty_like(x)
         for some, g, out, d in zip(*(t.split(self.ROWS) for t in (x, grad, y, dx)), strict=True):
+            # x² stays in d: the sigmoid s and its argument's slope both need it.
             torch.mul(some, some, out=d)
             s = (d * (2 * self.K * self.C)).add_(2 * self.K).mul_(some).sigmoid_()
             torch.mul(some, s, out=out)
-            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(out)  # y times the slope of the sigmoid's argument
-            d.addcmul_(d, s, value=-1).add_(s).mul_(g)  # dy/dx = s + y (1 - s) slope
+            # dy/dx = s + y (1 - s) slope, with slope = 2 K + 6 K C x²; d is y slope first.
+            d.mul_(6 * self.K * self.C).add_(2 * self.K).mul_(out)
+            d.addcmul_(d, s, value=-1).add_(s).mul_(g)
         return y, dx
 
 
@@ -124,6 +131,7 @@ class SwiGLUPrologue:
         if by_onepass(x):
             return onepass.swiglu_backward(x, grad)
         gate, up = x.chunk(2, -1)
+        # Both gradients are written into the two halves of one tensor: nothing is concatenated.
         dx = torch.empty_like(x)
         d_gate, d_up = dx.chunk(2, -1)
         y = F.silu(gate)

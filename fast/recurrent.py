@@ -2,10 +2,9 @@
 
     states = rnn_states(nn.LSTM(8, 16, batch_first=True, bidirectional=True), x, lengths)
 
-On a CPU an `nn.LSTM` of packed rows takes one small product a step, outside oneDNN's kernel for whole sequences, which
-takes all rows of one length at once and is several times as fast. That kernel needs no packing where pads come last in the
-order of reading: they do for the forward direction as it is, and for the backward one once each row is reversed within its
-own length.
+On a CPU an `nn.LSTM` of packed rows computes one small matmul for each step. oneDNN's kernel for whole sequences takes all
+rows at once, at one length, and is several times as fast. It needs no packing where pads come last in the order of reading:
+so they do in the forward direction, and in the backward one once each row is reversed within its own length.
 """
 from __future__ import annotations
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from machine.hardware import send
 from model import DistilRNN
 
-PADS = 2.0  # padded size / real tokens up to which computing the pads is cheaper than packing
+# The highest ratio of padded size to real tokens at which computing the pads is cheaper than packing.
+PADS = 2.0
 
 
 def rnn_states(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
@@ -23,11 +23,12 @@ def rnn_states(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         x: (B, T, E), rows padded at their end.
-        lengths: (B,) real tokens of each row, at least one; best on the CPU, where no GPU has to be waited for.
+        lengths: (B,) real tokens of each row, at least one; on the CPU, reading them does not wait for a GPU.
 
-    What stands at a row's pads is arbitrary.
+    The states at a row's pads are arbitrary.
     """
     few_pads = x.device.type == "cpu" and x.shape[0] * x.shape[1] <= PADS * int(lengths.sum())
+    # One direction reads the pads after all real tokens: they change no state that is read.
     if bool((lengths == x.shape[1]).all()) or few_pads and not rnn.bidirectional:
         return rnn(x)[0]
     if few_pads:
@@ -41,6 +42,7 @@ def rnn_states(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
 
 def _by_direction(rnn: nn.LSTM | nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
     """Computes each direction of each layer by itself, the backward one over reversed rows."""
+    # Reversed within its length, a row has its pads last again; the second reversal puts the states in order.
     rows, width = x.shape[:2]
     at, last = torch.arange(width), lengths.unsqueeze(1) - 1
     reverse = torch.where(at <= last, last - at, at) + width * torch.arange(rows).unsqueeze(1)  # (B, T), its own inverse
@@ -58,7 +60,7 @@ def _one(rnn: nn.LSTM | nn.GRU, x: Tensor, suffix: str) -> Tensor:
     """Returns one direction of one layer (B, T, H), from states of zero."""
     weights = [getattr(rnn, f"{name}_{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     start = x.new_zeros(1, x.shape[0], rnn.hidden_size)
-    # biases, one layer, no dropout between layers, one direction, batch first
+    # The arguments of torch.lstm: biases, one layer, no dropout between layers, training, one direction, batch first.
     kind = (True, 1, 0.0, rnn.training, False, True)
     if isinstance(rnn, nn.LSTM):
         return torch.lstm(x, (start, start), weights, *kind)[0]

@@ -1,7 +1,7 @@
 """Any number of adapters on one frozen base; one batch mixes them row by row.
 
     bank = AdapterBank.on("gpt2")
-    bank.load("cola", Path("runs/LoRA-12345"))
+    bank.add_run("cola", Path("runs/LoRA-12345"))
     bank.logits(input_ids, attention_mask, ["cola", None, "reviews"])       # (classes,) of each row
 
 The base is in memory once, each adapter's matrices once (adapters/mixed.py); ranks, targets and numbers of classes may
@@ -34,14 +34,14 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 @dataclass(frozen=True)
-class Entry:
+class LoadedAdapter:
     """An adapter of a bank."""
 
-    slot: int
+    slot: int  # its number in the layers of adapters/mixed.py; 0 is the base under its own head
     reading: Reading
     task: str | None
     parameters: int  # of adapter and head
-    sha256: str | None  # of the file that holds them
+    sha256: str | None  # of the file of its weights
 
 
 class AdapterBank:
@@ -52,6 +52,9 @@ class AdapterBank:
         tokenizer: the base's.
         model: name or path of the base, for errors.
         precision: fp32, or bf16 for adapters that were trained on a base in bfloat16.
+
+    Raises:
+        UserError: the model cannot share a batch, or its head is of a kind that cannot be mixed.
     """
 
     def __init__(self, classifier: TextClassifier, tokenizer, model: str, precision: str = "fp32"):
@@ -59,16 +62,18 @@ class AdapterBank:
             raise UserError(f"--model {model}: sentences of different lengths cannot share a batch, so adapters cannot")
         self.classifier = classifier.requires_grad_(False).eval()
         self.tokenizer, self.model, self.precision = tokenizer, model, precision
+        # Before `set_precision` changes the weights; under the keys of a run's config.json.
         self.digests = {"base_sha256": weights_digest(classifier.net.base_model),
                         "base_config_sha256": config_digest(classifier.net.config),
-                        "tokenizer_sha256": tokenizer_digest(tokenizer)}  # under the keys of a run's config.json
+                        "tokenizer_sha256": tokenizer_digest(tokenizer)}
         speed.install(classifier)
         speed.set_precision(classifier.net.base_model, precision)
         self.net, self.routing = classifier.net, Routing()
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, LoadedAdapter] = {}
         labels = self.net.config.id2label
         self.own = Reading(tuple(str(labels[label]) for label in range(self.net.config.num_labels)),
                            tokenizer.model_max_length)
+        # Every linear layer of the head becomes a `MixedHead`: adapters differ in their number of classes.
         self.heads: dict[str, MixedHead] = {}
         for head in classifier.head_names():
             for name, module in list(self.net.get_submodule(head).named_modules(prefix=head)):
@@ -77,6 +82,7 @@ class AdapterBank:
                 elif any(True for _ in module.parameters(recurse=False)):
                     raise UserError(f"--model {model}: its head has a {type(module).__name__} ({name}), of which a bank of "
                                     "adapters cannot hold one for each")
+        # Swapped after the walk, so that it meets the library's modules only.
         for name, head in self.heads.items():
             self.net.set_submodule(name, head)
 
@@ -87,40 +93,43 @@ class AdapterBank:
         Raises:
             UserError: it cannot be had, or its head is of a kind that cannot be mixed.
         """
-        torch.manual_seed(0)  # give a base without a head the same one each time
+        # A base without a head gets the same random one each time.
+        torch.manual_seed(0)
         classifier, _ = load_classifier(model, load_config(model).num_labels)
         return cls(classifier.to(device()), load_tokenizer(model), model, precision)
 
     @classmethod
     def of(cls, adapters: dict[str, Path]) -> AdapterBank:
-        """Loads adapters by name, and the base of the first one, which has to be that of all.
+        """Loads adapters by name, and the base of the first one; all must have this base.
 
         Raises:
-            UserError: see `on` and `load`.
+            UserError: see `on` and `add_run`.
         """
         options = read_run(next(iter(adapters.values())), "LoRA")[0]["options"]
         bank = cls.on(options["model"], _precision(options))
         for name, folder in adapters.items():
-            bank.load(name, folder)
+            bank.add_run(name, folder)
         return bank
 
     # ------------------------------------------------------------ adapters come and go
 
-    def load(self, name: str, folder: Path) -> None:
+    def add_run(self, name: str, folder: Path) -> None:
         """Adds the adapter of a LoRA run (or the head of a run with --method head).
 
         Raises:
-            UserError: not such a run, damaged, for another base, or a name that is taken. The bank is as it was.
+            UserError: no such run, a damaged one, another base, or a name that is taken. The bank is unchanged.
         """
         config, summary = read_run(folder, "LoRA")
         options, folder = config["options"], Path(folder)
+        # The base is shared and frozen, and a request holds text alone.
         if options["method"] not in ("lora", "head") or options.get("feature_columns"):
-            what = "reads feature columns" if options.get("feature_columns") else f"has --method {options['method']}"
-            raise UserError(f"{folder}: {what}, which adapters on a shared frozen base cannot have; "
+            reason = "reads feature columns" if options.get("feature_columns") else f"has --method {options['method']}"
+            raise UserError(f"{folder}: {reason}, which adapters on a shared frozen base cannot have; "
                             f"python run.py predict {folder} reads it alone")
         if _precision(options) != self.precision:
             raise UserError(f"{folder}: was trained on a base in {_precision(options)}, and the shared one is in "
                             f"{self.precision}")
+        # By content: one base may have many names. Old runs recorded no digests, and the name has to do.
         recorded = {key: config[key] for key in self.digests if config.get(key) is not None}
         other = [PARTS[key] for key, digest in recorded.items() if digest != self.digests[key]]
         if other or not recorded and options["model"] != self.model:
@@ -139,16 +148,18 @@ class AdapterBank:
         """Adds an adapter under a name.
 
         Args:
-            file: where its weights stand, if they do in one.
+            file: the file of its weights, if they come from one.
 
         Raises:
-            UserError: a name that is taken or malformed, an adapter or head that does not fit. The bank is as it was.
+            UserError: a name that is taken or malformed, an adapter or head that does not fit. The bank is unchanged.
         """
+        # Everything is checked before the first matrix is stored, so that an error leaves the bank whole.
         where = file or name
         if not re.fullmatch(NAME, name):
             raise UserError(f"adapter name {name[:80]!r}: expected up to 64 letters, digits, dots, dashes and underscores")
         if name in self.entries:
             raise UserError(f"adapter {name}: the name is taken")
+        # The weights saved whole must be those of the head: anything else belongs to the base.
         whole = dict(adapter.whole)
         heads = {head: (whole.pop(f"{head}.weight", None), whole.pop(f"{head}.bias", None)) for head in self.heads}
         if whole:
@@ -161,22 +172,26 @@ class AdapterBank:
             if outputs is None or weight.shape[1] != inputs or (bias is not None) != self.heads[head].has_bias or (
                     bias is not None and bias.shape != (outputs,)):
                 raise UserError(f"{where}: no classification head for this model ({head})")
+            # The last layer gives the classes. The layers before it keep the base's number of outputs.
             if outputs != (len(reading.classes) if head == last else len(self.heads[head].pool.rows[0])):
                 raise UserError(f"{where}: the head ({head}) has {outputs} outputs and the run {len(reading.classes)} "
                                 "classes")
+        # A damaged adapter is refused by its file's name, instead of giving NaN to every request.
         tensors = [tensor for pair in (*adapter.pairs.values(), *heads.values()) for tensor in pair if tensor is not None]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise UserError(f"{where}: the adapter holds values that are not finite")
-        slot = next(slot for slot in range(1, len(self.entries) + 2) if all(e.slot != slot for e in self.entries.values()))
+        # The lowest free slot, so that the pools stay small as adapters come and go.
+        taken = {entry.slot for entry in self.entries.values()}
+        slot = next(slot for slot in range(1, len(taken) + 2) if slot not in taken)
         for module, (A, B) in adapter.pairs.items():
-            self._mixed(module).pool.put(slot, A, (adapter.scaling(module) * B.float()).t())
+            self._mixed(module).pool.store(slot, A, (adapter.scaling(module) * B.float()).t())
         for head, (weight, bias) in heads.items():
-            self.heads[head].put(slot, weight, bias)
-        self.entries[name] = Entry(slot, reading, task, sum(tensor.numel() for tensor in tensors),
-                                   None if file is None else sha256(file))
+            self.heads[head].store(slot, weight, bias)
+        self.entries[name] = LoadedAdapter(slot, reading, task, sum(tensor.numel() for tensor in tensors),
+                                           None if file is None else sha256(file))
 
     def _mixed(self, name: str) -> MixedLinear:
-        """Returns the module of that name as a `MixedLinear`, which replaces the module if necessary."""
+        """Returns the `MixedLinear` of a module's name; a new one takes the place of a plain module."""
         module = self.net.get_submodule(name)
         if not isinstance(module, MixedLinear):
             module = MixedLinear(module, self.routing)
@@ -192,10 +207,10 @@ class AdapterBank:
         slot = self.entry(name).slot
         for module in self.net.modules():
             if isinstance(module, MixedLinear | MixedHead):
-                module.pool.drop(slot)
+                module.pool.release(slot)
         del self.entries[name]
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> LoadedAdapter:
         """Returns the adapter of that name.
 
         Raises:
@@ -219,10 +234,12 @@ class AdapterBank:
         """
         slots = torch.tensor([0 if name is None else self.entry(name).slot for name in names])
         classes = [len(self.own.classes if name is None else self.entry(name).reading.classes) for name in names]
+        # Sorted, because the grouped matmuls take each adapter's rows as one run; the results go back in order.
         slots, order = slots.sort(stable=True)
         logits = self._sorted_logits(input_ids[order].to(device()), attention_mask[order], slots.to(device())).cpu()
         results: list[Tensor | None] = [None] * len(names)
         for place, row in enumerate(order.tolist()):
+            # The columns beyond a row's own classes are padding.
             results[row] = logits[place, :classes[row]]
         return results
 
@@ -231,7 +248,7 @@ class AdapterBank:
         present, group = torch.unique_consecutive(slots, return_inverse=True)  # (G,), (B,)
 
         def route(*groups: Tensor) -> None:
-            """Tells the layers where each adapter's rows end, for each number of rows that they read."""
+            """Gives the layers the end of each adapter's rows, for each number of rows that a layer may read."""
             ends = {len(rows): torch.bincount(rows, minlength=len(present)).cumsum(0) for rows in groups}
             self.routing.set(present, ends)
 
@@ -247,6 +264,7 @@ class AdapterBank:
                 known.append(row)
             except UserError as error:
                 results[row] = error
+        # `classify` numbers the rows without an error from 0: `known` leads back to all rows.
         answers = classify(self.tokenizer, readings, lambda batch, places: self.logits(
             batch.input_ids, batch.attention_mask, [rows[known[place]][0] for place in places]))
         for row, answer in zip(known, answers, strict=True):

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from machine.errors import UserError
-from serving.bank import NAME, AdapterBank, Entry
+from serving.bank import NAME, AdapterBank, LoadedAdapter
 from serving.guard import Guard, Limits, error_response, json_response
 from serving.worker import Full, Key, Student, Worker
 
@@ -216,11 +216,11 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
         return json_response({**asked, "results": results})
 
 
-def _listed_adapter(name: str, entry: Entry) -> dict:
+def _listed_adapter(name: str, entry: LoadedAdapter) -> dict:
     return {"name": name, "task": entry.task, "classes": entry.reading.classes, "parameters": entry.parameters}
 
 
-def _listed_student(name: str, student: Student, adapters: dict[str, Entry]) -> dict:
+def _listed_student(name: str, student: Student, adapters: dict[str, LoadedAdapter]) -> dict:
     """Describes a student. Its teacher is the adapter of its name, or the one of the weights that it was distilled from."""
     teachers = [other for other, entry in adapters.items() if entry.sha256 in student.teacher_sha256]
     parameters = sum(p.numel() for p in student.model.parameters())
@@ -234,7 +234,7 @@ def _add_adapters(app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics
         # The worker's thread runs this between two batches, so that no other request can take the last place meanwhile.
         if len(bank.entries) >= limits.adapters:
             raise _TooMany(f"{limits.adapters} adapters are loaded; expected at most that many, so remove one first")
-        bank.load(name, folder)
+        bank.add_run(name, folder)
 
     @app.get("/v1/adapters")
     async def adapters() -> Response:

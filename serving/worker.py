@@ -19,7 +19,7 @@ import torch
 
 from machine.errors import UserError
 from machine.hardware import device
-from serving.bank import NAME, AdapterBank, Entry
+from serving.bank import NAME, AdapterBank, LoadedAdapter
 from serving.texts import Reading, classify
 
 WINDOW = 0.003  # seconds that a batch stays open for the next request
@@ -98,7 +98,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
 
     @property
-    def adapters(self) -> dict[str, Entry]:
+    def adapters(self) -> dict[str, LoadedAdapter]:
         """The loaded adapters by name."""
         return self.bank.entries if self.bank else {}
 

@@ -179,7 +179,7 @@ def test_what_other_blocks_and_heads_hand_on_is_cached_bit_for_bit(architecture,
     fresh = [step(made_of(architecture, part), batch) for batch in batches_with_ends()]
     classifier, batches = made_of(architecture, part), batches_with_ends()
     prefix = classifier.prefix = FrozenPrefix(classifier)
-    assert prefix.cache(batches) > 0 and not prefix.why_not
+    assert prefix.cache(batches) > 0 and not prefix.obstacle
     for expected, batch in zip(fresh, batches, strict=True):
         found = step(classifier, batch)
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
@@ -204,7 +204,7 @@ def test_what_cannot_be_cached_is_said_and_computed_each_time(architecture, part
     classifier, batches = made_of(architecture, part), batches_with_ends()
     prefix = classifier.prefix = FrozenPrefix(classifier)
     assert prefix.cache(batches, used=7) == 7
-    assert prefix.why_not.startswith(why) and not any(isinstance(batch, CachedBatch) for batch in batches)
+    assert prefix.obstacle.startswith(why) and not any(isinstance(batch, CachedBatch) for batch in batches)
     for batch in batches_with_ends():
         found, expected = step(classifier, batch), step(made_of(architecture, part), batch)
         assert all(torch.equal(found[name], expected[name]) for name in expected)

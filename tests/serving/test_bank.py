@@ -217,13 +217,13 @@ def test_each_row_is_stored_once_and_old_stores_are_freed():
     pool = RowPool((12, 20), torch.zeros(1))
     first = weakref.ref(pool.data[0])
     for slot in range(1, 257):
-        pool.put(slot, torch.full((8, 12), float(slot)), torch.full((8, 20), -float(slot)))
+        pool.store(slot, torch.full((8, 12), float(slot)), torch.full((8, 20), -float(slot)))
     assert first() is None
     assert 256 * 8 <= len(pool.data[0]) <= 256 * 8 * 1.26
     A, B = pool.gather(torch.tensor([3, 255, 300]))  # 300 has no rows here
     assert A.shape == (3, 8, 12) and B.shape == (3, 8, 20)
     assert A[:, :, 0].tolist() == [[3.0] * 8, [255.0] * 8, [0.0] * 8] and B[1].unique().tolist() == [-255.0]
-    pool.put(3, torch.ones(2, 12), torch.ones(2, 20))
+    pool.store(3, torch.ones(2, 12), torch.ones(2, 20))
     assert pool.gather(torch.tensor([3]))[0].sum() == 24
 
 
@@ -231,7 +231,7 @@ def test_slots_whose_rows_follow_one_another_are_read_in_place():
     pool, matrices = RowPool((12, 20), torch.zeros(1)), {}
     for slot in (1, 2, 3, 2):  # the second slot once more: its rows are where they were
         matrices[slot] = torch.randn(8, 12), torch.randn(8, 20)
-        pool.put(slot, *matrices[slot])
+        pool.store(slot, *matrices[slot])
     for slots in ([1, 2, 3], [2, 3], [1, 3]):
         A, B = pool.gather(torch.tensor(slots))
         torch.testing.assert_close(A, torch.stack([matrices[slot][0] for slot in slots]), atol=0, rtol=0)
