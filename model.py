@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -316,17 +315,6 @@ class TextClassifier(nn.Module):
         if not self.decoder:
             return self.net(input_ids=input_ids, attention_mask=self.encoder_mask(input_ids, attention_mask)).logits.float()
         return self.head_logits(self.pool(input_ids, attention_mask))
-
-    def grouped_logits(self, input_ids: Tensor, attention_mask: Tensor, group: Tensor,
-                       route: Callable[..., None]) -> Tensor:
-        """Returns `text_logits` where the layers treat sentences of different groups differently (adapters of many users).
-
-        Args:
-            group: (B,) ascending, the group of each sentence.
-            route: is told first the group of each row that the layers will read: of sentences (B,), of tokens (B * T,).
-        """
-        route(group, group.repeat_interleave(input_ids.shape[1]))
-        return self.text_logits(input_ids, attention_mask)
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns a decoder's hidden states at the last real token, (B, T), (B, T) -> (B, C)."""

@@ -8,10 +8,10 @@ No other module outside `fast/` imports that folder.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 import sampling as reference
 from data.precision import round_frozen
@@ -94,6 +94,23 @@ def in_use() -> dict[str, str]:
 def is_fused(classifier: TextClassifier) -> bool:
     """Returns whether fused blocks compute a classifier: they profit from shared prefixes and from several threads."""
     return getattr(classifier, "fused", False)
+
+
+def grouped_logits(classifier: TextClassifier, input_ids: Tensor, attention_mask: Tensor, group: Tensor,
+                   route: Callable[..., None]) -> Tensor:
+    """Returns logits (B, labels) where the layers treat sentences of different groups differently: a user's own adapter.
+
+    Args:
+        input_ids: (B, T), right-padded; attention_mask: (B, T), on the CPU.
+        group: (B,) ascending, the group of each sentence.
+        route: is called before the forward pass with the group of each row that a layer reads: of sentences (B,), and of
+            tokens (B * T,), or of fewer tokens where sentences of a group share the rows of a prefix.
+    """
+    # An encoder computes every token, so that the reference's routing is right for its fused blocks too.
+    if classifier.decoder and is_fused(classifier):
+        return classifier.grouped_logits(input_ids, attention_mask, group, route)
+    route(group, group.repeat_interleave(input_ids.shape[1]))
+    return classifier.text_logits(input_ids, attention_mask)
 
 
 # ---------------------------------------------------------------- precision

@@ -82,8 +82,7 @@ class FastClassifier(TextClassifier):
 
     def grouped_logits(self, input_ids: Tensor, attention_mask: Tensor, group: Tensor,
                        route: Callable[..., None]) -> Tensor:
-        if not (self.decoder and self.fused):
-            return super().grouped_logits(input_ids, attention_mask, group, route)
+        """Returns logits of sentences in groups; see `speed.grouped_logits`."""
         B, T = input_ids.shape
         # Sentences of different groups share no row: each row gets the adapter of one group.
         unique = unique_tokens(input_ids, attention_mask, group.tolist())

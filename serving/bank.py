@@ -252,7 +252,7 @@ class AdapterBank:
             ends = {len(rows): torch.bincount(rows, minlength=len(present)).cumsum(0) for rows in groups}
             self.routing.set(present, ends)
 
-        return self.classifier.grouped_logits(input_ids, attention_mask, group, route)
+        return speed.grouped_logits(self.classifier, input_ids, attention_mask, group, route)
 
     def classify(self, rows: list[tuple[str | None, str]]) -> list[dict | UserError]:
         """Returns label, probability and probabilities of each (adapter, text), or its error; see `texts.classify`."""
