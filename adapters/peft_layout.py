@@ -30,7 +30,7 @@ PREFIX = "base_model.model."  # PEFT's name for the wrapped model
 # Every field of PEFT's LoraConfig stands in one of these three; docs/architectures.md has a line for each.
 READ = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias",
-    "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights", "ensure_weight_tying"})
+    "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights"})
 # Variants of another formula, or with tensors of their own; an adapter that uses one is refused, not misread.
 UNSUPPORTED = (
     "use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
@@ -40,7 +40,7 @@ UNSUPPORTED = (
 IGNORED = frozenset({
     "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out",
     "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config"})
+    "qalora_group_size", "runtime_config", "ensure_weight_tying"})
 # Initialisations that change the frozen weights too, so that A and B alone are not the whole of the update.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -128,7 +128,6 @@ class Adapter:
     rslora: bool
     whole: dict[str, Tensor]  # other tensors by name: the head, and modules of the backbone that were trained as a whole
     saved: tuple[str, ...] = ()  # the modules of `whole`, by their names or the endings of them
-    tied: bool = False  # whether a weight that two modules share stays shared
     classifies: bool = True  # whether it was made for a classifier of texts
 
     def scaling(self, name: str) -> float:
@@ -169,8 +168,8 @@ def read_adapter(net: nn.Module, folder: Path) -> Adapter:
         own, value = net.state_dict().get(key.replace(".base_layer.", ".")), whole.pop(key)
         if own is None or own.shape != value.shape or not torch.equal(own, value.to(own)):
             raise UserError(f"{folder / WEIGHTS_FILE}: adapter for another base: {key} is not the weight of this model")
-    return Adapter(pairs, alphas, dropout, bool(config.get("use_rslora")), whole, tuple(config.get("modules_to_save") or ()),
-                   bool(config.get("ensure_weight_tying")), config.get("task_type") in ("SEQ_CLS", None))
+    return Adapter(pairs, alphas, dropout, bool(config.get("use_rslora")), whole,
+                   tuple(config.get("modules_to_save") or ()), config.get("task_type") in ("SEQ_CLS", None))
 
 
 def check_kind(config: dict, folder: Path) -> None:
@@ -327,8 +326,7 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
     # Everything fits: from here on the model changes.
     with torch.no_grad():
         for key, value in whole.items():
-            _copy_whole(net, key, value, shared=adapter.tied or not any(
-                part.endswith(adapter.saved) for part in _parents(key)))
+            _copy_whole(net, key, value, shared=not any(part.endswith(adapter.saved) for part in _parents(key)))
     freeze_backbone(net)
     for name, (A, B) in adapter.pairs.items():
         base = net.get_submodule(name)

@@ -21,6 +21,7 @@ from distillation.cache import Cache
 from distillation.heads import Outputs
 from distillation.sharing import cores, share
 from distillation.transfer_set import longest_length
+from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
 from model import inject_lora, lora_layers
 from options.schema import LoRAOptions, TrainOptions
@@ -53,9 +54,17 @@ def language_loss(outputs: Outputs, batch: Batch) -> Tensor:
 
 
 def border_token(tokenizer) -> int:
-    """Returns the token between two texts of pretraining: a text begins and ends with it."""
+    """Returns the token between two texts of pretraining: a text begins and ends with it.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    return tokenizer.get_vocab().get("<|endoftext|>", end)
+    border = tokenizer.get_vocab().get("<|endoftext|>", end)
+    if border is None:
+        raise UserError("--augment: the teacher's tokenizer has no end token, so its language model cannot write sentences; "
+                        "expected --augment 0")
+    return border
 
 
 @dataclass
