@@ -141,9 +141,10 @@ def load_tokenizer(name: str):
     path, located = _locate(name)
     if Path(path).is_dir() and not located:
         # Without its files the library makes a tokenizer that knows no word, and says nothing.
-        files = sorted(set(tokenizer.vocab_files_names.values()))
-        if files and not any((Path(path) / file).is_file() for file in files):
-            raise UserError(f"--model {name}: the folder has no tokenizer files; expected {' or '.join(files)}")
+        # A tokenizer of bytes or code points (CANINE's) has no vocabulary.
+        files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+        if tokenizer.vocab_files_names and not any((Path(path) / file).is_file() for file in files):
+            raise UserError(f"--model {name}: the folder has no tokenizer files; expected any of {', '.join(files)}")
         _check_added_tokens(name, tokenizer)
     # A decoder classifies from its last real token, at a position that padding on the left would move.
     tokenizer.padding_side = "right"

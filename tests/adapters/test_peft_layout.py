@@ -513,7 +513,8 @@ def test_a_base_of_one_revision_is_not_guessed(saved, revision, refused):
 
 
 @pytest.mark.parametrize("change, match", [
-    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, r"\(bias all: biases of the base"), ({"lora_bias": True}, "lora_bias"),
+    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, r"\(bias all: biases of the base"),
+    ({"lora_bias": True}, "lora_bias"),
     ({"peft_type": "LOHA"}, r"\(LOHA\); expected peft_type LORA"), ({"peft_type": None}, "no peft_type"),
     ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights pissa_niter_16"), ({"init_lora_weights": "olora"}, "olora"),
     ({"lora_alpha": None}, "lora_alpha"), ({"lora_alpha": "many"}, "lora_alpha"), ({"lora_dropout": 1.5}, "lora_dropout"),

@@ -62,10 +62,12 @@ def test_without_the_probe_long_sentences_change_short_ones():
 
 @pytest.mark.parametrize("rope, positions, changes", [
     ({"rope_type": "longrope", "original_max_position_embeddings": 8}, 8, False),
-    ({"rope_type": "longrope", "original_max_position_embeddings": 8}, 9, True), ({"rope_type": "longrope"}, 9, True),
-    ({"full": {"rope_type": "default"}, "sliding": {"rope_type": "longrope", "original_max_position_embeddings": 8}}, 9, True),
-    ({"full": {"rope_type": "default"}, "sliding": {"rope_type": "default"}}, 900, False),
-    ({"rope_type": "dynamic"}, CONTEXT, False), ({"rope_type": "dynamic"}, CONTEXT + 1, True), (None, 900, False), ({}, 9, False)])
+    ({"rope_type": "longrope", "original_max_position_embeddings": 8}, 9, True),
+    ({"rope_type": "longrope"}, 9, True),
+    ({"a": {"rope_type": "default"}, "b": {"rope_type": "longrope", "original_max_position_embeddings": 8}}, 9, True),
+    ({"a": {"rope_type": "default"}, "b": {"rope_type": "default"}}, 900, False),
+    ({"rope_type": "dynamic"}, CONTEXT, False), ({"rope_type": "dynamic"}, CONTEXT + 1, True),
+    (None, 900, False), ({}, 9, False)])
 def test_a_length_at_which_frequencies_change_is_read(rope, positions, changes):
     config = toy_net("llama").config
     config.rope_parameters = rope
@@ -73,7 +75,8 @@ def test_a_length_at_which_frequencies_change_is_read(rope, positions, changes):
 
 
 def test_an_odd_configuration_that_cannot_compute_every_length_is_one_line():
-    with pytest.raises(UserError, match="--model x: a bert classifier does not take token ids alone .*chunk size 2") as error:
+    said = "--model x: a bert classifier does not take token ids alone .*chunk size 2"
+    with pytest.raises(UserError, match=said) as error:
         TextClassifier(toy_net("bert", chunk_size_feed_forward=2)).probe("x")
     one_line(error)
 
@@ -106,10 +109,11 @@ def test_no_sentence_is_longer_than_the_models_positions():
 
 def test_a_model_that_mixes_sentences_of_one_length_is_refused():
     """A mixture of experts with a capacity, say: no order of computation gives each sentence what it gets alone."""
-    with pytest.raises(UserError, match="--model x: .* depend on the other sentences of a batch, of the same length too") as e:
+    said = "--model x: .* depend on the other sentences of a batch, of the same length too"
+    with pytest.raises(UserError, match=said) as error:
         probed(lambda ids, mask: of_words(ids, mask) + (of_words(ids, mask).sum() if ids.shape[1] == 6 else 0) * (
             mask.all().item() and len(ids) > 1))
-    one_line(e)
+    one_line(error)
 
 
 def test_a_model_folder_with_longrope_is_computed_by_length(tmp_path):

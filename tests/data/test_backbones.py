@@ -266,7 +266,8 @@ def test_the_ending_of_a_gguf_file_may_have_any_case(tmp_path, ending):
 
 
 @pytest.mark.parametrize("file, kind", [
-    ("model.safetensors", "a weights file alone"), ("pytorch_model.bin", "a weights file alone"), ("a.onnx", "a weights file"),
+    ("model.safetensors", "a weights file alone"), ("pytorch_model.bin", "a weights file alone"),
+    ("a.onnx", "a weights file"),
     ("config.json", "one JSON file of a model"), ("notes.txt", "a file and no model"), ("model", "a file and no model")])
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_causal_lm])
 def test_a_file_of_a_model_in_place_of_its_folder_is_named(tmp_path, load, file, kind):
@@ -297,9 +298,10 @@ def test_an_added_token_without_an_embedding_is_named(gpt2_folder, tmp_path, add
     rows = len(tokenizer)
     tokenizer.add_tokens([added], special_tokens=special)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"the token {re.escape(repr(added))} was added .*\(id {rows}\) and has no embedding") as e:
+    named = rf"the token {re.escape(repr(added))} was added .*\(id {rows}\) and has no embedding"
+    with pytest.raises(UserError, match=named) as error:
         load_tokenizer(name)
-    one_line(e)
+    one_line(error)
     lm = load_causal_lm(name)
     lm.resize_token_embeddings(rows + 1)
     lm.save_pretrained(tmp_path)
