@@ -35,16 +35,16 @@ def long(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     toy.write_model(folder / "model")
     write_long(folder / "cola", 30)
-    assert toy.main("LoRA", "12345", "--model", folder / "model", "--data", folder / "cola", "--epochs", 1, "--batch-size", 8,
-                    "--out", folder / "LoRA", "--no-plots") == 0
+    assert toy.main("LoRA", "12345", "--model", folder / "model", "--data", folder / "cola", "--epochs", 1, "--batch-size",
+                    8, "--out", folder / "LoRA", "--no-plots") == 0
     return folder
 
 
 @pytest.mark.parametrize("more", [(), ("--max-length", 500), ("--match", "none")], ids=str)
 def test_a_distillation_in_stages_reads_no_more_than_the_positions(long, tmp_path, more):
     (tmp_path / "plain.txt").write_text("\n".join(" ".join([one] * 25) for one, _ in toy.toy_rows(20, 9)))
-    assert toy.main("distil", "12345", "--teacher", long / "LoRA", "--text", tmp_path / "plain.txt", "--out", tmp_path / "run",
-                    *SMALL, *more) == 0
+    assert toy.main("distil", "12345", "--teacher", long / "LoRA", "--text", tmp_path / "plain.txt", *SMALL, *more,
+                    "--out", tmp_path / "run") == 0
     assert set(read_json(tmp_path / "run" / "summary.json")) >= {"student", "scratch"}
 
 
@@ -62,7 +62,11 @@ def test_components_are_those_of_cut_sentences(long, tmp_path):
 def test_a_writer_of_long_sentences_stays_within_the_positions(tmp_path, monkeypatch):
     lm, asked = gpt2_lm(), []
     monkeypatch.setattr(Writer, "language_model", lambda self: lm)
-    monkeypatch.setattr(writer, "sample_sentences", lambda lm, tokenizer, count, most, *_: asked.append(most) or ["a b"] * count)
+
+    def sampled(lm, tokenizer, count: int, most: int, *_) -> list[str]:
+        asked.append(most)
+        return ["a b"] * count
+    monkeypatch.setattr(writer, "sample_sentences", sampled)
     long = Writer(Cache(tmp_path / "a", lambda: None), "x", None, ["word " * 50])
     short = Writer(Cache(tmp_path / "b", lambda: None), "x", None, ["word " * 3])
     for one in (long, short):
