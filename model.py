@@ -26,6 +26,7 @@ from data.backbones import (
     load_causal_lm,
     load_config,
     load_sequence_classifier,
+    max_length_of,
 )
 from data.feature_head import FeatureHead
 from machine.errors import UserError
@@ -339,14 +340,17 @@ class TextClassifier(nn.Module):
         logits = input_ids.new_zeros(len(input_ids), self.net.config.num_labels, dtype=torch.float32)
         for length in lengths.unique():
             rows = (lengths == length).nonzero()[:, 0]
-            logits[rows] = self.net(input_ids=input_ids[rows, :length]).logits.float()
+            ids = input_ids[rows, :length]
+            # A decoder is pooled here, as in every batch: the library would need a pad token to find the last one.
+            logits[rows] = (self.head_logits(self.pool(ids, torch.ones_like(ids))) if self.decoder
+                            else self.net(input_ids=ids).logits.float())
         return logits
 
     def probe(self, name: str) -> None:
         """Sets `by_length` by computing two short sentences; raises `UserError` if the model does not take ids alone."""
         self.eval()
         compute = self.pool if self.decoder else self.text_logits
-        self.by_length = depends_on_batch(name, self.net.config, compute)
+        self.by_length = depends_on_batch(name, self.net.config, compute, max_length_of(self.net))
         self.train()
 
     def token_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""Adapter files in PEFT's layout: what is saved here loads there, and the other way round.
+"""Reads and writes adapters in PEFT's layout: an adapter saved here loads in PEFT, and vice versa.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`: A and B of every adapted layer and
-the classification head, nothing of the frozen model.
+the classification head, nothing of the frozen model. Every tensor of a file is loaded, or refused by its name.
 """
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,23 @@ from record.files import read_json, write_file, write_json
 from record.tensors import load_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."  # PEFT's name for the wrapped model
-# Features of PEFT's LoRA that change the formula; an adapter that uses one is refused, not misread.
-UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "layer_replication",
-               "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "target_parameters")
+
+# Every field of PEFT's LoraConfig stands in one of these three; docs/architectures.md has a line for each.
+READ = frozenset({
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias",
+    "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights"})
+# Variants of another formula, or with tensors of their own; an adapter that uses one is refused, not misread.
+UNSUPPORTED = (
+    "use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
+    "use_bdlora", "arrow_config", "kasa_config", "target_parameters", "velora_config", "monteclora_config",
+    "megatron_config")
+# Settings of training, and the choice of layers: the file's own tensors show which layers are adapted.
+IGNORED = frozenset({
+    "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out",
+    "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying"})
 # Initialisations that change the frozen weights too, so that A and B alone are not the whole of the update.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -43,6 +57,7 @@ def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
         base: name or path of the base model, for whoever loads the adapter.
     """
     layers = lora_layers(classifier.net)
+    # PEFT reads the rank of a sliced layer, and its alpha, from the two patterns.
     state, ranks, alphas = {}, {}, {}
     for name, layer in layers.items():
         state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
@@ -66,78 +81,228 @@ def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
 
 
 def _saved_whole(classifier: TextClassifier) -> list[str]:
-    """Modules that PEFT takes for the head: it goes by how a name ends, and asks for the weights of each (ModernVBERT's
-    vision model has a `head` of its own).
+    """Returns the modules that PEFT takes for the head: all whose names end like a head's (ModernVBERT's vision model has
+    one), except those with adapted layers inside.
     """
     heads, adapted = classifier.head_names(), lora_layers(classifier.net)
-    return [name for name, _ in classifier.net.named_modules() if name in heads or name.endswith(tuple(
-        f".{head}" for head in heads)) and not any(other.startswith(name) for other in adapted)]
+    found = []
+    for name, _ in classifier.net.named_modules():
+        named_alike = _is_one_of(name, heads) and not any(other.startswith(name) for other in adapted)
+        if name in heads or named_alike:
+            found.append(name)
+    return found
+
+
+def _is_one_of(name: str, modules: Iterable[str]) -> bool:
+    """Returns whether a module is one of those that PEFT finds by these names: by the whole name or its dotted ending."""
+    return any(name == module or name.endswith(f".{module}") for module in modules)
 
 
 def base_of(folder: Path) -> str:
-    """Returns name or path of the base model that an adapter was made for.
+    """Returns name or path of an adapter's base model.
 
     Raises:
-        UserError: no adapter there, or one that does not say.
+        UserError: no adapter there, or one that does not name its base, or one revision of it.
     """
-    base = read_json(Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+    file = Path(folder) / CONFIG_FILE
+    config = read_json(file)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{Path(folder) / CONFIG_FILE}: names no base_model_name_or_path; give --model")
+        raise UserError(f"{file}: names no base_model_name_or_path; give --model")
+    # The newest version of the base may have other weights.
+    if revision not in (None, "main"):
+        raise UserError(f"{file}: was made for the revision {revision} of {base}; give --model with a folder of that "
+                        "revision")
     return base
 
 
+# ---------------------------------------------------------------- reading
+
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's files hold."""
+    """The tensors of an adapter's file, and the settings that they need."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]  # by the adapted module's name: A (rank, in) and B (out, rank)
     alphas: dict[str, float]
     dropout: float
     rslora: bool
-    whole: dict[str, Tensor]  # other tensors by name: the head, and whatever of the backbone was trained as a whole
+    whole: dict[str, Tensor]  # other tensors by name: the head, and modules of the backbone that were trained as a whole
+    saved: tuple[str, ...] = ()  # the modules of `whole`, by their names or the endings of them
+    classifies: bool = True  # whether it was made for a classifier of texts
 
     def scaling(self, name: str) -> float:
-        """Scaling of a module's update."""
+        """Returns the scaling of a module's update."""
         rank = len(self.pairs[name][0])
         return self.alphas[name] / (math.sqrt(rank) if self.rslora else rank)
 
 
 def read_adapter(net: nn.Module, folder: Path) -> Adapter:
-    """Reads an adapter for a model, of which nothing is changed.
+    """Reads an adapter for a model, and leaves the model as it is.
 
     Raises:
         UserError: missing or damaged files, an unsupported kind of adapter, or one for another base.
     """
     config = read_json(folder / CONFIG_FILE)
+    check_kind(config, folder)
+    # PEFT's older files. Reading one could run any code.
+    if not (folder / WEIGHTS_FILE).exists() and (folder / PICKLED_FILE).exists():
+        raise UserError(f"{folder / WEIGHTS_FILE}: missing; {PICKLED_FILE} beside it is a pickle, which is never read: save "
+                        "the adapter again with PEFT's save_pretrained, which writes safetensors")
+    matrices, whole = _sorted_by_kind(load_tensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    if not matrices:
+        raise UserError(f"{folder / WEIGHTS_FILE}: no LoRA weights in it")
+    modules, pairs, alphas = dict(net.named_modules()), {}, {}
+    try:
+        dropout = nn.Dropout(float(config.get("lora_dropout") or 0.0)).p
+        for name in matrices:
+            alphas[name] = float(_pattern(config, "alpha_pattern", name, config["lora_alpha"]))
+            # The scaling depends on the rank: a file of another one would be scaled wrongly.
+            pairs[name] = _pair(name, matrices[name], modules, int(_pattern(config, "rank_pattern", name, config["r"])))
+    except _Misfit as misfit:
+        raise UserError(f"{folder}: {misfit}; it was made for {config.get('base_model_name_or_path')}") from None
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error):
+        raise UserError(f"{folder / CONFIG_FILE}: r, lora_alpha, rank_pattern, alpha_pattern or lora_dropout is missing or "
+                        "not as expected") from None
+    # PEFT saves the base's weight next to an adapted output layer; it must be the weight that is there.
+    for key in [key for key in whole if ".base_layer." in key]:
+        own, value = net.state_dict().get(key.replace(".base_layer.", ".")), whole.pop(key)
+        if own is None or own.shape != value.shape or not torch.equal(own, value.to(own)):
+            raise UserError(f"{folder / WEIGHTS_FILE}: adapter for another base: {key} is not the weight of this model")
+    return Adapter(pairs, alphas, dropout, bool(config.get("use_rslora")), whole,
+                   tuple(config.get("modules_to_save") or ()), config.get("task_type") in ("SEQ_CLS", None))
+
+
+def check_kind(config: dict, folder: Path) -> None:
+    """Checks that an adapter's configuration describes LoRA as it is computed here.
+
+    Raises:
+        UserError: another method, a variant of LoRA, or a setting that is not known.
+    """
     used = [key for key in UNSUPPORTED if config.get(key)]
-    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
-        used.append(f"init_lora_weights {config['init_lora_weights']}")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or used:
+    # A newer PEFT may have settings that change the formula.
+    used += [f"{key}, which is not known here" for key, value in config.items()
+             if value and key not in READ | IGNORED and key not in UNSUPPORTED]
+    if str(config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
+        used.append(f"init_lora_weights {config['init_lora_weights']}, which changes the base too")
+    if (bias := config.get("bias") or "none") != "none":
+        used.append(f"bias {bias}: biases of the base were trained too")
+    if config.get("peft_type") != "LORA" or used:
         raise UserError(f"{folder / CONFIG_FILE}: not a plain LoRA adapter "
                         f"({', '.join(used) or config.get('peft_type') or 'no peft_type'}); expected peft_type LORA")
-    state = load_tensors(folder / WEIGHTS_FILE)
-    names = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
-    if not names:
-        raise UserError(f"{folder / WEIGHTS_FILE}: no LoRA weights in it")
-    try:
-        alphas = {name: float(_pattern(config, "alpha_pattern", name, config["lora_alpha"])) for name in names}
-        dropout = nn.Dropout(float(config.get("lora_dropout") or 0.0)).p
-    except (KeyError, TypeError, ValueError, AttributeError, re.error):
-        raise UserError(f"{folder / CONFIG_FILE}: lora_alpha, alpha_pattern or lora_dropout is missing or not as "
-                        "expected") from None
-    modules = dict(net.named_modules())
-    pairs = {}
-    for name in names:
-        A, B = state.pop(f"{PREFIX}{name}.lora_A.weight"), state.pop(f"{PREFIX}{name}.lora_B.weight", None)
-        expected = shape_of(modules.get(name))
-        rank = B.shape[1] if B is not None and B.ndim == 2 else 0
-        if expected is None or rank < 1 or A.shape != (rank, expected[0]) or B.shape != (expected[1], rank):
-            raise UserError(f"{folder}: adapter for another base: {name} "
-                            f"{'does not exist' if expected is None else 'has another shape'} in this model; "
-                            f"it was made for {config.get('base_model_name_or_path')}")
-        pairs[name] = A, B
-    return Adapter(pairs, alphas, dropout, bool(config.get("use_rslora")),
-                   {key.removeprefix(PREFIX): value for key, value in state.items()})
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise UserError(f"{folder / CONFIG_FILE}: modules_to_save is not a list of names")
+
+
+def _sorted_by_kind(state: dict[str, Tensor], file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sorts the tensors of an adapter's file.
+
+    Returns:
+        A and B by module and letter, and the other tensors by name.
+
+    Raises:
+        UserError: a tensor of another variant of LoRA, or a name that is not as PEFT writes it.
+    """
+    matrices, whole = {}, {}
+    for key, value in state.items():
+        name = key.removeprefix(PREFIX)
+        if name == key:
+            raise UserError(f"{file}: {key} does not begin with {PREFIX}, as the names in PEFT's files do")
+        module, _, part = name.partition(".lora_")
+        if part in ("A.weight", "B.weight"):
+            matrices.setdefault(module, {})[part[0]] = value
+        elif part.startswith("embedding_"):
+            raise UserError(f"{file}: {name} is LoRA on an embedding; expected LoRA on linear layers alone")
+        elif re.fullmatch(r"[AB]\..+\.weight", part):
+            raise UserError(f"{file}: {name} names the adapter ({part[2:-7]}); expected {module}.lora_{part[0]}.weight, as "
+                            "PEFT's save_pretrained writes it")
+        elif part:
+            raise UserError(f"{file}: {name} belongs to a variant of LoRA that is not computed here; expected lora_A.weight "
+                            "and lora_B.weight alone")
+        else:
+            whole[name] = value
+    return matrices, whole
+
+
+class _Misfit(Exception):
+    """An update that does not fit its module."""
+
+
+def _pair(name: str, matrices: dict[str, Tensor], modules: dict[str, nn.Module], rank: int) -> tuple[Tensor, Tensor]:
+    """Returns A (rank, in_features) and B (out_features, rank) of a module.
+
+    Args:
+        modules: the model's modules by name.
+        rank: according to the configuration.
+
+    Raises:
+        _Misfit: no such linear layer, one of the two is missing, or another shape; says so.
+    """
+    if name not in modules:
+        # Trained on the backbone without its head, or the other way round: one prefix more or less.
+        alike = next((own for own in modules if own.endswith(f".{name}") or own and name.endswith(f".{own}")), None)
+        hint = f" (it has {alike})" if alike and shape_of(modules[alike]) else ""
+        raise _Misfit(f"adapter for another base: {name} does not exist in this model{hint}")
+    expected = shape_of(modules[name])
+    if expected is None:
+        raise _Misfit(f"{name} is no linear layer but {type(modules[name]).__name__} in this model")
+    lacking = [f"lora_{letter}" for letter in "AB" if letter not in matrices]
+    if lacking:
+        raise _Misfit(f"{name}.{lacking[0]}.weight is missing")
+    A, B = matrices["A"], matrices["B"]
+    own = B.shape[1] if B.ndim == 2 else 0
+    if own < 1 or A.shape != (own, expected[0]) or B.shape != (expected[1], own):
+        raise _Misfit(f"adapter for another base: {name} has another shape in this model")
+    if own != rank:
+        raise _Misfit(f"{name} has rank {own}, and {CONFIG_FILE} says {rank} (r, rank_pattern)")
+    return A, B
+
+
+# ---------------------------------------------------------------- loading
+
+def _fitting(net: PreTrainedModel, adapter: Adapter, folder: Path, head: bool) -> dict[str, Tensor]:
+    """Returns the tensors of an adapter, other than A and B, that belong into a model.
+
+    Args:
+        head: whether the model is a classifier; else the tensors of a classifier's head are left out.
+
+    Raises:
+        UserError: a tensor that has no place in the model, or of a module that `modules_to_save` does not name.
+    """
+    own, file, children = net.state_dict(), folder / WEIGHTS_FILE, dict(net.named_children())
+    embeddings, whole = (net.get_input_embeddings(), net.get_output_embeddings()), {}
+    for key, value in adapter.whole.items():
+        module = key.rpartition(".")[0]
+        # PEFT goes by the end of a module's name, dot or not.
+        saved = any(part.endswith(adapter.saved) for part in _parents(key))
+        # A language model has no place for a classifier's head, and needs none.
+        if not head and saved and adapter.classifies and key.partition(".")[0] not in children:
+            continue
+        if key not in own or own[key].shape != value.shape:
+            raise UserError(f"{file}: {key} does not exist or has another shape in this model")
+        # Embeddings may stand in a file without being trained: PEFT's save_embedding_layers.
+        if not saved and net.get_submodule(module) not in embeddings:
+            raise UserError(f"{file}: {key} is no LoRA matrix, and modules_to_save does not name {module}")
+        whole[key] = value
+    # PEFT would leave a module without its tensors as it is in the base.
+    for wanted in adapter.saved:
+        keys = {name: _keys_of(name, module) for name, module in net.named_modules() if _is_one_of(name, [wanted])}
+        found = [inside for inside in keys.values() if inside and not whole.keys().isdisjoint(inside)]
+        lacking = [key for inside in found or keys.values() for key in inside if key not in whole]
+        if lacking:
+            raise UserError(f"{file}: {lacking[0]} is missing, and modules_to_save names {wanted}")
+    return whole
+
+
+def _parents(key: str) -> list[str]:
+    """Returns the modules that hold a tensor: a.b.weight -> a.b, a."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _keys_of(name: str, module: nn.Module) -> list[str]:
+    """Returns the full names of a module's tensors, those of adapters excepted."""
+    return [f"{name}.{key}" for key in module.state_dict() if ".lora_" not in f".{key}"]
 
 
 def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[str]:
@@ -156,28 +321,62 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
     """
     folder = Path(folder)
     adapter = read_adapter(net, folder)
-    own, inside = net.state_dict(), net.base_model_prefix + "."
-    whole = {key: value for key, value in adapter.whole.items() if head or key.startswith(inside)}
-    wrong = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
-    fresh = tuple(f"{name}." for name in fresh_modules(net))  # of the backbone, and yet the head's
-    missing = [key for key in own if head and key not in whole and (key.startswith(fresh) or not key.startswith(inside))]
-    if missing:
-        lost = ("; the base lacks it too, and where the adapter was trained it was another: PEFT saves it with "
-                "modules_to_save" if missing[0].startswith(fresh) else "")
-        raise UserError(f"{folder / WEIGHTS_FILE}: no classification head for this model ({missing[0]} is missing{lost})")
-    if wrong:
-        raise UserError(f"{folder / WEIGHTS_FILE}: {wrong[0]} does not exist or has another shape in this model")
+    _check_head(net, adapter, folder, head)
+    whole = _fitting(net, adapter, folder, head)
+    # Everything fits: from here on the model changes.
     with torch.no_grad():
         for key, value in whole.items():
-            own[key].copy_(value)
+            _copy_whole(net, key, value, shared=not any(part.endswith(adapter.saved) for part in _parents(key)))
     freeze_backbone(net)
     for name, (A, B) in adapter.pairs.items():
-        layer = LoRALinear(net.get_submodule(name), A.shape[0], adapter.alphas[name], adapter.dropout, adapter.rslora)
+        base = net.get_submodule(name)
+        # A merge must not reach the embedding that shares the output layer's weight.
+        _own_parameter(net, base, "weight")
+        layer = LoRALinear(base, A.shape[0], adapter.alphas[name], adapter.dropout, adapter.rslora)
         with torch.no_grad():
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
         net.set_submodule(name, layer)
     return list(adapter.pairs)
+
+
+def _check_head(net: PreTrainedModel, adapter: Adapter, folder: Path, head: bool) -> None:
+    """Checks that an adapter brings the whole head of a classifier.
+
+    Raises:
+        UserError: a tensor of the head is missing.
+    """
+    inside = net.base_model_prefix + "."
+    # Parts of the backbone that the base's files lack belong to the head.
+    fresh = tuple(f"{name}." for name in fresh_modules(net))
+    for key in net.state_dict() if head else ():
+        if key in adapter.whole or key.startswith(inside) and not key.startswith(fresh):
+            continue
+        lost = ("; the base lacks it too, and where the adapter was trained it was another: PEFT saves it with "
+                "modules_to_save" if key.startswith(fresh) else "")
+        raise UserError(f"{folder / WEIGHTS_FILE}: no classification head for this model ({key} is missing{lost})")
+
+
+def _copy_whole(net: nn.Module, key: str, value: Tensor, shared: bool) -> None:
+    """Copies a tensor into a model.
+
+    Args:
+        shared: whether it goes into all modules that share it (a language model's embedding and output layer). PEFT trains
+            a copy for the one module that `modules_to_save` names, and the other keeps the base's.
+    """
+    module, _, name = key.rpartition(".")
+    module = net.get_submodule(module)
+    if not shared:
+        _own_parameter(net, module, name)
+    getattr(module, name).copy_(value)
+
+
+def _own_parameter(net: nn.Module, module: nn.Module, name: str) -> None:
+    """Gives a module a copy of a parameter that it shares with other modules."""
+    parameter = getattr(module, name)
+    holders = [key for key, p in net.named_parameters(remove_duplicate=False) if p is parameter]
+    if len(holders) > 1:
+        setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
 
 
 def start_from(classifier: TextClassifier, folder: Path, head: bool) -> None:
@@ -195,6 +394,12 @@ def start_from(classifier: TextClassifier, folder: Path, head: bool) -> None:
     if other:
         raise UserError(f"--init {folder}: {other[0]} is adapted {'here' if other[0] in layers else 'there'} alone; "
                         "expected --targets and --layers of that run")
+    # Training saves adapter and head alone: other modules would be lost.
+    heads = tuple(classifier.head_names())
+    for key in adapter.whole:
+        if not any(part.endswith(heads) for part in _parents(key)):
+            raise UserError(f"--init {folder}: {key} is no LoRA matrix and not of the head; a run trains these alone")
+    whole = _fitting(classifier.net, adapter, folder, head=True) if head else {}
     for name, (A, B) in adapter.pairs.items():
         layer = layers[name]
         try:
@@ -207,7 +412,7 @@ def start_from(classifier: TextClassifier, folder: Path, head: bool) -> None:
                             "expected --alpha of that run (and --rslora, or not)")
     own = classifier.net.state_dict()
     with torch.no_grad():
-        for key, value in adapter.whole.items() if head else ():
+        for key, value in whole.items():
             own[key].copy_(value)
 
 

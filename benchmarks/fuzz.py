@@ -5,7 +5,8 @@
 
 Two generators make tables instead of damaging them: rows with wrong numbers of cells, stray quotes, marks and line ends, and
 cells that are no text, label or number. Training and prediction must read the same cells or refuse the same row, and no row
-may be lost without a word.
+may be lost without a word. Another one makes adapters in PEFT's layout with other settings and tensors: each computes as PEFT
+does, or is refused.
 
 The cases are hypothesis's, generated from --seed; a failing one is shrunk and printed. Prints tried/failed by reader; exit
 status 0 if none failed.
@@ -14,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import copy
+import functools
 import json
 import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +142,117 @@ def check_lines(content: bytes, numbers: list[int], ending: str) -> None:
 TABLES = {"table: CSV and TSV": separated(), "table: JSON Lines": objects()}
 
 
+# ---------------------------------------------------------------- adapters
+
+PREFIX, LAYER = "base_model.model.", "transformer.h.0.attn.c_attn"
+SETTINGS = st.fixed_dictionaries({}, optional={
+    "r": st.sampled_from([2, 4, None, "4"]), "lora_alpha": st.sampled_from([8, 0.5, None, [1]]), "use_rslora": st.booleans(),
+    "rank_pattern": st.sampled_from([{"c_attn": 4}, {"h.0.attn.c_attn": 2}, {"(": 4}, None]),
+    "alpha_pattern": st.sampled_from([{"c_attn": 3}, {"h.1.attn.c_attn": 30, "c_attn": 1}, {"x": 2}, ["c_attn"]]),
+    "bias": st.sampled_from(["none", "all", "lora_only", None]), "fan_in_fan_out": st.booleans(),
+    "init_lora_weights": st.sampled_from([True, False, "gaussian", "pissa", "OLoRA", "loftq"]),
+    "modules_to_save": st.lists(st.sampled_from(["score", "lm_head", "wte", "ln_f", "transformer.wpe", "x"]), max_size=3),
+    "use_dora": st.booleans(), "lora_bias": st.booleans(), "new_setting": st.booleans(),
+    "ensure_weight_tying": st.booleans()})
+# Tensors of the file, by their names without prefix; the number of them is small, so that cases meet.
+TENSORS = st.sampled_from([f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight", "score.weight", "lm_head.weight",
+                           "transformer.wte.weight", "transformer.ln_f.weight", "transformer.ln_f.bias",
+                           "transformer.wpe.weight", f"{LAYER}.bias", "transformer.wte.lora_embedding_A",
+                           f"{LAYER}.lora_A.default.weight", f"{LAYER}.base_layer.weight", "lm_head.lora_A.weight",
+                           "transformer.ln_f.lora_B.weight", "h.0.attn.c_attn.lora_A.weight"])
+CHANGES = st.tuples(st.sampled_from(["drop", "add", "add", "no prefix", "two prefixes", "cut"]), TENSORS)
+
+
+@functools.cache
+def toy_gpt2(classifier: bool):
+    """Returns a GPT-2 of two layers, made once for all cases: a classifier, or a language model with a shared embedding."""
+    import torch
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_layer=2, n_embd=8, n_head=2, n_positions=8, initializer_range=0.2, bos_token_id=0,
+                        eos_token_id=0, pad_token_id=0)
+    return (GPT2ForSequenceClassification if classifier else GPT2LMHeadModel)(config).eval()
+
+
+def write_adapter(folder: Path, classifier: bool, settings: dict, changes: list[tuple[str, str]]) -> None:
+    """Writes an adapter as PEFT does, with other settings and other tensors.
+
+    Args:
+        changes: kind of change and name of a tensor, one after the other.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    random = torch.Generator().manual_seed(len(changes))
+    own = toy_gpt2(classifier).state_dict()
+    state = {}
+    for block in (0, 1):
+        name = f"{PREFIX}transformer.h.{block}.attn.c_attn"
+        state[f"{name}.lora_A.weight"] = torch.randn(4, 8, generator=random)
+        state[f"{name}.lora_B.weight"] = torch.randn(24, 4, generator=random)
+    if classifier:
+        state[f"{PREFIX}score.weight"] = torch.randn(2, 8, generator=random)
+    # Whole modules that the settings name stand in the file, unless a change takes them out.
+    for name in own:
+        if any(name.rpartition(".")[0].endswith(saved) for saved in settings.get("modules_to_save") or ()):
+            state[PREFIX + name] = torch.randn(own[name].shape, generator=random)
+    for kind, name in changes:
+        value = state.pop(PREFIX + name, None)
+        if kind == "add":
+            value = torch.randn(own[name].shape if name in own else (4, 8), generator=random)
+            state[PREFIX + name] = value
+        elif value is not None and kind != "drop":
+            renamed = {"no prefix": name, "two prefixes": PREFIX * 2 + name, "cut": PREFIX + name}[kind]
+            state[renamed] = value[:2].clone() if kind == "cut" else value
+    config = {"peft_type": "LORA", "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM", "r": 4, "lora_alpha": 6,
+              "target_modules": ["c_attn"], "base_model_name_or_path": "x", "bias": "none", "fan_in_fan_out": True,
+              "modules_to_save": ["score"] if classifier else None, **settings}
+    if classifier and settings.get("modules_to_save") is not None:
+        config["modules_to_save"] = [*settings["modules_to_save"], "score"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(state, folder / "adapter_model.safetensors")
+
+
+def check_adapter(folder: Path, classifier: bool, settings: dict, changes: list[tuple[str, str]]) -> None:
+    """Loads a made adapter here and in PEFT.
+
+    Raises:
+        AssertionError: other logits than PEFT's, an error of several lines, or a model that changed although it was refused.
+        Exception: whatever else the reader raised.
+    """
+    import peft
+    import torch
+
+    from adapters import peft_layout
+    from machine.errors import UserError
+
+    write_adapter(folder, classifier, settings, changes)
+    net, ids = copy.deepcopy(toy_gpt2(classifier)), torch.tensor([[3, 5, 7, 2]])
+    with torch.no_grad():
+        base = net(ids).logits
+        try:
+            peft_layout.load_adapter(net, folder, head=classifier)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000, f"the message {str(error)[:2000]!r}"
+            assert torch.equal(net(ids).logits, base), "refused, and yet the model changed"
+            return
+        found = net.eval()(ids).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                reference = peft.PeftModel.from_pretrained(copy.deepcopy(toy_gpt2(classifier)), folder).eval()
+            except Exception:
+                # PEFT refuses more of the settings.
+                return
+            expected = reference(input_ids=ids).logits
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4), "other logits than PEFT's"
+
+
+ADAPTERS = {f"adapter of a {kind}": st.tuples(st.just(kind == "classifier"), SETTINGS, st.lists(CHANGES, max_size=3))
+            for kind in ("classifier", "language model")}
+
+
 # ---------------------------------------------------------------- trying
 
 def fuzz(name: str, path: Path, call, cases: int, number: int = 0) -> dict:
@@ -149,6 +264,11 @@ def fuzz(name: str, path: Path, call, cases: int, number: int = 0) -> dict:
 def fuzz_table(name: str, folder: Path, cases: int, number: int = 0) -> dict:
     """Tries `cases` made tables on training's and prediction's reader; see `fuzz`."""
     return tried(name, TABLES[name], lambda made: check_table(folder, *made), cases, number)
+
+
+def fuzz_adapter(name: str, folder: Path, cases: int, number: int = 0) -> dict:
+    """Tries `cases` made adapters on the reader of PEFT's layout; see `fuzz`."""
+    return tried(name, ADAPTERS[name], lambda made: check_adapter(folder, *made), cases, number)
 
 
 def tried(name: str, strategy: st.SearchStrategy, attempt: Callable, cases: int, number: int) -> dict:
@@ -179,13 +299,15 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        made = [name for name in TABLES if name.startswith(args.only)]
+        made = [name for name in [*TABLES, *ADAPTERS] if name.startswith(args.only)]
         # The runs that other readers read take a minute to train.
         known = {} if args.only and made else readers.readers(readers.make(Path(folder)))
         known = {name: reader for name, reader in known.items() if name.startswith(args.only)}
         cases = -(-args.cases // max(1, len(known) + len(made)))
         rows = [fuzz(name, path, call, cases, args.seed) for name, (path, call) in known.items()]
-        rows += [fuzz_table(name, Path(folder), cases, args.seed) for name in made]
+        for name in made:
+            call = fuzz_table if name in TABLES else fuzz_adapter
+            rows.append(call(name, Path(folder), cases, args.seed))
     count, failed = (sum(row[key] for row in rows) for key in ("tried", "failed"))
     if args.json:
         from benchmarks import common  # late: it sets the environment that libraries read when imported

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -66,14 +67,20 @@ def find_targets(backbone: nn.Module, targets: tuple[str, ...], rank: int = 1) -
         UserError: a target that matches nothing; the modules that exist are named.
     """
     kind = backbone.config.model_type
-    linears = {name: module for block in blocks_of(backbone).values() for name, module in block.named_modules()
-               if isinstance(module, (nn.Linear, Conv1D))}
+    # Blocks may differ: each has some of these layers.
+    linears = {}
+    for block in blocks_of(backbone).values():
+        linears.update((name, module) for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
     if not linears:
         raise UserError(f"--method lora: the blocks of a {kind} model have no linear layer that can be adapted; expected "
                         "--method head, full or none")
-    table = next((roles for roles in ROLE_MODULES.values() if all(set(names) <= set(linears) for names in roles.values())),
-                 None)
-    known = set() if table is None else {name for names in table.values() for name in names}
+    # Qwen2, Mistral and many others name their layers as Llama does.
+    table, known = None, set()
+    for roles in ROLE_MODULES.values():
+        named = set(itertools.chain.from_iterable(roles.values()))
+        if table is None and named <= set(linears):
+            table, known = roles, named
+    # All roles ask for all of a block: layers that no role covers would stay frozen.
     if set(targets) >= set(ROLES) and known != set(linears):
         wide = [name for name, module in linears.items() if min(module.weight.shape) >= rank] or list(linears)
         warnings.warn(f"the roles of a {kind} model are not known here; every linear layer of its blocks is adapted: "
@@ -84,6 +91,7 @@ def find_targets(backbone: nn.Module, targets: tuple[str, ...], rank: int = 1) -
         if target in ROLES and table is None:
             raise UserError(f"--targets {target}: the roles of a {kind} model are not known here; name its modules "
                             f"instead: {', '.join(linears)}")
+        # A fused layer may play several roles.
         if target in ROLES:
             for name in table[target]:
                 roles = found.setdefault(name, set())
@@ -104,25 +112,35 @@ def misread_by_peft(model_type: str, names: list[str]) -> list[str]:
     Since `transformers` 5 the experts are fused into one tensor. PEFT goes by the modules' names: dense layers and shared
     experts of the same name are loaded as if they were the experts.
     """
+    # Model types share a conversion with one of these two kinds of mixtures.
     fused = {"qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"), "mixtral": ("gate", "w1", "w2", "w3")}
     experts = fused.get({"mixtral": "mixtral", **_MODEL_TO_CONVERSION_PATTERN}.get(model_type), ())
     return [name for name in names if name.rpartition(".")[2] in experts]
 
 
-@torch.inference_mode()
-def depends_on_batch(name: str, config, compute: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Returns whether a sentence's result depends on the other sentences of its batch, by computing two short sentences.
+# ---------------------------------------------------------------- computation that depends on the batch
+
+# Lengths of two sentences in tokens. Odd and even ones: Funnel halves a batch's columns. The long one is cut to the model's
+# positions; windows and sparse attention begin to matter there.
+LENGTHS = ((6, 10), (5, 11), (7, 12), (9, 160))
+
+
+def depends_on_batch(name: str, config, compute: Callable[[Tensor, Tensor], Tensor], positions: int = 512) -> bool:
+    """Returns whether a sentence's result depends on the lengths of the other sentences of its batch.
 
     The results of some architectures do: XLNet's head reads the last column, pad or not; FNet mixes all columns; others sum
-    over windows or hash. Without a pad all are right.
+    over windows or hash. Without a pad all are right. The answer comes from the configuration, where it tells of a length
+    at which the computation changes, and from pairs of sentences, computed alone and together.
 
     Args:
         name: of the model, for errors.
         config: the model's configuration; gets a pad token where the library refuses batches without one.
         compute: (token ids (B, T), attention mask (B, T)) -> (B, n), in evaluation mode.
+        positions: the longest sentence, in tokens.
 
     Raises:
-        UserError: the model cannot compute a result of token ids alone, or uses random numbers for it (Reformer's hashes).
+        UserError: the model cannot compute a result of token ids alone, uses random numbers for it (Reformer's hashes), or
+            the result depends on other sentences of the same length too.
     """
     if hasattr(config, "hash_seed"):
         raise UserError(f"--model {name}: a {config.model_type} classifier draws random numbers in evaluation too; the same "
@@ -130,18 +148,65 @@ def depends_on_batch(name: str, config, compute: Callable[[Tensor, Tensor], Tens
     # Without an id the library refuses batches of several sentences (CTRL). A decoder with known roles is pooled here.
     if getattr(config, "pad_token_id", None) is None and config.model_type not in ROLE_MODULES:
         config.pad_token_id = -1
+    # A length at which the computation changes may be thousands of tokens: it is read, not computed.
+    if changes_with_length(config, positions):
+        return True
+    # The four architectures with known roles have no windows: short sentences tell all of their lengths.
+    usual = config.model_type in ROLE_MODULES and not getattr(config, "is_decoder", False)
+    for short, long in LENGTHS[:2] if usual else LENGTHS:
+        if _differs(name, config, compute, short, min(long, positions)):
+            return True
+    if not usual and _differs(name, config, compute, 6, 6):
+        raise UserError(f"--model {name}: the logits of a {config.model_type} classifier depend on the other sentences of a "
+                        "batch, of the same length too; the same sentence would have other logits each time")
+    return False
+
+
+def changes_with_length(config, positions: int) -> bool:
+    """Returns whether rotary positions have other frequencies in a batch with a long sentence.
+
+    The library chooses them by the longest sentence of a batch: LongRoPE (Ding et al. 2024) from the original number of
+    positions on, dynamic NTK beyond all positions of the configuration.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for parameters in kinds:
+        kind = str(parameters.get("rope_type"))
+        known = parameters.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        # Dynamic frequencies even depend on earlier batches; sentences are never longer than the positions.
+        if "dynamic" in kind:
+            known = getattr(text, "max_position_embeddings", None)
+        if ("dynamic" in kind or kind == "longrope") and positions > (known or 0):
+            return True
+    return False
+
+
+@torch.inference_mode()
+def _differs(name: str, config, compute: Callable[[Tensor, Tensor], Tensor], short: int, long: int) -> bool:
+    """Returns whether a sentence of `short` tokens has another result next to one of `long` tokens than alone.
+
+    Raises:
+        UserError: the model does not take token ids alone.
+    """
     text = config.get_text_config()
     special = {getattr(text, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "sep", "cls", "decoder_start")}
-    end = text.eos_token_id if isinstance(getattr(text, "eos_token_id", None), int) else 2  # BART and T5 pool there
+    # BART and T5 pool at the end token.
+    end = text.eos_token_id if isinstance(getattr(text, "eos_token_id", None), int) else 2
     words = [token for token in range(3, 20) if token not in special][:9]
     pad = max(getattr(config, "pad_token_id", None) or 0, 0)
-    ids = torch.tensor([[*words[:5], end, pad, pad, pad, pad], [*words, end]])
-    mask = torch.tensor([[1] * 6 + [0] * 4, [1] * 10])
+    words *= 1 + long // len(words)
+    # Two sentences of one length differ in their words.
+    other = words[short == long:][:long - 1]
+    ids = torch.tensor([[*words[:short - 1], end, *[pad] * (long - short)], [*other, end]])
+    mask = torch.tensor([[1] * short + [0] * (long - short), [1] * long])
     try:
-        alone, together = compute(ids[:1, :6], mask[:1, :6]), compute(ids, mask)[:1]
+        alone, together = compute(ids[:1, :short], mask[:1, :short]), compute(ids, mask)[:1]
     except Exception as error:
         if hardware.exhausted(error):
             raise
         what = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"--model {name}: a {config.model_type} classifier does not take token ids alone ({what})") from None
+    # Up to rounding: kernels sum in another order for other shapes.
     return not torch.allclose(together, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))

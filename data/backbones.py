@@ -70,10 +70,14 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"--model {name}: reading its GGUF file needs the package gguf; {install}")
         return str(folder), {"gguf_file": file}
     path = Path(name)
-    if path.suffix == ".gguf":
+    # The library knows a GGUF file by its ending in any case.
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UserError(f"--model {name}: no such file")
         return str(path.parent), {"gguf_file": path.name}
+    # Anything else that is a file is a part of a model's folder, or no model.
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--model {name}: {_kind_of_file(path)}; expected the folder that holds it, or a *.gguf file")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model {name}: the folder has no config.json; expected a transformers model folder")
@@ -83,6 +87,15 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such folder")
     return name, {}
+
+
+def _kind_of_file(path: Path) -> str:
+    """Returns the role of a file in a model's folder, as a part of an error message."""
+    if path.suffix == ".json":
+        return "one JSON file of a model (its configuration, say)"
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"):
+        return "a weights file alone, without configuration and tokenizer"
+    return "a file and no model"
 
 
 def _late_bar(bar, args, kwargs):
@@ -119,11 +132,41 @@ def from_pretrained(auto_class, name: str, **kwargs):
 
 
 def load_tokenizer(name: str):
-    """Loads the tokenizer of `--model`, which pads on the right."""
+    """Loads the tokenizer of `--model`, which pads on the right.
+
+    Raises:
+        UserError: it cannot be had, its files are missing, or it has a token without an embedding.
+    """
     tokenizer = from_pretrained(AutoTokenizer, name)
+    path, located = _locate(name)
+    if Path(path).is_dir() and not located:
+        # Without its files the library makes a tokenizer that knows no word, and says nothing.
+        # A tokenizer of bytes or code points (CANINE's) has no vocabulary.
+        files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+        if tokenizer.vocab_files_names and not any((Path(path) / file).is_file() for file in files):
+            raise UserError(f"--model {name}: the folder has no tokenizer files; expected any of {', '.join(files)}")
+        _check_added_tokens(name, tokenizer)
     # A decoder classifies from its last real token, at a position that padding on the left would move.
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _check_added_tokens(name: str, tokenizer) -> None:
+    """Checks that tokens added to a tokenizer have embeddings in the model of the same folder.
+
+    Raises:
+        UserError: one of them has none; a text with it, or a pad, would have no row in the embedding.
+    """
+    try:
+        rows = getattr(from_pretrained(AutoConfig, name).get_text_config(), "vocab_size", None)
+    except UserError:
+        # Whoever loads the model gets the reason.
+        return
+    without = sorted(token for token in tokenizer.added_tokens_decoder if isinstance(rows, int) and token >= rows)
+    if without:
+        raise UserError(f"--model {name}: the token {tokenizer.added_tokens_decoder[without[0]].content!r} was added to the "
+                        f"tokenizer (id {without[0]}) and has no embedding (config.json: vocab_size {rows}); expected the "
+                        "model saved after resize_token_embeddings(len(tokenizer))")
 
 
 def load_config(name: str):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import speed
+from data.backbones import max_length_of
 from data_utils import encode
 from distillation.batching import equal_length_batches, neighbour_batches
 from distillation.cache import Cache, digest
@@ -127,7 +128,8 @@ class Labeller:
         """Computes a chunk: logits (n, labels), and with `pca` hidden states and scores (tokens, d) in float16."""
         logits, parts = torch.empty(len(ids), self.teacher.net.config.num_labels), [None] * len(ids)
         # Where unique tokens are computed once, pads cost nothing, and neighbours share the most tokens.
-        batches = neighbour_batches if self.teacher.decoder and speed.is_fused(self.teacher) else equal_length_batches
+        together = self.teacher.decoder and not self.teacher.by_length and speed.is_fused(self.teacher)
+        batches = neighbour_batches if together else equal_length_batches
         for batch in batches(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
             self.cache.check_stop()
             hidden, batch_logits = states_and_logits(self.teacher, batch.to(device()), needed=bool(pca))
@@ -150,7 +152,8 @@ class Labeller:
         path = self.cache.folder / f"components-{digest(key)[:24]}.safetensors"
 
         def compute(path: Path) -> None:
-            ids = encode(self.tokenizer, self.train, 512)
+            # Long texts tell no more, and a model with fewer positions cannot read them.
+            ids = encode(self.tokenizer, self.train, min(512, max_length_of(self.teacher.net)))
             # Random batches until there are enough tokens: a sample of the training sentences.
             parts, tokens = [], 0
             for batch in equal_length_batches(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):

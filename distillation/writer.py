@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import speed
-from data.backbones import load_causal_lm
+from data.backbones import load_causal_lm, max_length_of
 from data_utils import Batch, encode
 from distillation.batching import equal_length_batches
 from distillation.cache import Cache
 from distillation.heads import Outputs
 from distillation.sharing import cores, share
 from distillation.transfer_set import longest_length
+from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
 from model import inject_lora, lora_layers
 from options.schema import LoRAOptions, TrainOptions
@@ -53,9 +54,17 @@ def language_loss(outputs: Outputs, batch: Batch) -> Tensor:
 
 
 def border_token(tokenizer) -> int:
-    """Returns the token between two texts of pretraining: a text begins and ends with it."""
+    """Returns the token between two texts of pretraining: a text begins and ends with it.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    return tokenizer.get_vocab().get("<|endoftext|>", end)
+    border = tokenizer.get_vocab().get("<|endoftext|>", end)
+    if border is None:
+        raise UserError("--augment: the teacher's tokenizer has no end token, so its language model cannot write sentences; "
+                        "expected --augment 0")
+    return border
 
 
 @dataclass
@@ -80,7 +89,9 @@ class Writer:
 
         def write(path: Path) -> None:
             seed = int(path.stem.removeprefix("written-"))
-            sentences = sample_sentences(lm, self.tokenizer, WRITTEN, 3 * longest, seed, self.cache.check_stop)
+            # The start token has a position too.
+            most = min(3 * longest, max_length_of(lm) - 1)
+            sentences = sample_sentences(lm, self.tokenizer, WRITTEN, most, seed, self.cache.check_stop)
             write_json(path, {"sentences": sentences})
 
         for number in itertools.count():
@@ -109,7 +120,9 @@ class Writer:
 
         # Every 20th sentence is held out, so that the epoch has a score.
         end = border_token(self.tokenizer)
-        ids = [[end, *row, end] for row in encode(self.tokenizer, self.sentences, 8 * longest_length(self.sentences))]
+        # Room for the two borders within the model's positions.
+        most = min(8 * longest_length(self.sentences), max_length_of(lm) - 2)
+        ids = [[end, *row, end] for row in encode(self.tokenizer, self.sentences, most)]
         train = [row for row in range(len(ids)) if row % 20]
         held_out = list(range(0, len(ids), 20))
         batches, dev = (equal_length_batches(ids, [0] * len(ids), rows, 512, self.tokenizer) for rows in (train, held_out))

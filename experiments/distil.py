@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 import speed
 import train_utils
+from data.backbones import max_length_of
 from data.digests import tokenizer_digest
 from data_utils import Batch
 from distillation.cache import Base
@@ -114,9 +115,11 @@ def load_teachers(options: RunOptions, distil_options: DistilOptions) -> tuple[R
             if other[name] != recorded[name]:
                 raise UserError(f"--teacher {folder}: its {name} is {other[name]}, the first one's {recorded[name]}; "
                                 "expected teachers of one task and base")
+    # The teacher reads no more tokens than it has positions.
+    max_length = min(options.max_length or recorded["max_length"], *(max_length_of(teacher.net) for teacher, _, _ in loaded))
     options = replace(options, model=recorded["model"], task=options.task or recorded["task"],
                       data=options.data or recorded["data"], limit=options.limit or recorded["limit"],
-                      max_length=options.max_length or recorded["max_length"], table=rebuild(TableOptions, recorded))
+                      max_length=max_length, table=rebuild(TableOptions, recorded))
     return options, [teacher for teacher, _, _ in loaded], tokenizer
 
 

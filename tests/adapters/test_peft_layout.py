@@ -1,21 +1,29 @@
 """adapters: saved, reloaded, exchanged with `peft`, and refused where they would be misread."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, adapted, fast_classifier, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertForMaskedLM, BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForSequenceClassification
 
 from adapters.peft_layout import (
     CONFIG_FILE,
+    IGNORED,
+    READ,
+    UNSUPPORTED,
     WEIGHTS_FILE,
     base_of,
     load_adapter,
     load_tensors,
+    merge_adapter,
     save_adapter,
     start_from,
 )
@@ -121,7 +129,7 @@ def test_an_adapter_without_its_head_is_refused(tmp_path):
 def save_with_peft(architecture: str, folder, **config) -> torch.Tensor:
     """Trains nothing but sets everything with `peft`, saves, and returns its logits."""
     model = peft.get_peft_model(toy_net(architecture), peft.LoraConfig(
-        task_type="SEQ_CLS", modules_to_save=list(HEADS[architecture]), **{"r": 4, "lora_alpha": 6, **config}))
+        task_type="SEQ_CLS", **{"r": 4, "lora_alpha": 6, "modules_to_save": list(HEADS[architecture]), **config}))
     torch.manual_seed(7)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -151,7 +159,8 @@ TARGETS = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "v_proj", "up_proj"
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("config", [
     {}, {"use_rslora": True}, {"lora_dropout": 0.4}, {"init_lora_weights": "gaussian"},
-    {"layers_to_transform": [1]}], ids=str)
+    {"layers_to_transform": [1]}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "mica"},
+    {"fan_in_fan_out": True}, {"exclude_modules": [".*0.*"], "layers_to_transform": None}], ids=str)
 def test_an_adapter_saved_by_peft_loads_here(tmp_path, architecture, config):
     logits = save_with_peft(architecture, tmp_path, target_modules=TARGETS[architecture], **config)
     classifier = with_other_head(architecture)
@@ -348,19 +357,181 @@ def test_a_malformed_configuration_is_refused(saved, text):
     refused_unchanged(toy_net("gpt2"), saved, CONFIG_FILE)
 
 
+# ---------------------------------------------------------------- language models whose output layer shares a weight
+
+def language_model(architecture: str):
+    """A language model with a shared embedding (GPT-2) or without one (Llama)."""
+    torch.manual_seed(0)
+    config = toy_net(architecture).config
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def save_language_model(folder, architecture: str, std: float = 0.2, **config) -> torch.Tensor:
+    """Saves an adapter of PEFT's with random values everywhere that it trains; returns its logits."""
+    layers = {"gpt2": ["c_attn"], "llama": ["q_proj"]}[architecture]
+    model = peft.get_peft_model(language_model(architecture), peft.LoraConfig(
+        task_type="CAUSAL_LM", **{"r": 4, "target_modules": layers, **config}))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                p.normal_(std=std)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(toy_batch()[0]).logits
+
+
+NAMES = {"gpt2": ("wte", "c_attn"), "llama": ("embed_tokens", "q_proj")}
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+@pytest.mark.parametrize("config", [
+    lambda embedding, layer: {"modules_to_save": ["lm_head"]}, lambda embedding, layer: {"modules_to_save": [embedding]},
+    lambda embedding, layer: {"modules_to_save": [embedding, "lm_head"]},
+    lambda embedding, layer: {"modules_to_save": [embedding], "ensure_weight_tying": True},
+    lambda embedding, layer: {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    lambda embedding, layer: {"target_modules": ["lm_head", layer]},
+    lambda embedding, layer: {"target_modules": ["lm_head", layer], "modules_to_save": [embedding]}])
+def test_output_layers_and_embeddings_of_pefts_adapters_compute_as_in_peft(tmp_path, architecture, config):
+    options = config(*NAMES[architecture])
+    expected = save_language_model(tmp_path, architecture, **options)
+    lm, ids = language_model(architecture), toy_batch()[0]
+    with torch.no_grad():
+        assert not torch.allclose(lm(ids).logits, expected, atol=1e-2)
+        load_adapter(lm, tmp_path, head=False)
+        torch.testing.assert_close(lm.eval()(ids).logits, expected, atol=2e-5, rtol=0)
+        # A merge into the output layer leaves the embedding as it is.
+        merge_adapter(lm)
+        torch.testing.assert_close(lm(ids).logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config, match", [
+    ({"modules_to_save": ["lm_head"]}, r"no classification head for this model \(score.weight is missing\)"),
+    ({"target_modules": ["lm_head"]}, "adapter for another base: lm_head does not exist")])
+def test_a_language_models_adapter_is_no_classifiers(tmp_path, config, match):
+    save_language_model(tmp_path, "gpt2", **config)
+    refused_unchanged(toy_net("gpt2"), tmp_path, match)
+
+
+def test_an_embedding_of_another_base_beside_an_adapted_output_layer_is_refused(tmp_path):
+    save_language_model(tmp_path, "gpt2", target_modules=["lm_head"])
+    other = language_model("gpt2")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    refused_unchanged(other, tmp_path, r"adapter for another base: lm_head.base_layer.weight is not", head=False)
+
+
+def test_an_embedding_that_was_saved_untrained_is_loaded_as_it_is(tmp_path):
+    save_language_model(tmp_path, "gpt2")
+    lm = language_model("gpt2")
+    key = "base_model.model.transformer.wte.weight"  # PEFT's save_embedding_layers
+    save_file({**load_file(tmp_path / WEIGHTS_FILE), key: lm.transformer.wte.weight.detach() * 2}, tmp_path / WEIGHTS_FILE)
+    load_adapter(lm, tmp_path, head=False)
+    assert lm.lm_head.weight is lm.transformer.wte.weight
+    assert torch.equal(lm.lm_head.weight, 2 * language_model("gpt2").lm_head.weight)
+
+
+# ---------------------------------------------------------------- names in the file
+
+A_KEY = "base_model.model.transformer.h.1.mlp.c_fc.lora_A.weight"
+
+
+@pytest.mark.parametrize("renamed, match", [
+    (A_KEY.removeprefix("base_model.model."), r"does not begin with base_model\.model\., as the names in PEFT's files do"),
+    (A_KEY.replace("base_model.model.", "module."), "does not begin with base_model"),
+    (A_KEY.replace("base_model.model.", "base_model."), "does not begin with base_model"),
+    (A_KEY.replace("transformer.", ""), r"h\.1\.mlp\.c_fc does not exist in this model \(it has transformer\.h\.1\.mlp"),
+    (A_KEY.replace("model.transformer", "model.model.transformer"), r"does not exist in this model \(it has"),
+    (A_KEY.replace("weight", "default.weight"), r"names the adapter \(default\); expected transformer\.h\.1\.mlp"),
+    (A_KEY.replace("lora_A.weight", "lora_magnitude_vector"), "belongs to a variant of LoRA that is not computed here"),
+    (A_KEY.replace("lora_A.weight", "lora_B.bias"), "belongs to a variant of LoRA that is not computed here"),
+    (A_KEY.replace("mlp.c_fc", "ln_1"), r"transformer\.h\.1\.ln_1 is no linear layer but LayerNorm"),
+    ("base_model.model.transformer.wpe.weight", "transformer.wpe.weight does not exist or has another shape"),
+    ("base_model.model.score.bias", "score.bias does not exist"), ("", "does not begin with")])
+def test_a_key_that_peft_does_not_write_is_named(saved, renamed, match):
+    state = load_file(saved / WEIGHTS_FILE)
+    value = state.pop(A_KEY)
+    if ".lora_" not in renamed:
+        state[A_KEY] = value
+    save_file({**state, renamed: value.clone()}, saved / WEIGHTS_FILE)
+    refused_unchanged(toy_net("gpt2"), saved, match)
+
+
+@pytest.mark.parametrize("key", ["h.0.ln_1.weight", "h.1.attn.c_attn.bias", "wpe.weight", "ln_f.bias"])
+@pytest.mark.parametrize("head", [True, False])
+def test_weights_of_the_base_that_no_setting_explains_are_refused(saved, key, head):
+    """PEFT would load some of them and leave out others, without a word."""
+    net = toy_net("gpt2") if head else gpt2_lm()
+    value = net.state_dict()[f"transformer.{key}"].clone() + 1
+    save_file({**load_file(saved / WEIGHTS_FILE), f"base_model.model.transformer.{key}": value}, saved / WEIGHTS_FILE)
+    refused_unchanged(net, saved, f"transformer.{key} is no LoRA matrix, and modules_to_save does not name", head)
+    fresh = adapted("gpt2", trained=False)
+    with pytest.raises(UserError, match=f"--init .*: transformer.{key} is no LoRA matrix and not of the head"):
+        start_from(fresh, saved, head)
+
+
+@pytest.mark.parametrize("key", ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "bert.pooler.dense"])
+def test_a_module_to_save_without_its_tensors_is_refused(tmp_path, key):
+    save_with_peft("bert", tmp_path, target_modules=["query"], modules_to_save=["classifier", "pooler"])
+    state = {name: value for name, value in load_file(tmp_path / WEIGHTS_FILE).items() if key not in name}
+    save_file(state, tmp_path / WEIGHTS_FILE)
+    refused_unchanged(toy_net("bert"), tmp_path, r"bert\.pooler\.dense\.\w+ is missing, and modules_to_save names pooler")
+
+
+# ---------------------------------------------------------------- the table of settings
+
+def test_every_setting_of_peft_is_read_refused_or_ignored_and_stands_in_the_table():
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields == READ | IGNORED | set(UNSUPPORTED)
+    assert len(fields) == len(READ) + len(IGNORED) + len(UNSUPPORTED)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "architectures.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+)", page, re.MULTILINE))
+    assert {name for name, verdict in rows.items() if name in fields and verdict == "refused"} == set(UNSUPPORTED)
+    assert fields <= set(rows)
+
+
+def test_pefts_defaults_are_read(tmp_path):
+    """None of the settings that PEFT writes into every file is taken for one that is not known."""
+    save_with_peft("bert", tmp_path, target_modules=["query"])
+    assert fields_of(tmp_path) >= {"qalora_group_size", "megatron_core", "peft_version"}
+    load_adapter(toy_net("bert"), tmp_path)
+
+
+def fields_of(folder) -> set[str]:
+    return {key for key, value in json.loads((folder / CONFIG_FILE).read_text()).items() if value}
+
+
+@pytest.mark.parametrize("revision, refused", [(None, False), ("main", False), ("v2", True)])
+def test_a_base_of_one_revision_is_not_guessed(saved, revision, refused):
+    config = json.loads((saved / CONFIG_FILE).read_text())
+    (saved / CONFIG_FILE).write_text(json.dumps(config | {"revision": revision}))
+    if not refused:
+        assert base_of(saved) == "the-base"
+        return
+    with pytest.raises(UserError, match="was made for the revision v2 of the-base; give --model"):
+        base_of(saved)
+
+
 @pytest.mark.parametrize("change, match", [
-    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "not a plain LoRA"), ({"lora_bias": True}, "lora_bias"),
+    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, r"\(bias all: biases of the base"),
+    ({"lora_bias": True}, "lora_bias"),
     ({"peft_type": "LOHA"}, r"\(LOHA\); expected peft_type LORA"), ({"peft_type": None}, "no peft_type"),
     ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights pissa_niter_16"), ({"init_lora_weights": "olora"}, "olora"),
     ({"lora_alpha": None}, "lora_alpha"), ({"lora_alpha": "many"}, "lora_alpha"), ({"lora_dropout": 1.5}, "lora_dropout"),
-    ({"alpha_pattern": ["c_attn"]}, "alpha_pattern"), ({"alpha_pattern": {"(": 1}}, "alpha_pattern")], ids=str)
+    ({"alpha_pattern": ["c_attn"]}, "alpha_pattern"), ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
+    ({"rank_pattern": {"c_fc": "x"}}, "rank_pattern"), ({"r": None}, "r, lora_alpha"), ({"r": 3}, "has rank 4"),
+    ({"init_lora_weights": "OLoRA"}, "init_lora_weights OLoRA"), ({"enable_lora": [True]}, "enable_lora, which is not"),
+    ({"modules_to_save": "score"}, "modules_to_save is not a list"), ({"modules_to_save": [1]}, "modules_to_save is not"),
+    *(({name: {"x": 1}}, name) for name in UNSUPPORTED)], ids=str)
 def test_kinds_that_would_be_misread_and_values_that_make_no_sense_are_refused(saved, change, match):
     config = json.loads((saved / CONFIG_FILE).read_text()) | change
     (saved / CONFIG_FILE).write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     refused_unchanged(toy_net("gpt2"), saved, match)
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"bias": "lora_only"}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("config", [
+    {"use_dora": True}, {"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"velora_config": VeloraConfig()},
+    {"monteclora_config": MontecloraConfig()}], ids=str)
 def test_pefts_own_unsupported_adapters_are_refused(tmp_path, config):
     save_with_peft("distilbert", tmp_path, target_modules=["q_lin"], **config)
     refused_unchanged(toy_net("distilbert"), tmp_path, "not a plain LoRA adapter")
@@ -368,20 +539,26 @@ def test_pefts_own_unsupported_adapters_are_refused(tmp_path, config):
 
 def test_an_embedding_adapter_of_pefts_is_refused_and_not_half_loaded(tmp_path):
     save_with_peft("gpt2", tmp_path, target_modules=["wte", "c_attn"])
-    refused_unchanged(toy_net("gpt2"), tmp_path, r"transformer\.wte\.lora_embedding_A\S* does not exist")
-    refused_unchanged(gpt2_lm(), tmp_path, r"transformer\.wte\.lora_embedding_A\S* does not exist", head=False)
+    refused_unchanged(toy_net("gpt2"), tmp_path, r"transformer\.wte\.lora_embedding_A is LoRA on an embedding")
+    refused_unchanged(gpt2_lm(), tmp_path, r"transformer\.wte\.lora_embedding_A is LoRA on an embedding", head=False)
 
 
-@pytest.mark.parametrize("change", [
-    lambda A, B: (A, None), lambda A, B: (A[:2], B), lambda A, B: (A[0], B), lambda A, B: (A, B[:, 0]),
-    lambda A, B: (A[:0], B[:, :0]), lambda A, B: (B, A), lambda A, B: (torch.zeros(()), torch.zeros(()))])
-def test_pairs_of_A_and_B_that_do_not_belong_together_are_refused(saved, change):
+SHAPE, RANK = "transformer.h.1.mlp.c_fc has another shape", "transformer.h.1.mlp.c_fc has rank 2, and adapter_config"
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda A, B: (A, None), r"transformer\.h\.1\.mlp\.c_fc\.lora_B\.weight is missing"),
+    (lambda A, B: (None, B), r"transformer\.h\.1\.mlp\.c_fc\.lora_A\.weight is missing"),
+    (lambda A, B: (A[:2], B), SHAPE), (lambda A, B: (A[0], B), SHAPE), (lambda A, B: (A, B[:, 0]), SHAPE),
+    (lambda A, B: (A[:0], B[:, :0]), SHAPE), (lambda A, B: (B, A), SHAPE),
+    (lambda A, B: (torch.zeros(()), torch.zeros(())), SHAPE), (lambda A, B: (A[:2], B[:, :2]), RANK)])
+def test_pairs_of_A_and_B_that_do_not_belong_together_are_refused(saved, change, match):
     state = load_file(saved / WEIGHTS_FILE)
     key = "base_model.model.transformer.h.1.mlp.c_fc.lora_{}.weight"
     A, B = change(state.pop(key.format("A")), state.pop(key.format("B")))
     state.update({key.format(x): t.contiguous() for x, t in (("A", A), ("B", B)) if t is not None})
     save_file(state, saved / WEIGHTS_FILE)
-    refused_unchanged(toy_net("gpt2"), saved, r"transformer\.h\.1\.mlp\.c_fc has another shape")
+    refused_unchanged(toy_net("gpt2"), saved, match)
 
 
 def test_a_file_without_lora_weights_is_refused(saved):
@@ -392,7 +569,7 @@ def test_a_file_without_lora_weights_is_refused(saved):
 def test_a_pickled_adapter_is_refused_unread(saved):
     (saved / WEIGHTS_FILE).unlink()
     (saved / "adapter_model.bin").write_bytes(b"cos\nabort\n(tR.")  # would end the process if it were unpickled
-    refused_unchanged(toy_net("gpt2"), saved, "missing or damaged")
+    refused_unchanged(toy_net("gpt2"), saved, "adapter_model.safetensors: missing; adapter_model.bin beside it is a pickle")
     (saved / WEIGHTS_FILE).write_bytes(b"cos\nabort\n(tR.")
     refused_unchanged(toy_net("gpt2"), saved, "missing or damaged")
 

@@ -60,6 +60,20 @@ def test_made_tables_are_read_alike_or_refused(tmp_path, name):
     assert row["error"] is None and row["tried"] >= 200
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", fuzz.ADAPTERS)
+def test_made_adapters_compute_as_in_peft_or_are_refused(tmp_path, name):
+    row = fuzz.fuzz_adapter(name, tmp_path, 60)
+    assert row["error"] is None and row["tried"] >= 60
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reader_that_drops_a_tensor_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_layout, "_copy_whole", lambda *_, **more: None)
+    with pytest.raises(AssertionError, match="other logits than PEFT's"):
+        fuzz.check_adapter(tmp_path, False, {"modules_to_save": ["lm_head"]}, [])
+
+
 @pytest.mark.parametrize("name, ending, content, says", [
     ("_tsv_records", "tsv", b"text\tlabel\na\t1\nb\t0\n", "line 3 is lost"),
     ("_json_rows", "jsonl", b'{"text": "a"}\n[1]\n', "line 2 is lost")])

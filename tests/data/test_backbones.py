@@ -253,6 +253,61 @@ def test_a_gguf_file_is_loaded_dequantised_and_trainable(tmp_path):
     assert all(layer.lora_B.grad.any() for layer in lora_layers(classifier.net).values())
 
 
+@pytest.mark.parametrize("ending", ["GGUF", "Gguf"])
+def test_the_ending_of_a_gguf_file_may_have_any_case(tmp_path, ending):
+    path = tmp_path / f"toy.{ending}"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=rf"^--model {path}: cannot be loaded") as error:
+        load_config(str(path))
+    one_line(error)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"^--model {path}: no such file$"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize("file, kind", [
+    ("model.safetensors", "a weights file alone"), ("pytorch_model.bin", "a weights file alone"),
+    ("a.onnx", "a weights file"),
+    ("config.json", "one JSON file of a model"), ("notes.txt", "a file and no model"), ("model", "a file and no model")])
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, load_causal_lm])
+def test_a_file_of_a_model_in_place_of_its_folder_is_named(tmp_path, load, file, kind):
+    path = tmp_path / file
+    path.write_bytes(b"{}")
+    with pytest.raises(UserError, match=rf"^--model {path}: {kind}.*; expected the folder that holds it") as error:
+        load(str(path))
+    one_line(error)
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), BertConfig(), T5Config(), LlamaConfig(), RobertaConfig()])
+@pytest.mark.parametrize("settings", [None, b"{}"])
+def test_a_folder_without_a_vocabulary_is_one_line(tmp_path, config, settings):
+    """For some of these the library makes a tokenizer that knows no word."""
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    if settings:
+        (tmp_path / "tokenizer_config.json").write_bytes(settings)
+    with pytest.raises(UserError, match=rf"^--model {tmp_path}: ") as error:
+        load_tokenizer(str(tmp_path))
+    assert re.search("the folder has no tokenizer files; expected .*tokenizer.json|cannot be loaded", one_line(error))
+
+
+@pytest.mark.parametrize("added, special", [("<new>", False), ("[PAD]", True)])
+def test_an_added_token_without_an_embedding_is_named(gpt2_folder, tmp_path, added, special):
+    name = damaged(gpt2_folder, tmp_path)
+    tokenizer = load_tokenizer(name)
+    rows = len(tokenizer)
+    tokenizer.add_tokens([added], special_tokens=special)
+    tokenizer.save_pretrained(tmp_path)
+    named = rf"the token {re.escape(repr(added))} was added .*\(id {rows}\) and has no embedding"
+    with pytest.raises(UserError, match=named) as error:
+        load_tokenizer(name)
+    one_line(error)
+    lm = load_causal_lm(name)
+    lm.resize_token_embeddings(rows + 1)
+    lm.save_pretrained(tmp_path)
+    assert len(load_tokenizer(name)) == rows + 1
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no-such", "~/no-such", "a/b/c", "no-such.gguf"])
 def test_a_path_that_does_not_exist_is_named(name):
     with pytest.raises(UserError, match=rf"^--model {name}: no such (folder|file)$"):
