@@ -8,10 +8,12 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
+from experiments import inputs
 from experiments.parser import closest, note
 from machine.errors import UserError
 from options.declare import ROOT, saving
 from options.schema import DistilOptions, LoRAOptions, RunOptions, TableOptions, TrainOptions
+from record.folder import read_run
 
 PRESETS = ROOT / "options" / "presets"
 
@@ -73,6 +75,8 @@ def _of(cls: type, values: dict, **more):
 # ---------------------------------------------------------------- options of a run
 
 def _run_options(args, values: dict, **more) -> RunOptions:
+    if args.jobs > 1 and not args.seeds:
+        raise UserError(f"--jobs {args.jobs}: only with --seeds, whose runs it counts")
     saves = {"save_every": TrainOptions.save_every, **saving(str(args.save_every))}
     train = _of(TrainOptions, values, seed=int(args.sr), **saves)
     return _of(RunOptions, values, train=train, out=args.out or Path("runs") / f"{args.mode}-{args.sr}", **more)
@@ -80,8 +84,6 @@ def _run_options(args, values: dict, **more) -> RunOptions:
 
 def choose(args) -> None:
     """Fills in model, task, data and epochs where they were not given (see `inputs.choose`)."""
-    from experiments import inputs
-
     args.model, args.task, args.data = inputs.choose(args.model, args.task, args.data, note)
     preset_values = preset(args.preset or preset_name("LoRA", args.task))
     args.epochs = args.epochs or preset_values.get("epochs", TrainOptions.epochs)
@@ -89,8 +91,6 @@ def choose(args) -> None:
 
 def finetune_options(args) -> RunOptions:
     """Returns a fine-tuning's options, with the model, task and data that are used where none were named."""
-    from experiments import inputs
-
     model, task, data = inputs.choose(args.model, args.task, args.data, note)
     name = args.preset or preset_name("LoRA", task)
     # Precedence: default, preset, --config, flag; `args` has the last two.
@@ -104,8 +104,6 @@ def distil_options(args) -> tuple[RunOptions, DistilOptions]:
     Raises:
         UserError: there is no teacher.
     """
-    from record.folder import read_run
-
     teacher, *more = args.teacher or [Path("runs") / f"LoRA-{args.sr}"]
     for folder in (teacher, *more):
         if not folder.is_dir():

@@ -23,23 +23,17 @@ from distillation.cache import Base
 from distillation.recipe import STUDENT, Trained, distil
 from distillation.sentences import Inputs
 from distillation.teachers import Averaged
+from experiments import endings
+from experiments.arguments import distil_options as options_of
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
-from machine import processes
+from machine import processes, signals
 from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
 from model import TextClassifier, count_parameters, student_config, student_parameters
-from options.schema import (
-    PLAIN_SIZES,
-    STAGED_SIZES,
-    DistilOptions,
-    RunOptions,
-    TableOptions,
-    as_json,
-    rebuild,
-    settings_of,
-)
+from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions, RunOptions, TableOptions
 from record import tensors
+from record.config_json import as_json, rebuild, settings_of
 from record.files import read_json, sha256, write_file, write_json
 from record.folder import check_run_folder, finish, provenance, run_folder
 from record.ownership import weights
@@ -224,3 +218,13 @@ def comparison_table(summary: dict) -> str:
         lines.append(f"  {name:<16}{row['parameters']:>14,}{row['sentences_per_second']:>13,.0f}" + "".join(
             f"{row['validation'][split]['accuracy']:>20.3f}{row['validation'][split]['mcc']:>8.3f}" for split in splits))
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> int:
+    """Distils, prints teacher, student and baseline side by side, and returns the exit status."""
+    options, student = options_of(args)
+    return endings.train(args, options,
+                         lambda: print(comparison_table(run_distil(options, student, stop=signals.received))))

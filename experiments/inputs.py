@@ -18,8 +18,9 @@ from data.hub import is_dataset_name, load_dataset
 from data_utils import Batch, Task
 from machine import hardware, processes
 from machine.errors import UserError
-from options.schema import RunOptions, TrainOptions
+from options.schema import RunOptions, TableOptions, TrainOptions
 from record import tensors
+from record.config_json import rebuild
 from record.folder import recorded_config
 
 # What config.json records of a base, and what an error says where it is another.
@@ -107,6 +108,17 @@ def separator_of(tokenizer) -> str:
     """Returns what joins several text columns: the tokenizer's separator, or its end-of-text mark where it has none."""
     mark = tokenizer.sep_token or tokenizer.eos_token
     return f" {mark} " if mark else " "
+
+
+def columns_of(options: dict, delimiter: str | None, encoding: str | None) -> TableOptions:
+    """Returns the recorded columns of a run's tables, for a file that may have another delimiter or encoding.
+
+    Args:
+        options: as config.json records them.
+        delimiter, encoding: None: as recorded.
+    """
+    recorded = rebuild(TableOptions, options)
+    return replace(recorded, delimiter=delimiter or recorded.delimiter, encoding=encoding or recorded.encoding)
 
 
 def load_task(options: RunOptions, tokenizer) -> Task:

@@ -94,6 +94,14 @@ class Sweep:
 
 
 @declares
+class Cells:
+    delimiter: str | None = option(None, "character between the cells of the CSV or TSV file; the run's if not given",
+                                   metavar="CHARACTER")
+    encoding: str | None = option(None, "encoding of the CSV, TSV, JSON Lines or text file, such as cp1252; the run's if not "
+                                  "given", metavar="NAME")
+
+
+@declares
 class TrainingData:
     allow_training_data: bool = option(False, "score a file although the run was trained on it")
     json: bool = option(False, "print one JSON object")
@@ -221,14 +229,14 @@ MODES = {
     "sweep": Mode("search rank, targets, layers, learning rate ... with Optuna",
                   "sweep 12345 --search rank=1,2,4 --search lr=1e-4..1e-3 --trials 20", Sr, Sweep, RunOptions, Study,
                   Machine),
-    "eval": Mode("score a saved run on a labelled file", "eval runs/LoRA-12345 --data dev.tsv", RunFolder, Eval, Kernels,
+    "eval": Mode("score a saved run on a labelled file", "eval runs/LoRA-12345 --data dev.tsv", RunFolder, Eval, Cells, Kernels,
                  Machine),
     "test": Mode("test the difference between two finished runs on one labelled file",
                  "test runs/LoRA-12345 runs/distil-12345 --data dev.tsv", RunFolder, Significance, Machine),
     "diagnose": Mode("find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements",
                      "diagnose runs/LoRA-12345", RunFolder, Diagnose, Machine),
     "predict": Mode("classify sentences by a saved run: class and probability",
-                    'predict runs/LoRA-12345 "The cat sat on the mat."', Predict, Kernels, Machine),
+                    'predict runs/LoRA-12345 "The cat sat on the mat."', Predict, Cells, Kernels, Machine),
     "serve": Mode("answer requests over HTTP: many adapters on one base, and students next to them",
                   "serve --adapter cola=runs/LoRA-12345 --port 8000", Serve, Machine),
     "export": Mode("write a distillation's student as an ONNX model that needs neither PyTorch nor this project",

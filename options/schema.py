@@ -1,4 +1,4 @@
-"""Declares the options of a run, each in one field; writes them to config.json and reads them back.
+"""Declares the options of a run, each in one field. record/config_json.py writes them and reads them back.
 
     python -c "from options.schema import LoRAOptions; print(LoRAOptions(rank=4))"
 
@@ -7,13 +7,9 @@ Defaults that depend on the task or on --plain stand in presets/.
 """
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
 
-from machine.errors import UserError
 from options.declare import minutes_or_steps, names_in, option
 
 ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
@@ -197,62 +193,3 @@ class RunOptions:
 # Options that change no result: a resumed run may have others. `save_steps` is another way to write `save_every`.
 FREE = ("save_steps", *(one.name for cls in (RunOptions, TrainOptions, DistilOptions) for one in fields(cls)
                         if one.metadata.get("free")))
-
-
-# ---------------------------------------------------------------- config.json
-
-def as_json(value):
-    """Returns options as plain JSON values."""
-    if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def settings_of(options: RunOptions) -> dict:
-    """Returns what config.json records of these options.
-
-    Nested options stand beside the others under their own names (`train`, `lora`), if the mode uses them.
-    """
-    return {**{field.name: getattr(options, field.name) for field in fields(options)
-               if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora", "table")},
-            **asdict(options.table)}
-
-
-def rebuild(cls: type, values: dict, **given):
-    """Builds an options object from what config.json recorded: the way back from `settings_of` and `as_json`.
-
-    Raises:
-        UserError: an option without a default was not recorded, or one is of another type than it has.
-    """
-    kinds, made = get_type_hints(cls), dict(given)
-    for field in fields(cls):
-        kind = kinds[field.name]
-        if field.name in given:
-            continue
-        if is_dataclass(kind):
-            made[field.name] = rebuild(kind, values)
-        elif field.name in values:
-            value = values[field.name]
-            if not _is(kind, value):
-                raise UserError(f"config.json: {field.name} is {json.dumps(value)[:60]}; expected {field.type}")
-            value = tuple(value) if isinstance(value, list) else value
-            made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
-        elif "before" in field.metadata:
-            made[field.name] = field.metadata["before"]
-    try:
-        return cls(**made)
-    except TypeError as error:
-        raise UserError(f"config.json does not record every option ({error})") from None
-
-
-def _is(kind, value) -> bool:
-    """Returns whether a JSON value can stand for an option of this type."""
-    if isinstance(kind, UnionType):
-        return any(_is(one, value) for one in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(_is(get_args(kind)[0], item) for item in value)
-    if kind in (int, float, bool):  # in JSON, a whole number serves for either
-        return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
-    return isinstance(value, {Path: str | Path, str: str, NoneType: NoneType}.get(kind, object))
