@@ -97,8 +97,8 @@ class Sweep:
 class Cells:
     delimiter: str | None = option(None, "character between the cells of the CSV or TSV file; the run's if not given",
                                    metavar="CHARACTER")
-    encoding: str | None = option(None, "encoding of the CSV, TSV, JSON Lines or text file, such as cp1252; the run's if not "
-                                  "given", metavar="NAME")
+    encoding: str | None = option(None, "encoding of the CSV, TSV, JSON Lines or text file, such as cp1252; the run's if "
+                                  "not given", metavar="NAME")
 
 
 @declares
@@ -229,8 +229,8 @@ MODES = {
     "sweep": Mode("search rank, targets, layers, learning rate ... with Optuna",
                   "sweep 12345 --search rank=1,2,4 --search lr=1e-4..1e-3 --trials 20", Sr, Sweep, RunOptions, Study,
                   Machine),
-    "eval": Mode("score a saved run on a labelled file", "eval runs/LoRA-12345 --data dev.tsv", RunFolder, Eval, Cells, Kernels,
-                 Machine),
+    "eval": Mode("score a saved run on a labelled file", "eval runs/LoRA-12345 --data dev.tsv", RunFolder, Eval, Cells,
+                 Kernels, Machine),
     "test": Mode("test the difference between two finished runs on one labelled file",
                  "test runs/LoRA-12345 runs/distil-12345 --data dev.tsv", RunFolder, Significance, Machine),
     "diagnose": Mode("find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements",
