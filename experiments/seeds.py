@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experiments import compare, endings, finetune
-from experiments.arguments import choose, distil_options, finetune_options
+from experiments import compare, distil, endings, finetune
+from experiments.arguments import choose, finetune_options
 from experiments.significance import over_seeds, paired_differences, spread
 from experiments.variants import Variant, seeds_of, settings
 from machine.errors import UserError
@@ -188,7 +188,7 @@ def seed_runs(args) -> list[SeedRun]:
         else:
             if args.teacher and not (args.teacher[0] / "config.json").exists():
                 one.teacher = [folder / f"LoRA-{seed}" for folder in args.teacher]
-            options, student = distil_options(one)
+            options, student = distil.options_from(one)
             one.teacher, recorded = [student.teacher, *student.more_teachers], asdict(student)
             resolved = ["model", "data", "limit", "max_length", "precision", "embedding_size", "hidden_size",
                         "directions", "augment", "label_precision", *(field.name for field in fields(TableOptions))]

@@ -1,4 +1,7 @@
-"""Many runs from one command line: a comparison's entries, the options that a sweep searches, a run's seeds."""
+"""Turns one command line into those of many runs: entries of a comparison, trials of a sweep, seeds.
+
+    Variant("--set r2").words(args, {"rank": "2"})    # the common options of `args`, and --rank=2
+"""
 from __future__ import annotations
 
 from experiments.parser import Parser, closest
@@ -7,16 +10,17 @@ from options.declare import Option
 from options.schema import FREE, RunOptions
 from record.config_json import as_json
 
-# What every entry of a comparison, and every trial of a sweep, has in common: the data and where results go.
+# Options that all entries of a comparison, or trials of a sweep, have in common: the data, and the folder of results.
 COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",
           "save_every", "resume", "overwrite")
-COMMAND = ("config", "seeds", "jobs")  # options of one command that stands for many runs
-# What each run has for itself.
+# Options of the command that starts the runs.
+COMMAND = ("config", "seeds", "jobs")
+# Options that each run has for itself.
 OWN = ("lr", "out", "plots", "no_plots", "resume", "overwrite", *COMMAND)
 
 
 class Variant(Parser):
-    """Parses the options of one entry, trial or seed; an error names the option that held them."""
+    """Parses the options of one entry, trial or seed; an error names their place on the command line."""
 
     def __init__(self, where: str, mode: str = "LoRA"):
         super().__init__(mode)
@@ -26,24 +30,31 @@ class Variant(Parser):
         raise UserError(f"{self.where}: {message}")
 
     def words(self, args, changes: dict[str, str]) -> list[str]:
-        """Returns all in `args` that is no default, with `changes` (option -> value as written), as a command line."""
+        """Returns a command line of the values in `args` that are no defaults, and of `changes`.
+
+        Args:
+            changes: option -> value as written, in the place of that of `args`.
+        """
         words = []
+        # Defaults are left out: presets may still set them in the run.
         for word, option in self.options.items():
             value = getattr(args, option.name, option.start)
             if word not in (*changes, *OWN) and value != option.start:
                 words += option.words(value)
         for word, value in changes.items():
             option = self.option(word)
-            if word in ("targets", "layers"):  # the comma stands between options, or between choices
+            # In --set and --search, the comma separates options or choices.
+            if word in ("targets", "layers"):
                 value = "" if value == "all" else value.replace("+", ",")
             if option.kind is bool and value not in ("yes", "no"):
                 self.error(f"{word}={value}: expected yes or no")
+            # A flag that is off, and all targets or layers, are the option's absence.
             if value not in ("", "no"):
                 words.append(option.flag if option.kind is bool else f"{option.flag}={value}")
         return words
 
     def option(self, word: str) -> Option:
-        """Returns the option of this name."""
+        """Returns an option by its word."""
         if word not in self.options or word in COMMAND:
             self.error(f"unknown option {word}{closest(word, self.options)}")
         return self.options[word]
@@ -53,7 +64,7 @@ def settings(args, *more: str) -> dict:
     """Returns every option of a comparison or sweep that may change its results."""
     skipped = ("mode", "out", "plots", "no_plots", "resume", "overwrite", "config", "device", "jobs", *FREE, *more)
     found = {name: value for name, value in vars(args).items() if name not in skipped}
-    # As studies recorded them that began before these options had another form, or existed: those can go on, too.
+    # In the form of early studies, which can go on: targets were a text, and there was no --kernels.
     if "targets" in found:
         found["targets"] = ",".join(found["targets"])
     if found["fast"] == RunOptions.fast:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from options.declare import minutes_or_steps, names_in, option
 
-ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
+# Roles of a block's projections, as --targets names them: query, key, value, output, and both of the MLP.
+ROLES = ("q", "k", "v", "o", "mlp")
 METHODS = ("lora", "full", "head", "features", "none")
 TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
@@ -70,7 +71,8 @@ class TrainOptions:
                             choices=("auto", "fp32", "bf16x3", "bf16"))
     save_every: float = option(10.0, "minutes, or optimiser steps, between checkpoints inside an epoch",
                                reads=minutes_or_steps, metavar="Nmin|Nsteps", free=True)
-    save_steps: int | None = None  # optimiser steps between checkpoints, instead of minutes
+    # Optimiser steps between checkpoints, instead of minutes: --save-every 50steps.
+    save_steps: int | None = None
     anomaly: bool = option(False, "name the first module that computes inf or nan; several times slower", free=True)
 
 
@@ -107,7 +109,8 @@ class DistilOptions:
     teacher: Path = option(
         help="folder of a LoRA run, runs/LoRA-SR if not given; the logits of several are averaged; with --seeds also the "
         "folder with every seed's LoRA-SR", repeat=True, often=True)
-    more_teachers: tuple[str, ...] = ()  # folders of all but the first teacher
+    # The folders of all but the first --teacher: early runs recorded one teacher.
+    more_teachers: tuple[str, ...] = ()
     plain: bool = option(False, "one stage, on the training set alone, from random embeddings", before=True, often=True)
     control: bool = option(True, "leave out the baseline, which trains the same RNN without a teacher")
     temperature: float = option(1.0, "temperature that softens teacher and student", above=0, preset=True, often=True)
@@ -183,7 +186,8 @@ class RunOptions:
     resume: bool = option(False, "continue an unfinished run", often=True)
     overwrite: bool = option(False, "replace a run that is already in the folder", often=True)
     deterministic: bool = option(False, "use deterministic kernels on a GPU too")
-    repeats: Path | None = None  # folder of the finished run that this one must equal in options and data
+    # The finished run that this one must equal in options and data, for `repeat`.
+    repeats: Path | None = None
     # The field is `fast`, for `kernels` is in config.json already: the library that this machine computed with.
     fast: str = option("auto", "auto: the fastest code for this machine; reference: model.py alone, without fast/",
                        flag="--kernels", choices=("auto", "reference"))

@@ -24,7 +24,7 @@ def as_json(value):
 
 
 def settings_of(options: RunOptions) -> dict:
-    """Returns what config.json records of these options.
+    """Returns the options as config.json records them.
 
     Nested options stand beside the others under their own names (`train`, `lora`), if the mode uses them.
     """
@@ -34,7 +34,11 @@ def settings_of(options: RunOptions) -> dict:
 
 
 def rebuild(cls: type, values: dict, **given):
-    """Builds an options object from what config.json recorded: the way back from `settings_of` and `as_json`.
+    """Builds an options object from the values of config.json: the inverse of `settings_of` and `as_json`.
+
+    Args:
+        cls: RunOptions, or another dataclass of options.schema; nested ones are read from the same values.
+        given: fields that config.json does not record, such as `out`.
 
     Raises:
         UserError: an option without a default was not recorded, or one is of another type than it has.
@@ -44,14 +48,17 @@ def rebuild(cls: type, values: dict, **given):
         kind = kinds[field.name]
         if field.name in given:
             continue
+        # Nested options stand beside the others.
         if is_dataclass(kind):
             made[field.name] = rebuild(kind, values)
         elif field.name in values:
+            # Somebody may have edited the file, or another program written it.
             value = values[field.name]
             if not _is(kind, value):
                 raise UserError(f"config.json: {field.name} is {json.dumps(value)[:60]}; expected {field.type}")
             value = tuple(value) if isinstance(value, list) else value
             made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
+        # A run that is older than the option.
         elif "before" in field.metadata:
             made[field.name] = field.metadata["before"]
     try:
@@ -66,6 +73,7 @@ def _is(kind, value) -> bool:
         return any(_is(one, value) for one in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(value, list | tuple) and all(_is(get_args(kind)[0], item) for item in value)
-    if kind in (int, float, bool):  # in JSON, a whole number serves for either
+    # In JSON, a whole number may stand for a float; true and false are no numbers, which Python takes them for.
+    if kind in (int, float, bool):
         return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
     return isinstance(value, {Path: str | Path, str: str, NoneType: NoneType}.get(kind, object))
