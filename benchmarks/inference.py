@@ -43,12 +43,12 @@ BATCH_SIZE = 32
 FIRST_STEP = """
 import os, sys
 import run
-finetune = run.finetune
+function_of = run.function_of
 def until_the_loss(args):  # changed this late, so that the command itself imports what it needs
     import train_utils
     train_utils.cross_entropy = lambda *_: lambda logits, batch: os._exit(0)
-    return finetune(args)
-run.CALLS['LoRA'] = until_the_loss
+    return function_of(args)(args)
+run.function_of = lambda args: until_the_loss
 sys.exit(run.main(sys.argv[1:]) or 1)
 """
 BARE = """

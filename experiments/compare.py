@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -26,11 +27,14 @@ import filelock
 from tqdm import tqdm
 
 import train_utils
-from experiments import finetune
+from experiments import endings, finetune
+from experiments.arguments import choose, finetune_options
+from experiments.endings import DIVERGED
 from experiments.significance import over_seeds, paired_differences
-from experiments.variants import Entry, seeds_of
+from experiments.variants import COMMON, Variant, seeds_of, settings
 from machine.errors import UserError
 from machine.hardware import device
+from options.schema import RunOptions
 from record.files import locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance, read_run
 from record.ownership import check_out, remove_child
@@ -38,9 +42,16 @@ from report import records, studies
 from report import seeds as seeds_tables
 
 RUN = Path(__file__).parents[1] / "run.py"
-# Looked up at import: between fork and exec nothing may be imported or allocated at length.
-PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
-DIVERGED = 3  # run.py's exit status after a loss that is not finite
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Holds one row of the comparison."""
+
+    name: str
+    words: list[str]  # the options of its runs on the command line, but for --lr and --out
+    options: RunOptions  # the same, parsed
+    rates: list[float]  # learning rates to choose from; none for a method that trains nothing
 
 
 @dataclass(frozen=True)
@@ -288,8 +299,7 @@ def run_child(words: list[str], log: Path, threads: int | None = None, program: 
     # In a process group of its own: Ctrl-C would reach the child too, and a second signal ends it before it has saved.
     with open(log, "ab") as output:
         child = subprocess.Popen([sys.executable, str(program or RUN), *words], stdin=subprocess.DEVNULL, stdout=output,
-                                 stderr=output, preexec_fn=_end_with_parent, process_group=0,
-                                 env=os.environ | _threads(threads))
+                                 stderr=output, env=os.environ | _threads(threads), **_own_group())
         try:
             while tick:
                 with suppress(subprocess.TimeoutExpired):
@@ -307,11 +317,18 @@ def _threads(threads: int | None) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "MKL_DYNAMIC": "FALSE"} if threads else {}
 
 
-def _end_with_parent() -> None:
-    """Makes Linux send SIGTERM to the child when this process is killed, so that it saves its state."""
-    if PRCTL:
-        # 1 is PR_SET_PDEATHSIG of sys/prctl.h.
-        PRCTL(1, signal.SIGTERM)
+def _own_group() -> dict:
+    """Returns the arguments of Popen for a child in a process group of its own, which on Linux ends with this process."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    # Looked up before the fork: between fork and exec nothing may be imported or allocated at length.
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        # 1 is PR_SET_PDEATHSIG of sys/prctl.h: SIGTERM when this process is killed, and the child saves its state.
+        prctl(1, signal.SIGTERM)
+
+    return {"process_group": 0, "preexec_fn": end_with_parent if prctl else None}
 
 
 def size_on_disk(folder: Path) -> int:
@@ -369,3 +386,49 @@ def differences(rows: list[dict], against: str | None) -> list[dict]:
     other = next((row for row in rows if row["entry"] == against and row["seeds"]), None)
     return [{"entry": row["entry"], "minus": against, **paired_differences(row, other)}
             for row in rows if other and row is not other and row["seeds"]]
+
+
+# ---------------------------------------------------------------- the command line
+
+def _entry(args, name: str, changes: dict[str, str], where: str) -> Entry:
+    """Parses an entry of a comparison: the common options with its own changes."""
+    parser = Variant(where)
+    for option in changes:
+        if option in (*COMMON, "lr", "epochs", "batch_size", "batch_tokens", "accumulate", "patience"):
+            parser.error(f"{option} is the same for every entry; give it as --{option.replace('_', '-')}")
+        parser.option(option)
+    words = parser.words(args, changes)
+    parsed = parser.parse([args.sr, *words])
+    parsed.lr = args.lr
+    options = finetune_options(parsed)
+    rates = [] if options.method == "none" else list(args.lr_grid or [options.train.lr])
+    return Entry(name, words, options, rates)
+
+
+def entries(args) -> list[Entry]:
+    """Returns --methods and --set as entries."""
+    found = [_entry(args, method, {"method": method}, f"--methods {method}") for method in args.methods]
+    for text in args.set:
+        name, colon, rest = text.partition(":")
+        # A comma begins an option only where a name and = follow.
+        pairs = [pair.partition("=") for pair in re.split(r",(?=[\w-]+=)", rest)]
+        if not colon or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", name) or not all(
+                option and equals and value for option, equals, value in pairs):
+            raise UserError(f"--set {text}: expected NAME:OPTION=VALUE[,OPTION=VALUE...] with a NAME of letters, digits "
+                            "and _.+-, such as r2:method=lora,rank=2,targets=q+v")
+        changes = {option.replace("-", "_"): value for option, _, value in pairs}
+        if len(changes) < len(pairs):
+            raise UserError(f"--set {text}: an option is given twice")
+        found.append(_entry(args, name, changes, f"--set {name}"))
+    names = [entry.name for entry in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"entry {twice}: --methods and --set name it twice; expected a name for each entry")
+    return found
+
+
+def main(args) -> int:
+    """Runs the missing runs of a comparison, prints and draws it; returns the exit status."""
+    choose(args)
+    options = CompareOptions(args.sr, entries(args), args.seeds, args.out or Path(f"runs/compare-{args.sr}"),
+                             settings(args, "against"), args.overwrite, args.jobs, args.against)
+    return endings.study(args, options.out, lambda: run_comparison(options), "compare")

@@ -8,6 +8,7 @@ teacher's bare language model. diagnose.json holds every number; tables and plot
 """
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,11 +34,12 @@ from experiments.inputs import load_task, separator_of
 from experiments.trained_on import check_not_trained_on, count_trained_on, find_source
 from machine.hardware import device
 from model import DistilRNN
-from options.schema import RunOptions, TableOptions, rebuild
+from options.schema import RunOptions, TableOptions
+from record.config_json import rebuild
 from record.files import check_folder, make_folder, sha256, write_json
 from record.folder import provenance, read_run, warn_of_changed_data
 from record.ownership import check_out
-from report import diagnosis
+from report import diagnosis, records
 
 BUILT_IN_PAIRS = 200  # of each phenomenon of the built-in grammar, without --limit
 LENGTH_BINS = 5  # groups of about the same number of sentences
@@ -431,3 +433,14 @@ def log_probabilities(lm, tokenizer, sentences: list[str], batch_tokens: int = L
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.input_ids[:, 1:], reduction="none")
         result[rows] = -(losses.double() * batch.attention_mask[:, 1:]).sum(1).cpu().numpy()
     return result
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> None:
+    """Prints the diagnosis of a run, and its folder."""
+    result = diagnose_run(args.run, args.data, args.pairs, args.limit, args.out, args.allow_training_data)
+    out = args.out or args.run.parent / f"diagnose-{args.run.name}"
+    print(json.dumps(result) if args.json else
+          f"{diagnosis.diagnosis_text(records.read_json(out / 'diagnose.json'))}\ndiagnosis: {out}")

@@ -25,25 +25,19 @@ from distillation.recipe import STUDENT, Trained, distil
 from distillation.sentences import Inputs
 from distillation.student_size import student_config, student_parameters
 from distillation.teachers import Averaged
+from experiments import endings
+from experiments.arguments import fill, given, preset, preset_name, run_options
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
-from machine import processes
+from machine import processes, signals
 from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
 from model import TextClassifier, count_parameters
-from options.schema import (
-    PLAIN_SIZES,
-    STAGED_SIZES,
-    DistilOptions,
-    RunOptions,
-    TableOptions,
-    as_json,
-    rebuild,
-    settings_of,
-)
+from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions, RunOptions, TableOptions
 from record import tensors
+from record.config_json import as_json, rebuild, settings_of
 from record.files import read_json, sha256, write_file, write_json
-from record.folder import check_run_folder, finish, provenance, run_folder
+from record.folder import check_run_folder, finish, provenance, read_run, run_folder
 from record.ownership import weights
 from train_utils import Data, selection_split
 from training.summary import best_and_last
@@ -228,3 +222,47 @@ def comparison_table(summary: dict) -> str:
         lines.append(f"  {name:<16}{row['parameters']:>14,}{row['sentences_per_second']:>13,.0f}" + "".join(
             f"{row['validation'][split]['accuracy']:>20.3f}{row['validation'][split]['mcc']:>8.3f}" for split in splits))
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> int:
+    """Distils, prints teacher, student and baseline side by side, and returns the exit status."""
+    options, student = options_from(args)
+    return endings.train(args, options,
+                         lambda: print(comparison_table(run_distil(options, student, stop=signals.received))))
+
+
+def options_from(args) -> tuple[RunOptions, DistilOptions]:
+    """Returns a distillation's options; task and model are the teacher's.
+
+    Raises:
+        UserError: there is no teacher.
+    """
+    teacher, *more = args.teacher or [Path("runs") / f"LoRA-{args.sr}"]
+    for folder in (teacher, *more):
+        if not folder.is_dir():
+            raise UserError(f"teacher {folder}: no such run; python run.py LoRA {args.sr} makes it")
+    recorded = read_run(teacher, "LoRA")[0]["options"]
+    task = args.task or recorded["task"]
+    name = args.preset or preset_name("distil", task, args.plain)
+    defaults = preset(name)
+    values = {**defaults, **given(args)}
+    # A value that the preset has anyway contradicts nothing.
+    for option in ("augment", "pretrain", "transfer", "text", "label_precision"):
+        if args.plain and getattr(args, option) and values[option] != defaults.get(option):
+            raise UserError(f"--{option.replace('_', '-')}: not with --plain, whose one stage is the training set")
+    if recorded.get("feature_columns") or recorded["method"] == "features":
+        if args.augment:
+            raise UserError("--augment: the teacher reads feature columns, which new sentences do not have; leave it out")
+        values.update(augment=0, match="none")
+    # Without new sentences there is no stage on them.
+    if values.get("augment") == 0:
+        values["transfer"] = 0
+    # Where the training set alone teaches classes, it takes as many epochs as with --plain.
+    if not values.get("transfer", DistilOptions.transfer):
+        gold = preset(preset_name("distil", task, plain=True))
+        values.update({key: gold[key] for key in ("epochs", "lr") if getattr(args, key) is None})
+    run = run_options(args, values, preset=name, model=None, task=task, data=args.data)
+    return run, fill(DistilOptions, values, teacher=teacher, more_teachers=tuple(map(str, more)))

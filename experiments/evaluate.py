@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,13 @@ from adapters import peft_layout
 from data.backbones import load_tokenizer
 from data.digests import tokenizer_digest
 from data_utils import Split
-from experiments.inputs import check_base, separator_of
+from experiments.inputs import check_base, columns_of, separator_of
 from experiments.trained_on import check_not_trained_on, count_trained_on, recorded_task, training_files
 from machine.errors import UserError
 from machine.hardware import device
+from metrics.classification import confusion, per_class, scores
 from model import DistilRNN, TextClassifier, load_classifier
-from options.schema import RNNConfig, TableOptions, rebuild
+from options.schema import RNNConfig
 from record import tensors
 from record.files import read_json, sha256, write_file
 from record.folder import read_run, warn_of_changed_data
@@ -107,7 +109,8 @@ class ScoredRows:
     notes: list[str]  # the same in words, as warnings; empty without such rows
 
 
-def score_rows(folder: Path, data: Path | None, allow_training_data: bool = False) -> ScoredRows:
+def score_rows(folder: Path, data: Path | None, allow_training_data: bool = False, delimiter: str | None = None,
+               encoding: str | None = None) -> ScoredRows:
     """Answers a labelled file with a saved run.
 
     Args:
@@ -115,11 +118,16 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
         data: in the format of the run's task, with the run's columns. None: the run's own development split, which is
             the share of its file that was held out, or its one development file.
         allow_training_data: score a file that was trained on, with a warning.
+        delimiter, encoding: of the file; the recorded ones if None.
 
     Raises:
         UserError: no such run, a file that cannot be read or was trained on, several development files.
     """
     config, summary = read_run(folder)
+    for name, value in (("delimiter", delimiter), ("encoding", encoding)):
+        if value is not None and (data is None or config["options"]["task"] in ("cola", "tiny")):
+            where = "without --data" if data is None else "for CoLA's files, which are UTF-8 with tabs"
+            raise UserError(f"--{name} {value}: not {where}")
     if data is not None:
         warn_of_changed_data(config, data)
         # The reader names a missing file, together with the format that it expects.
@@ -132,7 +140,7 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
         name, split = own_split(folder, config, tokenizer, allow_training_data)
     else:
         name, split = str(data), data_utils.read_rows(
-            data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
+            data, options["task"], columns_of(options, delimiter, encoding), separator_of(tokenizer), classes)
     counts, notes = count_trained_on(folder, config, tokenizer, {name: split})
     return ScoredRows(name, logits_of(model, split, tokenizer, options), split, classes, counts[name], notes)
 
@@ -166,18 +174,18 @@ def logits_of(model: TextClassifier | DistilRNN, split: Split, tokenizer, option
 
 
 def evaluate_run(folder: Path, data: Path | None = None, predictions: Path | None = None,
-                 allow_training_data: bool = False) -> dict:
+                 allow_training_data: bool = False, delimiter: str | None = None, encoding: str | None = None) -> dict:
     """Scores a saved run on a labelled file of its task's format, or on the rows that it held out.
 
     Args:
-        folder, data, allow_training_data: see `score_rows`.
+        folder, data, allow_training_data, delimiter, encoding: see `score_rows`.
         predictions: if given, a TSV of sentence, label, prediction and probability (of the prediction).
 
     Returns:
         n, loss, accuracy, mcc, macro_f1, majority_accuracy, data (file or split), trained_on (rows that stand in the
         training data too), by_class {confusion, per_class}.
     """
-    scored = score_rows(folder, data, allow_training_data)
+    scored = score_rows(folder, data, allow_training_data, delimiter, encoding)
     if predictions is not None:
         write_predictions(scored, predictions)
     # Warned of last: a command that fails says one line, its error.
@@ -185,9 +193,9 @@ def evaluate_run(folder: Path, data: Path | None = None, predictions: Path | Non
         warnings.warn(note, stacklevel=2)
     # The same functions as during training, so that the scores equal the summary's.
     answer = scored.logits, torch.tensor(scored.split.labels)
-    matrix = train_utils.confusion(*answer)
-    return {**train_utils.scores(*answer), "data": scored.name, "trained_on": scored.trained_on,
-            "by_class": {"confusion": matrix, "per_class": train_utils.per_class(matrix, scored.classes)}}
+    matrix = confusion(*answer)
+    return {**scores(*answer), "data": scored.name, "trained_on": scored.trained_on,
+            "by_class": {"confusion": matrix, "per_class": per_class(matrix, scored.classes)}}
 
 
 def write_predictions(scored: ScoredRows, path: Path) -> None:
@@ -198,3 +206,14 @@ def write_predictions(scored: ScoredRows, path: Path) -> None:
                                               probability.tolist(), strict=True):
         lines.append(f"{' '.join(sentence.split())}\t{scored.classes[label]}\t{scored.classes[prediction]}\t{p:.6f}\n")
     write_file(path, "".join(lines))
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> None:
+    """Prints the scores of a saved run on a file, or on the rows that it held out."""
+    result = evaluate_run(args.run, args.data, args.predictions, args.allow_training_data, args.delimiter, args.encoding)
+    print(json.dumps(result) if args.json else
+          f"{result['data']}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
+          f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")

@@ -21,14 +21,17 @@ from adapters import peft_layout
 from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of, public_name
 from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
+from experiments import endings
+from experiments.arguments import finetune_options
 from experiments.inputs import BASE, load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.model_card import write_repository
-from machine import processes
+from machine import processes, signals
 from machine.errors import UserError
 from machine.hardware import device
 from model import TextClassifier, count_parameters, load_classifier
-from options.schema import RunOptions, as_json, settings_of
+from options.schema import RunOptions
 from record import tensors
+from record.config_json import as_json, settings_of
 from record.files import sha256, write_file
 from record.folder import Recorder, check_run_folder, finish, provenance, read_run, run_folder
 from serving.merge import label_maps
@@ -284,3 +287,28 @@ def save_trained(classifier: TextClassifier, method: str, folder: Path, base: st
         write("trained.safetensors", {n: t for n, t in state.items() if method == "full" or n.startswith(heads)})
     if classifier.feature_head is not None:
         write("features.safetensors", classifier.feature_head.state_dict())
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> int:
+    """Fine-tunes, prints the scores of the best and the last epoch, and returns the exit status."""
+    options = finetune_options(args)
+
+    def start() -> None:
+        summary = run_finetune(options, stop=signals.received)
+        print(epoch_line("best", summary["best_epoch"], summary["validation"]))
+        print(epoch_line("last", summary["last_epoch"], summary["last_validation"]))
+        train = summary["train"]
+        print(f"{train['tokens_per_second']:.0f} tokens/s, {train['padding_percent']:.1f} % padding, "
+              f"{train['peak_memory_bytes'] / 2 ** 20:.0f} MiB peak memory")
+
+    return endings.train(args, options, start)
+
+
+def epoch_line(name: str, epoch: int, validation: dict) -> str:
+    """Formats an epoch's scores on each development split, next to the majority class's accuracy."""
+    return f"{name} epoch ({epoch}): " + "; ".join(
+        f"{split} accuracy {scores['accuracy']:.3f} (majority {scores['majority_accuracy']:.3f}), MCC {scores['mcc']:.3f}"
+        for split, scores in validation.items())

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 import speed
 from adapters import peft_layout
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
-from experiments.inputs import check_base
+from experiments.inputs import check_base, choose
+from experiments.parser import note
 from machine.errors import UserError
 from machine.hardware import device
 from record.files import check_sums, read_json
@@ -116,3 +117,19 @@ def load_adapted_lm(options: GenerateOptions) -> tuple[PreTrainedModel, object]:
     speed.install(lm)
     speed.set_precision(lm, options.precision)
     return lm, tokenizer
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> None:
+    """Prints samples; the same SR gives the same text."""
+    model = args.model or (base_model(args.adapter) if args.adapter else None)
+    model, _, _ = choose(model, None, None, note, need_task=False)
+    prompts = [*args.prompt, *(read_prompts(args.prompt_file) if args.prompt_file else ())]
+    sampling = Sampling(args.greedy, args.temperature, args.top_k, args.top_p, int(args.sr))
+    options = GenerateOptions(model, args.adapter, args.max_new_tokens, args.num_samples, sampling, args.batch_size,
+                              args.precision)
+    for sample in generate(prompts or [""], options):
+        # To stdout, with the bar out of the way.
+        tqdm.write(sample)

@@ -1,4 +1,4 @@
-"""What every run starts from: the model, task and data that are meant, the seed, the batches."""
+"""Prepares the inputs of a run: model, task and data, the seed, the batches."""
 from __future__ import annotations
 
 import os
@@ -18,11 +18,12 @@ from data.hub import is_dataset_name, load_dataset
 from data_utils import Batch, Task
 from machine import hardware, processes
 from machine.errors import UserError
-from options.schema import RunOptions, TrainOptions
+from options.schema import RunOptions, TableOptions, TrainOptions
 from record import tensors
+from record.config_json import rebuild
 from record.folder import recorded_config
 
-# What config.json records of a base, and what an error says where it is another.
+# Digests of a base in config.json, and their names in the error of another base.
 BASE = {"base_sha256": "other weights", "base_config_sha256": "another configuration",
         "tokenizer_sha256": "another tokenizer"}
 DEFAULT_MODEL, DEFAULT_TASK = "gpt2", "cola"
@@ -30,19 +31,20 @@ DEFAULT_MODEL, DEFAULT_TASK = "gpt2", "cola"
 
 def choose(model: str | None, task: str | None, data: str | None, notice: Callable[[str], None],
            need_task: bool = True) -> tuple[str, str, str | None]:
-    """Fills in the defaults: GPT-2 on CoLA, or the built-in model and task where the Hub cannot be reached.
+    """Fills in the defaults: GPT-2 on CoLA, or the built-in model and task if the Hub cannot be reached.
 
-    Only somebody who named neither model, task nor data is served the built-in default; what was asked
-    for by name is never replaced.
+    The built-in default replaces nothing that was named.
 
     Args:
         notice: told, visibly, when the built-in default is used instead.
         need_task: whether the task's files must be there too.
     """
+    # The built-in task has a model of its own.
     if model is None and task == "tiny" and data is None:
         return "tiny", task, None
     if model is not None or task is not None or data is not None:
         return model or DEFAULT_MODEL, task or _task_of(model, data), data
+    # The configuration, a small file, tells whether the Hub or its cache has the model.
     try:
         load_config(DEFAULT_MODEL)
         if need_task:
@@ -56,14 +58,16 @@ def choose(model: str | None, task: str | None, data: str | None, notice: Callab
 
 
 def _task_of(model: str | None, data: str | None) -> str:
-    """Chooses the task by what lies under --data, where no task was named."""
+    """Chooses a task by the files under --data, if none was named."""
+    # The built-in model knows the words of the built-in task alone.
     if data is None:
         return "tiny" if model == "tiny" else DEFAULT_TASK
     if is_dataset_name(data):
         try:
             load_dataset(data)
             return "csv"
-        except UserError:  # said where the task is loaded
+        # The error is raised again where the task is loaded.
+        except UserError:
             return DEFAULT_TASK
     folder = Path(data)
     is_cola = any((folder / name).exists() for name in data_utils.COLA_FILES.values())
@@ -77,6 +81,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
+        # cuBLAS is deterministic with a workspace of fixed size (NVIDIA, cuBLAS: results reproducibility).
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
@@ -94,6 +99,7 @@ def check_base(folder: Path, config: dict, model: str, net, tokenizer) -> None:
     Raises:
         UserError: one of them is another; says which.
     """
+    # A digest of weights takes a second: it is computed only if the run recorded one.
     digests = (lambda: tensors.weights_digest(net.base_model), lambda: config_digest(net.config),
                lambda: tokenizer_digest(tokenizer))
     for (key, what), digest in zip(BASE.items(), digests, strict=True):
@@ -104,12 +110,28 @@ def check_base(folder: Path, config: dict, model: str, net, tokenizer) -> None:
 
 
 def separator_of(tokenizer) -> str:
-    """Returns what joins several text columns: the tokenizer's separator, or its end-of-text mark where it has none."""
+    """Returns the text between several text columns: the tokenizer's separator, or else its end-of-text mark."""
     mark = tokenizer.sep_token or tokenizer.eos_token
     return f" {mark} " if mark else " "
 
 
+def columns_of(options: dict, delimiter: str | None, encoding: str | None) -> TableOptions:
+    """Returns the recorded columns of a run's tables, for a file that may have another delimiter or encoding.
+
+    Args:
+        options: as config.json records them.
+        delimiter, encoding: None: as recorded.
+    """
+    recorded = rebuild(TableOptions, options)
+    return replace(recorded, delimiter=delimiter or recorded.delimiter, encoding=encoding or recorded.encoding)
+
+
 def load_task(options: RunOptions, tokenizer) -> Task:
+    """Loads the task of a run, shortened by --limit.
+
+    Raises:
+        UserError: its files cannot be read, or the features that --method reads are missing.
+    """
     task = data_utils.load_task(options.task, options.data, options.table, separator_of(tokenizer))
     if options.method == "features" and not task.train.features:
         raise UserError("--method features: needs --feature-columns")
@@ -118,7 +140,7 @@ def load_task(options: RunOptions, tokenizer) -> Task:
 
 def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str,
                      shared_prefixes: bool = False) -> tuple[list[Batch], dict[str, list[Batch]]]:
-    """Makes the batches of the training split, of which this process has its part, and of each development split."""
+    """Makes the batches of the training split, this process's part of them, and those of each development split."""
     # Rounding depends on which sentences share a batch: development batches are the same for all models and `evaluate_run`.
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,
                                             options.batch_tokens, truncate, shared_prefixes or bool(split)))
@@ -127,7 +149,7 @@ def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptio
 
 
 def resolve_precision(options: RunOptions) -> RunOptions:
-    """Fills in `--precision auto`: what the run to resume or repeat recorded, else the fastest that changes no prediction.
+    """Fills in `--precision auto`: the recorded one of a run to resume or repeat, else the fastest with equal predictions.
 
     That is bf16x3 on a CPU with tiles and a compiler, bf16 on a GPU, and float32 elsewhere. A student and a model that is
     trained in all its weights have no frozen linears: float32.
@@ -136,6 +158,7 @@ def resolve_precision(options: RunOptions) -> RunOptions:
         return options
     recorded = ((recorded_config(options) or {}).get("options") or {}).get("precision")
     precision = "fp32"
+    # Another precision would not end in the same bytes.
     if recorded in ("fp32", "bf16x3", "bf16"):
         precision = recorded
     elif options.mode == "LoRA" and options.method != "full":

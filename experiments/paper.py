@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experiments import compare, step_records
+from experiments import compare, endings, step_records
+from experiments.parser import complain
 from experiments.significance import paired_differences
 from experiments.steps import CHOSEN, Step, steps
 from experiments.variants import seeds_of
 from machine.errors import UserError
 from machine.hardware import device
+from machine.signals import Interrupted
 from record.files import SUMS, check_sums, locked, make_folder, read_json, write_json
 from record.folder import provenance
 from report import build
@@ -419,3 +421,25 @@ def differences(options: PaperOptions, files: dict[str, Path]) -> list[dict]:
     return [{"step": step, "entry": entry, "minus": minus, **paired_differences(one, other)}
             for step, entry, other_step, minus in pairs
             if (one := row(step, entry)) and (other := row(other_step, minus)) and one["seeds"] and other["seeds"]]
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> int:
+    """Runs the missing steps and builds the paper; returns the exit status, 1 if a step failed."""
+    quick = args.profile == "quick"
+    options = PaperOptions(args.sr, args.profile, args.seeds, None if quick else args.data_root,
+                           args.out or Path(f"runs/paper-{'quick-' if quick else ''}{args.sr}"), tuple(args.only),
+                           args.overwrite, args.jobs, args.records, args.no_run)
+    if args.dry_run:
+        print(plan(options))
+        return 0
+    try:
+        pdf, failures = make_paper(options)
+    except Interrupted as error:
+        return endings.interrupted(error)
+    for failure in failures:
+        complain(failure)
+    print(f"paper: {pdf}")
+    return 1 if failures else 0

@@ -21,19 +21,21 @@ SHORT = 20  # options that --help shows at most
 
 
 def note(text: str) -> None:
-    """Prints one line on stderr that is no result; of several processes only one does so."""
+    """Prints a line on stderr that is no result; one process of several does so."""
     if processes.claim_once(text):
         print(text, file=sys.stderr, flush=True)
 
 
 def complain(message) -> None:
-    """Prints one line on stderr, whatever the message quotes; of several processes only the first that fails does so."""
+    """Prints a message as one line on stderr; of several processes the first that fails does so."""
+    # A message may quote a file's line breaks.
     if processes.claim_once("the end"):
         print("run.py:", str(message).replace("\n", " "), file=sys.stderr, flush=True)
 
 
 def closest(word: str, known) -> str:
-    """Returns the end of an error message: the known word that was probably meant, or all known words."""
+    """Returns the end of an error message: the closest known word, or all known words."""
+    # Without regard to case, LORA is close to LoRA.
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.4)
     return f"; did you mean {by_lower[close[0]]}?" if close else f"; expected one of {', '.join(known)}"
@@ -42,15 +44,17 @@ def closest(word: str, known) -> str:
 def described(option: Option) -> str:
     """Returns the option's help with its default, as argparse takes it."""
     default, text = option.default, option.declared["help"]
+    # A flag's default is its absence.
     if default not in (None, (), "") and option.kind is not bool:
         values = default if isinstance(default, tuple) else (default,)
         words = ",".join(f"{one:g}" if option.kind is float else str(one) for one in values)
         text += f" (default: {words}{', or that of the preset' if option.declared.get('preset') else ''})"
+    # argparse fills in what follows a single %.
     return text.replace("%", "%%")
 
 
 def placeholder(option: Option) -> str:
-    """Returns the name that help gives an option's value."""
+    """Returns the name of an option's value in help: its choices, or a word for its kind."""
     if option.choices and not option.several:
         return "|".join(map(str, option.choices))
     name = {int: "N", float: "X", Path: "DIR", tuple: "NAME=DIR"}.get(option.kind, option.name.upper())
@@ -62,6 +66,7 @@ class Help(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         if values != "all":
+            # Suppressed at the last moment: the parser still takes them.
             for action in parser.rarely:
                 action.help = argparse.SUPPRESS
         parser.print_help()
@@ -84,22 +89,20 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
         self.mode, self.source, self.declared, self.rarely = mode, "", declared, []
         self.options = {option.word: option for option in declared if not option.declared.get("positional")}
+        # A mode of few options shows all of them; others show the most used ones, then a group for each dataclass.
         short, groups = len(declared) <= SHORT, {}
         for option in declared:
             often = short or option.declared.get("often") or option.declared.get("positional")
             title = "most used" if often and not short else option.group.__name__.removesuffix("Options").lower()
             title = "options" if short else title
             groups[title] = groups.get(title) or self.add_argument_group(title)
-            action = groups[title].add_argument(*self._names(option), **self._keywords(option))
+            name = option.name if option.declared.get("positional") else option.flag
+            action = groups[title].add_argument(name, **self._keywords(option))
             if not often:
                 self.rarely.append(action)
         more = "" if short else "; `--help all` shows every option"
         groups[next(iter(groups))].add_argument("-h", "--help", action=Help, nargs="?", metavar="all",
                                                 help=f"show this help{more}")
-
-    @staticmethod
-    def _names(option: Option) -> list[str]:
-        return [option.name if option.declared.get("positional") else option.flag]
 
     @staticmethod
     def _keywords(option: Option) -> dict:
@@ -120,12 +123,14 @@ class Parser(argparse.ArgumentParser):
         """Returns every option of the mode by its field's name; None where a preset decides, once the task is known."""
         known, unknown = self.parse_known_args(words)
         given = vars(known)
-        if self.mode == "predict":  # argparse takes sentences before the options, or after them
+        # argparse takes the sentences before the options or after them, not both.
+        if self.mode == "predict":
             given["texts"] = given.get("texts", []) + [word for word in unknown if not word.startswith("-")]
             unknown = [word for word in unknown if word.startswith("-")]
         if unknown:
             flags = ["-h", "--help", *(option.flag for option in self.options.values())]
             self.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], flags)}")
+        # Precedence: default, --config, flag. Absent options are absent from `given` (argparse.SUPPRESS).
         config = self._read_config(given["config"], given["sr"]) if "config" in given else {}
         values = {option.name: option.start for option in self.declared} | config | given
         missing = [option.flag for option in self.declared if option.declared.get("required") and not values[option.name]]
@@ -138,13 +143,14 @@ class Parser(argparse.ArgumentParser):
         """Returns the options of a JSON or TOML file, checked as flags are; a run's config.json is such a file."""
         self.source = f"--config {path}: "
         values = self._load(path)
+        # A run's config.json has its options under this key, next to versions and digests.
         recorded = isinstance(values.get("options"), dict)
         if recorded:
             values = dict(values["options"])
             kind = "distil" if self.mode == "distil" else "LoRA"
             if values.get("mode", kind) != kind:
                 self.error(f"records a {values['mode']} run; expected one of {kind}")
-            # Two flags have two fields each.
+            # Two flags have two fields each, and only the flags are read.
             if values.get("save_steps"):
                 values["save_every"] = f"{values['save_steps']}steps"
             if values.get("teacher"):
@@ -162,6 +168,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{name} is {json.dumps(value, default=str)}; expected "
                            + ("true or false" if option.kind is bool else option.expected))
             words += option.words(value)
+        # As words of a command line, the file's values pass the same checks as flags.
         values = vars(self.parse_args([sr, *words]))
         self.source = ""
         return values
@@ -172,7 +179,8 @@ class Parser(argparse.ArgumentParser):
             if text.lstrip().startswith("{"):
                 values = json.loads(text)
             else:
-                import tomllib  # late: it takes as long to import as all of --help
+                # Late: its import takes as long as all of --help.
+                import tomllib
 
                 values = tomllib.loads(text)
         except OSError as error:

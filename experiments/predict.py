@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
 import data_utils
 from data import columns as cells
 from data import stream, tables
 from data.tables import Table
 from data_utils import Batch
+from experiments.arguments import named
 from experiments.evaluate import load_finetuned, load_student
-from experiments.inputs import separator_of
+from experiments.inputs import columns_of, separator_of
 from machine.errors import UserError
 from machine.hardware import device
-from options.schema import TableOptions, rebuild
+from options.schema import TableOptions
 from record.folder import read_run
 from serving import texts
 from serving.bank import AdapterBank
@@ -38,12 +41,13 @@ class RunPredictor:
     Args:
         folder: of a finished run of any mode.
         baseline: of a distillation, answer with its baseline instead of its student.
+        delimiter, encoding: of the files; the recorded ones if None.
 
     Raises:
         UserError: no such run, or damaged.
     """
 
-    def __init__(self, folder: Path, baseline: bool = False):
+    def __init__(self, folder: Path, baseline: bool = False, delimiter: str | None = None, encoding: str | None = None):
         config, summary = read_run(folder)
         if baseline and summary["mode"] != "distil":
             raise UserError(f"--control: {folder} is a {summary['mode']} run; only a distillation has a baseline")
@@ -54,7 +58,7 @@ class RunPredictor:
         else:
             self.model, self.tokenizer, options = load_finetuned(folder)
         self.reading, self.task = Reading.of(config), options["task"]
-        self.columns = rebuild(TableOptions, options)
+        self.columns = columns_of(options, delimiter, encoding)
         # The quiz-bowl task has a template of its own, which its options do not record.
         if self.task == "buzzer" and self.columns.template is None and not self.columns.text_column:
             self.columns = replace(self.columns, template=data_utils.BUZZER_TEMPLATE)
@@ -113,10 +117,12 @@ class BankPredictor:
     Args:
         adapters: name -> folder of a LoRA run.
         base: answer a row that names no adapter with the base under its own head, which nothing trained.
+        columns: delimiter and encoding of the files.
     """
 
-    def __init__(self, adapters: dict[str, Path], base: bool = False):
+    def __init__(self, adapters: dict[str, Path], base: bool = False, columns: TableOptions = stream.DEFAULT_COLUMNS):
         self.bank, self.names, self.base = AdapterBank.of(adapters), list(adapters), base
+        self.columns = columns
 
     def check(self, rows: stream.Rows) -> None:
         """Checks the file's header, once.
@@ -166,8 +172,8 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
     of_run = isinstance(predictor, RunPredictor)
     if isinstance(predictor, BankPredictor) and str(path) == "-":
         kind = kind or "jsonl"
-    rows = stream.open_rows(path, kind, None if of_run and predictor.task in ("cola", "tiny") else False,
-                            predictor.columns if of_run else stream.DEFAULT_COLUMNS)
+    headless = None if of_run and predictor.task in ("cola", "tiny") else False
+    rows = stream.open_rows(path, kind, headless, predictor.columns)
     predictor.check(rows)
     while window := list(itertools.islice(rows.rows, WINDOW)):
         # A bad row keeps its place: errors stand between the answers, and the rest goes on.
@@ -216,3 +222,40 @@ def line_of(result: dict, as_json: bool) -> str:
     if "error" in result:
         return f"error\tline {result['line']}\t{result['error']}"
     return f"{result['label']}\t{result['probability']:.4f}\t{' '.join(result['text'].split())}"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> None:
+    """Prints class and probability of sentences.
+
+    Raises:
+        UserError: no model or no sentences, or options that exclude each other.
+    """
+    if bool(args.run) == bool(args.adapter) or args.adapter and (args.control or args.texts or not args.file):
+        raise UserError("predict: expected RUN_DIR, or --adapter NAME=DIR (several times) with --file")
+    if args.base and not args.adapter:
+        raise UserError("predict: --base is for --adapter")
+    if bool(args.texts) == bool(args.file):
+        raise UserError("predict: expected sentences, or --file FILE" + (", not both" if args.file else ""))
+    if args.adapter:
+        columns = columns_of({}, args.delimiter, args.encoding)
+        predictor = BankPredictor(named(args.adapter, "--adapter"), args.base, columns)
+    else:
+        predictor = RunPredictor(args.run, args.control, args.delimiter, args.encoding)
+    if args.texts:
+        print("\n".join(line_of(result, args.json) for result in predict_texts(predictor, args.texts)))
+        return
+    with tqdm(unit="rows", delay=2) as bar:
+        def progress(rows: int, file: stream.Rows) -> None:
+            # Bytes of a file, whose rows nobody has counted; rows of standard input.
+            if file.size:
+                bar.unit, bar.unit_scale, bar.total = "B", True, file.size
+            bar.update(file.file.tell() - bar.n if file.size else rows)
+            # The next program of a pipe has its rows at once.
+            sys.stdout.flush()
+
+        for result in predict_file(predictor, args.file, args.format, progress):
+            # To stdout, with the bar out of the way.
+            tqdm.write(line_of(result, args.json))

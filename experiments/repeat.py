@@ -5,15 +5,21 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from adapters import peft_layout
 from experiments import distil, finetune
-from options.schema import DistilOptions, RunOptions, rebuild
+from experiments.endings import DIVERGED
+from experiments.parser import complain
+from machine import signals
+from options.schema import DistilOptions, RunOptions
+from record.config_json import rebuild
 from record.files import read_json
 from record.folder import changes, read_run, without_times
 from record.ownership import DESCRIPTIONS, TOKENIZER_FILES, weights
+from train_utils import Diverged
 
 
 def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None
@@ -87,3 +93,18 @@ def _first_difference(one, other, where: str = "") -> str:
             if one[key] != other[key]:
                 return _first_difference(one[key], other[key], f"{where}{key}." if isinstance(one, dict) else where)
     return f"{where.rstrip('.') or 'it'} was {str(one)[:60]}, now {str(other)[:60]}"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> int:
+    """Repeats the run, prints the differences, and returns the exit status: 1 with differences."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = run_again(args.run, args.out or Path(folder) / "run", stop=signals.received)
+        except Diverged as error:
+            complain(error)
+            return DIVERGED
+    print(f"different: {'; '.join(found)}" if found else f"identical: {args.run} and its repetition")
+    return 1 if found else 0

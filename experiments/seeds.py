@@ -8,21 +8,25 @@ of its own; finished runs stay. Means and intervals go to runs/LoRA-12345-seeds/
 """
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from experiments import compare, finetune
+from experiments import compare, distil, endings, finetune
+from experiments.arguments import choose, finetune_options
 from experiments.significance import over_seeds, paired_differences, spread
-from experiments.variants import SeedRun
+from experiments.variants import Variant, seeds_of, settings
 from machine.errors import UserError
+from options.schema import FREE, RunOptions, TableOptions
+from record.config_json import as_json, settings_of
 from record.files import locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance
 from record.ownership import check_out, remove_run
-from report import records
+from report import figures, records
 from report import seeds as tables
 from train_utils import selection_split
 
@@ -30,6 +34,17 @@ from train_utils import selection_split
 MODELS = {"LoRA": (None,), "distil": ("teacher", "student", "scratch")}
 DIFFERENCES = {"LoRA": (), "distil": (("student", "scratch"), ("student", "teacher"))}
 SPEED = "sentences_per_second"  # of a distillation's models
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """Holds one seed's run of `LoRA` or `distil` with `--seeds`."""
+
+    seed: str
+    folder: Path
+    words: list[str]  # of its command line, but for its folder: mode, SR, options
+    options: dict  # as its config.json records them; without those that only the run itself resolves
+    run: RunOptions
 
 
 @dataclass(frozen=True)
@@ -149,3 +164,51 @@ def results(mode: str, done: dict[str, dict]) -> dict:
             "entries": list(rows.values()),
             "differences": [{"entry": one, "minus": other, **paired_differences(rows[one], rows[other])}
                             for one, other in DIFFERENCES[mode] if {one, other} <= rows.keys()]}
+
+
+# ---------------------------------------------------------------- the command line
+
+def seed_runs(args) -> list[SeedRun]:
+    """Returns the runs that `LoRA` or `distil` with --seeds stands for: LoRA-12345, LoRA-12346, ... in runs/ or --out.
+
+    A student of each seed has the teacher of the same seed, or the one that --teacher names.
+
+    Raises:
+        UserError: bad options, a seed without a teacher.
+    """
+    if args.mode == "LoRA":
+        choose(args)  # once: every seed trains the same
+    folder, found = args.out or Path("runs"), []
+    parser = Variant(args.mode, args.mode)
+    for seed in seeds_of(args.sr, args.seeds):
+        one = argparse.Namespace(**{**vars(args), "sr": seed, "out": folder / f"{args.mode}-{seed}"})
+        if args.mode == "LoRA":
+            options = finetune_options(one)
+            recorded, resolved = asdict(options.lora), ["max_length", "precision"]
+        else:
+            if args.teacher and not (args.teacher[0] / "config.json").exists():
+                one.teacher = [folder / f"LoRA-{seed}" for folder in args.teacher]
+            options, student = distil.options_from(one)
+            one.teacher, recorded = [student.teacher, *student.more_teachers], asdict(student)
+            resolved = ["model", "data", "limit", "max_length", "precision", "embedding_size", "hidden_size",
+                        "directions", "augment", "label_precision", *(field.name for field in fields(TableOptions))]
+        recorded = as_json({**recorded, **asdict(options.train), **settings_of(options)})
+        words = [args.mode, seed, *parser.words(one, {}), *([] if args.lr is None else [f"--lr={args.lr!r}"])]
+        unknown = [name for name in resolved if recorded[name] in (None, [], "auto", getattr(TableOptions, name, None))]
+        known = {name: value for name, value in recorded.items() if name not in (*FREE, *unknown)}
+        found.append(SeedRun(seed, one.out, words, known, options))
+    return found
+
+
+def main(args) -> int:
+    """Runs the missing seeds, prints and draws their means; returns the exit status."""
+    options = SeedsOptions(args.mode, args.sr, seed_runs(args),
+                           (args.out or Path("runs")) / f"{args.mode}-{args.sr}-seeds", settings(args), args.overwrite,
+                           args.jobs)
+
+    def start() -> None:
+        for run in run_seeds(options)["runs"]:
+            if run["status"] == "finished" and not args.no_plots:
+                figures.draw_finished(lambda folder=Path(run["folder"]): figures.plot_run(folder, args.plots))
+
+    return endings.study(args, options.out, start, "seeds")

@@ -74,7 +74,7 @@ def access_log(quiet: bool) -> Iterator[None]:
         ACCESS.removeHandler(handler)
 
 
-def run_service(args) -> int:
+def main(args) -> int:
     """Serves until SIGINT or SIGTERM; then accepted requests are still answered. Returns the exit status.
 
     Raises:

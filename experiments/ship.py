@@ -15,7 +15,8 @@ from data_utils import Split
 from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import load_task
 from machine.errors import UserError
-from options.schema import RunOptions, rebuild
+from options.schema import RunOptions
+from record.config_json import rebuild
 from record.files import check_new_folder
 from record.folder import read_run
 from serving import export, merge
@@ -85,3 +86,18 @@ def development_rows(folder: Path, options: dict, classes: tuple[str, ...], toke
     splits = [replace(split, features=[]) for split in task.dev.values()]
     return Split([text for split in splits for text in split.sentences],
                  [label for split in splits for label in split.labels]), labelled
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def export_main(args) -> None:
+    """Writes the student as an ONNX model and prints its folder."""
+    export_run(args.run, args.out, args.int8, args.control)
+    print(f"export: {args.out}")
+
+
+def merge_main(args) -> None:
+    """Writes the merged classifier and prints its folder."""
+    merge_run(args.run, args.out)
+    print(f"merge: {args.out}")

@@ -6,6 +6,7 @@ An interval over seeds tells whether a method is better, a paired test whether o
 """
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import warnings
@@ -228,3 +229,12 @@ def paired_test_text(result: dict) -> str:
     lines.append(f"  McNemar: only A right {test['only_a_right']}, only B right {test['only_b_right']}, exact "
                  f"p = {test['p_value']:.3g}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(args) -> None:
+    """Prints the test of the difference of two runs on a file."""
+    result = paired_test(args.run, args.other, args.data, args.resamples, args.seed, args.allow_training_data)
+    print(json.dumps(result) if args.json else paired_test_text(result))

@@ -9,26 +9,29 @@ several machines if `--storage` is a database server's, share one study and do n
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import filelock
 import optuna
+import sqlalchemy
 import torch
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 from tqdm import tqdm
 
 import train_utils
-from experiments import finetune
+from experiments import endings, finetune
+from experiments.arguments import choose, finetune_options
 from experiments.compare import same_settings
-from experiments.variants import Range
+from experiments.variants import COMMON, Variant, settings
 from machine import signals
 from machine.errors import UserError
 from machine.hardware import use_threads
@@ -43,6 +46,16 @@ HEARTBEAT, GRACE = 60, 300  # seconds; after GRACE without a heartbeat a trial g
 STRUCTURE = ("rank", "targets", "layers")  # options that may not fit the model, alone or together
 LOCK = ".trial.lock"
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+OPTUNA_TABLES = re.compile("stud(y|ies)|trial|version_info|alembic_version")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Holds the numbers from low to high, whole ones where both are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,16 +142,29 @@ def _storage_errors(options: SweepOptions):
     try:
         yield
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        where = f"--storage {options.storage}" if options.storage else options.out / "study.db"
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(without_password(f"{where}: the database cannot be used ({reason})")) from None
+        raise UserError(without_password(f"{_place(options)}: the database cannot be used ({reason})")) from None
 
 
-def _storage(url: str) -> optuna.storages.RDBStorage:
-    """Opens the database."""
+def _place(options: SweepOptions) -> str:
+    """Returns the study's database as messages name it."""
+    return f"--storage {options.storage}" if options.storage else str(options.out / "study.db")
+
+
+def _storage(options: SweepOptions) -> optuna.storages.RDBStorage:
+    """Opens the database, a new one if there is none.
+
+    Raises:
+        UserError: its driver is missing, or it belongs to another program or another version of Optuna.
+    """
+    url = options.storage or f"sqlite:///{options.out / 'study.db'}"
     # Several attempts: another process may be creating the tables at this moment.
     for attempt in range(5):
         try:
+            # A server's database may be shared with other programs, a file is one program's.
+            if url.startswith("sqlite") and (foreign := _foreign_tables(url)):
+                raise UserError(f"{_place(options)}: another program's database, with the table {foreign[0]}; expected a "
+                                "sweep's, or a new file")
             return optuna.storages.RDBStorage(
                 url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
                 heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=requeue)
@@ -148,14 +174,27 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
             time.sleep(0.5)
         except ImportError as error:
             raise UserError(without_password(f"--storage {url}: its driver is not installed ({error})")) from None
+        # Optuna's check of its tables' version.
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(without_password(f"{_place(options)}: made by another version of Optuna than "
+                                             f"{version('optuna')} ({error})")) from None
+
+
+def _foreign_tables(url: str) -> list[str]:
+    """Returns the tables of a database without a study that are not Optuna's; Optuna would add its own to them."""
+    engine = sqlalchemy.create_engine(url)
+    try:
+        tables = sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
+    return [] if "version_info" in tables else [name for name in tables if not OPTUNA_TABLES.match(name)]
 
 
 def open_study(options: SweepOptions, record: dict) -> optuna.Study:
     """Opens the study: a new one with all its trials waiting, or an existing one with the same options."""
     if options.storage is None:
         make_folder(options.out)
-    url = options.storage or f"sqlite:///{options.out / 'study.db'}"
-    storage = _storage(url)
+    storage = _storage(options)
     make_folder(options.out)
     name = f"sweep-{options.sr}"
     if options.overwrite:
@@ -365,3 +404,62 @@ def importance(study: optuna.Study, options: SweepOptions) -> dict[str, float] |
         return None
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=int(options.sr))
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+# ---------------------------------------------------------------- the command line
+
+def search(args) -> dict[str, list | Range]:
+    """Returns --search as option -> its choices, or a range."""
+    found = {}
+    for text in args.search:
+        name, equals, rest = text.partition("=")
+        parser, name = Variant(f"--search {text}"), name.replace("-", "_")
+        if not equals or not rest:
+            raise UserError(f"--search {text}: expected OPTION=VALUES, such as rank=1,2,4 or lr=1e-4..1e-3")
+        if name in (*COMMON, "model", "deterministic"):
+            parser.error(f"{name} is the same for every trial")
+        if name in found:
+            parser.error(f"{name} is searched twice")
+        option = parser.option(name)
+        if match := re.fullmatch(r"([^,]+?)\.\.([^,]+?)(?::(log|linear))?", rest):
+            low, high = (_value(parser, args, name, end) for end in match.groups()[:2])
+            log = (match[3] or ("log" if name in ("lr", "head_lr") else "linear")) == "log"
+            if option.kind is bool or not isinstance(low, (int, float)) or not low < high or (log and low <= 0):
+                parser.error("expected a range LOW..HIGH of numbers, LOW below HIGH" + (" and above 0" if log else ""))
+            if args.sampler == "grid":
+                parser.error("a grid needs choices, such as 1,2,4, not a range")
+            found[name] = Range(low, high, log)
+        else:
+            found[name] = [_value(parser, args, name, part) for part in rest.split(",")]
+            if len(set(found[name])) < len(found[name]):
+                parser.error("a value is given twice")
+    return found
+
+
+def _value(parser: Variant, args, name: str, text: str):
+    """Returns a searched value as a number where the option is one, else as written.
+
+    Raises:
+        UserError: the option itself would refuse it.
+    """
+    if not text:
+        parser.error("a value is empty")
+    parsed = getattr(parser.parse([args.sr, *parser.words(args, {name: text})]), parser.option(name).name)
+    return parsed if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) else text
+
+
+def trial_options(args, values: dict, folder: Path) -> RunOptions:
+    """Returns the options of a sweep's trial: the common ones, its own values (option -> value), and its folder."""
+    parser = Variant("sweep")
+    parsed = parser.parse([args.sr, *parser.words(args, {name: str(value) for name, value in values.items()})])
+    parsed.lr = values.get("lr") or args.lr
+    return replace(finetune_options(parsed), out=folder, overwrite=True)
+
+
+def main(args) -> int:
+    """Runs the trials that are left, prints and draws the study; returns the exit status."""
+    choose(args)
+    options = SweepOptions(args.sr, search(args), lambda values, folder: trial_options(args, values, folder), args.sampler,
+                           args.trials, not args.no_prune, args.storage, args.out or Path(f"runs/sweep-{args.sr}"),
+                           settings(args, "trials", "storage"), args.overwrite)
+    return endings.study(args, options.out, lambda: run_sweep(options), "sweep")

@@ -15,7 +15,8 @@ from data.overlap import count_repeated
 from data_utils import Split, Task
 from experiments.inputs import load_task
 from machine.errors import UserError
-from options.schema import RunOptions, rebuild
+from options.schema import RunOptions
+from record.config_json import rebuild
 from record.files import read_json
 
 

@@ -33,6 +33,7 @@ def option(default=MISSING, help: str = "", **declared):
             options/presets/ may set it. before: the value in runs recorded before the option existed. not_in: modes that
             do not have it, with spaces between them.
     """
+    # A mistyped word would be a check that is never made.
     if unknown := declared.keys() - DECLARED:
         raise TypeError(f"option() has no {', '.join(sorted(unknown))}")
     return field(default=default, metadata={"help": help, **declared})
@@ -93,6 +94,7 @@ class Option:
             return reads(text)
         if not self.several or self.declared.get("repeat"):
             return self._one(text)
+        # A quoted list may have spaces after its commas.
         values = tuple(self._one(part.strip()) for part in text.split(","))
         if "" in values:
             raise ArgumentTypeError(f"{text!r}; expected names separated by commas")
@@ -101,6 +103,7 @@ class Option:
         return values
 
     def _one(self, text: str):
+        # The kind itself reads a word: int, float, str, Path.
         try:
             value = self.kind(text)
         except ValueError:
@@ -119,7 +122,8 @@ class Option:
         return self.declared.get("least", -most) <= value <= most and value > self.declared.get("above", -2 * most)
 
     def words(self, value) -> list[str]:
-        """Returns the words of a command line that give the option this value."""
+        """Returns the option and its value as words of a command line."""
+        # A default flag is left out.
         if self.kind is bool:
             return [] if value == self.default else [self.flag]
         if self.declared.get("repeat"):
@@ -129,6 +133,7 @@ class Option:
 
 def options_of(cls: type, mode: str) -> Iterator[Option]:
     """Lists the options that a dataclass declares for a mode, those of nested dataclasses in their place."""
+    # Annotations are texts until they are looked up.
     kinds = get_type_hints(cls)
     for one in fields(cls):
         kind = kinds[one.name]
@@ -153,6 +158,7 @@ def names_in(path: str, name: str):
     So a new loss is a choice of --kd-loss as soon as it stands in the dictionary, and --help does not import PyTorch.
     """
     def names() -> tuple[str, ...]:
+        # Parsed, not imported: a statement NAME = {...} or NAME: type = (...).
         for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
             target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
             if getattr(target, "id", None) == name:

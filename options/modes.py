@@ -8,7 +8,7 @@ from pathlib import Path
 from options.declare import five_digits, names_in, option, pair
 from options.schema import METHODS, DistilOptions, RunOptions
 
-# No object of these classes is made: without methods, all of them are there in a tenth of the time.
+# No object of these classes is made: without methods, all of them are defined in a tenth of the time, and --help is fast.
 declares = partial(dataclass, init=False, repr=False, eq=False)
 
 
@@ -21,6 +21,8 @@ class Sr:
 class RunFolder:
     run: Path = option(help="folder of a finished run", metavar="RUN_DIR", positional=True)
 
+
+# ---------------------------------------------------------------- options of several modes
 
 @declares
 class Machine:
@@ -48,6 +50,9 @@ class Seeds:
                                "with 95 % intervals", least=1, most=1000, often=True)
     jobs: int = option(1, "runs at a time, each with its part of the CPU's threads", least=1)
 
+
+# ---------------------------------------------------------------- options of one mode
+# Each class has the options of one mode, in the order of MODES below.
 
 @declares
 class Gen:
@@ -93,6 +98,16 @@ class Sweep:
     no_prune: bool = option(False, "finish trials that are below the median of the others", often=True)
 
 
+# eval and predict read files in another form than the training data's.
+@declares
+class Cells:
+    delimiter: str | None = option(None, "character between the cells of the CSV or TSV file; the run's if not given",
+                                   metavar="CHARACTER")
+    encoding: str | None = option(None, "encoding of the CSV, TSV, JSON Lines or text file, such as cp1252; the run's if "
+                                  "not given", metavar="NAME")
+
+
+# eval, test and diagnose score rows, and refuse those that a run was trained on.
 @declares
 class TrainingData:
     allow_training_data: bool = option(False, "score a file although the run was trained on it")
@@ -161,6 +176,7 @@ class Merge:
     out: Path = option(help="new folder of the result", required=True)
 
 
+# A distillation's student in another form, for programs without PyTorch.
 @declares
 class Export(Merge):
     int8: bool = option(False, "8-bit weights: a quarter of the size; prints the loss of accuracy")
@@ -189,6 +205,7 @@ class Paper:
     overwrite: bool = option(False, "remove the results of the steps, and begin anew")
 
 
+# report and submit read files alone: they have no --device.
 @declares
 class Report:
     plots: Path = option(Path("plots"), "folder of the plots")
@@ -208,7 +225,8 @@ class Mode:
         self.help, self.example, self.options = help, example, options
 
 
-# Modes that start something take SR, those that read a run take its folder.
+# The modes in the order of --help. Modes that start runs take SR, modes that read a run take its folder. A mode of at most
+# 20 options shows all of them; others show those with `often`.
 MODES = {
     "gen": Mode("generate text", 'gen 12345 --model gpt2 --prompt "The cat"', Sr, Gen, Kernels, Machine),
     "LoRA": Mode("inject LoRA into a backbone and fine-tune it on a task", "LoRA 12345 --model gpt2 --task cola --rank 8",
@@ -221,14 +239,14 @@ MODES = {
     "sweep": Mode("search rank, targets, layers, learning rate ... with Optuna",
                   "sweep 12345 --search rank=1,2,4 --search lr=1e-4..1e-3 --trials 20", Sr, Sweep, RunOptions, Study,
                   Machine),
-    "eval": Mode("score a saved run on a labelled file", "eval runs/LoRA-12345 --data dev.tsv", RunFolder, Eval, Kernels,
-                 Machine),
+    "eval": Mode("score a saved run on a labelled file", "eval runs/LoRA-12345 --data dev.tsv", RunFolder, Eval, Cells,
+                 Kernels, Machine),
     "test": Mode("test the difference between two finished runs on one labelled file",
                  "test runs/LoRA-12345 runs/distil-12345 --data dev.tsv", RunFolder, Significance, Machine),
     "diagnose": Mode("find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements",
                      "diagnose runs/LoRA-12345", RunFolder, Diagnose, Machine),
     "predict": Mode("classify sentences by a saved run: class and probability",
-                    'predict runs/LoRA-12345 "The cat sat on the mat."', Predict, Kernels, Machine),
+                    'predict runs/LoRA-12345 "The cat sat on the mat."', Predict, Cells, Kernels, Machine),
     "serve": Mode("answer requests over HTTP: many adapters on one base, and students next to them",
                   "serve --adapter cola=runs/LoRA-12345 --port 8000", Serve, Machine),
     "export": Mode("write a distillation's student as an ONNX model that needs neither PyTorch nor this project",

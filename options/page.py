@@ -22,6 +22,7 @@ flag. Options marked with \\* change no result: a run may be resumed with others
 def row(option: Option) -> str:
     """Returns an option as a row of a Markdown table."""
     value = option.default
+    # As it is written on the command line.
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
     default = "" if value in (None, "") or option.kind is bool else f"`{value}`"
@@ -29,6 +30,7 @@ def row(option: Option) -> str:
         default = f"{default or 'none'}, or the preset's"
     allowed = option.expected if option.kind in (int, float) or option.choices else ""
     flag = f"`{option.flag}`" + (" \\*" if option.name in FREE else "")
+    # A bar inside a cell would end it.
     cells = (flag, option.declared["help"], allowed, default)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -45,7 +47,8 @@ def page() -> str:
     parts.append("\n## Presets\n\nA run takes the preset of its mode, task and `--plain`, or that of `--preset`.\n")
     for path in sorted((ROOT / "options" / "presets").glob("*.toml")):
         text = path.read_text(encoding="utf-8")
-        tomllib.loads(text)  # a preset that cannot be read is found here
+        # A preset that cannot be read is found early.
+        tomllib.loads(text)
         parts.append(f"\n`{path.stem}`:\n\n```toml\n{text}```\n")
     return "".join(parts)
 

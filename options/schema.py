@@ -1,4 +1,4 @@
-"""Declares the options of a run, each in one field; writes them to config.json and reads them back.
+"""Declares the options of a run, each in one field. record/config_json.py writes them and reads them back.
 
     python -c "from options.schema import LoRAOptions; print(LoRAOptions(rank=4))"
 
@@ -7,16 +7,13 @@ Defaults that depend on the task or on --plain stand in presets/.
 """
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
 
-from machine.errors import UserError
 from options.declare import minutes_or_steps, names_in, option
 
-ROLES = ("q", "k", "v", "o", "mlp")  # which projections of a block are adapted
+# Roles of a block's projections, as --targets names them: query, key, value, output, and both of the MLP.
+ROLES = ("q", "k", "v", "o", "mlp")
 METHODS = ("lora", "full", "head", "features", "none")
 TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
@@ -74,7 +71,8 @@ class TrainOptions:
                             choices=("auto", "fp32", "bf16x3", "bf16"))
     save_every: float = option(10.0, "minutes, or optimiser steps, between checkpoints inside an epoch",
                                reads=minutes_or_steps, metavar="Nmin|Nsteps", free=True)
-    save_steps: int | None = None  # optimiser steps between checkpoints, instead of minutes
+    # Optimiser steps between checkpoints, instead of minutes: --save-every 50steps.
+    save_steps: int | None = None
     anomaly: bool = option(False, "name the first module that computes inf or nan; several times slower", free=True)
 
 
@@ -111,7 +109,8 @@ class DistilOptions:
     teacher: Path = option(
         help="folder of a LoRA run, runs/LoRA-SR if not given; the logits of several are averaged; with --seeds also the "
         "folder with every seed's LoRA-SR", repeat=True, often=True)
-    more_teachers: tuple[str, ...] = ()  # folders of all but the first teacher
+    # The folders of all but the first --teacher: early runs recorded one teacher.
+    more_teachers: tuple[str, ...] = ()
     plain: bool = option(False, "one stage, on the training set alone, from random embeddings", before=True, often=True)
     control: bool = option(True, "leave out the baseline, which trains the same RNN without a teacher")
     temperature: float = option(1.0, "temperature that softens teacher and student", above=0, preset=True, often=True)
@@ -187,7 +186,8 @@ class RunOptions:
     resume: bool = option(False, "continue an unfinished run", often=True)
     overwrite: bool = option(False, "replace a run that is already in the folder", often=True)
     deterministic: bool = option(False, "use deterministic kernels on a GPU too")
-    repeats: Path | None = None  # folder of the finished run that this one must equal in options and data
+    # The finished run that this one must equal in options and data, for `repeat`.
+    repeats: Path | None = None
     # The field is `fast`, for `kernels` is in config.json already: the library that this machine computed with.
     fast: str = option("auto", "auto: the fastest code for this machine; reference: model.py alone, without fast/",
                        flag="--kernels", choices=("auto", "reference"))
@@ -197,62 +197,3 @@ class RunOptions:
 # Options that change no result: a resumed run may have others. `save_steps` is another way to write `save_every`.
 FREE = ("save_steps", *(one.name for cls in (RunOptions, TrainOptions, DistilOptions) for one in fields(cls)
                         if one.metadata.get("free")))
-
-
-# ---------------------------------------------------------------- config.json
-
-def as_json(value):
-    """Returns options as plain JSON values."""
-    if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def settings_of(options: RunOptions) -> dict:
-    """Returns what config.json records of these options.
-
-    Nested options stand beside the others under their own names (`train`, `lora`), if the mode uses them.
-    """
-    return {**{field.name: getattr(options, field.name) for field in fields(options)
-               if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora", "table")},
-            **asdict(options.table)}
-
-
-def rebuild(cls: type, values: dict, **given):
-    """Builds an options object from what config.json recorded: the way back from `settings_of` and `as_json`.
-
-    Raises:
-        UserError: an option without a default was not recorded, or one is of another type than it has.
-    """
-    kinds, made = get_type_hints(cls), dict(given)
-    for field in fields(cls):
-        kind = kinds[field.name]
-        if field.name in given:
-            continue
-        if is_dataclass(kind):
-            made[field.name] = rebuild(kind, values)
-        elif field.name in values:
-            value = values[field.name]
-            if not _is(kind, value):
-                raise UserError(f"config.json: {field.name} is {json.dumps(value)[:60]}; expected {field.type}")
-            value = tuple(value) if isinstance(value, list) else value
-            made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
-        elif "before" in field.metadata:
-            made[field.name] = field.metadata["before"]
-    try:
-        return cls(**made)
-    except TypeError as error:
-        raise UserError(f"config.json does not record every option ({error})") from None
-
-
-def _is(kind, value) -> bool:
-    """Returns whether a JSON value can stand for an option of this type."""
-    if isinstance(kind, UnionType):
-        return any(_is(one, value) for one in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(_is(get_args(kind)[0], item) for item in value)
-    if kind in (int, float, bool):  # in JSON, a whole number serves for either
-        return isinstance(value, bool) if kind is bool else isinstance(value, int | kind) and not isinstance(value, bool)
-    return isinstance(value, {Path: str | Path, str: str, NoneType: NoneType}.get(kind, object))

@@ -26,7 +26,8 @@ import torch
 
 from machine import processes
 from machine.hardware import cpu_name, device
-from options.schema import FREE, RunOptions, rebuild
+from options.schema import FREE, RunOptions
+from record.config_json import rebuild
 from record.files import (
     SUMS,
     UserError,

@@ -77,8 +77,9 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     from experiments import evaluate, predict
     from experiments import generate as generation
     from model import load_classifier
-    from options.schema import RunOptions, rebuild
+    from options.schema import RunOptions
     from record import files, folder, tensors
+    from record.config_json import rebuild
     from report import figures, records
 
     dev = base / "cola/out_of_domain_dev.tsv"

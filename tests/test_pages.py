@@ -8,7 +8,7 @@ import toy
 
 import run
 from benchmarks import summarise
-from experiments import variants
+from experiments import compare, sweep
 
 ROOT = summarise.ROOT
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in summarise.pages()}
@@ -64,9 +64,9 @@ def test_every_command_is_one_that_its_program_takes(command, monkeypatch):
     monkeypatch.setattr(run, "_call", lambda args: parsed.append(args))
     assert toy.main(*words) is None and parsed[0].mode == words[0]
     if words[0] == "compare":
-        assert variants.entries(parsed[0])
+        assert compare.entries(parsed[0])
     if words[0] == "sweep":
-        assert variants.search(parsed[0])
+        assert sweep.search(parsed[0])
 
 
 def test_each_mode_has_an_example_in_the_readme():

@@ -75,7 +75,7 @@ def test_help_and_a_wrong_option_import_nothing_heavy():
 def test_the_first_step_waits_for_nothing_that_it_does_not_need(work, tmp_path):
     """Not for what an epoch's end needs; and the garbage collector rests while libraries are imported, no longer."""
     code = ("import gc, os, sys, run\n"
-            "finetune = run.CALLS['LoRA']\n"
+            "function_of = run.function_of\n"
             "def until_the_loss(args):\n"
             "    import train_utils\n"
             "    def loss(*_):\n"
@@ -83,8 +83,8 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(work, tmp_path):
             "        print('HEAVY', sorted(late), gc.isenabled(), gc.get_freeze_count() > 100_000, flush=True)\n"
             "        os._exit(0)\n"
             "    train_utils.cross_entropy = lambda *_: loss\n"
-            "    return finetune(args)\n"
-            "run.CALLS['LoRA'] = until_the_loss\n"
+            "    return function_of(args)(args)\n"
+            "run.function_of = lambda args: until_the_loss\n"
             "run.main(sys.argv[1:])")
     done = subprocess.run([sys.executable, "-c", code, "LoRA", "12345", "--model", work / "model", "--data", work / "cola",
                            "--out", tmp_path / "run", "--plots", tmp_path], capture_output=True, text=True, cwd=ROOT)

@@ -393,3 +393,16 @@ def test_bad_input_is_one_line_and_nothing_is_written(work, tmp_path, monkeypatc
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0]
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("platform, keys", [("win32", {"creationflags"}), ("darwin", {"process_group", "preexec_fn"}),
+                                            ("linux", {"process_group", "preexec_fn"})])
+def test_a_child_has_a_group_of_its_own_on_every_platform(monkeypatch, platform, keys):
+    """Windows knows neither process groups nor functions before exec, and only Linux has prctl."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 512, raising=False)
+    if platform == "win32":
+        monkeypatch.setattr(compare.ctypes, "CDLL", lambda name: 1 / 0)
+    found = compare._own_group()
+    assert set(found) == keys
+    assert callable(found.get("preexec_fn")) == (platform == "linux")

@@ -16,7 +16,8 @@ from distillation import recipe, sentences
 from distillation.labels import Labeller
 from distillation.transfer_set import normalised
 from distillation.writer import Writer
-from experiments import arguments, evaluate, seeds
+from experiments import evaluate, seeds
+from experiments.distil import options_from
 from experiments.parser import Parser
 from record.files import read_json
 from record.folder import without_times
@@ -187,7 +188,7 @@ def test_a_student_reads_as_its_teacher_does_unless_told_otherwise(work, staged,
                                                      (("--transfer", "0", "--lr", "1e-3"), 15, 1e-3)])
 def test_without_a_transfer_set_the_training_set_has_the_epochs_of_the_plain_recipe(work, words, epochs, lr):
     args = Parser("distil").parse(["12345", "--teacher", str(work / "LoRA"), "--task", "cola", *words])
-    train = arguments.distil_options(args)[0].train
+    train = options_from(args)[0].train
     assert (train.epochs, train.lr) == (epochs, lr)
 
 

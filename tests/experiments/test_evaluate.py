@@ -72,3 +72,38 @@ def test_a_base_that_changed_since_the_run_is_refused(work, tmp_path, capsys, co
                  "gen": ("gen", "12345", "--adapter", tmp_path / "LoRA", "--max-new-tokens", 2)}[command]
     assert toy.main(*arguments) == 2
     assert f"adapter for another base: it was made for {tmp_path / 'model'}, {said}" in capsys.readouterr().err
+
+
+def test_a_run_on_one_encoding_is_scored_and_asked_in_another(work, tmp_path, capsys):
+    """A run on cp1252 with semicolons reads UTF-8 with commas if told so, and its own form if not."""
+    rows = [(f"{text} caf\u00e9", label) for text, label in toy.toy_rows(48, 5)]
+    forms = {"cp1252": ";", "utf-8": ","}
+    for encoding, delimiter in forms.items():
+        lines = [delimiter.join(("text", "label")), *(f"{text}{delimiter}{label}" for text, label in rows)]
+        (tmp_path / f"{encoding}.csv").write_bytes("\n".join([*lines, ""]).encode(encoding))
+    assert toy.main("LoRA", "12345", "--model", work / "model", "--task", "csv", "--data", tmp_path / "cp1252.csv",
+                    "--encoding", "cp1252", "--delimiter", ";", "--eval-split", 0.25, "--epochs", 1, "--no-plots",
+                    "--out", tmp_path / "run") == 0
+    found, answers = [], []
+    for encoding, delimiter in forms.items():
+        file = tmp_path / f"new-{encoding}.csv"
+        file.write_bytes((tmp_path / f"{encoding}.csv").read_bytes() + b"More%s1\n" % delimiter.encode())
+        more = () if encoding == "cp1252" else ("--encoding", encoding, "--delimiter", delimiter)
+        capsys.readouterr()
+        assert toy.main("eval", tmp_path / "run", "--data", file, "--json", *more) == 0
+        found.append(json.loads(capsys.readouterr().out))
+        assert toy.main("predict", tmp_path / "run", "--file", file, "--json", *more) == 0
+        answers.append(capsys.readouterr().out)
+        del found[-1]["data"]
+    assert found[0] == found[1] and found[0]["n"] == 49
+    assert answers[0] == answers[1] and "caf\u00e9" in answers[0] and "error" not in answers[0]
+    # Without the flags, the other form is refused.
+    assert toy.main("eval", tmp_path / "run", "--data", tmp_path / "new-utf-8.csv", "--json") == 2
+
+
+@pytest.mark.parametrize("words, said", [(("--encoding", "cp1252"), "--encoding cp1252: not without --data"),
+                                         (("--delimiter", ";", "--data", "dev"), "--delimiter ;: not for CoLA's files")])
+def test_a_delimiter_or_encoding_that_nothing_reads_is_refused(work, capsys, words, said):
+    dev = str(work / "cola" / "in_domain_dev.tsv")
+    assert toy.main("eval", work / "LoRA", *(dev if word == "dev" else word for word in words)) == 2
+    assert said in capsys.readouterr().err

@@ -15,7 +15,8 @@ from experiments import evaluate, finetune
 from fast import amx, choice, gemm, onepass
 from machine.signals import Interrupted
 from model import TextClassifier
-from options.schema import RunOptions, rebuild
+from options.schema import RunOptions
+from record.config_json import rebuild
 from record.files import read_json, sha256, write_json
 from record.folder import recorded_kernels, without_times
 from report import figures

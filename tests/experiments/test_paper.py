@@ -12,7 +12,7 @@ import toy
 
 import run
 from data import backbones
-from experiments import compare, paper, step_records, variants
+from experiments import compare, paper, step_records, sweep
 from experiments.paper import Clock, PaperOptions, make_paper, plan
 from experiments.steps import CHOSEN, RUN, Step, steps
 from machine import signals
@@ -38,8 +38,8 @@ def test_every_step_is_a_command_that_its_program_takes(profile, data, monkeypat
         assert words[0] != "sweep" or not Path(step.name, "trial-00000").match(step.runs or f"{step.name}/*")
         if program == RUN:
             assert toy.main(*words) is None, step
-            assert words[0] != "compare" or variants.entries(parsed[-1])
-            assert words[0] != "sweep" or variants.search(parsed[-1])
+            assert words[0] != "compare" or compare.entries(parsed[-1])
+            assert words[0] != "sweep" or sweep.search(parsed[-1])
         else:
             source = (compare.RUN.parent / program).read_text()
             assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []

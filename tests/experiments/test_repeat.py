@@ -12,8 +12,9 @@ from experiments.arguments import preset
 from fast import amx
 from machine.errors import UserError
 from model import LoRAOptions
-from options.schema import DistilOptions, TrainOptions, rebuild
+from options.schema import DistilOptions, TrainOptions
 from record import folder
+from record.config_json import rebuild
 from record.files import read_json
 from report import figures
 

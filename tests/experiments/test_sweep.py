@@ -1,8 +1,10 @@
 """A sweep: every trial once, hopeless ones pruned, a killed one goes on, a study shared by two processes."""
+import contextlib
 import itertools
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -275,3 +277,32 @@ def test_a_password_is_not_written_down(work, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "sweep", "12345", "--storage", "postgresql://me:secret@host/db"])
     command = json.dumps(provenance({}, {})["command"])
     assert "postgresql://me:***@host/db" in command and "secret" not in command
+
+
+def foreign_database(path) -> None:
+    """A table of another program, one name of which Optuna uses too."""
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.executescript("create table studies (id integer); create table patients (name text);")
+
+
+def old_database(path) -> None:
+    """A study's database whose tables are of a version that Optuna does not know."""
+    optuna.storages.RDBStorage(f"sqlite:///{path}").remove_session()
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.executescript("update alembic_version set version_num = 'v0.1.0.a'")
+
+
+@pytest.mark.parametrize("make, said", [
+    (foreign_database, "another program's database, with the table patients; expected a sweep's"),
+    (old_database, "made by another version of Optuna"),
+    (lambda path: path.write_text("no database " * 100), "the database cannot be used (")])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_database_that_is_no_study_is_one_line_and_stays_as_it_is(work, tmp_path, made_up, capsys, make, said, given):
+    (tmp_path / "s").mkdir()
+    path = tmp_path / "foreign.db" if given else tmp_path / "s" / "study.db"
+    make(path)
+    before = path.read_bytes()
+    assert call(work, tmp_path / "s", *SEARCH, *(("--storage", f"sqlite:///{path}") if given else ())) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and (said in lines[0] or not given and "s: " in lines[0])
+    assert path.read_bytes() == before

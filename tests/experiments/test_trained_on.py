@@ -9,7 +9,8 @@ import data_utils
 from experiments import evaluate, trained_on
 from experiments.inputs import load_task
 from machine.errors import UserError
-from options.schema import RunOptions, rebuild
+from options.schema import RunOptions
+from record.config_json import rebuild
 from record.files import read_json, sha256
 
 

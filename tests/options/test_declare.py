@@ -13,7 +13,8 @@ from model import CELLS
 from options import modes, page
 from options.declare import names_in, option, options_of
 from options.modes import MODES
-from options.schema import FREE, DistilOptions, LoRAOptions, RunOptions, TrainOptions, as_json, rebuild
+from options.schema import FREE, DistilOptions, LoRAOptions, RunOptions, TrainOptions
+from record.config_json import as_json, rebuild
 from record.files import read_json
 
 CLASSES = (RunOptions, TrainOptions, LoRAOptions, DistilOptions)

@@ -1,0 +1,116 @@
+"""Ends a mode: plots, the folder of the results, and an exit status for a run that diverged or was stopped.
+
+    return endings.train(args, options, start)
+"""
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.parser import complain
+from machine import processes, signals
+from options.schema import RunOptions
+from record.files import check_folder, make_folder
+from train_utils import Diverged
+
+DIVERGED = 3  # exit status after a loss that is not finite
+
+
+def train(args, options: RunOptions, start: Callable[[], None]) -> int:
+    """Runs a training, draws it and returns the exit status.
+
+    Args:
+        start: runs the training and prints its result.
+
+    Raises:
+        UserError: bad input; nothing is written.
+    """
+    # The folder of plots is made after the training: bad input leaves nothing behind.
+    check_folder(args.plots)
+    again = again_with(*([] if args.resume else ["--resume"]))
+    try:
+        if args.no_plots or not processes.broadcast(args.resume and _lacks_only_plots(options, args.plots)):
+            start()
+        plots = []
+        if not args.no_plots and processes.is_main():
+            # Late: Matplotlib would delay the first step.
+            from report import figures
+
+            plots = figures.draw_finished(lambda: figures.plot_run(options.out, make_folder(args.plots)))
+    except Diverged as error:
+        complain(error)
+        return DIVERGED
+    except processes.Lost as error:
+        complain(f"{error}; continue with: {again}")
+        return 1
+    except signals.Interrupted as error:
+        # Without a checkpoint there is nothing to resume.
+        begun = any(options.out.glob("*checkpoint.safetensors")) or (options.out / "summary.json").exists()
+        complain(f"stopped; continue with: {again}" if begun else
+                 "stopped before anything was trained; the same command begins again")
+        return 128 + error.signal
+    _print_places("run", options.out, plots)
+    return 0
+
+
+def study(args, out: Path, start: Callable[[], object], name: str) -> int:
+    """Runs a comparison, a sweep or seeds, draws it and returns the exit status.
+
+    Args:
+        start: runs the study.
+        name: of the study's file in `out`, without .json.
+    """
+    from report import figures
+
+    check_folder(args.plots)
+    try:
+        start()
+        plots = [] if args.no_plots else figures.draw_finished(
+            lambda: figures.plot_study(out / f"{name}.json", make_folder(args.plots)))
+    except signals.Interrupted as error:
+        return interrupted(error)
+    _print_places(name, out, plots)
+    return 0
+
+
+def interrupted(error: signals.Interrupted) -> int:
+    """Prints the command that continues, for a mode that finds its finished runs itself; returns the exit status."""
+    complain(f"stopped; continue with: {again_with()}")
+    return 128 + error.signal
+
+
+def again_with(*more: str) -> str:
+    """Returns this command line with more words, to continue with."""
+    # With --overwrite, the command would begin anew.
+    return f"{processes.launcher()} run.py " + shlex.join([*(word for word in sys.argv[1:] if word != "--overwrite"), *more])
+
+
+def _print_places(name: str, out: Path, plots: list[Path]) -> None:
+    """Prints the folder of the results, and the plots."""
+    print(f"{name}: {out}")
+    if plots:
+        print(f"plots: {', '.join(str(path) for path in plots if path.suffix == '.png')}")
+
+
+def _lacks_only_plots(options: RunOptions, plots: Path) -> bool:
+    """Returns whether the run is finished but was stopped before its plots were drawn."""
+    from report import figures
+
+    if not all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl")):
+        return False
+    names = [f"{options.mode}-{options.sr}_{quantity}" for quantity in (*figures.QUANTITIES, "confusion")]
+    return not all((plots / f"{name}.{kind}").exists() for name in names for kind in ("png", "pdf"))
+
+
+def less_memory(args) -> str:
+    """Returns advice after memory ran out: the same optimiser step in smaller batches."""
+    size, tokens = getattr(args, "batch_size", None), getattr(args, "batch_tokens", None)
+    if tokens:
+        less = f" with --batch-tokens {tokens}; try --batch-tokens {max(1, tokens // 2)}"
+    elif size and size > 1:
+        less = f" with --batch-size {size}; try --batch-size {size // 2}"
+    else:
+        return f"{' with --batch-size 1' if size else ''}; try a smaller --max-length, or a smaller model"
+    return less + f" --accumulate {2 * args.accumulate}, which is the same step, and --overwrite; checkpoints are kept"
