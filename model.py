@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from data.architectures import FUSED_QKV, depends_on_batch, find_targets, misread_by_peft, parse_layers
+from data.architectures import FUSED_QKV, compute_by_length, depends_on_batch, find_targets, misread_by_peft, parse_layers
 from data.backbones import (
     blocks_of,
     freeze_backbone,
@@ -40,9 +40,8 @@ class LoRALinear(nn.Module):
 
     LoRA, Hu et al. 2021, equation 3; scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023).
 
-    With `slices`, each (start, stop) range of the outputs gets an A and a B of its own and the other outputs stay as they
-    are (GPT-2's fused c_attn adapted in q and v only). The As are stacked and the Bs form one block matrix: one LoRA of the
-    summed rank.
+    With `slices`, each (start, stop) range of the outputs has an A and a B of its own (GPT-2's fused c_attn adapted in q and
+    v only). The As are stacked and the Bs form one block matrix: one LoRA of the summed rank.
 
     Args:
         base: `nn.Linear`, or GPT-2's `Conv1D` (W stored transposed); frozen here.
@@ -114,11 +113,7 @@ class LoRALinear(nn.Module):
             self.merged = False
 
     def finite_delta(self) -> Tensor:
-        """Returns `delta` in the type of W.
-
-        Raises:
-            ValueError: one of its values is not finite.
-        """
+        """Returns `delta` in the type of W; raises `ValueError` if one of its values is not finite."""
         # Checked before W is touched: NaN could not be subtracted again.
         delta = self.delta()
         if not torch.isfinite(delta).all():
@@ -312,10 +307,14 @@ class TextClassifier(nn.Module):
     def text_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns the logits (B, labels) that the text alone gives."""
         if self.by_length:
-            return self.logits_by_length(input_ids, attention_mask)
-        if not self.decoder:
-            return self.net(input_ids=input_ids, attention_mask=self.encoder_mask(input_ids, attention_mask)).logits.float()
-        return self.head_logits(self.pool(input_ids, attention_mask))
+            return compute_by_length(self.batch_logits, input_ids, attention_mask)
+        return self.batch_logits(input_ids, attention_mask)
+
+    def batch_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Returns the logits (B, labels) of sentences in one forward pass, pads included."""
+        if self.decoder:
+            return self.head_logits(self.pool(input_ids, attention_mask))
+        return self.net(input_ids=input_ids, attention_mask=self.encoder_mask(input_ids, attention_mask)).logits.float()
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Returns a decoder's hidden states at the last real token, (B, T), (B, T) -> (B, C)."""
@@ -332,19 +331,6 @@ class TextClassifier(nn.Module):
         """Returns the mask (B, T) on the device of the ids, or None where no token is a pad."""
         # Without a mask attention takes a faster kernel.
         return None if bool(attention_mask.all()) else send(attention_mask, input_ids.device)
-
-    def logits_by_length(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Computes logits by the library's own forward pass, the sentences of each length together and without a pad."""
-        # Some heads and blocks read pads too, whatever the mask says (see `data.architectures.depends_on_batch`).
-        lengths = attention_mask.sum(1)
-        logits = input_ids.new_zeros(len(input_ids), self.net.config.num_labels, dtype=torch.float32)
-        for length in lengths.unique():
-            rows = (lengths == length).nonzero()[:, 0]
-            ids = input_ids[rows, :length]
-            # A decoder is pooled here, as in every batch: the library would need a pad token to find the last one.
-            logits[rows] = (self.head_logits(self.pool(ids, torch.ones_like(ids))) if self.decoder
-                            else self.net(input_ids=ids).logits.float())
-        return logits
 
     def probe(self, name: str) -> None:
         """Sets `by_length` by computing two short sentences; raises `UserError` if the model does not take ids alone."""

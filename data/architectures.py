@@ -210,3 +210,16 @@ def _differs(name: str, config, compute: Callable[[Tensor, Tensor], Tensor], sho
         raise UserError(f"--model {name}: a {config.model_type} classifier does not take token ids alone ({what})") from None
     # Up to rounding: kernels sum in another order for other shapes.
     return not torch.allclose(together, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
+
+
+def compute_by_length(compute: Callable[[Tensor, Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Computes a result (B, n) of token ids (B, T) without a pad: the sentences of each length together.
+
+    Some heads and blocks read pads too, whatever the mask says; see `depends_on_batch`.
+    """
+    lengths, parts = attention_mask.sum(1), []
+    # Ascending, as the stable order below expects.
+    for length in lengths.unique():
+        ids = input_ids[lengths == length, :length]
+        parts.append(compute(ids, torch.ones_like(ids, device="cpu")))
+    return torch.cat(parts)[lengths.argsort(stable=True).argsort()]

@@ -41,7 +41,8 @@ class FastClassifier(TextClassifier):
         """Returns whether the fused blocks compute."""
         # They give the backbone's own weights no gradient: full fine-tuning takes the library's blocks.
         trained = torch.is_grad_enabled() and next(self.net.base_model.parameters()).requires_grad
-        return self.has_fused_blocks and not self.trains_backbone and not trained
+        # Sentences computed by length go through the library's blocks, whose configuration asks for it.
+        return self.has_fused_blocks and not self.by_length and not self.trains_backbone and not trained
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, features: Tensor | None = None,
                 cached: Tensor | None = None) -> Tensor:
@@ -58,12 +59,12 @@ class FastClassifier(TextClassifier):
         finally:
             self.prefix.cached = None
 
-    def text_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def batch_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # An encoder's fused blocks hang on one argument, passed through the library's model to each block.
-        if self.fused and not self.decoder and not self.by_length:
+        if self.fused and not self.decoder:
             mask = self.encoder_mask(input_ids, attention_mask)
             return self.net(input_ids=input_ids, attention_mask=mask, pooled=True).logits.float()
-        return super().text_logits(input_ids, attention_mask)
+        return super().batch_logits(input_ids, attention_mask)
 
     def encoder_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
         mask = super().encoder_mask(input_ids, attention_mask)
