@@ -51,7 +51,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         The student and, with `options.control`, the baseline.
 
     Raises:
-        UserError: a text file that cannot be read, a damaged cache or checkpoint.
+        UserError: a damaged cache or checkpoint.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
     train, stages, baseline = run.train, [], []

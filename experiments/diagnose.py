@@ -194,7 +194,7 @@ def load_diagnosed(folder: Path, data: Path | None, allow_training_data: bool = 
         warn_of_changed_data(config, data)
         classes = config.get("classes", data_utils.COLA_CLASSES)
         rows = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
-        splits, files = {data.stem: rows}, {str(data): sha256(data)}
+        splits, files = {data.stem: rows}, {str(data): rows.sha256 or sha256(data)}
         check_not_trained_on(folder, config, files, allow_training_data)
     else:
         for name in config.get("data_files", {}):
