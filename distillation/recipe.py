@@ -93,6 +93,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
                 take_over(folder, stage)
             checkpointing = Checkpointing(folder, checkpoint_name(phase, stage), run.resume or shared)
 
+            # Bound now, because the next stage changes both names.
             def on_epoch(history: list[dict], phase: str = phase, stage: Stage = stage) -> None:
                 recorder(history, phase, stage.name if stages else None)
 

@@ -5,7 +5,7 @@ import toy
 from conftest import adapted, toy_batch
 from torch import nn
 
-from model import TextClassifier
+import speed
 from report import figures
 from training import anomaly
 from training.anomaly import NotFinite, watching
@@ -82,7 +82,7 @@ def test_a_bad_parameter_is_named():
     classifier = plain()
     with torch.no_grad():
         classifier.get_submodule(NAME).lora_B[0, 0] = float("inf")
-    with pytest.raises(NotFinite, match=f"{NAME} .LoRALinear. is not finite; its parameter lora_B is not"):
+    with pytest.raises(NotFinite, match=f"{NAME} .FastLoRALinear. is not finite; its parameter lora_B is not"):
         with watching(classifier):
             loss_of(classifier)
 
@@ -116,10 +116,10 @@ def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     toy.write_model(tmp_path / "model")
     toy.write_cola(tmp_path / "cola")
-    configure = TextClassifier.configure
+    install = speed.install
 
-    def configure_and_break(classifier, *args):
-        configure(classifier, *args)
+    def install_and_break(classifier):
+        way = install(classifier)
         calls, module = [], classifier.get_submodule(BLOCK)
         forward = module.forward
 
@@ -128,13 +128,14 @@ def test_a_diverging_run_says_where_and_ends_with_status_3(tmp_path, monkeypatch
             nan = torch.is_grad_enabled() and (calls.append(1) or len(calls) == 6)
             return output * float("nan") if nan else output
         module.forward = sixth_is_nan
+        return way
 
     line = ("LoRA", "12345", "--model", tmp_path / "model", "--data", tmp_path / "cola", "--out", tmp_path / "run",
             "--plots", tmp_path, "--batch-size", 8, "--epochs", 2)
-    monkeypatch.setattr(TextClassifier, "configure", configure_and_break)
+    monkeypatch.setattr(speed, "install", install_and_break)
     assert toy.main(*line, *more) == 3
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"run.py: {says}") and "6 (epoch 2), learning rate " in said and said.endswith(hint)
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
-    monkeypatch.setattr(TextClassifier, "configure", configure)
+    monkeypatch.setattr(speed, "install", install)
     assert toy.main(*line, "--resume") == 0  # with and without --anomaly: it changes no result
