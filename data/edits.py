@@ -1,4 +1,4 @@
-"""Edits a sentence in one place, which breaks its grammar or keeps it: whoever labels the sentence decides.
+"""Edits a sentence in one place, which breaks its grammar or keeps it; the label comes from elsewhere.
 
     python -m data.edits        prints an edit of each kind
 """
@@ -131,7 +131,7 @@ def edit(sentence: str, rng: random.Random, edits: tuple[Edit, ...] = EDITS) -> 
 
 
 def real_or_edited(sentences: Iterable[str]) -> Split:
-    """Makes a task of plain sentences, whose labels cost nobody anything: half as they are (label 1), half edited (label 0).
+    """Makes a task of plain sentences, with labels that cost nothing: half as they are (label 1), half edited (label 0).
 
     The same sentences make the same task, whatever the seed of a run. Sentences of other lengths than WORDS, second copies,
     and those that no edit changes are left out.

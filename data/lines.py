@@ -76,7 +76,7 @@ def encoding_of(start: bytes, encoding: str = UTF8) -> str:
 
 
 def decoded_lines(file: BinaryIO, path: Path | str, encoding: str = UTF8) -> Iterator[Line]:
-    """Yields the lines of an open file, which end with LF, CR or both.
+    """Yields the lines of an open file; LF, CR or both end a line.
 
     A line longer than LONGEST, or one that is not in the encoding, is an error in its place.
 
@@ -110,7 +110,7 @@ def decoded_lines(file: BinaryIO, path: Path | str, encoding: str = UTF8) -> Ite
 
 
 def undecoded(text: str, encoding: str) -> str | None:
-    """Returns the error of a line with bytes of another encoding, which the decoder left as lone surrogates."""
+    """Returns the error of a line with bytes of another encoding: the decoder left them as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

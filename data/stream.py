@@ -122,7 +122,7 @@ def _first_line(lines: Iterator[Line]) -> tuple[Line | None, Iterator[Line]]:
 
 
 def is_blank(text: str) -> bool:
-    """Returns whether a text is nothing but spaces and byte order marks, which are spaces of no width."""
+    """Returns whether a text is nothing but spaces and byte order marks (spaces of no width)."""
     return not text.strip() or not text.replace("\ufeff", "").strip()
 
 
@@ -376,7 +376,7 @@ def _parquet_rows(batches: Iterator[dict[str, list]]) -> Iterator[Row]:
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Returns the names of the classes of each ClassLabel column, which `datasets` writes into a Parquet file's metadata."""
+    """Returns the names of the classes of each ClassLabel column: `datasets` writes them into a Parquet file's metadata."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         found = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}

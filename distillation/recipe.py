@@ -3,7 +3,7 @@
     students = distil(inputs, run, options, folder)
     students["student"].model, students["scratch"].model    # the student, and the baseline: the same without a teacher
 
-The files in the order in which they are used: sentences.py (the transfer set and the teachers' targets), stages.py (stages
+The files in the order of their use: sentences.py (the transfer set and the teachers' targets), stages.py (stages
 as data), heads.py (heads for training alone), losses.py (the losses).
 """
 from __future__ import annotations

@@ -36,9 +36,9 @@ def share(wanted: dict[Path, int], make: Callable[[Path], None], check_stop: Cal
         wanted: files, and the number of sentences in each.
         make: writes a file.
         check_stop: called before each file; raises if the process was asked to stop.
-        threads: the number of threads, which make a file each on one core each. An error in one ends the others after their
+        threads: number of threads; each makes one file at a time on one core. An error in one ends the others after their
             files.
-        name: label of the progress bar, which counts sentences; no bar without it.
+        name: label of the progress bar, in sentences; no bar without it.
     """
     # Threads cannot be stopped from outside: each looks at this event between two files.
     ended = threading.Event()

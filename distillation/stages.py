@@ -69,7 +69,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sources from which the stages are made."""
+    """The sources of the stages."""
 
     inputs: Inputs
     sentences: Sentences
@@ -132,7 +132,7 @@ def without_teacher(stage: Stage) -> Stage:
 
 
 def pretraining_stage(plan: Plan, rows: list[int], hidden: HiddenStates | None, language: bool) -> Stage:
-    """Returns a stage of pretraining on some rows, a few of which are held out.
+    """Returns a stage of pretraining on some rows; a few are held out.
 
     Args:
         hidden: the teacher's hidden states, to be matched; None: they are not matched.
@@ -154,7 +154,7 @@ def pretraining_stage(plan: Plan, rows: list[int], hidden: HiddenStates | None, 
 
 
 def transfer_stage(plan: Plan) -> Stage:
-    """Returns the stage of the transfer set, in which each training sentence comes `gold_repeats` times an epoch."""
+    """Returns the stage of the transfer set; each training sentence comes `gold_repeats` times an epoch."""
     sentences, options, size = plan.sentences, plan.options, _size(plan.sentences.hidden)
     # Repeated, or the few training sentences would be lost among many times as many new ones.
     rows = [*range(sentences.unlabelled), *list(sentences.rows_of_training_set()) * options.gold_repeats]

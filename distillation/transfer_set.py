@@ -37,7 +37,7 @@ def plain_sentences(text: Iterable[str], known: set[str], longest: int) -> list[
     """Returns the sentences of at most `longest` words, shuffled, without duplicates and without known ones.
 
     Args:
-        known: normalised sentences of the task.
+        known: keys (`letters_and_digits`) of the task's sentences.
     """
     kept = {letters_and_digits(sentence): sentence for sentence in text if len(sentence.split()) <= longest}
     found = [sentence for key, sentence in kept.items() if key and key not in known]
@@ -62,7 +62,7 @@ def transfer_set(train: list[str], known: set[str], plain: list[str], written: I
 
     Args:
         train: the training sentences, for edits.
-        known: normalised sentences of the task, none of which is yielded.
+        known: keys (`letters_and_digits`) of the task's sentences; none of these is yielded.
         plain: plain sentences, see `plain_sentences`.
         written: sentences of a language model; None: the teacher is an encoder and has none.
     """

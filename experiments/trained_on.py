@@ -102,7 +102,7 @@ def recorded_task(folder: Path, config: dict, tokenizer, unchanged: Collection[s
     """Loads the task of a run again, from the same data.
 
     Args:
-        unchanged: names of the files whose content must be that of the run; all if None.
+        unchanged: names of the files that must be unchanged; all if None.
 
     Raises:
         UserError: its data are missing, or changed since the run read them.
