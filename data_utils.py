@@ -3,9 +3,8 @@
     python -c "import data_utils; print(data_utils.load_task('cola', 'DIR_WITH_THE_TSV_FILES').train.labels[:5])"
 
 A task is a training split and one or more named development splits (data/tasks.py). Batches are made of sentences of
-about the same length, so that almost no pad token is computed. Which sentences a batch holds is fixed for the
-whole run, so that cached features and logits are exactly reusable; the order of the batches is shuffled by the seed
-in each epoch.
+about the same length, so that almost no pad token is computed. The sentences of a batch are fixed for the whole run, so
+that cached features and logits are exactly reusable; the order of the batches is shuffled by the seed in each epoch.
 """
 from __future__ import annotations
 
@@ -54,6 +53,7 @@ class Batch:
     tokens: int  # real tokens, pads not counted
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
     micro: list[Batch] | None = None  # micro-batches that this process computes instead (`split_large`); None: the whole
+    step: list[Batch] | None = None  # all batches of the optimiser step that it belongs to; None: it is the only one
 
     def to(self, device: torch.device) -> Batch:
         """Copies it to a device, but for the mask: models ask the mask about lengths, and a GPU would answer late."""
@@ -62,7 +62,7 @@ class Batch:
         return Batch(input_ids, self.attention_mask, labels, rows, self.tokens, features)
 
     def pin(self) -> None:
-        """Lets its copies to a GPU go on beside what the GPU computes."""
+        """Moves the tensors to pinned memory: they are copied to a GPU while the GPU computes."""
         for name in ("input_ids", "attention_mask", "labels", "rows", "features"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.pin_memory())
@@ -85,7 +85,9 @@ class Batch:
         """
         rows, longest = len(self.rows), self.input_ids.shape[1]
         count = math.ceil(rows / max(1, int(tokens // longest)))
-        return [self.part(start, end) for start, end in itertools.pairwise(rows * i // count for i in range(count + 1))]
+        # Cuts at equal distances: no micro-batch is a small rest.
+        cuts = [rows * i // count for i in range(count + 1)]
+        return [self.part(start, end) for start, end in itertools.pairwise(cuts)]
 
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """Returns the arguments of a model's forward pass."""

@@ -27,7 +27,9 @@ from training import anomaly
 from training.average import Average
 from training.checkpoints import Checkpointing, Progress, load_checkpoint, save_checkpoint, trainable
 
-Objective = Callable[[Tensor, Batch], Tensor]  # (output of the model, batch) -> mean loss of the batch
+# (output of the model, batch) -> mean loss of the batch over its rows. Where a step has several batches, a mean over tokens
+# is scaled to its share of the step's tokens (`batch.step`).
+Objective = Callable[[Tensor, Batch], Tensor]
 Scores = tuple[dict[str, dict], dict[str, list]]  # of each development split: scores, and confusion matrix
 Scorer = Callable[[nn.Module, dict[str, list[Batch]]], Scores]  # (model, development splits by name) -> their scores
 
@@ -320,6 +322,8 @@ class Trainer:
 
         # Forward and backward pass, one micro-batch at a time: gradients add up, activations do not.
         for batch in (micro.to(self.device) for whole in group for micro in whole.micro_batches()):
+            # Means over tokens are weighed by the tokens of the whole step.
+            batch.step = group
             # Autocast is for a backbone that trains in float32: a frozen one has its precision in its layers.
             with torch.autocast(self.device.type, torch.bfloat16,
                                 enabled=options.precision == "bf16" and getattr(self.model, "trains_backbone", False)):

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The code that changes a training's state: a signal is sent before single lines of these files.
 TRAINING = (str(ROOT / "train_utils.py"), str(ROOT / "training"))
 # Functions at work while the averaged weights stand in for the trained ones, or are being exchanged for them.
-AROUND = re.compile("averag|swap|validate")
+AROUND = re.compile("in_model|restore|validate")
 # Phases in which a run takes no steps: module, function, and the options that lead to it.
 PHASES = {"loading": ("experiments.finetune", "load_classifier", ()),
           "keeping": ("fast.frozen", "FrozenPrefix", ("--layers", "1")),

@@ -1,4 +1,4 @@
-"""Edits a sentence in one place, which breaks its grammar or keeps it: whoever labels the sentence decides.
+"""Edits a sentence in one place, which breaks its grammar or keeps it; the label comes from elsewhere.
 
     python -m data.edits        prints an edit of each kind
 """
@@ -131,7 +131,7 @@ def edit(sentence: str, rng: random.Random, edits: tuple[Edit, ...] = EDITS) -> 
 
 
 def real_or_edited(sentences: Iterable[str]) -> Split:
-    """Makes a task of plain sentences, whose labels cost nobody anything: half as they are (label 1), half edited (label 0).
+    """Makes a task of plain sentences, with labels that cost nothing: half as they are (label 1), half edited (label 0).
 
     The same sentences make the same task, whatever the seed of a run. Sentences of other lengths than WORDS, second copies,
     and those that no edit changes are left out.
@@ -146,8 +146,11 @@ def real_or_edited(sentences: Iterable[str]) -> Split:
     return Split([text for text, _ in kept], [label for _, label in kept])
 
 
-def read_real_or_edited(data: Path) -> tuple[Split, list[Path]]:
-    """Makes the task of a text file, or of all text files of a folder; returns it with the files.
+def read_real_or_edited(data: Path) -> tuple[Split, dict[str, str]]:
+    """Makes the task of a text file, or of all text files of a folder.
+
+    Returns:
+        The task's rows, and the SHA-256 of each file by name.
 
     Raises:
         UserError: no such file, or none with a sentence of WORDS.
@@ -155,10 +158,14 @@ def read_real_or_edited(data: Path) -> tuple[Split, list[Path]]:
     files = sorted(data.glob("*.txt")) if data.is_dir() else [data]
     if not files:
         raise UserError(f"--data {data}: no .txt file in it; --task edits reads text files, one sentence a line")
-    split = real_or_edited(sentence for file in files for sentence in read_sentences(file))
+    sentences, digests = [], {}
+    for file in files:
+        found, digests[str(file)] = read_sentences(file)
+        sentences += found
+    split = real_or_edited(sentences)
     if not split.labels:
         raise UserError(f"{data}: no sentence of {WORDS[0]} to {WORDS[-1]} words in it")
-    return split, files
+    return split, digests
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,13 +47,36 @@ def open_binary(path: Path | str, expected: str) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({reason}); expected {expected}") from None
 
 
+def read_whole(path: Path | str, expected: str) -> tuple[BinaryIO, str]:
+    """Reads a file into memory, to be parsed from there.
+
+    A digest of a second read would be another file's, if somebody replaced the file in between.
+
+    Args:
+        expected: the kind of file, for the error's text.
+
+    Returns:
+        The bytes as an open file, and their SHA-256.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with open_binary(path, expected) as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from None
+    # Buffered, because readers look at the first bytes before they read.
+    return io.BufferedReader(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
+
+
 def encoding_of(start: bytes, encoding: str = UTF8) -> str:
     """Returns the encoding that a file's byte order mark declares, `encoding` where the file has none."""
     return next((found for mark, found in BYTE_ORDER_MARKS.items() if start.startswith(mark)), encoding)
 
 
 def decoded_lines(file: BinaryIO, path: Path | str, encoding: str = UTF8) -> Iterator[Line]:
-    """Yields the lines of an open file, which end with LF, CR or both.
+    """Yields the lines of an open file; LF, CR or both end a line.
 
     A line longer than LONGEST, or one that is not in the encoding, is an error in its place.
 
@@ -86,7 +110,7 @@ def decoded_lines(file: BinaryIO, path: Path | str, encoding: str = UTF8) -> Ite
 
 
 def undecoded(text: str, encoding: str) -> str | None:
-    """Returns the error of a line with bytes of another encoding, which the decoder left as lone surrogates."""
+    """Returns the error of a line with bytes of another encoding: the decoder left them as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -94,13 +118,17 @@ def undecoded(text: str, encoding: str) -> str | None:
     return None
 
 
-def read_lines(path: Path | str, expected: str = "a text file") -> Iterator[Line]:
+def read_lines(path: Path | str, expected: str = "a text file", file: BinaryIO | None = None) -> Iterator[Line]:
     """Yields the lines of a UTF-8 file without their ends.
+
+    Args:
+        expected: the kind of file, for the error's text.
+        file: the file's bytes (`read_whole`); None: it is opened.
 
     Raises:
         UserError: it cannot be read, or one of its lines cannot; names file and line.
     """
-    with open_binary(path, expected) as file:
+    with file or open_binary(path, expected) as file:
         try:
             for line in decoded_lines(file, path):
                 if line.error:
@@ -110,14 +138,18 @@ def read_lines(path: Path | str, expected: str = "a text file") -> Iterator[Line
             raise UserError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from None
 
 
-def read_sentences(path: Path | str) -> list[str]:
+def read_sentences(path: Path | str) -> tuple[list[str], str]:
     """Reads a text file, one sentence a line; blank lines are left out, and several spaces are one.
+
+    Returns:
+        The sentences, and the SHA-256 of the bytes that held them.
 
     Raises:
         UserError: missing, not UTF-8, or without a sentence.
     """
-    sentences = [" ".join(line.text.split()) for line in read_lines(path)]
+    file, digest = read_whole(path, "a text file")
+    sentences = [" ".join(line.text.split()) for line in read_lines(path, file=file)]
     sentences = [sentence for sentence in sentences if sentence]
     if not sentences:
         raise UserError(f"{path}: no sentence in it; expected one a line")
-    return sentences
+    return sentences, digest

@@ -28,6 +28,7 @@ class Split:
     labels: list[int]
     sources: list[str] = field(default_factory=list)  # CoLA's source code: the publication, or the phenomenon
     features: list[list[float]] = field(default_factory=list)  # the numbers of each sentence, NaN where one is missing
+    sha256: str = field(default="", compare=False)  # of the file that was parsed, if the split is a whole file
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,7 +69,8 @@ def read_split(table: Table, options: TableOptions, separator: str, classes: lis
         if name not in index:
             raise UserError(f"{table.path}, row {row}: label {name!r}, which the training data lacks; it has "
                             f"{', '.join(classes[:20])}")
-    return Split(texts, [index[name] for name in names], [], features_of(table, options.feature_columns)), classes
+    return Split(texts, [index[name] for name in names], [], features_of(table, options.feature_columns),
+                 table.sha256), classes
 
 
 def check_features(train: Split, columns: tuple[str, ...], where: str) -> dict[str, int]:

@@ -56,7 +56,7 @@ class Rows:
 
 
 def open_rows(path: Path | str, kind: str | None = None, headless: bool | None = False,
-              options: TableOptions = DEFAULT_COLUMNS) -> Rows:
+              options: TableOptions = DEFAULT_COLUMNS, file: BinaryIO | None = None) -> Rows:
     """Opens a file, `-` for standard input.
 
     Args:
@@ -64,6 +64,7 @@ def open_rows(path: Path | str, kind: str | None = None, headless: bool | None =
             input (JSON Lines where that is a JSON object, else text).
         headless: whether a TSV has CoLA's four columns and no header; None: if its first line looks so.
         options: delimiter and encoding.
+        file: the file's bytes (`lines.read_whole`); None: it is opened.
 
     Raises:
         UserError: it cannot be read, is empty, or is of another format than its ending says.
@@ -72,7 +73,7 @@ def open_rows(path: Path | str, kind: str | None = None, headless: bool | None =
     suffix = path.suffix.lower().removeprefix(".")
     expected = f"a {FORMATS.get(kind or suffix, 'text')} file"
     try:
-        file = sys.stdin.buffer if standard else open_binary(path, expected)
+        file = file or (sys.stdin.buffer if standard else open_binary(path, expected))
         start = file.peek(LONGEST)
         size = None if standard else path.stat().st_size
     except (OSError, AttributeError) as error:  # AttributeError: standard input is closed
@@ -121,7 +122,7 @@ def _first_line(lines: Iterator[Line]) -> tuple[Line | None, Iterator[Line]]:
 
 
 def is_blank(text: str) -> bool:
-    """Returns whether a text is nothing but spaces and byte order marks, which are spaces of no width."""
+    """Returns whether a text is nothing but spaces and byte order marks (spaces of no width)."""
     return not text.strip() or not text.replace("\ufeff", "").strip()
 
 
@@ -375,14 +376,18 @@ def _parquet_rows(batches: Iterator[dict[str, list]]) -> Iterator[Row]:
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Returns the names of the classes of each ClassLabel column, which `datasets` writes into a Parquet file's metadata."""
+    """Returns the names of the classes of each ClassLabel column: `datasets` writes them into a Parquet file's metadata."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         found = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    # None, or metadata of another program.
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        return {}  # none, or metadata of another program
-    return {name: names for name, names in found.items()
-            if isinstance(names, list) and all(isinstance(one, str) for one in names)}
+        return {}
+    return {name: names for name, names in found.items() if _are_names(names)}
+
+
+def _are_names(value) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _first_words(error: Exception) -> str:

@@ -2,16 +2,17 @@
 
     python -c "from data import tables; print(tables.read_table('FILE.csv').columns.keys())"
 
-Rows come from stream.py, and the first bad one refuses the table, named by file and row. What a cell may hold is decided in
-columns.py.
+Rows come from stream.py, and the first bad one refuses the table, named by file and row. The rules for the content of a
+cell are in columns.py.
 """
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data import stream
+from data.lines import read_whole
 from data.stream import DEFAULT_COLUMNS, SUFFIXES, Rows
 from machine.errors import UserError
 from options.schema import TableOptions
@@ -25,6 +26,7 @@ class Table:
     columns: dict[str, list]
     names: dict[str, list[str]] = field(default_factory=dict)  # column -> names of the classes that its numbers stand for
     has_header: bool = False  # whether the names of its columns were read from its first line
+    sha256: str = ""  # of the bytes that were parsed
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -61,22 +63,24 @@ def read_table(path: Path | str, options: TableOptions = DEFAULT_COLUMNS) -> Tab
     if path.suffix.lower() not in SUFFIXES:
         plain = "; plain sentences, without labels, are for --task edits" if path.suffix.lower() == ".txt" else ""
         raise UserError(f"{path}: unknown ending; expected one of {', '.join(SUFFIXES)}{plain}")
-    rows = stream.open_rows(path, options=options)
+    file, digest = read_whole(path, f"a {SUFFIXES[path.suffix.lower()]} file")
+    rows = stream.open_rows(path, options=options, file=file)
     # Parquet comes by column already: to take it apart into rows would cost four times the time.
     with rows.file:
         columns = _columns_of(path, list(good_rows(rows)), rows.names) if rows.batches is None else _joined(rows)
-    return Table(path, columns, rows.class_names, rows.kind in ("csv", "tsv"))
+    return Table(path, columns, rows.class_names, rows.kind in ("csv", "tsv"), digest)
 
 
 def read_one_hot_jsonl(path: Path | str, options: TableOptions = DEFAULT_COLUMNS) -> Table:
-    """Reads a JSON Lines file whose rows name their text as one-hot keys; see `one_hot_columns`.
+    """Reads a JSON Lines file of rows with one-hot keys; see `one_hot_columns`.
 
     Raises:
         UserError: see `read_table`.
     """
-    rows = stream.open_rows(path, "jsonl", options=options)
+    file, digest = read_whole(path, "a JSON Lines file")
+    rows = stream.open_rows(path, "jsonl", options=options, file=file)
     with rows.file:
-        return one_hot_columns(Path(path), list(good_rows(rows)))
+        return replace(one_hot_columns(Path(path), list(good_rows(rows))), sha256=digest)
 
 
 def good_rows(rows: Rows) -> Iterator[dict]:

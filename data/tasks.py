@@ -14,12 +14,12 @@ from pathlib import Path
 
 from data import edits, stream, tables
 from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
+from data.lines import read_whole
 from data.splits import Split, check_features, choose_splits, read_split, set_aside, split_files
 from data.stream import DEFAULT_COLUMNS, is_blank
 from data.tables import Table
 from machine.errors import UserError
 from options.schema import TableOptions
-from record.files import sha256
 
 COLA_FILES = {"train": "in_domain_train.tsv", "in_domain": "in_domain_dev.tsv", "out_of_domain": "out_of_domain_dev.tsv"}
 # GLUE's CoLA validation set is the two public development files, one after the other.
@@ -50,6 +50,7 @@ class Task:
     files: dict[str, str]
     classes: tuple[str, ...] = COLA_CLASSES  # names of the classes; a label is an index into them
     missing: dict[str, int] = field(default_factory=dict)  # training rows without a value, by feature
+    left_out: tuple[str, ...] = ()  # development sentences that `limit` left out
 
     @property
     def num_labels(self) -> int:
@@ -57,6 +58,8 @@ class Task:
 
     def limit(self, rows: int) -> Task:
         """Returns the same task with `rows` rows of each split, evenly spaced (files are often sorted by label).
+
+        The development sentences that are left out stay known: a transfer set must hold none of them either.
 
         Raises:
             UserError: if the shortened training split lacks a class, or a feature has no value in it.
@@ -67,7 +70,12 @@ class Task:
         lacking = [name for label, name in enumerate(self.classes) if label not in present]
         if lacking:
             raise UserError(f"--limit {rows}: {where} have no example of class {lacking[0]}")
-        return replace(self, train=train, dev=dev, missing=check_features(train, tuple(self.missing), where))
+        left_out = list(self.left_out)
+        for name, split in self.dev.items():
+            kept = set(dev[name].sentences)
+            left_out += [sentence for sentence in split.sentences if sentence not in kept]
+        return replace(self, train=train, dev=dev, missing=check_features(train, tuple(self.missing), where),
+                       left_out=tuple(left_out))
 
 
 def _spaced(split: Split, rows: int) -> Split:
@@ -84,7 +92,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
             `csv` (from `data`), `edits` (plain sentences of `data`, real against edited), or `tiny`.
         data: for `cola` the folder with its three public TSV files, for `edits` a text file or a folder of them; else a
             table, a folder of tables, or the name of a data set on the Hub.
-        options: which columns are what; not for FIXED tasks.
+        options: the roles of the columns; not for FIXED tasks.
         separator: between several text columns: the tokenizer's.
 
     Raises:
@@ -180,16 +188,19 @@ def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, opt
     table, options = _read_table(name, train, options)
     # Classes are those of the training rows; every evaluation file is read with them.
     split, classes = read_split(table, options, separator)
+    # Digests of the bytes that were parsed: a file may be replaced at any moment.
+    digests = {train: split.sha256}
     if isinstance(others, dict):
         dev = {}
         for key, path in others.items():
             dev[key] = read_split(_read_table(name, path, options)[0], options, separator, classes)[0]
+            digests[path] = dev[key].sha256
     else:
         split, held_out = set_aside(split, others, str(train))
         dev = {"held_out": held_out}
     # After the split: a feature whose values were all set aside has no mean.
     missing = check_features(split, options.feature_columns, str(train))
-    return Task(name, split, dev, {key: sha256(path) for key, path in files.items()}, tuple(classes), missing)
+    return Task(name, split, dev, {key: digests[path] for key, path in files.items()}, tuple(classes), missing)
 
 
 def _edits_task(data: Path | str | None) -> Task:
@@ -197,7 +208,7 @@ def _edits_task(data: Path | str | None) -> Task:
         raise UserError("--task edits: needs --data, a text file with one sentence a line, or a folder of .txt files")
     rows, files = edits.read_real_or_edited(Path(data))
     train, held_out = set_aside(_two_classes(rows, str(data)), HELD_OUT, str(data))
-    return Task("edits", train, {"held_out": held_out}, {str(file): sha256(file) for file in files})
+    return Task("edits", train, {"held_out": held_out}, files)
 
 
 # ---------------------------------------------------------------- CoLA, and the built-in task in its format
@@ -209,8 +220,9 @@ def read_cola_tsv(path: Path | str) -> Split:
         UserError: missing or empty file, a row with other than four columns, a label other than 0 or
             1, an empty sentence, bytes that are not UTF-8; file and line are named.
     """
-    split = Split([], [], [])
-    rows = stream.open_rows(path, "tsv", headless=True)
+    file, digest = read_whole(path, "a TSV file")
+    split = Split([], [], [], sha256=digest)
+    rows = stream.open_rows(path, "tsv", headless=True, file=file)
     with rows.file:
         for row in rows.rows:
             where = f"{path}, line {row.line}"
@@ -242,8 +254,9 @@ def _cola_folder(name: str, folder: Path) -> Task:
         raise UserError(f"--data {folder}: not a folder; expected one with {', '.join(COLA_FILES.values())}")
     paths = {split: folder / file for split, file in COLA_FILES.items()}
     splits = {split: read_cola_tsv(path) for split, path in paths.items()}
+    digests = {str(path): splits[split].sha256 for split, path in paths.items()}
     train = _two_classes(splits.pop("train"), str(paths["train"]))
-    return Task(name, train, splits, {str(path): sha256(path) for path in paths.values()})
+    return Task(name, train, splits, digests)
 
 
 def _hub_file(task: str, repository: str, file: str) -> Path:
@@ -263,9 +276,10 @@ def _glue_cola() -> Task:
     for split in ("train", "validation"):
         file = f"cola/{split}-00000-of-00001.parquet"
         path = _hub_file("cola", GLUE_REPOSITORY, file)
-        rows = tables.read_table(path).columns
+        table = tables.read_table(path)
+        rows = table.columns
         splits[split] = Split(rows["sentence"], rows["label"], ["glue"] * len(rows["label"]))
-        files[f"{GLUE_REPOSITORY}/{file}"] = sha256(path)
+        files[f"{GLUE_REPOSITORY}/{file}"] = table.sha256
     # GLUE joined CoLA's two development files; they are taken apart again.
     both = splits["validation"]
     if len(both) != GLUE_VALIDATION_ROWS:

@@ -27,7 +27,8 @@ class Base:
     """The base model of a teacher, as its run recorded it."""
 
     model: str  # as --model names it
-    base_sha256: str  # digest of its weights
+    # Digests, not paths: a base that was moved has the same cache, another one under the same name has not.
+    base_sha256: str
     tokenizer_sha256: str
 
 
@@ -59,5 +60,6 @@ class Cache:
 
     def write_sentences(self, sentences: list[tuple[str, str]]) -> None:
         """Writes a transfer set, (kind, sentence), as a table to be read by people."""
+        # Named by its content: runs with other numbers of sentences share the folder.
         rows = "".join(f"{kind}\t{sentence}\n" for kind, sentence in sentences)
         write_file(self.folder / f"sentences-{digest(rows)[:12]}.tsv", rows)

@@ -47,6 +47,7 @@ class Matched(nn.Module):
         # One pass of the RNN serves both the classes and the projection.
         states = self.student.states(input_ids, attention_mask)  # (B, T, DH)
         ahead = states[..., :self.student.config.hidden_size][_real(attention_mask, states)]
+        # The classes read both directions, the projection the forward one alone.
         return Outputs(self.student.classify(states, attention_mask), self.projection(ahead))
 
 

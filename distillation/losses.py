@@ -80,6 +80,26 @@ def hidden_mse(student_states: Tensor, teacher_states: Tensor, weights: Tensor) 
 
 # ---------------------------------------------------------------- objectives
 
+def share_of_step(batch: Batch, count: Callable[[Batch], int]) -> float:
+    """Returns the factor that turns a batch's weight by rows in an optimiser step into its weight by tokens.
+
+    `train_utils.fit` weighs each batch of a step by its rows. A mean over tokens has to be weighed by tokens, or several
+    batches would train something else than one large batch. The factor is 1 for a batch that is a whole step.
+
+    Args:
+        count: returns the number of tokens of a batch in the mean.
+    """
+    step = batch.step or [batch]
+    tokens, rows = sum(map(count, step)), sum(len(one.rows) for one in step)
+    # No token in the whole step: the mean is 0, whatever its weight.
+    return (count(batch) / tokens if tokens else 0.0) / (len(batch.rows) / rows)
+
+
+def neighbours(batch: Batch) -> int:
+    """Returns the number of pairs of neighbouring tokens: the predictions of a language model in one direction."""
+    return int(batch.attention_mask[:, 1:].sum())
+
+
 def kd_objective(teacher_logits: Tensor, temperature: float, alpha: float, label_smoothing: float = 0.0,
                  loss: str = "kl") -> Objective:
     """Returns the objective of training under a teacher.
@@ -116,26 +136,35 @@ def transfer_objective(soft: Objective, gold: Objective, unlabelled: int, hidden
 
 
 def pretraining_objective(hidden: HiddenStates | None, lm_weight: float) -> Objective:
-    """Returns lm_weight x the language model's loss + `hidden_mse`, of which the model returns either or both."""
+    """Returns the objective lm_weight x the language model's loss + `hidden_mse`; a model may return one of them alone."""
     def objective(outputs, batch: Batch) -> Tensor:
         # Without a language model the hidden states are matched alone.
-        loss = 0.0 if outputs.language is None else lm_weight * outputs.language
+        loss = 0.0
+        if outputs.language is not None:
+            loss = lm_weight * outputs.language * share_of_step(batch, neighbours)
         return loss if hidden is None else loss + match_hidden(outputs.matched, batch, hidden)
     return objective
 
 
 def match_hidden(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tensor:
-    """Computes `hidden_mse` over the sentences of a batch that have hidden states of the teacher: the first rows of the set.
+    """Computes a batch's part of `hidden_mse` over the sentences with a teacher's hidden states: the first rows of the set.
 
     Args:
         projected: (real tokens, d) of the whole batch, row by row.
     """
-    known = (batch.rows < len(hidden)).cpu()
+    known = _matched_rows(batch, hidden)
     # Plain text has no hidden states. The projection still gets a gradient, of zeros, as in every other step.
     if not bool(known.any()):
         return 0.0 * projected.sum()
     # From sentences to their real tokens, which the model returns row by row.
     tokens = known.repeat_interleave(batch.attention_mask.sum(1))
     targets = hidden.of(batch.rows.cpu()[known])
-    return hidden_mse(projected[tokens.to(projected.device)], targets.to(projected.device),
+    loss = hidden_mse(projected[tokens.to(projected.device)], targets.to(projected.device),
                       hidden.weights.to(projected.device))
+    # Each token of the step counts alike, in a batch of long sentences as in one of short ones.
+    return loss * share_of_step(batch, lambda one: int(one.attention_mask[_matched_rows(one, hidden)].sum()))
+
+
+def _matched_rows(batch: Batch, hidden: HiddenStates) -> Tensor:
+    # On the CPU, like the mask: the choice of tokens must not be delayed by the GPU.
+    return (batch.rows < len(hidden)).cpu()

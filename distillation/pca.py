@@ -21,6 +21,7 @@ class Reduction:
 
 def principal_components(rows: Tensor, size: int) -> Reduction:
     """Computes the first `size` principal components of rows (N, C) (Pearson 1901), in float64."""
+    # In float64 on the CPU, because the components decide a run's bytes on every machine.
     rows = rows.double().cpu()
     mean = rows.mean(0)
     values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))  # in ascending order

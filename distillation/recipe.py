@@ -3,7 +3,7 @@
     students = distil(inputs, run, options, folder)
     students["student"].model, students["scratch"].model    # the student, and the baseline: the same without a teacher
 
-The files in the order in which they are used: sentences.py (the transfer set and the teachers' targets), stages.py (stages
+The files in the order of their use: sentences.py (the transfer set and the teachers' targets), stages.py (stages
 as data), heads.py (heads for training alone), losses.py (the losses).
 """
 from __future__ import annotations
@@ -51,7 +51,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         The student and, with `options.control`, the baseline.
 
     Raises:
-        UserError: a text file that cannot be read, a damaged cache or checkpoint.
+        UserError: a damaged cache or checkpoint.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
     train, stages, baseline = run.train, [], []
@@ -93,6 +93,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
                 take_over(folder, stage)
             checkpointing = Checkpointing(folder, checkpoint_name(phase, stage), run.resume or shared)
 
+            # Bound now, because the next stage changes both names.
             def on_epoch(history: list[dict], phase: str = phase, stage: Stage = stage) -> None:
                 recorder(history, phase, stage.name if stages else None)
 

@@ -16,7 +16,7 @@ from data_utils import Task, encode
 from distillation.cache import Base, Cache
 from distillation.labels import Labeller
 from distillation.teachers import HiddenStates, as_labeller
-from distillation.transfer_set import longest_length, normalised, plain_sentences, transfer_set
+from distillation.transfer_set import letters_and_digits, longest_length, plain_sentences, transfer_set
 from distillation.writer import Writer
 from machine.errors import UserError
 from model import TextClassifier
@@ -37,6 +37,7 @@ class Inputs:
     student: RNNConfig
     data: Data  # the task's batches as the teachers read them
     texts: Data  # the same without numeric features, as the student reads them
+    plain: list[str]  # plain sentences (--text)
 
 
 @dataclass
@@ -64,18 +65,17 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
     """Makes the transfer set and the teachers' targets, or takes both from the cache.
 
     Raises:
-        UserError: a file of `options.text` that cannot be read, or a damaged cache.
+        UserError: a damaged cache.
         Interrupted: `stop` returned a signal.
     """
     # New sentences, without gold labels.
     task, cache = inputs.task, Cache.open(options.cache or Path(run.out).parent, inputs.base, inputs.task, stop)
-    plain = read_text(options.text)
-    transfer = make_transfer_set(inputs, cache, plain, options.augment) if options.augment else []
+    transfer = make_transfer_set(inputs, cache, inputs.plain, options.augment) if options.augment else []
 
     # Pretraining reads plain text of any length, but no sentence twice and none of the task.
-    text, seen = [], {*known_sentences(task), *map(normalised, transfer)}
+    text, seen = [], {*known_sentences(task), *map(letters_and_digits, transfer)}
     if options.pretrain:
-        text = [sentence for sentence in dict.fromkeys(plain) if normalised(sentence) not in seen]
+        text = [sentence for sentence in dict.fromkeys(inputs.plain) if letters_and_digits(sentence) not in seen]
     ids = encode(inputs.tokenizer, [*transfer, *task.train.sentences, *text], run.max_length, run.table.truncate)
 
     # Each teacher labels the transfer set and the training set once: logits are averaged, hidden states the first one's.
@@ -112,17 +112,24 @@ def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int)
 
 
 def known_sentences(task: Task) -> set[str]:
-    """Returns the normalised sentences of a task, none of which may be in the transfer set."""
-    return {normalised(sentence) for split in (task.train, *task.dev.values()) for sentence in split.sentences}
+    """Returns the keys of a task's sentences, left-out development sentences among them: the transfer set holds none."""
+    known = set(map(letters_and_digits, task.left_out))
+    for split in (task.train, *task.dev.values()):
+        known.update(map(letters_and_digits, split.sentences))
+    return known
 
 
-def read_text(files: tuple[str, ...]) -> list[str]:
-    """Returns the sentences of text files, one a line.
+def read_text(files: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Returns the sentences of text files, one a line, and the SHA-256 of each file by name.
 
     Raises:
         UserError: a file is missing, not UTF-8, or has no sentence.
     """
+    sentences, digests = [], {}
     try:
-        return [sentence for file in files for sentence in read_sentences(file)]
+        for file in files:
+            found, digests[file] = read_sentences(file)
+            sentences += found
     except UserError as error:
         raise UserError(f"--text {error}") from None
+    return sentences, digests

@@ -36,10 +36,11 @@ def share(wanted: dict[Path, int], make: Callable[[Path], None], check_stop: Cal
         wanted: files, and the number of sentences in each.
         make: writes a file.
         check_stop: called before each file; raises if the process was asked to stop.
-        threads: the number of threads, which make a file each on one core each. An error in one ends the others after their
+        threads: number of threads; each makes one file at a time on one core. An error in one ends the others after their
             files.
-        name: label of the progress bar, which counts sentences; no bar without it.
+        name: label of the progress bar, in sentences; no bar without it.
     """
+    # Threads cannot be stopped from outside: each looks at this event between two files.
     ended = threading.Event()
 
     def done() -> int:
@@ -54,6 +55,7 @@ def share(wanted: dict[Path, int], make: Callable[[Path], None], check_stop: Cal
                         # Another process may have made it between the look and the lock.
                         if not path.exists():
                             make(path)
+                            # Looked up anew: meanwhile others have made some of the files.
                             break
                     finally:
                         # Safe: a process that gets the lock later finds the file before it makes it.
@@ -72,6 +74,7 @@ def share(wanted: dict[Path, int], make: Callable[[Path], None], check_stop: Cal
             # After an error the others stop; after the last file there is nothing left for them.
             ended.set()
 
+    # No thread without a file to make.
     threads = min(threads, sum(not path.exists() for path in wanted))
     before = torch.get_num_threads()
     with tqdm(total=sum(wanted.values()), initial=done(), unit="sentence", desc=name, dynamic_ncols=True, delay=2,

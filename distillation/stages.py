@@ -37,7 +37,8 @@ def bare(student: DistilRNN) -> nn.Module:
 class Stage:
     """One stage: its data, its loss, and the heads that the student has in it."""
 
-    name: str  # pretrain, transfer or gold
+    # pretrain, transfer or gold: part of the checkpoint's name, so that each stage resumes from its own.
+    name: str
     data: Data
     objective: Objective
     options: TrainOptions
@@ -48,6 +49,7 @@ class Stage:
     @property
     def steps(self) -> int:
         """Returns the number of optimiser steps."""
+        # A number of steps that is given is a baseline's: the student's own number.
         return self.data.steps or self.options.epochs * -(-len(self.data.batches) // self.options.accumulate)
 
 
@@ -67,7 +69,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sources from which the stages are made."""
+    """The sources of the stages."""
 
     inputs: Inputs
     sentences: Sentences
@@ -81,6 +83,7 @@ class Plan:
 
     def train_options(self, epochs: int) -> TrainOptions:
         """Returns the training options of a stage before the last one."""
+        # Without patience: the baseline takes as many steps as the student, and must not stop earlier.
         return replace(self.train, epochs=epochs, lr=self.options.stage_lr, batch_tokens=self.options.stage_tokens,
                        patience=None)
 
@@ -124,11 +127,12 @@ def baseline_stages(plan: Plan, stages: list[Stage]) -> list[Stage]:
 
 def without_teacher(stage: Stage) -> Stage:
     """Returns the same stage on gold labels alone."""
+    # The projection goes too: hidden states are a teacher's.
     return replace(stage, objective=train_utils.cross_entropy(stage.options.label_smoothing), heads=bare)
 
 
 def pretraining_stage(plan: Plan, rows: list[int], hidden: HiddenStates | None, language: bool) -> Stage:
-    """Returns a stage of pretraining on some rows, a few of which are held out.
+    """Returns a stage of pretraining on some rows; a few are held out.
 
     Args:
         hidden: the teacher's hidden states, to be matched; None: they are not matched.
@@ -150,8 +154,9 @@ def pretraining_stage(plan: Plan, rows: list[int], hidden: HiddenStates | None, 
 
 
 def transfer_stage(plan: Plan) -> Stage:
-    """Returns the stage of the transfer set, in which each training sentence comes `gold_repeats` times an epoch."""
+    """Returns the stage of the transfer set; each training sentence comes `gold_repeats` times an epoch."""
     sentences, options, size = plan.sentences, plan.options, _size(plan.sentences.hidden)
+    # Repeated, or the few training sentences would be lost among many times as many new ones.
     rows = [*range(sentences.unlabelled), *list(sentences.rows_of_training_set()) * options.gold_repeats]
     # A new sentence has the teacher's label alone (alpha 1), a training sentence its gold label too.
     logits = sentences.logits.to(device())
@@ -165,6 +170,7 @@ def transfer_stage(plan: Plan) -> Stage:
 
 def gold_stage(inputs: Inputs, logits: Tensor, options: DistilOptions, train: TrainOptions) -> Stage:
     """Returns the last stage: the training set with gold labels and the teacher's logits (N, labels)."""
+    # Moved once: each step picks its rows of logits on the device.
     objective = kd_objective(logits.to(device()), options.temperature, options.kd_alpha, train.label_smoothing,
                              options.kd_loss)
     return Stage("gold", inputs.texts, objective, train, inputs.student.dropout)

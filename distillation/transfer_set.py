@@ -17,8 +17,12 @@ from data.edits import edit
 TRIES = 1000  # sentences in a row that are not new: then the source is exhausted
 
 
-def normalised(sentence: str) -> str:
-    """Returns a sentence without case and punctuation: duplicates and development sentences are recognised by it."""
+def letters_and_digits(sentence: str) -> str:
+    """Returns a sentence in lower case, every other character than a letter or digit replaced by a space.
+
+    Duplicates and development sentences are recognised by it. `data.overlap.without_punctuation` keeps signs and combining
+    accents, because it counts equal rows. Here too many hits do no harm: a sentence less in the transfer set.
+    """
     return " ".join("".join(c if c.isalnum() else " " for c in sentence.casefold()).split())
 
 
@@ -33,9 +37,9 @@ def plain_sentences(text: Iterable[str], known: set[str], longest: int) -> list[
     """Returns the sentences of at most `longest` words, shuffled, without duplicates and without known ones.
 
     Args:
-        known: normalised sentences of the task.
+        known: keys (`letters_and_digits`) of the task's sentences.
     """
-    kept = {normalised(sentence): sentence for sentence in text if len(sentence.split()) <= longest}
+    kept = {letters_and_digits(sentence): sentence for sentence in text if len(sentence.split()) <= longest}
     found = [sentence for key, sentence in kept.items() if key and key not in known]
     # One order for all seeds of the run: they share the transfer set.
     random.Random(0).shuffle(found)
@@ -58,7 +62,7 @@ def transfer_set(train: list[str], known: set[str], plain: list[str], written: I
 
     Args:
         train: the training sentences, for edits.
-        known: normalised sentences of the task, none of which is yielded.
+        known: keys (`letters_and_digits`) of the task's sentences; none of these is yielded.
         plain: plain sentences, see `plain_sentences`.
         written: sentences of a language model; None: the teacher is an encoder and has none.
     """
@@ -79,12 +83,12 @@ def transfer_set(train: list[str], known: set[str], plain: list[str], written: I
     while turns:
         for kind in list(turns):
             tried = itertools.islice(sources[kind], TRIES)
-            sentence = next((one for one in tried if (key := normalised(one)) and key not in seen), None)
+            sentence = next((one for one in tried if (key := letters_and_digits(one)) and key not in seen), None)
             # An exhausted source has no further turn; the others go on.
             if sentence is None:
                 turns.remove(kind)
                 continue
             if kind == "written":
                 others.append(sentence)
-            seen.add(normalised(sentence))
+            seen.add(letters_and_digits(sentence))
             yield kind, sentence

@@ -196,7 +196,7 @@ def load_diagnosed(folder: Path, data: Path | None, allow_training_data: bool = 
         warn_of_changed_data(config, data)
         classes = config.get("classes", data_utils.COLA_CLASSES)
         rows = data_utils.read_rows(data, options["task"], rebuild(TableOptions, options), separator_of(tokenizer), classes)
-        splits, files = {data.stem: rows}, {str(data): sha256(data)}
+        splits, files = {data.stem: rows}, {str(data): rows.sha256 or sha256(data)}
         check_not_trained_on(folder, config, files, allow_training_data)
     else:
         for name in config.get("data_files", {}):
@@ -241,7 +241,7 @@ def warn_of_changed_teachers(config: dict, recorded: list[str], found: list[Path
 def by_group(groups: list[str], order: list[str], labels: np.ndarray, predictions: dict[str, np.ndarray]) -> list[dict]:
     """Returns n, the majority class's accuracy, and every model's accuracy and MCC of each group of rows.
 
-    MCC is None, because it is not defined, for a group whose rows have one label.
+    MCC is None, because it is not defined, for a group with one label.
 
     Args:
         groups: (N) each row's group.
@@ -322,7 +322,7 @@ def all_wrong(answers: Answers) -> dict:
 
 def on_pairs(run: Diagnosed, pairs: list[Pair] | None, limit: int | None, file: str | None,
              published: dict[str, dict[str, float]]) -> dict | None:
-    """Counts the minimal pairs whose acceptable sentence each model scores higher, by paradigm and phenomenon.
+    """Counts the minimal pairs that each model orders rightly, by paradigm and phenomenon.
 
     A classifier scores a sentence by its logit of acceptable minus that of unacceptable, the bare language model by its
     log-probability. None for a task other than acceptability, unless pairs are given.
@@ -355,7 +355,7 @@ def on_pairs(run: Diagnosed, pairs: list[Pair] | None, limit: int | None, file: 
 
 def pair_groups(pairs: list[Pair], key: str, higher: dict[str, np.ndarray], published: dict[str, dict[str, float]]
                 ) -> list[dict]:
-    """Returns the share of pairs whose right sentence each model scores higher, by paradigm or phenomenon.
+    """Returns the share of pairs that each model orders rightly, by paradigm or phenomenon.
 
     Args:
         key: attribute of a pair that groups it, `paradigm` or `phenomenon`.

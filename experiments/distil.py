@@ -8,6 +8,7 @@ Options in, a run's folder out; the algorithm is in distillation/recipe.py.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,13 +23,14 @@ from data.digests import tokenizer_digest
 from data_utils import Batch
 from distillation.cache import Base
 from distillation.recipe import STUDENT, Trained, distil
-from distillation.sentences import Inputs
+from distillation.sentences import Inputs, read_text
 from distillation.student_size import student_config, student_parameters
 from distillation.teachers import Averaged
 from experiments import endings
 from experiments.arguments import fill, given, preset, preset_name, run_options
 from experiments.evaluate import load_finetuned
 from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.trained_on import rows_in_training
 from machine import processes, signals
 from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
@@ -67,9 +69,13 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
     options, teachers, tokenizer = load_teachers(options, distil_options)
     options, distil_options, inputs = prepare(options, distil_options, teachers, tokenizer)
     parameters, budget = student_parameters(inputs.student), count_parameters(teachers[0])["total"]
-    with run_folder(options, config_of(inputs, options, distil_options)) as folder:
+    with run_folder(options, config_of(inputs, options, distil_options, say)) as folder:
         say(f"distilling {distil_options.teacher} ({budget:,} parameters) into a student "
             f"({inputs.student.cell.upper()}) of {parameters:,} ({100 * parameters / budget:.1f} %)")
+        # Sizes that a user gave, or a vocabulary that alone is too large for a tenth.
+        if 10 * parameters > budget:
+            warnings.warn(f"the student has {100 * parameters / budget:.1f} % of the teacher's parameters, more than 10 %; "
+                          "lower --embedding-size or --hidden-size", stacklevel=2)
         trained = distil(inputs, options, distil_options, folder, say, stop)
         students = {phase: result_of(one, inputs) for phase, one in trained.items()}
         for phase, one in trained.items():
@@ -153,9 +159,12 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
 
     # Runs of early versions have not recorded the digest of their base.
     recorded = read_json(distil_options.teacher / "config.json").get("base_sha256")
+    # Read once: what is recorded of the files is what is trained on.
+    plain, text_files = read_text(distil_options.text)
+    task = replace(task, files={**task.files, **text_files})
     base = Base(options.model, recorded or tensors.weights_digest(teachers[0].net.base_model), tokenizer_sha256)
     teacher = teachers[0] if len(teachers) == 1 else Averaged(teachers)
-    return options, distil_options, Inputs(task, tokenizer, base, teachers, teacher, student, data, texts)
+    return options, distil_options, Inputs(task, tokenizer, base, teachers, teacher, student, data, texts, plain)
 
 
 def texts_only(batches: list[Batch]) -> list[Batch]:
@@ -163,18 +172,17 @@ def texts_only(batches: list[Batch]) -> list[Batch]:
     return [replace(batch, features=None, micro=batch.micro and texts_only(batch.micro)) for batch in batches]
 
 
-def config_of(inputs: Inputs, options: RunOptions, distil_options: DistilOptions) -> dict:
+def config_of(inputs: Inputs, options: RunOptions, distil_options: DistilOptions, say: Callable[[str], None]) -> dict:
     """Returns the config.json of a distillation."""
     settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **asdict(inputs.student)}
-    files = {**inputs.task.files, **{file: sha256(file) for file in distil_options.text}}
     # A run is not resumed or repeated under a teacher that has changed.
     teacher_files = {}
     for number, folder in enumerate((distil_options.teacher, *distil_options.more_teachers)):
         for path in weights(folder):
             teacher_files[path.name if number == 0 else str(path)] = sha256(path)
-    return {**provenance(as_json(settings), files), **speed.in_use(), "architecture": asdict(inputs.student),
-            "classes": list(inputs.task.classes), "tokenizer_sha256": inputs.base.tokenizer_sha256,
-            "teacher_files": teacher_files}
+    return {**provenance(as_json(settings), inputs.task.files), **speed.in_use(), "architecture": asdict(inputs.student),
+            "classes": list(inputs.task.classes), "rows_in_training": rows_in_training(inputs.task, say),
+            "tokenizer_sha256": inputs.base.tokenizer_sha256, "teacher_files": teacher_files}
 
 
 # ---------------------------------------------------------------- the folder out

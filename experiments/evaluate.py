@@ -141,6 +141,9 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
     else:
         name, split = str(data), data_utils.read_rows(
             data, options["task"], columns_of(options, delimiter, encoding), separator_of(tokenizer), classes)
+        # The check above was of the bytes of an earlier read.
+        if split.sha256 not in ("", *files.values()):
+            raise UserError(f"{data}: changed while it was read; score it again")
     counts, notes = count_trained_on(folder, config, tokenizer, {name: split})
     return ScoredRows(name, logits_of(model, split, tokenizer, options), split, classes, counts[name], notes)
 

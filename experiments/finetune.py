@@ -25,6 +25,7 @@ from experiments import endings
 from experiments.arguments import finetune_options
 from experiments.inputs import BASE, load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.model_card import write_repository
+from experiments.trained_on import rows_in_training
 from machine import processes, signals
 from machine.errors import UserError
 from machine.hardware import device
@@ -205,7 +206,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     run = prepare(options, say)
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
     config = {**provenance(as_json(settings), run.task.files), **speed.in_use(), **run.base, "init_files": run.init_files,
-              "classes": list(run.task.classes),
+              "classes": list(run.task.classes), "rows_in_training": rows_in_training(run.task, say),
               **label_maps(run.task.classes)}
     with run_folder(options, config) as folder:
         recorder = Recorder(folder, say)

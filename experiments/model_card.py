@@ -82,7 +82,7 @@ def write_repository(folder: Path, options: RunOptions, task: Task, tokenizer, m
 
     Args:
         tokenizer: the base's; where it has no pad token, the files name one to pad with.
-        max_length: tokens to which texts were cut.
+        max_length: tokens of the longest text; longer ones were cut.
         summary: as in summary.json.
 
     Returns:

@@ -7,7 +7,7 @@ A score on training data says how well a model remembers, not how well it judges
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +18,16 @@ from machine.errors import UserError
 from options.schema import RunOptions
 from record.config_json import rebuild
 from record.files import read_json
+
+
+def rows_in_training(task: Task, say: Callable[[str], None]) -> dict[str, int]:
+    """Counts the rows of each development split that stand in the training split too, and says so where there are any."""
+    found = {name: count_repeated(split.sentences, task.train.sentences) for name, split in task.dev.items()}
+    for name, count in found.items():
+        if count:
+            say(f"  {name}: {count:,} of {len(task.dev[name]):,} rows stand in the training split too (case and punctuation "
+                "aside); its scores flatter by these")
+    return found
 
 
 def training_files(config: dict) -> dict[str, str]:
@@ -93,7 +103,7 @@ def recorded_task(folder: Path, config: dict, tokenizer, unchanged: Collection[s
     """Loads the task of a run again, from the same data.
 
     Args:
-        unchanged: names of the files whose content must be that of the run; all if None.
+        unchanged: names of the files that must be unchanged; all if None.
 
     Raises:
         UserError: its data are missing, or changed since the run read them.

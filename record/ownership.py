@@ -164,14 +164,17 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def weights(folder: Path | str) -> list[Path]:
     """Returns the files of weights that a run wrote, checkpoints not among them."""
-    names = WEIGHTS.get(mode_of(folder), sum(WEIGHTS.values(), ()))
-    return sorted(path for path in (Path(folder) / name for name in names) if path.is_file())
+    return sorted(_existing(folder, WEIGHTS.get(mode_of(folder), sum(WEIGHTS.values(), ()))))
 
 
 def described(folder: Path, mode: str) -> list[Path]:
     """Returns the files that a run's checksums cover, but for the model card and the tokenizer."""
-    names = (*RECORDS, *DESCRIPTIONS[mode], *WEIGHTS[mode])
-    return [path for path in (Path(folder) / name for name in names) if path.is_file()]
+    return _existing(folder, (*RECORDS, *DESCRIPTIONS[mode], *WEIGHTS[mode]))
+
+
+def _existing(folder: Path | str, names: tuple[str, ...]) -> list[Path]:
+    paths = [Path(folder) / name for name in names]
+    return [path for path in paths if path.is_file()]
 
 
 def run_files(folder: Path) -> list[Path]:

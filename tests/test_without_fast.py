@@ -37,7 +37,7 @@ texts = call("gen", "12345", "--model", model, "--prompt", "the cat", "--num-sam
 
 from experiments import evaluate
 from pathlib import Path
-logits = {name: evaluate.answers(Path(out) / name, Path(cola) / "in_domain_dev.tsv")[0].tolist()
+logits = {name: evaluate.score_rows(Path(out) / name, Path(cola) / "in_domain_dev.tsv").logits.tolist()
           for name in ("lora", "distil")}
 print(json.dumps({"said": said, "texts": texts, "logits": logits,
                   "fast": sorted(name for name in sys.modules if name.partition(".")[0] == "fast")}))

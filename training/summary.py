@@ -9,6 +9,7 @@ from training.checkpoints import Progress
 
 def training_summary(progress: Progress, batches: list[Batch]) -> dict:
     """Returns the entry `train` of summary.json: sums over the epochs, padding and peak memory."""
+    # Sums of the history, not of a clock: a resumed run counts the time before its stop, too.
     seconds = sum(line["seconds"] for line in progress.history)
     tokens = sum(line["tokens"] for line in progress.history)
     return {"epochs": len(progress.history), "steps": progress.step, "seconds": seconds, "tokens": tokens,
@@ -18,6 +19,7 @@ def training_summary(progress: Progress, batches: list[Batch]) -> dict:
 
 def best_and_last(best_epoch: int, history: list[dict], classes: tuple[str, ...]) -> dict:
     """Returns the scores of the best and the last epoch, and those of the best epoch by class."""
+    # Both are reported: the best epoch was chosen on the same rows, and its scores flatter a little.
     best, last = next(line for line in history if line["epoch"] == best_epoch), history[-1]
     by_class = {split: {"confusion": matrix, "per_class": per_class(matrix, classes)}
                 for split, matrix in best["confusion"].items()}

@@ -302,7 +302,7 @@ def test_every_reader_of_text_takes_marks_and_line_ends(tmp_path, end):
         return tmp_path / name
     split = read_cola_tsv(write("cola.tsv", b"s\t1\t\tGood.", b"s\t0\t*\tBad."))
     assert (split.sources, split.labels, split.sentences) == (["s", "s"], [1, 0], ["Good.", "Bad."])
-    assert read_sentences(write("a.txt", b"One  sentence.", b"", b"Two.")) == ["One sentence.", "Two."]
+    assert read_sentences(write("a.txt", b"One  sentence.", b"", b"Two."))[0] == ["One sentence.", "Two."]
     pairs = read_pairs(write("pairs.tsv", b"phenomenon\tparadigm\tgood\tbad", b'p\tq\t"a\tb'))
     assert [(pair.phenomenon, pair.good) for pair in pairs] == [("p", '"a')]
     assert [line.text for line in read_lines(tmp_path / "a.txt")] == ["One  sentence.", "", "Two."]

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 import train_utils
 from benchmarks import collect
 from data_utils import load_task
-from distillation import recipe, sentences
+from distillation import recipe, sentences, transfer_set
 from distillation.labels import Labeller
-from distillation.transfer_set import normalised
+from distillation.transfer_set import letters_and_digits
 from distillation.writer import Writer
 from experiments import evaluate, seeds
 from experiments.distil import options_from
@@ -52,14 +52,61 @@ def test_the_transfer_set_has_no_duplicate_and_no_sentence_of_the_task(work, sta
     (table,) = cache(staged).glob("sentences-*.tsv")
     names, sentences = zip(*(line.split("\t") for line in table.read_text().splitlines()), strict=True)
     task = load_task("cola", work / "cola")
-    known = {normalised(one) for split in (task.train, *task.dev.values()) for one in split.sentences}
-    found = [normalised(one) for one in sentences]
+    known = {letters_and_digits(one) for split in (task.train, *task.dev.values()) for one in split.sentences}
+    found = [letters_and_digits(one) for one in sentences]
     assert len(found) == len(set(found)) == 40 and not known.intersection(found)
     assert set(names) == {"edit of training", "plain", "edit of others", "written"}
 
 
+def test_no_development_sentence_that_limit_left_out_comes_into_the_transfer_set(work, tmp_path):
+    """With two rows of each split the run reads few development sentences; the text has all of them."""
+    task = load_task("cola", work / "cola")
+    dev = [sentence for split in task.dev.values() for sentence in split.sentences]
+    new = [f"A brand new sentence of number {number}" for number in range(9)]
+    limited = task.limit(4)
+    assert not set(dev) <= {one for split in limited.dev.values() for one in split.sentences}
+    known = sentences.known_sentences(limited)
+    assert known >= {letters_and_digits(one) for one in dev}
+    assert set(transfer_set.plain_sentences([*dev, *new], known, 20)) == set(new)
+    # A task that is limited twice still knows them.
+    assert sentences.known_sentences(task.limit(8).limit(4)) >= {letters_and_digits(one) for one in dev}
+
+
+def test_a_student_past_a_tenth_of_the_teacher_is_warned_of(work, tmp_path, capsys):
+    small = ("distil", "12345", "--plain", "--teacher", work / "LoRA", "--epochs", 1, "--batch-size", 8, "--no-plots",
+             "--no-control", "--embedding-size", 4)
+    for hidden, warned in ((4, False), (64, True)):
+        assert toy.main(*small, "--hidden-size", hidden, "--out", tmp_path / str(hidden)) == 0
+        out, err = capsys.readouterr()
+        summary = read_json(tmp_path / str(hidden) / "summary.json")
+        assert (10 * summary["student"]["parameters"] > summary["teacher"]["parameters"]) == warned
+        assert ("% of the teacher's parameters, more than 10 %" in err) == warned
+
+
+def test_development_rows_that_stand_in_the_training_split_are_counted_said_and_recorded(work, tmp_path, capsys):
+    shutil.copytree(work / "cola", tmp_path / "cola")
+    train = (tmp_path / "cola" / "in_domain_train.tsv").read_text().splitlines()
+    dev = tmp_path / "cola" / "in_domain_dev.tsv"
+    # Seven rows of training, four of them with other case and punctuation; none of the second development file.
+    rows = [line.split("\t") for line in train[:7]]
+    repeated = [[*row[:3], row[3].upper() + "!" if number < 4 else row[3]] for number, row in enumerate(rows)]
+    new = [["s", str(number % 2), "", f"Brand new sentence {number}"] for number in range(5)]
+    dev.write_text("".join("\t".join(row) + "\n" for row in [*repeated, *new]))
+    other = tmp_path / "cola" / "out_of_domain_dev.tsv"
+    other.write_text("".join(f"s\t{number % 2}\t\tAnother new sentence {number}\n" for number in range(5)))
+    line = ("LoRA", "12345", "--model", work / "model", "--data", tmp_path / "cola", "--epochs", 1, "--no-plots")
+    assert toy.main(*line, "--out", tmp_path / "LoRA") == 0
+    assert toy.main("distil", "12345", "--plain", "--teacher", tmp_path / "LoRA", "--out", tmp_path / "distil", *SIZES,
+                    "--epochs", 1, "--no-control", "--no-plots") == 0
+    said = "in_domain: 7 of 12 rows stand in the training split too"
+    assert capsys.readouterr().out.count(said) == 2
+    for run in ("LoRA", "distil"):
+        assert read_json(tmp_path / run / "config.json")["rows_in_training"] == {"in_domain": 7, "out_of_domain": 0}
+
+
 def test_sentences_are_the_same_but_for_case_and_punctuation():
-    assert normalised("The cat, it seems, Sat!") == normalised("the cat it seems sat.") != normalised("the cat sat")
+    one, same, other = map(letters_and_digits, ("The cat, it seems, Sat!", "the cat it seems sat.", "the cat sat"))
+    assert one == same != other
 
 
 def test_every_stage_has_its_lines_and_both_students_the_same_steps(staged):
