@@ -5,8 +5,8 @@
 
 Two generators make tables instead of damaging them: rows with wrong numbers of cells, stray quotes, marks and line ends, and
 cells that are no text, label or number. Training and prediction must read the same cells or refuse the same row, and no row
-may be lost without a word. Another one makes adapters in PEFT's layout with other settings and tensors: each computes as
-PEFT does, or is refused.
+may be lost without a word. Another one makes adapters in PEFT's layout with other settings and tensors. Each computes as in
+PEFT, or is refused.
 
 The cases are hypothesis's, generated from --seed; a failing one is shrunk and printed. Prints tried/failed by reader; exit
 status 0 if none failed.
