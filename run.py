@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import os
-import pkgutil
 import re
 import signal
 import sys
@@ -116,7 +116,9 @@ def _call(args) -> int:
 
 def function_of(args) -> Callable[[argparse.Namespace], int | None]:
     """Imports and returns the function of the chosen mode."""
-    return pkgutil.resolve_name(SEEDS if args.mode in SEVERAL_PROCESSES and args.seeds else CALLS[args.mode])
+    call = SEEDS if args.mode in SEVERAL_PROCESSES and args.seeds else CALLS[args.mode]
+    module, name = call.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _prepare(args) -> None:
