@@ -23,6 +23,7 @@ from experiments.inputs import check_base, separator_of
 from experiments.trained_on import check_not_trained_on, count_trained_on, recorded_task, training_files
 from machine.errors import UserError
 from machine.hardware import device
+from metrics.classification import confusion, per_class, scores
 from model import DistilRNN, TextClassifier, load_classifier
 from options.schema import RNNConfig, TableOptions, rebuild
 from record import tensors
@@ -188,9 +189,9 @@ def evaluate_run(folder: Path, data: Path | None = None, predictions: Path | Non
         warnings.warn(note, stacklevel=2)
     # The same functions as during training, so that the scores equal the summary's.
     answer = scored.logits, torch.tensor(scored.split.labels)
-    matrix = train_utils.confusion(*answer)
-    return {**train_utils.scores(*answer), "data": scored.name, "trained_on": scored.trained_on,
-            "by_class": {"confusion": matrix, "per_class": train_utils.per_class(matrix, scored.classes)}}
+    matrix = confusion(*answer)
+    return {**scores(*answer), "data": scored.name, "trained_on": scored.trained_on,
+            "by_class": {"confusion": matrix, "per_class": per_class(matrix, scored.classes)}}
 
 
 def write_predictions(scored: ScoredRows, path: Path) -> None:
