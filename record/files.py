@@ -138,7 +138,7 @@ def check_folder(path: Path | str) -> None:
     # Everything below the nearest folder that exists would be made.
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: the output folder cannot be made ({nearest} is not a folder that can be written to)")
+        raise UserError(f"{path}: the output folder cannot be made ({nearest} is not a folder, or cannot be written to)")
 
 
 def check_new_folder(path: Path | str) -> None:

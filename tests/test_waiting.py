@@ -17,6 +17,7 @@ import train_utils
 from data_utils import Batch
 from distillation.losses import kd_objective
 from fast import recurrent
+from fast.installation import install
 from model import DistilRNN, TextClassifier
 from options.schema import RNNConfig, TrainOptions
 
@@ -110,7 +111,9 @@ def batches() -> list[Batch]:
 
 def student() -> DistilRNN:
     torch.manual_seed(0)
-    return DistilRNN(RNNConfig(vocab_size=101, embedding_size=8, hidden_size=8, pooling="mean"))
+    made = DistilRNN(RNNConfig(vocab_size=101, embedding_size=8, hidden_size=8, pooling="mean"))
+    install(made)
+    return made
 
 
 MODELS = {**{name: lambda name=name: adapted(name) for name in ("gpt2", "llama", "bert", "distilbert")},

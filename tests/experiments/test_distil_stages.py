@@ -292,6 +292,6 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
     for mode, *more in (("predict", "A cat sat.", "--control"), ("export", "--control", "--out", tmp_path / "onnx")):
         assert toy.main(mode, run, *more) == 2
         error = capsys.readouterr().err
-        assert error.endswith(f"run.py: {run}: has no no-KD baseline (it was run with --no-control)\n")
+        assert error.endswith(f"run.py: {run}: has no baseline (it was run with --no-control)\n")
     assert toy.main("diagnose", run, "--out", tmp_path / "diagnosis") == 0
     assert list(read_json(tmp_path / "diagnosis" / "diagnose.json")["models"]) == ["teacher", "student", "language_model"]

@@ -590,7 +590,7 @@ def test_names_of_adapters_and_students_are_checked_alike(capsys, option, name):
     (("--adapter", "a=RUN", "--adapter", "a=RUN"), "the name is given twice"),
     (("--adapter", "a=RUN", "--adapters-root", "nowhere"), "--adapters-root nowhere: no such folder"),
     (("--adapter", "a=nowhere"), "not a run's folder"), (("--student", "a=RUN"), "a LoRA run"),
-    (("--adapter", "a=RUN", "--port", "70000"), "expected a port from 0"),
+    (("--adapter", "a=RUN", "--port", "70000"), "expected a whole number from 0 to 65535"),
     (("--adapter", "a=RUN", "--host", "192.0.2.1"), "cannot listen there"),
     (("--adapter", "a=RUN", "--host", "no such host"), "cannot listen there")])
 def test_bad_arguments_are_one_line(runs, capsys, arguments, says):
