@@ -188,6 +188,7 @@ def test_sentences_are_written_in_threads_as_many_as_will_be_taken(tmp_path, mon
     monkeypatch.setattr(writer, "sample_sentences", sample)
     monkeypatch.setattr(writer.speed, "samples_together", lambda lm: True)
     monkeypatch.setattr(writer, "cores", lambda: 2)
+    monkeypatch.setattr(writer, "max_length_of", lambda lm: 512)
     source = Writer(Cache(tmp_path, lambda: None), "", None, ["a b c d e f g h i"])
     monkeypatch.setattr(source, "language_model", lambda: "a language model")
     found = list(itertools.islice(source.written(least), 1))

@@ -133,7 +133,7 @@ def test_a_task_that_is_none_of_acceptability_has_no_pairs(work, tmp_path, capsy
 
 @pytest.mark.parametrize("content, said", [
     ("phenomenon\tgood\tbad\n", "no column paradigm"), (PAIRS.splitlines()[0] + "\n", "no row below its header"),
-    (PAIRS + "a\tb\n", "line 22: 2 column(s); expected 5"), (PAIRS + "f\tp\tq\t \tbad\n", "line 22: good is empty")])
+    (PAIRS + "a\tb\n", "line 22: 2 cells, and the header has 5"), (PAIRS + "f\tp\tq\t \tbad\n", "line 22: good is empty")])
 def test_bad_pairs_are_one_line_and_nothing_is_written(work, tmp_path, capsys, content, said):
     (tmp_path / "pairs.tsv").write_text(content)
     assert toy.main("diagnose", work / "LoRA", "--pairs", tmp_path / "pairs.tsv", "--out", tmp_path / "out") == 2
