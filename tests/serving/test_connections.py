@@ -79,7 +79,7 @@ def closed(connection: socket.socket) -> bool:
 @pytest.mark.parametrize("kind", fuzz_service.SLOW, ids=lambda kind: kind.name.replace(" ", "_"))
 def test_a_slow_client_loses_its_connection_and_leaves_nothing(kind):
     with running(SHORT) as (_, port, server):
-        assert asyncio.run(fuzz_service._hold_one(port, kind, 15))
+        assert asyncio.run(fuzz_service._hold_one(port, kind, 60))
         toy.until(lambda: not server.server_state.connections and not server.server_state.tasks, 5)
 
 
