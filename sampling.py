@@ -91,12 +91,13 @@ def sample_tokens(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], samplin
     config = copy.deepcopy(lm.generation_config)
     # Greedy for the library: `ChosenToken` has chosen already.
     config.do_sample, config.temperature, config.top_k, config.top_p = False, 1.0, 50, 1.0
+    config.max_new_tokens, config.use_cache = max_new_tokens, True
+    config.eos_token_id, config.pad_token_id = list(end) or None, next(iter(end), 0)
     for row, prompt in enumerate(prompts, first_row):
         ids = torch.tensor([prompt], device=lm.device)
         choose = ChosenToken(sampling, len(prompt), uniforms(sampling.seed, row, max_new_tokens))
         with torch.inference_mode():
-            out = lm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, use_cache=True,
-                              max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList([choose]),
-                              eos_token_id=list(end) or None, pad_token_id=next(iter(end), 0))
+            out = lm.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config,
+                              logits_processor=LogitsProcessorList([choose]))
         progress(max_new_tokens)
         yield out[0, len(prompt):].tolist()
