@@ -186,7 +186,7 @@ def _class_of(value, class_names: list[str] | None) -> tuple[str, str]:
     """
     if isinstance(value, bytes):
         value = _decoded(value, "label ")
-    # Before numbers, of which Python counts booleans as some.
+    # Before numbers: Python counts booleans as numbers.
     if isinstance(value, bool):
         return "boolean", str(value).lower()
     if isinstance(value, int) or isinstance(value, float) and value.is_integer():

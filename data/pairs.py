@@ -73,7 +73,7 @@ def _tsv_rows(path: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, 
     """Returns number and cells of each line of a TSV with a header; at least one."""
     rows = stream.open_rows(path, "tsv")
     with rows.file:
-        # Columns may stand in any order, and others beside them.
+        # Columns may stand in any order, and there may be others.
         if lacking := [name for name in needed if name not in rows.names]:
             raise UserError(f"{path}: no column {lacking[0]}; expected a header with {', '.join(needed)}, separated by tabs")
         found = []

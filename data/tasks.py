@@ -198,7 +198,7 @@ def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, opt
     else:
         split, held_out = set_aside(split, others, str(train))
         dev = {"held_out": held_out}
-    # After the split: a feature whose values were all set aside has no mean.
+    # After the split: without a value in the training rows a feature has no mean.
     missing = check_features(split, options.feature_columns, str(train))
     return Task(name, split, dev, {key: digests[path] for key, path in files.items()}, tuple(classes), missing)
 

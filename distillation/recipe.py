@@ -104,7 +104,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
 
 def checkpoint_name(phase: str, stage: Stage) -> str:
     """Returns the beginning of the name of a stage's checkpoint."""
-    # The gold stage has the name of runs with --plain, whose only stage it is.
+    # The gold stage has the checkpoint name of runs with --plain: it is their only stage.
     return f"{phase}." if stage.name == "gold" else f"{phase}.{stage.name}."
 
 

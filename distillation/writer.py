@@ -34,7 +34,7 @@ TOGETHER = 256  # sentences that are sampled in one batch
 
 
 class CausalLoss(nn.Module):
-    """A language model whose forward pass returns its loss on a batch that begins with the start token."""
+    """A language model with its loss as output; each row of a batch begins with the start token."""
 
     def __init__(self, lm):
         super().__init__()
