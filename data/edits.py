@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ PRONOUNS = {"he": "him", "him": "he", "she": "her", "her": "she", "they": "them"
             "itself": "themselves", "who": "which", "which": "who"}
 FUNCTION_WORDS = {*DETERMINERS, *PREPOSITIONS, *PRONOUNS, *AGREEMENT, "it", "you", "there", "what", "how", "why", "when",
                   "not", "and", "or", "but", "if", "that", "as", "so"} - {"i"}
+NUMBERS = {"NOUN": (("NN", "NNS"),), "VERB": (("VB", "VBZ"), ("VBP", "VBZ"))}  # Penn's tags of forms that differ in number
+PAST_AND_ING = ("VBD", "VBN", "VBG")
 ENDS = ".?!"
 WORDS = range(3, 19)  # in a sentence of `real_or_edited`: about as many as in a linguist's example
 
@@ -57,14 +60,44 @@ def move_word(words: Words, rng: random.Random) -> Words | None:
 
 
 def break_agreement(words: Words, rng: random.Random) -> Words | None:
-    """Exchanges is/are, was/were, has/have ..., or adds or removes the -s of a noun or verb."""
+    """Exchanges is/are, was/were, has/have ..., or a noun or verb for its form in the other number (`other_number`)."""
     def other(word: str) -> str | None:
         if word.lower() in AGREEMENT:
             return AGREEMENT[word.lower()]
-        if not word.isalpha() or not word.islower() or len(word) < 3 or word in FUNCTION_WORDS or word.endswith("ss"):
+        if not word.isalpha() or not word.islower() or word in FUNCTION_WORDS:
             return None
-        return word[:-1] if word.endswith("s") else word + ("es" if word.endswith(("x", "ch", "sh")) else "s")
+        return other_number(word)
     return _exchange(words, rng, other)
+
+
+@functools.cache
+def other_number(word: str) -> str | None:
+    """Returns a noun's plural or singular, or a verb's present tense in the other number, from lemminflect's dictionary.
+
+    Returns:
+        None for a word that is not in the dictionary, that has no other form, or that may be something else than a noun or a
+        verb in the present tense: "question" and "questions" are each other's form, "questioned" and "should" have none.
+    """
+    # Late: the dictionary takes a third of a second to load, and most commands edit nothing.
+    from lemminflect import getAllInflections, getAllLemmas
+
+    readings = getAllLemmas(word)
+    # An adjective, adverb or auxiliary that is also a noun ("well", "will") rarely stands for the noun.
+    if not readings.keys() <= NUMBERS.keys():
+        return None
+    # Inflected forms first: "comes" is a form of "come" rather than the singular of "comites".
+    pairs = sorted((lemma == word, kind, lemma) for kind, lemmas in readings.items() for lemma in lemmas)
+    found = []
+    for base, kind, lemma in pairs:
+        forms = getAllInflections(lemma, kind)
+        # "saw" is the past of "see" rather than a tool; but the past "put" looks like the present.
+        if not base and any(word in forms.get(tag, ()) for tag in PAST_AND_ING):
+            return None
+        for one, other in NUMBERS[kind]:
+            for here, there in ((one, other), (other, one)):
+                if word in forms.get(here, ()):
+                    found += [form for form in forms.get(there, ()) if form != word]
+    return found[0] if found else None
 
 
 def exchange_function_word(words: Words, rng: random.Random) -> Words | None:

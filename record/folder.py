@@ -45,7 +45,8 @@ from record.files import (
 )
 from record.ownership import check_out, checkpoints, described, remove_run, remove_temporaries
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "scikit-learn", "numpy",
+            "lemminflect")
 # Differ between any two runs, and so are no part of a result that two runs are compared by.
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")
 

@@ -1,6 +1,11 @@
-"""Edits of sentences: one place, always another sentence, the same seed the same edit."""
+"""Edits of sentences: one place, always another sentence, the same seed the same edit, and no word that is none."""
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
+import lemminflect
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +14,24 @@ from data import edits
 
 WORDS = st.lists(st.sampled_from("the a cat dogs has have saw Mary John to of who he walks is quickly I".split()),
                  min_size=1, max_size=9)
+ROOT = Path(__file__).parents[2]
+COLA = Path(os.environ.get("LORA_DISTIL_DATA") or ROOT.parent / "shared" / "data") / "cola"
+# Words of each kind that the old rule, which added or removed an s, made into none.
+HARD = ("questioned should study cities irregularities dry children mice feet knife taller together been through quickly "
+        "very into than saw left given putting watch passes goes police data sheep clothes money comes lives news")
+
+
+def forms_of(word: str) -> set[str]:
+    """Returns all forms of a word's lemmas as nouns and verbs."""
+    return {form for kind in ("NOUN", "VERB") for lemma in lemminflect.getAllLemmas(word, kind).get(kind, ())
+            for forms in lemminflect.getAllInflections(lemma, kind).values() for form in forms}
+
+
+def real_sentences() -> list[str]:
+    """Returns CoLA's training sentences; where they are absent, hard words in one sentence each."""
+    if not COLA.is_dir():
+        return [f"The {word} of dogs walk." for word in HARD.split()]
+    return [line.split("\t")[3] for line in (COLA / "in_domain_train.tsv").read_text().splitlines()]
 
 
 @given(WORDS, st.integers(0, 10 ** 6), st.sampled_from([".", "?", "!", ""]))
@@ -70,3 +93,38 @@ def test_an_edited_sentence_is_one_that_does_not_stand_among_the_real_ones():
         assert (sentence == f"The cat saw number {number} of all of them.") == label
         numbers[label].add(number)
     assert len(numbers[1]) == split.labels.count(0) == 100 and not numbers[0] & numbers[1]
+
+
+def test_a_broken_agreement_in_real_sentences_has_a_real_form_of_the_same_word():
+    made = 0
+    for seed, sentence in enumerate(real_sentences()):
+        words = sentence.rstrip(".?! ").split()
+        changed = edits.break_agreement(words, random.Random(seed))
+        if changed is None:
+            continue
+        (before, after), = [(a, b) for a, b in zip(words, changed, strict=True) if a != b]
+        made += 1
+        if before.lower() not in edits.AGREEMENT:
+            assert after in forms_of(before) and set(lemminflect.getAllLemmas(after)) & {"NOUN", "VERB"}, (before, after)
+    assert made > 0.8 * len(real_sentences())
+
+
+@given(st.sampled_from(HARD.split()) | st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8) | st.text(max_size=8))
+def test_no_form_is_made_up(word):
+    found = edits.other_number(word)
+    assert found is None or found != word and found in forms_of(word)
+
+
+@pytest.mark.parametrize(("word", "other"), [
+    ("question", "questions"), ("questions", "question"), ("studies", "study"), ("study", "studies"), ("child", "children"),
+    ("mice", "mouse"), ("knife", "knives"), ("watches", "watch"), ("go", "goes"), ("comes", "come"), ("put", "puts"),
+    *[(word, None) for word in "questioned should will well taller quickly saw given sheep walking been zzz".split()]])
+def test_the_other_number_of_a_word(word, other):
+    assert edits.other_number(word) == other
+
+
+def test_the_dictionary_is_loaded_with_the_first_edit():
+    code = ("import sys, random; from data import edits; assert 'lemminflect' not in sys.modules; "
+            "print(edits.edit('He walks', random.Random(0), (edits.break_agreement,)))")
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.stdout == "He walk\n", found.stderr
