@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from data import mpnet
 from data.hub import hub_unreachable
 from machine.errors import UserError
 
@@ -36,7 +37,8 @@ PACKAGED = {
 }
 
 # Names of the packaged models on the Hub.
-HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "minilm": "sentence-transformers/all-MiniLM-L6-v2"}
+HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+             "mpnet": "sentence-transformers/all-mpnet-base-v2"}
 
 
 def hub_name(name: str) -> str | None:
@@ -57,6 +59,8 @@ def _locate(name: str) -> tuple[str, dict[str, str]]:
         from data import tiny
 
         return str(tiny.tiny_model_folder()), {}
+    if name == "mpnet":
+        return str(mpnet.mpnet_folder()), {}
     if name in PACKAGED:
         package, file, install = PACKAGED[name]
         # Looked up without importing it: only its folder is needed.

@@ -7,12 +7,12 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from data import grammar
+from data.cache import cache_folder, made_once
 from machine import hardware
 
 VOCABULARY = 1536  # byte-level BPE tokens: enough for every word to be one, which lets a small model learn agreement
@@ -123,26 +123,19 @@ def tiny_model_folder(cache: Path | None = None) -> Path:
     Raises:
         OSError: the cache folder cannot be written.
     """
-    import torch
-    from filelock import FileLock
+    return made_once(cache_folder(cache) / f"tiny-{recipe()}", _train_by_two_threads)
 
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "lora-distil" / f"tiny-{recipe()}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Two runs that start together train one model: the second finds the first one's folder.
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            partial = folder.with_suffix(".partial")
-            # A process that was killed leaves half a folder.
-            shutil.rmtree(partial, ignore_errors=True)
-            threads = torch.get_num_threads()
-            # Two threads, whatever the machine has: more would wait for each other, and the bytes are the same on a
-            # laptop and on a server.
-            torch.set_num_threads(min(2, os.cpu_count() or 1))
-            try:
-                train_model(partial)
-                partial.rename(folder)
-            finally:
-                torch.set_num_threads(threads)
-                shutil.rmtree(partial, ignore_errors=True)
-    return folder
+
+def _train_by_two_threads(folder: Path) -> None:
+    """Calls `train_model` with two threads, whatever the machine has.
+
+    More would wait for each other, and the bytes are the same on a laptop and on a server.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    try:
+        train_model(folder)
+    finally:
+        torch.set_num_threads(threads)

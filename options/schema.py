@@ -161,7 +161,7 @@ class RunOptions:
 
     mode: str  # LoRA or distil
     sr: str
-    model: str = option(help="name on the Hub, local folder, GGUF file, smollm2, minilm, or tiny; gpt2 if not given",
+    model: str = option(help="name on the Hub, local folder, GGUF file, smollm2, minilm, mpnet, or tiny; gpt2 if not given",
                         not_in="distil", often=True)
     task: str = option(help="csv: any table; edits: plain sentences, real against edited; cola if not given, unless --data "
                        "holds tables or nothing can be downloaded", choices=TASKS, often=True)

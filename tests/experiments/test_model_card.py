@@ -128,8 +128,9 @@ def test_a_readme_of_somebodys_own_is_left_alone(work, tmp_path, quick):
 
 
 def test_an_alias_is_written_as_the_hubs_name_and_read_as_the_alias(work, tmp_path, monkeypatch):
-    assert [backbones.public_name(name) for name in ("smollm2", "minilm", "gpt2", str(work / "model"))] == [
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2", "gpt2", str(work / "model")]
+    assert [backbones.public_name(name) for name in ("smollm2", "minilm", "mpnet", "gpt2", str(work / "model"))] == [
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2",
+        "sentence-transformers/all-mpnet-base-v2", "gpt2", str(work / "model")]
     shutil.copytree(work / "LoRA", tmp_path / "run")
     for name, change in (("config.json", {"options": {"model": "smollm2"}}), ("adapter_config.json", {
             "base_model_name_or_path": backbones.public_name("smollm2")})):
