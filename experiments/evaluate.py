@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import train_utils
 from adapters import peft_layout
 from data.backbones import load_tokenizer
 from data.digests import tokenizer_digest
-from data_utils import Split
+from data_utils import Split, Task
 from experiments.inputs import check_base, columns_of, separator_of
 from experiments.trained_on import check_not_trained_on, count_trained_on, recorded_task, training_files
 from machine.errors import UserError
@@ -156,14 +157,23 @@ def own_split(folder: Path, config: dict, tokenizer, allow_training_data: bool) 
     """
     task = recorded_task(folder, config, tokenizer)
     if len(task.dev) > 1:
-        files = [name for name in task.files if name not in training_files(config).values()]
-        raise UserError(f"--data: missing; {folder} has several development splits, {', '.join(task.dev)}: give one of "
-                        f"{', '.join(files)}, or another file")
+        raise UserError(f"--data: missing; {folder} has several development splits, {', '.join(task.dev)}: "
+                        f"{_choices(task, training_files(config).values())}")
     (name, split), = task.dev.items()
     # Held-out rows come from the training file itself; a development file must not be a copy of it.
     others = {} if name == HELD_OUT else dict(list(task.files.items())[1:])
     check_not_trained_on(folder, config, others, allow_training_data)
     return name, split
+
+
+def _choices(task: Task, training: Collection[str]) -> str:
+    """Says in words what `eval` can score of a task with several development splits."""
+    # The built-in pair's and the Hub's splits have names in config.json, but no files.
+    files = [name for name in task.files if name not in training and Path(name).is_file()]
+    if files:
+        return f"give one of {', '.join(files)}, or another file"
+    own = "the built-in sentences" if task.name == "tiny" else "the Hub's rows"
+    return f"these are {own}, without a file of their own, and their scores stand in summary.json; give a labelled file"
 
 
 def logits_of(model: TextClassifier | DistilRNN, split: Split, tokenizer, options: dict) -> Tensor:

@@ -163,7 +163,8 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
         progress: called after each window with its number of rows and the file.
 
     Yields:
-        text, label, probability and probabilities of each row; or error and line of a bad one.
+        text, label, probability and probabilities of each row, and `truncated` where the text was cut; or error and line of
+        a bad one.
 
     Raises:
         UserError: the file cannot be read at all.
@@ -189,7 +190,7 @@ def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str 
         for row, given in zip(window, parsed, strict=True):
             answer = given if isinstance(given, UserError) else next(answers)
             yield ({"error": str(answer), "line": row.line} if isinstance(answer, UserError) else
-                   _with_text(given[0], answer))
+                   {"text": given[0], **answer})
         progress(len(window), rows)
 
 
@@ -206,13 +207,7 @@ def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
     for number, answer in enumerate(answers, 1):
         if isinstance(answer, UserError):
             raise UserError(f"sentence {number}: {answer}")
-    return [_with_text(text, answer) for text, answer in zip(sentences, answers, strict=True)]
-
-
-def _with_text(text: str, answer: dict) -> dict:
-    """Returns a row of the output."""
-    # A warning on stderr counts the texts that were cut; the service, whose clients see no stderr, says it of each.
-    return {"text": text, **{key: value for key, value in answer.items() if key != "truncated"}}
+    return [{"text": text, **answer} for text, answer in zip(sentences, answers, strict=True)]
 
 
 def line_of(result: dict, as_json: bool) -> str:

@@ -20,6 +20,7 @@ from data_utils import Split
 from machine.errors import UserError
 from model import DistilRNN
 from record.files import new_folder, write_file, write_json
+from serving.merge import kept_ends
 from serving.packages import require
 from serving.texts import Reading
 
@@ -52,13 +53,22 @@ batch = tokenizer.encode_batch(sentences)  # padded to the longest; pads are mas
 for sentence, row in zip(sentences, batch):
     if not sentence.strip() or not any(row.attention_mask):
         sys.exit(f"example.py: {sentence!r}: expected a sentence, found no word in it")
-inputs = {"input_ids": np.array([row.ids for row in batch], dtype=np.int64),
-          "attention_mask": np.array([row.attention_mask for row in batch], dtype=np.int64)}
+INPUTS
 logits = session.run(["logits"], inputs)[0]
 probabilities = np.exp(logits - logits.max(-1, keepdims=True))
 probabilities /= probabilities.sum(-1, keepdims=True)
 for sentence, row in zip(sentences, probabilities):
     print(f"{labels[row.argmax()]}\\t{row.max():.4f}\\t{sentence}")
+'''
+INPUTS = '''inputs = {"input_ids": np.array([row.ids for row in batch], dtype=np.int64),
+          "attention_mask": np.array([row.attention_mask for row in batch], dtype=np.int64)}
+'''
+# No tokenizer.json can cut the middle of a text, so the example does.
+INPUTS_WITHOUT_MIDDLE = '''texts = [[token for token, real in zip(row.ids, row.attention_mask) if real] for row in batch]
+texts = [ids if len(ids) <= {length} else ids[:{front}] + ids[-{back}:] for ids in texts]  # the middle is cut
+longest = max(map(len, texts))
+inputs = {{"input_ids": np.array([ids + [0] * (longest - len(ids)) for ids in texts], dtype=np.int64),
+          "attention_mask": np.array([[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts], dtype=np.int64)}}
 '''
 
 
@@ -189,9 +199,8 @@ def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, 
         portable = portable_tokenizer(tokenizer, reading.max_length, reading.truncate)
         write_file(folder / TOKENIZER_FILE, portable.to_str(pretty=True))
         if reading.truncate == "middle":
-            say("  tokenizer.json cuts no text: it has no way to cut the middle, as the run does")
-        else:
-            _check_tokenizer(folder / TOKENIZER_FILE, rows.sentences, ids)
+            say("  tokenizer.json cuts no text, because it has no way to cut the middle; example.py does, as the run did")
+        _check_tokenizer(folder / TOKENIZER_FILE, rows.sentences, ids, kept_ends(tokenizer, reading.max_length))
         write_file(folder / MODEL_FILE, model.SerializeToString())
         # The float32 file is checked even where int8 replaces it: a wrong graph must not pass for a cost of int8.
         logits = onnx_logits(session(folder / MODEL_FILE), ids)
@@ -206,7 +215,15 @@ def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, 
             cost = _cost(logits, onnx_logits(session(folder / MODEL_FILE), ids), rows.labels if labelled else None)
             say(f"  int8: {(folder / MODEL_FILE).stat().st_size / 1e6:.2f} MB (float32: {size / 1e6:.2f} MB), {cost}")
         write_json(folder / LABELS_FILE, list(reading.classes))
-        write_file(folder / EXAMPLE_FILE, EXAMPLE)
+        write_file(folder / EXAMPLE_FILE, example(tokenizer, reading))
+
+
+def example(tokenizer, reading: Reading) -> str:
+    """Returns the program that classifies sentences with the exported files. It reads long texts as the run did."""
+    if reading.truncate != "middle":
+        return EXAMPLE.replace("INPUTS\n", INPUTS)
+    front, back = kept_ends(tokenizer, reading.max_length)
+    return EXAMPLE.replace("INPUTS\n", INPUTS_WITHOUT_MIDDLE.format(length=reading.max_length, front=front, back=back))
 
 
 def _cost(before: np.ndarray, after: np.ndarray, labels: list[int] | None) -> str:
@@ -242,8 +259,11 @@ def portable_tokenizer(tokenizer, max_length: int, truncate: str):
     return portable
 
 
-def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]]) -> None:
+def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]], kept: tuple[int, int]) -> None:
     """Compares the token ids of the written tokenizer with those of the run's own.
+
+    Args:
+        kept: tokens at either end of a longer text, see `kept_ends`: the example cuts where the tokenizer does not.
 
     Raises:
         UserError: they differ.
@@ -253,6 +273,8 @@ def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]]) -> 
     written = Tokenizer.from_file(str(path))
     for sentence, row, expected in zip(sentences, written.encode_batch(sentences), ids, strict=True):
         real = [token for token, mask in zip(row.ids, row.attention_mask, strict=True) if mask]
+        if len(real) > sum(kept):
+            real = real[:kept[0]] + real[-kept[1]:]
         if real != expected:
             raise UserError(f"{TOKENIZER_FILE} makes other tokens of {sentence[:60]!r} than the run's tokenizer; "
                             "nothing was written")

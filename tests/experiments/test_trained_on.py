@@ -141,6 +141,17 @@ def test_without_data_several_splits_are_named(work, capsys):
     assert "in_domain_train.tsv" not in err
 
 
+def test_splits_without_files_are_not_named_as_files(work, tmp_path, capsys):
+    """The built-in pair's names in config.json, such as tiny/in_domain_dev.tsv, are no paths."""
+    assert toy.main("LoRA", "12345", "--model", work / "model", "--task", "tiny", "--limit", 8, "--epochs", 1, "--out",
+                    tmp_path / "run", "--no-plots") == 0
+    capsys.readouterr()
+    assert toy.main("eval", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert "several development splits, in_domain, out_of_domain" in err and "summary.json" in err and ".tsv" not in err
+    assert err.count("\n") == 1
+
+
 def test_a_held_out_share_of_a_changed_file_is_not_scored(work, table, tmp_path, capsys):
     """Its rows would be others, and some of them trained on."""
     shutil.copytree(table / "held", tmp_path / "held")

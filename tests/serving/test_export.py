@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tokenizers
 import torch
 from conftest import one_line, write_tokenizer
 
@@ -93,15 +94,27 @@ def test_a_file_that_answers_otherwise_is_not_left(tmp_path, tokenizer, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("truncate", ["tail", "head"])
-def test_long_texts_are_cut_as_the_run_cuts_them(tmp_path, tokenizer, truncate):
-    from tokenizers import Tokenizer
+@pytest.mark.parametrize("truncate", ["tail", "head", "middle"])
+@pytest.mark.parametrize("special", [False, True])
+def test_the_example_cuts_long_texts_as_the_run_did(tmp_path, tokenizer, truncate, special):
+    from transformers import PreTrainedTokenizerFast
 
+    if special:  # a token of the tokenizer's own at either end, which stays
+        backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.post_processor = tokenizers.processors.TemplateProcessing("T $A D", special_tokens=[("T", 1), ("D", 2)])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=tokenizer.pad_token)
+    made, texts = student(), [*SENTENCES, "The cat sat on the mat. " * 9 + "No dog ran."]
     with pytest.warns(UserWarning, match="truncated"):
-        out = write(student(), tokenizer, tmp_path / "out", max_length=4, truncate=truncate)
-        expected = encode(tokenizer, SENTENCES, 4, truncate)
-    ids = [row.ids for row in Tokenizer.from_file(str(out / "tokenizer.json")).encode_batch(SENTENCES)]
-    assert max(map(len, expected)) == 4 and [row[:len(e)] for row, e in zip(ids, expected, strict=True)] == expected
+        out = write(made, tokenizer, tmp_path / "out", max_length=7, truncate=truncate)
+        ids = encode(tokenizer, texts, 7, truncate)
+    assert sorted(map(len, ids))[-2:] == [7, 7] and (not special or all(row[0] == 1 and row[-1] == 2 for row in ids))
+    written = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")).encode_batch(texts)
+    assert truncate == "middle" or [row.ids[:len(e)] for row, e in zip(written, ids, strict=True)] == ids
+    done = subprocess.run([sys.executable, out / "example.py", *texts], capture_output=True, text=True)
+    with torch.inference_mode():
+        chances = torch.cat([made(torch.tensor([row]), torch.ones(1, len(row))) for row in ids]).softmax(-1).max(-1)
+    assert done.stdout.splitlines() == [f"{['no', 'yes', 'maybe'][label]}\t{chance:.4f}\t{text}" for text, label, chance in
+                                        zip(texts, chances.indices, chances.values, strict=True)], done.stderr
 
 
 def test_int8_weights_are_a_quarter_of_the_size_and_cost_what_is_said(tmp_path, tokenizer):
@@ -164,4 +177,4 @@ def test_the_example_needs_onnxruntime_tokenizers_and_numpy_alone(tmp_path, toke
     assert done.stdout.splitlines() == [
         f"{['no', 'yes', 'maybe'][label]}\t{chance:.4f}\t{sentence}"
         for label, chance, sentence in zip(chances.indices.tolist(), chances.values.tolist(), SENTENCES, strict=True)]
-    assert len([line for line in export.EXAMPLE.splitlines() if line.strip()]) <= 26
+    assert len([line for line in (out / "example.py").read_text().splitlines() if line.strip()]) <= 26
