@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from machine.errors import UserError
 from machine.hardware import device
 
+FARTHEST = 1e30  # standard deviations: the products and sums of such values stay inside float32's range
+
 
 class FeatureHead(nn.Module):
     """A network with one hidden layer from numeric features, standardised and with missing values marked, to logits.
@@ -48,7 +50,9 @@ class FeatureHead(nn.Module):
 
     def standardise(self, features: Tensor) -> Tensor:  # (B, F) -> (B, F) float32
         # In float64 until here: the difference of two large numbers (years, prices) is small.
-        return ((features - self.mean) / self.std).nan_to_num(nan=0.0).float()
+        numbers = (features - self.mean) / self.std
+        # A value far outside the training rows would become infinite in float32, and the logits NaN.
+        return numbers.clamp(-FARTHEST, FARTHEST).nan_to_num(nan=0.0).float()
 
     def forward(self, features: Tensor) -> Tensor:  # (B, F) -> (B, labels)
         numbers = torch.cat([self.standardise(features), features.isnan().float()], -1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import speed
 from adapters.mixed import MixedHead, MixedLinear, Routing
 from adapters.peft_layout import WEIGHTS_FILE, Adapter, read_adapter
-from data.backbones import load_config, load_tokenizer
+from data.backbones import load_config, load_tokenizer, max_length_of
 from data.digests import config_digest, tokenizer_digest
 from machine.errors import UserError
 from machine.hardware import device
@@ -71,8 +71,9 @@ class AdapterBank:
         self.net, self.routing = classifier.net, Routing()
         self.entries: dict[str, LoadedAdapter] = {}
         labels = self.net.config.id2label
+        # The tokenizer's limit alone may be beyond the model's positions, or none at all.
         self.own = Reading(tuple(str(labels[label]) for label in range(self.net.config.num_labels)),
-                           tokenizer.model_max_length)
+                           min(tokenizer.model_max_length, max_length_of(self.net)))
         # Every linear layer of the head becomes a `MixedHead`: adapters differ in their number of classes.
         self.heads: dict[str, MixedHead] = {}
         for head in classifier.head_names():

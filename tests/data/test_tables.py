@@ -302,6 +302,19 @@ def test_a_feature_that_varies_little_is_no_constant():
     assert np.abs(found - StandardScaler().fit_transform(train)).max() < 1e-4 and found.std() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-160, 1e-3, 1e140])
+def test_a_value_far_outside_the_training_rows_gives_a_finite_answer(scale):
+    """float32 ends at 3e38, and infinity minus infinity is NaN: such an answer would look like one."""
+    head = FeatureHead(torch.tensor(scale * np.random.default_rng(0).normal(size=(50, 40))), 2)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(head.out.weight)
+    far = torch.tensor(np.array([[1e150], [-1e150], [1e60], [np.nan]]).repeat(40, 1))
+    logits = head(far)
+    assert logits.isfinite().all() and torch.equal(head.standardise(far[3:]), torch.zeros(1, 40))
+    # The sides stay apart, and a value inside the range is as it was.
+    assert (head.standardise(far[0]) >= head.standardise(far[2])).all() and (head.standardise(far[1]) < 0).all()
+
+
 def test_a_missing_value_is_told_from_the_mean():
     head = FeatureHead(torch.tensor([[1.0], [3.0]], dtype=torch.float64), 2)
     torch.nn.init.ones_(head.out.weight)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import (
     ARCHITECTURES,
+    CONTEXT,
     adapted,
     fast_classifier,
     logits_of,
@@ -203,6 +204,19 @@ def test_names_are_unique_and_plain(tmp_path, name, says):
     assert one_line(error)
     with pytest.raises(UserError, match="unknown adapter 'bad'; expected one of good"):
         bank.remove("bad")
+
+
+@pytest.mark.filterwarnings("ignore:.*were truncated")
+@pytest.mark.parametrize("limit", [int(1e30), 20])
+def test_a_row_without_an_adapter_is_cut_to_the_models_positions(tmp_path, limit):
+    """A tokenizer may know no limit, or a larger one than the model's."""
+    tokenizer = write_tokenizer(tmp_path)
+    tokenizer.model_max_length = limit
+    bank = AdapterBank(fast_classifier(toy_net("gpt2", vocab_size=280)), tokenizer, "the-base")
+    ids = torch.tensor(tokenizer(LONG := "The cat sat on the mat. " * 9)["input_ids"])[None, :min(limit, CONTEXT)]
+    (answer,) = bank.classify([(None, LONG)])
+    expected = bank.logits(ids, torch.ones_like(ids), [None])[0].softmax(-1)
+    assert answer["truncated"] and list(answer["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_an_adapter_for_another_base_is_named(tmp_path):
