@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 import speed
 from distillation.sentences import Inputs, prepare_sentences
@@ -44,7 +45,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
     they get the same batches in the same order.
 
     Args:
-        folder: the run's, for checkpoints and metrics.
+        folder: the run's, for checkpoints, metrics and the weights of each student.
         stop: called after each step; a signal's number ends the run, which can be resumed.
 
     Returns:
@@ -99,6 +100,10 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
 
             done.append(run_stage(model, stage, number, checkpointing, Hooks(on_epoch, stop)))
         trained[phase] = Trained(model, done)
+
+        # 5. Written now: a baseline that is stopped or diverges leaves the student as it will be.
+        weights = {name: value.cpu() for name, value in model.state_dict().items()}
+        write_file(folder / f"{phase}.safetensors", save(weights))
     return trained
 
 

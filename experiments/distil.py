@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 import speed
 import train_utils
@@ -38,7 +37,7 @@ from model import TextClassifier, count_parameters
 from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions, RunOptions, TableOptions
 from record import tensors
 from record.config_json import as_json, rebuild, settings_of
-from record.files import read_json, sha256, write_file, write_json
+from record.files import read_json, unchanged, write_json
 from record.folder import check_run_folder, finish, provenance, read_run, run_folder
 from record.ownership import weights
 from train_utils import Data, selection_split
@@ -66,22 +65,22 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         raise UserError(f"distil in stages is for one process, and here are {processes.count()}; --plain takes several")
     # Options, teachers and task are checked before the folder is made: bad input leaves nothing behind.
     seed_everything(int(options.sr), options.deterministic)
-    options, teachers, tokenizer = load_teachers(options, distil_options)
+    options, teachers, tokenizer, teacher_files = load_teachers(options, distil_options)
     options, distil_options, inputs = prepare(options, distil_options, teachers, tokenizer)
     parameters, budget = student_parameters(inputs.student), count_parameters(teachers[0])["total"]
-    with run_folder(options, config_of(inputs, options, distil_options, say)) as folder:
+    # A run is not resumed or repeated under a teacher that has changed.
+    config = {**config_of(inputs, options, distil_options, say), "teacher_files": teacher_files}
+    with run_folder(options, config) as folder:
         say(f"distilling {distil_options.teacher} ({budget:,} parameters) into a student "
             f"({inputs.student.cell.upper()}) of {parameters:,} ({100 * parameters / budget:.1f} %)")
         # Sizes that a user gave, or a vocabulary that alone is too large for a tenth.
         if 10 * parameters > budget:
             warnings.warn(f"the student has {100 * parameters / budget:.1f} % of the teacher's parameters, more than 10 %; "
                           "lower --embedding-size or --hidden-size", stacklevel=2)
+        # First, because the weights of an unfinished run cannot be read without it.
+        write_json(folder / "student_config.json", asdict(inputs.student))
         trained = distil(inputs, options, distil_options, folder, say, stop)
         students = {phase: result_of(one, inputs) for phase, one in trained.items()}
-        for phase, one in trained.items():
-            weights = {name: value.cpu() for name, value in one.model.state_dict().items()}
-            write_file(folder / f"{phase}.safetensors", save(weights))
-        write_json(folder / "student_config.json", asdict(inputs.student))
         # Keys of summary.json stay as they were at first: `scratch` is the baseline.
         more = {"more_runs": list(distil_options.more_teachers)} if distil_options.more_teachers else {}
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": inputs.task.name,
@@ -98,17 +97,22 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
 
 # ---------------------------------------------------------------- options in
 
-def load_teachers(options: RunOptions, distil_options: DistilOptions) -> tuple[RunOptions, list[TextClassifier], object]:
+def load_teachers(options: RunOptions, distil_options: DistilOptions
+                  ) -> tuple[RunOptions, list[TextClassifier], object, dict[str, str]]:
     """Loads the teachers.
 
     Returns:
-        The options, completed by those of the first teacher's run; the teachers; their tokenizer.
+        The options, completed by those of the first teacher's run; the teachers; their tokenizer; the SHA-256 of the
+        files of their weights: the first one's by name, the others' by path.
 
     Raises:
         UserError: a teacher that is not a finished LoRA run, or teachers of several tasks or bases.
     """
     folders = [distil_options.teacher, *map(Path, distil_options.more_teachers)]
-    loaded = [load_finetuned(folder) for folder in folders]
+    with unchanged([path for folder in folders for path in weights(folder)]) as digests:
+        loaded = [load_finetuned(folder) for folder in folders]
+    files = {path.name if number == 0 else str(path): digests[path]
+             for number, folder in enumerate(folders) for path in weights(folder)}
     _, tokenizer, recorded = loaded[0]
     for folder, (_, _, other) in zip(folders, loaded, strict=True):
         for name in ("model", "task", "data", "limit"):
@@ -120,7 +124,7 @@ def load_teachers(options: RunOptions, distil_options: DistilOptions) -> tuple[R
     options = replace(options, model=recorded["model"], task=options.task or recorded["task"],
                       data=options.data or recorded["data"], limit=options.limit or recorded["limit"],
                       max_length=max_length, table=rebuild(TableOptions, recorded))
-    return options, [teacher for teacher, _, _ in loaded], tokenizer
+    return options, [teacher for teacher, _, _ in loaded], tokenizer, files
 
 
 def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[TextClassifier], tokenizer
@@ -175,14 +179,9 @@ def texts_only(batches: list[Batch]) -> list[Batch]:
 def config_of(inputs: Inputs, options: RunOptions, distil_options: DistilOptions, say: Callable[[str], None]) -> dict:
     """Returns the config.json of a distillation."""
     settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **asdict(inputs.student)}
-    # A run is not resumed or repeated under a teacher that has changed.
-    teacher_files = {}
-    for number, folder in enumerate((distil_options.teacher, *distil_options.more_teachers)):
-        for path in weights(folder):
-            teacher_files[path.name if number == 0 else str(path)] = sha256(path)
     return {**provenance(as_json(settings), inputs.task.files), **speed.in_use(), "architecture": asdict(inputs.student),
             "classes": list(inputs.task.classes), "rows_in_training": rows_in_training(inputs.task, say),
-            "tokenizer_sha256": inputs.base.tokenizer_sha256, "teacher_files": teacher_files}
+            "tokenizer_sha256": inputs.base.tokenizer_sha256}
 
 
 # ---------------------------------------------------------------- the folder out

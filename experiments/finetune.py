@@ -33,7 +33,7 @@ from model import TextClassifier, count_parameters, load_classifier
 from options.schema import RunOptions
 from record import tensors
 from record.config_json import as_json, settings_of
-from record.files import sha256, write_file
+from record.files import unchanged, write_file
 from record.folder import Recorder, check_run_folder, finish, provenance, read_run, run_folder
 from serving.merge import label_maps
 from train_utils import Checkpointing, Data, Hooks, selection_split
@@ -177,10 +177,12 @@ def start_from(init: Path, classifier: TextClassifier, task: Task, base: dict, s
             raise UserError(f"--init {init}: adapter for another base: it was made for {config['options']['model']}, with "
                             f"{part} than the model here")
     head = config.get("classes") == list(task.classes)
-    peft_layout.start_from(classifier, init, head)
+    # The digests must be those of the files that were loaded.
+    with unchanged([init / name for name in (peft_layout.CONFIG_FILE, peft_layout.WEIGHTS_FILE)]) as digests:
+        peft_layout.start_from(classifier, init, head)
     say(f"  starts from the adapter of {init}, trained on {summary['task']}; "
         + ("its head too" if head else "the head is new: the classes are others"))
-    return {name: sha256(init / name) for name in (peft_layout.CONFIG_FILE, peft_layout.WEIGHTS_FILE)}
+    return {path.name: digest for path, digest in digests.items()}
 
 
 def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: Callable[[], int | None] = lambda: None,

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -191,6 +191,20 @@ def sha256(path: Path | str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@contextmanager
+def unchanged(paths: Iterable[Path]) -> Iterator[dict[Path, str]]:
+    """Yields the SHA-256 of files that the body of the `with` statement reads, and checks them again after it.
+
+    Raises:
+        UserError: a file is another one after the body than before it, so that nobody knows which one was read.
+    """
+    digests = {path: sha256(path) for path in paths}
+    yield digests
+    for path, digest in digests.items():
+        if sha256(path) != digest:
+            raise UserError(f"{path}: changed while it was read; start again")
 
 
 # ---------------------------------------------------------------- checksums of a folder

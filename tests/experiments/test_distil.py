@@ -1,5 +1,6 @@
 """A distillation's files, its teacher, its two students; a stopped one ends in the same bytes."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 import data_utils
 import train_utils
-from experiments import evaluate
+from experiments import distil, evaluate
 from model import DistilRNN
 from record.files import read_json
 from record.folder import without_times
@@ -142,6 +143,36 @@ def test_a_distillation_stopped_in_either_phase_and_resumed_ends_in_the_same_byt
         assert after[name] == whole[name]
     assert without_times(toy.lines_of(tmp_path / "d")) == without_times(toy.lines_of(distilled[0]))
     assert without_times(json.loads(after["summary.json"])) == without_times(json.loads(whole["summary.json"]))
+
+
+def test_a_student_is_written_before_the_baseline_begins_and_the_run_is_not_finished(work, distilled, tmp_path, monkeypatch,
+                                                                                    capsys):
+    stop_distil(work, tmp_path / "d", work / "LoRA", monkeypatch, 13)
+    left, whole = toy.tree(tmp_path / "d"), toy.tree(distilled[0])
+    for name in ("student.safetensors", "student_config.json"):
+        assert left[name] == whole[name]
+    # Nothing says more than is true: no scores, no baseline, no checksums of files that a resumed run writes again.
+    assert "summary.json" not in left and "scratch.safetensors" not in left
+    assert [line.split()[-1] for line in left["SHA256SUMS"].decode().splitlines()[:-1]] == ["config.json"]
+    capsys.readouterr()
+    assert toy.main("predict", tmp_path / "d", "the cat") == 2
+    assert "the run is not finished" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_replaced_while_it_is_read_is_refused(work, tmp_path, monkeypatch, capsys):
+    """The digest in config.json would be that of another file than the one loaded."""
+    shutil.copytree(work / "LoRA", tmp_path / "teacher")
+
+    def swapped(folder):
+        loaded = evaluate.load_finetuned(folder)
+        with open(folder / "adapter_model.safetensors", "ab") as file:
+            file.write(b" ")
+        return loaded
+    monkeypatch.setattr(distil, "load_finetuned", swapped)
+    capsys.readouterr()
+    assert toy.main("distil", "12345", "--teacher", tmp_path / "teacher", "--out", tmp_path / "d", *SMALL) == 2
+    assert "adapter_model.safetensors: changed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_distillation_is_not_resumed_under_another_teacher(work, tmp_path, monkeypatch, capsys, quick):

@@ -411,6 +411,18 @@ def test_an_init_that_cannot_be_is_one_line_and_leaves_nothing(work, distilled_r
         assert not (tmp_path / "run").exists()
 
 
+def test_an_adapter_that_is_replaced_while_it_is_read_is_refused(work, tmp_path, quick, monkeypatch, capsys):
+    shutil.copytree(work / "LoRA", tmp_path / "init")
+
+    def swapped(classifier, folder, head, load=finetune.peft_layout.start_from):
+        load(classifier, folder, head)
+        (folder / "adapter_config.json").write_text((folder / "adapter_config.json").read_text() + " ")
+    monkeypatch.setattr(finetune.peft_layout, "start_from", swapped)
+    capsys.readouterr()
+    assert toy.lora(work, tmp_path / "run", "--init", tmp_path / "init") == 2
+    assert "adapter_config.json: changed while it was read" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_run_that_began_from_an_adapter_goes_on_and_repeats_to_the_same_bytes(work, tmp_path, quick, capsys):
     start, whole, cut = tmp_path / "start", tmp_path / "whole", tmp_path / "cut"
     shutil.copytree(work / "LoRA", start)
