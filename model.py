@@ -310,8 +310,12 @@ class TextClassifier(nn.Module):
             return compute_by_length(self.batch_logits, input_ids, attention_mask)
         return self.batch_logits(input_ids, attention_mask)
 
-    def batch_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Returns the logits (B, labels) of sentences in one forward pass, pads included."""
+    def batch_logits(self, input_ids: Tensor, attention_mask: Tensor, every: bool = False) -> Tensor:
+        """Returns the logits (B, labels) of sentences in one forward pass, pads included.
+
+        Args:
+            every: whether somebody else (a hook) reads an encoder's states of all tokens; computed here in any case.
+        """
         if self.decoder:
             return self.head_logits(self.pool(input_ids, attention_mask))
         return self.net(input_ids=input_ids, attention_mask=self.encoder_mask(input_ids, attention_mask)).logits.float()

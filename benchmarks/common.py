@@ -33,6 +33,7 @@ import speed  # noqa: E402
 import train_utils  # noqa: E402
 from benchmarks import command  # noqa: E402
 from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
+from data.mpnet import mpnet_folder  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
 from machine.errors import UserError  # noqa: E402
 from machine.hardware import cpu_name, device  # noqa: E402, F401 (device: for the benchmarks)
@@ -230,10 +231,13 @@ def padding_percent(lengths: Sequence[int], order: Sequence[int], batch_size: in
 # ---------------------------------------------------------------- models
 
 def base_of(model: str, work: Path) -> str:
-    """Makes a folder with the base model as safetensors, for every side: `gpt2` (124M, random weights) or `smollm2`.
+    """Makes a folder with the base model as safetensors, for every side: `gpt2` (124M, random weights), `smollm2`, `mpnet`.
 
     GPT-2's weights do not change its speed. Its tokenizer is SmolLM2's: a trained one, with ids below GPT-2's 50,257.
     """
+    # Safetensors already.
+    if model == "mpnet":
+        return str(mpnet_folder())
     folder = work / model
     if not folder.exists():
         torch.manual_seed(0)
@@ -254,10 +258,11 @@ def peft_classifier(base: str, adapter: Path, pad_token_id: int, best: bool):
     """
     from peft import LoraConfig, PeftModel
 
-    fast = {"activation_function": "gelu_pytorch_tanh", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    fast = {"gpt2": {"activation_function": "gelu_pytorch_tanh", "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+            "mpnet": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
     net = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=LABELS, pad_token_id=pad_token_id, dtype=torch.float32,
-        **(fast if best and AutoConfig.from_pretrained(base).model_type == "gpt2" else {}))
+        **(fast.get(AutoConfig.from_pretrained(base).model_type, {}) if best else {}))
     config = LoraConfig.from_pretrained(adapter)
     config.lora_dropout = 0.0 if best else 0.1
     return PeftModel.from_pretrained(net, adapter, config=config, is_trainable=True)

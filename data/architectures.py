@@ -31,6 +31,8 @@ ROLE_MODULES = {
              "o": ["attention.output.dense"], "mlp": ["intermediate.dense", "output.dense"]},
     "distilbert": {"q": ["attention.q_lin"], "k": ["attention.k_lin"], "v": ["attention.v_lin"],
                    "o": ["attention.out_lin"], "mlp": ["ffn.lin1", "ffn.lin2"]},
+    "mpnet": {"q": ["attention.attn.q"], "k": ["attention.attn.k"], "v": ["attention.attn.v"],
+              "o": ["attention.attn.o"], "mlp": ["intermediate.dense", "output.dense"]},
 }
 FUSED_QKV = "attn.c_attn"
 
@@ -151,7 +153,7 @@ def depends_on_batch(name: str, config, compute: Callable[[Tensor, Tensor], Tens
     # A length at which the computation changes may be thousands of tokens: it is read, not computed.
     if changes_with_length(config, positions):
         return True
-    # The four architectures with known roles have no windows: short sentences tell all of their lengths.
+    # The architectures with known roles have no windows: short sentences tell all of their lengths.
     usual = config.model_type in ROLE_MODULES and not getattr(config, "is_decoder", False)
     for short, long in LENGTHS[:2] if usual else LENGTHS:
         if _differs(name, config, compute, short, min(long, positions)):

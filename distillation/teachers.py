@@ -168,7 +168,7 @@ def _states_and_logits(teacher: TextClassifier, batch: Batch) -> tuple[Tensor, T
     hook = teacher.net.base_model.register_forward_hook(
         lambda module, inputs, outputs: found.append(outputs[0]) if threading.get_ident() == own else None)
     try:
-        logits = teacher.net(input_ids=ids, attention_mask=teacher.encoder_mask(ids, mask)).logits.float()
+        logits = teacher.batch_logits(ids, mask, every=True)
     finally:
         hook.remove()
     return _of_real_tokens(teacher, found[0], batch), logits

@@ -1,6 +1,6 @@
 """Transformer blocks that compute no more than the classifier reads, and save no more than training needs.
 
-    fuse(net.base_model)                           # GPT-2, Llama, BERT, DistilBERT; False: no fused blocks
+    fuse(net.base_model)                           # GPT-2, Llama, BERT, DistilBERT, MPNet; False: none
     unique = unique_tokens(input_ids, attention_mask)      # a decoder's
     net.base_model(input_ids=unique.ids, position_ids=unique.positions, unique=unique)      # hidden states (B, 1, C)
 
@@ -22,10 +22,12 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bert.modeling_bert import BertAttention, BertLayer, BertSelfAttention
 from transformers.models.distilbert.modeling_distilbert import DistilBertSelfAttention, TransformerBlock
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.mpnet.modeling_mpnet import MPNetAttention, MPNetLayer, MPNetModel
 
 from fast import onepass
 from fast.choice import by_onepass
@@ -48,7 +50,7 @@ def fuse(backbone: nn.Module) -> bool:
         Whether this architecture has fused blocks; if not, nothing is changed.
     """
     config = backbone.config
-    # The name of the activation in GPT-2, in Llama and BERT, in DistilBERT.
+    # The name of the activation in GPT-2; in Llama, BERT and MPNet; in DistilBERT.
     activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None) \
         or getattr(config, "activation", None)
     if getattr(config, "add_cross_attention", False) or activation not in (
@@ -57,8 +59,9 @@ def fuse(backbone: nn.Module) -> bool:
     # From each class of the library to its fused subclass.
     fused = {ours.__bases__[0]: ours for ours in (
         FusedGPT2Block, FusedGPT2Attention, FusedLlamaLayer, FusedLlamaAttention, FusedBertLayer, FusedBertAttention,
-        FusedBertSelfAttention, FusedDistilBertBlock, FusedDistilBertAttention)}
-    kinds = (GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock)
+        FusedBertSelfAttention, FusedDistilBertBlock, FusedDistilBertAttention, FusedMPNetModel, FusedMPNetLayer,
+        FusedMPNetAttention)}
+    kinds = (GPT2Block, LlamaDecoderLayer, BertLayer, TransformerBlock, MPNetLayer)
     # A second call finds the fused classes of the first.
     blocks = [module for module in backbone.modules() if type(module) in (*kinds, *map(fused.get, kinds))]
     # A model with other blocks among these would mix two ways of passing hidden states.
@@ -73,7 +76,7 @@ def fuse(backbone: nn.Module) -> bool:
 
 def is_fused(backbone: nn.Module) -> bool:
     """Returns whether `fuse` swapped the classes of a backbone's blocks."""
-    kinds = (FusedGPT2Block, FusedLlamaLayer, FusedBertLayer, FusedDistilBertBlock)
+    kinds = (FusedGPT2Block, FusedLlamaLayer, FusedBertLayer, FusedDistilBertBlock, FusedMPNetLayer)
     return any(isinstance(module, kinds) for module in backbone.modules())
 
 
@@ -389,3 +392,44 @@ class FusedDistilBertBlock(TransformerBlock):
         y = project([self.ffn.lin1], x)
         y = project([self.ffn.lin2], y, ACTIVATIONS[self.attention.config.activation])
         return self.output_layer_norm(y.add_(x))
+
+
+class FusedMPNetModel(MPNetModel):
+    """MPNet (Song et al. 2020); the library's model hands no argument on to its blocks."""
+
+    def forward(self, input_ids=None, attention_mask=None, *args, pooled=False, every=False, **kwargs):
+        """Returns the library's output; with `pooled` the first token's state alone, with `every` the states of all."""
+        if not pooled:
+            return super().forward(input_ids, attention_mask, *args, **kwargs)
+        x = self.embeddings(input_ids=input_ids)
+        # A bias of the scores for each distance of two tokens, the same in all blocks: (1, heads, T, T).
+        bias = self.encoder.compute_position_bias(x[:1]).to(x.dtype)
+        if attention_mask is not None:
+            bias = bias.masked_fill(~attention_mask.bool()[:, None, None], torch.finfo(x.dtype).min)  # (B, heads, T, T)
+        for layer in self.encoder.layer:
+            x = layer(x, bias, pooled=True, every=every, activation=self.config.hidden_act)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+class FusedMPNetAttention(MPNetAttention):
+    together = (("attn.q", "attn.k", "attn.v"),)
+
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, last=False, **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        attn, x = self.attn, hidden_states
+        size = attn.attention_head_size
+        y = qkv_attention(attn.q, attn.k, attn.v, x, size, size ** -0.5, attention_mask, last)
+        return self.LayerNorm(project([attn.o], y).add_(x[:, :1] if last else x))
+
+
+class FusedMPNetLayer(MPNetLayer):
+    last = False  # as in FusedGPT2Block
+
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, every=False, activation="", **kwargs):
+        if not pooled:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        x = self.attention(hidden_states, attention_mask, pooled=True, last=self.last and not every)
+        y = project([self.intermediate.dense], x)
+        y = project([self.output.dense], y, ACTIVATIONS[activation])
+        return self.output.LayerNorm(y.add_(x))

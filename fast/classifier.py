@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fast.blocks import UniqueTokens, unique_tokens
+from fast.blocks import FusedMPNetModel, UniqueTokens, unique_tokens
 from model import TextClassifier
 
 if TYPE_CHECKING:
@@ -59,12 +59,18 @@ class FastClassifier(TextClassifier):
         finally:
             self.prefix.cached = None
 
-    def batch_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # An encoder's fused blocks hang on one argument, passed through the library's model to each block.
-        if self.fused and not self.decoder:
+    def batch_logits(self, input_ids: Tensor, attention_mask: Tensor, every: bool = False) -> Tensor:
+        # The library's MPNet hands no argument on: backbone and head are called in turn.
+        if self.fused and isinstance(self.net.base_model, FusedMPNetModel):
+            mask = self.encoder_mask(input_ids, attention_mask)
+            states = self.net.base_model(input_ids=input_ids, attention_mask=mask, pooled=True, every=every)
+            return self.net.classifier(states.last_hidden_state).float()
+        # Another encoder's fused blocks hang on one argument, passed through the library's model to each block; they give
+        # the first token's state alone.
+        if self.fused and not self.decoder and not every:
             mask = self.encoder_mask(input_ids, attention_mask)
             return self.net(input_ids=input_ids, attention_mask=mask, pooled=True).logits.float()
-        return super().batch_logits(input_ids, attention_mask)
+        return super().batch_logits(input_ids, attention_mask, every)
 
     def encoder_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
         mask = super().encoder_mask(input_ids, attention_mask)

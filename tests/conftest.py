@@ -21,6 +21,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -58,6 +60,9 @@ SIZES = {
         "max_position_embeddings": CONTEXT}),
     "distilbert": (DistilBertForSequenceClassification, DistilBertConfig, {
         "n_layers": 2, "dim": 32, "hidden_dim": 48, "n_heads": 4, "max_position_embeddings": CONTEXT}),
+    "mpnet": (MPNetForSequenceClassification, MPNetConfig, {  # positions are counted from 2 on
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT + 2}),
 }
 ARCHITECTURES = sorted(SIZES)
 

@@ -141,6 +141,8 @@ EXPECTED_TARGETS = {
              "o": {"attention.output.dense"}, "mlp": {"intermediate.dense", "output.dense"}},
     "distilbert": {"q": {"attention.q_lin"}, "k": {"attention.k_lin"}, "v": {"attention.v_lin"},
                    "o": {"attention.out_lin"}, "mlp": {"ffn.lin1", "ffn.lin2"}},
+    "mpnet": {"q": {"attention.attn.q"}, "k": {"attention.attn.k"}, "v": {"attention.attn.v"},
+              "o": {"attention.attn.o"}, "mlp": {"intermediate.dense", "output.dense"}},
 }
 
 

@@ -62,7 +62,7 @@ def test_hidden_states_are_the_librarys_of_real_tokens(architecture):
     torch.testing.assert_close(found, torch.cat(rows), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "distilbert"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "distilbert", "mpnet"])
 def test_states_and_logits_come_of_one_forward_pass(architecture):
     teacher, (ids, mask) = adapted(architecture), toy_batch()
     one = Batch(ids, mask, torch.zeros(4, dtype=torch.int64), torch.arange(4), int(mask.sum()))

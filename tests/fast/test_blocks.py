@@ -50,6 +50,29 @@ def test_gpt2s_variants_give_the_librarys_logits(changes):
     torch.testing.assert_close(logits_of(classifier), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("sizes", [
+    {"hidden_size": 15, "num_attention_heads": 3, "intermediate_size": 7, "num_hidden_layers": 3},
+    {"hidden_size": 33, "num_attention_heads": 1, "intermediate_size": 65, "num_hidden_layers": 1}], ids=str)
+@pytest.mark.parametrize("every", [False, True])
+def test_mpnets_odd_sizes_give_the_librarys_states_with_a_bias_that_matters(sizes, every):
+    net = toy_net("mpnet", max_position_embeddings=80, **sizes)
+    nn.init.normal_(net.base_model.encoder.relative_attention_bias.weight, std=2)
+    # Distances on both sides of the first bucket that holds several (8), and pads.
+    ids, mask = toy_batch((3, 70, 1, 41))
+    with torch.no_grad():
+        states = net.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        expected = net(input_ids=ids, attention_mask=mask).logits
+        classifier = fast_classifier(net)
+        found = []
+        net.base_model.register_forward_hook(lambda module, args, output: found.append(output[0]))
+        torch.testing.assert_close(classifier.batch_logits(ids, mask, every), expected, atol=1e-5, rtol=0)
+        assert found[0].shape[1] == (70 if every else 1)
+        real = mask.bool()[:, :found[0].shape[1]]
+        torch.testing.assert_close(found[0][real], states[:, :found[0].shape[1]][real], atol=1e-5, rtol=0)
+        net.base_model.encoder.relative_attention_bias.weight.zero_()
+        assert (classifier(ids, mask) - expected).abs().max() > 1e-3
+
+
 def test_what_is_not_known_is_left_alone():
     net = toy_net("gpt2", activation_function="relu")
     before = [type(module) for module in net.modules()]
