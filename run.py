@@ -27,6 +27,7 @@ from machine import processes
 CALLS = {"gen": "experiments.generate:main", "LoRA": "experiments.finetune:main", "distil": "experiments.distil:main",
          "compare": "experiments.compare:main", "sweep": "experiments.sweep:main", "eval": "experiments.evaluate:main",
          "test": "experiments.significance:main", "diagnose": "experiments.diagnose:main",
+         "calibrate": "experiments.calibrate:main",
          "predict": "experiments.predict:main", "serve": "experiments.serve:main", "export": "experiments.ship:export_main",
          "merge": "experiments.ship:merge_main", "repeat": "experiments.repeat:main", "paper": "experiments.paper:main",
          "report": "experiments.hand_in:report", "submit": "experiments.hand_in:submit"}

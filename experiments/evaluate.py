@@ -31,6 +31,7 @@ from options.schema import RNNConfig
 from record import tensors
 from record.files import read_json, sha256, write_file
 from record.folder import read_run, warn_of_changed_data
+from train_utils import selection_split
 
 HELD_OUT = "held_out"  # the development split that was set aside from the training rows
 
@@ -111,7 +112,7 @@ class ScoredRows:
 
 
 def score_rows(folder: Path, data: Path | None, allow_training_data: bool = False, delimiter: str | None = None,
-               encoding: str | None = None) -> ScoredRows:
+               encoding: str | None = None, selection: bool = False) -> ScoredRows:
     """Answers a labelled file with a saved run.
 
     Args:
@@ -120,6 +121,7 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
             the share of its file that was held out, or its one development file.
         allow_training_data: score a file that was trained on, with a warning.
         delimiter, encoding: of the file; the recorded ones if None.
+        selection: of several development splits, take the one that chose the run's best epoch.
 
     Raises:
         UserError: no such run, a file that cannot be read or was trained on, several development files.
@@ -138,7 +140,7 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
     # Runs made before there were other tasks recorded no classes: theirs are CoLA's.
     classes = config.get("classes", data_utils.COLA_CLASSES)
     if data is None:
-        name, split = own_split(folder, config, tokenizer, allow_training_data)
+        name, split = own_split(folder, config, tokenizer, allow_training_data, selection)
     else:
         name, split = str(data), data_utils.read_rows(
             data, options["task"], columns_of(options, delimiter, encoding), separator_of(tokenizer), classes)
@@ -149,13 +151,15 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
     return ScoredRows(name, logits_of(model, split, tokenizer, options), split, classes, counts[name], notes)
 
 
-def own_split(folder: Path, config: dict, tokenizer, allow_training_data: bool) -> tuple[str, Split]:
-    """Returns name and rows of a run's only development split, the same rows as during training.
+def own_split(folder: Path, config: dict, tokenizer, allow_training_data: bool, selection: bool) -> tuple[str, Split]:
+    """Returns name and rows of a run's only development split, or of its selection split; the same rows as in training.
 
     Raises:
         UserError: it has several, or its data changed or were trained on.
     """
     task = recorded_task(folder, config, tokenizer)
+    if selection:
+        task = replace(task, dev={name: rows for name, rows in task.dev.items() if name == selection_split(task.dev)})
     if len(task.dev) > 1:
         raise UserError(f"--data: missing; {folder} has several development splits, {', '.join(task.dev)}: "
                         f"{_choices(task, training_files(config).values())}")

@@ -27,6 +27,7 @@ from experiments.inputs import columns_of, separator_of
 from machine.errors import UserError
 from machine.hardware import device
 from options.schema import TableOptions
+from record.calibration import calibration_of
 from record.folder import read_run
 from serving import texts
 from serving.bank import AdapterBank
@@ -42,12 +43,14 @@ class RunPredictor:
         folder: of a finished run of any mode.
         baseline: of a distillation, answer with its baseline instead of its student.
         delimiter, encoding: of the files; the recorded ones if None.
+        calibrated: answer by the run's calibration.json.
 
     Raises:
-        UserError: no such run, or damaged.
+        UserError: no such run, or damaged; no calibration.
     """
 
-    def __init__(self, folder: Path, baseline: bool = False, delimiter: str | None = None, encoding: str | None = None):
+    def __init__(self, folder: Path, baseline: bool = False, delimiter: str | None = None, encoding: str | None = None,
+                 calibrated: bool = False):
         config, summary = read_run(folder)
         if baseline and summary["mode"] != "distil":
             raise UserError(f"--control: {folder} is a {summary['mode']} run; only a distillation has a baseline")
@@ -57,7 +60,10 @@ class RunPredictor:
             options = {**options, "feature_columns": []}
         else:
             self.model, self.tokenizer, options = load_finetuned(folder)
-        self.reading, self.task = Reading.of(config), options["task"]
+        if baseline and calibrated:
+            raise UserError("--calibrated: calibration.json is the student's; leave out --control")
+        self.reading = Reading.of(config, calibration_of(folder, calibrated))
+        self.task = options["task"]
         self.columns = columns_of(options, delimiter, encoding)
         # The quiz-bowl task has a template of its own, which its options do not record.
         if self.task == "buzzer" and self.columns.template is None and not self.columns.text_column:
@@ -118,10 +124,12 @@ class BankPredictor:
         adapters: name -> folder of a LoRA run.
         base: answer a row that names no adapter with the base under its own head, which nothing trained.
         columns: delimiter and encoding of the files.
+        calibrated: answer by each run's calibration.json.
     """
 
-    def __init__(self, adapters: dict[str, Path], base: bool = False, columns: TableOptions = stream.DEFAULT_COLUMNS):
-        self.bank, self.names, self.base = AdapterBank.of(adapters), list(adapters), base
+    def __init__(self, adapters: dict[str, Path], base: bool = False, columns: TableOptions = stream.DEFAULT_COLUMNS,
+                 calibrated: bool = False):
+        self.bank, self.names, self.base = AdapterBank.of(adapters, calibrated), list(adapters), base
         self.columns = columns
 
     def check(self, rows: stream.Rows) -> None:
@@ -210,13 +218,20 @@ def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
     return [{"text": text, **answer} for text, answer in zip(sentences, answers, strict=True)]
 
 
+def decided(result: dict, at_least: float | None) -> dict:
+    """Returns a result; without a label where its probability is below `at_least`."""
+    unsure = at_least is not None and result.get("probability", 1) < at_least
+    return {**result, "label": None} if unsure else result
+
+
 def line_of(result: dict, as_json: bool) -> str:
     """Formats a result as a line: JSON, or label, probability and text between tabs."""
     if as_json:
         return json.dumps(result, ensure_ascii=False)
     if "error" in result:
         return f"error\tline {result['line']}\t{result['error']}"
-    return f"{result['label']}\t{result['probability']:.4f}\t{' '.join(result['text'].split())}"
+    label = "undecided" if result["label"] is None else result["label"]
+    return f"{label}\t{result['probability']:.4f}\t{' '.join(result['text'].split())}"
 
 
 # ---------------------------------------------------------------- the command line
@@ -236,11 +251,15 @@ def main(args) -> None:
         raise UserError("predict: expected sentences, or --file FILE" + (", not both" if args.file else ""))
     if args.adapter:
         columns = columns_of({}, args.delimiter, args.encoding)
-        predictor = BankPredictor(named(args.adapter, "--adapter"), args.base, columns)
+        predictor = BankPredictor(named(args.adapter, "--adapter"), args.base, columns, args.calibrated)
     else:
-        predictor = RunPredictor(args.run, args.control, args.delimiter, args.encoding)
+        predictor = RunPredictor(args.run, args.control, args.delimiter, args.encoding, args.calibrated)
+
+    def line(result: dict) -> str:
+        return line_of(decided(result, args.at_least), args.json)
+
     if args.texts:
-        print("\n".join(line_of(result, args.json) for result in predict_texts(predictor, args.texts)))
+        print("\n".join(line(result) for result in predict_texts(predictor, args.texts)))
         return
     with tqdm(unit="rows", delay=2) as bar:
         def progress(rows: int, file: stream.Rows) -> None:
@@ -253,4 +272,4 @@ def main(args) -> None:
 
         for result in predict_file(predictor, args.file, args.format, progress):
             # To stdout, with the bar out of the way.
-            tqdm.write(line_of(result, args.json))
+            tqdm.write(line(result))

@@ -15,6 +15,7 @@ from pathlib import Path
 from experiments.arguments import named, note
 from experiments.evaluate import load_student
 from machine.errors import UserError
+from record.calibration import calibration_of
 from record.folder import read_run
 from serving.bank import AdapterBank
 from serving.connections import ConnectionLimits, Server, most_connections
@@ -26,15 +27,19 @@ from serving.worker import Student, Worker, check_name
 STOP_SECONDS = 15  # beyond --timeout, until accepted requests are given up
 
 
-def load_served_student(folder: Path) -> Student:
+def load_served_student(folder: Path, calibrated: bool) -> Student:
     """Loads the student of a distillation.
+
+    Args:
+        calibrated: answer by the run's calibration.json.
 
     Raises:
         UserError: not a distillation, or damaged.
     """
     config, summary = read_run(folder, "distil")
     model, tokenizer, _ = load_student(folder)
-    return Student(model.requires_grad_(False), tokenizer, Reading.of(config), summary.get("task"),
+    reading = Reading.of(config, calibration_of(folder, calibrated))
+    return Student(model.requires_grad_(False), tokenizer, reading, summary.get("task"),
                    frozenset(config.get("teacher_files", {}).values()))
 
 
@@ -96,8 +101,9 @@ def main(args) -> int:
         note(f"serve: at most {connections} connections, half of the files that the process may open (ulimit -n)")
     # The port is taken before the models are loaded, so that one in use is told at once.
     with listen(args.host, args.port) as bound, access_log(args.quiet):
-        worker = Worker(AdapterBank.of(adapters) if adapters else None,
-                        {name: load_served_student(folder) for name, folder in students.items()}, args.max_queue)
+        worker = Worker(AdapterBank.of(adapters, args.calibrated) if adapters else None,
+                        {name: load_served_student(folder, args.calibrated) for name, folder in students.items()},
+                        args.max_queue)
         hosts = Hosts.of(args.host, bound.getsockname()[0], args.allowed_host)
         limits = Limits(args.max_texts, args.max_characters, seconds=args.timeout, adapters_root=args.adapters_root,
                         hosts=hosts)

@@ -16,6 +16,7 @@ from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import load_task
 from machine.errors import UserError
 from options.schema import RunOptions
+from record.calibration import calibration_of
 from record.config_json import rebuild
 from record.files import check_new_folder
 from record.folder import read_run
@@ -26,27 +27,35 @@ from serving.texts import Reading
 STAND_INS = 100  # sentences of each split of the built-in task
 
 
-def export_run(folder: Path, out: Path, int8: bool = False, baseline: bool = False, say: Callable[[str], None] = print
-               ) -> None:
+def export_run(folder: Path, out: Path, int8: bool = False, baseline: bool = False, calibrated: bool = False,
+               say: Callable[[str], None] = print) -> None:
     """Writes the student of a distillation run (or its baseline) as an ONNX model with tokenizer and example.
+
+    Args:
+        calibrated: divide the logits by the temperature of calibration.json, and choose the class by its threshold.
 
     Raises:
         UserError: not a finished distillation, `out` is not new, a package is missing, or onnxruntime disagrees.
     """
+    if baseline and calibrated:
+        raise UserError("--calibrated: calibration.json is the student's; leave out --control")
     # Whatever can be refused is refused before the model is loaded.
     check_new_folder(out)
     require("onnx")
     require("onnxruntime")
     student, tokenizer, options = load_student(folder, "scratch" if baseline else "student")
-    reading, outputs = Reading.of(read_run(folder)[0]), student.config.num_labels
+    reading, outputs = Reading.of(read_run(folder)[0], calibration_of(folder, calibrated)), student.config.num_labels
     if len(reading.classes) != outputs:
         raise UserError(f"{folder}: damaged student ({outputs} outputs for {len(reading.classes)} classes)")
     rows, labelled = development_rows(folder, options, reading.classes, tokenizer, say)
     export.write_student(student.cpu(), tokenizer, reading, rows, labelled, out, int8=int8, say=say)
 
 
-def merge_run(folder: Path, out: Path, say: Callable[[str], None] = print) -> None:
+def merge_run(folder: Path, out: Path, calibrated: bool = False, say: Callable[[str], None] = print) -> None:
     """Writes a fine-tuned classifier as a plain `transformers` checkpoint, its adapter merged.
+
+    Args:
+        calibrated: divide the logits by the temperature of calibration.json, and write a card that names the threshold.
 
     Raises:
         UserError: not a finished LoRA run, one that reads more than text, `out` is not new, or the adapter is not finite.
@@ -61,7 +70,7 @@ def merge_run(folder: Path, out: Path, say: Callable[[str], None] = print) -> No
     # transformers computes a checkpoint in plain float32, and so must the logits that it is compared with.
     if options["precision"] == "bf16x3":
         speed.set_precision(classifier.net.base_model, "fp32")
-    reading = Reading.of(config)
+    reading = Reading.of(config, calibration_of(folder, calibrated))
     rows, _ = development_rows(folder, options, reading.classes, tokenizer, say)
     merge.write_checkpoint(classifier.cpu(), tokenizer, reading, rows.sentences, out,
                            exact=options["precision"] != "bf16", say=say)
@@ -93,11 +102,11 @@ def development_rows(folder: Path, options: dict, classes: tuple[str, ...], toke
 
 def export_main(args) -> None:
     """Writes the student as an ONNX model and prints its folder."""
-    export_run(args.run, args.out, args.int8, args.control)
+    export_run(args.run, args.out, args.int8, args.control, args.calibrated)
     print(f"export: {args.out}")
 
 
 def merge_main(args) -> None:
     """Writes the merged classifier and prints its folder."""
-    merge_run(args.run, args.out)
+    merge_run(args.run, args.out, args.calibrated)
     print(f"merge: {args.out}")

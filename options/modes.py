@@ -140,6 +140,21 @@ class Diagnose(TrainingData):
 
 
 @declares
+class Calibrate(TrainingData):
+    data: Path | None = option(None, "labelled file of the run's task; the split that chose the best epoch if not given",
+                               metavar="FILE")
+    least_precision: float | None = option(None, "choose the threshold of two classes for this precision, with the highest "
+                                           "recall; for MCC if not given", above=0, most=1)
+    positive: str | None = option(None, "class that the threshold is about; the second one if not given", metavar="CLASS")
+
+
+# predict, serve, export and merge.
+@declares
+class Calibrated:
+    calibrated: bool = option(False, "use the temperature and the threshold of calibration.json (see the mode calibrate)")
+
+
+@declares
 class Predict:
     run: Path | None = option(None, "folder of a finished run; of a distillation, its student", metavar="RUN_DIR",
                               positional="?")
@@ -152,6 +167,7 @@ class Predict:
     adapter: tuple[tuple, ...] = option((), "LoRA runs on one base instead of RUN_DIR; each row of --file names its own, "
                                         '{"adapter": "NAME", "text": "..."}', reads=pair, repeat=True, metavar="NAME=DIR")
     base: bool = option(False, "answer rows that name no adapter by the base alone, instead of refusing them")
+    at_least: float | None = option(None, "leave a text undecided whose class has a lower probability", least=0, most=1)
 
 
 @declares
@@ -245,14 +261,16 @@ MODES = {
                  "test runs/LoRA-12345 runs/distil-12345 --data dev.tsv", RunFolder, Significance, Machine),
     "diagnose": Mode("find where a run is right and wrong: by source, length, phenomenon; calibration; disagreements",
                      "diagnose runs/LoRA-12345", RunFolder, Diagnose, Machine),
+    "calibrate": Mode("calibrate a run's probabilities on held-out rows, and choose the threshold of two classes",
+                      "calibrate runs/LoRA-12345", RunFolder, Calibrate, Machine),
     "predict": Mode("classify sentences by a saved run: class and probability",
-                    'predict runs/LoRA-12345 "The cat sat on the mat."', Predict, Cells, Kernels, Machine),
+                    'predict runs/LoRA-12345 "The cat sat on the mat."', Predict, Calibrated, Cells, Kernels, Machine),
     "serve": Mode("answer requests over HTTP: many adapters on one base, and students next to them",
-                  "serve --adapter cola=runs/LoRA-12345 --port 8000", Serve, Machine),
+                  "serve --adapter cola=runs/LoRA-12345 --port 8000", Serve, Calibrated, Machine),
     "export": Mode("write a distillation's student as an ONNX model that needs neither PyTorch nor this project",
-                   "export runs/distil-12345 --out student-onnx", RunFolder, Export, Machine),
+                   "export runs/distil-12345 --out student-onnx", RunFolder, Export, Calibrated, Machine),
     "merge": Mode("write a fine-tuned classifier as a plain transformers checkpoint, its adapter merged",
-                  "merge runs/LoRA-12345 --out merged", RunFolder, Merge, Machine),
+                  "merge runs/LoRA-12345 --out merged", RunFolder, Merge, Calibrated, Machine),
     "repeat": Mode("repeat a finished run from its config.json; exit status 1 if the result differs",
                    "repeat runs/LoRA-12345", RunFolder, Repeat, Machine),
     "paper": Mode("make every run that the paper cites, then report/main.pdf", "paper 12345 --profile quick", Sr, Paper,

@@ -25,7 +25,8 @@ CARD, CARD_TAG = "README.md", "lora-distil"
 # The files of a run, by the mode in its config.json; SHA256SUMS, checkpoints and TensorBoard's events come on top.
 WEIGHTS = {"LoRA": ("adapter_model.safetensors", "trained.safetensors", "features.safetensors"),
            "distil": ("student.safetensors", "scratch.safetensors", "teacher_logits.safetensors")}
-RECORDS = ("config.json", "metrics.jsonl", "summary.json")
+CALIBRATION = "calibration.json"
+RECORDS = ("config.json", "metrics.jsonl", "summary.json", CALIBRATION)
 DESCRIPTIONS = {"LoRA": ("adapter_config.json",), "distil": ("student_config.json",)}
 
 _CHECKPOINT = re.compile(r"((student|scratch)\.([a-z_]+\.)?)?checkpoint\.safetensors")

@@ -24,6 +24,7 @@ from data.digests import config_digest, tokenizer_digest
 from machine.errors import UserError
 from machine.hardware import device
 from model import TextClassifier, load_classifier
+from record.calibration import calibration_of
 from record.files import sha256
 from record.folder import read_run
 from record.tensors import load_tensors, weights_digest
@@ -70,6 +71,7 @@ class AdapterBank:
         speed.set_precision(classifier.net.base_model, precision)
         self.net, self.routing = classifier.net, Routing()
         self.entries: dict[str, LoadedAdapter] = {}
+        self.calibrated = False
         labels = self.net.config.id2label
         # The tokenizer's limit alone may be beyond the model's positions, or none at all.
         self.own = Reading(tuple(str(labels[label]) for label in range(self.net.config.num_labels)),
@@ -100,14 +102,18 @@ class AdapterBank:
         return cls(classifier.to(device()), load_tokenizer(model), model, precision)
 
     @classmethod
-    def of(cls, adapters: dict[str, Path]) -> AdapterBank:
+    def of(cls, adapters: dict[str, Path], calibrated: bool = False) -> AdapterBank:
         """Loads adapters by name, and the base of the first one; all must have this base.
+
+        Args:
+            calibrated: answer by each run's calibration.json.
 
         Raises:
             UserError: see `on` and `add_run`.
         """
         options = read_run(next(iter(adapters.values())), "LoRA")[0]["options"]
         bank = cls.on(options["model"], _precision(options))
+        bank.calibrated = calibrated
         for name, folder in adapters.items():
             bank.add_run(name, folder)
         return bank
@@ -142,7 +148,7 @@ class AdapterBank:
         else:
             state = load_tensors(file)
             adapter = Adapter({}, {}, 0.0, False, {key.removeprefix("net."): value for key, value in state.items()})
-        self.add(name, adapter, Reading.of(config), file, summary.get("task"))
+        self.add(name, adapter, Reading.of(config, calibration_of(folder, self.calibrated)), file, summary.get("task"))
 
     def add(self, name: str, adapter: Adapter, reading: Reading, file: Path | None = None, task: str | None = None
             ) -> None:

@@ -20,7 +20,7 @@ from data_utils import Split
 from machine.errors import UserError
 from model import DistilRNN
 from record.files import new_folder, write_file, write_json
-from serving.merge import kept_ends
+from serving.merge import kept_ends, scale_logits
 from serving.packages import require
 from serving.texts import Reading
 
@@ -58,7 +58,8 @@ logits = session.run(["logits"], inputs)[0]
 probabilities = np.exp(logits - logits.max(-1, keepdims=True))
 probabilities /= probabilities.sum(-1, keepdims=True)
 for sentence, row in zip(sentences, probabilities):
-    print(f"{labels[row.argmax()]}\\t{row.max():.4f}\\t{sentence}")
+    best = CHOICE
+    print(f"{labels[best]}\\t{row[best]:.4f}\\t{sentence}")
 '''
 INPUTS = '''inputs = {"input_ids": np.array([row.ids for row in batch], dtype=np.int64),
           "attention_mask": np.array([row.attention_mask for row in batch], dtype=np.int64)}
@@ -181,8 +182,8 @@ def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, 
     """Writes student.onnx, tokenizer.json, labels.json and example.py into a new folder, checked or not at all.
 
     Args:
-        student: on the CPU, in evaluation mode.
-        reading: the classes, and the way the run cut long texts.
+        student: on the CPU, in evaluation mode. Its logits are divided by the temperature.
+        reading: the classes, the way the run cut long texts, and its calibration.
         rows: real sentences; onnxruntime and PyTorch have to agree on them.
         labelled: whether the labels of `rows` are real; the cost of int8 is told in accuracy and MCC then.
         out: must not exist yet, or be empty.
@@ -191,6 +192,7 @@ def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, 
     Raises:
         UserError: a package is missing, the folder is not new, or the file does not give PyTorch's logits.
     """
+    scale_logits(student.classifier, reading.calibration.temperature)
     model = onnx_model(student)
     require("onnxruntime")
     ids = data_utils.encode(tokenizer, rows.sentences, reading.max_length, reading.truncate)
@@ -219,11 +221,15 @@ def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, 
 
 
 def example(tokenizer, reading: Reading) -> str:
-    """Returns the program that classifies sentences with the exported files. It reads long texts as the run did."""
+    """Returns the program that classifies sentences with the exported files, as the run reads them and chooses a class."""
+    rule, choice = reading.calibration, "row.argmax()"
+    if rule.threshold is not None:
+        choice = f"{rule.positive} if row[{rule.positive}] >= {rule.threshold!r} else {1 - rule.positive}  # calibrated"
+    text = EXAMPLE.replace("CHOICE", choice)
     if reading.truncate != "middle":
-        return EXAMPLE.replace("INPUTS\n", INPUTS)
+        return text.replace("INPUTS\n", INPUTS)
     front, back = kept_ends(tokenizer, reading.max_length)
-    return EXAMPLE.replace("INPUTS\n", INPUTS_WITHOUT_MIDDLE.format(length=reading.max_length, front=front, back=back))
+    return text.replace("INPUTS\n", INPUTS_WITHOUT_MIDDLE.format(length=reading.max_length, front=front, back=back))
 
 
 def _cost(before: np.ndarray, after: np.ndarray, labels: list[int] | None) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 
@@ -20,6 +20,7 @@ import data_utils
 from adapters import peft_layout
 from machine.errors import UserError
 from model import TextClassifier, lora_layers
+from record.calibration import LIKELIEST
 from record.files import json_text, new_folder, write_file
 from serving.texts import Reading
 
@@ -77,6 +78,32 @@ def label_maps(classes: list[str]) -> dict[str, dict]:
     return {"id2label": dict(enumerate(classes)), "label2id": {name: label for label, name in enumerate(classes)}}
 
 
+@torch.no_grad()
+def scale_logits(head: nn.Linear, temperature: float) -> None:
+    """Divides the weights of a layer by the temperature, so that the softmax of its outputs is calibrated."""
+    for parameter in head.parameters():
+        parameter /= temperature
+
+
+def logits_layer(classifier: TextClassifier) -> nn.Linear:
+    """Returns the layer whose outputs are the logits: the last linear one of the head."""
+    return [layer for name in classifier.head_names() for layer in classifier.net.get_submodule(name).modules()
+            if isinstance(layer, nn.Linear)][-1]
+
+
+def card(reading: Reading) -> str:
+    """Returns the model card of a calibrated checkpoint: its probabilities, and the class that they choose."""
+    rule, lines = reading.calibration, [
+        "# Calibrated text classifier", "",
+        f"The logits are divided by the temperature {reading.calibration.temperature:.6g}, in the weights of the head: "
+        "softmax gives calibrated probabilities."]
+    if rule.threshold is not None:
+        one, other = reading.classes[rule.positive], reading.classes[1 - rule.positive]
+        lines += ["", f"Choose `{one}` where its probability is at least {rule.threshold:.6g}, else `{other}`; the likeliest "
+                  "class, which `pipeline` shows, has another threshold: 0.5."]
+    return "\n".join(lines) + "\n"
+
+
 def plain_state(classifier: TextClassifier) -> dict[str, Tensor]:
     """Merges the adapters, and returns the weights under the names of `transformers`, float32. Changes the classifier.
 
@@ -107,7 +134,7 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, reading: Reading, se
 
     Args:
         classifier: on the CPU, in evaluation mode, without a feature head. It is changed.
-        reading: the classes, and the way the run cut long texts.
+        reading: the classes, the way the run cut long texts, and its calibration.
         sentences: the checkpoint has to give the classifier's logits on them, in padded batches.
         out: must not exist yet, or be empty.
         exact: whether the classifier computes in float32.
@@ -117,6 +144,7 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, reading: Reading, se
             with, or the checkpoint does not give the same tokens or logits.
     """
     plain_tokenizer = for_others(tokenizer, reading.max_length, reading.truncate)
+    scale_logits(logits_layer(classifier), reading.calibration.temperature)
     pad = plain_tokenizer.pad_token_id
     if pad is None:
         raise UserError("the tokenizer has no pad token, and no other special token that could stand in for it")
@@ -136,6 +164,8 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, reading: Reading, se
         plain_tokenizer("a", truncation=True)
         for name, data in tokenizer_files(plain_tokenizer).items():
             write_file(folder / name, data)
+        if reading.calibration != LIKELIEST:
+            write_file(folder / "README.md", card(reading))
         # Whoever may read the config may read the weights.
         for path in folder.iterdir():
             path.chmod((folder / "config.json").stat().st_mode)

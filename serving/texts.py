@@ -15,24 +15,36 @@ from torch import Tensor
 import data_utils
 from data_utils import Batch
 from machine.errors import UserError
+from record.calibration import LIKELIEST, Calibration
 
 BATCH_SIZE, BATCH_TOKENS = 64, 4096  # sentences, and tokens with pads, that are computed at a time
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The way a model reads a text, and the names of its classes."""
+    """The way a model reads a text, the names of its classes, and the rule that chooses one."""
 
     classes: tuple[str, ...]
     max_length: int  # tokens
     truncate: str = "tail"  # the part of a longer text that is cut: head, tail or middle
+    calibration: Calibration = LIKELIEST
 
     @classmethod
-    def of(cls, config: dict) -> Reading:
+    def of(cls, config: dict, calibration: Calibration = LIKELIEST) -> Reading:
         """Returns the reading of a run, from its config.json."""
         options = config["options"]
         return cls(tuple(config.get("classes", data_utils.COLA_CLASSES)), options["max_length"],
-                   options.get("truncate", "tail"))
+                   options.get("truncate", "tail"), calibration)
+
+    def answer(self, logits: Tensor) -> dict:
+        """Returns label, probability and probabilities of logits (classes,)."""
+        rule = self.calibration
+        probabilities = (logits.float() / rule.temperature).softmax(-1).tolist()
+        best = max(range(len(self.classes)), key=probabilities.__getitem__)
+        if rule.threshold is not None:
+            best = rule.positive if probabilities[rule.positive] >= rule.threshold else 1 - rule.positive
+        return {"label": self.classes[best], "probability": probabilities[best],
+                "probabilities": dict(zip(self.classes, probabilities, strict=True))}
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,8 @@ def classify(tokenizer, rows: list[tuple[Reading, str]], logits: Callable[[Batch
         batch_rows = [readable[place] for place in places]
         batch = data_utils.collate(ids, [0] * len(rows), batch_rows, pad_id, features)
         for row, values in zip(batch_rows, logits(batch, batch_rows), strict=True):
-            results[row] = _result(rows[row][0].classes, values.float().softmax(-1).tolist(), encoded[row].truncated)
+            answer = rows[row][0].answer(values)
+            results[row] = {**answer, "truncated": True} if encoded[row].truncated else answer
     return results
 
 
@@ -120,10 +133,3 @@ def _batches(lengths: list[int]) -> list[list[int]]:
     buckets = data_utils.bucket_by_length(lengths, BATCH_SIZE, 0, BATCH_TOKENS)
     # A bucket of short rows may hold more than BATCH_SIZE of them.
     return [rows[start:start + BATCH_SIZE] for rows in buckets for start in range(0, len(rows), BATCH_SIZE)]
-
-
-def _result(classes: tuple[str, ...], probabilities: list[float], truncated: bool) -> dict:
-    best = max(range(len(classes)), key=probabilities.__getitem__)
-    result = {"label": classes[best], "probability": probabilities[best],
-              "probabilities": dict(zip(classes, probabilities, strict=True))}
-    return {**result, "truncated": True} if truncated else result
