@@ -99,8 +99,8 @@ def card(reading: Reading) -> str:
         "softmax gives calibrated probabilities."]
     if rule.threshold is not None:
         one, other = reading.classes[rule.positive], reading.classes[1 - rule.positive]
-        lines += ["", f"Choose `{one}` where its probability is at least {rule.threshold:.6g}, else `{other}`; the likeliest "
-                  "class, which `pipeline` shows, has another threshold: 0.5."]
+        lines += ["", f"Choose `{one}` where its probability is at least {rule.threshold:.6g}, else `{other}`; `pipeline` "
+                  "shows the likeliest class, as if the threshold were 0.5."]
     return "\n".join(lines) + "\n"
 
 
