@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,7 @@ def main(args) -> None:
     if args.texts:
         print("\n".join(line(result) for result in predict_texts(predictor, args.texts)))
         return
+    count = errors = 0
     with tqdm(unit="rows", delay=2) as bar:
         def progress(rows: int, file: stream.Rows) -> None:
             # Bytes of a file, whose rows nobody has counted; rows of standard input.
@@ -273,3 +275,7 @@ def main(args) -> None:
         for result in predict_file(predictor, args.file, args.format, progress):
             # To stdout, with the bar out of the way.
             tqdm.write(line(result))
+            count, errors = count + 1, errors + ("error" in result)
+    # The answers may have gone to a file, where nobody sees the errors among them.
+    if errors:
+        warnings.warn(f"{args.file}: {errors:,} of {count:,} rows have an error in place of an answer", stacklevel=2)

@@ -198,7 +198,7 @@ def unchanged(paths: Iterable[Path]) -> Iterator[dict[Path, str]]:
     """Yields the SHA-256 of files that the body of the `with` statement reads, and checks them again after it.
 
     Raises:
-        UserError: a file is another one after the body than before it, so that nobody knows which one was read.
+        UserError: a file is another one after the body than before it: either may have been read.
     """
     digests = {path: sha256(path) for path in paths}
     yield digests

@@ -176,8 +176,12 @@ BAD = {
 @pytest.mark.parametrize("ending", BAD)
 def test_a_bad_line_is_an_error_in_its_place_and_the_rest_goes_on(runs, capsys, tmp_path, ending):
     content, bad, count = BAD[ending]
-    results = ask(capsys, runs / "lora", "--file", write(tmp_path / f"a.{ending}", content))
+    capsys.readouterr()
+    assert toy.main("predict", runs / "lora", "--file", write(tmp_path / f"a.{ending}", content), "--json") == 0
+    out, err = capsys.readouterr()
+    results = list(map(json.loads, out.splitlines()))
     errors = [result for result in results if "error" in result]
+    assert f"a.{ending}: {len(bad)} of {count} rows have an error in place of an answer" in err
     assert [error["line"] for error in errors] == bad
     assert all(set(error) == {"error", "line"} and error["error"] and "row 1" not in error["error"] for error in errors)
     good = [result for result in results if "error" not in result]
