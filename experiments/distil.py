@@ -219,16 +219,11 @@ def result_of(trained: Trained, inputs: Inputs) -> dict:
 def comparison_table(summary: dict) -> str:
     """Formats teacher, student and baseline side by side, for the terminal."""
     names = {"teacher": "teacher", "student": "student with KD", "scratch": "baseline"}
-    splits = list(summary["teacher"]["validation"])
-    head = "".join(f"{split + ' acc':>20}{'MCC':>8}" for split in splits)
-    lines = [f"  {'':<16}{'parameters':>14}{'sentences/s':>13}" + head]
-    for key, name in names.items():
-        if key not in summary:
-            continue
-        row = summary[key]
-        lines.append(f"  {name:<16}{row['parameters']:>14,}{row['sentences_per_second']:>13,.0f}" + "".join(
-            f"{row['validation'][split]['accuracy']:>20.3f}{row['validation'][split]['mcc']:>8.3f}" for split in splits))
-    return "\n".join(lines)
+    rows = {name: summary[key] for key, name in names.items() if key in summary}
+    return endings.score_table(
+        {name: row["validation"] for name, row in rows.items()},
+        {"parameters": {name: f"{row['parameters']:,}" for name, row in rows.items()},
+         "sentences/s": {name: f"{row['sentences_per_second']:,.0f}" for name, row in rows.items()}})
 
 
 # ---------------------------------------------------------------- the command line

@@ -55,6 +55,27 @@ def train(args, options: RunOptions, start: Callable[[], None]) -> int:
     return 0
 
 
+def score_table(rows: dict[str, dict], more: dict[str, dict[str, str]] | None = None) -> str:
+    """Formats accuracy and MCC on each split for the terminal: a line for each row; 95 columns for three splits.
+
+    Args:
+        rows: name -> split -> scores.
+        more: heading -> row's name -> cell, of the columns before the scores.
+    """
+    more = more or {}
+    # A development file's name may be wider than its two columns.
+    widths = {split: max(17, len(split) + 2) for split in next(iter(rows.values()))}
+    before = "".join(f"{heading:>13}" for heading in more)
+    lines = [f"  {'':<16}{'':<{len(before)}}" + "".join(f"{split:>{width}}" for split, width in widths.items()),
+             f"  {'':<16}{before}" + "".join(f"{'accuracy':>{width - 7}}{'MCC':>7}" for width in widths.values())]
+    for name, row in rows.items():
+        cells = "".join(f"{column[name]:>13}" for column in more.values())
+        scores = "".join(f"{row[split]['accuracy']:>{width - 7}.3f}{row[split]['mcc']:>7.3f}"
+                         for split, width in widths.items())
+        lines.append(f"  {name:<16}{cells}{scores}")
+    return "\n".join(lines)
+
+
 def study(args, out: Path, start: Callable[[], object], name: str) -> int:
     """Runs a comparison, a sweep or seeds, draws it and returns the exit status.
 

@@ -301,17 +301,13 @@ def main(args) -> int:
 
     def start() -> None:
         summary = run_finetune(options, stop=signals.received)
-        print(epoch_line("best", summary["best_epoch"], summary["validation"]))
-        print(epoch_line("last", summary["last_epoch"], summary["last_validation"]))
+        best = summary["validation"]
+        # A classifier that always says the commonest class has an MCC of 0.
+        majority = {split: {"accuracy": scores["majority_accuracy"], "mcc": 0.0} for split, scores in best.items()}
+        print(endings.score_table({"majority class": majority, f"best epoch ({summary['best_epoch']})": best,
+                                   f"last epoch ({summary['last_epoch']})": summary["last_validation"]}))
         train = summary["train"]
         print(f"{train['tokens_per_second']:.0f} tokens/s, {train['padding_percent']:.1f} % padding, "
               f"{train['peak_memory_bytes'] / 2 ** 20:.0f} MiB peak memory")
 
     return endings.train(args, options, start)
-
-
-def epoch_line(name: str, epoch: int, validation: dict) -> str:
-    """Formats an epoch's scores on each development split, next to the majority class's accuracy."""
-    return f"{name} epoch ({epoch}): " + "; ".join(
-        f"{split} accuracy {scores['accuracy']:.3f} (majority {scores['majority_accuracy']:.3f}), MCC {scores['mcc']:.3f}"
-        for split, scores in validation.items())
