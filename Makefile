@@ -53,7 +53,7 @@ test: .venv/test.stamp
 lint: .venv/test.stamp
 	$(BIN)/python -m ruff check .
 	@rm -rf .lint && mkdir .lint
-	@for module in run train_utils speed model sampling data_utils; do \
+	@for module in run train_utils speed model layers sampling data_utils; do \
 	  mkdir .lint/$$module && ln -s ../../$$module.py .lint/$$module/__init__.py; done
 	@for folder in experiments serving distillation training fast adapters data record metrics options machine report; do ln -s ../$$folder .lint/$$folder; done
 	cd .lint && ../$(BIN)/lint-imports ../pyproject.toml

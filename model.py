@@ -29,6 +29,7 @@ from data.backbones import (
     max_length_of,
 )
 from data.feature_head import FeatureHead
+from layers import StudentEmbedding
 from machine.errors import UserError
 from machine.hardware import send
 from options.schema import LoRAOptions, RNNConfig
@@ -384,7 +385,7 @@ class DistilRNN(nn.Module):
     def __init__(self, config: RNNConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.embedding = StudentEmbedding(config)
         self.rnn = CELLS[config.cell](config.embedding_size, config.hidden_size, config.rnn_layers, batch_first=True,
                                       bidirectional=config.directions == 2)
         self.dropout = nn.Dropout(config.dropout)

@@ -106,8 +106,7 @@ def first_layer(student: DistilRNN) -> nn.Module:
         return rnn
     # Built without memory: its parameters are replaced at once.
     with torch.device("meta"):
-        first = type(rnn)(config.embedding_size, config.hidden_size, 1, batch_first=True,
-                          bidirectional=rnn.bidirectional)
+        first = type(rnn)(rnn.input_size, rnn.hidden_size, 1, batch_first=True, bidirectional=rnn.bidirectional)
     for name, _ in list(first.named_parameters()):
         setattr(first, name, getattr(rnn, name))
     return first

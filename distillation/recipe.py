@@ -19,6 +19,7 @@ import speed
 from distillation.sentences import Inputs, prepare_sentences
 from distillation.stages import Done, Plan, Stage, baseline_stages, gold_stage, run_stage, student_stages, without_teacher
 from distillation.teachers import embed_as, teacher_logits
+from distillation.vocabulary import token_counts, vocabulary_rows
 from machine.hardware import device
 from model import DistilRNN
 from options.schema import DistilOptions, RunOptions
@@ -64,8 +65,12 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         stages = student_stages(plan)
         baseline = baseline_stages(plan, stages)
         logits = sentences.logits[sentences.unlabelled:]
+        ids = sentences.ids[:sentences.targeted]
     else:
         logits = teacher_logits(inputs.teacher, inputs.data.batches, folder / "teacher_logits.safetensors")
+        ids = [row[mask.bool()].tolist() for batch in inputs.data.batches
+               for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    counts = token_counts(ids, inputs.student.vocab_size)
 
     # 2. The last stage of both is the training set: with the teacher's logits, and without.
     gold = gold_stage(inputs, logits, options, train)
@@ -80,8 +85,10 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         # 3. A student from the same initial weights and random numbers, with the teacher's token embeddings in it.
         torch.manual_seed(train.seed)
         model = DistilRNN(inputs.student)
+        if inputs.student.vocabulary:
+            model.embedding.rows.copy_(vocabulary_rows(counts, inputs.student, inputs.tokenizer))
         if options.student_embeddings == "teacher":
-            embed_as(inputs.teachers[0], model)
+            embed_as(inputs.teachers[0], model, counts)
         model.to(device())
         speed.install(model)
 

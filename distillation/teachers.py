@@ -14,6 +14,7 @@ import speed
 import train_utils
 from data_utils import Batch
 from distillation.pca import principal_components
+from distillation.vocabulary import row_means
 from machine import processes
 from machine.errors import UserError
 from machine.hardware import send
@@ -72,17 +73,25 @@ def teacher_logits(teacher: nn.Module, batches: list[Batch], path: Path) -> Tens
 
 
 @torch.no_grad()
-def embed_as(teacher: TextClassifier, student: DistilRNN) -> None:
+def embed_as(teacher: TextClassifier, student: DistilRNN, counts: Tensor | None = None) -> None:
     """Gives the student the teacher's token embeddings, reduced by PCA to its size and scaled to a variance of 1.
 
+    The rows of a student with a vocabulary of its own are reduced, and no others; a row that tokens share is their mean.
     Tokens and dimensions that the teacher does not have keep the student's values.
+
+    Args:
+        counts: (vocab_size,) of each token id in the sentences that train; a student without a vocabulary does not need it.
     """
-    rows = teacher.net.base_model.get_input_embeddings().weight[:len(student.embedding.weight)].float().cpu()
+    embedding = student.embedding
+    rows = teacher.net.base_model.get_input_embeddings().weight[:student.config.vocab_size].float().cpu()
+    known = torch.arange(len(rows))
+    if embedding.rows is not None:
+        rows, known = row_means(rows, counts, embedding.rows)
     size = min(student.config.embedding_size, rows.shape[1])
     pca = principal_components(rows, size)
     # One scale for all dimensions: the first components stay the largest.
     reduced = pca.reduce(rows) * pca.std
-    student.embedding.weight[:len(rows), :size] = (reduced / reduced.std()).to(student.embedding.weight)
+    embedding.weight[known, :size] = (reduced / reduced.std()).to(embedding.weight)
 
 
 def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:

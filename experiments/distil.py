@@ -78,7 +78,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
             warnings.warn(f"the student has {100 * parameters / budget:.1f} % of the teacher's parameters, more than 10 %; "
                           "lower --embedding-size or --hidden-size", stacklevel=2)
         # First, because the weights of an unfinished run cannot be read without it.
-        write_json(folder / "student_config.json", asdict(inputs.student))
+        write_json(folder / "student_config.json", inputs.student.recorded())
         trained = distil(inputs, options, distil_options, folder, say, stop)
         students = {phase: result_of(one, inputs) for phase, one in trained.items()}
         # Keys of summary.json stay as they were at first: `scratch` is the baseline.
@@ -143,11 +143,15 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
     data = Data(batches, dev, selection_split(task.dev))
     texts = replace(data, batches=texts_only(batches), dev={split: texts_only(rows) for split, rows in dev.items()})
 
+    if distil_options.vocabulary and distil_options.vocabulary > len(tokenizer):
+        raise UserError(f"--vocabulary {distil_options.vocabulary}: expected at most {len(tokenizer)}, the tokens of "
+                        f"{options.model}'s tokenizer")
     # The largest student within a tenth of the teacher's parameters, which reads as the teacher does.
     if distil_options.directions is None:
         distil_options = replace(distil_options, directions=1 if teachers[0].decoder else 2)
     sizes = {name: getattr(distil_options, name)
-             for name in ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout")}
+             for name in ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout",
+                          "vocabulary", "rare_tokens")}
     largest_first = PLAIN_SIZES if distil_options.plain else STAGED_SIZES[distil_options.directions]
     budget = count_parameters(teachers[0])["total"] // 10
     student = student_config(len(tokenizer), task.num_labels, budget, largest_first, **sizes)
@@ -179,7 +183,7 @@ def texts_only(batches: list[Batch]) -> list[Batch]:
 def config_of(inputs: Inputs, options: RunOptions, distil_options: DistilOptions, say: Callable[[str], None]) -> dict:
     """Returns the config.json of a distillation."""
     settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **asdict(inputs.student)}
-    return {**provenance(as_json(settings), inputs.task.files), **speed.in_use(), "architecture": asdict(inputs.student),
+    return {**provenance(as_json(settings), inputs.task.files), **speed.in_use(), "architecture": inputs.student.recorded(),
             "classes": list(inputs.task.classes), "rows_in_training": rows_in_training(inputs.task, say),
             "tokenizer_sha256": inputs.base.tokenizer_sha256}
 

@@ -7,7 +7,7 @@ Defaults that depend on the task or on --plain stand in presets/.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from options.declare import minutes_or_steps, names_in, option
@@ -15,6 +15,7 @@ from options.declare import minutes_or_steps, names_in, option
 # Roles of a block's projections, as --targets names them: query, key, value, output, and both of the MLP.
 ROLES = ("q", "k", "v", "o", "mlp")
 METHODS = ("lora", "full", "head", "features", "none")
+RARE_TOKENS = ("buckets", "pieces")
 TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
 
@@ -89,6 +90,15 @@ class RNNConfig:
     cell: str = "lstm"
     pooling: str = "max"  # max, mean or attention, over real tokens
     dropout: float = 0.3  # on embeddings and on the pooled vector
+    # Rows of the embedding table; None: one for each of the `vocab_size` tokens.
+    vocabulary: int | None = None
+    rare_tokens: str = "buckets"  # tokens without a row of their own: they share `buckets`, or are the mean of `pieces`
+
+    def recorded(self) -> dict:
+        """Returns the sizes as a run records them: those that came later only where they are in use."""
+        # A run from before them is repeated to the byte.
+        later = {} if self.vocabulary else {"vocabulary", "rare_tokens"}
+        return {name: value for name, value in asdict(self).items() if name not in later}
 
 
 # Embedding and hidden sizes of a default student, which has the first that fit its budget. Those in stages depend on the
@@ -146,6 +156,11 @@ class DistilOptions:
         None, "size of the student's state in each direction; the default next to --embedding-size if not given", least=1)
     directions: int | None = option(None, "directions in which the student reads; if not given as its teacher: 1 of a "
                                     "decoder, 2 of an encoder", choices=(1, 2), preset=True, before=2)
+    vocabulary: int | None = option(
+        None, "rows of the student's embedding table: one for each of the most frequent tokens of its sentences, and some "
+        "that the others share; one for each token of the tokenizer if not given", least=16)
+    rare_tokens: str = option(RNNConfig.rare_tokens, "tokens without a row of their own, with --vocabulary: they share "
+                              "buckets, or are the mean of their longest known beginning and ending", choices=RARE_TOKENS)
     rnn_layers: int = option(RNNConfig.rnn_layers, "layers of the student's RNN", least=1)
     cell: str = option(RNNConfig.cell, "cell of the student's RNN", choices=names_in("model.py", "CELLS"))
     pooling: str = option("attention", "pooling of the student's states over real tokens", preset=True, before="max",

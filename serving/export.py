@@ -93,13 +93,19 @@ def onnx_model(student: DistilRNN):
         nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
-    # Embed the tokens, and count each sentence's: the mask is 1 at a real token.
-    ids = node("Gather", [constant("embedding", _array(student.embedding.weight)), "input_ids"], "embedded")  # (B, T, E)
+    # Embed the tokens: with a vocabulary of the student's own the ids lead to rows of the table first.
+    rows, table = "input_ids", constant("embedding", _array(student.embedding.weight))
+    if student.embedding.rows is not None:
+        rows = node("Gather", [constant("rows", student.embedding.rows.cpu().numpy()), rows], "row_of_token")
+    embedded = node("Gather", [table, rows], "embedded")  # (B, T, E), or with pieces (B, T, 2, E)
+    if config.vocabulary and config.rare_tokens == "pieces":
+        embedded = node("ReduceMean", [embedded], "mean_of_pieces", axes=[2], keepdims=0)
+    # Count each sentence's tokens: the mask is 1 at a real token.
     axis_1, axis_2 = constant("axis_1", np.array([1])), constant("axis_2", np.array([2]))
     lengths = node("ReduceSum", ["attention_mask", axis_1], "lengths", keepdims=0)  # (B,)
     lengths = node("Cast", [lengths], "sequence_lens", to=types.INT32)
     # ONNX's recurrent layers take time first.
-    states = node("Transpose", [ids], "time_first", perm=[1, 0, 2])  # (T, B, E)
+    states = node("Transpose", [embedded], "time_first", perm=[1, 0, 2])  # (T, B, E)
     shape = constant("all_directions", np.array([0, 0, config.directions * config.hidden_size]))
     for layer in range(config.rnn_layers):
         matrices = [constant(f"{part}_{layer}", value) for part, value in zip("WRB", _gates(student, layer), strict=True)]

@@ -1,6 +1,7 @@
 """A distillation in stages: the transfer set, its cache, equal budgets, and a stopped one that ends in the same bytes."""
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -295,3 +296,53 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
         assert error.endswith(f"run.py: {run}: has no baseline (it was run with --no-control)\n")
     assert toy.main("diagnose", run, "--out", tmp_path / "diagnosis") == 0
     assert list(read_json(tmp_path / "diagnosis" / "diagnose.json")["models"]) == ["teacher", "student", "language_model"]
+
+
+# ---------------------------------------------------------------- a vocabulary of the student's own
+
+@pytest.fixture(scope="module")
+def small_vocabulary(work, staged):
+    """A run in stages with a table of 40 rows, on the cache of `staged`."""
+    assert distil(work, staged / "small", "--vocabulary", 40, "--rare-tokens", "pieces", "--pretrain", 0) == 0
+    return staged / "small"
+
+
+def test_frequent_tokens_of_the_sentences_that_train_have_a_row_each(work, staged, small_vocabulary):
+    student, tokenizer, _ = evaluate.load_student(small_vocabulary)
+    (table,) = cache(staged).glob("sentences-*.tsv")
+    trained = [line.split("\t")[1] for line in table.read_text().splitlines()]
+    trained += load_task("cola", work / "cola").train.sentences
+    count = Counter(token for sentence in trained for token in tokenizer(sentence)["input_ids"])
+    frequent = sorted(range(len(tokenizer)), key=lambda token: (-count[token], token))[:38]
+    assert student.embedding.rows[frequent].tolist() == [[row, row] for row in range(38)]
+    assert student.embedding.weight.shape == (40, 6) and student.embedding.rows.dtype == torch.int32
+
+
+def test_a_vocabulary_is_in_the_files_and_in_the_count_of_parameters(small_vocabulary):
+    sizes, summary = (read_json(small_vocabulary / name) for name in ("student_config.json", "summary.json"))
+    weights = load_file(small_vocabulary / "student.safetensors")
+    assert (sizes["vocabulary"], sizes["rare_tokens"]) == (40, "pieces")
+    assert summary["student"]["parameters"] == sum(
+        value.numel() for name, value in weights.items() if name != "embedding.rows")
+    # The baseline has the same rows.
+    assert torch.equal(weights["embedding.rows"], load_file(small_vocabulary / "scratch.safetensors")["embedding.rows"])
+
+
+def test_without_a_vocabulary_the_files_are_those_of_earlier_runs(staged):
+    assert set(read_json(staged / "run" / "student_config.json")) == {
+        "vocab_size", "num_labels", "embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling",
+        "dropout"}
+    assert "embedding.rows" not in load_file(staged / "run" / "student.safetensors")
+
+
+def test_a_student_with_a_vocabulary_is_repeated(small_vocabulary, capsys):
+    assert toy.main("repeat", small_vocabulary) == 0
+    assert "identical" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows, expected", [(8, "expected a whole number of at least 16"),
+                                            (10 ** 6, "expected at most ")])
+def test_an_impossible_vocabulary_is_one_line(work, tmp_path, capsys, rows, expected):
+    assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--out", tmp_path / "run", "--vocabulary", rows) == 2
+    err = capsys.readouterr().err.strip()
+    assert expected in err and f"{rows}" in err and not (tmp_path / "run").exists()

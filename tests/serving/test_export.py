@@ -67,6 +67,25 @@ def test_the_graph_computes_the_students_logits_of_padded_batches_and_of_single_
         assert np.abs(logits - alone).max() < 1e-5
 
 
+@pytest.mark.parametrize("more", [{"vocabulary": 40}, {"vocabulary": 40, "rare_tokens": "pieces"}])
+def test_the_graph_of_another_student_computes_its_logits(tmp_path, more):
+    made = student(**more)
+    if made.embedding.rows is not None:
+        made.embedding.rows.copy_(torch.randint(0, 40, made.embedding.rows.shape))
+    mask = (torch.arange(12) < torch.tensor([5, 9, 1, 12])[:, None]).long()
+    ids = torch.randint(0, 280, mask.shape)
+    with torch.inference_mode():
+        expected = made(ids, mask).numpy()
+    inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    model = export.onnx_model(made)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    assert np.abs(export.session(tmp_path / "m.onnx", threads=1).run(None, inputs)[0] - expected).max() < 1e-5
+    # In 8 bits the same graph, up to rounding: the map of the rows stays as it is.
+    export.write_int8(model, tmp_path / "int8.onnx")
+    rounded = export.session(tmp_path / "int8.onnx", threads=1).run(None, inputs)[0]
+    assert 0 < np.abs(rounded - expected).max() < 0.2 * np.abs(expected).max()
+
+
 def test_the_folder_holds_all_that_is_needed_and_appears_whole(tmp_path, tokenizer):
     said = []
     out = write(student(), tokenizer, tmp_path / "deep" / "out", said)
