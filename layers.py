@@ -1,9 +1,16 @@
-"""Layers of the student that PyTorch lacks: embeddings with a vocabulary of their own."""
+"""Layers of the student that PyTorch lacks: embeddings with a vocabulary of their own, and a cell without a loop over time.
+
+    states = MinGRU(8, 16, bidirectional=True)(x, lengths)    # (B, T, 8), (B,) -> (B, T, 32)
+"""
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from machine.hardware import send
 from options.schema import RNNConfig
 
 
@@ -30,3 +37,75 @@ class StudentEmbedding(nn.Embedding):
             return super().forward(ids)
         vectors = super().forward(self.rows[ids])
         return vectors if self.rows.dim() == 1 else vectors.mean(2)
+
+
+# ---------------------------------------------------------------- a cell that is parallel over time
+
+class MinGRU(nn.Module):
+    """minGRU: a GRU in which gate and candidate read the input alone, not the state.
+
+    Feng et al. 2024, "Were RNNs All We Needed?" (arXiv 2410.01201), section 3.1, with g of appendix B:
+
+        h_t = (1 - z_t) h_(t-1) + z_t c_t, from h_0 = 0
+        z_t = sigmoid(W_z x_t + b_z)
+        c_t = g(W_c x_t + b_c), g(a) = a + 0.5 for a >= 0, else sigmoid(a)
+
+    That is linear in h, so that `scan` computes all steps at once. The arguments are those of nn.LSTM. Layer k has
+    `weight_lk` (D * 2 * H, E), W_z and W_c of the forward direction, then those of the backward one, and `bias_lk`.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, batch_first: bool = True,
+                 bidirectional: bool = False):
+        super().__init__()
+        # A student's rows always come first.
+        assert batch_first
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bidirectional, directions = bidirectional, 2 if bidirectional else 1
+        for layer in range(num_layers):
+            width = directions * hidden_size if layer else input_size
+            # As nn.Linear begins, which the paper uses.
+            outputs, bound = 2 * directions * hidden_size, 1 / math.sqrt(width)
+            for name, shape in (("weight", (outputs, width)), ("bias", (outputs,))):
+                self.register_parameter(f"{name}_l{layer}", nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # (B, T, E), (B,) -> (B, T, DH)
+        """Returns the states, forward direction first; those at a row's pads are arbitrary."""
+        pads = (torch.arange(x.shape[1]) >= lengths.cpu().unsqueeze(1)).unsqueeze(-1)  # (B, T, 1)
+        pads = send(pads, x.device) if self.bidirectional and bool(pads.any()) else None
+        for layer in range(self.num_layers):
+            # One matmul for both gates of both directions and of all steps.
+            gates = F.linear(x, getattr(self, f"weight_l{layer}"), getattr(self, f"bias_l{layer}"))
+            ahead, *behind = gates.split(2 * self.hidden_size, -1)
+            states = [scan(*self.step(ahead))]
+            for one in behind:
+                keep, new = self.step(one)
+                # The backward direction comes to the pads first. They keep its state at zero.
+                if pads is not None:
+                    keep, new = keep.masked_fill(pads, 1.0), new.masked_fill(pads, 0.0)
+                states.append(scan(keep.flip(1), new.flip(1)).flip(1))
+            x = torch.cat(states, -1)
+        return x
+
+    @staticmethod
+    def step(gates: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, 2H) -> (B, T, H), (B, T, H)
+        """Returns each step as h_t = keep * h_(t-1) + new."""
+        gate, candidate = gates.chunk(2, -1)
+        # 1 - sigmoid(a) = sigmoid(-a), without cancellation.
+        return torch.sigmoid(-gate), torch.sigmoid(gate) * torch.where(candidate >= 0, candidate + 0.5,
+                                                                       torch.sigmoid(candidate))
+
+
+def scan(keep: Tensor, new: Tensor) -> Tensor:
+    """Returns all h_t = keep_t h_(t-1) + new_t, from h_0 = 0, in log2(T) rounds: (B, T, H), (B, T, H) -> (B, T, H).
+
+    Hillis and Steele 1986, "Data parallel algorithms". Nothing is divided, and no logarithm is taken.
+    """
+    reach = 1
+    while reach < keep.shape[1]:
+        # (keep, new) of a position stand for the last `reach` steps before it. Joined with those of the position `reach`
+        # steps earlier they stand for twice as many; the first positions have no more than they have.
+        earlier_keep, earlier_new = keep[:, :-reach], new[:, :-reach]
+        new = torch.cat([new[:, :reach], torch.addcmul(new[:, reach:], keep[:, reach:], earlier_new)], 1)
+        keep = torch.cat([keep[:, :reach], keep[:, reach:] * earlier_keep], 1)
+        reach *= 2
+    return new

@@ -29,7 +29,7 @@ from data.backbones import (
     max_length_of,
 )
 from data.feature_head import FeatureHead
-from layers import StudentEmbedding
+from layers import MinGRU, StudentEmbedding
 from machine.errors import UserError
 from machine.hardware import send
 from options.schema import LoRAOptions, RNNConfig
@@ -372,8 +372,8 @@ def load_classifier(name: str, num_labels: int) -> tuple[TextClassifier, PreTrai
 
 # ---------------------------------------------------------------- the student
 
-# A new cell is a class with the arguments of nn.LSTM, and one entry.
-CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
+# A new cell is a class with the arguments of nn.LSTM, and one entry. It maps x (B, T, E) and lengths (B,) to states.
+CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "mingru": MinGRU}
 
 
 class DistilRNN(nn.Module):
@@ -397,13 +397,14 @@ class DistilRNN(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, rnn: nn.Module | None = None) -> Tensor:
         """Returns the RNN's states (B, T, DH), forward direction first, or those of another `rnn` in its place."""
-        x = self.dropout(self.embedding(input_ids))  # (B, T, E)
         # Batches keep the mask on the CPU, so that its lengths are known without waiting for a GPU.
-        return self.rnn_states(rnn or self.rnn, x, attention_mask.sum(1))
+        return self.rnn_states(rnn or self.rnn, self.dropout(self.embedding(input_ids)), attention_mask.sum(1))
 
     def rnn_states(self, rnn: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
         """Returns the states (B, T, DH) of padded rows x (B, T, E) with these lengths (B,)."""
-        # Packed, so that the backward direction begins at each row's last real token and not at its pads.
+        if not isinstance(rnn, nn.RNNBase):
+            return rnn(x, lengths)
+        # PyTorch's cells read packed rows: the backward direction begins at the last real token and not at the pads.
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(rnn(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 

@@ -3,7 +3,7 @@
     python run.py export runs/distil-12345 --out student --int8
 
 The graph is written with ONNX's own LSTM and GRU. Their `sequence_lens` stands for PyTorch's packing: the backward direction
-begins at a sentence's last real token.
+begins at a sentence's last real token. A minGRU, which ONNX lacks, is a Scan over time.
 """
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ def onnx_model(student: DistilRNN):
         weights.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def node(kind: str, inputs: list[str], output: str, **attributes) -> str:
-        nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+    def node(kind: str, inputs: list[str], output: str, unused: tuple[str, ...] = (), **attributes) -> str:
+        # `unused` outputs come before the one that is read.
+        nodes.append(helper.make_node(kind, inputs, [*unused, output], name=output, **attributes))
         return output
 
     # Embed the tokens: with a vocabulary of the student's own the ids lead to rows of the table first.
@@ -107,7 +108,9 @@ def onnx_model(student: DistilRNN):
     # ONNX's recurrent layers take time first.
     states = node("Transpose", [embedded], "time_first", perm=[1, 0, 2])  # (T, B, E)
     shape = constant("all_directions", np.array([0, 0, config.directions * config.hidden_size]))
-    for layer in range(config.rnn_layers):
+    if config.cell == "mingru":
+        states = _mingru(student, states, constant, node)  # (T, B, DH)
+    for layer in range(config.rnn_layers if config.cell in GATES else 0):
         matrices = [constant(f"{part}_{layer}", value) for part, value in zip("WRB", _gates(student, layer), strict=True)]
         # PyTorch's GRU applies the reset gate after the matmul of the hidden state, ONNX's by default before it.
         more = {"linear_before_reset": 1} if config.cell == "gru" else {}
@@ -165,18 +168,62 @@ def _gates(student: DistilRNN, layer: int) -> tuple[np.ndarray, ...]:
     return np.stack(W), np.stack(R), np.stack(B)
 
 
-def write_int8(model, path: Path) -> None:
-    """Writes the model with 8-bit weights: embedding table and LSTM. Activations are quantised at run time.
+def _mingru(student: DistilRNN, states: str, constant: Callable, node: Callable) -> str:
+    """Adds the layers of a minGRU to a graph (layers.py): vectors (T, B, E) -> the name of its states (T, B, DH).
 
-    The classifier, a few hundred numbers, stays float32, and so does a GRU: onnxruntime has no 8-bit GRU.
+    Args:
+        constant, node: add a constant and a node to the graph, and return its name.
+    """
+    helper, types, size = require("onnx.helper"), require("onnx").TensorProto, student.config.hidden_size
+    # One step of the recurrence: h = keep h + new.
+    pair = [helper.make_tensor_value_info(name, types.FLOAT, ["batch", size]) for name in ("h", "keep", "new")]
+    out = [helper.make_tensor_value_info(name, types.FLOAT, ["batch", size]) for name in ("h_next", "h_now")]
+    body = helper.make_graph([helper.make_node("Mul", ["h", "keep"], ["kept"]),
+                              helper.make_node("Add", ["kept", "new"], ["h_next"]),
+                              helper.make_node("Identity", ["h_next"], ["h_now"])], "step", pair, out)
+    start = node("Concat", [node("Shape", ["sequence_lens"], "batch_size"), constant("hidden_size", np.array([size]))],
+                 "start_shape", axis=0)
+    start = node("ConstantOfShape", [start], "start")
+    one, zero, half = (constant(name, np.array(value, dtype=np.float32))
+                       for name, value in (("one", 1), ("zero", 0), ("half", 0.5)))
+    real = node("Transpose", ["attention_mask"], "mask_time_first", perm=[1, 0])
+    real = node("Unsqueeze", [node("Cast", [real], "real_steps", to=types.FLOAT), "axis_2"], "real_gate")  # (T, B, 1)
+    for layer in range(student.config.rnn_layers):
+        # The matmuls of each gate and direction by themselves: the graph needs no cuts.
+        parts, linear, found = 2 * student.config.directions, [], []
+        weights = np.split(_array(getattr(student.rnn, f"weight_l{layer}")), parts)
+        biases = np.split(_array(getattr(student.rnn, f"bias_l{layer}")), parts)
+        for part in range(parts):
+            name = f"{layer}_{part}"
+            product = node("MatMul", [states, constant(f"weight_{name}", weights[part].T)], f"matmul_{name}")
+            linear.append(node("Add", [product, constant(f"bias_{name}", biases[part])], f"linear_{name}"))
+        for direction in range(student.config.directions):
+            name, (gate, candidate) = f"{layer}_{direction}", linear[2 * direction:2 * direction + 2]
+            # A gate of zero at the pads keeps the state as it is.
+            gate = node("Mul", [node("Sigmoid", [gate], f"sigmoid_{name}"), real], f"gate_{name}")
+            keep = node("Sub", [one, gate], f"keep_{name}")
+            candidate = node("Where", [node("GreaterOrEqual", [candidate, zero], f"positive_{name}"),
+                                       node("Add", [candidate, half], f"above_{name}"),
+                                       node("Sigmoid", [candidate], f"below_{name}")], f"candidate_{name}")
+            new = node("Mul", [gate, candidate], f"new_{name}")
+            found.append(node("Scan", [start, keep, new], f"scan_{name}", (f"last_{name}",), body=body, num_scan_inputs=2,
+                              scan_input_directions=[direction] * 2, scan_output_directions=[direction]))
+        states = node("Concat", found, f"states_{layer}", axis=2)
+    return states
+
+
+def write_int8(model, path: Path) -> None:
+    """Writes the model with 8-bit weights: embedding table, and LSTM or minGRU. Activations are quantised at run time.
+
+    Attention and classifier, a few hundred numbers, stay float32, and so does a GRU: onnxruntime has no 8-bit GRU.
     """
     quantization = require("onnxruntime.quantization")
     # onnxruntime's advice is about traced graphs, not about one that was built by hand.
     logging.disable(logging.WARNING)
     try:
         # Unsigned weights, since matmuls of unsigned with signed bytes overflow on CPUs without VNNI.
-        quantization.quantize_dynamic(model, path, op_types_to_quantize=["Gather", "LSTM"],
-                                      weight_type=quantization.QuantType.QUInt8)
+        quantization.quantize_dynamic(model, path, op_types_to_quantize=["Gather", "LSTM", "MatMul"],
+                                      nodes_to_exclude=["scores"], weight_type=quantization.QuantType.QUInt8)
     finally:
         logging.disable(logging.NOTSET)
 

@@ -14,7 +14,7 @@ def student(layers: int = 1, cell: str = "lstm", directions: int = 2) -> DistilR
                                dropout=0.0))
 
 
-@pytest.mark.parametrize(("layers", "cell"), [(1, "lstm"), (2, "lstm"), (2, "gru")])
+@pytest.mark.parametrize(("layers", "cell"), [(1, "lstm"), (2, "lstm"), (2, "gru"), (2, "mingru")])
 def test_no_direction_has_read_the_token_that_it_predicts(layers, cell):
     """With another token at one place, each direction's state beside it stays what it was."""
     net, (ids, mask) = student(layers, cell), toy_batch((6, 6))

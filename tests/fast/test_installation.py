@@ -105,7 +105,7 @@ def test_dropout_of_an_adapter_zeroes_inputs_of_A_alone():
         torch.testing.assert_close(found.mean(0, keepdim=True), exact, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "mingru"])
 @pytest.mark.parametrize("directions, layers", [(1, 1), (2, 1), (2, 2)])
 def test_a_student_is_the_reference_up_to_rounding(cell, directions, layers):
     found = []
