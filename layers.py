@@ -19,6 +19,9 @@ class StudentEmbedding(nn.Embedding):
 
     Ids are those of the tokenizer in either case. With `config.vocabulary` the buffer `rows` maps an id to its row, (V,), or
     to the two rows that it is the mean of, (V, 2): those of its pieces.
+
+    With `config.frozen_embeddings` a copy of the first table stays as it is, and a token's vector is the trained one next to
+    the frozen one: the two channels of Kim 2014, "Convolutional Neural Networks for Sentence Classification".
     """
 
     def __init__(self, config: RNNConfig):
@@ -31,12 +34,15 @@ class StudentEmbedding(nn.Embedding):
                 rows = rows.unsqueeze(1).repeat(1, 2)
         # In the file of the weights, so that a student is read with the rows that it was trained with.
         self.register_buffer("rows", rows)
+        self.frozen = nn.Parameter(self.weight.detach().clone(), requires_grad=False) if config.frozen_embeddings else None
+        self.width = config.embedding_size * (2 if config.frozen_embeddings else 1)  # of a token's vector
 
-    def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, E)
-        if self.rows is None:
-            return super().forward(ids)
-        vectors = super().forward(self.rows[ids])
-        return vectors if self.rows.dim() == 1 else vectors.mean(2)
+    def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> (B, T, width)
+        rows = ids if self.rows is None else self.rows[ids]  # (B, T), or with pieces (B, T, 2)
+        vectors = super().forward(rows)
+        if self.frozen is not None:
+            vectors = torch.cat([vectors, F.embedding(rows, self.frozen)], -1)
+        return vectors.mean(2) if rows.dim() > ids.dim() else vectors
 
 
 # ---------------------------------------------------------------- a cell that is parallel over time

@@ -386,7 +386,7 @@ class DistilRNN(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = StudentEmbedding(config)
-        self.rnn = CELLS[config.cell](config.embedding_size, config.hidden_size, config.rnn_layers, batch_first=True,
+        self.rnn = CELLS[config.cell](self.embedding.width, config.hidden_size, config.rnn_layers, batch_first=True,
                                       bidirectional=config.directions == 2)
         self.dropout = nn.Dropout(config.dropout)
         width = config.directions * config.hidden_size

@@ -92,6 +92,9 @@ def embed_as(teacher: TextClassifier, student: DistilRNN, counts: Tensor | None 
     # One scale for all dimensions: the first components stay the largest.
     reduced = pca.reduce(rows) * pca.std
     embedding.weight[known, :size] = (reduced / reduced.std()).to(embedding.weight)
+    # A frozen copy is one of the first vectors.
+    if embedding.frozen is not None:
+        embedding.frozen.copy_(embedding.weight)
 
 
 def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:

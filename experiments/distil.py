@@ -151,7 +151,7 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
         distil_options = replace(distil_options, directions=1 if teachers[0].decoder else 2)
     sizes = {name: getattr(distil_options, name)
              for name in ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout",
-                          "vocabulary", "rare_tokens")}
+                          "vocabulary", "rare_tokens", "frozen_embeddings")}
     largest_first = PLAIN_SIZES if distil_options.plain else STAGED_SIZES[distil_options.directions]
     budget = count_parameters(teachers[0])["total"] // 10
     student = student_config(len(tokenizer), task.num_labels, budget, largest_first, **sizes)

@@ -94,11 +94,14 @@ class RNNConfig:
     vocabulary: int | None = None
     rare_tokens: str = "buckets"  # tokens without a row of their own: they share `buckets`, or are the mean of `pieces`
 
+    frozen_embeddings: bool = False  # a frozen copy of the first embeddings next to the trained ones
+
     def recorded(self) -> dict:
         """Returns the sizes as a run records them: those that came later only where they are in use."""
         # A run from before them is repeated to the byte.
-        later = {} if self.vocabulary else {"vocabulary", "rare_tokens"}
-        return {name: value for name, value in asdict(self).items() if name not in later}
+        unused = {"vocabulary": not self.vocabulary, "rare_tokens": not self.vocabulary,
+                  "frozen_embeddings": not self.frozen_embeddings}
+        return {name: value for name, value in asdict(self).items() if not unused.get(name)}
 
 
 # Embedding and hidden sizes of a default student, which has the first that fit its budget. Those in stages depend on the
@@ -161,6 +164,7 @@ class DistilOptions:
         "that the others share; one for each token of the tokenizer if not given", least=16)
     rare_tokens: str = option(RNNConfig.rare_tokens, "tokens without a row of their own, with --vocabulary: they share "
                               "buckets, or are the mean of their longest known beginning and ending", choices=RARE_TOKENS)
+    frozen_embeddings: bool = option(False, "give the student a frozen copy of its first embeddings next to trained ones")
     rnn_layers: int = option(RNNConfig.rnn_layers, "layers of the student's RNN", least=1)
     cell: str = option(RNNConfig.cell, "cell of the student's RNN", choices=names_in("model.py", "CELLS"))
     pooling: str = option("attention", "pooling of the student's states over real tokens", preset=True, before="max",

@@ -95,10 +95,14 @@ def onnx_model(student: DistilRNN):
         return output
 
     # Embed the tokens: with a vocabulary of the student's own the ids lead to rows of the table first.
-    rows, table = "input_ids", constant("embedding", _array(student.embedding.weight))
+    rows = "input_ids"
     if student.embedding.rows is not None:
         rows = node("Gather", [constant("rows", student.embedding.rows.cpu().numpy()), rows], "row_of_token")
-    embedded = node("Gather", [table, rows], "embedded")  # (B, T, E), or with pieces (B, T, 2, E)
+    # (B, T, E), or with pieces (B, T, 2, E); a frozen copy's vectors stand next to the trained ones.
+    embedded = node("Gather", [constant("embedding", _array(student.embedding.weight)), rows], "embedded")
+    if student.embedding.frozen is not None:
+        frozen = node("Gather", [constant("frozen", _array(student.embedding.frozen)), rows], "embedded_frozen")
+        embedded = node("Concat", [embedded, frozen], "both_embeddings", axis=-1)
     if config.vocabulary and config.rare_tokens == "pieces":
         embedded = node("ReduceMean", [embedded], "mean_of_pieces", axes=[2], keepdims=0)
     # Count each sentence's tokens: the mask is 1 at a real token.

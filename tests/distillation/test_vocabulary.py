@@ -9,6 +9,7 @@ from conftest import VOCAB, adapted, toy_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distillation.student_size import student_parameters
 from distillation.teachers import embed_as
 from distillation.vocabulary import row_means, token_counts, vocabulary_rows
 from model import DistilRNN, RNNConfig
@@ -109,3 +110,26 @@ def test_the_first_embeddings_are_components_of_the_rows_means(rare_tokens):
     found = student.embedding.weight.detach()[known].numpy()
     np.testing.assert_allclose(np.abs(found), np.abs(expected / expected.std()), atol=2e-2)
     assert len(known) >= 30
+
+
+def test_a_frozen_copy_stays_as_the_first_embeddings_were_and_is_read():
+    student = DistilRNN(config(40, frozen_embeddings=True, rnn_layers=2))
+    assert torch.equal(student.embedding.frozen, student.embedding.weight)
+    embed_as(adapted("gpt2"), student, torch.arange(VOCAB))
+    first = student.embedding.weight.detach().clone()
+    assert torch.equal(student.embedding.frozen, first) and student.rnn.input_size == 12
+    ids, mask = toy_batch()
+    vectors = student.embedding(ids)
+    expected = first[student.embedding.rows[ids].long()]
+    assert torch.equal(vectors[..., :6], expected) and torch.equal(vectors[..., 6:], expected)
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=1.0)
+    student(ids, mask).square().sum().backward()
+    optimizer.step()
+    assert student.embedding.frozen.grad is None and torch.equal(student.embedding.frozen, first)
+    assert not torch.equal(student.embedding.weight, first)
+    # The copy matters to the logits, and counts.
+    before = student.eval()(ids, mask)
+    student.embedding.frozen.zero_()
+    assert not torch.allclose(before, student(ids, mask))
+    alone = student_parameters(config(40, rnn_layers=2))
+    assert student_parameters(student.config) == alone + 40 * 6 + 2 * 4 * 5 * 6

@@ -302,8 +302,9 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
 
 @pytest.fixture(scope="module")
 def small_vocabulary(work, staged):
-    """A run in stages with a table of 40 rows, on the cache of `staged`."""
-    assert distil(work, staged / "small", "--vocabulary", 40, "--rare-tokens", "pieces", "--pretrain", 0) == 0
+    """A run in stages with a table of 40 rows and its frozen copy, on the cache of `staged`."""
+    assert distil(work, staged / "small", "--vocabulary", 40, "--rare-tokens", "pieces", "--frozen-embeddings",
+                  "--pretrain", 0) == 0
     return staged / "small"
 
 
@@ -324,8 +325,10 @@ def test_a_vocabulary_is_in_the_files_and_in_the_count_of_parameters(small_vocab
     assert (sizes["vocabulary"], sizes["rare_tokens"]) == (40, "pieces")
     assert summary["student"]["parameters"] == sum(
         value.numel() for name, value in weights.items() if name != "embedding.rows")
-    # The baseline has the same rows.
-    assert torch.equal(weights["embedding.rows"], load_file(small_vocabulary / "scratch.safetensors")["embedding.rows"])
+    # The baseline has the same rows and the same frozen vectors.
+    for name in ("embedding.rows", "embedding.frozen"):
+        assert torch.equal(weights[name], load_file(small_vocabulary / "scratch.safetensors")[name])
+    assert sizes["frozen_embeddings"] and not torch.equal(weights["embedding.frozen"], weights["embedding.weight"])
 
 
 def test_without_a_vocabulary_the_files_are_those_of_earlier_runs(staged):

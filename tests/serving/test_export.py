@@ -68,7 +68,8 @@ def test_the_graph_computes_the_students_logits_of_padded_batches_and_of_single_
 
 
 @pytest.mark.parametrize("more", [
-    {"vocabulary": 40}, {"vocabulary": 40, "rare_tokens": "pieces"},
+    {"vocabulary": 40}, {"vocabulary": 40, "rare_tokens": "pieces"}, {"frozen_embeddings": True},
+    {"vocabulary": 40, "rare_tokens": "pieces", "frozen_embeddings": True, "cell": "gru"},
     *({"cell": "mingru", "rnn_layers": 2, "directions": directions, "pooling": "attention"} for directions in (1, 2))])
 def test_the_graph_of_another_student_computes_its_logits(tmp_path, more):
     made = student(**more)
