@@ -9,6 +9,8 @@ from machine.errors import UserError
 from model import DistilRNN
 from options.schema import PLAIN_SIZES, RNNConfig
 
+STEP, WIDEST = 8, 512  # embeddings and states that are computed are multiples of 8; embeddings are no wider
+
 
 def student_parameters(config: RNNConfig) -> int:
     """Counts the parameters of a student, embeddings included, without building it."""
@@ -37,3 +39,44 @@ def student_config(vocab_size: int, num_labels: int, budget: int, largest_first:
             return config
     raise UserError(f"no default student fits {budget:,} parameters with a vocabulary of {vocab_size:,}; give "
                     "--embedding-size and --hidden-size")
+
+
+def filled_config(vocab_size: int, num_labels: int, budget: int, **sizes) -> RNNConfig:
+    """Returns the student that fills `budget` parameters: with the largest state that fits.
+
+    Sizes given explicitly (not None) are taken as they are. Without a given size embeddings take at most half of the budget
+    and are no wider than the state.
+
+    Raises:
+        UserError: no state fits next to the embeddings, or the sizes given do not fit.
+    """
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    tables = (sizes.get("vocabulary") or vocab_size) * (2 if sizes.get("frozen_embeddings") else 1)
+
+    def config(**more) -> RNNConfig:
+        return RNNConfig(vocab_size, num_labels, **{**more, **sizes})
+
+    # The widest first. The narrowest may not fit either: the error below names it.
+    widest = max(1, min(WIDEST, budget // 2 // tables) // STEP) * STEP
+    embedding = next((width for width in range(widest, STEP, -STEP)
+                      if _fits(config(embedding_size=width, hidden_size=width), budget)), STEP)
+    # The number of parameters grows with the state: double it until it is too large, then halve the interval.
+    fits, too_large = 0, 1
+    while "hidden_size" not in sizes and _fits(config(embedding_size=embedding, hidden_size=too_large * STEP), budget):
+        fits, too_large = too_large, 2 * too_large
+    while too_large - fits > 1:
+        middle = (fits + too_large) // 2
+        if _fits(config(embedding_size=embedding, hidden_size=middle * STEP), budget):
+            fits = middle
+        else:
+            too_large = middle
+    found = config(embedding_size=embedding, hidden_size=max(1, fits) * STEP)
+    if not _fits(found, budget):
+        raise UserError(f"--student-parameters {budget}: a student with embeddings of {found.embedding_size} and a state of "
+                        f"{found.hidden_size} has {student_parameters(found)}; expected a smaller --vocabulary, "
+                        "--embedding-size or --hidden-size, or more parameters")
+    return found
+
+
+def _fits(config: RNNConfig, budget: int) -> bool:
+    return student_parameters(config) <= budget

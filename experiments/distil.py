@@ -23,7 +23,7 @@ from data_utils import Batch
 from distillation.cache import Base
 from distillation.recipe import STUDENT, Trained, distil
 from distillation.sentences import Inputs, read_text
-from distillation.student_size import student_config, student_parameters
+from distillation.student_size import filled_config, student_config, student_parameters
 from distillation.teachers import Averaged
 from experiments import endings
 from experiments.arguments import fill, given, preset, preset_name, run_options
@@ -146,15 +146,18 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
     if distil_options.vocabulary and distil_options.vocabulary > len(tokenizer):
         raise UserError(f"--vocabulary {distil_options.vocabulary}: expected at most {len(tokenizer)}, the tokens of "
                         f"{options.model}'s tokenizer")
-    # The largest student within a tenth of the teacher's parameters, which reads as the teacher does.
+    # The student reads as the teacher does. It fills its budget, or is the largest default within a tenth of the teacher's.
     if distil_options.directions is None:
         distil_options = replace(distil_options, directions=1 if teachers[0].decoder else 2)
     sizes = {name: getattr(distil_options, name)
              for name in ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout",
                           "vocabulary", "rare_tokens", "frozen_embeddings")}
-    largest_first = PLAIN_SIZES if distil_options.plain else STAGED_SIZES[distil_options.directions]
-    budget = count_parameters(teachers[0])["total"] // 10
-    student = student_config(len(tokenizer), task.num_labels, budget, largest_first, **sizes)
+    if budget := distil_options.student_parameters:
+        student = filled_config(len(tokenizer), task.num_labels, budget, **sizes)
+    else:
+        largest_first = PLAIN_SIZES if distil_options.plain else STAGED_SIZES[distil_options.directions]
+        budget = count_parameters(teachers[0])["total"] // 10
+        student = student_config(len(tokenizer), task.num_labels, budget, largest_first, **sizes)
 
     # As many new sentences as the task's size deserves, up to a bound.
     if distil_options.augment is None:

@@ -153,6 +153,9 @@ class DistilOptions:
     match_weight: float = option(1.0, "weight in the loss of the hidden states that are matched", least=0)
     score_weight: float = option(0.5, "weight in the loss of a decoder's logits for each prefix of a sentence", least=0)
     gold_repeats: int = option(2, "copies of the training set in each epoch on the transfer set", least=0)
+    student_parameters: int | None = option(
+        None, "parameters of the student, embeddings included: it has the largest state that fits; a default size within "
+        "10 % of the teacher if not given", least=1)
     embedding_size: int | None = option(
         None, "size of the student's embeddings; the largest default that fits 10 % of the teacher if not given", least=1)
     hidden_size: int | None = option(

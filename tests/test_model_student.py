@@ -1,5 +1,6 @@
 """model: DistilRNN against its formula in NumPy float64."""
 
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distillation.student_size import student_config, student_parameters
+from distillation.student_size import STEP, WIDEST, filled_config, student_config, student_parameters
 from machine.errors import UserError
 from model import DistilRNN, RNNConfig, count_parameters
 
@@ -104,3 +105,30 @@ def test_sizes_given_are_taken_as_they_are():
     config = student_config(1000, 2, budget=10, embedding_size=50, hidden_size=60, cell="gru", dropout=None)
     assert (config.embedding_size, config.hidden_size, config.cell, config.dropout) == (50, 60, "gru", 0.3)
     assert student_config(1000, 2, budget=200_000, hidden_size=100).hidden_size == 100
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(20, 3000), st.integers(20_000, 3_000_000), st.sampled_from(["lstm", "gru", "mingru"]), st.integers(1, 2),
+       st.booleans())
+def test_a_student_fills_its_budget_with_the_largest_state_that_fits(rows, budget, cell, layers, frozen):
+    more = {"vocabulary": rows, "cell": cell, "rnn_layers": layers, "frozen_embeddings": frozen}
+    try:
+        config = filled_config(5000, 2, budget, **more, hidden_size=None)
+    except UserError as error:
+        assert f"--student-parameters {budget}: " in str(error)
+        assert student_parameters(RNNConfig(5000, 2, STEP, STEP, **more)) > budget
+        return
+    assert student_parameters(config) <= budget < student_parameters(replace(config, hidden_size=config.hidden_size + STEP))
+    # Embeddings have at most half of the budget, and are as wide as that and the state allow.
+    width, tables = config.embedding_size, rows * (2 if frozen else 1)
+    assert width == STEP or width * tables <= budget / 2 and width <= config.hidden_size
+    wider = RNNConfig(5000, 2, width + STEP, width + STEP, **more)
+    assert width == WIDEST or (width + STEP) * tables > budget / 2 or student_parameters(wider) > budget
+
+
+def test_sizes_given_with_a_budget_are_kept_or_refused():
+    config = filled_config(49_152, 2, 7_000_000, vocabulary=12_000, embedding_size=256, rnn_layers=2, directions=1)
+    assert (config.embedding_size, config.rnn_layers) == (256, 2) and student_parameters(config) > 6_900_000
+    assert filled_config(1000, 2, 50_000, embedding_size=8, hidden_size=9).hidden_size == 9
+    with pytest.raises(UserError, match="--student-parameters 5000: a student with embeddings of 8 and a state of 9 has "):
+        filled_config(1000, 2, 5000, embedding_size=8, hidden_size=9)

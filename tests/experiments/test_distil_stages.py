@@ -84,6 +84,18 @@ def test_a_student_past_a_tenth_of_the_teacher_is_warned_of(work, tmp_path, caps
         assert ("% of the teacher's parameters, more than 10 %" in err) == warned
 
 
+def test_a_student_fills_the_parameters_that_it_is_given(work, tmp_path, capsys):
+    small = ("distil", "12345", "--plain", "--teacher", work / "LoRA", "--epochs", 1, "--batch-size", 8, "--no-plots",
+             "--no-control", "--vocabulary", 32, "--student-parameters")
+    assert toy.main(*small, 4000, "--out", tmp_path / "run") == 0
+    summary, sizes = (read_json(tmp_path / "run" / name) for name in ("summary.json", "student_config.json"))
+    assert 3000 < summary["student"]["parameters"] <= 4000 and sizes["hidden_size"] >= sizes["embedding_size"] == 8
+    capsys.readouterr()
+    assert toy.main(*small, 400, "--out", tmp_path / "none") == 2
+    assert "--student-parameters 400: a student with embeddings of 8 and a state of 8 has " in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_development_rows_that_stand_in_the_training_split_are_counted_said_and_recorded(work, tmp_path, capsys):
     shutil.copytree(work / "cola", tmp_path / "cola")
     train = (tmp_path / "cola" / "in_domain_train.tsv").read_text().splitlines()
