@@ -85,7 +85,8 @@ class Labeller:
             return logits, None
         lengths = torch.tensor([len(ids[row]) for row in order])
         ends = lengths.cumsum(0)
-        return logits, HiddenStates(torch.cat(values), self.weights(pca, len(scale)), (ends - lengths)[back], ends[back])
+        weights = self.weights(pca, len(scale))
+        return logits, HiddenStates(torch.cat(values), weights, (ends - lengths)[back], ends[back], pca.std)
 
     def order(self, ids: list[list[int]]) -> list[int]:
         """Returns the rows in the order in which they are labelled.

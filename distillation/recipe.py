@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save
 
 import speed
+from distillation.embeddings import embed_as, token_means
 from distillation.sentences import Inputs, prepare_sentences
 from distillation.stages import Done, Plan, Stage, baseline_stages, gold_stage, run_stage, student_stages, without_teacher
-from distillation.teachers import embed_as, teacher_logits
+from distillation.teachers import teacher_logits
 from distillation.vocabulary import token_counts, vocabulary_rows
 from machine.hardware import device
 from model import DistilRNN
@@ -56,7 +57,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         UserError: a damaged cache or checkpoint.
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
-    train, stages, baseline = run.train, [], []
+    train, stages, baseline, means = run.train, [], [], None
 
     # 1. The teachers label: new sentences and the training set once for all stages, or with --plain the training set alone.
     if options.pretrain or options.transfer:
@@ -66,6 +67,8 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         baseline = baseline_stages(plan, stages)
         logits = sentences.logits[sentences.unlabelled:]
         ids = sentences.ids[:sentences.targeted]
+        if options.student_embeddings == "contextual":
+            means = token_means(ids, sentences.hidden, inputs.student.vocab_size)
     else:
         logits = teacher_logits(inputs.teacher, inputs.data.batches, folder / "teacher_logits.safetensors")
         ids = [row[mask.bool()].tolist() for batch in inputs.data.batches
@@ -82,13 +85,13 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
     for phase, its_stages in plans.items():
         say("student with KD" if phase == STUDENT else "baseline: the same student without a teacher")
 
-        # 3. A student from the same initial weights and random numbers, with the teacher's token embeddings in it.
+        # 3. A student from the same initial weights and random numbers, with its vocabulary and the teacher's embeddings.
         torch.manual_seed(train.seed)
         model = DistilRNN(inputs.student)
         if inputs.student.vocabulary:
             model.embedding.rows.copy_(vocabulary_rows(counts, inputs.student, inputs.tokenizer))
-        if options.student_embeddings == "teacher":
-            embed_as(inputs.teachers[0], model, counts)
+        if options.student_embeddings != "random":
+            embed_as(inputs.teachers[0], model, counts, means)
         model.to(device())
         speed.install(model)
 

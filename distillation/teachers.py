@@ -1,4 +1,4 @@
-"""Teachers and their targets: logits, last hidden states, the scores of a sentence's tokens, token embeddings."""
+"""Teachers and their targets: logits, last hidden states, the scores of a sentence's tokens."""
 from __future__ import annotations
 
 import copy
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 import speed
 import train_utils
 from data_utils import Batch
-from distillation.pca import principal_components
-from distillation.vocabulary import row_means
 from machine import processes
 from machine.errors import UserError
 from machine.hardware import send
-from model import DistilRNN, TextClassifier, lora_layers
+from model import TextClassifier, lora_layers
 from record import tensors
 
 
@@ -44,6 +42,7 @@ class HiddenStates:
     weights: Tensor  # (d,) of the dimensions in `losses.hidden_mse`
     starts: Tensor  # (N,) the first token of each sentence
     ends: Tensor  # (N,) the first token after it
+    std: Tensor | None = None  # standard deviation of each state's dimension before it was standardised; scores have none
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -70,31 +69,6 @@ def teacher_logits(teacher: nn.Module, batches: list[Batch], path: Path) -> Tens
     logits = train_utils.compute_logits(teacher, batches)
     tensors.save_checked(path, {"logits": logits}, key)
     return logits
-
-
-@torch.no_grad()
-def embed_as(teacher: TextClassifier, student: DistilRNN, counts: Tensor | None = None) -> None:
-    """Gives the student the teacher's token embeddings, reduced by PCA to its size and scaled to a variance of 1.
-
-    The rows of a student with a vocabulary of its own are reduced, and no others; a row that tokens share is their mean.
-    Tokens and dimensions that the teacher does not have keep the student's values.
-
-    Args:
-        counts: (vocab_size,) of each token id in the sentences that train; a student without a vocabulary does not need it.
-    """
-    embedding = student.embedding
-    rows = teacher.net.base_model.get_input_embeddings().weight[:student.config.vocab_size].float().cpu()
-    known = torch.arange(len(rows))
-    if embedding.rows is not None:
-        rows, known = row_means(rows, counts, embedding.rows)
-    size = min(student.config.embedding_size, rows.shape[1])
-    pca = principal_components(rows, size)
-    # One scale for all dimensions: the first components stay the largest.
-    reduced = pca.reduce(rows) * pca.std
-    embedding.weight[known, :size] = (reduced / reduced.std()).to(embedding.weight)
-    # A frozen copy is one of the first vectors.
-    if embedding.frozen is not None:
-        embedding.frozen.copy_(embedding.weight)
 
 
 def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:

@@ -146,6 +146,10 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
     if distil_options.vocabulary and distil_options.vocabulary > len(tokenizer):
         raise UserError(f"--vocabulary {distil_options.vocabulary}: expected at most {len(tokenizer)}, the tokens of "
                         f"{options.model}'s tokenizer")
+    staged = distil_options.pretrain or distil_options.transfer
+    if distil_options.student_embeddings == "contextual" and not (staged and distil_options.match == "hidden"):
+        raise UserError("--student-embeddings contextual: means of the hidden states that --match hidden has for the "
+                        "stages; not with --match none, nor with --plain or without stages")
     # The student reads as the teacher does. It fills its budget, or is the largest default within a tenth of the teacher's.
     if distil_options.directions is None:
         distil_options = replace(distil_options, directions=1 if teachers[0].decoder else 2)
@@ -165,7 +169,6 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
         distil_options = replace(distil_options, augment=most)
     # Labels of the stages may be computed in bfloat16; those of --plain are the teacher's own.
     if distil_options.label_precision is None:
-        staged = distil_options.pretrain or distil_options.transfer
         distil_options = replace(distil_options, label_precision="bf16" if staged and bf16_is_fast() else "teacher")
 
     # Runs of early versions have not recorded the digest of their base.

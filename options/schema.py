@@ -131,8 +131,10 @@ class DistilOptions:
                              preset=True)
     kd_loss: str = option("kl", "the teacher's part of the loss: kl of soft labels, mse of logits, or hard labels",
                           choices=names_in("distillation/losses.py", "LOSSES"), often=True)
-    student_embeddings: str = option("teacher", "the student's first embeddings: the teacher's, reduced by PCA, or random",
-                                     choices=("teacher", "random"), preset=True, before="random")
+    student_embeddings: str = option(
+        "teacher", "the student's first embeddings: the teacher's, reduced by PCA; contextual: means of its hidden states "
+        "(--match hidden) over a token's occurrences, reduced too; or random", choices=("teacher", "contextual", "random"),
+        preset=True, before="random")
     text: tuple[str, ...] = option((), "file of plain sentences, one a line, for the stages; may be given several times",
                                    metavar="FILE", repeat=True, often=True)
     cache: Path | None = option(None, "folder that caches the transfer set; next to the runs if not given", free=True)

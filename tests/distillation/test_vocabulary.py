@@ -9,8 +9,8 @@ from conftest import VOCAB, adapted, toy_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distillation.embeddings import embed_as
 from distillation.student_size import student_parameters
-from distillation.teachers import embed_as
 from distillation.vocabulary import row_means, token_counts, vocabulary_rows
 from model import DistilRNN, RNNConfig
 

@@ -361,3 +361,34 @@ def test_an_impossible_vocabulary_is_one_line(work, tmp_path, capsys, rows, expe
     assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--out", tmp_path / "run", "--vocabulary", rows) == 2
     err = capsys.readouterr().err.strip()
     assert expected in err and f"{rows}" in err and not (tmp_path / "run").exists()
+
+
+def test_contextual_embeddings_are_the_means_of_the_teachers_states(work, staged):
+    """As many components as channels, and as many embeddings: distances are those of the means, in one scale."""
+    assert distil(work, staged / "contextual", "--student-embeddings", "contextual", "--frozen-embeddings",
+                  "--match-size", 32, "--embedding-size", 32, "--pretrain", 0, "--transfer", 1, "--no-control") == 0
+    first = load_file(staged / "contextual" / "student.safetensors")["embedding.frozen"]
+    teacher, tokenizer, _ = evaluate.load_finetuned(work / "LoRA")
+    (table,) = cache(staged).glob("sentences-*.tsv")
+    trained = [line.split("\t")[1] for line in table.read_text().splitlines()]
+    trained += load_task("cola", work / "cola").train.sentences
+    states = {}
+    for sentence in trained:
+        ids = tokenizer(sentence, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            last = teacher.net.base_model(input_ids=ids).last_hidden_state[0]
+        for token, state in zip(ids[0].tolist(), last, strict=True):
+            states.setdefault(token, []).append(state)
+    means = torch.stack([torch.stack(its_states).mean(0) for its_states in states.values()])
+    distances = [torch.pdist(vectors) for vectors in (first[list(states)], means)]
+    assert len(states) > 10 and distances[0].std() > 0.1
+    torch.testing.assert_close(distances[0] / distances[0].mean(), distances[1] / distances[1].mean(), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("more", [("--match", "none"), ("--plain",)])
+def test_contextual_embeddings_need_hidden_states(work, tmp_path, capsys, more):
+    assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--out", tmp_path / "run", "--student-embeddings",
+                    "contextual", *more) == 2
+    err = capsys.readouterr().err.strip()
+    assert "--student-embeddings contextual: means of the hidden states" in err and "\n" not in err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,93 @@
+"""A student's first embeddings: its teacher's token embeddings, or means of its hidden states, reduced by PCA.
+
+    embed_as(teacher, student, counts)                  # the teacher's token embeddings
+    means = token_means(ids, hidden, vocab_size)
+    embed_as(teacher, student, counts, means)           # the mean state of each token over its occurrences
+
+The second after Bommasani et al. 2020, "Interpreting Pretrained Contextualized Representations via Reductions to Static
+Embeddings", section 3.
+"""
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillation.pca import principal_components
+from distillation.teachers import HiddenStates
+from distillation.vocabulary import row_means
+from model import DistilRNN, TextClassifier
+
+BLOCK = 100_000  # tokens that are added at a time: their states are float64 for so long
+RIDGE = 1e-4  # of the mean squared embedding: a direction that embeddings hardly have is not trusted
+
+
+@torch.no_grad()
+def embed_as(teacher: TextClassifier, student: DistilRNN, counts: Tensor | None = None, means: Tensor | None = None) -> None:
+    """Gives the student the teacher's token embeddings, reduced by PCA to its size and scaled to a variance of 1.
+
+    The rows of a student with a vocabulary of its own are reduced, and no others; a row that tokens share is their mean.
+    Tokens and dimensions that the teacher does not have keep the student's values.
+
+    Args:
+        counts: (vocab_size,) of each token id in the sentences that train; the teacher's embeddings of all tokens need none.
+        means: (vocab_size, d), of `token_means`: they take the place of the embeddings.
+    """
+    embedding = student.embedding
+    rows = teacher.net.base_model.get_input_embeddings().weight[:student.config.vocab_size].float().cpu()
+    known, channels = torch.arange(len(rows)), rows.shape[1]
+    if means is not None:
+        # The last column becomes the share of a row's occurrences: 1, or 0 where none of its tokens occurs.
+        rows = torch.cat([rows, means[:len(rows)], (counts[:len(rows)] > 0).float().unsqueeze(1)], 1)
+    if embedding.rows is not None:
+        rows, known = row_means(rows, counts, embedding.rows)
+    if means is not None:
+        rows = fill_in(rows[:, channels:-1], rows[:, :channels], rows[:, -1] > 0.5)
+    size = min(student.config.embedding_size, rows.shape[1])
+    pca = principal_components(rows, size)
+    # One scale for all dimensions: the first components stay the largest.
+    reduced = pca.reduce(rows) * pca.std
+    embedding.weight[known, :size] = (reduced / reduced.std()).to(embedding.weight)
+    # A frozen copy is one of the first vectors.
+    if embedding.frozen is not None:
+        embedding.frozen.copy_(embedding.weight)
+
+
+def token_means(ids: list[list[int]], hidden: HiddenStates, vocab_size: int) -> Tensor:
+    """Returns the mean hidden state of each token id, (vocab_size, d); zeros where it never occurs.
+
+    Args:
+        ids: token ids of the sentences with hidden states.
+        hidden: reduced to principal components, and standardised; the means have the components' own scale again.
+    """
+    # The states are those of one sentence after the other, in an order of their own.
+    order = hidden.starts.argsort().tolist()
+    tokens = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(ids[row] for row in order), np.int64))
+    sums = torch.zeros(vocab_size, len(hidden.std), dtype=torch.float64)
+    for start in range(0, len(tokens), BLOCK):
+        part = slice(start, start + BLOCK)
+        # The scores of a decoder's prefixes, which stand behind the states, are no part of a word's meaning.
+        sums.index_add_(0, tokens[part], hidden.values[part, :len(hidden.std)].double())
+    counts = torch.bincount(tokens, minlength=vocab_size).clamp(min=1)
+    return (sums / counts.unsqueeze(1) * hidden.std).float()
+
+
+def fill_in(means: Tensor, static: Tensor, seen: Tensor) -> Tensor:
+    """Returns the means (R, d), those of rows that were not seen predicted from their static embeddings.
+
+    The prediction is linear, by least squares over the rows that were seen, in float64.
+
+    Args:
+        static: (R, C), the teacher's token embeddings.
+        seen: (R,) bool.
+    """
+    inputs, targets = static.double(), means.double()
+    input_mean, target_mean = inputs[seen].mean(0), targets[seen].mean(0)
+    centred = inputs[seen] - input_mean
+    gram = centred.T @ centred
+    # Fewer rows than channels determine no map without it.
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    linear = torch.linalg.solve(gram, centred.T @ (targets[seen] - target_mean))  # (C, d)
+    return torch.where(seen.unsqueeze(1), targets, target_mean + (inputs - input_mean) @ linear).float()
