@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 import speed
 from distillation.embeddings import embed_as, token_means
@@ -71,8 +72,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
             means = token_means(ids, sentences.hidden, inputs.student.vocab_size)
     else:
         logits = teacher_logits(inputs.teacher, inputs.data.batches, folder / "teacher_logits.safetensors")
-        ids = [row[mask.bool()].tolist() for batch in inputs.data.batches
-               for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        ids = [batch.input_ids[batch.attention_mask.bool()].tolist() for batch in inputs.data.batches]
     counts = token_counts(ids, inputs.student.vocab_size)
 
     # 2. The last stage of both is the training set: with the teacher's logits, and without.
@@ -87,12 +87,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
 
         # 3. A student from the same initial weights and random numbers, with its vocabulary and the teacher's embeddings.
         torch.manual_seed(train.seed)
-        model = DistilRNN(inputs.student)
-        if inputs.student.vocabulary:
-            model.embedding.rows.copy_(vocabulary_rows(counts, inputs.student, inputs.tokenizer))
-        if options.student_embeddings != "random":
-            embed_as(inputs.teachers[0], model, counts, means)
-        model.to(device())
+        model = untrained(inputs, options.student_embeddings, counts, means).to(device())
         speed.install(model)
 
         # 4. Stage after stage, each from the best weights of the one before.
@@ -115,6 +110,23 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         weights = {name: value.cpu() for name, value in model.state_dict().items()}
         write_file(folder / f"{phase}.safetensors", save(weights))
     return trained
+
+
+def untrained(inputs: Inputs, embeddings: str, counts: Tensor, means: Tensor | None) -> DistilRNN:
+    """Returns a student before its first stage. Seed first: its weights are sampled here.
+
+    Args:
+        embeddings: `random`, or the teacher's.
+        counts: (vocab_size,) of each token id in the sentences that train.
+        means: (vocab_size, d) the mean hidden states of the tokens; None: the teacher's token embeddings.
+    """
+    model = DistilRNN(inputs.student)
+    # The rows first: the teacher's embeddings are reduced to them.
+    if inputs.student.vocabulary:
+        model.embedding.rows.copy_(vocabulary_rows(counts, inputs.student, inputs.tokenizer))
+    if embeddings != "random":
+        embed_as(inputs.teachers[0], model, counts, means)
+    return model
 
 
 def checkpoint_name(phase: str, stage: Stage) -> str:

@@ -22,7 +22,7 @@ NEVER = 1e-6  # count of a token that never occurs: next to nothing among others
 
 
 def token_counts(ids: Iterable[list[int]], vocab_size: int) -> Tensor:
-    """Counts each token id (vocab_size,) in sentences of token ids."""
+    """Counts each token id, (vocab_size,), in lists of token ids."""
     # An array of integers, because a list of a million sentences' tokens would take eight times the memory.
     flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64)
     return torch.from_numpy(np.bincount(flat, minlength=vocab_size))

@@ -109,15 +109,16 @@ def batches() -> list[Batch]:
         "input_ids", "attention_mask", "labels", "rows")}) for one in made]
 
 
-def student() -> DistilRNN:
+def student(**more) -> DistilRNN:
     torch.manual_seed(0)
-    made = DistilRNN(RNNConfig(vocab_size=101, embedding_size=8, hidden_size=8, pooling="mean"))
+    made = DistilRNN(RNNConfig(vocab_size=101, embedding_size=8, hidden_size=8, pooling="mean", **more))
     install(made)
     return made
 
 
 MODELS = {**{name: lambda name=name: adapted(name) for name in ("gpt2", "llama", "bert", "distilbert")},
-          "gpt2, dropout": lambda: adapted("gpt2", dropout=0.3), "student": student}
+          "gpt2, dropout": lambda: adapted("gpt2", dropout=0.3), "student": student,
+          "student, minGRU": lambda: student(cell="mingru", vocabulary=40, rare_tokens="pieces", frozen_embeddings=True)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -149,7 +150,7 @@ def test_no_step_between_two_reads_waits_for_the_gpu(name, monkeypatch):
     assert any(not torch.equal(value, reference[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "student"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "student", "student, minGRU"])
 def test_what_a_gpu_computes_is_what_the_cpu_does(name):
     """The way that the blocks and the student go on a GPU, with the mask on the CPU, gives the same logits."""
     model = MODELS[name]().eval()
