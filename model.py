@@ -312,11 +312,7 @@ class TextClassifier(nn.Module):
         return self.batch_logits(input_ids, attention_mask)
 
     def batch_logits(self, input_ids: Tensor, attention_mask: Tensor, every: bool = False) -> Tensor:
-        """Returns the logits (B, labels) of sentences in one forward pass, pads included.
-
-        Args:
-            every: whether somebody else (a hook) reads an encoder's states of all tokens; computed here in any case.
-        """
+        """Returns the logits (B, labels) of one forward pass, pads included; `every`: a hook reads all tokens' states."""
         if self.decoder:
             return self.head_logits(self.pool(input_ids, attention_mask))
         return self.net(input_ids=input_ids, attention_mask=self.encoder_mask(input_ids, attention_mask)).logits.float()
