@@ -70,8 +70,13 @@ def labels_of(batches: list[Batch]) -> Tensor:
 
 def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> Scores:
     """Computes scores and confusion matrix of every development split and, of several splits, of `all` together."""
-    answers = {name: (compute_logits(model, batches), labels_of(batches)) for name, batches in dev.items()}
-    if len(dev) > 1:
+    return score_logits({name: compute_logits(model, batches) for name, batches in dev.items()}, dev)
+
+
+def score_logits(logits_of: dict[str, Tensor], dev: dict[str, list[Batch]]) -> Scores:
+    """Computes the scores and matrices of `validate` from the logits of every development split."""
+    answers = {name: (logits, labels_of(dev[name])) for name, logits in logits_of.items()}
+    if len(answers) > 1:
         logits, labels = zip(*answers.values(), strict=True)
         answers["all"] = torch.cat(logits), torch.cat(labels)
     return ({name: scores(*answer) for name, answer in answers.items()},

@@ -120,7 +120,7 @@ def measure_distillation(report: Report, base: str, batches: list[Batch], rounds
     fresh = train_utils.compute_logits(teacher, batches)
     # The first call computes and writes them, the second one reads the file.
     for name in ("computed", "read from the run's file"):
-        cached = teacher_logits(teacher, batches, work / "teacher_logits.safetensors")
+        cached = teacher_logits([(teacher, batches)], work / "teacher_logits.safetensors")
         report.check_bits(f"distil: cached logits, {name}", cached, fresh)
     # A tenth of the teacher, as a distillation's default.
     budget = count_parameters(teacher)["total"] // 10

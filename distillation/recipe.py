@@ -71,7 +71,8 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         if options.student_embeddings == "contextual":
             means = token_means(ids, sentences.hidden, inputs.student.vocab_size)
     else:
-        logits = teacher_logits(inputs.teacher, inputs.data.batches, folder / "teacher_logits.safetensors")
+        logits = teacher_logits([(one.model, one.data.batches) for one in inputs.teachers],
+                                folder / "teacher_logits.safetensors")
         ids = [batch.input_ids[batch.attention_mask.bool()].tolist() for batch in inputs.data.batches]
     counts = token_counts(ids, inputs.student.vocab_size)
 
@@ -125,7 +126,7 @@ def untrained(inputs: Inputs, embeddings: str, counts: Tensor, means: Tensor | N
     if inputs.student.vocabulary:
         model.embedding.rows.copy_(vocabulary_rows(counts, inputs.student, inputs.tokenizer))
     if embeddings != "random":
-        embed_as(inputs.teachers[0], model, counts, means)
+        embed_as(inputs.teachers[0].model, model, counts, means)
     return model
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,11 +14,10 @@ from data.lines import read_sentences
 from data_utils import Task, encode
 from distillation.cache import Base, Cache
 from distillation.labels import Labeller
-from distillation.teachers import HiddenStates, as_labeller
+from distillation.teachers import HiddenStates, Teacher, as_labeller, mean_logits
 from distillation.transfer_set import letters_and_digits, longest_length, plain_sentences, transfer_set
 from distillation.writer import Writer
 from machine.errors import UserError
-from model import TextClassifier
 from options.schema import DistilOptions, RNNConfig, RunOptions
 from record import tensors
 from train_utils import Data
@@ -30,13 +28,11 @@ class Inputs:
     """Everything that a distillation starts from."""
 
     task: Task
-    tokenizer: object
-    base: Base  # of the teachers
-    teachers: list[TextClassifier]
-    teacher: torch.nn.Module  # the only teacher, or all of them `Averaged`
+    tokenizer: object  # the first teacher's, and the student's
+    base: Base  # of the first teacher
+    teachers: list[Teacher]
     student: RNNConfig
-    data: Data  # the task's batches as the teachers read them
-    texts: Data  # the same without numeric features, as the student reads them
+    texts: Data  # the first teacher's batches without numeric features, as the student reads them
     plain: list[str]  # plain sentences (--text)
 
 
@@ -76,19 +72,24 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
     text, seen = [], {*known_sentences(task), *map(letters_and_digits, transfer)}
     if options.pretrain:
         text = [sentence for sentence in dict.fromkeys(inputs.plain) if letters_and_digits(sentence) not in seen]
-    ids = encode(inputs.tokenizer, [*transfer, *task.train.sentences, *text], run.max_length, run.table.truncate)
+    targeted = [*transfer, *task.train.sentences]
+    ids = encode(inputs.tokenizer, [*targeted, *text], run.max_length, run.table.truncate)
 
     # Each teacher labels the transfer set and the training set once: logits are averaged, hidden states the first one's.
-    targeted, logits, hidden = len(transfer) + len(task.train), [], None
+    logits, hidden = [], None
     for teacher in inputs.teachers:
         # Labels in bfloat16 are other labels, and have other files.
-        key = tensors.weights_digest(teacher) + (" bf16" if options.label_precision == "bf16" else "")
-        labeller = Labeller(cache, as_labeller(teacher, options.label_precision), key, inputs.tokenizer,
+        key = tensors.weights_digest(teacher.model) + (" bf16" if options.label_precision == "bf16" else "")
+        labeller = Labeller(cache, as_labeller(teacher.model, options.label_precision), key, teacher.tokenizer,
                             task.train.sentences, options)
-        one, states = labeller.targets(ids[:targeted], match=options.match == "hidden" and hidden is None)
+        # A teacher with another tokenizer reads the same sentences as other tokens; only its logits fit the student.
+        own = ids[:len(targeted)]
+        if teacher.tokenizer is not inputs.tokenizer:
+            own = encode(teacher.tokenizer, teacher.texts(targeted), run.max_length, run.table.truncate)
+        one, states = labeller.targets(own, match=options.match == "hidden" and teacher is inputs.teachers[0])
         logits.append(one)
         hidden = hidden or states
-    logits = torch.stack(logits).mean(0)
+    logits = mean_logits(logits)
     # A class for every row: the scores of training need one, the losses of unlabelled rows do not read it.
     labels = [*logits[:len(transfer)].argmax(-1).tolist(), *task.train.labels, *[0] * len(text)]
     return Sentences(ids, labels, len(transfer), len(task.train), logits, hidden)
@@ -100,7 +101,7 @@ def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int)
     # Plain sentences as long as training sentences, and none of the task.
     plain, written = plain_sentences(text, known, longest_length(train)), None
     # A decoder's base writes sentences: one of four kinds, or of two turns out of four.
-    if inputs.teachers[0].decoder:
+    if inputs.teachers[0].model.decoder:
         written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
     # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
     sentences = itertools.islice(transfer_set(train, known, plain, written), count)

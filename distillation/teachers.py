@@ -18,17 +18,27 @@ from machine.errors import UserError
 from machine.hardware import send
 from model import TextClassifier, lora_layers
 from record import tensors
+from train_utils import Data
 
 
-class Averaged(nn.Module):
-    """Several teachers of one task; their logits are averaged."""
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher with its tokenizer: several teachers of one task read the same sentences, each as its own tokens."""
 
-    def __init__(self, teachers: list[TextClassifier]):
-        super().__init__()
-        self.teachers = nn.ModuleList(teachers)
+    model: TextClassifier
+    tokenizer: object
+    data: Data  # the task's batches as it reads them
+    # The separators of text columns, the first teacher's and its own, if the two differ.
+    separators: tuple[str, str] | None = None
 
-    def forward(self, *inputs) -> Tensor:  # the inputs of one teacher -> (B, labels)
-        return torch.stack([teacher(*inputs) for teacher in self.teachers]).mean(0)
+    def texts(self, sentences: list[str]) -> list[str]:
+        """Returns the first teacher's texts with this teacher's separator between their columns."""
+        return sentences if self.separators is None else [one.replace(*self.separators) for one in sentences]
+
+
+def mean_logits(logits: list[Tensor]) -> Tensor:
+    """Returns the mean of several teachers' logits, each (N, labels): their probabilities' geometric mean, normalised."""
+    return torch.stack(logits).mean(0)
 
 
 @dataclass
@@ -54,19 +64,22 @@ class HiddenStates:
         return torch.cat([self.values[start:end] for start, end in bounds]).float()
 
 
-def teacher_logits(teacher: nn.Module, batches: list[Batch], path: Path) -> Tensor:
-    """Returns the teacher's logits (N, labels) on the training split, computed once and cached in a file.
+def teacher_logits(teachers: list[tuple[nn.Module, list[Batch]]], path: Path) -> Tensor:
+    """Returns the teachers' mean logits (N, labels) on the training split, computed once and cached in a file.
+
+    Args:
+        teachers: each with the split's batches as it reads them.
 
     Raises:
         UserError: the file is damaged.
     """
     # A changed teacher, data set or tokenizer has another key, and is never answered from the file.
-    key = tensors.weights_digest(teacher) + tensors.batches_digest(batches)
+    key = "".join(tensors.weights_digest(model) + tensors.batches_digest(batches) for model, batches in teachers)
     if processes.broadcast(path.exists()):
         cached, its_key = tensors.load_checked(path)
         if its_key == key:
             return cached["logits"]
-    logits = train_utils.compute_logits(teacher, batches)
+    logits = mean_logits([train_utils.compute_logits(model, batches) for model, batches in teachers])
     tensors.save_checked(path, {"logits": logits}, key)
     return logits
 

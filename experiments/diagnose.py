@@ -27,7 +27,7 @@ from data import pairs as minimal_pairs
 from data.backbones import is_decoder, load_causal_lm, load_config, max_length_of
 from data.pairs import Pair
 from data_utils import Split
-from distillation.teachers import Averaged
+from distillation.teachers import mean_logits
 from experiments import calibration
 from experiments.evaluate import HELD_OUT, load_finetuned, load_student, logits_of
 from experiments.inputs import load_task, separator_of
@@ -55,7 +55,8 @@ class Diagnosed:
 
     config: dict  # of the run
     mode: str  # LoRA or distil
-    models: dict[str, tuple]  # teacher, student, scratch (the baseline) -> model, tokenizer, options
+    # teacher, student, scratch (the baseline) -> model, tokenizer and options, of each of several teachers
+    models: dict[str, list[tuple]]
     runs: dict[str, str]  # model -> the run or runs that it comes from
     splits: dict[str, Split]
     files: dict[str, str]  # SHA-256 of every data file
@@ -81,9 +82,8 @@ class Answers:
     def __init__(self, run: Diagnosed):
         splits, self.classes = run.splits, run.classes
         self.by_split, self.split_of, self.rows = {}, [], Split([], [], [])
-        for name, (model, tokenizer, options) in run.models.items():
-            self.by_split[name] = {split: logits_of(model, rows, tokenizer, options).double().numpy()
-                                   for split, rows in splits.items()}
+        for name, members in run.models.items():
+            self.by_split[name] = {split: mean_logits_of(members, rows).double().numpy() for split, rows in splits.items()}
         self.labels_of = {name: np.array(split.labels) for name, split in splits.items()}
         for name, split in splits.items():
             self.split_of += [name] * len(split)
@@ -178,7 +178,7 @@ def load_diagnosed(folder: Path, data: Path | None, allow_training_data: bool = 
     config, summary = read_run(folder)
     mode, models, runs, left_out = summary["mode"], {}, {}, []
     if mode == "LoRA":
-        models["teacher"], runs["teacher"] = load_finetuned(folder), str(folder)
+        models["teacher"], runs["teacher"] = [load_finetuned(folder)], str(folder)
     else:
         recorded = [summary["teacher"]["run"], *summary["teacher"].get("more_runs", [])]
         found = [find_source(folder, name) for name in recorded]
@@ -186,11 +186,11 @@ def load_diagnosed(folder: Path, data: Path | None, allow_training_data: bool = 
             # The average of some of the teachers is not the one that the student learned from.
             left_out.append(f"the teacher: {missing[0]} is not there")
         else:
-            models["teacher"], runs["teacher"] = load_teacher(found), ", ".join(map(str, found))
+            models["teacher"], runs["teacher"] = [load_finetuned(path) for path in found], ", ".join(map(str, found))
             warn_of_changed_teachers(config, recorded, found)
         for name in ("student", *(["scratch"] if "scratch" in summary else [])):
-            models[name], runs[name] = load_student(folder, name), str(folder)
-    _, tokenizer, _ = next(iter(models.values()))
+            models[name], runs[name] = [load_student(folder, name)], str(folder)
+    (_, tokenizer, _), *_ = next(iter(models.values()))
     options = config["options"]
     if data is not None:
         warn_of_changed_data(config, data)
@@ -213,11 +213,9 @@ def load_diagnosed(folder: Path, data: Path | None, allow_training_data: bool = 
     return Diagnosed(config, mode, models, runs, splits, files, trained_on, left_out)
 
 
-def load_teacher(folders: list[Path]) -> tuple:
-    """Loads the teacher of a distillation, one run or the average of several: model, tokenizer, options of the first."""
-    loaded = [load_finetuned(folder) for folder in folders]
-    first, tokenizer, options = loaded[0]
-    return (first if len(loaded) == 1 else Averaged([model for model, _, _ in loaded])), tokenizer, options
+def mean_logits_of(members: list[tuple], split: Split) -> torch.Tensor:
+    """Returns the mean logits (N, labels) that models give a split's rows; each has a tokenizer and options of its own."""
+    return mean_logits([logits_of(model, split, tokenizer, options) for model, tokenizer, options in members])
 
 
 def warn_of_changed_teachers(config: dict, recorded: list[str], found: list[Path]) -> None:
@@ -390,14 +388,15 @@ def _published(paradigms: set[str], published: dict[str, dict[str, float]]) -> d
 def scorers(run: Diagnosed) -> Iterator[tuple]:
     """Yields every model that can score a sentence: its name, and a function from sentences to scores (N,)."""
     # A model is a default argument of its function: a plain closure would see the last model of the loop alone.
-    for name, (model, tokenizer, options) in run.models.items():
+    for name, members in run.models.items():
+        model, _, options = members[0]
         if options.get("feature_columns") and not isinstance(model, DistilRNN):
             run.left_out.append(f"minimal pairs, {name}: it reads numeric features, and pairs have none")
         elif len(run.classes) != 2:
             run.left_out.append(f"minimal pairs, {name}: it has more than the two classes of acceptability")
         else:
-            yield name, lambda sentences, one=(model, tokenizer, options): acceptability(*one, sentences)
-    name, tokenizer = run.config["options"]["model"], next(iter(run.models.values()))[1]
+            yield name, lambda sentences, members=members: acceptability(members, sentences)
+    name, tokenizer = run.config["options"]["model"], next(iter(run.models.values()))[0][1]
     if not is_decoder(load_config(name)):
         run.left_out.append(f"minimal pairs, bare language model: {name} is an encoder, which gives no probability of a "
                             "sentence")
@@ -407,9 +406,9 @@ def scorers(run: Diagnosed) -> Iterator[tuple]:
     yield "language_model", lambda sentences: log_probabilities(lm, tokenizer, sentences)
 
 
-def acceptability(model, tokenizer, options: dict, sentences: list[str]) -> np.ndarray:
-    """Returns a classifier's logit of acceptable (its second class) minus that of unacceptable, (N,)."""
-    logits = logits_of(model, Split(sentences, [0] * len(sentences)), tokenizer, options)
+def acceptability(members: list[tuple], sentences: list[str]) -> np.ndarray:
+    """Returns the logit of acceptable (the second class) minus that of unacceptable, (N,), of one or several classifiers."""
+    logits = mean_logits_of(members, Split(sentences, [0] * len(sentences)))
     return (logits[:, 1] - logits[:, 0]).double().numpy()
 
 

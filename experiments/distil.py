@@ -19,16 +19,16 @@ import speed
 import train_utils
 from data.backbones import max_length_of
 from data.digests import tokenizer_digest
-from data_utils import Batch
+from data_utils import Batch, Task
 from distillation.cache import Base
 from distillation.recipe import STUDENT, Trained, distil
 from distillation.sentences import Inputs, read_text
 from distillation.student_size import filled_config, student_config, student_parameters
-from distillation.teachers import Averaged
+from distillation.teachers import Teacher, mean_logits
 from experiments import endings
 from experiments.arguments import fill, given, preset, preset_name, run_options
 from experiments.evaluate import load_finetuned
-from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything, separator_of
 from experiments.trained_on import rows_in_training
 from machine import processes, signals
 from machine.errors import UserError
@@ -65,9 +65,9 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         raise UserError(f"distil in stages is for one process, and here are {processes.count()}; --plain takes several")
     # Options, teachers and task are checked before the folder is made: bad input leaves nothing behind.
     seed_everything(int(options.sr), options.deterministic)
-    options, teachers, tokenizer, teacher_files = load_teachers(options, distil_options)
-    options, distil_options, inputs = prepare(options, distil_options, teachers, tokenizer)
-    parameters, budget = student_parameters(inputs.student), count_parameters(teachers[0])["total"]
+    options, loaded, teacher_files = load_teachers(options, distil_options)
+    options, distil_options, inputs = prepare(options, distil_options, loaded)
+    parameters, budget = student_parameters(inputs.student), count_parameters(inputs.teachers[0].model)["total"]
     # A run is not resumed or repeated under a teacher that has changed.
     config = {**config_of(inputs, options, distil_options, say), "teacher_files": teacher_files}
     with run_folder(options, config) as folder:
@@ -82,12 +82,8 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         trained = distil(inputs, options, distil_options, folder, say, stop)
         students = {phase: result_of(one, inputs) for phase, one in trained.items()}
         # Keys of summary.json stay as they were at first: `scratch` is the baseline.
-        more = {"more_runs": list(distil_options.more_teachers)} if distil_options.more_teachers else {}
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": inputs.task.name,
-                   "teacher": {"run": str(distil_options.teacher), **more, "parameters": budget,
-                               "validation": train_utils.validate(inputs.teacher, inputs.data.dev)[0],
-                               "sentences_per_second": sentences_per_second(inputs.teacher, inputs.data.dev, passes=1)},
-                   **students,
+                   "teacher": result_of_teachers(inputs, distil_options), **students,
                    "distillation": {"temperature": distil_options.temperature, "alpha": distil_options.kd_alpha,
                                     "loss": trained[STUDENT].stages[-1].best["train"]["loss"]},
                    "train": students[STUDENT]["train"]}
@@ -98,38 +94,42 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
 # ---------------------------------------------------------------- options in
 
 def load_teachers(options: RunOptions, distil_options: DistilOptions
-                  ) -> tuple[RunOptions, list[TextClassifier], object, dict[str, str]]:
+                  ) -> tuple[RunOptions, list[tuple[TextClassifier, object]], dict[str, str]]:
     """Loads the teachers.
 
     Returns:
-        The options, completed by those of the first teacher's run; the teachers; their tokenizer; the SHA-256 of the
+        The options, completed by those of the first teacher's run; each teacher with its tokenizer; the SHA-256 of the
         files of their weights: the first one's by name, the others' by path.
 
     Raises:
-        UserError: a teacher that is not a finished LoRA run, or teachers of several tasks or bases.
+        UserError: a teacher that is not a finished LoRA run, or teachers of several tasks.
     """
     folders = [distil_options.teacher, *map(Path, distil_options.more_teachers)]
     with unchanged([path for folder in folders for path in weights(folder)]) as digests:
         loaded = [load_finetuned(folder) for folder in folders]
     files = {path.name if number == 0 else str(path): digests[path]
              for number, folder in enumerate(folders) for path in weights(folder)}
-    _, tokenizer, recorded = loaded[0]
+    _, _, recorded = loaded[0]
+    # Bases and tokenizers may differ, for teachers meet in their logits; texts and classes must not.
     for folder, (_, _, other) in zip(folders, loaded, strict=True):
-        for name in ("model", "task", "data", "limit"):
-            if other[name] != recorded[name]:
-                raise UserError(f"--teacher {folder}: its {name} is {other[name]}, the first one's {recorded[name]}; "
-                                "expected teachers of one task and base")
+        for name in ("task", "data", "limit", "text_column", "template", "label_column", "feature_columns"):
+            if other.get(name) != recorded.get(name):
+                raise UserError(f"--teacher {folder}: its {name} is {other.get(name)}, the first one's "
+                                f"{recorded.get(name)}; expected teachers of one task")
     # The teacher reads no more tokens than it has positions.
     max_length = min(options.max_length or recorded["max_length"], *(max_length_of(teacher.net) for teacher, _, _ in loaded))
     options = replace(options, model=recorded["model"], task=options.task or recorded["task"],
                       data=options.data or recorded["data"], limit=options.limit or recorded["limit"],
                       max_length=max_length, table=rebuild(TableOptions, recorded))
-    return options, [teacher for teacher, _, _ in loaded], tokenizer, files
+    return options, [(teacher, tokenizer) for teacher, tokenizer, _ in loaded], files
 
 
-def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[TextClassifier], tokenizer
+def prepare(options: RunOptions, distil_options: DistilOptions, loaded: list[tuple[TextClassifier, object]]
             ) -> tuple[RunOptions, DistilOptions, Inputs]:
     """Loads the task, makes the batches and sizes the student; writes nothing.
+
+    Args:
+        loaded: the teachers, each with its tokenizer.
 
     Returns:
         The options, the defaults that depend on teacher, task and machine filled in, and the inputs of the recipe.
@@ -137,11 +137,12 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
     Raises:
         UserError: bad input.
     """
-    tokenizer_sha256 = tokenizer_digest(tokenizer)
+    first, tokenizer = loaded[0]
     task = load_task(options, tokenizer)
-    batches, dev = make_all_batches(task, tokenizer, options.max_length, options.train, options.table.truncate)
-    data = Data(batches, dev, selection_split(task.dev))
-    texts = replace(data, batches=texts_only(batches), dev={split: texts_only(rows) for split, rows in dev.items()})
+    teachers = read_as_each(options, task, loaded)
+    data = teachers[0].data
+    texts = replace(data, batches=texts_only(data.batches),
+                    dev={split: texts_only(rows) for split, rows in data.dev.items()})
 
     if distil_options.vocabulary and distil_options.vocabulary > len(tokenizer):
         raise UserError(f"--vocabulary {distil_options.vocabulary}: expected at most {len(tokenizer)}, the tokens of "
@@ -150,9 +151,10 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
     if distil_options.student_embeddings == "contextual" and not (staged and distil_options.match == "hidden"):
         raise UserError("--student-embeddings contextual: means of the hidden states that --match hidden has for the "
                         "stages; not with --match none, nor with --plain or without stages")
-    # The student reads as the teacher does. It fills its budget, or is the largest default within a tenth of the teacher's.
+    # The student reads as the first teacher does. It fills its budget, or is the largest default within a tenth of that
+    # teacher's.
     if distil_options.directions is None:
-        distil_options = replace(distil_options, directions=1 if teachers[0].decoder else 2)
+        distil_options = replace(distil_options, directions=1 if first.decoder else 2)
     sizes = {name: getattr(distil_options, name)
              for name in ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout",
                           "vocabulary", "rare_tokens", "frozen_embeddings")}
@@ -160,7 +162,7 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
         student = filled_config(len(tokenizer), task.num_labels, budget, **sizes)
     else:
         largest_first = PLAIN_SIZES if distil_options.plain else STAGED_SIZES[distil_options.directions]
-        budget = count_parameters(teachers[0])["total"] // 10
+        budget = count_parameters(first)["total"] // 10
         student = student_config(len(tokenizer), task.num_labels, budget, largest_first, **sizes)
 
     # As many new sentences as the task's size deserves, up to a bound.
@@ -176,9 +178,26 @@ def prepare(options: RunOptions, distil_options: DistilOptions, teachers: list[T
     # Read once: what is recorded of the files is what is trained on.
     plain, text_files = read_text(distil_options.text)
     task = replace(task, files={**task.files, **text_files})
-    base = Base(options.model, recorded or tensors.weights_digest(teachers[0].net.base_model), tokenizer_sha256)
-    teacher = teachers[0] if len(teachers) == 1 else Averaged(teachers)
-    return options, distil_options, Inputs(task, tokenizer, base, teachers, teacher, student, data, texts, plain)
+    base = Base(options.model, recorded or tensors.weights_digest(first.net.base_model), tokenizer_digest(tokenizer))
+    return options, distil_options, Inputs(task, tokenizer, base, teachers, student, texts, plain)
+
+
+def read_as_each(options: RunOptions, task: Task, loaded: list[tuple[TextClassifier, object]]) -> list[Teacher]:
+    """Returns the teachers with the task's batches as each reads them."""
+    teachers: dict[str, Teacher] = {}  # the first teacher of each tokenizer
+    found, (_, first) = [], loaded[0]
+    for model, tokenizer in loaded:
+        # Teachers with one tokenizer share its batches.
+        if (key := tokenizer_digest(tokenizer)) not in teachers:
+            separators = (separator_of(first), separator_of(tokenizer))
+            joined = len(options.table.text_column) > 1 and len(set(separators)) > 1
+            teacher = Teacher(model, tokenizer, Data([], {}), separators if joined else None)
+            own = replace(task, train=replace(task.train, sentences=teacher.texts(task.train.sentences)), dev={
+                name: replace(split, sentences=teacher.texts(split.sentences)) for name, split in task.dev.items()})
+            batches, dev = make_all_batches(own, tokenizer, options.max_length, options.train, options.table.truncate)
+            teachers[key] = replace(teacher, data=Data(batches, dev, selection_split(task.dev)))
+        found.append(replace(teachers[key], model=model))
+    return found
 
 
 def texts_only(batches: list[Batch]) -> list[Batch]:
@@ -212,6 +231,26 @@ def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) ->
     return rows / best
 
 
+def result_of_teachers(inputs: Inputs, options: DistilOptions) -> dict:
+    """Returns the teachers' part of summary.json: their mean logits' scores, and those of each of several teachers."""
+    members, logits = [], {split: [] for split in inputs.texts.dev}  # split -> each teacher's logits
+    for run, teacher in zip((options.teacher, *options.more_teachers), inputs.teachers, strict=True):
+        dev = teacher.data.dev
+        own = {split: train_utils.compute_logits(teacher.model, rows) for split, rows in dev.items()}
+        for split, values in own.items():
+            logits[split].append(values)
+        members.append({"run": str(run), "parameters": count_parameters(teacher.model)["total"],
+                        "validation": train_utils.score_logits(own, dev)[0],
+                        "sentences_per_second": sentences_per_second(teacher.model, dev, passes=1)})
+    if len(members) == 1:
+        return members[0]
+    # One after the other answers each sentence, so that their times add up.
+    together = {split: mean_logits(parts) for split, parts in logits.items()}
+    return {**members[0], "more_runs": list(options.more_teachers),
+            "validation": train_utils.score_logits(together, inputs.teachers[0].data.dev)[0],
+            "sentences_per_second": 1 / sum(1 / one["sentences_per_second"] for one in members), "members": members}
+
+
 def result_of(trained: Trained, inputs: Inputs) -> dict:
     """Returns a student's part of summary.json."""
     last = trained.stages[-1]
@@ -228,8 +267,10 @@ def result_of(trained: Trained, inputs: Inputs) -> dict:
 
 def comparison_table(summary: dict) -> str:
     """Formats teacher, student and baseline side by side, for the terminal."""
-    names = {"teacher": "teacher", "student": "student with KD", "scratch": "baseline"}
-    rows = {name: summary[key] for key, name in names.items() if key in summary}
+    # Several teachers stand above their mean.
+    rows = {f"teacher {number}": member for number, member in enumerate(summary["teacher"].get("members", []), 1)}
+    rows["mean of teachers" if rows else "teacher"] = summary["teacher"]
+    rows |= {name: summary[key] for key, name in (("student", "student with KD"), ("scratch", "baseline")) if key in summary}
     return endings.score_table(
         {name: row["validation"] for name, row in rows.items()},
         {"parameters": {name: f"{row['parameters']:,}" for name, row in rows.items()},

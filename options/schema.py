@@ -120,8 +120,8 @@ class DistilOptions:
     """
 
     teacher: Path = option(
-        help="folder of a LoRA run, runs/LoRA-SR if not given; the logits of several are averaged; with --seeds also the "
-        "folder with every seed's LoRA-SR", repeat=True, often=True)
+        help="folder of a LoRA run, runs/LoRA-SR if not given; the logits of several, on any bases, are averaged; with "
+        "--seeds also the folder with every seed's LoRA-SR", repeat=True, often=True)
     # The folders of all but the first --teacher: early runs recorded one teacher.
     more_teachers: tuple[str, ...] = ()
     plain: bool = option(False, "one stage, on the training set alone, from random embeddings", before=True, often=True)

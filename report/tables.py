@@ -110,5 +110,8 @@ def distil_tables(summary: Record) -> tuple[dict[str, str], dict[str, object]]:
         student, baseline = numbers["student"]["chosen"], numbers["baseline"]["chosen"]
         numbers["gain"] = {key: student.number(key) - baseline.number(key) for key in ("accuracy", "mcc")}
     head = r"model & parameters & smaller ($\times$) & sentences/s & faster ($\times$)"
-    return {"distil_results": _results({model_name(key): model for key, model in models.items()}),
+    # Several teachers stand above their mean, so that its worth beyond the best of them can be read.
+    members = {f"teacher {number}": member for number, member in enumerate(teacher.get("members", []), 1)}
+    named = {"mean of teachers" if members and key == "teacher" else model_name(key): model for key, model in models.items()}
+    return {"distil_results": _results(members | named),
             "distil_size": tabular("lrrrr", head, sizes)}, numbers

@@ -8,9 +8,10 @@ from data_utils import Batch
 from distillation import teachers
 from distillation.pca import principal_components
 from distillation.teachers import (
-    Averaged,
     HiddenStates,
+    Teacher,
     hidden_states,
+    mean_logits,
     states_and_logits,
     token_scores,
 )
@@ -80,9 +81,17 @@ def test_the_last_tokens_scores_are_the_logits_around_their_mean():
 def test_several_teachers_are_averaged():
     one, other = adapted("gpt2"), adapted("gpt2", seed=5)
     with torch.no_grad():
-        found, parts = Averaged([one, other])(*toy_batch()), [teacher(*toy_batch()) for teacher in (one, other)]
+        parts = [teacher(*toy_batch()) for teacher in (one, other)]
     assert not torch.allclose(*parts)
-    torch.testing.assert_close(found, (parts[0] + parts[1]) / 2)
+    torch.testing.assert_close(mean_logits(parts), (parts[0] + parts[1]) / 2)
+    # The softmax of mean logits is the probabilities' geometric mean, normalised.
+    product = np.prod([part.double().softmax(-1).numpy() for part in parts], axis=0) ** 0.5
+    np.testing.assert_allclose(mean_logits(parts).double().softmax(-1), product / product.sum(-1, keepdims=True), rtol=1e-5)
+
+
+def test_a_teacher_reads_its_own_separator_between_columns():
+    assert Teacher(None, None, None).texts(["one </s> two"]) == ["one </s> two"]
+    assert Teacher(None, None, None, (" </s> ", " [SEP] ")).texts(["one </s> two"]) == ["one [SEP] two"]
 
 
 def test_hidden_states_are_taken_by_row():

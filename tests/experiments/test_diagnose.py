@@ -187,7 +187,7 @@ def test_acceptability_is_the_difference_of_the_two_logits(work):
     model, tokenizer, options = evaluate.load_finetuned(work / "LoRA")
     split = Split(["the cat", "dog a saw", "red"], [0, 0, 0])
     logits = evaluate.logits_of(model, split, tokenizer, options)
-    assert diagnose.acceptability(model, tokenizer, options, split.sentences) == pytest.approx(
+    assert diagnose.acceptability([(model, tokenizer, options)], split.sentences) == pytest.approx(
         (logits[:, 1] - logits[:, 0]).numpy())
     assert len(set(logits[:, 1].tolist())) == 3
 

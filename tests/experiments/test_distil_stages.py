@@ -8,7 +8,8 @@ import torch
 import toy
 from conftest import toy_net
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train_utils
 from benchmarks import collect
@@ -261,9 +262,80 @@ def test_several_teachers_are_averaged(work, tmp_path, quick):
         assert toy.main("distil", "12345", "--plain", "--teacher", work / "LoRA", "--teacher", tmp_path / "other", "--out",
                         tmp_path / "run", "--epochs", 1, *SIZES, "--no-plots") == 0
     kept = load_file(tmp_path / "run" / "teacher_logits.safetensors")["logits"]
-    assert kept.equal(seen[0])
+    assert kept.equal((seen[0] + seen[1]) / 2) and not seen[0].equal(seen[1])
     assert read_json(tmp_path / "run" / "summary.json")["teacher"]["more_runs"] == [str(tmp_path / "other")]
     assert len(read_json(tmp_path / "run" / "config.json")["teacher_files"]) == 2
+
+
+@pytest.fixture(scope="module")
+def stranger(work, tmp_path_factory):
+    """A LoRA run of a toy BERT with a tokenizer of its own, which knows whole words alone."""
+    folder = tmp_path_factory.mktemp("stranger")
+    vocabulary = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *toy.WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder / "model")
+    net = toy_net("bert", vocab_size=len(vocabulary), pad_token_id=0, max_position_embeddings=64)
+    net.save_pretrained(folder / "model")
+    assert toy.lora(work, folder / "LoRA", "--model", folder / "model", "--no-plots") == 0
+    return folder / "LoRA"
+
+
+def logits_by_text(run, texts: list[str]) -> torch.Tensor:
+    """Returns a finished run's logits, each text on its own."""
+    model, tokenizer, _ = evaluate.load_finetuned(run)
+    with torch.no_grad():
+        rows = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+        return torch.cat([model(ids, torch.ones_like(ids)) for ids in rows])
+
+
+def test_teachers_of_different_tokenizers_meet_in_their_logits(work, staged, stranger, tmp_path, monkeypatch, capsys):
+    kept, prepare = [], recipe.prepare_sentences
+    monkeypatch.setattr(recipe, "prepare_sentences", lambda *args: kept.append(prepare(*args)) or kept[-1])
+    run, second = tmp_path / "run", ("--teacher", stranger, "--label-precision", "teacher", "--no-control")
+    assert distil(work, run, *second) == 0
+    (table,) = cache(tmp_path).glob("sentences-*.tsv")
+    texts = [line.split("\t")[1] for line in table.read_text().splitlines()]
+    texts += load_task("cola", work / "cola").train.sentences
+    parts = [logits_by_text(teacher, texts) for teacher in (work / "LoRA", stranger)]
+    torch.testing.assert_close(kept[0].logits, (parts[0] + parts[1]) / 2, atol=1e-5, rtol=1e-5)
+    assert (parts[0] - parts[1]).abs().mean() > 0.01
+    # The hidden states and the vocabulary are the first teacher's.
+    assert kept[0].hidden.ends[0] - kept[0].hidden.starts[0] == len(kept[0].ids[0])
+    tokens = len(AutoTokenizer.from_pretrained(work / "model"))
+    assert len(load_file(run / "student.safetensors")["embedding.weight"]) == tokens
+
+    # Each member's scores are its own run's, and the ensemble's those of the mean logits.
+    teacher = read_json(run / "summary.json")["teacher"]
+    for member, path in zip(teacher["members"], (work / "LoRA", stranger), strict=True):
+        own = read_json(path / "summary.json")["validation"]
+        assert member["run"] == str(path)
+        for split, scores in own.items():
+            assert member["validation"][split] == pytest.approx(scores, rel=1e-5)
+    dev = load_task("cola", work / "cola").dev["in_domain"]
+    parts = [logits_by_text(path, dev.sentences) for path in (work / "LoRA", stranger)]
+    loss = torch.nn.functional.cross_entropy((parts[0] + parts[1]) / 2, torch.tensor(dev.labels))
+    assert teacher["validation"]["in_domain"]["loss"] == pytest.approx(float(loss), rel=1e-4)
+    out = capsys.readouterr().out
+    assert "teacher 1" in out and "teacher 2" in out
+
+    # Labels of both are cached: a second run computes none.
+    monkeypatch.setattr(Labeller, "compute", lambda *_: pytest.fail("computed again"))
+    assert distil(work, tmp_path / "again", *second) == 0
+    assert (run / "student.safetensors").read_bytes() == (tmp_path / "again" / "student.safetensors").read_bytes()
+    assert toy.main("diagnose", run, "--out", tmp_path / "diagnosis") == 0
+    diagnosed = read_json(tmp_path / "diagnosis" / "diagnose.json")["scores"]["teacher"]
+    assert diagnosed["in_domain"] == pytest.approx(teacher["validation"]["in_domain"], rel=1e-5)
+
+
+def test_teachers_of_different_tokenizers_teach_the_training_set_alone_too(work, stranger, tmp_path):
+    assert toy.main("distil", "12345", "--plain", "--teacher", stranger, "--teacher", work / "LoRA", "--out",
+                    tmp_path / "run", "--epochs", 1, *SIZES, "--no-plots", "--no-control") == 0
+    texts = load_task("cola", work / "cola").train.sentences
+    parts = [logits_by_text(teacher, texts) for teacher in (stranger, work / "LoRA")]
+    found = load_file(tmp_path / "run" / "teacher_logits.safetensors")["logits"]
+    torch.testing.assert_close(found, (parts[0] + parts[1]) / 2, atol=1e-5, rtol=1e-5)
+    assert len(load_file(tmp_path / "run" / "student.safetensors")["embedding.weight"]) == 2 + len(toy.WORDS)
 
 
 def test_plots_show_the_stages(work, staged, tmp_path):

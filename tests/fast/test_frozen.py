@@ -298,12 +298,12 @@ def test_teacher_logits_are_computed_again_only_for_another_teacher_or_other_dat
     teacher, batches, path = adapted("gpt2"), toy_batches(), tmp_path / "teacher_logits.safetensors"
     asked, compute_logits = [], train_utils.compute_logits
     monkeypatch.setattr(train_utils, "compute_logits", lambda *args: (asked.append(1), compute_logits(*args))[1])
-    first = teacher_logits(teacher, batches, path)
-    assert torch.equal(teacher_logits(teacher, batches, path), first) and len(asked) == 1
+    first = teacher_logits([(teacher, batches)], path)
+    assert torch.equal(teacher_logits([(teacher, batches)], path), first) and len(asked) == 1
     randomize_B(teacher.net, std=0.2)
-    second = teacher_logits(teacher, batches, path)
+    second = teacher_logits([(teacher, batches)], path)
     assert len(asked) == 2 and not torch.equal(second, first)
     assert torch.equal(second, compute_logits(teacher, batches))
     batches[0].input_ids[0, 0] += 1
-    third = teacher_logits(teacher, batches, path)
+    third = teacher_logits([(teacher, batches)], path)
     assert len(asked) == 3 and not torch.equal(third, second)

@@ -17,6 +17,7 @@ from made_up import HASH, SR, comparison, distil_run, entry_row, epoch, lora_run
 from report import build, latex, studies
 from report.latex import LATEX
 from report.records import ReportError, read_json
+from report.tables import distil_tables
 
 REPORT = Path(build.__file__).parent
 
@@ -327,3 +328,15 @@ def test_submission_needs_the_report_of_its_own_run(project):
         build.make_submission(SR, "Ada", "Lovelace", project)
     with pytest.raises(ReportError, match="five digits"):
         build.make_submission("*", "Ada", "Lovelace", project)
+
+
+def test_several_teachers_stand_above_their_mean(tmp_path):
+    def model(mcc: float, **more) -> dict:
+        return {"parameters": 100, "sentences_per_second": 10.0, **more,
+                "validation": {"all": {"n": 9, "loss": 0.5, "accuracy": 0.8, "mcc": mcc, "majority_accuracy": 0.7}}}
+    summary = {"teacher": model(0.6, members=[model(0.55), model(0.52)]), "student": model(0.3), "scratch": model(0.1)}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    table = distil_tables(read_json(tmp_path / "summary.json"))[0]["distil_results"]
+    places = [table.index(f"{name} & -- & 80.00 & {mcc:.3f} ") for name, mcc in (
+        ("teacher 1", 0.55), ("teacher 2", 0.52), ("mean of teachers", 0.6), ("student with KD", 0.3))]
+    assert places == sorted(places)
