@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_utils import Task
+from distillation.transfer_set import New
 from machine.signals import Interrupted
 from record.files import make_folder, write_file, write_json
 
@@ -58,8 +59,8 @@ class Cache:
         if signal := self.stop():
             raise Interrupted(signal)
 
-    def write_sentences(self, sentences: list[tuple[str, str]]) -> None:
-        """Writes a transfer set, (kind, sentence), as a table to be read by people."""
+    def write_sentences(self, sentences: list[New]) -> None:
+        """Writes a transfer set, kind and sentence, as a table to be read by people."""
         # Named by its content: runs with other numbers of sentences share the folder.
-        rows = "".join(f"{kind}\t{sentence}\n" for kind, sentence in sentences)
+        rows = "".join(f"{one.kind}\t{one.text}\n" for one in sentences)
         write_file(self.folder / f"sentences-{digest(rows)[:12]}.tsv", rows)

@@ -1,6 +1,7 @@
-"""A student's heads in training alone: those of a language model, and the projection onto the teacher's hidden states.
+"""A student's heads in training alone: for hidden states of the teacher, for edited tokens, and those of a language model.
 
     Matched(student, 64)            # logits, and the forward states projected onto 64 dimensions
+    Matched(student, edits=True)    # logits, and of each token whether an edit touched it
     LanguageModel(student, ranks)   # the tokens before and after each token
 
 None of their parameters is part of the student: in evaluation, export and serving `DistilRNN` stands alone.
@@ -25,30 +26,39 @@ class Outputs(NamedTuple):
     logits: Tensor | None  # (B, labels); None: no classes
     matched: Tensor | None = None  # (real tokens, d), row by row: the projected forward states
     language: Tensor | None = None  # the language model's loss: mean of its directions (nats a token)
+    edited: Tensor | None = None  # (real tokens,), row by row: the logit of "an edit touched this token"
 
 
 class Matched(nn.Module):
-    """A student with a projection of its forward states onto the teacher's hidden states; in evaluation the student alone.
+    """A student with heads that read its states at each token; in evaluation the student alone.
 
-    At each token the forward direction has read the same tokens as a decoder, no more and no less.
+    Its forward states are projected onto the teacher's hidden states: at each token the forward direction has read the same
+    tokens as a decoder, no more and no less. The detector of edits reads both directions, as ELECTRA's discriminator
+    (Clark et al. 2020, equation 2).
 
     Args:
-        size: dimensions of the teacher's reduced hidden states.
+        size: dimensions of the teacher's reduced hidden states; 0: none are matched.
+        edits: whether there is a detector of edits.
     """
 
-    def __init__(self, student: DistilRNN, size: int):
+    def __init__(self, student: DistilRNN, size: int = 0, edits: bool = False):
         super().__init__()
-        self.student = student
-        self.projection = nn.Linear(student.config.hidden_size, size)
+        self.student, config = student, student.config
+        self.projection = nn.Linear(config.hidden_size, size) if size else None
+        self.detector = nn.Linear(config.directions * config.hidden_size, 1) if edits else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs | Tensor:
         if not self.training:
             return self.student(input_ids, attention_mask)
-        # One pass of the RNN serves both the classes and the projection.
+        # One pass of the RNN serves the classes and the heads.
         states = self.student.states(input_ids, attention_mask)  # (B, T, DH)
-        ahead = states[..., :self.student.config.hidden_size][_real(attention_mask, states)]
-        # The classes read both directions, the projection the forward one alone.
-        return Outputs(self.student.classify(states, attention_mask), self.projection(ahead))
+        real, matched, edited = _real(attention_mask, states), None, None
+        # The classes and the detector read both directions, the projection the forward one alone.
+        if self.projection is not None:
+            matched = self.projection(states[..., :self.student.config.hidden_size][real])
+        if self.detector is not None:
+            edited = self.detector(states[real]).squeeze(-1)
+        return Outputs(self.student.classify(states, attention_mask), matched, edited=edited)
 
 
 class LanguageModel(nn.Module):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_utils import Batch
+from distillation.edited import Marks
 from distillation.teachers import HiddenStates
 from train_utils import Objective
 
@@ -78,6 +79,18 @@ def hidden_mse(student_states: Tensor, teacher_states: Tensor, weights: Tensor) 
     return ((student_states - teacher_states.detach()).square() @ weights).mean()
 
 
+def edit_bce(logits: Tensor, touched: Tensor) -> Tensor:
+    """Computes the binary cross-entropy of "an edit touched this token" (tokens,), averaged over real tokens.
+
+    Clark et al. 2020, "ELECTRA", section 2: the discriminator's loss (there the sum over tokens, and replaced tokens).
+
+    Args:
+        touched: (tokens,) 1 for a touched token, 0 for another one.
+    """
+    # In the type of the logits: PyTorch would compute in that of the targets.
+    return F.binary_cross_entropy_with_logits(logits, touched.to(logits.dtype))
+
+
 # ---------------------------------------------------------------- objectives
 
 def share_of_step(batch: Batch, count: Callable[[Batch], int]) -> float:
@@ -114,23 +127,30 @@ def kd_objective(teacher_logits: Tensor, temperature: float, alpha: float, label
                                          label_smoothing)
 
 
-def transfer_objective(soft: Objective, gold: Objective, unlabelled: int, hidden: HiddenStates | None = None) -> Objective:
-    """Returns the objective of the transfer set: the mean of each row's own loss, plus `hidden_mse`.
+def transfer_objective(soft: Objective | None, gold: Objective, unlabelled: int, hidden: HiddenStates | None = None,
+                       edits: Marks | None = None, edit_weight: float = 1.0) -> Objective:
+    """Returns the objective of the transfer set: the mean of each row's own loss, plus `hidden_mse`, plus `edit_bce`.
 
     Args:
-        soft: objective of the rows without a gold label.
+        soft: objective of the rows without a gold label; None: their classes teach nothing.
         gold: objective of the rows with one.
         unlabelled: number of rows without a gold label; they come first.
-        hidden: the teacher's hidden states of every row; None: not matched, and the model returns bare logits.
+        hidden: the teacher's hidden states of every row; None: not matched.
+        edits: the marks of every row; None: no token is asked about. With neither the model returns bare logits.
+        edit_weight: weight of `edit_bce`.
     """
     def objective(outputs, batch: Batch) -> Tensor:
-        logits = outputs if hidden is None else outputs.logits
-        loss, has_gold = logits.new_zeros(()), batch.rows >= unlabelled
+        logits = outputs if hidden is None and edits is None else outputs.logits
+        # Without soft labels a batch may teach no class. The classifier still gets a gradient, of zeros.
+        loss = logits.new_zeros(()) if soft is not None else 0.0 * logits.sum()
+        has_gold = batch.rows >= unlabelled
         for one, chosen in ((soft, ~has_gold), (gold, has_gold)):
-            if bool(chosen.any()):
+            if one is not None and bool(chosen.any()):
                 part = replace(batch, labels=batch.labels[chosen], rows=batch.rows[chosen])
                 # Weighted by the share of the rows, so that every row of the batch counts alike.
                 loss = loss + one(logits[chosen], part) * chosen.float().mean()
+        if edits is not None:
+            loss = loss + edit_weight * detect_edits(outputs.edited, batch, edits)
         return loss if hidden is None else loss + match_hidden(outputs.matched, batch, hidden)
     return objective
 
@@ -144,6 +164,16 @@ def pretraining_objective(hidden: HiddenStates | None, lm_weight: float) -> Obje
             loss = lm_weight * outputs.language * share_of_step(batch, neighbours)
         return loss if hidden is None else loss + match_hidden(outputs.matched, batch, hidden)
     return objective
+
+
+def detect_edits(logits: Tensor, batch: Batch, edits: Marks) -> Tensor:
+    """Computes a batch's part of `edit_bce`.
+
+    Args:
+        logits: (real tokens,) of the whole batch, row by row.
+    """
+    # Each token of the step counts alike, in a batch of long sentences as in one of short ones.
+    return edit_bce(logits, edits.of(batch.rows).to(logits.device)) * share_of_step(batch, lambda one: one.tokens)
 
 
 def match_hidden(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tensor:

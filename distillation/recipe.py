@@ -19,6 +19,7 @@ from torch import Tensor
 import speed
 from distillation.embeddings import embed_as, token_means
 from distillation.sentences import Inputs, prepare_sentences
+from distillation.soft_labels import check_labels, with_labels
 from distillation.stages import Done, Plan, Stage, baseline_stages, gold_stage, run_stage, student_stages, without_teacher
 from distillation.teachers import teacher_logits
 from distillation.vocabulary import token_counts, vocabulary_rows
@@ -73,6 +74,9 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
     else:
         logits = teacher_logits([(one.model, one.data.batches) for one in inputs.teachers],
                                 folder / "teacher_logits.safetensors")
+        texts = inputs.task.train.sentences
+        check_labels(inputs.labels, texts)
+        logits = with_labels(logits, len(inputs.teachers), inputs.labels, texts, options.labels_alone)
         ids = [batch.input_ids[batch.attention_mask.bool()].tolist() for batch in inputs.data.batches]
     counts = token_counts(ids, inputs.student.vocab_size)
 

@@ -13,9 +13,11 @@ from tqdm import tqdm
 from data.lines import read_sentences
 from data_utils import Task, encode
 from distillation.cache import Base, Cache
+from distillation.edited import Marks, mark_edits
 from distillation.labels import Labeller
+from distillation.soft_labels import SoftLabels, check_labels, with_labels
 from distillation.teachers import HiddenStates, Teacher, as_labeller, mean_logits
-from distillation.transfer_set import letters_and_digits, longest_length, plain_sentences, transfer_set
+from distillation.transfer_set import New, letters_and_digits, longest_length, plain_sentences, transfer_set
 from distillation.writer import Writer
 from machine.errors import UserError
 from options.schema import DistilOptions, RNNConfig, RunOptions
@@ -34,6 +36,7 @@ class Inputs:
     student: RNNConfig
     texts: Data  # the first teacher's batches without numeric features, as the student reads them
     plain: list[str]  # plain sentences (--text)
+    labels: list[SoftLabels]  # of files (--labels)
 
 
 @dataclass
@@ -46,6 +49,8 @@ class Sentences:
     train: int  # rows of the training set
     logits: Tensor  # (unlabelled + train, labels) of the teachers
     hidden: HiddenStates | None  # the first teacher's, of the same rows
+    edits: Marks | None  # the tokens of the same rows that an edit touched, if the student is asked about them
+    free: list[int]  # rows of the transfer set without a sentence of a teacher's language model, or an edit of one
 
     @property
     def targeted(self) -> int:
@@ -66,13 +71,15 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
     """
     # New sentences, without gold labels.
     task, cache = inputs.task, Cache.open(options.cache or Path(run.out).parent, inputs.base, inputs.task, stop)
-    transfer = make_transfer_set(inputs, cache, inputs.plain, options.augment) if options.augment else []
+    new = make_transfer_set(inputs, cache, inputs.plain, options.augment) if options.augment else []
+    transfer = [one.text for one in new]
 
     # Pretraining reads plain text of any length, but no sentence twice and none of the task.
     text, seen = [], {*known_sentences(task), *map(letters_and_digits, transfer)}
     if options.pretrain:
         text = [sentence for sentence in dict.fromkeys(inputs.plain) if letters_and_digits(sentence) not in seen]
     targeted = [*transfer, *task.train.sentences]
+    check_labels(inputs.labels, targeted)
     ids = encode(inputs.tokenizer, [*targeted, *text], run.max_length, run.table.truncate)
 
     # Each teacher labels the transfer set and the training set once: logits are averaged, hidden states the first one's.
@@ -89,13 +96,21 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
         one, states = labeller.targets(own, match=options.match == "hidden" and teacher is inputs.teachers[0])
         logits.append(one)
         hidden = hidden or states
-    logits = mean_logits(logits)
+    logits = with_labels(mean_logits(logits), len(logits), inputs.labels, targeted, options.labels_alone)
     # A class for every row: the scores of training need one, the losses of unlabelled rows do not read it.
     labels = [*logits[:len(transfer)].argmax(-1).tolist(), *task.train.labels, *[0] * len(text)]
-    return Sentences(ids, labels, len(transfer), len(task.train), logits, hidden)
+    # A task that needs no teacher: were this token and its place in the sentence that was edited?
+    edits = None
+    if options.edit_weight:
+        edited = {row: one.original for row, one in enumerate(new) if one.original is not None}
+        originals = encode(inputs.tokenizer, list(edited.values()), run.max_length, run.table.truncate) if edited else []
+        edits = mark_edits(ids[:len(targeted)], dict(zip(edited, originals, strict=True)))
+    written = {one.text for one in new if one.kind == "written"}
+    free = [row for row, one in enumerate(new) if one.kind != "written" and one.original not in written]
+    return Sentences(ids, labels, len(transfer), len(task.train), logits, hidden, edits, free)
 
 
-def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int) -> list[str]:
+def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int) -> list[New]:
     """Returns the first `count` sentences of the transfer set, or all of them with a warning if there are fewer."""
     train, known = inputs.task.train.sentences, known_sentences(inputs.task)
     # Plain sentences as long as training sentences, and none of the task.
@@ -109,7 +124,7 @@ def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int)
     if len(found) < count:
         warnings.warn(f"--augment {count}: only {len(found):,} different sentences can be had", stacklevel=2)
     cache.write_sentences(found)
-    return [sentence for _, sentence in found]
+    return found
 
 
 def known_sentences(task: Task) -> set[str]:

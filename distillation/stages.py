@@ -4,7 +4,7 @@ Each stage is one call of `train_utils.fit`, begins at the best weights of the o
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,6 +117,13 @@ def baseline_stages(plan: Plan, stages: list[Stage]) -> list[Stage]:
         if stage.name == "pretrain":
             rows = list(range(sentences.unlabelled, len(sentences.ids)))
             baseline = pretraining_stage(plan, rows, None, language=True)
+        # Edited tokens need no teacher: the baseline is asked about them too, in sentences that have nothing of a teacher's.
+        elif sentences.edits is not None:
+            batches = plan.batches(transfer_rows(plan, sentences.free))
+            objective = transfer_objective(None, train_utils.cross_entropy(plan.train.label_smoothing), sentences.unlabelled,
+                                           edits=sentences.edits, edit_weight=plan.options.edit_weight)
+            baseline = replace(stage, data=replace(stage.data, batches=batches), objective=objective,
+                               heads=lambda student: Matched(student, edits=True))
         else:
             data = replace(stage.data, batches=plan.batches(list(sentences.rows_of_training_set())))
             baseline = without_teacher(replace(stage, data=data))
@@ -156,16 +163,21 @@ def pretraining_stage(plan: Plan, rows: list[int], hidden: HiddenStates | None, 
 def transfer_stage(plan: Plan) -> Stage:
     """Returns the stage of the transfer set; each training sentence comes `gold_repeats` times an epoch."""
     sentences, options, size = plan.sentences, plan.options, _size(plan.sentences.hidden)
-    # Repeated, or the few training sentences would be lost among many times as many new ones.
-    rows = [*range(sentences.unlabelled), *list(sentences.rows_of_training_set()) * options.gold_repeats]
+    rows, edits = transfer_rows(plan, range(sentences.unlabelled)), sentences.edits
     # A new sentence has the teacher's label alone (alpha 1), a training sentence its gold label too.
     logits = sentences.logits.to(device())
     soft, gold = (kd_objective(logits, options.temperature, alpha, plan.train.label_smoothing, options.kd_loss)
                   for alpha in (1.0, options.kd_alpha))
     return Stage("transfer", replace(plan.inputs.texts, batches=plan.batches(rows)),
-                 transfer_objective(soft, gold, sentences.unlabelled, sentences.hidden),
+                 transfer_objective(soft, gold, sentences.unlabelled, sentences.hidden, edits, options.edit_weight),
                  plan.train_options(options.transfer), options.stage_dropout,
-                 (lambda student: Matched(student, size)) if size else bare)
+                 (lambda student: Matched(student, size, edits is not None)) if size or edits is not None else bare)
+
+
+def transfer_rows(plan: Plan, new: Iterable[int]) -> list[int]:
+    """Returns the rows of an epoch on the transfer set: new sentences, and the training set `gold_repeats` times."""
+    # Repeated, or the few training sentences would be lost among many times as many new ones.
+    return [*new, *list(plan.sentences.rows_of_training_set()) * plan.options.gold_repeats]
 
 
 def gold_stage(inputs: Inputs, logits: Tensor, options: DistilOptions, train: TrainOptions) -> Stage:

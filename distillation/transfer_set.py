@@ -11,10 +11,26 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from data.edits import edit
 
 TRIES = 1000  # sentences in a row that are not new: then the source is exhausted
+
+
+class New(NamedTuple):
+    """A sentence of the transfer set."""
+
+    kind: str  # its source
+    text: str
+    original: str | None = None  # of an edited sentence, the one that was edited
+
+
+class Edited(NamedTuple):
+    """An edited sentence, empty where there is no edit, and the one that was edited."""
+
+    text: str
+    original: str
 
 
 def letters_and_digits(sentence: str) -> str:
@@ -46,19 +62,19 @@ def plain_sentences(text: Iterable[str], known: set[str], longest: int) -> list[
     return found
 
 
-def edits_of(sentences: list[str], seed: int) -> Iterator[str]:
+def edits_of(sentences: list[str], seed: int) -> Iterator[Edited]:
     """Yields edits of randomly chosen sentences without end, and an empty text where a sentence has no edit.
 
     The list may grow between two edits.
     """
     rng = random.Random(seed)
     while True:
-        yield edit(rng.choice(sentences), rng) or "" if sentences else ""
+        original = rng.choice(sentences) if sentences else ""
+        yield Edited(edit(original, rng) or "" if original else "", original)
 
 
-def transfer_set(train: list[str], known: set[str], plain: list[str], written: Iterator[str] | None
-                 ) -> Iterator[tuple[str, str]]:
-    """Yields (kind, sentence), the kinds in turns, until every source is exhausted. No sentence comes twice.
+def transfer_set(train: list[str], known: set[str], plain: list[str], written: Iterator[str] | None) -> Iterator[New]:
+    """Yields new sentences, the kinds in turns, until every source is exhausted. No sentence comes twice.
 
     Args:
         train: the training sentences, for edits.
@@ -82,13 +98,13 @@ def transfer_set(train: list[str], known: set[str], plain: list[str], written: I
         turns.append("written")
     while turns:
         for kind in list(turns):
-            tried = itertools.islice(sources[kind], TRIES)
-            sentence = next((one for one in tried if (key := letters_and_digits(one)) and key not in seen), None)
+            tried = (one if isinstance(one, Edited) else Edited(one, "") for one in itertools.islice(sources[kind], TRIES))
+            found = next((one for one in tried if (key := letters_and_digits(one.text)) and key not in seen), None)
             # An exhausted source has no further turn; the others go on.
-            if sentence is None:
+            if found is None:
                 turns.remove(kind)
                 continue
             if kind == "written":
-                others.append(sentence)
-            seen.add(letters_and_digits(sentence))
-            yield kind, sentence
+                others.append(found.text)
+            seen.add(letters_and_digits(found.text))
+            yield New(kind, found.text, found.original or None)

@@ -23,6 +23,7 @@ from data_utils import Batch, Task
 from distillation.cache import Base
 from distillation.recipe import STUDENT, Trained, distil
 from distillation.sentences import Inputs, read_text
+from distillation.soft_labels import read_labels
 from distillation.student_size import filled_config, student_config, student_parameters
 from distillation.teachers import Teacher, mean_logits
 from experiments import endings
@@ -177,9 +178,12 @@ def prepare(options: RunOptions, distil_options: DistilOptions, loaded: list[tup
     recorded = read_json(distil_options.teacher / "config.json").get("base_sha256")
     # Read once: what is recorded of the files is what is trained on.
     plain, text_files = read_text(distil_options.text)
-    task = replace(task, files={**task.files, **text_files})
+    labels = [read_labels(path, task.classes) for path in distil_options.labels]
+    label_files = {file.path: digest for file, digest in labels}
+    task = replace(task, files={**task.files, **text_files, **label_files})
     base = Base(options.model, recorded or tensors.weights_digest(first.net.base_model), tokenizer_digest(tokenizer))
-    return options, distil_options, Inputs(task, tokenizer, base, teachers, student, texts, plain)
+    return options, distil_options, Inputs(task, tokenizer, base, teachers, student, texts, plain,
+                                           [file for file, _ in labels])
 
 
 def read_as_each(options: RunOptions, task: Task, loaded: list[tuple[TextClassifier, object]]) -> list[Teacher]:
@@ -303,7 +307,7 @@ def options_from(args) -> tuple[RunOptions, DistilOptions]:
     defaults = preset(name)
     values = {**defaults, **given(args)}
     # A value that the preset has anyway contradicts nothing.
-    for option in ("augment", "pretrain", "transfer", "text", "label_precision"):
+    for option in ("augment", "pretrain", "transfer", "text", "label_precision", "edit_weight"):
         if args.plain and getattr(args, option) and values[option] != defaults.get(option):
             raise UserError(f"--{option.replace('_', '-')}: not with --plain, whose one stage is the training set")
     if recorded.get("feature_columns") or recorded["method"] == "features":
@@ -313,6 +317,11 @@ def options_from(args) -> tuple[RunOptions, DistilOptions]:
     # Without new sentences there is no stage on them.
     if values.get("augment") == 0:
         values["transfer"] = 0
+    if values.get("edit_weight") and not values.get("transfer", DistilOptions.transfer):
+        raise UserError("--edit-weight: needs a transfer set, whose edited sentences it asks about; expected --augment and "
+                        "--transfer above 0")
+    if args.labels_alone and not args.labels:
+        raise UserError("--labels-alone: needs --labels FILE")
     # Where the training set alone teaches classes, it takes as many epochs as with --plain.
     if not values.get("transfer", DistilOptions.transfer):
         gold = preset(preset_name("distil", task, plain=True))

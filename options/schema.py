@@ -124,6 +124,10 @@ class DistilOptions:
         "--seeds also the folder with every seed's LoRA-SR", repeat=True, often=True)
     # The folders of all but the first --teacher: early runs recorded one teacher.
     more_teachers: tuple[str, ...] = ()
+    labels: tuple[str, ...] = option((), "JSON Lines of sentences with probabilities or logits of any other teacher, as "
+                                     "predict --json writes them; averaged with the teachers' labels; may be given several "
+                                     "times", metavar="FILE", repeat=True)
+    labels_alone: bool = option(False, "no label of a teacher's own for a sentence that --labels has")
     plain: bool = option(False, "one stage, on the training set alone, from random embeddings", before=True, often=True)
     control: bool = option(True, "leave out the baseline, which trains the same RNN without a teacher")
     temperature: float = option(1.0, "temperature that softens teacher and student", above=0, preset=True, often=True)
@@ -154,6 +158,8 @@ class DistilOptions:
     match_size: int = option(192, "dimensions of the teacher's hidden states after PCA", least=1)
     match_weight: float = option(1.0, "weight in the loss of the hidden states that are matched", least=0)
     score_weight: float = option(0.5, "weight in the loss of a decoder's logits for each prefix of a sentence", least=0)
+    edit_weight: float = option(0.0, "weight in the loss on the transfer set of telling the tokens that an edit touched; "
+                                "0: no token is asked about", least=0)
     gold_repeats: int = option(2, "copies of the training set in each epoch on the transfer set", least=0)
     student_parameters: int | None = option(
         None, "parameters of the student, embeddings included: it has the largest state that fits; a default size within "

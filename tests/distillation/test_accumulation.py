@@ -6,6 +6,7 @@ import torch
 from conftest import VOCAB
 
 from data_utils import Batch, collate
+from distillation.edited import mark_edits
 from distillation.heads import LanguageModel, Matched
 from distillation.losses import kd_objective, pretraining_objective, share_of_step, transfer_objective
 from distillation.teachers import HiddenStates
@@ -36,12 +37,13 @@ def hidden_states() -> HiddenStates:
 
 def objectives() -> dict:
     """Returns head and objective of every stage with a mean over tokens, by name."""
-    ranks, hidden = torch.arange(VOCAB), hidden_states()
+    ranks, hidden, marks = torch.arange(VOCAB), hidden_states(), mark_edits(sentences(), {0: [1], 6: [2, 3, 4]})
     soft, gold = (kd_objective(drawn(len(LENGTHS), 2), 2.0, alpha) for alpha in (1.0, 0.5))
     return {"language": (lambda net: LanguageModel(net, ranks), pretraining_objective(None, 0.7)),
             "hidden": (lambda net: LanguageModel(net, None, 3), pretraining_objective(hidden, 1.0)),
             "both": (lambda net: LanguageModel(net, ranks, 3), pretraining_objective(hidden, 0.7)),
-            "transfer": (lambda net: Matched(net, 3), transfer_objective(soft, gold, 3, hidden))}
+            "transfer": (lambda net: Matched(net, 3), transfer_objective(soft, gold, 3, hidden)),
+            "edits": (lambda net: Matched(net, edits=True), transfer_objective(None, gold, 3, edits=marks))}
 
 
 def after_one_step(name: str, batches: list[Batch]) -> tuple[dict[str, torch.Tensor], float]:
@@ -63,7 +65,7 @@ def batch_of(rows: list[int]) -> Batch:
     return collate(sentences(), [row % 2 for row in range(len(LENGTHS))], rows, 0)
 
 
-@pytest.mark.parametrize("name", ["language", "hidden", "both", "transfer"])
+@pytest.mark.parametrize("name", ["language", "hidden", "both", "transfer", "edits"])
 @pytest.mark.parametrize("micro", [False, True])
 def test_several_batches_in_one_step_equal_one_large_batch(name, micro):
     whole = batch_of(list(range(len(LENGTHS))))

@@ -64,6 +64,17 @@ def test_a_matched_student_gives_its_own_logits_and_a_row_for_each_real_token(le
     assert torch.equal(model.eval()(*inputs), net.eval()(*inputs))
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_detector_of_edits_reads_every_state_and_is_no_part_of_the_student(directions):
+    net, inputs = student(directions=directions), toy_batch((5, 9, 1))
+    model = Matched(net, edits=True).train()
+    outputs = model(*inputs)
+    assert torch.equal(outputs.logits, net(*inputs)) and outputs.edited.shape == (15,) and outputs.matched is None
+    torch.testing.assert_close(outputs.edited[:5], model.detector(net.states(*inputs)[0, :5]).squeeze(-1))
+    assert torch.equal(model.eval()(*inputs), net.eval()(*inputs))
+    assert Matched(net, 3).detector is None and Matched(net, 3, edits=True).train()(*inputs).matched.shape == (15, 3)
+
+
 def test_ranks_are_by_frequency():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     batch = Batch(torch.tensor([[4, 2, 4], [2, 4, 9]]), mask, torch.zeros(2), torch.arange(2), 5)

@@ -12,6 +12,8 @@ from toy_training import toy_batches
 
 from data_utils import Batch
 from distillation import losses
+from distillation.edited import mark_edits
+from distillation.heads import Outputs
 from distillation.losses import LOSSES, kd_loss, kd_objective
 from distillation.teachers import HiddenStates
 from experiments.parser import Parser
@@ -163,6 +165,31 @@ def test_hidden_states_are_matched_where_they_are_known():
     found = losses.match_hidden(projected, batch(lengths, rows, [0] * 3), hidden)
     torch.testing.assert_close(found, expected)
     assert float(losses.match_hidden(projected[:2], batch([2], [9], [0]), hidden)) == 0.0
+
+
+def test_edit_bce_is_its_formula():
+    logits, touched = drawn(7), torch.tensor([1.0, 0, 0, 1, 0, 0, 0])
+    p = 1 / (1 + np.exp(-logits.double().numpy()))
+    expected = -np.where(touched.numpy() > 0, np.log(p), np.log(1 - p)).mean()
+    np.testing.assert_allclose(float(losses.edit_bce(logits, touched)), expected, rtol=1e-6)
+
+
+def test_edited_tokens_are_told_in_every_row_and_classes_where_somebody_knows_them():
+    """Rows 0 and 1 are new; without soft labels the gold ones of rows 2 and 3 alone teach a class."""
+    ids, rows, labels = [[1, 2], [3, 4, 5], [6], [7, 8]], [1, 3, 0], [1, 0, 1]
+    marks = mark_edits(ids, {0: [1], 1: [3, 9, 5]})
+    one, teacher = batch([3, 2, 2], rows, labels), drawn(4, 2)
+    logits, edited = drawn(3, 2, seed=1), drawn(7, seed=2)
+    soft, gold = kd_objective(teacher, 1.0, 1.0), kd_objective(teacher, 1.0, 0.0)
+    outputs, touched = Outputs(logits, edited=edited), np.array([0, 1, 0, 0, 0, 0, 1])
+    p = 1 / (1 + np.exp(-edited.double().numpy()))
+    bce = -np.where(touched, np.log(p), np.log(1 - p)).mean()
+    of_gold = F.cross_entropy(logits[1:2].double(), torch.tensor([0])) / 3
+    found = losses.transfer_objective(None, gold, 2, edits=marks, edit_weight=0.3)(outputs, one)
+    np.testing.assert_allclose(float(found), float(of_gold) + 0.3 * bce, rtol=1e-5)
+    # Beside soft labels it is added to the loss that was there.
+    beside = losses.transfer_objective(soft, gold, 2, edits=marks, edit_weight=0.3)(outputs, one)
+    np.testing.assert_allclose(float(beside - losses.transfer_objective(soft, gold, 2)(logits, one)), 0.3 * bce, rtol=1e-5)
 
 
 def test_the_command_line_offers_every_kd_loss(capsys):

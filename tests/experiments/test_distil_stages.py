@@ -50,9 +50,14 @@ def cache(folder):
     return found
 
 
+def new_sentences(folder) -> list[list[str]]:
+    """Returns kind and text of each sentence of the transfer set; other tests make smaller ones in the same cache."""
+    tables = [path.read_text().splitlines() for path in cache(folder).glob("sentences-*.tsv")]
+    return [line.split("\t") for line in next(lines for lines in tables if len(lines) == 40)]
+
+
 def test_the_transfer_set_has_no_duplicate_and_no_sentence_of_the_task(work, staged):
-    (table,) = cache(staged).glob("sentences-*.tsv")
-    names, sentences = zip(*(line.split("\t") for line in table.read_text().splitlines()), strict=True)
+    names, sentences = zip(*new_sentences(staged), strict=True)
     task = load_task("cola", work / "cola")
     known = {letters_and_digits(one) for split in (task.train, *task.dev.values()) for one in split.sentences}
     found = [letters_and_digits(one) for one in sentences]
@@ -294,8 +299,7 @@ def test_teachers_of_different_tokenizers_meet_in_their_logits(work, staged, str
     monkeypatch.setattr(recipe, "prepare_sentences", lambda *args: kept.append(prepare(*args)) or kept[-1])
     run, second = tmp_path / "run", ("--teacher", stranger, "--label-precision", "teacher", "--no-control")
     assert distil(work, run, *second) == 0
-    (table,) = cache(tmp_path).glob("sentences-*.tsv")
-    texts = [line.split("\t")[1] for line in table.read_text().splitlines()]
+    texts = [text for _, text in new_sentences(tmp_path)]
     texts += load_task("cola", work / "cola").train.sentences
     parts = [logits_by_text(teacher, texts) for teacher in (work / "LoRA", stranger)]
     torch.testing.assert_close(kept[0].logits, (parts[0] + parts[1]) / 2, atol=1e-5, rtol=1e-5)
@@ -336,6 +340,70 @@ def test_teachers_of_different_tokenizers_teach_the_training_set_alone_too(work,
     found = load_file(tmp_path / "run" / "teacher_logits.safetensors")["logits"]
     torch.testing.assert_close(found, (parts[0] + parts[1]) / 2, atol=1e-5, rtol=1e-5)
     assert len(load_file(tmp_path / "run" / "student.safetensors")["embedding.weight"]) == 2 + len(toy.WORDS)
+
+
+def test_a_file_of_soft_labels_stands_for_the_teacher_that_wrote_it(work, staged, tmp_path, monkeypatch, capsys):
+    """Every sentence of the transfer set but five, and the training set, by another run's `predict`."""
+    assert toy.lora(work, tmp_path / "other", "--rank", 2, "--no-plots") == 0
+    texts = [text for _, text in new_sentences(staged)]
+    (tmp_path / "texts.txt").write_text("\n".join([*texts[5:], *load_task("cola", work / "cola").train.sentences]))
+    capsys.readouterr()
+    assert toy.main("predict", tmp_path / "other", "--file", tmp_path / "texts.txt", "--json") == 0
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(line + "\n" for line in capsys.readouterr().out.splitlines() if line.startswith("{")))
+
+    kept, prepare = [], recipe.prepare_sentences
+    monkeypatch.setattr(recipe, "prepare_sentences", lambda *args: kept.append(prepare(*args)) or kept[-1])
+    quick = ("--cache", staged, "--no-control", "--pretrain", 0, "--transfer", 1, "--epochs", 1, "--label-precision",
+             "teacher")
+    for name, more in (("alone", ("--labels-alone",)), ("beside", ())):
+        assert distil(work, tmp_path / name, "--labels", labels, *more, *quick) == 0
+    assert "labels.jsonl: 5 of 80 sentences" in capsys.readouterr().err
+    texts += load_task("cola", work / "cola").train.sentences
+    own, other = (logits_by_text(teacher, texts).softmax(-1) for teacher in (work / "LoRA", tmp_path / "other"))
+    alone, beside = (one.logits.softmax(-1) for one in kept)
+    torch.testing.assert_close(alone, torch.cat([own[:5], other[5:]]), atol=1e-5, rtol=1e-4)
+    both = (own * other).sqrt()
+    torch.testing.assert_close(beside[5:], (both / both.sum(-1, keepdim=True))[5:], atol=1e-5, rtol=1e-4)
+    assert (own - other).abs().mean() > 0.01
+
+    # The file is a part of the run: repeated with the same one, refused with another.
+    assert toy.main("repeat", tmp_path / "beside") == 0
+    labels.write_text(labels.read_text().replace("0.", "0.0", 1))
+    capsys.readouterr()
+    assert toy.main("repeat", tmp_path / "beside") == 2
+    assert "labels.jsonl" in capsys.readouterr().err
+
+
+def test_both_students_are_asked_about_edited_tokens_and_the_baseline_by_no_teacher(work, staged, tmp_path, monkeypatch,
+                                                                                    capsys):
+    """The baseline has the steps of the student, on sentences that nothing of a teacher's has made."""
+    plans, stages_of = [], recipe.baseline_stages
+    monkeypatch.setattr(recipe, "baseline_stages", lambda *args: plans.append((*args, stages_of(*args))) or plans[-1][-1])
+    run = tmp_path / "run"
+    assert distil(work, run, "--edit-weight", 1, "--cache", staged, "--pretrain", 0) == 0
+    (plan, (student,), (baseline,)), = plans
+    found, used = plan.sentences, {int(row) for one in baseline.data.batches for row in one.rows}
+    kinds = [kind for kind, _ in new_sentences(staged)]
+    # Written sentences need a teacher, and so do edits of these.
+    assert used == {*found.free, *found.rows_of_training_set()}
+    assert {kinds[row] for row in found.free} <= {"edit of training", "plain", "edit of others"}
+    assert {row for row, kind in enumerate(kinds) if kind in ("edit of training", "plain")} <= set(found.free)
+    assert student.steps == baseline.steps
+    marked = [bool(found.edits.of(torch.tensor([row])).any()) for row in range(found.targeted)]
+    assert all(marked[row] == kind.startswith("edit") for row, kind in enumerate(kinds))
+    assert not any(marked[row] for row in found.rows_of_training_set())
+    # The heads are for training alone, and the loss made a difference to both students.
+    plain = tmp_path / "plain"
+    assert distil(work, plain, "--cache", staged, "--pretrain", 0) == 0
+    for name in ("student.safetensors", "scratch.safetensors"):
+        one, other = load_file(run / name), load_file(plain / name)
+        assert one.keys() == other.keys() and not one["rnn.weight_hh_l0"].equal(other["rnn.weight_hh_l0"])
+    capsys.readouterr()
+    for more in (("--augment", 0), ("--plain",)):
+        words = ("--teacher", work / "LoRA", "--out", tmp_path / "x", "--edit-weight", 1, *more)
+        assert toy.main("distil", "12345", *words) == 2
+        assert "--edit-weight: " in capsys.readouterr().err
 
 
 def test_plots_show_the_stages(work, staged, tmp_path):
