@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
 LARGE = 2  # times the mean batch's tokens: a larger batch is computed in micro-batches
+TOKENISED = 10_000  # sentences that are tokenised at a time
 NEIGHBOURS = 4  # sentences with a shared prefix that stand together in a batch
 
 
@@ -106,16 +107,18 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
     Raises:
         UserError: a sentence without a token, or a `max_length` without room for one.
     """
-    encoded = tokenizer(sentences, add_special_tokens=True, truncation=False, verbose=False,
-                        return_special_tokens_mask=True)
-    ids, cut = encoded["input_ids"], 0
-    for row, tokens in enumerate(ids):
-        if not tokens:
-            raise UserError(f"row {row + 1}: the tokenizer makes no token of {sentences[row]!r}")
-        # The tokenizer's own truncation knows no middle.
-        if len(tokens) > max_length:
-            ids[row] = _cut(tokens, encoded["special_tokens_mask"][row], max_length, truncate)
-            cut += 1
+    ids, cut = [], 0
+    # In parts: the library's record of a text takes many times the memory of its ids.
+    for start in range(0, len(sentences), TOKENISED):
+        encoded = tokenizer(sentences[start:start + TOKENISED], add_special_tokens=True, truncation=False, verbose=False,
+                            return_special_tokens_mask=True)
+        for tokens, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+            if not tokens:
+                raise UserError(f"row {len(ids) + 1}: the tokenizer makes no token of {sentences[len(ids)]!r}")
+            # The tokenizer's own truncation knows no middle.
+            if len(tokens) > max_length:
+                tokens, cut = _cut(tokens, special, max_length, truncate), cut + 1
+            ids.append(tokens)
     if cut:
         warnings.warn(f"{cut} of {len(ids)} sentences are longer than {max_length} tokens and were truncated "
                       f"({truncate} cut)", stacklevel=2)

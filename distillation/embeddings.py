@@ -9,9 +9,6 @@ Embeddings", section 3.
 """
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +17,7 @@ from distillation.teachers import HiddenStates
 from distillation.vocabulary import row_means
 from model import DistilRNN, TextClassifier
 
-BLOCK = 100_000  # tokens that are added at a time: their states are float64 for so long
+BLOCK = 5000  # sentences that are added at a time: their states are float64 for so long
 RIDGE = 1e-4  # of the mean squared embedding: a direction that embeddings hardly have is not trusted
 
 
@@ -62,16 +59,15 @@ def token_means(ids: list[list[int]], hidden: HiddenStates, vocab_size: int) -> 
         ids: token ids of the sentences with hidden states.
         hidden: reduced to principal components, and standardised; the means have the components' own scale again.
     """
-    # The states are those of one sentence after the other, in an order of their own.
-    order = hidden.starts.argsort().tolist()
-    tokens = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(ids[row] for row in order), np.int64))
     sums = torch.zeros(vocab_size, len(hidden.std), dtype=torch.float64)
-    for start in range(0, len(tokens), BLOCK):
-        part = slice(start, start + BLOCK)
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    # In the order of the states, which may lie in memory-mapped files: each part is read once.
+    for rows in hidden.starts.argsort().split(BLOCK):
+        tokens = torch.tensor([token for row in rows.tolist() for token in ids[row]])
         # The scores of a decoder's prefixes, which stand behind the states, are no part of a word's meaning.
-        sums.index_add_(0, tokens[part], hidden.values[part, :len(hidden.std)].double())
-    counts = torch.bincount(tokens, minlength=vocab_size).clamp(min=1)
-    return (sums / counts.unsqueeze(1) * hidden.std).float()
+        sums.index_add_(0, tokens, hidden.of(rows)[:, :len(hidden.std)].double())
+        counts += torch.bincount(tokens, minlength=vocab_size)
+    return (sums / counts.clamp(min=1).unsqueeze(1) * hidden.std).float()
 
 
 def fill_in(means: Tensor, static: Tensor, seen: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from distillation.batching import equal_length_batches, neighbour_batches
 from distillation.cache import Cache, digest
 from distillation.pca import Reduction, principal_components
 from distillation.sharing import cores, share
-from distillation.teachers import HiddenStates, hidden_states, states_and_logits, token_scores
+from distillation.teachers import HiddenStates, Joined, hidden_states, states_and_logits, token_scores
 from machine.errors import UserError
 from machine.hardware import device
 from model import TextClassifier
@@ -85,8 +85,9 @@ class Labeller:
             return logits, None
         lengths = torch.tensor([len(ids[row]) for row in order])
         ends = lengths.cumsum(0)
+        # The states stay in their files, mapped into memory: those of a million sentences are several GB.
         weights = self.weights(pca, len(scale))
-        return logits, HiddenStates(torch.cat(values), weights, (ends - lengths)[back], ends[back], pca.std)
+        return logits, HiddenStates(Joined(values), weights, (ends - lengths)[back], ends[back], pca.std)
 
     def order(self, ids: list[list[int]]) -> list[int]:
         """Returns the rows in the order in which they are labelled.

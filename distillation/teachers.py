@@ -1,8 +1,10 @@
 """Teachers and their targets: logits, last hidden states, the scores of a sentence's tokens."""
 from __future__ import annotations
 
+import bisect
 import copy
 import inspect
+import itertools
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,21 @@ def mean_logits(logits: list[Tensor]) -> Tensor:
     return torch.stack(logits).mean(0)
 
 
+class Joined:
+    """Tensors (n, d) as if one stood after the other: those that are memory-mapped files take no memory of the process."""
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts = parts
+        self.firsts = [0, *itertools.accumulate(map(len, parts))]  # the first row of each part, and the number of rows
+        self.shape = (self.firsts[-1], parts[0].shape[1])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Returns rows that stand in one part."""
+        part = bisect.bisect_right(self.firsts, rows.start) - 1
+        first = self.firsts[part]
+        return self.parts[part][rows.start - first:rows.stop - first]
+
+
 @dataclass
 class HiddenStates:
     """Reduced hidden states of many sentences, one after the other; for a decoder the tokens' scores stand behind them.
@@ -48,7 +65,7 @@ class HiddenStates:
     A token's scores are the logits (around their mean) of the head for the sentence up to the token.
     """
 
-    values: Tensor  # (tokens, d) float16, on the CPU
+    values: Tensor | Joined  # (tokens, d) float16, on the CPU
     weights: Tensor  # (d,) of the dimensions in `losses.hidden_mse`
     starts: Tensor  # (N,) the first token of each sentence
     ends: Tensor  # (N,) the first token after it

@@ -177,7 +177,9 @@ def test_plain_text_that_is_no_task_is_named(tmp_path):
             data_utils.load_task("edits", data and tmp_path / data)
 
 
-def test_truncation_keeps_the_beginning_and_warns_once_with_the_count():
+@pytest.mark.parametrize("at_a_time", [1, 3, 100])
+def test_truncation_keeps_the_beginning_and_warns_once_with_the_count(monkeypatch, at_a_time):
+    monkeypatch.setattr(data_utils, "TOKENISED", at_a_time)
     sentences = words_of([3, 9, 5, 12])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -189,7 +191,9 @@ def test_truncation_keeps_the_beginning_and_warns_once_with_the_count():
         assert encode(WordTokenizer(), sentences, max_length=12) == WordTokenizer()(sentences)["input_ids"]
 
 
-def test_a_sentence_without_a_token_is_named():
+@pytest.mark.parametrize("at_a_time", [1, 100])
+def test_a_sentence_without_a_token_is_named(monkeypatch, at_a_time):
+    monkeypatch.setattr(data_utils, "TOKENISED", at_a_time)
     with pytest.raises(UserError, match="row 2: the tokenizer makes no token of '  '"):
         encode(WordTokenizer(), ["a", "  "], 5)
 

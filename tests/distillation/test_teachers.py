@@ -1,4 +1,6 @@
 """What is reduced of a teacher: PCA against NumPy's singular values, its hidden states against the library's."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from distillation import teachers
 from distillation.pca import principal_components
 from distillation.teachers import (
     HiddenStates,
+    Joined,
     Teacher,
     hidden_states,
     mean_logits,
@@ -16,6 +19,7 @@ from distillation.teachers import (
     token_scores,
 )
 from machine.errors import UserError
+from record.tensors import load_checked, save_checked
 
 
 def test_principal_components_are_those_of_a_singular_value_decomposition():
@@ -92,6 +96,20 @@ def test_several_teachers_are_averaged():
 def test_a_teacher_reads_its_own_separator_between_columns():
     assert Teacher(None, None, None).texts(["one </s> two"]) == ["one </s> two"]
     assert Teacher(None, None, None, (" </s> ", " [SEP] ")).texts(["one </s> two"]) == ["one [SEP] two"]
+
+
+def test_joined_files_are_read_as_one_and_take_no_memory_of_the_process(tmp_path):
+    whole = torch.randn(9, 4).half()
+    for number, (start, end) in enumerate(((0, 4), (4, 5), (5, 9))):
+        save_checked(tmp_path / f"{number}", {"hidden": whole[start:end]}, "key")
+    joined = Joined([load_checked(tmp_path / f"{number}")[0]["hidden"] for number in range(3)])
+    assert joined.shape == (9, 4)
+    states = HiddenStates(joined, torch.ones(4), torch.tensor([0, 1, 4, 5]), torch.tensor([1, 4, 5, 9]))
+    rows = torch.tensor([3, 0, 2, 1])
+    assert states.of(rows).equal(torch.cat([whole[5:9], whole[:1], whole[4:5], whole[1:4]]).float())
+    # Linux lists the files that are mapped.
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(tmp_path / "2") in maps.read_text()
 
 
 def test_hidden_states_are_taken_by_row():
