@@ -59,8 +59,18 @@ class Cache:
         if signal := self.stop():
             raise Interrupted(signal)
 
-    def write_sentences(self, sentences: list[New]) -> None:
-        """Writes a transfer set, kind and sentence, as a table to be read by people."""
-        # Named by its content: runs with other numbers of sentences share the folder.
-        rows = "".join(f"{one.kind}\t{one.text}\n" for one in sentences)
-        write_file(self.folder / f"sentences-{digest(rows)[:12]}.tsv", rows)
+    def write_sentences(self, key: str, sentences: list[New]) -> None:
+        """Writes a transfer set as a table that people can read: kind, sentence, and the one that was edited."""
+        rows = "".join(f"{one.kind}\t{one.text}\t{one.original or ''}\n" for one in sentences)
+        # Named by its origin, so that other runs find it, and by its content, so that damage is seen.
+        write_file(self.folder / f"sentences-{key[:12]}-{digest(rows)[:12]}.tsv", rows)
+
+    def read_sentences(self, key: str) -> list[New] | None:
+        """Reads a transfer set that a run wrote; None where there is none, or it was changed since."""
+        for path in self.folder.glob(f"sentences-{key[:12]}-*.tsv"):
+            # Bytes: a line end of another kind would be a change, too.
+            rows = path.read_bytes().decode(errors="replace")
+            if path.stem.endswith(digest(rows)[:12]):
+                cells = (line.split("\t") for line in rows.removesuffix("\n").split("\n") if line)
+                return [New(kind, text, original or None) for kind, text, original in cells]
+        return None

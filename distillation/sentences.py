@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from data import edits
 from data.lines import read_sentences
 from data_utils import Task, encode
-from distillation.cache import Base, Cache
+from distillation import transfer_set as sources
+from distillation.cache import Base, Cache, digest
 from distillation.edited import Marks, mark_edits
 from distillation.labels import Labeller
 from distillation.soft_labels import SoftLabels, check_labels, with_labels
@@ -100,18 +103,36 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
     # A class for every row: the scores of training need one, the losses of unlabelled rows do not read it.
     labels = [*logits[:len(transfer)].argmax(-1).tolist(), *task.train.labels, *[0] * len(text)]
     # A task that needs no teacher: were this token and its place in the sentence that was edited?
-    edits = None
+    marks = None
     if options.edit_weight:
         edited = {row: one.original for row, one in enumerate(new) if one.original is not None}
         originals = encode(inputs.tokenizer, list(edited.values()), run.max_length, run.table.truncate) if edited else []
-        edits = mark_edits(ids[:len(targeted)], dict(zip(edited, originals, strict=True)))
+        marks = mark_edits(ids[:len(targeted)], dict(zip(edited, originals, strict=True)))
     written = {one.text for one in new if one.kind == "written"}
     free = [row for row, one in enumerate(new) if one.kind != "written" and one.original not in written]
-    return Sentences(ids, labels, len(transfer), len(task.train), logits, hidden, edits, free)
+    return Sentences(ids, labels, len(transfer), len(task.train), logits, hidden, marks, free)
 
 
 def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int) -> list[New]:
-    """Returns the first `count` sentences of the transfer set, or all of them with a warning if there are fewer."""
+    """Returns the first `count` sentences of the transfer set, or all of them with a warning if there are fewer.
+
+    They are made once for all runs with the same sources and the same code of edits.
+    """
+    decoder = inputs.teachers[0].model.decoder
+    # The folder of the cache stands for base and task; left-out development sentences are known, and not in its name.
+    code = [Path(module.__file__).read_text(encoding="utf-8") for module in (edits, sources)]
+    key = digest(json.dumps([count, decoder, digest("\n".join(text)), inputs.task.left_out, code]))
+    found = cache.read_sentences(key)
+    if found is None:
+        found = new_sentences(inputs, cache, text, count)
+        cache.write_sentences(key, found)
+    if len(found) < count:
+        warnings.warn(f"--augment {count}: only {len(found):,} different sentences can be had", stacklevel=2)
+    return found
+
+
+def new_sentences(inputs: Inputs, cache: Cache, text: list[str], count: int) -> list[New]:
+    """Makes the first `count` sentences of the transfer set, or all of them if there are fewer."""
     train, known = inputs.task.train.sentences, known_sentences(inputs.task)
     # Plain sentences as long as training sentences, and none of the task.
     plain, written = plain_sentences(text, known, longest_length(train)), None
@@ -120,11 +141,7 @@ def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int)
         written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
     # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
     sentences = itertools.islice(transfer_set(train, known, plain, written), count)
-    found = list(tqdm(sentences, total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2))
-    if len(found) < count:
-        warnings.warn(f"--augment {count}: only {len(found):,} different sentences can be had", stacklevel=2)
-    cache.write_sentences(found)
-    return found
+    return list(tqdm(sentences, total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2))
 
 
 def known_sentences(task: Task) -> set[str]:

@@ -70,7 +70,8 @@ def edits_of(sentences: list[str], seed: int) -> Iterator[Edited]:
     rng = random.Random(seed)
     while True:
         original = rng.choice(sentences) if sentences else ""
-        yield Edited(edit(original, rng) or "" if original else "", original)
+        # An edited sentence has single spaces. So has the other, or each further one would count as an edit.
+        yield Edited(edit(original, rng) or "" if original else "", " ".join(original.split()))
 
 
 def transfer_set(train: list[str], known: set[str], plain: list[str], written: Iterator[str] | None) -> Iterator[New]:

@@ -18,6 +18,7 @@ from distillation.labels import Labeller
 from distillation.pca import Reduction
 from distillation.sharing import share
 from distillation.teachers import as_labeller, hidden_states
+from distillation.transfer_set import New
 from distillation.writer import Writer
 from machine.errors import UserError
 from machine.signals import Interrupted
@@ -199,3 +200,15 @@ def test_sentences_are_written_in_threads_as_many_as_will_be_taken(tmp_path, mon
     assert more == [f"{number // 4} {number % 4}" for number in range(least + 9)]
     assert len(made) == len({seed for seed, _ in made}) == len(list(tmp_path.iterdir()))
     assert len(made) <= -(-(least + 9) // 4) + at_once // 16
+
+
+def test_a_transfer_set_is_read_back_as_it_was_written_unless_it_was_changed(tmp_path):
+    cache = Cache(tmp_path, lambda: None)
+    new = [New("plain", "The cat sat – here."), New("edit of others", "The cat here.", "The cat sat – here.")]
+    assert cache.read_sentences("0" * 64) is None
+    cache.write_sentences("0" * 64, new)
+    cache.write_sentences("1" * 64, new[:1])
+    assert cache.read_sentences("0" * 64) == new and cache.read_sentences("1" * 64) == new[:1]
+    (path,) = tmp_path.glob("sentences-0*.tsv")
+    path.write_text(path.read_text().replace("sat", "ran"))
+    assert cache.read_sentences("0" * 64) is None and cache.read_sentences("1" * 64) == new[:1]
