@@ -91,7 +91,11 @@ def teacher_logits(teachers: list[tuple[nn.Module, list[Batch]]], path: Path) ->
         UserError: the file is damaged.
     """
     # A changed teacher, data set or tokenizer has another key, and is never answered from the file.
-    key = "".join(tensors.weights_digest(model) + tensors.batches_digest(batches) for model, batches in teachers)
+    models = [model for model, _ in teachers]
+    # Several teachers have one digest, under the names that their weights have had from the first; batches that some of them
+    # share count once.
+    whole = models[0] if len(models) == 1 else nn.ModuleDict({"teachers": nn.ModuleList(models)})
+    key = tensors.weights_digest(whole) + "".join(dict.fromkeys(tensors.batches_digest(batches) for _, batches in teachers))
     if processes.broadcast(path.exists()):
         cached, its_key = tensors.load_checked(path)
         if its_key == key:
