@@ -24,7 +24,7 @@ class Outputs(NamedTuple):
     """The outputs of a student with heads."""
 
     logits: Tensor | None  # (B, labels); None: no classes
-    matched: Tensor | None = None  # (real tokens, d), row by row: the projected forward states
+    matched: Tensor | None = None  # (real tokens, d), row by row: the projected states
     language: Tensor | None = None  # the language model's loss: mean of its directions (nats a token)
     edited: Tensor | None = None  # (real tokens,), row by row: the logit of "an edit touched this token"
 
@@ -33,18 +33,20 @@ class Matched(nn.Module):
     """A student with heads that read its states at each token; in evaluation the student alone.
 
     Its forward states are projected onto the teacher's hidden states: at each token the forward direction has read the same
-    tokens as a decoder, no more and no less. The detector of edits reads both directions, as ELECTRA's discriminator
-    (Clark et al. 2020, equation 2).
+    tokens as a decoder, no more and no less. An encoder has read the whole sentence, as both directions together have. The
+    detector of edits reads both directions, as ELECTRA's discriminator (Clark et al. 2020, equation 2).
 
     Args:
         size: dimensions of the teacher's reduced hidden states; 0: none are matched.
         edits: whether there is a detector of edits.
+        directions: of the states that are projected: 1, the forward one, or 2.
     """
 
-    def __init__(self, student: DistilRNN, size: int = 0, edits: bool = False):
+    def __init__(self, student: DistilRNN, size: int = 0, edits: bool = False, directions: int = 1):
         super().__init__()
         self.student, config = student, student.config
-        self.projection = nn.Linear(config.hidden_size, size) if size else None
+        self.width = min(directions, config.directions) * config.hidden_size
+        self.projection = nn.Linear(self.width, size) if size else None
         self.detector = nn.Linear(config.directions * config.hidden_size, 1) if edits else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs | Tensor:
@@ -53,9 +55,9 @@ class Matched(nn.Module):
         # One pass of the RNN serves the classes and the heads.
         states = self.student.states(input_ids, attention_mask)  # (B, T, DH)
         real, matched, edited = _real(attention_mask, states), None, None
-        # The classes and the detector read both directions, the projection the forward one alone.
+        # The classes and the detector read both directions. The forward states stand first.
         if self.projection is not None:
-            matched = self.projection(states[..., :self.student.config.hidden_size][real])
+            matched = self.projection(states[..., :self.width][real])
         if self.detector is not None:
             edited = self.detector(states[real]).squeeze(-1)
         return Outputs(self.student.classify(states, attention_mask), matched, edited=edited)

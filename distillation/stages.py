@@ -164,6 +164,7 @@ def transfer_stage(plan: Plan) -> Stage:
     """Returns the stage of the transfer set; each training sentence comes `gold_repeats` times an epoch."""
     sentences, options, size = plan.sentences, plan.options, _size(plan.sentences.hidden)
     rows, edits = transfer_rows(plan, range(sentences.unlabelled)), sentences.edits
+    directions = 2 if options.match_directions == "both" else 1
     # A new sentence has the teacher's label alone (alpha 1), a training sentence its gold label too.
     logits = sentences.logits.to(device())
     soft, gold = (kd_objective(logits, options.temperature, alpha, plan.train.label_smoothing, options.kd_loss)
@@ -171,7 +172,8 @@ def transfer_stage(plan: Plan) -> Stage:
     return Stage("transfer", replace(plan.inputs.texts, batches=plan.batches(rows)),
                  transfer_objective(soft, gold, sentences.unlabelled, sentences.hidden, edits, options.edit_weight),
                  plan.train_options(options.transfer), options.stage_dropout,
-                 (lambda student: Matched(student, size, edits is not None)) if size or edits is not None else bare)
+                 (lambda student: Matched(student, size, edits is not None, directions))
+                 if size or edits is not None else bare)
 
 
 def transfer_rows(plan: Plan, new: Iterable[int]) -> list[int]:

@@ -54,12 +54,13 @@ def test_the_first_layer_shares_its_parameters(directions):
 
 @pytest.mark.parametrize("lengths", [(6, 6), (5, 9, 1)])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_a_matched_student_gives_its_own_logits_and_a_row_for_each_real_token(lengths, directions):
+@pytest.mark.parametrize("matched", [1, 2])
+def test_a_matched_student_gives_its_own_logits_and_a_row_for_each_real_token(lengths, directions, matched):
     net, inputs = student(directions=directions), toy_batch(lengths)
-    model = Matched(net, 3).train()
+    model = Matched(net, 3, directions=matched).train()
     outputs = model(*inputs)
     assert torch.equal(outputs.logits, net(*inputs)) and outputs.matched.shape == (sum(lengths), 3)
-    states = net.states(*inputs)[0, :lengths[0], :5]
+    states = net.states(*inputs)[0, :lengths[0], :5 * min(matched, directions)]
     torch.testing.assert_close(outputs.matched[:lengths[0]], model.projection(states))
     assert torch.equal(model.eval()(*inputs), net.eval()(*inputs))
 
