@@ -49,8 +49,7 @@ SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 def command(work: Path, out: Path) -> list[str]:
     """Returns the arguments of a run of 18 steps; dropout makes it depend on the random state."""
     return ["LoRA", "12345", "--model", str(work / "model"), "--data", str(work / "cola"), "--out", str(out),
-            "--plots", str(work / "plots"), "--epochs", "3", "--batch-size", "8", "--lr", "0.01", "--dropout", "0.2",
-            "--save-every", "1e-9"]
+            "--no-plots", "--epochs", "3", "--batch-size", "8", "--lr", "0.01", "--dropout", "0.2", "--save-every", "1e-9"]
 
 
 def fork(work: Path, function: Callable[[], int]) -> int:
@@ -266,10 +265,12 @@ def stop_while_busy(work: Path, phase: str, number: signal.Signals, expected: di
     module, function, more = PHASES[phase]
     out = work / f"busy-{phase}"
     if phase == "teacher":
-        line = ["distil", "12345", "--plain", "--teacher", str(work / "whole"), "--out", str(out), "--plots",
-                str(work / "plots"), "--epochs", "1", "--embedding-size", "4", "--hidden-size", "4"]
+        line = ["distil", "12345", "--plain", "--teacher", str(work / "whole"), "--out", str(out), "--no-plots",
+                "--epochs", "1", "--embedding-size", "4", "--hidden-size", "4"]
     else:
         line = [*command(work, out), *more]
+    if phase == "plotting":
+        line[line.index("--no-plots")] = f"--plots={work / 'plots'}"
     child = start(line, work, busy(work, module, function))
     limit = time.monotonic() + 60
     while not (work / "busy").exists() and time.monotonic() < limit:

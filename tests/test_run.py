@@ -28,7 +28,7 @@ def work(tmp_path_factory):
     toy.write_model(folder / "narrow", channels=16)
     toy.write_cola(folder / "cola")
     assert toy.main("LoRA", "12345", "--model", folder / "model", "--data", folder / "cola", "--out", folder / "run",
-                    "--plots", folder / "plots", "--epochs", 1) == 0
+                    "--no-plots", "--epochs", 1) == 0
     return folder
 
 
@@ -331,7 +331,7 @@ def test_a_closed_standard_input_is_an_empty_one(work):
 
 def test_a_warning_is_one_line_that_counts(work, tmp_path, capsys):
     assert toy.main("LoRA", "12345", "--model", work / "model", "--data", work / "cola", "--out", tmp_path / "run",
-                    "--plots", tmp_path, "--method", "none", "--max-length", "3") == 0
+                    "--no-plots", "--method", "none", "--max-length", "3") == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(warned) == 3 and all("are longer than 3 tokens and were truncated" in line for line in warned)
 

@@ -173,7 +173,7 @@ def main(work: Path) -> None:
     def distilled() -> int:
         sys.argv = ["run.py", "distil", "12345", "--plain", "--teacher", str(work / "one"), "--out",
                     str(work / f"distil-{count}"),
-                    "--plots", str(work / "plots"), "--epochs", "2", "--embedding-size", "4", "--hidden-size", "4",
+                    "--no-plots", "--epochs", "2", "--embedding-size", "4", "--hidden-size", "4",
                     "--dropout", "0"]
         return run.main()
 

@@ -339,7 +339,7 @@ def table_run(tmp_path_factory):
     write(work / "data" / "validation.csv", feature_rows(40, seed=1))
     assert toy.main("LoRA", "12345", "--model", work / "model", "--data", work / "data", "--feature-columns", "x,y",
                     "--epochs", "4", "--lr", "2e-2", "--batch-size", "8", "--out", work / "run",
-                    "--plots", work / "plots") == 0
+                    "--no-plots") == 0
     return work
 
 
@@ -366,8 +366,7 @@ def test_eval_of_a_table_run_repeats_its_summary(table_run, tmp_path, capsys):
 
 def test_a_student_of_a_teacher_with_features_reads_text_alone(table_run, tmp_path):
     assert toy.main("distil", "12345", "--plain", "--teacher", table_run / "run", "--epochs", "1", "--batch-size", "8",
-                    "--embedding-size", "4", "--hidden-size", "4", "--out", tmp_path / "run", "--plots",
-                    tmp_path / "plots") == 0
+                    "--embedding-size", "4", "--hidden-size", "4", "--out", tmp_path / "run", "--no-plots") == 0
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["teacher"]["validation"] == read_json(table_run / "run" / "summary.json")["validation"]
     assert toy.main("eval", tmp_path / "run", "--data", table_run / "data" / "validation.csv", "--json") == 0
@@ -378,15 +377,14 @@ def test_a_student_reads_text_alone_where_a_large_batch_is_computed_in_micro_bat
     monkeypatch.setattr(distil, "make_all_batches", lambda *args: all_batches.append(made := make(*args)) or made)
     make, all_batches = inputs.make_all_batches, []
     assert toy.main("distil", "12345", "--plain", "--teacher", table_run / "run", "--epochs", "1", "--batch-size", "8",
-                    "--embedding-size", "4", "--hidden-size", "4", "--out", tmp_path / "run", "--plots",
-                    tmp_path / "plots") == 0
+                    "--embedding-size", "4", "--hidden-size", "4", "--out", tmp_path / "run", "--no-plots") == 0
     assert any(batch.micro and batch.micro[0].features is not None for batch in all_batches[0][0])  # or it tests nothing
 
 
 @pytest.mark.parametrize("method", ["full", "head", "features", "none"])
 def test_every_method_reads_features_and_evaluates_alike(table_run, tmp_path, capsys, method):
     arguments = ("LoRA", "12345", "--model", table_run / "model", "--data", table_run / "data", "--method", method,
-                 "--feature-columns", "x,y", "--epochs", "2", "--out", tmp_path / "run", "--plots", tmp_path / "plots")
+                 "--feature-columns", "x,y", "--epochs", "2", "--out", tmp_path / "run", "--no-plots")
     assert toy.main(*arguments) == 0
     capsys.readouterr()
     assert toy.main("eval", tmp_path / "run", "--data", table_run / "data" / "validation.csv", "--json") == 0
@@ -406,8 +404,7 @@ def test_kept_features_of_a_frozen_model_change_nothing(table_run, tmp_path):
     """Invariant 11, with numbers beside the text."""
     for name, more in (("kept", ()), ("fresh", ("--no-keep",))):
         assert toy.main("LoRA", "12345", "--model", table_run / "model", "--data", table_run / "data", "--method", "head",
-                        "--feature-columns", "x,y", "--epochs", "2", "--out", tmp_path / name, "--plots",
-                        tmp_path / "plots", *more) == 0
+                        "--feature-columns", "x,y", "--epochs", "2", "--out", tmp_path / name, "--no-plots", *more) == 0
     for file in ("trained.safetensors", "features.safetensors"):
         assert (tmp_path / "kept" / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes()
 

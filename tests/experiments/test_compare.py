@@ -34,8 +34,9 @@ def work(tmp_path_factory):
 
 
 def call(work, out, *more) -> int:
-    return toy.main("compare", "99999", "--model", work / "model", "--data", work / "cola", "--out", out,
-                    "--plots", out.parent / "plots", "--batch-size", 8, *more)
+    plots = () if "--plots" in more else ("--no-plots",)
+    return toy.main("compare", "99999", "--model", work / "model", "--data", work / "cola", "--out", out, "--batch-size", 8,
+                    *plots, *more)
 
 
 def option(words: list[str], name: str) -> str | None:
@@ -189,8 +190,8 @@ def test_a_table_says_which_split_chose(work, tmp_path, made_up, capsys):
 
 
 def test_real_runs_become_a_table_a_plot_and_run_folders_that_eval_scores(work, tmp_path, same_process, capsys):
-    assert call(work, tmp_path / "c", "--methods", "none,lora", "--seeds", "2", "--epochs", "2", "--lr-grid", "1e-5,1e-2"
-                ) == 0
+    assert call(work, tmp_path / "c", "--methods", "none,lora", "--seeds", "2", "--epochs", "2", "--lr-grid", "1e-5,1e-2",
+                "--plots", tmp_path / "plots") == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     row = rows(tmp_path / "c")["lora"]
     line = next(words for words in table if words[0] == "lora")

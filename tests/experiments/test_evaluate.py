@@ -28,7 +28,7 @@ def test_eval_of_a_lora_run_repeats_its_summary(work, capsys, split):
     ("full", {"trained.safetensors", "metrics.jsonl"}), ("head", {"trained.safetensors", "metrics.jsonl"}),
     ("none", {"trained.safetensors"})])
 def test_every_method_leaves_a_run_that_eval_scores_alike(work, tmp_path, capsys, method, files):
-    assert toy.lora(work, tmp_path / "run", "--method", method, "--plots", tmp_path / "plots") == 0
+    assert toy.lora(work, tmp_path / "run", "--method", method) == 0
     assert set(toy.tree(tmp_path / "run")) >= files | {"config.json", "summary.json"}
     summary = read_json(tmp_path / "run" / "summary.json")
     kept = load_file(tmp_path / "run" / "trained.safetensors")

@@ -35,8 +35,9 @@ def work(tmp_path_factory):
 
 
 def words(work, out, *more) -> list[str]:
+    plots = () if "--plots" in more or "--no-plots" in more else ("--no-plots",)
     return list(map(str, ("sweep", "12345", "--model", work / "model", "--data", work / "cola", "--out", out,
-                          "--plots", out.parent / "plots", "--batch-size", 8, *more)))
+                          "--batch-size", 8, *plots, *more)))
 
 
 def call(work, out, *more) -> int:
@@ -75,7 +76,8 @@ def trials(out) -> list[dict]:
 def test_a_grid_runs_every_combination_once_and_keeps_the_best_weights_alone(work, tmp_path, capsys):
     """Real trainings."""
     out = tmp_path / "s"
-    assert call(work, out, *SEARCH, "--sampler", "grid", "--epochs", 2, "--no-prune", "--lr", "0.01") == 0
+    assert call(work, out, *SEARCH, "--sampler", "grid", "--epochs", 2, "--no-prune", "--lr", "0.01", "--plots",
+                tmp_path / "plots") == 0
     result = read_json(out / "sweep.json")
     assert sorted((t["params"]["rank"], t["params"]["targets"]) for t in result["trials"]) == sorted(COMBINATIONS)
     assert {t["state"] for t in result["trials"]} == {"complete"}
