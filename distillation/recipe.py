@@ -77,7 +77,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
         texts = inputs.task.train.sentences
         check_labels(inputs.labels, texts)
         logits = with_labels(logits, len(inputs.teachers), inputs.labels, texts, options.labels_alone)
-        ids = [batch.input_ids[batch.attention_mask.bool()].tolist() for batch in inputs.data.batches]
+        ids = [batch.input_ids[batch.attention_mask.bool()].tolist() for batch in inputs.texts.batches]
     counts = token_counts(ids, inputs.student.vocab_size)
 
     # 2. The last stage of both is the training set: with the teacher's logits, and without.

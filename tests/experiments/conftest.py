@@ -2,7 +2,7 @@
 import pytest
 import toy
 
-from report import figures
+from report import diagnosis, figures
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,9 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without drawing plots."""
+    """Without plots: most of a toy run's time would be theirs."""
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+    monkeypatch.setattr(diagnosis, "figures", lambda *_: {})
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_a_lora_run_is_diagnosed_alone_on_a_file_and_a_changed_file_is_warned_of
     assert f"warning: {data}: changed since the run read it" in said.err and "classifier" in said.out
 
 
-def test_a_task_that_is_none_of_acceptability_has_no_pairs(work, tmp_path, capsys):
+def test_a_task_that_is_none_of_acceptability_has_no_pairs(work, tmp_path, capsys, quick):
     (tmp_path / "train.csv").write_text("text,label\n" + "".join(
         f"{text},{'abc'[len(text) % 3]}\n" for text, _ in toy.toy_rows(60, 3)))
     assert toy.main("LoRA", "12345", "--model", work / "model", "--data", tmp_path / "train.csv", "--epochs", 1, "--method",
@@ -203,7 +203,8 @@ def test_a_phenomenons_published_figure_is_the_mean_over_its_paradigms_and_inter
     assert row["models"]["m"]["interval"] == pytest.approx([centre - half, centre + half], rel=1e-5)
 
 
-def test_a_moved_teacher_is_found_beside_the_run_and_a_missing_one_is_left_out(work, distilled_run, pairs, tmp_path, capsys):
+def test_a_moved_teacher_is_found_beside_the_run_and_a_missing_one_is_left_out(work, distilled_run, pairs, tmp_path, capsys,
+                                                                               quick):
     shutil.copytree(distilled_run, tmp_path / "distilled")
     path = tmp_path / "distilled" / "summary.json"
     path.write_text(path.read_text().replace(json.dumps(str(work / "LoRA")), json.dumps("gone/teacher")))
@@ -230,7 +231,8 @@ def averaged(work, tmp_path_factory):
     return folder
 
 
-def test_a_distillation_of_several_teachers_is_diagnosed_with_their_average(averaged, pairs, tmp_path, monkeypatch, capsys):
+def test_a_distillation_of_several_teachers_is_diagnosed_with_their_average(averaged, pairs, tmp_path, monkeypatch, capsys,
+                                                                            quick):
     monkeypatch.chdir(tmp_path)
     assert toy.main("diagnose", averaged / "run", "--pairs", pairs, "--limit", 2, "--out", tmp_path / "out") == 0
     found = read_json(tmp_path / "out" / "diagnose.json")
@@ -243,7 +245,7 @@ def test_a_distillation_of_several_teachers_is_diagnosed_with_their_average(aver
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-def test_each_of_several_teachers_is_looked_for_and_compared(averaged, pairs, tmp_path, capsys, name):
+def test_each_of_several_teachers_is_looked_for_and_compared(averaged, pairs, tmp_path, capsys, quick, name):
     """Also where all were moved together, and by relative names, as they are given."""
     shutil.copytree(averaged, tmp_path / "moved")
     run = tmp_path / "moved" / "run"

@@ -327,7 +327,7 @@ def test_teachers_of_different_tokenizers_meet_in_their_logits(work, staged, str
     monkeypatch.setattr(Labeller, "compute", lambda *_: pytest.fail("computed again"))
     assert distil(work, tmp_path / "again", *second) == 0
     assert (run / "student.safetensors").read_bytes() == (tmp_path / "again" / "student.safetensors").read_bytes()
-    assert toy.main("diagnose", run, "--out", tmp_path / "diagnosis") == 0
+    assert toy.main("diagnose", run, "--limit", 2, "--out", tmp_path / "diagnosis") == 0
     diagnosed = read_json(tmp_path / "diagnosis" / "diagnose.json")["scores"]["teacher"]
     assert diagnosed["in_domain"] == pytest.approx(teacher["validation"]["in_domain"], rel=1e-5)
 
@@ -425,16 +425,15 @@ def test_bad_text_and_options_are_one_line(work, tmp_path, capsys):
 
 
 def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_without(work, staged, tmp_path, monkeypatch,
-                                                                                     capsys):
+                                                                                     capsys, quick):
     run = tmp_path / "run"
     assert toy.main("distil", "12345", "--teacher", work / "LoRA", "--text", work / "plain.txt", "--out", run, *SMALL[:-1],
-                    "--plots", tmp_path / "plots", "--cache", staged, "--no-control") == 0
+                    "--no-plots", "--cache", staged, "--no-control") == 0
     assert "baseline" not in capsys.readouterr().out
     assert (run / "student.safetensors").read_bytes() == (staged / "run" / "student.safetensors").read_bytes()
     summary = records.read_json(run / "summary.json")
     assert "scratch" not in summary and not list(run.glob("scratch*"))
     assert {line["phase"] for line in toy.lines_of(run)} == {"student"}
-    assert (tmp_path / "plots" / "distil-12345_stages.png").exists()
     study = seeds.results("distil", {12345: summary})
     assert [row["entry"] for row in study["entries"]] == ["teacher", "student"]
     assert [(row["entry"], row["minus"]) for row in study["differences"]] == [("student", "teacher")]
@@ -446,7 +445,7 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
         assert toy.main(mode, run, *more) == 2
         error = capsys.readouterr().err
         assert error.endswith(f"run.py: {run}: has no baseline (it was run with --no-control)\n")
-    assert toy.main("diagnose", run, "--out", tmp_path / "diagnosis") == 0
+    assert toy.main("diagnose", run, "--limit", 2, "--out", tmp_path / "diagnosis") == 0
     assert list(read_json(tmp_path / "diagnosis" / "diagnose.json")["models"]) == ["teacher", "student", "language_model"]
 
 
