@@ -312,11 +312,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    import run  # noqa: F401
-    from benchmarks import common  # imports every library that the children need
-    from experiments import distil, finetune  # noqa: F401
-    from machine import signals  # noqa: F401
-    from report import figures  # noqa: F401 (imported here, once, for the children)
+    from benchmarks import common
+
+    toy.import_for_children()
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "tests", "benchmarks")]
 
+import toy  # noqa: E402 (needs the path above)
 from kill_test import command, difference, fork, inputs, start, uninterrupted, wait  # noqa: E402 (needs the path above)
 
 # stderr is a file too, and must stay below the limits.
@@ -84,11 +85,7 @@ def full_disk(work: Path, expected: dict) -> dict | None:
 
 
 def main() -> None:
-    # Imported once, for all the children.
-    import run  # noqa: F401
-    from experiments import distil, finetune  # noqa: F401
-    from report import figures  # noqa: F401
-
+    toy.import_for_children()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if wait(fork(work, lambda: inputs(work))):

@@ -97,6 +97,25 @@ def main(*arguments) -> int:
             signal.signal(number, handler)
 
 
+def import_for_children() -> None:
+    """Imports every library that a run needs, here and once, for the children that this process forks.
+
+    A run imports some of them at its first use; in each child that would take longer than the toy's training.
+    """
+    from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
+    from transformers import conversion_mapping
+    from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
+
+    import run  # noqa: F401
+    from experiments import distil, finetune  # noqa: F401
+    from metrics.classification import metrics
+    from report import figures  # noqa: F401
+
+    metrics()
+    # A thousand regular expressions, compiled at the first model and kept.
+    conversion_mapping.get_checkpoint_conversion_mapping("gpt2")
+
+
 def lora(work: Path, out: Path, *more) -> int:
     """Fine-tunes `work`/model on `work`/cola into `out`, in three epochs of five steps, and returns the exit status.
 

@@ -152,8 +152,9 @@ def inputs(work: Path) -> None:
 def main(work: Path) -> None:
     import toy_training  # noqa: F401
 
-    import run  # noqa: F401
-    from experiments import distil, finetune  # noqa: F401 (imported here, once, for the children)
+    import run
+
+    toy.import_for_children()
 
     # In a child, for the tokenizers' library starts threads.
     found = {"inputs": finish([fork(lambda: inputs(work), work / "inputs-0")], work / "inputs")}

@@ -12,7 +12,7 @@ from machine.errors import UserError
 from record.files import read_json
 from report import figures
 
-SMALL = ("--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8)
+SMALL = ("--plain", "--embedding-size", 6, "--hidden-size", 5, "--epochs", 2, "--batch-size", 8)
 
 
 @pytest.fixture(scope="module")
