@@ -55,7 +55,7 @@ lint: .venv/test.stamp
 	@rm -rf .lint && mkdir .lint
 	@for module in run train_utils speed model layers sampling data_utils; do \
 	  mkdir .lint/$$module && ln -s ../../$$module.py .lint/$$module/__init__.py; done
-	@for folder in experiments serving distillation training fast adapters data record metrics options machine report; do ln -s ../$$folder .lint/$$folder; done
+	@for folder in experiments serving distillation training fast adapters variants data record metrics options machine report; do ln -s ../$$folder .lint/$$folder; done
 	cd .lint && ../$(BIN)/lint-imports ../pyproject.toml
 
 report: .venv/run.stamp

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from data.architectures import FUSED_QKV, compute_by_length, depends_on_batch, find_targets, misread_by_peft, parse_layers
+from data.architectures import FUSED_QKV, compute_by_length, depends_on_batch, find_targets, parse_layers, warn_of_misread
 from data.backbones import (
     blocks_of,
     freeze_backbone,
@@ -76,8 +76,12 @@ class LoRALinear(nn.Module):
         if self.merged:
             return self.base(x)
         # A and B stay float32 where activations are bfloat16 (on a GPU).
-        A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)  # (rank, in), (out, rank)
+        A, B = (factor.to(x.dtype) for factor in self.factors())  # (rank, in), (out, rank)
         return self.base(x) + self.scaling * F.linear(F.linear(self.dropout(x), A), B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Returns A (rank, in_features) and B (out_features, rank) of the update; a variant may compute its own."""
+        return self.lora_A, self.block_B()
 
     def block_B(self) -> Tensor:
         """Returns B over all outputs, (out_features, rank * slices): block by block where there are slices."""
@@ -93,7 +97,8 @@ class LoRALinear(nn.Module):
 
     def delta(self) -> Tensor:
         """Returns the update of W, scaling * B A, (out_features, in_features), in float32."""
-        return self.scaling * (self.block_B().float() @ self.lora_A.float())
+        A, B = self.factors()
+        return self.scaling * (B.float() @ A.float())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -132,15 +137,12 @@ class LoRALinear(nn.Module):
         if self.merged:
             return []
         # With dropout W and A read different inputs.
-        return None if self.dropout.p > 0 and self.training else [(self.lora_A, self.block_B(), self.scaling)]
+        return None if self.dropout.p > 0 and self.training else [(*self.factors(), self.scaling)]
 
     def __init_subclass__(cls) -> None:
         # A variant that writes its own `forward` is not the sum above, unless it says so itself.
         if "forward" in vars(cls) and "low_rank_terms" not in vars(cls):
             cls.low_rank_terms = lambda self: None
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, scaling={self.scaling}, slices={self.slices}"
 
 
 def weight_of(linear: nn.Linear | Conv1D) -> Tensor:
@@ -153,10 +155,13 @@ def lora_layers(net: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in net.named_modules() if isinstance(module, LoRALinear)}
 
 
-def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
-    """Replaces the targeted projections by `LoRALinear` and freezes everything else but the task head.
+def inject_lora(net: PreTrainedModel, options: LoRAOptions, layer_class: type[LoRALinear] = LoRALinear) -> list[str]:
+    """Replaces the targeted projections by `LoRALinear`s and freezes everything else but the task head: biases too.
 
-    Embeddings, norms and biases are frozen too. Seed first: A is sampled here.
+    Seed first: A is sampled here.
+
+    Args:
+        layer_class: `LoRALinear`, or a variant of it (variants/).
 
     Returns:
         The full names of the adapted modules.
@@ -167,32 +172,30 @@ def inject_lora(net: PreTrainedModel, options: LoRAOptions) -> list[str]:
     blocks = list(blocks_of(net.base_model).items())
     targets = find_targets(net.base_model, options.targets, options.rank)
     # Collect every layer first, so that a rank that does not fit leaves the model as it is.
-    bases = {}  # full name -> the layer, and the roles that chose it
+    bases = {}  # full name -> the layer, the roles that chose it, its rank and alpha
     for layer in parse_layers(options.layers, len(blocks)):
         block_name, block = blocks[layer]
         modules = dict(block.named_modules())
         for name in (name for name in targets if name in modules):
             outputs, inputs = weight_of(modules[name]).shape
-            if not 1 <= options.rank <= min(inputs, outputs):
-                raise UserError(f"--rank {options.rank}: expected 1 to {min(inputs, outputs)} for {name} "
-                                f"({inputs} x {outputs})")
-            bases[f"{block_name}.{name}"] = modules[name], targets[name]
+            rank, alpha = options.size_of(f"{net.base_model_prefix}.{block_name}.{name}")
+            if not 1 <= rank <= min(inputs, outputs):
+                raise UserError(f"--rank {rank}: expected 1 to {min(inputs, outputs)} for {name} ({inputs} x {outputs})")
+            bases[f"{block_name}.{name}"] = modules[name], targets[name], rank, alpha
     if not bases:
         raise UserError(f"--layers {options.layers}: none of these blocks has a layer {', '.join(targets)}")
+    names = [f"{net.base_model_prefix}.{name}" for name in bases]
+    options.check_patterns(names)
     # Freeze before the injection: A and B are new parameters and stay trainable.
     freeze_backbone(net)
-    for name, (base, roles) in bases.items():
+    for name, (base, roles, rank, alpha) in bases.items():
         slices = None
         # GPT-2 computes q, k and v side by side in one layer; a subset of them adapts only its thirds of the outputs.
         if name.endswith(FUSED_QKV) and roles and roles < {"q", "k", "v"}:
             third = weight_of(base).shape[0] // 3
             slices = [(i * third, (i + 1) * third) for i, role in enumerate("qkv") if role in roles]
-        lora = LoRALinear(base, options.rank, options.alpha, options.dropout, options.rslora, slices)
-        net.base_model.set_submodule(name, lora)
-    names = [f"{net.base_model_prefix}.{name}" for name in bases]
-    if misread := misread_by_peft(net.config.model_type, names):
-        warnings.warn(f"PEFT takes {misread[0]} of a {net.config.model_type} model for its experts and will not load this "
-                      "adapter as it is; one with --targets of its attention alone it loads", stacklevel=2)
+        net.base_model.set_submodule(name, layer_class(base, rank, alpha, options.dropout, options.rslora, slices))
+    warn_of_misread(net.config.model_type, names)
     return names
 
 
@@ -223,33 +226,31 @@ class TextClassifier(nn.Module):
 
     @property
     def trains_backbone(self) -> bool:
-        """Returns whether the backbone's own weights train."""
-        return self.method == "full"
+        """Returns whether the backbone's own weights train, or its biases."""
+        return self.method in ("full", "bitfit")
 
     @property
     def reads_text(self) -> bool:
         """Returns whether the logits depend on the text; if not, they depend on the features alone."""
         return self.method != "features"
 
-    def configure(self, method: str, lora: LoRAOptions | None = None, features: Tensor | None = None) -> TextClassifier:
+    def configure(self, method: str, lora: LoRAOptions | None = None, features: Tensor | None = None,
+                  inject: Callable[[PreTrainedModel, LoRAOptions], object] = inject_lora) -> TextClassifier:
         """Prepares the classifier for a method: its inputs and its trained parameters.
 
-        Training and loading both come here. Seed first: LoRA's A and the feature head's first layer are sampled here, in
-        this order.
+        Training and loading both come here. Seed first: A and the feature head's first layer are sampled, in this order.
 
         Args:
-            method: lora, full, head, features or none.
-            lora: for `lora`, the adapter to inject; None where a saved adapter will be loaded.
+            method: lora, ia3, bitfit, full, head, features or none.
+            lora: the adapter to inject for the first three; None where a saved one will be loaded.
             features: (N, F) float64, training rows for the feature head's mean and deviation, NaN where a value is
                 missing; None without feature columns.
-
-        Raises:
-            UserError: see `inject_lora`.
+            inject: puts the adapter in; raises `UserError` for one that does not fit.
         """
         self.method = method
         # Everything starts trainable, so each method freezes what it does not train.
-        if method == "lora" and lora is not None:
-            inject_lora(self.net, lora)
+        if lora is not None and method in ("lora", "ia3", "bitfit"):
+            inject(self.net, lora)
         elif method in ("features", "none"):
             self.net.requires_grad_(False)
         elif method != "full":
@@ -269,8 +270,7 @@ class TextClassifier(nn.Module):
         with torch.device("meta"):
             net = AutoModelForSequenceClassification.from_config(config)
         setattr(net, net.base_model_prefix, lm.base_model)
-        # Zeros are even odds. Hidden states can be large (SmolLM2's are), and training would have to unlearn the first
-        # logits of a random head.
+        # Zeros are even odds: with large hidden states (SmolLM2's) the logits of a random head would have to be unlearnt.
         net.score = nn.Linear(net.score.in_features, num_labels, bias=False)
         nn.init.zeros_(net.score.weight)
         return cls(net)

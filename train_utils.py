@@ -125,6 +125,7 @@ class Hooks:
     on_epoch: Callable[[list[dict]], None] = lambda history: None  # with the history, after each epoch and after a resume
     stop: Callable[[], int | None] = lambda: None  # after each step; a signal's number makes `fit` save and end
     score: Scorer | None = None  # scores the development splits; None: `validate`
+    after_update: Callable[[int, int], None] = lambda step, total: None  # after each update, while the gradients are there
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Objective:
@@ -158,6 +159,8 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in trainable(model).items():
         lr = options.head_lr if options.head_lr is not None and name.startswith(head or " ") else options.lr
+        # LoRA+ gives each B a multiple of the rate.
+        lr *= getattr(p, "lr_ratio", 1.0)
         groups.setdefault((lr, options.weight_decay if p.ndim > 1 else 0.0), []).append(p)
     return torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
                               for (lr, decay), params in groups.items()], fused=True)
@@ -354,6 +357,7 @@ class Trainer:
 
         # The update. Without gradients of zeros no memory is held between steps.
         self.optimizer.step()
+        self.hooks.after_update(progress.step + 1, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step_in_epoch += 1
         progress.step += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,65 +17,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adapters.peft_kinds import PREFIX, as_plain, check_kind, minus_start, settings_and_tensors
 from data.backbones import freeze_backbone, fresh_modules
 from machine.errors import UserError
 from model import LoRALinear, TextClassifier, lora_layers
+from options.patterns import fits
 from record.files import read_json, write_file, write_json
 from record.tensors import load_tensors
+from variants.dora import DoRALinear
+from variants.ia3 import IA3Linear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."  # PEFT's name for the wrapped model
-
-# Every field of PEFT's LoraConfig stands in one of these three; docs/architectures.md has a line for each.
-READ = frozenset({
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias",
-    "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights"})
-# Variants of another formula, or with tensors of their own; an adapter that uses one is refused, not misread.
-UNSUPPORTED = (
-    "use_dora", "lora_bias", "use_qalora", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
-    "use_bdlora", "arrow_config", "kasa_config", "target_parameters", "velora_config", "monteclora_config",
-    "megatron_config")
-# Settings of training, and the choice of layers: the file's own tensors show which layers are adapted.
-IGNORED = frozenset({
-    "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules", "fan_in_fan_out",
-    "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config", "ensure_weight_tying"})
-# Initialisations that change the frozen weights too, so that A and B alone are not the whole of the update.
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
+METHODS = ("lora", "ia3")  # values of --method with an adapter in PEFT's layout
 
 def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
-    """Writes adapter and head.
-
-    A layer adapted in slices is written as the one block matrix of the summed rank, which is the same
-    function: alpha grows with the rank so that the scaling stays.
+    """Writes adapter and head, in the layout of the variant's own kind (peft_kinds.py).
 
     Args:
         classifier: with at least one `LoRALinear`.
         folder: existing folder.
         base: name or path of the base model, for whoever loads the adapter.
     """
-    layers = lora_layers(classifier.net)
-    # PEFT reads the rank of a sliced layer, and its alpha, from the two patterns.
-    state, ranks, alphas = {}, {}, {}
-    for name, layer in layers.items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        state[f"{PREFIX}{name}.lora_B.weight"] = layer.block_B()
-        if len(layer.slices) > 1:
-            ranks[name] = layer.lora_A.shape[0]
-            times = len(layer.slices)
-            alphas[name] = layer.alpha * (math.sqrt(times) if layer.rslora else times)
+    kind, settings, tensors = settings_and_tensors(lora_layers(classifier.net), classifier.head_names())
+    state = {key if key.startswith("base_model.") else PREFIX + key: value for key, value in tensors.items()}
     for name in _saved_whole(classifier):
         for key, value in classifier.net.get_submodule(name).state_dict().items():
             state[f"{PREFIX}{name}.{key}"] = value
-    first = next(iter(layers.values()))
     write_json(folder / CONFIG_FILE, {
-        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base, "inference_mode": True,
-        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout.p, "use_rslora": first.rslora,
-        "rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": sorted(layers),
-        "modules_to_save": classifier.head_names(), "bias": "none", "init_lora_weights": True,
-        "fan_in_fan_out": isinstance(first.base, Conv1D)})
+        "peft_type": kind, "task_type": "SEQ_CLS", "base_model_name_or_path": base, "inference_mode": True,
+        **settings})
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
 
@@ -129,6 +100,13 @@ class Adapter:
     whole: dict[str, Tensor]  # other tensors by name: the head, and modules of the backbone that were trained as a whole
     saved: tuple[str, ...] = ()  # the modules of `whole`, by their names or the endings of them
     classifies: bool = True  # whether it was made for a classifier of texts
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)  # DoRA's, (out,) by the module's name
+    scales: dict[str, Tensor] = field(default_factory=dict)  # IA3's: (1, in) of inputs, (out, 1) of outputs
+
+    @property
+    def other_formula(self) -> str:
+        """Returns the name of a variant that is no sum of low-rank updates; empty for such a sum."""
+        return "DoRA" if self.magnitudes else "IA3" if self.scales else ""
 
     def scaling(self, name: str) -> float:
         """Returns the scaling of a module's update."""
@@ -143,21 +121,34 @@ def read_adapter(net: nn.Module, folder: Path) -> Adapter:
         UserError: missing or damaged files, an unsupported kind of adapter, or one for another base.
     """
     config = read_json(folder / CONFIG_FILE)
-    check_kind(config, folder)
+    check_kind(config, folder / CONFIG_FILE)
     # PEFT's older files. Reading one could run any code.
     if not (folder / WEIGHTS_FILE).exists() and (folder / PICKLED_FILE).exists():
         raise UserError(f"{folder / WEIGHTS_FILE}: missing; {PICKLED_FILE} beside it is a pickle, which is never read: save "
                         "the adapter again with PEFT's save_pretrained, which writes safetensors")
-    matrices, whole = _sorted_by_kind(load_tensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    modules, file = dict(net.named_modules()), folder / WEIGHTS_FILE
+    config, state = as_plain(config, load_tensors(file), modules, file)
+    matrices, whole = _sorted_by_kind(state, file, bool(config.get("use_dora")))
+    if config["peft_type"] == "IA3":
+        return Adapter({}, {}, 0.0, False, whole, tuple(config.get("modules_to_save") or ()),
+                       config.get("task_type") in ("SEQ_CLS", None), scales=_vectors(whole, modules, folder))
     if not matrices:
-        raise UserError(f"{folder / WEIGHTS_FILE}: no LoRA weights in it")
-    modules, pairs, alphas = dict(net.named_modules()), {}, {}
+        raise UserError(f"{file}: no LoRA weights in it")
+    pairs, alphas, magnitudes, rslora = {}, {}, {}, bool(config.get("use_rslora"))
     try:
         dropout = nn.Dropout(float(config.get("lora_dropout") or 0.0)).p
         for name in matrices:
             alphas[name] = float(_pattern(config, "alpha_pattern", name, config["lora_alpha"]))
             # The scaling depends on the rank: a file of another one would be scaled wrongly.
             pairs[name] = _pair(name, matrices[name], modules, int(_pattern(config, "rank_pattern", name, config["r"])))
+            if config.get("use_dora"):
+                magnitudes[name] = _magnitude(name, matrices[name], pairs[name])
+            if config.get("init_lora_weights") == "pissa":
+                rank = len(pairs[name][0])
+                scaling = alphas[name] / (math.sqrt(rank) if rslora else rank)
+                pairs[name] = minus_start(*pairs[name], modules[name], scaling)
+                # The scaling stays, at twice the rank.
+                alphas[name] *= math.sqrt(2) if rslora else 2
     except _Misfit as misfit:
         raise UserError(f"{folder}: {misfit}; it was made for {config.get('base_model_name_or_path')}") from None
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error):
@@ -168,34 +159,16 @@ def read_adapter(net: nn.Module, folder: Path) -> Adapter:
         own, value = net.state_dict().get(key.replace(".base_layer.", ".")), whole.pop(key)
         if own is None or own.shape != value.shape or not torch.equal(own, value.to(own)):
             raise UserError(f"{folder / WEIGHTS_FILE}: adapter for another base: {key} is not the weight of this model")
-    return Adapter(pairs, alphas, dropout, bool(config.get("use_rslora")), whole,
-                   tuple(config.get("modules_to_save") or ()), config.get("task_type") in ("SEQ_CLS", None))
+    return Adapter(pairs, alphas, dropout, rslora, whole, tuple(config.get("modules_to_save") or ()),
+                   config.get("task_type") in ("SEQ_CLS", None), magnitudes)
 
 
-def check_kind(config: dict, folder: Path) -> None:
-    """Checks that an adapter's configuration describes LoRA as it is computed here.
-
-    Raises:
-        UserError: another method, a variant of LoRA, or a setting that is not known.
-    """
-    used = [key for key in UNSUPPORTED if config.get(key)]
-    # A newer PEFT may have settings that change the formula.
-    used += [f"{key}, which is not known here" for key, value in config.items()
-             if value and key not in READ | IGNORED and key not in UNSUPPORTED]
-    if str(config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
-        used.append(f"init_lora_weights {config['init_lora_weights']}, which changes the base too")
-    if (bias := config.get("bias") or "none") != "none":
-        used.append(f"bias {bias}: biases of the base were trained too")
-    if config.get("peft_type") != "LORA" or used:
-        raise UserError(f"{folder / CONFIG_FILE}: not a plain LoRA adapter "
-                        f"({', '.join(used) or config.get('peft_type') or 'no peft_type'}); expected peft_type LORA")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
-        raise UserError(f"{folder / CONFIG_FILE}: modules_to_save is not a list of names")
-
-
-def _sorted_by_kind(state: dict[str, Tensor], file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _sorted_by_kind(state: dict[str, Tensor], file: Path, dora: bool = False
+                    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Sorts the tensors of an adapter's file.
+
+    Args:
+        dora: whether its settings say that there are magnitudes.
 
     Returns:
         A and B by module and letter, and the other tensors by name.
@@ -211,6 +184,8 @@ def _sorted_by_kind(state: dict[str, Tensor], file: Path) -> tuple[dict[str, dic
         module, _, part = name.partition(".lora_")
         if part in ("A.weight", "B.weight"):
             matrices.setdefault(module, {})[part[0]] = value
+        elif dora and part == "magnitude_vector":
+            matrices.setdefault(module, {})[part] = value
         elif part.startswith("embedding_"):
             raise UserError(f"{file}: {name} is LoRA on an embedding; expected LoRA on linear layers alone")
         elif re.fullmatch(r"[AB]\..+\.weight", part):
@@ -226,6 +201,29 @@ def _sorted_by_kind(state: dict[str, Tensor], file: Path) -> tuple[dict[str, dic
 
 class _Misfit(Exception):
     """An update that does not fit its module."""
+
+
+def _magnitude(name: str, tensors: dict[str, Tensor], pair: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns DoRA's magnitudes (out,) of a module; raises `_Misfit`."""
+    if "magnitude_vector" not in tensors:
+        raise _Misfit(f"{name}.lora_magnitude_vector is missing")
+    # Older files of PEFT's have it as a column.
+    magnitude = tensors["magnitude_vector"].flatten()
+    if len(magnitude) != len(pair[1]):
+        raise _Misfit(f"{name}.lora_magnitude_vector has {len(magnitude)} values; expected {len(pair[1])}")
+    return magnitude
+
+
+def _vectors(whole: dict[str, Tensor], modules: dict[str, nn.Module], folder: Path) -> dict[str, Tensor]:
+    """Takes IA3's vectors out of the other tensors of a file; raises `UserError` for one that does not fit."""
+    found = {key.removesuffix(".ia3_l"): whole.pop(key) for key in list(whole) if key.endswith(".ia3_l")}
+    for name, vector in found.items():
+        shape = shape_of(modules.get(name))
+        if shape is None or vector.shape not in ((1, shape[0]), (shape[1], 1)):
+            raise UserError(f"{folder}: adapter for another base: {name} does not exist or has another shape in this model")
+    if not found:
+        raise UserError(f"{folder / WEIGHTS_FILE}: no IA3 vectors in it")
+    return found
 
 
 def _pair(name: str, matrices: dict[str, Tensor], modules: dict[str, nn.Module], rank: int) -> tuple[Tensor, Tensor]:
@@ -332,12 +330,20 @@ def load_adapter(net: PreTrainedModel, folder: Path, head: bool = True) -> list[
         base = net.get_submodule(name)
         # A merge must not reach the embedding that shares the output layer's weight.
         _own_parameter(net, base, "weight")
-        layer = LoRALinear(base, A.shape[0], adapter.alphas[name], adapter.dropout, adapter.rslora)
+        variant = DoRALinear if name in adapter.magnitudes else LoRALinear
+        layer = variant(base, A.shape[0], adapter.alphas[name], adapter.dropout, adapter.rslora)
         with torch.no_grad():
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
+            if name in adapter.magnitudes:
+                layer.lora_magnitude.copy_(adapter.magnitudes[name])
         net.set_submodule(name, layer)
-    return list(adapter.pairs)
+    for name, vector in adapter.scales.items():
+        layer = IA3Linear(net.get_submodule(name), inputs=len(vector) == 1)
+        with torch.no_grad():
+            layer.ia3_l.copy_(vector.flatten())
+        net.set_submodule(name, layer)
+    return [*adapter.pairs, *adapter.scales]
 
 
 def _check_head(net: PreTrainedModel, adapter: Adapter, folder: Path, head: bool) -> None:
@@ -390,6 +396,8 @@ def start_from(classifier: TextClassifier, folder: Path, head: bool) -> None:
         UserError: see `read_adapter`; or the saved adapter is one of another rank, scaling, target or layer.
     """
     adapter, layers = read_adapter(classifier.net, folder), lora_layers(classifier.net)
+    if adapter.other_formula:
+        raise UserError(f"--init {folder}: an adapter of {adapter.other_formula}; expected plain LoRA")
     other = sorted(set(layers) ^ set(adapter.pairs))
     if other:
         raise UserError(f"--init {folder}: {other[0]} is adapted {'here' if other[0] in layers else 'there'} alone; "
@@ -444,10 +452,7 @@ def shape_of(linear: nn.Module | None) -> tuple[int, int] | None:
 
 def _pattern(config: dict, key: str, name: str, default):
     """Looks a module up in PEFT's patterns: the first key that is the module's name or its dotted ending."""
-    for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return next((value for pattern, value in (config.get(key) or {}).items() if fits(pattern, name)), default)
 
 
 def merge_adapter(net: nn.Module) -> None:

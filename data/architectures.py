@@ -120,6 +120,13 @@ def misread_by_peft(model_type: str, names: list[str]) -> list[str]:
     return [name for name in names if name.rpartition(".")[2] in experts]
 
 
+def warn_of_misread(model_type: str, names: list[str]) -> None:
+    """Warns of adapted modules that `misread_by_peft` finds."""
+    if misread := misread_by_peft(model_type, names):
+        warnings.warn(f"PEFT takes {misread[0]} of a {model_type} model for its experts and will not load this "
+                      "adapter as it is; one with --targets of its attention alone it loads", stacklevel=2)
+
+
 # ---------------------------------------------------------------- computation that depends on the batch
 
 # Lengths of two sentences in tokens. Odd and even ones: Funnel halves a batch's columns. The long one is cut to the model's

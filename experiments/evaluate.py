@@ -50,7 +50,7 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
     columns = len(options.get("feature_columns") or ())
     # The saved statistics of the training rows replace this row of zeros.
     classifier.configure(options["method"], features=torch.zeros(1, columns, dtype=torch.float64) if columns else None)
-    if options["method"] == "lora":
+    if options["method"] in peft_layout.METHODS:
         peft_layout.load_adapter(classifier.net, folder)
     elif classifier.reads_text:
         state = tensors.load_tensors(Path(folder) / "trained.safetensors")

@@ -38,6 +38,8 @@ from record.folder import Recorder, check_run_folder, finish, provenance, read_r
 from serving.merge import label_maps
 from train_utils import Checkpointing, Data, Hooks, selection_split
 from training.summary import best_and_last, training_summary
+from variants import injection
+from variants.bitfit import is_bias
 
 # The text that a fresh adapter must not change: a prompt, and the number of tokens generated after it.
 SANITY_PROMPT, SANITY_TOKENS = "The", 12
@@ -118,6 +120,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     """
     if options.init and options.method != "lora":
         raise UserError(f"--init: starts from an adapter, which --method {options.method} does not train")
+    injection.check(options)
     seed_everything(int(options.sr), options.deterministic)
     tokenizer = load_tokenizer(options.model)
     task = load_task(options, tokenizer)
@@ -132,7 +135,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     # Seeded again, so that A does not depend on the random numbers used in loading.
     torch.manual_seed(int(options.sr))
     features = torch.tensor(task.train.features, dtype=torch.float64) if task.train.features else None
-    classifier.configure(options.method, options.lora, features)
+    injection.configure(classifier, options.method, options.lora, features)
     counts = count_parameters(classifier)
     say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, classes "
         f"{', '.join(task.classes[:10])}{', ...' if task.num_labels > 10 else ''}\n{parameter_table(counts)}")
@@ -228,19 +231,27 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
                     say(said)
             progress = train_utils.fit(
                 run.classifier, Data(run.batches, run.dev, selection_split(run.task.dev)),
-                train_utils.cross_entropy(options.train.label_smoothing), options.train,
-                Checkpointing(folder, resume=options.resume), Hooks(record, stop))
+                objective_of(run, options), options.train, Checkpointing(folder, resume=options.resume),
+                Hooks(record, stop, after_update=injection.after_update(run.classifier, options.method, options.lora)))
             history = progress.history
         # By now the model has its best epoch's weights.
         save_trained(run.classifier, options.method, folder, options.model)
+        variant = {"variant": options.lora.variant} if options.lora.variant != "lora" else {}
         summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": run.task.name,
-                   "method": options.method, "classes": list(run.task.classes), "parameters": run.counts,
+                   "method": options.method, **variant, "classes": list(run.task.classes), "parameters": run.counts,
                    **best_and_last(progress.best_epoch, history, run.task.classes),
                    "train": training_summary(progress, run.batches), "sanity": run.sanity}
-        lora = options.method == "lora"
+        shared = options.method in peft_layout.METHODS
         finish(folder, summary, *(write_repository(folder, options, run.task, run.tokenizer, run.max_length, summary)
-                                  if lora else ()))
+                                  if shared else ()))
     return summary
+
+
+def objective_of(run: FineTuning, options: RunOptions) -> train_utils.Objective:
+    """Returns the loss of a fine-tuning: the cross-entropy, and what the variant adds to it."""
+    objective = train_utils.cross_entropy(options.train.label_smoothing)
+    penalty = injection.penalty(run.classifier, options.method, options.lora)
+    return objective if penalty is None else lambda logits, batch: objective(logits, batch) + penalty()
 
 
 def untrained(run: FineTuning) -> dict:
@@ -259,7 +270,8 @@ def check(options: RunOptions) -> Task:
         UserError: as `run_finetune` would.
     """
     config = load_config(options.model)
-    # Both calls are for their errors: no classifier of this kind, no LoRA run.
+    # These calls are for their errors: no meaning of the variant, no classifier of this kind, no LoRA run.
+    injection.check(options)
     is_decoder(config)
     if options.init:
         read_run(options.init, "LoRA")
@@ -268,7 +280,7 @@ def check(options: RunOptions) -> Task:
     # On the meta device weights have shapes and no memory.
     with torch.device("meta"):
         classifier = TextClassifier(AutoModelForSequenceClassification.from_config(config))
-    classifier.configure(options.method, options.lora)
+    injection.configure(classifier, options.method, options.lora)
     return task
 
 
@@ -280,14 +292,15 @@ def save_trained(classifier: TextClassifier, method: str, folder: Path, base: st
     def write(name: str, tensors: dict[str, Tensor]) -> None:
         write_file(folder / name, save({n: t.cpu().contiguous() for n, t in tensors.items()}))
 
-    if method == "lora":
+    if method in peft_layout.METHODS:
         peft_layout.save_adapter(classifier, folder, public_name(base))
     elif method != "features":
         state = classifier.net.state_dict(prefix="net.")
         # Tied weights (BART's embeddings) are written under one of their names.
         state = dict(sorted({(t.data_ptr(), t.shape): (name, t) for name, t in state.items()}.values()))
         heads = tuple(f"net.{head}." for head in classifier.head_names())
-        write("trained.safetensors", {n: t for n, t in state.items() if method == "full" or n.startswith(heads)})
+        write("trained.safetensors", {n: t for n, t in state.items() if method == "full" or n.startswith(heads)
+                                      or method == "bitfit" and is_bias(n)})
     if classifier.feature_head is not None:
         write("features.safetensors", classifier.feature_head.state_dict())
 

@@ -152,7 +152,7 @@ def resolve_precision(options: RunOptions) -> RunOptions:
     """Fills in `--precision auto`: the recorded one of a run to resume or repeat, else the fastest with equal predictions.
 
     That is bf16x3 on a CPU with tiles and a compiler, bf16 on a GPU, and float32 elsewhere. A student and a model that is
-    trained in all its weights have no frozen linears: float32.
+    trained in all its weights have no frozen linears, and one with trained biases no fused blocks: float32.
     """
     if options.train.precision != "auto":
         return options
@@ -161,7 +161,7 @@ def resolve_precision(options: RunOptions) -> RunOptions:
     # Another precision would not end in the same bytes.
     if recorded in ("fp32", "bf16x3", "bf16"):
         precision = recorded
-    elif options.mode == "LoRA" and options.method != "full":
+    elif options.mode == "LoRA" and options.method not in ("full", "bitfit"):
         if hardware.device().type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
         elif hardware.device().type == "cpu" and speed.has_tiles():

@@ -25,13 +25,13 @@ TEXT = """---
 
 # {name}
 
-A LoRA adapter and its classification head for `{model}`: one text in, one of {count} classes out ({classes}).
+{kind} adapter and its classification head for `{model}`: one text in, one of {count} classes out ({classes}).
 
 ## Base
 
 {base}
 
-Adapted: {targets} in {layers}, rank {rank}, alpha {alpha:g}{rslora}; {trainable:,} of {total:,} parameters were trained
+Adapted: {targets} in {layers}{size}; {trainable:,} of {total:,} parameters were trained
 ({share:.2f} %).
 
 ## Data
@@ -117,8 +117,8 @@ def model_card(options: RunOptions, task: Task, tokenizer, max_length: int, summ
     return TEXT.format(
         metadata=metadata.to_yaml(), name=name, model=hub or Path(options.model).name, count=len(classes),
         classes=", ".join(classes[:20]) + (", ..." if len(classes) > 20 else ""), base=_base(options.model, hub),
-        targets=", ".join(lora.targets), layers=f"blocks {lora.layers}" if lora.layers else "all blocks", rank=lora.rank,
-        alpha=lora.alpha, rslora=" (rsLoRA)" if lora.rslora else "", trainable=parameters["trainable"],
+        kind="An IA3" if options.method == "ia3" else "A LoRA", size=_size(options), trainable=parameters["trainable"],
+        targets=", ".join(lora.targets), layers=f"blocks {lora.layers}" if lora.layers else "all blocks",
         total=parameters["total"], share=100 * parameters["trainable"] / parameters["total"], task=task.name,
         rows=len(task.train), limit=" (--limit)" if options.limit else "",
         files="\n".join(f"- `{file if repository else Path(file).name}` {digest[:12]}"
@@ -129,6 +129,15 @@ def model_card(options: RunOptions, task: Task, tokenizer, max_length: int, summ
         limits="\n".join(f"- {line}" for line in _limits(options, task, tokenizer, max_length)),
         side=side, inputs=inputs,
         num_labels="" if len(classes) == 2 else f", num_labels={len(classes)}", labels=classes)
+
+
+def _size(options: RunOptions) -> str:
+    """Returns rank, alpha and variant of an adapter in words; IA3 has none of them."""
+    lora = options.lora
+    if options.method == "ia3":
+        return ", scaled by vectors where IA3 does so"
+    variant = "" if lora.variant == "lora" else f" ({'rsLoRA' if lora.variant == 'rslora' else lora.variant})"
+    return f", rank {lora.rank}, alpha {lora.alpha:g}{variant}"
 
 
 def _tokenisation(truncate: str, tokenizer, max_length: int) -> tuple[str, str]:

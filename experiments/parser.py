@@ -44,6 +44,9 @@ def closest(word: str, known) -> str:
 def described(option: Option) -> str:
     """Returns the option's help with its default, as argparse takes it."""
     default, text = option.default, option.declared["help"]
+    # An old spelling is taken, and not shown.
+    if option.declared.get("hidden"):
+        return argparse.SUPPRESS
     # A flag's default is its absence.
     if default not in (None, (), "") and option.kind is not bool:
         values = default if isinstance(default, tuple) else (default,)

@@ -178,7 +178,7 @@ class FastLoRALinear(LoRALinear):
         # With dropout W and A read different inputs, and one `frozen_linear` cannot serve both.
         if self.low_rank_terms() is None:
             y = frozen_linear([self.base], rows)
-            A, B = self.lora_A.to(x.dtype), self.block_B().to(x.dtype)
+            A, B = (factor.to(x.dtype) for factor in self.factors())
             y = torch.addmm(y, torch.nn.functional.linear(self.dropout(rows), A), B.t(), alpha=self.scaling)
         else:
             y = frozen_linear([self], rows)

@@ -17,7 +17,7 @@ from typing import get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).parents[1]
 DECLARED = {"least", "above", "most", "choices", "metavar", "flag", "reads", "repeat", "unique", "positional", "required",
-            "often", "free", "preset", "before", "not_in"}
+            "often", "free", "preset", "before", "not_in", "hidden"}
 
 
 def option(default=MISSING, help: str = "", **declared):
@@ -31,7 +31,7 @@ def option(default=MISSING, help: str = "", **declared):
             unique: no value twice. positional: True, "?" or "*": no flag. required: must be given. often: shown by --help,
             not only by --help all. free: changes no result, so that a resumed run may have another. preset: a file in
             options/presets/ may set it. before: the value in runs recorded before the option existed. not_in: modes that
-            do not have it, with spaces between them.
+            do not have it, with spaces between them. hidden: taken, and shown nowhere: an old spelling.
     """
     # A mistyped word would be a check that is never made.
     if unknown := declared.keys() - DECLARED:

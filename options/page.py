@@ -40,7 +40,7 @@ def page() -> str:
     parts = [HEAD]
     for name, mode in MODES.items():
         declared = [option for cls in mode.options for option in options_of(cls, name)]
-        flags = [option for option in declared if not option.declared.get("positional")]
+        flags = [option for option in declared if not option.declared.keys() & {"positional", "hidden"}]
         parts += [f"\n## {name}\n\n{mode.help[0].upper()}{mode.help[1:]}: `python run.py {mode.example}`.\n",
                   "\n| option | meaning | allowed | default |\n| --- | --- | --- | --- |\n",
                   "".join(row(option) + "\n" for option in flags)]

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from machine.errors import UserError
+from options import patterns
 from options.declare import minutes_or_steps, names_in, option
 
 # Roles of a block's projections, as --targets names them: query, key, value, output, and both of the MLP.
 ROLES = ("q", "k", "v", "o", "mlp")
-METHODS = ("lora", "full", "head", "features", "none")
+METHODS = ("lora", "full", "head", "features", "none", "bitfit", "ia3")
 RARE_TOKENS = ("buckets", "pieces")
 TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 
@@ -23,12 +25,38 @@ TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 class LoRAOptions:
     """Holds the layers that LoRA adapts, and the size of their updates."""
 
+    variant: str = option("lora", "formula of the update; docs/variants.md has each one's paper and cost", often=True,
+                          choices=names_in("variants/injection.py", "VARIANTS"))
     rank: int = option(8, "rank of each LoRA update", often=True)
     alpha: float = option(16.0, "LoRA's updates are scaled by alpha / rank", above=0, often=True)
+    rank_pattern: tuple[str, ...] = option((), "ranks of single modules by their names or the endings of them, regular "
+                                           "expressions as in PEFT: c_attn=4,h.1.mlp.c_proj=2", metavar="MODULE=RANK[,...]",
+                                           reads=patterns.ranks_by_module)
+    alpha_pattern: tuple[str, ...] = option((), "alphas of single modules, as --rank-pattern", metavar="MODULE=ALPHA[,...]",
+                                            reads=patterns.alphas_by_module)
     dropout: float = option(0.0, "dropout on the inputs of LoRA's A", least=0, most=0.99)
-    rslora: bool = option(False, "scale LoRA's updates by alpha / sqrt(rank)")
+    loraplus_ratio: float = option(16.0, "learning rate of B over that of A with --variant loraplus", above=0)
+    rslora: bool = option(False, "old spelling of --variant rslora", hidden=True)
     targets: tuple[str, ...] = option(ROLES, "roles of the layers that LoRA adapts, or patterns of module names", often=True)
     layers: str | None = option(None, "blocks that LoRA adapts, such as 0-11 or 0,2,4-5; all if not given")
+
+    def __post_init__(self):
+        # Two spellings, one meaning: runs recorded before --variant have the flag alone.
+        if self.rslora and self.variant not in ("lora", "rslora"):
+            raise UserError(f"--rslora: an old spelling of --variant rslora, not with --variant {self.variant}")
+        if self.rslora or self.variant == "rslora":
+            object.__setattr__(self, "variant", "rslora")
+            object.__setattr__(self, "rslora", True)
+
+    def size_of(self, name: str) -> tuple[int, float]:
+        """Returns rank and alpha of a module's update, by the module's full name."""
+        rank = int(patterns.value_of(self.rank_pattern, name, self.rank))
+        return rank, patterns.value_of(self.alpha_pattern, name, self.alpha)
+
+    def check_patterns(self, names: list[str]) -> None:
+        """Raises `UserError` for a pattern that fits none of the adapted modules."""
+        patterns.check("--rank-pattern", self.rank_pattern, names)
+        patterns.check("--alpha-pattern", self.alpha_pattern, names)
 
 
 @dataclass(frozen=True)
@@ -202,9 +230,9 @@ class RunOptions:
         "stanfordnlp/sst2; the Hub's files of the task if not given", metavar="DIR|FILE|NAME", often=True)
     out: Path = option(help="the run's folder; runs/MODE-SR if not given", often=True)
     train: TrainOptions
-    method: str = option("lora", "part that is trained: lora (with the head), full (everything), head, features (a head "
-                         "that reads --feature-columns and no text), or none", choices=METHODS, often=True,
-                         not_in="distil compare")
+    method: str = option("lora", "part that is trained: lora or ia3 (an adapter with the head), bitfit (biases with the "
+                         "head), full (everything), head, features (a head that reads --feature-columns and no text), or "
+                         "none", choices=METHODS, often=True, not_in="distil compare")
     lora: LoRAOptions = option(LoRAOptions(), not_in="distil")
     table: TableOptions = option(TableOptions(), not_in="distil")
     init: Path | None = option(None, "finished run whose adapter, and head for the same classes, is trained on",

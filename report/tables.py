@@ -6,7 +6,7 @@ from report.latex import breakable, escape, grouped, plain, shown, tabular
 from report.records import BASELINE, STUDENTS, Record, by_class, last_stage, main_split, model_name, spoken
 
 METHODS = {"lora": "LoRA", "full": "full fine-tuning", "head": "head alone", "features": "features alone",
-           "none": "untrained head"}
+           "none": "untrained head", "bitfit": "BitFit", "ia3": "IA3"}
 
 
 def epochs(metrics: list[Record]) -> str:

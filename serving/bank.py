@@ -145,6 +145,9 @@ class AdapterBank:
         file = folder / (WEIGHTS_FILE if options["method"] == "lora" else "trained.safetensors")
         if options["method"] == "lora":
             adapter = read_adapter(self.net, folder)
+            if adapter.other_formula:
+                raise UserError(f"{folder}: an adapter of {adapter.other_formula}, which is no sum of low-rank updates; "
+                                f"adapters on a shared base are; python run.py predict {folder} reads it alone")
         else:
             state = load_tensors(file)
             adapter = Adapter({}, {}, 0.0, False, {key.removeprefix("net."): value for key, value in state.items()})

@@ -62,6 +62,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def resumed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Returns buffers that training changes and no run saves, by name: those that a module lists in `resumed`."""
+    found = {}
+    for name, module in model.named_modules():
+        found.update({f"{name}.{key}": getattr(module, key) for key in getattr(module, "resumed", ())})
+    return found
+
+
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
                     best: dict[str, Tensor]) -> None:
     """Writes the whole state of a training into one file, atomically: until then the previous file stays.
@@ -77,6 +85,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors.update({f"best.{name}": value for name, value in best.items()})
+    tensors.update({f"buffer.{name}": value for name, value in resumed_buffers(model).items()})
     save_checked(path, tensors, progress.as_json())
 
 
@@ -102,6 +111,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             # Names are optimizer.<key>.<parameter>, so that any optimiser's keys are restored.
             optimizer.state[p] = {key.split(".")[1]: value.to(p.device) for key, value in tensors.items()
                                   if key.startswith("optimizer.") and key.split(".", 2)[2] == name}
+        for name, buffer in resumed_buffers(model).items():
+            buffer.copy_(tensors[f"buffer.{name}"])
     for name, source in hardware.random_sources().items():
         states = torch.atleast_2d(tensors[name]) if name in tensors else []  # by process
         if processes.rank() < len(states):

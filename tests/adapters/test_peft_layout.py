@@ -14,11 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForSequenceClassification
 
+from adapters.peft_kinds import IGNORED, READ, UNSUPPORTED
 from adapters.peft_layout import (
     CONFIG_FILE,
-    IGNORED,
-    READ,
-    UNSUPPORTED,
     WEIGHTS_FILE,
     base_of,
     load_adapter,
@@ -513,7 +511,7 @@ def test_a_base_of_one_revision_is_not_guessed(saved, revision, refused):
 
 
 @pytest.mark.parametrize("change, match", [
-    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, r"\(bias all: biases of the base"),
+    ({"use_dora": True}, "lora_magnitude_vector is missing"), ({"bias": "all"}, r"\(bias all: biases of the base"),
     ({"lora_bias": True}, "lora_bias"),
     ({"peft_type": "LOHA"}, r"\(LOHA\); expected peft_type LORA"), ({"peft_type": None}, "no peft_type"),
     ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights pissa_niter_16"), ({"init_lora_weights": "olora"}, "olora"),
@@ -530,11 +528,11 @@ def test_kinds_that_would_be_misread_and_values_that_make_no_sense_are_refused(s
 
 
 @pytest.mark.parametrize("config", [
-    {"use_dora": True}, {"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"velora_config": VeloraConfig()},
+    {"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"velora_config": VeloraConfig()},
     {"monteclora_config": MontecloraConfig()}], ids=str)
 def test_pefts_own_unsupported_adapters_are_refused(tmp_path, config):
     save_with_peft("distilbert", tmp_path, target_modules=["q_lin"], **config)
-    refused_unchanged(toy_net("distilbert"), tmp_path, "not a plain LoRA adapter")
+    refused_unchanged(toy_net("distilbert"), tmp_path, "not an adapter that is computed here")
 
 
 def test_an_embedding_adapter_of_pefts_is_refused_and_not_half_loaded(tmp_path):
