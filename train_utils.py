@@ -125,6 +125,7 @@ class Hooks:
     on_epoch: Callable[[list[dict]], None] = lambda history: None  # with the history, after each epoch and after a resume
     stop: Callable[[], int | None] = lambda: None  # after each step; a signal's number makes `fit` save and end
     score: Scorer | None = None  # scores the development splits; None: `validate`
+    before_step: Callable[[int, int], None] = lambda step, total: None  # with the number of the step, from 0, of a total
     after_update: Callable[[int, int], None] = lambda step, total: None  # after each update, while the gradients are there
 
 
@@ -317,6 +318,8 @@ class Trainer:
             Diverged: the loss or the gradient is not finite.
         """
         options, progress = self.options, self.progress
+
+        self.hooks.before_step(progress.step, self.total_steps)
 
         # The learning rate of this step: warm-up, then decay.
         factor = self.lr_factor(progress.step)

@@ -27,6 +27,7 @@ class Outputs(NamedTuple):
     matched: Tensor | None = None  # (real tokens, d), row by row: the projected states
     language: Tensor | None = None  # the language model's loss: mean of its directions (nats a token)
     edited: Tensor | None = None  # (real tokens,), row by row: the logit of "an edit touched this token"
+    pooled: Tensor | None = None  # (B, DH) the states that the classifier reads
 
 
 class Matched(nn.Module):
@@ -61,6 +62,26 @@ class Matched(nn.Module):
         if self.detector is not None:
             edited = self.detector(states[real]).squeeze(-1)
         return Outputs(self.student.classify(states, attention_mask), matched, edited=edited)
+
+
+class Pooled(nn.Module):
+    """A student that returns its pooled states too; in evaluation the student alone."""
+
+    def __init__(self, student: DistilRNN):
+        super().__init__()
+        self.student = student
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs | Tensor:
+        if not self.training:
+            return self.student(input_ids, attention_mask)
+        # The pooled states are the input of the last layer.
+        found = []
+        hook = self.student.classifier.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+        try:
+            logits = self.student(input_ids, attention_mask)
+        finally:
+            hook.remove()
+        return Outputs(logits, pooled=found[0])
 
 
 class LanguageModel(nn.Module):

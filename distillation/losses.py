@@ -16,7 +16,9 @@ from torch import Tensor
 
 from data_utils import Batch
 from distillation.edited import Marks
+from distillation.soft_losses import decoupled, dist, jensen_shannon, relational, reverse_kl
 from distillation.teachers import HiddenStates
+from options.schema import DistilOptions
 from train_utils import Objective
 
 
@@ -64,8 +66,35 @@ def hard_labels(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, 
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
 
 
-# The choices of --kd-loss.
-LOSSES: dict[str, Callable[..., Tensor]] = {"kl": kd_loss, "mse": logit_mse, "hard": hard_labels}
+# The choices of --kd-loss. `rkd` compares pooled states instead of logits (POOLED).
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "kl": kd_loss, "mse": logit_mse, "hard": hard_labels, "reverse-kl": reverse_kl, "js": jensen_shannon, "dkd": decoupled,
+    "dist": dist, "rkd": relational}
+POOLED = ("rkd",)
+
+
+class Temperature:
+    """T of a training: constant, or annealed from its start to 1 along a straight line.
+
+    Jafari et al. 2021, "Annealing Knowledge Distillation", anneal T so (there in whole numbers, with another loss).
+    """
+
+    def __init__(self, start: float, schedule: str = "constant"):
+        self.start, self.schedule, self.now = start, schedule, start
+
+    def begin_step(self, step: int, total: int) -> None:
+        """Sets T for an optimiser step (from 0) of `total`."""
+        if self.schedule == "anneal":
+            self.now = self.start + (1 - self.start) * step / max(1, total - 1)
+
+    def __float__(self) -> float:
+        return float(self.now)
+
+
+def weights_of(options: DistilOptions) -> dict[str, float]:
+    """Returns the weight inside the chosen loss, for the losses that have one, as an argument of theirs."""
+    found = {"js": options.js_weight, "dkd": options.dkd_weight}.get(options.kd_loss)
+    return {} if found is None else {"weight": found}
 
 
 def hidden_mse(student_states: Tensor, teacher_states: Tensor, weights: Tensor) -> Tensor:
@@ -113,18 +142,29 @@ def neighbours(batch: Batch) -> int:
     return int(batch.attention_mask[:, 1:].sum())
 
 
-def kd_objective(teacher_logits: Tensor, temperature: float, alpha: float, label_smoothing: float = 0.0,
-                 loss: str = "kl") -> Objective:
+def kd_objective(teacher_logits: Tensor, temperature: float | Temperature, alpha: float, label_smoothing: float = 0.0,
+                 loss: str = "kl", **weights: float) -> Objective:
     """Returns the objective of training under a teacher.
 
     Args:
         teacher_logits: (N, labels) of the training rows, computed once.
         loss: a name in LOSSES.
+        weights: see `weights_of`.
     """
     # Looked up here: an unknown name fails before the first step.
     compute = LOSSES[loss]
-    return lambda logits, batch: compute(logits, teacher_logits[batch.rows], batch.labels, temperature, alpha,
-                                         label_smoothing)
+    return lambda logits, batch: compute(logits, teacher_logits[batch.rows], batch.labels, float(temperature), alpha,
+                                         label_smoothing, **weights)
+
+
+def relational_objective(teacher_logits: Tensor, teacher_states: Tensor, alpha: float, label_smoothing: float) -> Objective:
+    """Returns the objective of `rkd`, for a model that returns `heads.Outputs` with pooled states in training.
+
+    Args:
+        teacher_states: (N, C) pooled, of the training rows.
+    """
+    return lambda outputs, batch: relational(outputs.logits, teacher_logits[batch.rows], batch.labels, 1.0, alpha,
+                                             label_smoothing, outputs.pooled, teacher_states[batch.rows])
 
 
 def transfer_objective(soft: Objective | None, gold: Objective, unlabelled: int, hidden: HiddenStates | None = None,

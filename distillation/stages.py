@@ -13,10 +13,18 @@ from torch import Tensor, nn
 import train_utils
 from data_utils import Batch
 from distillation.batching import equal_length_batches
-from distillation.heads import LanguageModel, Matched, token_ranks
-from distillation.losses import kd_objective, pretraining_objective, transfer_objective
+from distillation.heads import LanguageModel, Matched, Pooled, token_ranks
+from distillation.losses import (
+    POOLED,
+    Temperature,
+    kd_objective,
+    pretraining_objective,
+    relational_objective,
+    transfer_objective,
+    weights_of,
+)
 from distillation.sentences import Inputs, Sentences
-from distillation.teachers import HiddenStates
+from distillation.teachers import HiddenStates, pooled_states
 from machine.hardware import device
 from model import DistilRNN
 from options.schema import DistilOptions, TrainOptions
@@ -45,6 +53,7 @@ class Stage:
     dropout: float  # of the student
     heads: Callable[[DistilRNN], nn.Module] = bare  # adds the heads that training needs
     score: Scorer | None = None  # of the development splits; None: by their classes
+    before_step: Callable[[int, int], None] = lambda step, total: None  # sets the temperature of a step
 
     @property
     def steps(self) -> int:
@@ -166,14 +175,16 @@ def transfer_stage(plan: Plan) -> Stage:
     rows, edits = transfer_rows(plan, range(sentences.unlabelled)), sentences.edits
     directions = 2 if options.match_directions == "both" else 1
     # A new sentence has the teacher's label alone (alpha 1), a training sentence its gold label too.
-    logits = sentences.logits.to(device())
-    soft, gold = (kd_objective(logits, options.temperature, alpha, plan.train.label_smoothing, options.kd_loss)
+    logits, temperature = sentences.logits.to(device()), Temperature(options.temperature, options.temperature_schedule)
+    # Relations of states teach no class, and most rows have no other label.
+    loss = "kl" if options.kd_loss in POOLED else options.kd_loss
+    soft, gold = (kd_objective(logits, temperature, alpha, plan.train.label_smoothing, loss, **weights_of(options))
                   for alpha in (1.0, options.kd_alpha))
     return Stage("transfer", replace(plan.inputs.texts, batches=plan.batches(rows)),
                  transfer_objective(soft, gold, sentences.unlabelled, sentences.hidden, edits, options.edit_weight),
                  plan.train_options(options.transfer), options.stage_dropout,
                  (lambda student: Matched(student, size, edits is not None, directions))
-                 if size or edits is not None else bare)
+                 if size or edits is not None else bare, before_step=temperature.begin_step)
 
 
 def transfer_rows(plan: Plan, new: Iterable[int]) -> list[int]:
@@ -185,9 +196,15 @@ def transfer_rows(plan: Plan, new: Iterable[int]) -> list[int]:
 def gold_stage(inputs: Inputs, logits: Tensor, options: DistilOptions, train: TrainOptions) -> Stage:
     """Returns the last stage: the training set with gold labels and the teacher's logits (N, labels)."""
     # Moved once: each step picks its rows of logits on the device.
-    objective = kd_objective(logits.to(device()), options.temperature, options.kd_alpha, train.label_smoothing,
-                             options.kd_loss)
-    return Stage("gold", inputs.texts, objective, train, inputs.student.dropout)
+    logits, temperature = logits.to(device()), Temperature(options.temperature, options.temperature_schedule)
+    if options.kd_loss in POOLED:
+        first = inputs.teachers[0]
+        states = pooled_states(first.model, first.data.batches).to(device())
+        objective = relational_objective(logits, states, options.kd_alpha, train.label_smoothing)
+        return Stage("gold", inputs.texts, objective, train, inputs.student.dropout, Pooled)
+    objective = kd_objective(logits, temperature, options.kd_alpha, train.label_smoothing, options.kd_loss,
+                             **weights_of(options))
+    return Stage("gold", inputs.texts, objective, train, inputs.student.dropout, before_step=temperature.begin_step)
 
 
 def _size(hidden: HiddenStates | None) -> int:
@@ -209,5 +226,5 @@ def run_stage(student: DistilRNN, stage: Stage, number: int, checkpointing: Chec
     student.dropout.p = stage.dropout
     model = stage.heads(student).to(device())
     progress = train_utils.fit(model, stage.data, stage.objective, stage.options, checkpointing,
-                               replace(hooks, score=stage.score))
+                               replace(hooks, score=stage.score, before_step=stage.before_step))
     return Done(stage, progress, training_summary(progress, stage.data.batches))

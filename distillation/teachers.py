@@ -156,6 +156,21 @@ def _of_real_tokens(teacher: TextClassifier, states: Tensor, batch: Batch) -> Te
     return states[send(batch.attention_mask, states.device).bool()].float()
 
 
+def pooled_states(teacher: TextClassifier, batches: list[Batch]) -> Tensor:
+    """Computes the last hidden state (N, C) of each row: of its last token for a decoder, of its first for an encoder.
+
+    Raises:
+        UserError: see `hidden_states`.
+    """
+    found = {}
+    for batch in batches:
+        states = hidden_states(teacher, batch.to(next(teacher.parameters()).device)).cpu()
+        ends = batch.attention_mask.sum(1).cumsum(0).cpu()
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        found.update(zip(batch.rows.tolist(), states[ends - 1 if teacher.decoder else starts], strict=True))
+    return torch.stack([found[row] for row in range(len(found))])
+
+
 @torch.inference_mode()
 def states_and_logits(teacher: TextClassifier, batch: Batch, needed: bool = True) -> tuple[Tensor | None, Tensor]:
     """Computes `hidden_states` and the logits (B, labels) of a batch without features, in one forward pass.

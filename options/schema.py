@@ -161,8 +161,12 @@ class DistilOptions:
     temperature: float = option(1.0, "temperature that softens teacher and student", above=0, preset=True, often=True)
     kd_alpha: float = option(0.5, "share of the teacher in the loss; gold labels have the rest", least=0, most=1, often=True,
                              preset=True)
-    kd_loss: str = option("kl", "the teacher's part of the loss: kl of soft labels, mse of logits, or hard labels",
-                          choices=names_in("distillation/losses.py", "LOSSES"), often=True)
+    kd_loss: str = option("kl", "the teacher's part of the loss: kl of soft labels, mse of logits, hard labels, or others "
+                          "(docs/distillation.md)", choices=names_in("distillation/losses.py", "LOSSES"), often=True)
+    js_weight: float = option(0.5, "weight of the teacher in the mixture of --kd-loss js", least=0.01, most=0.99)
+    dkd_weight: float = option(8.0, "weight of the classes other than the target in --kd-loss dkd", least=0)
+    temperature_schedule: str = option("constant", "temperature over the steps of each stage: constant, or annealed to 1",
+                                       choices=("constant", "anneal"))
     student_embeddings: str = option(
         "teacher", "the student's first embeddings: the teacher's, reduced by PCA; contextual: means of its hidden states "
         "(--match hidden) over a token's occurrences, reduced too; or random", choices=("teacher", "contextual", "random"),

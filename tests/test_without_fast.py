@@ -11,7 +11,8 @@ import toy
 
 ROOT = Path(__file__).parents[1]
 CODE = ("run.py", "train_utils.py", "speed.py", "model.py", "layers.py", "sampling.py", "data_utils.py", "experiments",
-        "serving", "distillation", "training", "adapters", "variants", "data", "record", "metrics", "options", "machine", "report")
+        "serving", "distillation", "training", "adapters", "variants", "data", "record", "metrics", "options", "machine",
+        "report")
 # The whole main path in one process, as a user would start it mode by mode.
 MAIN_PATH = """
 import contextlib, io, json, sys

@@ -73,5 +73,5 @@ class RankBudget:
 def importance(layer: AdaLoRALinear) -> Tensor:
     """Returns the importance of each component of a layer, (ranks,)."""
     E, A, B = (getattr(layer, f"{part}_sensitivity") * getattr(layer, f"{part}_uncertainty") for part in layer.PARTS)
-    columns = [part.mean(0) for part in B.split([stop - start for start, stop in layer.slices])]
-    return E[:, 0] + A.mean(1) + torch.cat(columns)
+    rows = [stop - start for start, stop in layer.slices]
+    return E[:, 0] + A.mean(1) + torch.cat([part.mean(0) for part in B.split(rows)])

@@ -133,7 +133,7 @@ def test_no_gradient_reaches_the_teacher():
     teacher = drawn(4, 2).requires_grad_()
     student = drawn(4, 2, seed=1).requires_grad_()
     labels = torch.tensor([0, 1, 1, 0])
-    total = sum(loss(student, teacher, labels, 2.0, 0.9) for loss in LOSSES.values())
+    total = sum(loss(student, teacher, labels, 2.0, 0.9) for name, loss in LOSSES.items() if name not in losses.POOLED)
     (total + losses.hidden_mse(student, teacher, torch.ones(2))).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
