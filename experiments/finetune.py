@@ -37,6 +37,7 @@ from record.files import unchanged, write_file
 from record.folder import Recorder, check_run_folder, finish, provenance, read_run, run_folder
 from serving.merge import label_maps
 from train_utils import Checkpointing, Data, Hooks, selection_split
+from training.losses import classification_loss
 from training.summary import best_and_last, training_summary
 from variants import injection
 from variants.bitfit import is_bias
@@ -142,6 +143,8 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     for name, rows in task.missing.items():
         if rows:
             say(f"  feature {name}: no value in {rows:,} of {len(task.train):,} training rows; the mean stands in, marked")
+    # For its errors, before the folder exists.
+    classification_loss(options.train, task.train.labels, task.num_labels)
     batches, dev = make_all_batches(task, tokenizer, max_length, options.train, options.table.truncate, classifier.decoder)
     sanity = check_fresh_adapter(lm, tokenizer, ids) if sane else None
     if sanity:
@@ -248,8 +251,10 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
 
 
 def objective_of(run: FineTuning, options: RunOptions) -> train_utils.Objective:
-    """Returns the loss of a fine-tuning: the cross-entropy, and what the variant adds to it."""
-    objective = train_utils.cross_entropy(options.train.label_smoothing)
+    """Returns the loss of a fine-tuning: the labels' part, and what the variant adds to it."""
+    labels = run.task.train.labels
+    objective = (classification_loss(options.train, labels, run.task.num_labels)
+                 or train_utils.cross_entropy(options.train.label_smoothing))
     penalty = injection.penalty(run.classifier, options.method, options.lora)
     return objective if penalty is None else lambda logits, batch: objective(logits, batch) + penalty()
 

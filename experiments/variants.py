@@ -44,7 +44,7 @@ class Variant(Parser):
         for word, value in changes.items():
             option = self.option(word)
             # In --set and --search, the comma separates options or choices.
-            if word in ("targets", "layers", "rank_pattern", "alpha_pattern"):
+            if word in ("targets", "layers", "rank_pattern", "alpha_pattern", "class_weights"):
                 value = "" if value == "all" else value.replace("+", ",")
             if option.kind is bool and value not in ("yes", "no"):
                 self.error(f"{word}={value}: expected yes or no")

@@ -192,6 +192,19 @@ def minutes_or_steps(text: str) -> str:
     return text
 
 
+def class_weights(text: str) -> str:
+    """Returns the word of --class-weights, checked."""
+    if text not in ("balanced", "none"):
+        try:
+            values = [float(value) for value in text.split(",")]
+        except ValueError:
+            values = [-1.0]
+        if not all(0 <= value < 1e30 for value in values) or not any(values) or len(values) < 2:
+            raise ArgumentTypeError(f"{text!r}: expected balanced, none, or a number of at least 0 for each class, such as "
+                                    "2.5,1")
+    return text
+
+
 def pair(text: str) -> tuple[str, Path]:
     """Returns the two parts of NAME=DIR."""
     name, equals, folder = text.partition("=")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from machine.errors import UserError
 from options import patterns
-from options.declare import minutes_or_steps, names_in, option
+from options.declare import class_weights, minutes_or_steps, names_in, option
 
 # Roles of a block's projections, as --targets names them: query, key, value, output, and both of the MLP.
 ROLES = ("q", "k", "v", "o", "mlp")
@@ -94,6 +94,11 @@ class TrainOptions:
     clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
     accumulate: int = option(1, "batches in an optimiser step", least=1)
     label_smoothing: float = option(0.0, "share of each label that is spread over all classes", least=0, most=1)
+    loss: str = option("ce", "loss of the labels: cross-entropy, or focal, in which easy rows count less",
+                       choices=("ce", "focal"), not_in="distil")
+    focal_gamma: float = option(2.0, "power of 1 - p in --loss focal", least=0, not_in="distil")
+    class_weights: str = option("none", "weights of the classes in the loss: balanced (the rarer, the heavier), none, or a "
+                                "number for each", reads=class_weights, metavar="balanced|none|W,W[,...]", not_in="distil")
     ema: float = option(0.0, "decay of the weights' moving average, which is scored and kept; 0: none", least=0, most=1)
     patience: int | None = option(None, "epochs without a better one after which training stops", least=1)
     precision: str = option("auto", "precision of frozen linears; trained weights stay float32", not_in="distil",
