@@ -68,10 +68,16 @@ class PaperOptions:
             UserError: `only` names an unknown step.
         """
         found = steps(self.profile, self.sr, self.seeds, self.data_root, self.out)
-        names = [step.name for step in found]
+        names = list(dict.fromkeys(name for step in found for name in (step.name, step.part_of) if name))
         if unknown := next((name for name in self.only if name not in names), None):
             raise UserError(f"--only {unknown}: no such step; expected some of {','.join(names)}")
         return found
+
+    @property
+    def wanted(self) -> list[Step]:
+        """Returns the steps to run: those that `only` names, themselves or by their study; else all but the studies'."""
+        return [step for step in self.steps if (
+            not {step.name, step.part_of}.isdisjoint(self.only) if self.only else not step.part_of)]
 
 
 def plan(options: PaperOptions) -> str:
@@ -102,7 +108,7 @@ def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
         UserError: bad input; another paper's folder, or one that no paper made; no Hub for a paper without data.
         signals.Interrupted: asked to stop; the step at work has saved its state.
     """
-    wanted = [step for step in options.steps if not options.only or step.name in options.only]
+    wanted = options.wanted
     if options.no_run:
         wanted = []
     else:
@@ -113,7 +119,8 @@ def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
         record = provenance(options.settings, {})
         config = options.out / "config.json"
         # Only a paper whose every step is removed may go on under other options.
-        begins_anew = options.overwrite and wanted == options.steps
+        left = [step for step in options.steps if step not in wanted and (options.out / step.done).exists()]
+        begins_anew = options.overwrite and not left and (wanted == options.steps or bool(wanted) and not options.only)
         if config.exists() and not begins_anew:
             compare.same_settings(read_json(config), record, options.out)
         if options.overwrite:
@@ -418,6 +425,9 @@ def differences(options: PaperOptions, files: dict[str, Path]) -> list[dict]:
     # Each comparison: a step and its entry, minus another step's entry.
     pairs = [("lora", "LoRA", "peft", "peft")] + [(name, "student", "distil", "student") for name in files
                                                   if name.startswith("distil-")]
+    # Each loss minus KL, for the student in stages and for the plain one.
+    pairs += [(name, "student", "distil-plain" if name.startswith("losses-plain-") else "distil", "student")
+              for name in files if name.startswith("losses-")]
     return [{"step": step, "entry": entry, "minus": minus, **paired_differences(one, other)}
             for step, entry, other_step, minus in pairs
             if (one := row(step, entry)) and (other := row(other_step, minus)) and one["seeds"] and other["seeds"]]

@@ -214,7 +214,8 @@ class Paper:
     jobs: int | None = option(None, "steps at a time, each with its part of the CPU's threads; one a core up to three, or "
                               "one on a GPU, if not given", least=1)
     dry_run: bool = option(False, "print every step with its command, and run nothing")
-    only: tuple[str, ...] = option((), "steps to run, and no others", unique=True)
+    only: tuple[str, ...] = option((), "steps to run, and no others; variants and losses name studies that run only so",
+                                   unique=True)
     no_run: bool = option(False, "run no step: build the paper of existing results")
     records: Path | None = option(None, "folder of finished steps without weights; a recorded step is not run again")
     out: Path | None = option(None, "folder of the paper's runs; runs/paper-SR, or runs/paper-quick-SR, if not given")

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
-from report import diagnosis, figures, studies
+from report import diagnosis, figures, studies, variants
 from report.latex import breakable, escape, grouped, tabular
 from report.records import BASELINE, Record, ReportError, main_split, model_name, read_json, shown_splits
 
@@ -21,7 +21,7 @@ SENTENCES = 8
 # The tables of main.tex: results/paper_NAME.tex.
 TABLES = ("cola", "student", "polarity", "ablations", "rank", "methods", "long", "buzzer", "diagnose_scores",
           "diagnose_phenomena", "diagnose_length", "diagnose_calibration", "diagnose_disagreements", "diagnose_all_wrong",
-          "cost", "steps")
+          "variants", "variants_cola", "class_weights", "losses", "cost", "steps")
 
 
 class Paper:
@@ -140,6 +140,9 @@ def _tables(paper: Paper) -> dict[str, str | None]:
     found = {"cola": cola(paper), "student": student(paper, "distil"), "polarity": student(paper, "polarity"),
              "ablations": ablations(paper), "rank": rank(paper), "cost": cost(paper), "steps": steps(paper)}
     found |= {name: methods(paper, name) for name in ("methods", "long", "buzzer")}
+    found |= {step.replace("-", "_"): against_lora(paper, step, default) for step, default in (
+        ("variants", "variants-default"), ("variants-cola", "variants-default-cola"), ("class-weights", ""))}
+    found["losses"] = losses(paper)
     return found | diagnoses(paper)
 
 
@@ -309,6 +312,26 @@ def methods(paper: Paper, step: str) -> str | None:
     head = grouped(["entry", "trained", "rate", "epoch"], dict.fromkeys(splits, _score_columns()),
                    ["s/epoch", "peak MiB", "MB on disk"])
     return tabular("lrrl" + "rr" * len(splits) + "rrr", head, rows)
+
+
+def against_lora(paper: Paper, step: str, default: str) -> str | None:
+    """Makes the table of a comparison against plain LoRA, with plain LoRA at the default rate from another step."""
+    if step not in paper.done:
+        return None
+    return variants.table(paper.done[step], list(paper.entries(default).values()))
+
+
+def losses(paper: Paper) -> str | None:
+    """Makes the table of the students under each loss, those in stages first; KL's stand above the others."""
+    rows = []
+    for kl, prefix in (("distil", "losses-"), ("distil-plain", "losses-plain-")):
+        names = [name for name in paper.done if name.startswith(prefix)
+                 and (prefix == "losses-plain-" or not name.startswith("losses-plain-"))]
+        if names and kl in paper.done:
+            rows.append((f"{'plain, ' if 'plain' in kl else ''}kl", paper.entries(kl)["student"], None))
+            rows += [(f"{'plain, ' if 'plain' in kl else ''}{name.removeprefix(prefix)}", paper.entries(name)["student"],
+                      paper.difference(name)) for name in names]
+    return variants.loss_table(rows, paper.done["distil"].section("selection")["splits"][-1]) if rows else None
 
 
 def diagnoses(paper: Paper) -> dict[str, str]:

@@ -256,6 +256,16 @@ def test_only_runs_the_named_steps(three):
         plan(replace(options, only=("four",)))
 
 
+def test_a_study_runs_only_when_it_is_named():
+    options = PaperOptions("12345", "full", 3, DATA, Path("out"))
+    usual = {step.name for step in options.wanted}
+    assert "distil" in usual and not any(name.startswith(("variants", "losses")) for name in usual)
+    named = [step.name for step in replace(options, only=("variants", "losses-dkd")).wanted]
+    assert named == ["variants", "variants-default", "variants-cola", "variants-default-cola", "class-weights", "losses-dkd"]
+    words = [step.words for step in options.steps if step.name in ("variants", "variants-cola")]
+    assert len({one[one.index("--lr-grid") + 1] for one in words}) == 1
+
+
 def test_the_time_left_scales_with_the_steps_that_are_done():
     a, b, c = [Step(name, minutes, [], "") for name, minutes in (("a", 2), ("b", 4), ("c", 10))]
     clock = Clock([a, b, c])

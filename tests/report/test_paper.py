@@ -16,7 +16,9 @@ SEEDS = ["12345", "12346", "12347"]
 STEPS = {"grid": "grid/compare.json", "lora": "cola/LoRA-12345-seeds/seeds.json", "peft": "peft/compare.json",
          "intermediate": "intermediate/summary.json", "teacher": "teacher/LoRA-12345-seeds/seeds.json",
          "distil": "cola/distil-12345-seeds/seeds.json", "distil-plain": "distil-plain/distil-12345-seeds/seeds.json",
-         "rank": "sweep-12345/sweep.json", "methods": "methods/compare.json", "long": "long/compare.json"}
+         "rank": "sweep-12345/sweep.json", "methods": "methods/compare.json", "long": "long/compare.json",
+         "variants": "variants/compare.json", "variants-default": "variants-default/compare.json",
+         "losses-plain-dkd": "losses-plain-dkd/distil-12345-seeds/seeds.json"}
 
 
 def spread(mean: float, half: float | None = 0.05) -> dict:
@@ -55,6 +57,12 @@ def made_up(folder: Path, done=tuple(STEPS), half: float | None = 0.05, seeds=SE
                    "entry": "full", "tried": [], "learning_rate": None, "seeds": []}],
                    "differences": [{"entry": "head", "minus": "lora", **scores(-0.4, half)}]}}
     content["long"] = content["methods"]
+    content["variants"] = {**compare, "entries": [entry(name, mcc, half) for name, mcc in (
+                               ("lora", 0.5), ("dora", 0.51), ("ia3", 0.3))],
+                           "differences": [{"entry": name, "minus": "lora", **scores(mcc, half)}
+                                           for name, mcc in (("dora", 0.01), ("ia3", -0.2))]}
+    content["variants-default"] = {**compare, "entries": [entry("lora", 0.49, half)]}
+    content["losses-plain-dkd"] = distil
     for name in done:
         path = folder / STEPS[name]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +86,8 @@ def made_up(folder: Path, done=tuple(STEPS), half: float | None = 0.05, seeds=SE
              "status": "done" if name in done else "failed", "seconds": 60.0 if name in done else None}
             for name, file in STEPS.items()],
         "differences": [{"step": "lora", "entry": "LoRA", "minus": "peft", **scores(0.01, half)},
-                        {"step": "distil-plain", "entry": "student", "minus": "student", **scores(-0.02, half)}]
+                        {"step": "distil-plain", "entry": "student", "minus": "student", **scores(-0.02, half)},
+                        {"step": "losses-plain-dkd", "entry": "student", "minus": "student", **scores(0.03, half)}]
         if len(done) == len(STEPS) else []}))
     return folder
 
@@ -119,6 +128,11 @@ def test_a_table_has_mean_and_half_of_the_interval_best_and_last_alike(whole):
     assert r"head & 12,345 & 0.0004 & best (2.5) & 80.0" in methods and "full &  &  & diverged" in methods
     assert r"head minus lora &  &  & best & +80.0\,$\pm$\,1.0 & $-$0.400\,$\pm$\,0.050" in methods
     assert r"student with KD & 5,000,000 & 5,000,000 & 309 & 1,177 & 20 & 2,100" in files["paper_cost.tex"].decode()
+    found = files["paper_variants.tex"].decode()
+    assert r"lora (default rate) & 12,345 & 0.0004 & 0.290 &  &  &  &  & 12.3 & 600 & 4.57 \\" in found
+    assert r"dora & 12,345 & 0.0004 & 0.310 &  & $-$0.190 & [$-$0.240, $-$0.140] & 0.0" in found
+    assert "paper_class_weights.tex" not in files
+    assert r"plain, dkd & 0.010 & $-$0.170 & [$-$0.220, $-$0.120] &" in files["paper_losses.tex"].decode()
     assert numbers["paper.lora.minus.peft"] == r"+0.010\,$\pm$\,0.050"
     assert "the mean over 3 seeds" in numbers["paper.spread"]
 
