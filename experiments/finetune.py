@@ -239,7 +239,8 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
             history = progress.history
         # By now the model has its best epoch's weights.
         save_trained(run.classifier, options.method, folder, options.model)
-        variant = {"variant": options.lora.variant} if options.lora.variant != "lora" else {}
+        # As before there were variants: rsLoRA's flag stands in config.json alone.
+        variant = {} if options.lora.variant in ("lora", "rslora") else {"variant": options.lora.variant}
         summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": run.task.name,
                    "method": options.method, **variant, "classes": list(run.task.classes), "parameters": run.counts,
                    **best_and_last(progress.best_epoch, history, run.task.classes),

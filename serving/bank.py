@@ -145,9 +145,6 @@ class AdapterBank:
         file = folder / (WEIGHTS_FILE if options["method"] == "lora" else "trained.safetensors")
         if options["method"] == "lora":
             adapter = read_adapter(self.net, folder)
-            if adapter.other_formula:
-                raise UserError(f"{folder}: an adapter of {adapter.other_formula}, which is no sum of low-rank updates; "
-                                f"adapters on a shared base are; python run.py predict {folder} reads it alone")
         else:
             state = load_tensors(file)
             adapter = Adapter({}, {}, 0.0, False, {key.removeprefix("net."): value for key, value in state.items()})
@@ -165,6 +162,9 @@ class AdapterBank:
         """
         # Everything is checked before the first matrix is stored, so that an error leaves the bank whole.
         where = file or name
+        if adapter.other_formula:
+            raise UserError(f"{where}: an adapter of {adapter.other_formula}, which is no sum of low-rank updates, as those "
+                            "on a shared base are; python run.py predict RUN reads it alone")
         if not re.fullmatch(NAME, name):
             raise UserError(f"adapter name {name[:80]!r}: expected up to 64 letters, digits, dots, dashes and underscores")
         if name in self.entries:

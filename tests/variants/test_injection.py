@@ -4,15 +4,17 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import adapted, logits_of, one_line, toy_batch, toy_net
+from conftest import adapted, logits_of, one_line, toy_batch, toy_net, write_tokenizer
 from peft.optimizers import create_loraplus_optimizer
 
 import train_utils
-from adapters.peft_layout import load_adapter, merge_adapter, save_adapter, start_from, unmerge_adapter
+from adapters.peft_layout import load_adapter, merge_adapter, read_adapter, save_adapter, start_from, unmerge_adapter
 from fast.installation import install
 from machine.errors import UserError
 from model import LoRAOptions, TextClassifier, count_parameters, lora_layers, weight_of
 from options.schema import RunOptions, TrainOptions
+from serving.bank import AdapterBank
+from serving.texts import Reading
 from variants import adalora, injection, rank_budget
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
@@ -267,6 +269,31 @@ def test_vera_trains_two_vectors_a_layer_and_lora_fa_half():
     counts = {variant: count_parameters(fresh("bert", variant))["trainable"] for variant in ("lora", "lora-fa", "vera")}
     head = 2 * 32 + 2
     assert counts == {"lora": 6 * 4 * 64 + head, "lora-fa": 6 * 4 * 32 + head, "vera": 6 * (4 + 32) + head}
+
+
+# ---------------------------------------------------------------- many adapters on one base
+
+@pytest.mark.parametrize("variant", ["pissa", "vera", "adalora", "loraplus"])
+def test_a_bank_answers_as_the_variant_alone(tmp_path, variant):
+    classifier = trained("gpt2", variant)
+    save_adapter(classifier, tmp_path, "the-base")
+    torch.manual_seed(0)
+    bank = AdapterBank(TextClassifier(toy_net("gpt2")), write_tokenizer(tmp_path / "tokenizer"), "toy")
+    bank.add("one", read_adapter(bank.net, tmp_path), Reading(("a", "b"), 32))
+    ids, mask = toy_batch()
+    found = torch.stack(bank.logits(ids, mask, ["one", None, "one", "one"]))
+    expected, plain = logits_of(classifier), logits_of(TextClassifier(toy_net("gpt2")).eval())
+    torch.testing.assert_close(found[[0, 2, 3]], expected[[0, 2, 3]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1], plain[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant, name", [("dora", "DoRA"), ("ia3", "IA3")])
+def test_a_bank_refuses_by_name_what_is_no_sum_of_updates(tmp_path, variant, name):
+    save_adapter(trained("gpt2", variant), tmp_path, "the-base")
+    bank = AdapterBank(TextClassifier(toy_net("gpt2")), write_tokenizer(tmp_path / "tokenizer"), "toy")
+    with pytest.raises(UserError, match=f"an adapter of {name}, which is no sum of low-rank updates") as error:
+        bank.add("one", read_adapter(bank.net, tmp_path), Reading(("a", "b"), 32))
+    assert one_line(error) and not bank.entries
 
 
 # ---------------------------------------------------------------- AdaLoRA's ranks
