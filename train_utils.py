@@ -26,6 +26,7 @@ from options.schema import TrainOptions
 from training import anomaly
 from training.average import Average
 from training.checkpoints import Checkpointing, Progress, load_checkpoint, save_checkpoint, trainable
+from training.optimizer import lr_factor, make_optimizer
 
 # (output of the model, batch) -> mean loss of the batch over its rows. Where a step has several batches, a mean over tokens
 # is scaled to its share of the step's tokens (`batch.step`).
@@ -132,39 +133,6 @@ class Hooks:
 def cross_entropy(label_smoothing: float = 0.0) -> Objective:
     """Returns the objective of training on labels alone: the mean cross-entropy of a batch."""
     return lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
-
-
-def lr_factor(step: int, total: int, warmup: float, schedule: str) -> float:
-    """Returns the share of the peak learning rate at optimiser step `step` of `total`: linear warm-up, then decay to 0.
-
-    Args:
-        step: from 0.
-        total: optimiser steps of the whole training.
-        warmup: share of the steps in which the rate rises.
-        schedule: linear, cosine or constant.
-    """
-    rising = math.ceil(warmup * total)
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / max(1, total - rising)
-    return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[schedule]
-
-
-def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """Makes AdamW (Loshchilov and Hutter 2019), without decay on vectors (biases, norms).
-
-    The task head has a rate of its own, if one is given.
-    """
-    head = (*(f"net.{name}." for name in model.head_names()), "feature_head.") if hasattr(model, "head_names") else ()
-    # One group for each rate and decay: AdamW updates a group in one fused step.
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, p in trainable(model).items():
-        lr = options.head_lr if options.head_lr is not None and name.startswith(head or " ") else options.lr
-        # LoRA+ gives each B a multiple of the rate.
-        lr *= getattr(p, "lr_ratio", 1.0)
-        groups.setdefault((lr, options.weight_decay if p.ndim > 1 else 0.0), []).append(p)
-    return torch.optim.AdamW([{"params": params, "lr": lr, "peak": lr, "weight_decay": decay}
-                              for (lr, decay), params in groups.items()], fused=True)
 
 
 # ---------------------------------------------------------------- the loop

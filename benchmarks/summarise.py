@@ -45,6 +45,8 @@ COLA = "../shared/data/cola"
 STEPS = {step.name: step for step in steps("full", "12345", 3, Path("../shared/data"), Path("runs/paper-12345"))}
 # A learning rate that the grid chooses is shown as the one it may choose.
 COMMANDS = {name: typed("python " + shlex.join(step.words).replace(CHOSEN, "4e-4")) for name, step in STEPS.items()}
+MPNET = (f"python run.py LoRA SR --model mpnet --data {COLA} --init runs/mpnet/intermediate --rank 16 --alpha 32 "
+         "--precision fp32 --lr 3e-4 --epochs 3 --label-smoothing 0.1 --ema 0.995")
 # Trainings on CoLA: result, label of each of its rows, command to show without a result. `scratch` is the recorded name of
 # the baseline, the same student trained without a teacher.
 TRAININGS = (
@@ -55,6 +57,7 @@ TRAININGS = (
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
     ("paper/teacher", {"LoRA": "`LoRA` after an intermediate task, bfloat16, rank 16: the students' teacher"},
      COMMANDS["teacher"]),
+    ("mpnet_teacher", {"lora": "`LoRA` on MPNet after an intermediate task, float32, rank 16, one seed"}, MPNET),
     ("paper/distil", {"student": "`distil`: student with KD", "scratch": "`distil`: baseline"}, COMMANDS["distil"]),
     ("paper/distil-plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: baseline"},
      COMMANDS["distil-plain"]))

@@ -19,5 +19,5 @@ def inject(net: PreTrainedModel, options: LoRAOptions) -> None:
     """Adapts a model by LoRA, and marks each B (out_features, rank) for its rate; raises as `inject_lora` does."""
     inject_lora(net, options)
     for layer in lora_layers(net).values():
-        # `train_utils.make_optimizer` reads it.
+        # `make_optimizer` reads it.
         layer.lora_B.lr_ratio = options.loraplus_ratio

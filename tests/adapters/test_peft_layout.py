@@ -32,7 +32,8 @@ from model import LoRAOptions, TextClassifier, inject_lora, load_classifier, lor
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
     "FutureWarning:transformers", "UserWarning:peft", "peft.utils.warning.PeftWarning")]
-HEADS = {"gpt2": ["score"], "llama": ["score"], "bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"]}
+HEADS = {"gpt2": ["score"], "llama": ["score"], "bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"],
+         "mpnet": ["classifier"]}
 VARIANTS = [(a, {}) for a in ARCHITECTURES] + [
     ("gpt2", {"targets": ("q", "v")}), ("gpt2", {"targets": ("q", "v", "mlp"), "rslora": True}),
     ("gpt2", {"targets": ("k", "c_fc"), "layers": "1"}), ("llama", {"rslora": True, "targets": ("q", "v", "down_proj")}),
@@ -57,7 +58,9 @@ def fine_tuned(architecture: str, **options) -> TextClassifier:
 
 def randomize_heads(net: nn.Module) -> None:
     for name in HEADS[net.config.model_type]:
-        nn.init.normal_(net.get_submodule(name).weight, std=0.3)
+        for parameter in net.get_submodule(name).parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.3)
 
 
 def base_logits(architecture: str) -> torch.Tensor:
@@ -151,7 +154,7 @@ def test_an_adapter_saved_here_loads_in_peft(tmp_path, architecture, options):
 
 
 TARGETS = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "v_proj", "up_proj"], "bert": ["query", "value"],
-           "distilbert": ["q_lin", "lin2"]}
+           "distilbert": ["q_lin", "lin2"], "mpnet": ["attn.q", "output.dense"]}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
