@@ -57,10 +57,14 @@ def fine_tuned(architecture: str, **options) -> TextClassifier:
 
 
 def randomize_heads(net: nn.Module) -> None:
-    for name in HEADS[net.config.model_type]:
-        for parameter in net.get_submodule(name).parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.3)
+    for weight in head_weights(net).values():
+        nn.init.normal_(weight, std=0.3)
+
+
+def head_weights(net) -> dict[str, torch.Tensor]:
+    """The matrices of the head by name."""
+    return {name: p for name, p in net.named_parameters()
+            if name.startswith(tuple(HEADS[net.config.model_type])) and p.ndim > 1}
 
 
 def base_logits(architecture: str) -> torch.Tensor:
@@ -108,9 +112,8 @@ def test_the_head_is_saved_and_restored_with_the_adapter(tmp_path, architecture)
     save_adapter(classifier, tmp_path, "the-base")
     again = with_other_head(architecture)
     assert classifier.head_names() == HEADS[architecture]
-    for name in HEADS[architecture]:
-        ours, theirs = classifier.net.get_submodule(name).weight, again.net.get_submodule(name).weight
-        assert not torch.equal(theirs, ours)
+    theirs = head_weights(again.net)
+    assert theirs and not any(torch.equal(theirs[name], ours) for name, ours in head_weights(classifier.net).items())
     load_adapter(again.net, tmp_path)
     for name in HEADS[architecture]:
         for key, value in classifier.net.get_submodule(name).state_dict().items():
@@ -602,13 +605,13 @@ def test_a_fresh_adapter_that_starts_from_a_saved_one_computes_the_same(tmp_path
     again = with_other_head(architecture)
     inject_lora(again.net, LoRAOptions(**{"rank": 4, "alpha": 6.0, **options}))
     install(again)
-    own = {name: again.net.get_submodule(name).weight.clone() for name in HEADS[architecture]}
+    own = {name: weight.clone() for name, weight in head_weights(again.net).items()}
     start_from(again, tmp_path, head)
     assert torch.equal(logits_of(again.eval()), logits_of(classifier)) == head
     saved = {name: parameter for name, parameter in classifier.net.named_parameters() if ".lora_" in name}
     found = dict(again.net.named_parameters())
     assert saved and all(torch.equal(found[name], value) and found[name].requires_grad for name, value in saved.items())
-    assert head or all(torch.equal(again.net.get_submodule(name).weight, weight) for name, weight in own.items())
+    assert head or all(torch.equal(weight, own[name]) for name, weight in head_weights(again.net).items())
 
 
 @pytest.mark.parametrize("options, said", [
