@@ -27,7 +27,7 @@ from serving.worker import Student, Worker, check_name
 STOP_SECONDS = 15  # beyond --timeout, until accepted requests are given up
 
 
-def load_served_student(folder: Path, calibrated: bool) -> Student:
+def load_served_student(folder: Path, calibrated: bool = False) -> Student:
     """Loads the student of a distillation.
 
     Args:

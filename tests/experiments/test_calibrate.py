@@ -14,6 +14,7 @@ from sklearn.metrics import matthews_corrcoef, precision_score, recall_score
 from experiments.calibrate import held_out, threshold_of
 from experiments.calibration import fit_temperature
 from experiments.evaluate import load_finetuned, load_student, logits_of
+from experiments.serve import load_served_student
 from machine.errors import UserError
 from record.files import check_sums, read_json
 
@@ -162,6 +163,15 @@ def test_the_exported_student_and_the_merged_checkpoint_are_calibrated(calibrate
     assert found.tolist() == pytest.approx(list(teacher["probabilities"].values()), abs=1e-5)
     card = (calibrated / "merged" / "README.md").read_text()
     assert f"{read_json(calibrated / 'lora' / 'calibration.json')['temperature']:.6g}" in card and "Choose `0`" in card
+
+
+def test_the_service_answers_by_the_calibration(calibrated, capsys):
+    text = "the old cat saw a bird"
+    expected, = predictions(capsys, calibrated / "distil", text, "--calibrated")
+    served, = load_served_student(calibrated / "distil", True).classify([text])
+    assert served == {key: value for key, value in expected.items() if key != "text"}
+    plain, = load_served_student(calibrated / "distil").classify([text])
+    assert plain["probabilities"] != served["probabilities"]
 
 
 def test_a_bank_is_calibrated_too(calibrated, capsys):
