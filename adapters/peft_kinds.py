@@ -59,10 +59,12 @@ def check_kind(config: dict, file: Path) -> None:
         UserError: another kind, a variant of LoRA, or a setting that is not known.
     """
     kind = config.get("peft_type")
+    # A damaged file may hold anything here, also what no dictionary takes for a key.
+    settings = KINDS.get(kind, KINDS["LORA"]) if isinstance(kind, str) else KINDS["LORA"]
     used = [key for key in UNSUPPORTED if config.get(key)]
     # A newer PEFT may have settings that change the formula.
     used += [f"{key}, which is not known here" for key, value in config.items()
-             if value and key not in KINDS.get(kind, KINDS["LORA"]) and key not in UNSUPPORTED]
+             if value and key not in settings and key not in UNSUPPORTED]
     if str(config.get("init_lora_weights")).lower().startswith(CHANGES_BASE):
         used.append(f"init_lora_weights {config['init_lora_weights']}, which changes the base too")
     if (bias := config.get("bias") or "none") != "none":

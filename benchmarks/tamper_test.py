@@ -26,8 +26,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 import toy  # noqa: E402 (needs the path above)
 
 SMALL = ("--epochs", "2", "--batch-size", "8")
-# An unfinished run writes it anew; nothing reads it before.
-WRITTEN_ANEW = ("metrics.jsonl",)
+# An unfinished run writes them anew; nothing reads them before.
+WRITTEN_ANEW = ("metrics.jsonl", "student.safetensors", "student_config.json")
 
 
 def call(*arguments) -> tuple[int, str]:

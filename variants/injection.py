@@ -44,7 +44,8 @@ def check(options: RunOptions) -> None:
     """
     lora = options.lora
     if options.method != "lora":
-        if lora.variant != "lora":
+        # rsLoRA is a scaling: like --rank it may be a common option of a comparison, whose other methods do not read it.
+        if lora.variant not in ("lora", "rslora"):
             raise UserError(f"--variant {lora.variant}: a variant of --method lora; --method {options.method} has none")
         if lora.rank_pattern or lora.alpha_pattern:
             raise UserError(f"--rank-pattern, --alpha-pattern: sizes of --method lora; --method {options.method} has none")

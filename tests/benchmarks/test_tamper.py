@@ -39,14 +39,16 @@ def test_every_file_of_every_kind_of_run_was_tampered_with(rows):
         "LoRA, unfinished": {"config.json", "SHA256SUMS", "checkpoint.safetensors"},
         "distil, unfinished": {"config.json", "SHA256SUMS", "teacher_logits.safetensors", "student.checkpoint.safetensors",
                                "scratch.checkpoint.safetensors"}}
-    assert {row["file"].split("/")[0] for row in rows if row["harmless"]} == {"tensorboard", "metrics.jsonl"}
+    assert {row["file"].split("/")[0] for row in rows if row["harmless"]} == {
+        "tensorboard", *tamper_test.WRITTEN_ANEW}
 
 
 def test_what_is_harmless_in_an_unfinished_run_is_written_anew(rows, work, tmp_path, monkeypatch):
-    """A resume with the file destroyed ends as the finished run did."""
+    """A resume with the files destroyed ends as the finished run did."""
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
     shutil.copytree(work / "distil", tmp_path / "distil")
-    (tmp_path / "distil" / "metrics.jsonl").write_bytes(b"rubbish")
+    for name in tamper_test.WRITTEN_ANEW:
+        (tmp_path / "distil" / name).write_bytes(b"rubbish")
     assert toy.main("distil", "12345", "--plain", "--teacher", work / "runs/LoRA-12345", "--embedding-size", 4,
                     "--hidden-size", 4,
                     *tamper_test.SMALL, "--plots", tmp_path, "--out", tmp_path / "distil", "--resume") == 0

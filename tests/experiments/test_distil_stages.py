@@ -451,6 +451,11 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
 
 # ---------------------------------------------------------------- a vocabulary of the student's own
 
+def first_table(staged):
+    """The transfer set of `staged`, the oldest in the cache: other tests add sets from other sources."""
+    return min(cache(staged).glob("sentences-*.tsv"), key=lambda path: path.stat().st_mtime_ns)
+
+
 @pytest.fixture(scope="module")
 def small_vocabulary(work, staged):
     """A run in stages with a table of 40 rows and its frozen copy, on the cache of `staged`."""
@@ -461,7 +466,7 @@ def small_vocabulary(work, staged):
 
 def test_frequent_tokens_of_the_sentences_that_train_have_a_row_each(work, staged, small_vocabulary):
     student, tokenizer, _ = evaluate.load_student(small_vocabulary)
-    (table,) = cache(staged).glob("sentences-*.tsv")
+    table = first_table(staged)
     trained = [line.split("\t")[1] for line in table.read_text().splitlines()]
     trained += load_task("cola", work / "cola").train.sentences
     count = Counter(token for sentence in trained for token in tokenizer(sentence)["input_ids"])
@@ -508,7 +513,7 @@ def test_contextual_embeddings_are_the_means_of_the_teachers_states(work, staged
                   "--match-size", 32, "--embedding-size", 32, "--pretrain", 0, "--transfer", 1, "--no-control") == 0
     first = load_file(staged / "contextual" / "student.safetensors")["embedding.frozen"]
     teacher, tokenizer, _ = evaluate.load_finetuned(work / "LoRA")
-    (table,) = cache(staged).glob("sentences-*.tsv")
+    table = first_table(staged)
     trained = [line.split("\t")[1] for line in table.read_text().splitlines()]
     trained += load_task("cola", work / "cola").train.sentences
     states = {}

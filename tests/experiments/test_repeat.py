@@ -64,8 +64,8 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
     repeat.run_again(work / "distil", work / "distil")
     options = handed["lora"]
     precision = "bf16x3" if amx.available() else "fp32"  # what `auto` was resolved to
-    assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, 0.9, 5, precision,
-                                         save_every=3.0)
+    assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, ema=0.9,
+                                         patience=5, precision=precision, save_every=3.0)
     assert options.lora == LoRAOptions(3, 5.0, 0.2, True, ("q", "mlp"), "1")
     assert (options.sr, options.task, options.max_length, options.limit, options.keep_memory, options.repeats) == (
         "12345", "cola", 9, 30, 1.0, work / "lora")

@@ -117,10 +117,10 @@ def test_a_run_whose_plots_fail_is_finished_and_resume_draws_them(tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(figures, "save_figure", full)
-        assert toy.lora(tmp_path, tmp_path / "run") == 0
+        assert toy.lora(tmp_path, tmp_path / "run", "--plots", tmp_path / "plots") == 0
     assert "No space left on device; the results are complete" in capsys.readouterr().err
     assert (tmp_path / "run" / "summary.json").exists() and not list((tmp_path / "plots").iterdir())
-    assert toy.lora(tmp_path, tmp_path / "run", "--resume") == 0
+    assert toy.lora(tmp_path, tmp_path / "run", "--resume", "--plots", tmp_path / "plots") == 0
     assert len(list((tmp_path / "plots").iterdir())) == 8
 
 
