@@ -66,7 +66,8 @@ def test_options_come_back_from_config_as_they_were(work, monkeypatch):
     precision = "bf16x3" if amx.available() else "fp32"  # what `auto` was resolved to
     assert options.train == TrainOptions(12345, 2, 7, None, 0.02, 0.01, 0.1, 0.2, "cosine", 0.5, 2, 0.1, ema=0.9,
                                          patience=5, precision=precision, save_every=3.0)
-    assert options.lora == LoRAOptions(3, 5.0, 0.2, True, ("q", "mlp"), "1")
+    assert options.lora == LoRAOptions(
+        rank=3, alpha=5.0, dropout=0.2, rslora=True, targets=("q", "mlp"), layers="1")
     assert (options.sr, options.task, options.max_length, options.limit, options.keep_memory, options.repeats) == (
         "12345", "cola", 9, 30, 1.0, work / "lora")
     options, student = handed["distil"]
