@@ -59,7 +59,7 @@ def check_kind(config: dict, file: Path) -> None:
         UserError: another kind, a variant of LoRA, or a setting that is not known.
     """
     kind = config.get("peft_type")
-    # A damaged file may hold anything here, also what no dictionary takes for a key.
+    # A damaged file may hold a list here, and a dictionary takes no list for a key.
     settings = KINDS.get(kind, KINDS["LORA"]) if isinstance(kind, str) else KINDS["LORA"]
     used = [key for key in UNSUPPORTED if config.get(key)]
     # A newer PEFT may have settings that change the formula.

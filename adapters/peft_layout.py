@@ -52,8 +52,10 @@ def save_adapter(classifier: TextClassifier, folder: Path, base: str) -> None:
 
 
 def _saved_whole(classifier: TextClassifier) -> list[str]:
-    """Returns the modules that PEFT takes for the head: all whose names end like a head's (ModernVBERT's vision model has
-    one), except those with adapted layers inside.
+    """Returns the modules that PEFT takes for the head, by name.
+
+    PEFT compares the end of a module's name with the head's; ModernVBERT's vision model has such a module too. Modules with
+    adapted layers inside are left out.
     """
     heads, adapted = classifier.head_names(), lora_layers(classifier.net)
     found = []

@@ -176,7 +176,7 @@ def prepare(options: RunOptions, distil_options: DistilOptions, loaded: list[tup
 
     # Runs of early versions have not recorded the digest of their base.
     recorded = read_json(distil_options.teacher / "config.json").get("base_sha256")
-    # Read once: what is recorded of the files is what is trained on.
+    # The files are read once, so that the recorded digests are those of the sentences that are trained on.
     plain, text_files = read_text(distil_options.text)
     labels = [read_labels(path, task.classes) for path in distil_options.labels]
     label_files = {file.path: digest for file, digest in labels}

@@ -252,7 +252,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
 
 
 def objective_of(run: FineTuning, options: RunOptions) -> train_utils.Objective:
-    """Returns the loss of a fine-tuning: the labels' part, and what the variant adds to it."""
+    """Returns the loss of a fine-tuning: the loss of the labels plus the variant's penalty."""
     labels = run.task.train.labels
     objective = (classification_loss(options.train, labels, run.task.num_labels)
                  or train_utils.cross_entropy(options.train.label_smoothing))

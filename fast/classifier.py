@@ -41,7 +41,7 @@ class FastClassifier(TextClassifier):
         """Returns whether the fused blocks compute."""
         # They give the backbone's own weights no gradient: full fine-tuning takes the library's blocks.
         trained = torch.is_grad_enabled() and next(self.net.base_model.parameters()).requires_grad
-        # Sentences computed by length go through the library's blocks, whose configuration asks for it.
+        # A model that computes sentences by length keeps the library's blocks.
         return self.has_fused_blocks and not self.by_length and not self.trains_backbone and not trained
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, features: Tensor | None = None,

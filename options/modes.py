@@ -167,7 +167,7 @@ class Predict:
     adapter: tuple[tuple, ...] = option((), "LoRA runs on one base instead of RUN_DIR; each row of --file names its own, "
                                         '{"adapter": "NAME", "text": "..."}', reads=pair, repeat=True, metavar="NAME=DIR")
     base: bool = option(False, "answer rows that name no adapter by the base alone, instead of refusing them")
-    at_least: float | None = option(None, "leave a text undecided whose class has a lower probability", least=0, most=1)
+    at_least: float | None = option(None, "least probability of an answer; texts below it are undecided", least=0, most=1)
 
 
 @declares

@@ -192,8 +192,8 @@ class DistilOptions:
     lm_weight: float = option(1.0, "weight of language modelling in pretraining; 0: hidden states alone", least=0)
     match: str = option("hidden", "match the teacher's last hidden states, reduced by PCA, or none",
                         choices=("hidden", "none"), preset=True, before="none")
-    match_directions: str = option("forward", "directions of the student whose states are matched; both: for an encoder",
-                                   choices=("forward", "both"))
+    match_directions: str = option("forward", "states of the student that are matched: forward, or those of both "
+                                   "directions (for an encoder)", choices=("forward", "both"))
     match_size: int = option(192, "dimensions of the teacher's hidden states after PCA", least=1)
     match_weight: float = option(1.0, "weight in the loss of the hidden states that are matched", least=0)
     score_weight: float = option(0.5, "weight in the loss of a decoder's logits for each prefix of a sentence", least=0)

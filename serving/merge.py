@@ -86,7 +86,7 @@ def scale_logits(head: nn.Linear, temperature: float) -> None:
 
 
 def logits_layer(classifier: TextClassifier) -> nn.Linear:
-    """Returns the layer whose outputs are the logits: the last linear one of the head."""
+    """Returns the last linear layer of the head, which computes the logits."""
     return [layer for name in classifier.head_names() for layer in classifier.net.get_submodule(name).modules()
             if isinstance(layer, nn.Linear)][-1]
 
