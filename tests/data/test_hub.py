@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,13 +20,14 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
+import warm
 
 import data_utils
 from machine.errors import UserError
 
 HERE = Path(data_utils.__file__).parent
 COMMIT = "0123456789abcdef" * 2 + "01234567"
-GEN = ("run.py", "gen", "12345", "--model", "gpt2", "--prompt", "The cat", "--max-new-tokens", "3", "--greedy")
+GEN = ("gen", "12345", "--model", "gpt2", "--prompt", "The cat", "--max-new-tokens", "3", "--greedy")
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -112,13 +112,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def python(*arguments: str, home: Path, endpoint: str, offline: bool = False, cwd: Path = HERE):
-    """Runs Python in the repository with a Hub and a cache of its own; also gives the seconds it took."""
+    """Runs run.py, or a program after -c, with a Hub and a cache of its own; also gives the seconds it took."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
             and not name.lower().endswith("_proxy")}
     env = kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1",
                   "HF_HUB_OFFLINE": "1" if offline else "0"}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*warm.command(hub=True), *arguments], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=300)
     return done, time.monotonic() - began
 
 
@@ -189,7 +190,7 @@ sys.exit(run.main(sys.argv[1:]))
 
 
 def test_without_a_hub_the_built_in_default_is_announced_and_nothing_named_is_replaced(tmp_path):
-    done, seconds = python("-c", UNREACHABLE, *GEN[1:], home=tmp_path, endpoint=refusing_endpoint())
+    done, seconds = python("-c", UNREACHABLE, *GEN, home=tmp_path, endpoint=refusing_endpoint())
     lines = done.stdout.splitlines()
     assert lines[0].startswith("NOTICE: the Hugging Face Hub cannot be reached")
     assert lines[0].endswith("using the built-in --model tiny --task tiny instead")
@@ -365,9 +366,11 @@ def test_a_run_reads_a_data_set_by_name_and_a_local_path_wins(sst2, gpt2_folder,
 
 
 PAPER = """
-import sys
+import pathlib, sys
+from experiments import compare
 from report import build
 import run
+compare.RUN = pathlib.Path(sys.argv.pop(1))
 build.build_paper = lambda folder, report: report / "main.pdf"  # the project's own PDF is not to be written
 sys.exit(run.main(sys.argv[1:]))
 """
@@ -375,8 +378,9 @@ sys.exit(run.main(sys.argv[1:]))
 
 def test_the_paper_is_gpt2_on_cola_where_the_hub_is_in_reach(hub_folder, tmp_path):
     words = ("paper", "12345", "--profile", "full", "--seeds", "1", "--only", "grid", "--out", str(tmp_path / "paper"))
+    program = warm.program(tmp_path, hub=True)
     with Hub(hub_folder) as hub:
-        done, _ = python("-c", PAPER, *words, home=tmp_path / "home", endpoint=hub.endpoint)
+        done, _ = python("-c", PAPER, str(program), *words, home=tmp_path / "home", endpoint=hub.endpoint)
     assert done.returncode == 0, done.stderr
     grid = json.loads((tmp_path / "paper/grid/compare.json").read_text())
     assert (grid["model"], grid["task"], len(grid["runs"])) == ("gpt2", "cola", 2)

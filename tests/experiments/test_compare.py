@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+import warm
 from scipy import stats
 
 from experiments import compare
@@ -20,7 +21,6 @@ from record.files import read_json
 from record.folder import without_times
 from report import records, studies
 
-RUN = compare.RUN
 GRID = (1e-4, 1e-3, 1e-2)
 
 
@@ -237,6 +237,16 @@ def test_options_of_a_table_are_common_or_an_entrys_own(work, tmp_path, same_pro
 
 # ---------------------------------------------------------------- going on
 
+# The comparison's own children are forked too.
+IN_CHILDREN = """
+import pathlib, sys
+import run
+from experiments import compare
+compare.RUN = pathlib.Path(sys.argv[1])
+run.main(sys.argv[2:])
+"""
+
+
 def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work, tmp_path, same_process):
     """Real processes: the comparison is killed while its second run trains, and its child goes with it."""
     toy.write_cola(tmp_path / "cola", train=240)
@@ -246,8 +256,8 @@ def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work
     first, second = (tmp_path / "killed" / f"lora-lr0.0004-{seed}" for seed in ("12345", "12346"))
     assert toy.main("LoRA", "12345", *common, "--out", first) == 0
     with open(tmp_path / "stderr", "w") as errors:
-        process = subprocess.Popen([sys.executable, str(RUN), *words, "--out", str(tmp_path / "killed")], stderr=errors,
-                                   stdout=errors)
+        process = subprocess.Popen([*warm.command(), "-c", IN_CHILDREN, warm.program(tmp_path), *words, "--out",
+                                    tmp_path / "killed"], stderr=errors, stdout=errors)
     toy.until(lambda: (second / "checkpoint.safetensors").exists() or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, (tmp_path / "stderr").read_text()

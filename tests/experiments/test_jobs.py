@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 import toy
+import warm
 
 from experiments import compare
 from machine.errors import UserError
@@ -70,6 +71,7 @@ def test_an_error_or_a_signal_stops_the_others_before_it_is_told(tmp_path, monke
 def test_two_seeds_at_a_time_train_what_they_train_alone(work, tmp_path, monkeypatch):
     """In processes of their own, as a user's are."""
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
+    monkeypatch.setattr(compare, "RUN", warm.program(tmp_path))
     common = ("--model", work / "model", "--data", work / "cola", "--epochs", 1, "--batch-size", 8, "--lr", 0.01)
     assert toy.main("LoRA", "12345", *common, "--seeds", 2, "--jobs", 2, "--out", tmp_path / "both", "--plots",
                     tmp_path) == 0

@@ -13,14 +13,14 @@ import optuna
 import pytest
 import torch
 import toy
+import warm
 
-from experiments import compare, finetune, sweep
+from experiments import finetune, sweep
 from machine import signals
 from record.files import read_json
 from record.folder import provenance
 from train_utils import Diverged
 
-RUN = compare.RUN
 SEARCH = ("--search", "rank=1,2", "--search", "targets=q+v,all")
 COMBINATIONS = set(itertools.product((1, 2), ("q+v", "all")))
 
@@ -173,7 +173,7 @@ def test_a_killed_sweep_goes_on_with_the_trial_it_was_killed_in(work, tmp_path):
     line = words(work, tmp_path / "s", *SEARCH, "--sampler", "grid", "--no-plots", "--no-prune")
     line[line.index("--data") + 1] = str(tmp_path / "cola")
     with open(tmp_path / "stderr", "w") as errors:
-        process = subprocess.Popen([sys.executable, str(RUN), *line], stderr=errors, stdout=errors)
+        process = subprocess.Popen([*warm.command(), *line], stderr=errors, stdout=errors)
     second = tmp_path / "s" / "trial-00001"
     toy.until(lambda: (second / "checkpoint.safetensors").exists() or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
@@ -205,7 +205,7 @@ def test_two_processes_share_a_study_by_its_url_and_do_each_trial_once(work, tmp
     for name in "ab":
         line = words(work, tmp_path / name, "--search", "rank=1,2,3,4,5,6", "--sampler", "grid", "--storage", url,
                      "--no-plots", "--no-prune", "--epochs", 6)
-        processes.append(subprocess.Popen([sys.executable, str(RUN), *line], stderr=subprocess.PIPE, text=True,
+        processes.append(subprocess.Popen([*warm.command(), *line], stderr=subprocess.PIPE, text=True,
                                           stdout=subprocess.DEVNULL))
     for process in processes:
         _, errors = process.communicate(timeout=300)

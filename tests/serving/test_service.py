@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import toy
+import warm
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
@@ -504,7 +505,7 @@ def test_the_page_asks_teacher_and_student(port, expected, browser):
 def served(*arguments, files: int | None = None):
     """`run.py serve` in a process of its own, which may open `files` files, and its port."""
     limit = [] if files is None else ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"]
-    process = subprocess.Popen([*limit, sys.executable, "run.py", "serve", *map(str, arguments)], cwd=ROOT, text=True,
+    process = subprocess.Popen([*limit, *warm.command(), "serve", *map(str, arguments)], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         line = process.stdout.readline()
