@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from data import mpnet
+from data import gguf, mpnet
 from data.hub import hub_unreachable
 from machine.errors import UserError
 
@@ -123,6 +123,9 @@ def from_pretrained(auto_class, name: str, **kwargs):
     # Python files that come with a model are never run. Without this, the library asks on the terminal.
     kwargs["trust_remote_code"] = False
     try:
+        # A GGUF file is converted at its first use, and read from the cache afterwards.
+        if "gguf_file" in located and (converted := gguf.converted_folder(Path(path) / located["gguf_file"])):
+            path, located = str(converted), {}
         return auto_class.from_pretrained(path, **located, **kwargs)
     except Exception as error:  # the library raises almost anything for a damaged folder or a lost connection
         if "trust_remote_code" in str(error):

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from benchmarks.architectures import config_of
-from data import backbones, hub
+from data import backbones, gguf, hub
 from data.backbones import (
     blocks_of,
     classifier_on_meta,
@@ -39,6 +39,7 @@ from data.backbones import (
     load_tokenizer,
     max_length_of,
 )
+from data.digests import config_digest, tokenizer_digest
 from machine.errors import UserError
 from model import LoRAOptions, inject_lora, load_classifier, lora_layers
 
@@ -216,9 +217,12 @@ def test_pickled_weights_are_refused_unread_beside_other_safetensors_too(gpt2_fo
         load_causal_lm(name)
 
 
-def test_a_gguf_file_is_loaded_dequantised_and_trainable(tmp_path):
+@pytest.fixture
+def toy_gguf(tmp_path, monkeypatch):
+    """A Llama of one layer, and its GGUF file; the user's cache is an empty folder."""
     import gguf
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
     reference = LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
@@ -238,11 +242,21 @@ def test_a_gguf_file_is_loaded_dequantised_and_trainable(tmp_path):
         if inner.startswith(("self_attn.q", "self_attn.k")):  # llama.cpp's order of the rotated halves
             array = array.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
         writer.add_tensor(("blk.0." if inner != name else "") + names[inner.removesuffix(".weight")] + ".weight", array)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "ab", *(f"w{number}" for number in range(3, VOCAB))])
+    writer.add_token_merges(["a b"])
+    for name in ("bos", "eos"):
+        getattr(writer, f"add_{name}_token_id")(VOCAB - 1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    classifier, lm = load_classifier(str(tmp_path / "toy.gguf"), 2)
+    return str(tmp_path / "toy.gguf"), reference
+
+
+def test_a_gguf_file_is_loaded_dequantised_and_trainable(toy_gguf):
+    path, reference = toy_gguf
+    classifier, lm = load_classifier(path, 2)
     ids, mask = toy_batch()
     with torch.no_grad():
         torch.testing.assert_close(lm(ids).logits, reference(ids).logits, atol=1e-5, rtol=0)
@@ -251,6 +265,40 @@ def test_a_gguf_file_is_loaded_dequantised_and_trainable(tmp_path):
     nn.init.normal_(classifier.net.score.weight)
     classifier(ids, mask).sum().backward()
     assert all(layer.lora_B.grad.any() for layer in lora_layers(classifier.net).values())
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_changed(toy_gguf, tmp_path, monkeypatch):
+    path, _ = toy_gguf
+    converted, convert = [], gguf.convert
+    monkeypatch.setattr(gguf, "convert", lambda *args: converted.append(args[0]) or convert(*args))
+
+    def start():  # as a new process does
+        gguf.converted_folder.cache_clear()
+        return load_config(path), load_tokenizer(path), load_causal_lm(path)
+
+    first, again = start(), start()
+    assert len(converted) == 1
+    # The library's own way, at each start.
+    monkeypatch.setattr(gguf, "converted_folder", lambda path: None)
+    direct = load_config(path), load_tokenizer(path), load_causal_lm(path)
+    for config, tokenizer, lm in (first, again):
+        assert config_digest(config) == config_digest(direct[0])
+        assert tokenizer_digest(tokenizer) == tokenizer_digest(direct[1])
+        for name, value in direct[2].state_dict().items():
+            assert torch.equal(lm.state_dict()[name], value), name
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path(path).write_bytes(Path(path).read_bytes() + b"\0")
+    gguf.converted_folder.cache_clear()
+    load_config(path)
+    assert len(list((tmp_path / "cache" / "lora-distil").glob("gguf-*[!k]"))) == 2  # without the .lock files
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning_and_the_file_is_read(toy_gguf, tmp_path):
+    (tmp_path / "cache").write_text("a file in the cache's place")
+    gguf.converted_folder.cache_clear()
+    with pytest.warns(UserWarning, match="toy.gguf: its conversion cannot be kept in .*; it is converted at each start"):
+        load_config(toy_gguf[0])
 
 
 @pytest.mark.parametrize("ending", ["GGUF", "Gguf"])
