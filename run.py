@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 
 from experiments.parser import MODES, Parser, closest, complain, note, overview
-from machine import processes
+from machine import processes, threads
 
 # Each mode's function: the arguments in, the exit status out (None: 0). --help lists the modes as options/modes.py does.
 CALLS = {"gen": "experiments.generate:main", "LoRA": "experiments.finetune:main", "distil": "experiments.distil:main",
@@ -157,6 +157,7 @@ def _import_libraries() -> None:
     """Imports PyTorch, transformers and the modules that use them, with the garbage collector off."""
     if "experiments.finetune" in sys.modules:
         return
+    threads.prepare()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # They make half a million objects, none of them garbage, and the collector would go through them again and again: a
     # fifth of the way to the first training step. Frozen, they are not looked at afterwards either.

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,23 +26,35 @@ def made_once(folder: Path, make: Callable[[Path], None], is_whole: Callable[[Pa
     Raises:
         OSError: the cache folder cannot be written.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     # Without the lock: a whole folder serves in a cache that is read-only, too.
     if is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        warnings.warn(f"{folder.name}: another process makes it now, for its first use; waiting for it", stacklevel=2)
+        lock.acquire()
+    try:
         # Another process may have made it while this one waited.
-        if is_whole(folder):
-            return folder
-        partial = folder.with_suffix(".partial")
-        # A process that was killed leaves half a folder.
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            make(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        if not is_whole(folder):
+            _make_whole(folder, make)
+    finally:
+        lock.release()
     return folder
+
+
+def _make_whole(folder: Path, make: Callable[[Path], None]) -> None:
+    """Makes a folder under another name, and renames it when it is whole."""
+    partial = folder.with_suffix(".partial")
+    # A process that was killed leaves half a folder.
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        make(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -53,6 +53,6 @@ def converted_folder(path: Path, cache: Path | None = None) -> Path | None:
     # The library raises almost anything for a file that is no model, OSError without a number too.
     except Exception as error:
         if getattr(error, "errno", None):
-            warnings.warn(f"{path.name}: its conversion cannot be kept in {folder.parent}: {error.strerror}; it is converted "
-                          "at each start", stacklevel=2)
+            warnings.warn(f"{path.name}: its conversion cannot be kept in {folder.parent}: {error.strerror}; it is "
+                          "converted at each start", stacklevel=2)
         return None

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -127,14 +126,14 @@ def tiny_model_folder(cache: Path | None = None) -> Path:
 
 
 def _train_by_two_threads(folder: Path) -> None:
-    """Calls `train_model` with two threads, whatever the machine has.
+    """Calls `train_model` with two threads, whatever the machine has: the number of threads decides the bytes.
 
-    More would wait for each other, and the bytes are the same on a laptop and on a server.
+    More would wait for each other. On one core two take turns, because waiting threads sleep (machine/threads.py).
     """
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(2)
     try:
         train_model(folder)
     finally:

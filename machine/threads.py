@@ -22,7 +22,7 @@ def available() -> int:
     # Only Linux has affinity masks in Python.
     except AttributeError:
         count = os.cpu_count() or 1
-    return max(1, min(count, math.ceil(quota())))
+    return max(1, math.ceil(min(count, quota())))
 
 
 def quota(root: Path = CGROUP, own: Path = Path("/proc/self/cgroup")) -> float:
