@@ -57,7 +57,7 @@ TRAININGS = (
      f"python run.py LoRA SR --model smollm2 --data {COLA} --precision bf16"),
     ("paper/teacher", {"LoRA": "`LoRA` after an intermediate task, bfloat16, rank 16: the students' teacher"},
      COMMANDS["teacher"]),
-    ("mpnet_teacher", {"lora": "`LoRA` on MPNet after an intermediate task, float32, rank 16, one seed"}, MPNET),
+    ("mpnet_teacher", {"lora": "`LoRA` on MPNet after an intermediate task, float32, rank 16"}, MPNET),
     ("paper/distil", {"student": "`distil`: student with KD", "scratch": "`distil`: baseline"}, COMMANDS["distil"]),
     ("paper/distil-plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: baseline"},
      COMMANDS["distil-plain"]))
