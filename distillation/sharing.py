@@ -1,6 +1,6 @@
 """Files that several processes and threads make together, each file once.
 
-    share({folder / "1": 1024, folder / "2": 1024}, make, check_stop, threads=2)
+    share({folder / "1": 512, folder / "2": 512}, make, check_stop, threads=2)
 
 Runs of several seeds share one cache in this way. A killed process loses the file that it was writing. On a CPU two threads
 with one core each finish two files sooner than two cores one file after the other.

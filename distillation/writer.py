@@ -29,7 +29,7 @@ from record.files import read_json, write_json
 from sampling import Sampling
 from train_utils import Checkpointing, Data, Hooks, fit, score_by_loss
 
-WRITTEN = 1024  # sentences in a chunk
+WRITTEN = 512  # sentences in a chunk: more of them at a time are faster, fewer wait less for a small transfer set
 TOGETHER = 256  # sentences that are sampled in one batch
 
 
