@@ -14,7 +14,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +61,9 @@ TRAININGS = (
     ("paper/distil", {"student": "`distil`: student with KD", "scratch": "`distil`: baseline"}, COMMANDS["distil"]),
     ("paper/distil-plain", {"student": "`distil --plain`: student with KD", "scratch": "`distil --plain`: baseline"},
      COMMANDS["distil-plain"]))
+REVIEWS = ("mpnet_reviews", {"lora": "`LoRA` on MPNet, float32, rank 16"},
+           "python run.py LoRA SR --model mpnet --task rotten_tomatoes --data ../shared/data/rotten_tomatoes --rank 16 "
+           "--alpha 32 --precision fp32 --lr 3e-4 --epochs 1")
 IN_DETAIL = ("cola_lora_bf16",)  # trainings of docs/results.md that the README leaves out
 # The paper's comparisons and its sweep: step, label.
 STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tomatoes", "long": "MiniLM on movie_reviews",
@@ -100,16 +103,28 @@ def majority(results: dict[str, dict], names: Iterable[str]) -> dict[str, float]
 
 def cola(results: dict[str, dict]) -> list[str]:
     """Shows every training on CoLA: best and last epoch on each split, with the command."""
-    splits, names = ("in_domain", "out_of_domain", "all"), [name for name, *_ in TRAININGS]
-    rows = []
+    lines = trainings(results, TRAININGS, ("in_domain", "out_of_domain", "all"))
+    names = [name for name, *_ in TRAININGS if name in results]
+    return [*lines, *lora_minus_peft(results), *measured_on(results[name] for name in names)]
+
+
+def mpnet_reviews(results: dict[str, dict]) -> list[str]:
+    """Shows MPNet's LoRA on rotten_tomatoes."""
+    lines = trainings(results, (REVIEWS,), ("validation",))
+    return [*lines, *measured_on([results[REVIEWS[0]]] if REVIEWS[0] in results else [])]
+
+
+def trainings(results: dict[str, dict], listed: Sequence[tuple[str, dict, str]], splits: Sequence[str]) -> list[str]:
+    """Returns a table of trainings on one task: best and last epoch on each split, with the command."""
+    rows, names = [], [name for name, *_ in listed]
     if share := majority(results, names):
         rows.append(["majority class", "", "", "", *(f"{share[split]:.3f} / 0" for split in splits), ""])
     # Two lines of each training, the best and the last epoch; the second one repeats no label.
-    for name, labels, command in TRAININGS:
+    for name, labels, command in listed:
         result = results.get(name)
         for key, label in labels.items():
             if result is None:
-                rows.append([label, NOT_RUN, "", "", "", "", "", f"`{command}`"])
+                rows.append([label, NOT_RUN, "", "", *("" for _ in splits), f"`{command}`"])
                 continue
             row = next(row for row in result["rows"] if row["name"] == key)
             for which in ("best", "last"):
@@ -119,9 +134,8 @@ def cola(results: dict[str, dict]) -> list[str]:
                              f"{row['trainable']:,}" if first else "",
                              *(accuracy_and_mcc(row[which][split]) for split in splits),
                              f"`{with_precision(result['command'], label)}`" if first else ""])
-    head = ["training", "seeds", "epoch", "trained parameters:", "in-domain", "out-of-domain", "all", "command"]
-    return [*table(head, rows),
-            *lora_minus_peft(results), *measured_on(results[name] for name in names if name in results)]
+    shown = [split.replace("_of_", "-of-").replace("_", "-") for split in splits]
+    return table(["training", "seeds", "epoch", "trained parameters:", *shown, "command"], rows)
 
 
 def lora_minus_peft(results: dict[str, dict]) -> list[str]:
@@ -406,9 +420,9 @@ def architectures(results: dict[str, dict]) -> list[str]:
             *(f"{number}. {line}" for line, number in lines.items()), "", shown(result), *measured_on([result])]
 
 
-SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "student": student, "speed": speed,
-            "measurements": measurements, "reliability": reliability, "buzzer": buzzer,
-            "serving": lambda results: of_program("serving", results),
+SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "mpnet-reviews": mpnet_reviews,
+            "student": student, "speed": speed, "measurements": measurements, "reliability": reliability,
+            "buzzer": buzzer, "serving": lambda results: of_program("serving", results),
             "ablations": ablations, "polarity": polarity, "methods": lambda results: comparison("methods", results),
             "long": lambda results: comparison("long", results),
             "rank": lambda results: sweep("rank", results)}
