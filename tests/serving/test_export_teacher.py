@@ -113,6 +113,6 @@ def test_a_wrong_graph_and_a_classifier_that_cannot_be_written_leave_nothing(tmp
         patch.setattr(torch.onnx, "export", fail)
         assert "torch.export does not read it (a step without a graph)" in refused(adapted("llama"))
     # A graph that pools at the first token.
-    monkeypatch.setattr(export_teacher.OnnxClassifier, "forward", lambda self, input_ids, attention_mask: self.classifier.net(
-        input_ids=input_ids[:, :1], attention_mask=attention_mask[:, :1]).logits)
+    monkeypatch.setattr(export_teacher.OnnxClassifier, "forward", lambda self, input_ids, attention_mask:
+                        self.classifier.net(input_ids=input_ids[:, :1], attention_mask=attention_mask[:, :1]).logits)
     assert "onnxruntime's logits differ from PyTorch's" in refused(adapted("mpnet"))
