@@ -38,8 +38,8 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     config, _ = read_run(args.run, "LoRA")
     reading = Reading.of(config)
     classifier, tokenizer = ship.load_text_classifier(args.run, config, "an ONNX file")
-    rows, labelled = ship.development_rows(args.run, config["options"], reading.classes, tokenizer,
-                                           lambda text: print(text, file=sys.stderr))
+    rows = ship.development_rows(args.run, config["options"], reading.classes, tokenizer,
+                                 lambda text: print(text, file=sys.stderr))
     rows = common.thinned(rows, 64 if args.quick else args.rows)
     ids = encode(tokenizer, rows.sentences, reading.max_length, reading.truncate)
     merged = export_teacher.merged_classifier(classifier)
@@ -83,9 +83,9 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
         report.measure(f"batches: {name} / PyTorch", paired_ratios(rates[name], rates["PyTorch"]), "x")
         report.measure(f"batches: {name} / PyTorch, fast path", paired_ratios(rates[name], rates["PyTorch, fast path"]), "x")
     # Rounding weights to int8 changes predictions: the size is worth nothing without this figure.
-    cost = export.cost_of_int8(answers["float32"], answers["int8"], rows.labels if labelled else None)
+    cost = export.cost_of_int8(answers["float32"], answers["int8"], rows.labels)
     report.measure("sentences", [cost["sentences"]], "")
-    for name in sessions if labelled else ():
+    for name in sessions if rows.labels else ():
         report.measure(f"{name}: accuracy", [cost[name]["accuracy"]], "")
         report.measure(f"{name}: MCC", [cost[name]["mcc"]], "")
     report.measure("int8: verdicts of float32", [cost["same_verdicts"] / cost["sentences"]], "")

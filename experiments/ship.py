@@ -53,16 +53,16 @@ def export_run(folder: Path, out: Path, int8: bool = False, baseline: bool = Fal
         if baseline:
             raise UserError(f"--control: {folder} is a LoRA run; the baseline is a distillation's")
         classifier, tokenizer = load_text_classifier(folder, config, "an ONNX file")
-        rows, labelled = development_rows(folder, config["options"], reading.classes, tokenizer, say)
-        export_teacher.write_classifier(classifier, tokenizer, reading, rows, labelled, out, int8=int8, say=say,
+        rows = development_rows(folder, config["options"], reading.classes, tokenizer, say)
+        export_teacher.write_classifier(classifier, tokenizer, reading, rows, out, int8=int8, say=say,
                                         exact=config["options"]["precision"] != "bf16")
         return
     student, tokenizer, options = load_student(folder, "scratch" if baseline else "student")
     if len(reading.classes) != student.config.num_labels:
         raise UserError(f"{folder}: damaged student ({student.config.num_labels} outputs for {len(reading.classes)} "
                         "classes)")
-    rows, labelled = development_rows(folder, options, reading.classes, tokenizer, say)
-    export_student.write_student(student.cpu(), tokenizer, reading, rows, labelled, out, int8=int8, say=say)
+    rows = development_rows(folder, options, reading.classes, tokenizer, say)
+    export_student.write_student(student.cpu(), tokenizer, reading, rows, out, int8=int8, say=say)
 
 
 def load_text_classifier(folder: Path, config: dict, form: str) -> tuple[TextClassifier, object]:
@@ -99,16 +99,16 @@ def merge_run(folder: Path, out: Path, calibrated: bool = False, say: Callable[[
     options = config["options"]
     classifier, tokenizer = load_text_classifier(folder, config, "a plain checkpoint")
     reading = Reading.of(config, calibration_of(folder, calibrated))
-    rows, _ = development_rows(folder, options, reading.classes, tokenizer, say)
+    rows = development_rows(folder, options, reading.classes, tokenizer, say)
     merge.write_checkpoint(classifier, tokenizer, reading, rows.sentences, out,
                            exact=options["precision"] != "bf16", say=say)
 
 
 def development_rows(folder: Path, options: dict, classes: tuple[str, ...], tokenizer, say: Callable[[str], None]
-                     ) -> tuple[Split, bool]:
-    """Returns the run's development sentences, all splits together, and whether their labels are real.
+                     ) -> Split:
+    """Returns the run's development rows, all splits together, without features.
 
-    Where the run's data are gone, sentences of the built-in grammar stand in, and that is said.
+    Where the run's data are gone, sentences of the built-in grammar stand in, without labels, and that is said.
     """
     try:
         task = load_task(rebuild(RunOptions, options, out=folder), tokenizer)
@@ -122,7 +122,7 @@ def development_rows(folder: Path, options: dict, classes: tuple[str, ...], toke
     # Neither an ONNX file nor a plain checkpoint reads features.
     splits = [replace(split, features=[]) for split in task.dev.values()]
     return Split([text for split in splits for text in split.sentences],
-                 [label for split in splits for label in split.labels]), labelled
+                 [label for split in splits for label in split.labels if labelled])
 
 
 # ---------------------------------------------------------------- the command line

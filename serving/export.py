@@ -86,14 +86,14 @@ class Network:
 
 # ---------------------------------------------------------------- the folder
 
-def write_folder(network: Network, tokenizer, reading: Reading, rows: Split, labelled: bool, out: Path, *,
+def write_folder(network: Network, tokenizer, reading: Reading, rows: Split, out: Path, *,
                  int8: bool = False, say: Callable[[str], None] = print) -> None:
     """Writes the ONNX file, tokenizer.json, labels.json and example.py into a new folder.
 
     Args:
         reading: the classes, the way the run cut long texts, and its calibration.
-        rows: real sentences; onnxruntime and PyTorch have to agree on them.
-        labelled: whether the labels of `rows` are real; the cost of int8 is told in accuracy and MCC then.
+        rows: real sentences; onnxruntime and PyTorch have to agree on them. Without labels, the cost of int8 is told in
+            verdicts alone.
         out: must not exist yet, or be empty.
         int8: whether the ONNX file gets 8-bit weights.
 
@@ -121,7 +121,7 @@ def write_folder(network: Network, tokenizer, reading: Reading, rows: Split, lab
             network.write_int8(path, folder / network.file)
             after = onnx_logits(session(folder / network.file), ids)
             cost = {"megabytes": megabytes(folder / network.file), "float32_megabytes": megabytes(path),
-                    **cost_of_int8(logits, after, rows.labels if labelled else None)}
+                    **cost_of_int8(logits, after, rows.labels)}
             say(f"  int8: {in_words(cost)}")
             write_json(folder / INT8_FILE, cost)
             for part in _parts(path):
@@ -205,14 +205,14 @@ def quantize(source: Path, path: Path, kinds: list[str], excluded: list[str]) ->
         logging.disable(logging.NOTSET)
 
 
-def cost_of_int8(before: np.ndarray, after: np.ndarray, labels: list[int] | None) -> dict:
+def cost_of_int8(before: np.ndarray, after: np.ndarray, labels: list[int]) -> dict:
     """Returns the cost of int8: equal verdicts and, where labels are given, accuracy and MCC of either.
 
     Args:
         before, after: logits (N, classes) in float32 and int8.
     """
     cost = {"sentences": len(before), "same_verdicts": int((before.argmax(-1) == after.argmax(-1)).sum())}
-    for name, logits in (("float32", before), ("int8", after)) if labels is not None else ():
+    for name, logits in (("float32", before), ("int8", after)) if labels else ():
         scores = train_utils.scores(torch.from_numpy(logits), torch.tensor(labels))
         cost[name] = {"accuracy": scores["accuracy"], "mcc": scores["mcc"]}
     return cost

@@ -174,13 +174,13 @@ def _mingru(student: DistilRNN, states: str, constant: Callable, node: Callable)
 
 # ---------------------------------------------------------------- the folder
 
-def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, labelled: bool, out: Path, *,
+def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, out: Path, *,
                   int8: bool = False, say: Callable[[str], None] = print) -> None:
     """Writes student.onnx, tokenizer.json, labels.json and example.py into a new folder, checked or not at all.
 
     Args:
         student: on the CPU, in evaluation mode. Its logits are divided by the temperature.
-        reading, rows, labelled, out, int8: see `export.write_folder`.
+        reading, rows, out, int8: see `export.write_folder`.
 
     Raises:
         UserError: a package is missing, the folder is not new, or the file does not give PyTorch's logits.
@@ -189,7 +189,7 @@ def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, 
     model = onnx_model(student)
     network = export.Network("student", lambda path: write_file(path, model.SerializeToString()), write_int8,
                              partial(export.by_batches, partial(torch_logits, student)), TOLERANCE)
-    export.write_folder(network, tokenizer, reading, rows, labelled, out, int8=int8, say=say)
+    export.write_folder(network, tokenizer, reading, rows, out, int8=int8, say=say)
 
 
 @torch.inference_mode()

@@ -43,14 +43,14 @@ class OnnxClassifier(nn.Module):
         return self.classifier.net(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def write_classifier(classifier: TextClassifier, tokenizer, reading: Reading, rows: Split, labelled: bool, out: Path, *,
+def write_classifier(classifier: TextClassifier, tokenizer, reading: Reading, rows: Split, out: Path, *,
                      exact: bool = True, int8: bool = False, say: Callable[[str], None] = print) -> None:
     """Writes classifier.onnx, tokenizer.json, labels.json and example.py into a new folder, checked or not at all.
 
     Args:
         classifier: on the CPU, in evaluation mode, without a feature head. It is changed: the adapter is merged, and the
             logits are divided by the temperature.
-        reading, rows, labelled, out, int8: see `export.write_folder`.
+        reading, rows, out, int8: see `export.write_folder`.
         exact: whether the classifier computes in float32.
 
     Raises:
@@ -72,7 +72,7 @@ def write_classifier(classifier: TextClassifier, tokenizer, reading: Reading, ro
             raise UserError(f"{out}: the merged classifier's logits differ from the run's by {difference:.1e}; expected at "
                             f"most {merge.TOLERANCE[False]:.0e}; nothing was written")
     network = export.Network("classifier", partial(write_graph, merged), write_int8, lambda _: expected, TOLERANCE)
-    export.write_folder(network, tokenizer, reading, rows, labelled, out, int8=int8, say=say)
+    export.write_folder(network, tokenizer, reading, rows, out, int8=int8, say=say)
 
 
 def merged_classifier(classifier: TextClassifier) -> TextClassifier:

@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory):
 
 def write(made: DistilRNN, tokenizer, out: Path, said: list | None = None, **more) -> Path:
     reading = Reading(("no", "yes", "maybe"), more.pop("max_length", 32), more.pop("truncate", "tail"))
-    export_student.write_student(made, tokenizer, reading, Split(SENTENCES, [0, 1, 2, 1, 0]), True, out,
+    export_student.write_student(made, tokenizer, reading, Split(SENTENCES, [0, 1, 2, 1, 0]), out,
                          say=(said if said is not None else []).append, **more)
     return out
 

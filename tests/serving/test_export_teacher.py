@@ -46,7 +46,7 @@ def test_onnxruntime_gives_the_unmerged_classifiers_logits_for_any_batch_and_len
     rows = [torch.randint(1, 99, (length,), generator=generator).tolist() for length in (1, 32, 7, 2, 19)]
     expected = [alone(made, rows), alone(made, encode(tokenizer, SENTENCES, 32))]
     assert np.ptp(expected[0]) > 0.01
-    export_teacher.write_classifier(made, tokenizer, Reading(CLASSES, 32), ROWS, True, tmp_path / "out", say=said.append)
+    export_teacher.write_classifier(made, tokenizer, Reading(CLASSES, 32), ROWS, tmp_path / "out", say=said.append)
     path = tmp_path / "out" / "classifier.onnx"
     assert {file.name for file in path.parent.iterdir()} == {path.name, "tokenizer.json", "labels.json", "example.py"}
     model = onnx.load(path)
@@ -71,7 +71,7 @@ def test_int8_in_two_files_and_a_calibration_are_told_and_the_example_answers_wi
     scaled = torch.tensor(logits / 2.5).softmax(-1)[:, 1]
     threshold = float(scaled.sort().values[-2:].mean())
     reading = Reading(CLASSES, 32, calibration=Calibration(2.5, 1, threshold))
-    export_teacher.write_classifier(made, tokenizer, reading, ROWS, True, tmp_path / "out", int8=True, say=said.append)
+    export_teacher.write_classifier(made, tokenizer, reading, ROWS, tmp_path / "out", int8=True, say=said.append)
     path = tmp_path / "out" / "classifier.onnx"
     assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.data", "tokenizer.json",
                                                              "labels.json", "int8.json", "example.py"}
@@ -97,7 +97,7 @@ def test_int8_in_two_files_and_a_calibration_are_told_and_the_example_answers_wi
 def test_a_wrong_graph_and_a_classifier_that_cannot_be_written_leave_nothing(tmp_path, tokenizer, monkeypatch):
     def refused(made) -> str:
         with pytest.raises(UserError) as error:
-            export_teacher.write_classifier(made, tokenizer, Reading(CLASSES, 32), ROWS, True, tmp_path / "out")
+            export_teacher.write_classifier(made, tokenizer, Reading(CLASSES, 32), ROWS, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
         return one_line(error)
     made = adapted("bert")
