@@ -186,12 +186,13 @@ def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]], kep
 
 # ---------------------------------------------------------------- 8-bit weights
 
-def quantize(source: Path, path: Path, kinds: list[str], excluded: list[str]) -> None:
+def quantize(source: Path, path: Path, kinds: list[str], excluded: list[str], per_channel: bool = False) -> None:
     """Writes a float32 file with 8-bit weights. Activations are quantised at run time.
 
     Args:
         kinds: of the nodes whose weights become 8-bit.
         excluded: names of nodes that stay float32.
+        per_channel: give each output of a matmul a scale of its own.
     """
     quantization = require("onnxruntime.quantization")
     # onnxruntime's advice is about the preparation of graphs that another program traced.
@@ -199,7 +200,7 @@ def quantize(source: Path, path: Path, kinds: list[str], excluded: list[str]) ->
     try:
         # Unsigned weights, since matmuls of unsigned with signed bytes overflow on CPUs without VNNI.
         quantization.quantize_dynamic(source, path, op_types_to_quantize=kinds, nodes_to_exclude=excluded,
-                                      weight_type=quantization.QuantType.QUInt8,
+                                      per_channel=per_channel, weight_type=quantization.QuantType.QUInt8,
                                       use_external_data_format=megabytes(source) > 4 * LARGEST / 1e6)
     finally:
         logging.disable(logging.NOTSET)

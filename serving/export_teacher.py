@@ -142,4 +142,4 @@ def write_int8(source: Path, path: Path) -> None:
     graph = require("onnx").load(source, load_external_data=False).graph
     last = [node.name for node in graph.node if "logits" in node.output]
     # onnxruntime makes a MatMul and an Add of a Gemm first.
-    export.quantize(source, path, ["Gather", "MatMul"], [*last, *(f"{name}_MatMul" for name in last)])
+    export.quantize(source, path, ["Gather", "MatMul"], [*last, *(f"{name}_MatMul" for name in last)], per_channel=True)

@@ -46,6 +46,8 @@ def test_mlflow_has_the_scalars_of_an_interrupted_and_resumed_run_and_the_weight
     assert json.loads(after["tracker.json"]) == {"tracker": "mlflow", "id": run.info.run_id}
     assert not any(name.startswith("tensorboard") for name in after) and "tracker.json" in after["SHA256SUMS"].decode()
     assert after["adapter_model.safetensors"] == toy.tree(work / "LoRA")["adapter_model.safetensors"]
+    # A repetition is no run to be shown.
+    assert toy.main("repeat", tmp_path / "run") == 0 and len(runs_of(store)) == 1
     # A new run in the same folder is a new run of MLflow's, and TensorBoard's leaves no name behind.
     assert toy.lora(work, tmp_path / "run", "--track", "mlflow", "--overwrite", "--method", "head") == 0
     assert len(runs_of(store)) == 2
