@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import speed
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, paired_ratios
 from data_utils import encode
@@ -48,7 +47,7 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     export_teacher.write_int8(*files.values())
     sessions = {name: export.session(path, threads) for name, path in files.items()}
     fast = copy.deepcopy(merged)
-    speed.install(fast)
+    common.speed.install(fast)
     # Each side answers every sentence before the clock starts.
     answers = {name: export.onnx_logits(session, ids) for name, session in sessions.items()}
     for name, model in (("transformers' blocks", merged), ("the fast path", fast)):
