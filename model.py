@@ -322,7 +322,7 @@ class TextClassifier(nn.Module):
         hidden = self.net.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, C)
         # The last real token, not the last column: it alone has read the whole sentence and no pad.
         last = send(attention_mask.sum(1) - 1, hidden.device)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
     def head_logits(self, pooled: Tensor) -> Tensor:
         """Returns the logits that a decoder's head gives hidden states, (rows, C) -> (rows, labels)."""

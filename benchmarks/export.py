@@ -27,7 +27,7 @@ from benchmarks.common import Report, paired_ratios
 from data_utils import Batch, Split, encode, make_batches
 from model import DistilRNN
 from options.schema import RNNConfig, TrainOptions
-from serving import export
+from serving import export, export_student
 from serving.texts import Reading
 from train_utils import Data, cross_entropy, fit, scores
 
@@ -63,10 +63,10 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     folders = {}
     for name in ("float32", "int8"):
         folders[name] = work / name
-        export.write_student(student, tokenizer, Reading(("0", "1"), MAX_LENGTH), rows, True, folders[name],
+        export_student.write_student(student, tokenizer, Reading(("0", "1"), MAX_LENGTH), rows, folders[name],
                              int8=name == "int8", say=lambda text: print(text, file=sys.stderr))
     # As many threads as PyTorch has: a session's own choice is all cores.
-    sessions = {name: export.session(folder / export.MODEL_FILE, threads) for name, folder in folders.items()}
+    sessions = {name: export.session(folder / "student.onnx", threads) for name, folder in folders.items()}
     portable = export.portable_tokenizer(tokenizer, MAX_LENGTH, "tail")
     # Tokenised before the clock starts, for both sides, and sorted: few pads in a batch.
     ids = sorted(encode(tokenizer, rows.sentences, MAX_LENGTH), key=len)
@@ -77,7 +77,7 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
     with torch.inference_mode():
         expected = np.concatenate([student(**batch).numpy() for batch in in_torch])
     difference = np.abs(export.onnx_logits(sessions["float32"], ids, BATCH_SIZE) - expected).max()
-    report.check("logits: onnxruntime, float32, against PyTorch", float(difference), export.TOLERANCE)
+    report.check("logits: onnxruntime, float32, against PyTorch", float(difference), export_student.TOLERANCE)
 
     def one_by_one(session) -> float:
         """Returns milliseconds a sentence, tokenisation included."""
@@ -100,7 +100,7 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
                               rounds)
     batched = {name: lambda _, session=session: in_batches(session) for name, session in sessions.items()}
     rates = common.alternate({"PyTorch": by_pytorch, **batched}, rounds)
-    sizes = {name: (folder / export.MODEL_FILE).stat().st_size / 1e6 for name, folder in folders.items()}
+    sizes = {name: (folder / "student.onnx").stat().st_size / 1e6 for name, folder in folders.items()}
     report.target("int8: size of student.onnx", [sizes["int8"]], 8, "MB", at_most=True)
     report.target("int8: one sentence", single["int8"], 1, "ms", at_most=True)
     report.measure("float32: size of student.onnx", [sizes["float32"]], "MB")

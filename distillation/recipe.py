@@ -42,7 +42,8 @@ class Trained:
 
 
 def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path, say: Callable[[str], None] = print,
-           stop: Callable[[], int | None] = lambda: None) -> dict[str, Trained]:
+           stop: Callable[[], int | None] = lambda: None,
+           log: Callable[[int, dict[str, float]], None] = lambda epoch, values: None) -> dict[str, Trained]:
     """Distils the teachers into a student, then trains the baseline: the same student without a teacher.
 
     Both begin with the same weights and take the same number of steps in each stage. In the last stage, on the training set,
@@ -51,6 +52,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
     Args:
         folder: the run's, for checkpoints, metrics and the weights of each student.
         stop: called after each step; a signal's number ends the run, which can be resumed.
+        log: takes an epoch and its scalars by name.
 
     Returns:
         The student and, with `options.control`, the baseline.
@@ -86,7 +88,7 @@ def distil(inputs: Inputs, run: RunOptions, options: DistilOptions, folder: Path
     if options.control:
         plans[BASELINE] = [*baseline, without_teacher(gold)]
 
-    trained, recorder = {}, Recorder(folder, say)
+    trained, recorder = {}, Recorder(folder, say, log)
     for phase, its_stages in plans.items():
         say("student with KD" if phase == STUDENT else "baseline: the same student without a teacher")
 

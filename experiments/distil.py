@@ -42,6 +42,7 @@ from record.files import read_json, unchanged, write_json
 from record.folder import check_run_folder, finish, provenance, read_run, run_folder
 from record.ownership import weights
 from train_utils import Data, selection_split
+from training import trackers
 from training.summary import best_and_last
 
 
@@ -60,6 +61,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         train_utils.Diverged, signals.Interrupted: the last good checkpoint stays.
     """
     check_run_folder(options, distil_options.teacher, *map(Path, distil_options.more_teachers))
+    trackers.check(options.track)
     speed.use_recorded_machine(options)
     options = resolve_precision(options)
     if processes.count() > 1 and not distil_options.plain:
@@ -71,7 +73,8 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
     parameters, budget = student_parameters(inputs.student), count_parameters(inputs.teachers[0].model)["total"]
     # A run is not resumed or repeated under a teacher that has changed.
     config = {**config_of(inputs, options, distil_options, say), "teacher_files": teacher_files}
-    with run_folder(options, config) as folder:
+    with trackers.tracker(options, config["options"]) as follow, run_folder(options, config) as folder:
+        follow.begin(folder)
         say(f"distilling {distil_options.teacher} ({budget:,} parameters) into a student "
             f"({inputs.student.cell.upper()}) of {parameters:,} ({100 * parameters / budget:.1f} %)")
         # Sizes that a user gave, or a vocabulary that alone is too large for a tenth.
@@ -80,7 +83,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
                           "lower --embedding-size or --hidden-size", stacklevel=2)
         # First, because the weights of an unfinished run cannot be read without it.
         write_json(folder / "student_config.json", inputs.student.recorded())
-        trained = distil(inputs, options, distil_options, folder, say, stop)
+        trained = distil(inputs, options, distil_options, folder, say, stop, follow.log)
         students = {phase: result_of(one, inputs) for phase, one in trained.items()}
         # Keys of summary.json stay as they were at first: `scratch` is the baseline.
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": inputs.task.name,

@@ -37,6 +37,7 @@ from record.files import unchanged, write_file
 from record.folder import Recorder, check_run_folder, finish, provenance, read_run, run_folder
 from serving.merge import label_maps
 from train_utils import Checkpointing, Data, Hooks, selection_split
+from training import trackers
 from training.losses import classification_loss
 from training.summary import best_and_last, training_summary
 from variants import injection
@@ -209,6 +210,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     """
     # Errors in options, data or model come before the folder exists: a failed command leaves nothing behind.
     check_run_folder(options, *([options.init] if options.init else []))
+    trackers.check(options.track)
     speed.use_recorded_machine(options)
     options = resolve_precision(options)
     run = prepare(options, say)
@@ -216,8 +218,9 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     config = {**provenance(as_json(settings), run.task.files), **speed.in_use(), **run.base, "init_files": run.init_files,
               "classes": list(run.task.classes), "rows_in_training": rows_in_training(run.task, say),
               **label_maps(run.task.classes)}
-    with run_folder(options, config) as folder:
-        recorder = Recorder(folder, say)
+    with trackers.tracker(options, config["options"]) as follow, run_folder(options, config) as folder:
+        follow.begin(folder)
+        recorder = Recorder(folder, say, follow.log)
 
         def record(history: list[dict]) -> None:
             recorder(history)
@@ -278,6 +281,7 @@ def check(options: RunOptions) -> Task:
     config = load_config(options.model)
     # These calls are for their errors: no meaning of the variant, no classifier of this kind, no LoRA run.
     injection.check(options)
+    trackers.check(options.track)
     is_decoder(config)
     if options.init:
         read_run(options.init, "LoRA")

@@ -34,7 +34,8 @@ def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop:
     """
     config, summary = read_run(folder)
     values = config["options"]
-    options = rebuild(RunOptions, values, out=out, repeats=folder)
+    # A repetition is compared, and shown to nobody.
+    options = rebuild(RunOptions, values, out=out, repeats=folder, track="tensorboard")
     if summary["mode"] == "LoRA":
         finetune.run_finetune(options, say, stop)
     else:

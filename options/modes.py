@@ -192,11 +192,11 @@ class Merge:
     out: Path = option(help="new folder of the result", required=True)
 
 
-# A distillation's student in another form, for programs without PyTorch.
+# A run's network in another form, for programs without PyTorch.
 @declares
 class Export(Merge):
     int8: bool = option(False, "8-bit weights: a quarter of the size; prints the loss of accuracy")
-    control: bool = option(False, "write the baseline, trained without a teacher, instead of the student")
+    control: bool = option(False, "write a distillation's baseline, trained without a teacher, instead of its student")
 
 
 @declares
@@ -268,7 +268,7 @@ MODES = {
                     'predict runs/LoRA-12345 "The cat sat on the mat."', Predict, Calibrated, Cells, Kernels, Machine),
     "serve": Mode("answer requests over HTTP: many adapters on one base, and students next to them",
                   "serve --adapter cola=runs/LoRA-12345 --port 8000", Serve, Calibrated, Machine),
-    "export": Mode("write a distillation's student as an ONNX model that needs neither PyTorch nor this project",
+    "export": Mode("write a student or a fine-tuned classifier as an ONNX model that needs neither PyTorch nor this project",
                    "export runs/distil-12345 --out student-onnx", RunFolder, Export, Calibrated, Machine),
     "merge": Mode("write a fine-tuned classifier as a plain transformers checkpoint, its adapter merged",
                   "merge runs/LoRA-12345 --out merged", RunFolder, Merge, Calibrated, Machine),

@@ -260,6 +260,8 @@ class RunOptions:
     # The field is `fast`, for `kernels` is in config.json already: the library that this machine computed with.
     fast: str = option("auto", "auto: the fastest code for this machine; reference: model.py alone, without fast/",
                        flag="--kernels", choices=("auto", "reference"))
+    track: str = option("tensorboard", "program that shows the scalars of each epoch; requirements-track.txt has the others",
+                        choices=names_in("training/trackers.py", "TRACKERS"), free=True)
     preset: str | None = option(None, "file of defaults, options/presets/NAME.toml; the task's if not given", metavar="NAME")
 
 

@@ -8,14 +8,11 @@ TensorBoard's; they are checked whenever a run is read or resumed. `record.owner
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -218,11 +215,14 @@ def warn_of_changed_data(config: dict, data: Path) -> None:
 # ---------------------------------------------------------------- recording a run
 
 class Recorder:
-    """Writes metrics.jsonl and TensorBoard's scalars after each epoch."""
+    """Writes metrics.jsonl after each epoch, and gives its scalars to a tracker.
 
-    def __init__(self, folder: Path, say: Callable[[str], None]):
-        self.folder, self.say, self.lines = folder, say, []
-        self.events = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{os.getpid()}"
+    Args:
+        log: takes an epoch and its scalars by name.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None], log: Callable[[int, dict[str, float]], None]):
+        self.folder, self.say, self.log, self.lines = folder, say, log, []
 
     def __call__(self, history: list[dict], phase: str | None = None, stage: str | None = None) -> None:
         """Records the history so far of one phase and stage, an object for each epoch.
@@ -241,32 +241,12 @@ class Recorder:
         scalars = {f"{tag}learning_rate": line["learning_rate"]}
         for split, values in {"train": line["train"], **line["validation"]}.items():
             scalars |= {f"{tag}{split}/{key}": values[key] for key in ("loss", "accuracy", "mcc") if key in values}
-        self._scalars(line["epoch"], scalars)
+        self.log(line["epoch"], scalars)
         # A stage without classes (language modelling, hidden states) has a loss alone.
         scores = [f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" if "mcc" in v else
                   f"{split} loss {v['loss']:.4f}" for split, v in line["validation"].items()]
         self.say(f"  {f'{stage}, ' if stage else ''}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, "
                  + ", ".join(scores))
-
-    def _scalars(self, epoch: int, values: dict[str, float]) -> None:
-        """Appends an epoch to TensorBoard's file. Its own writer is a thread, which fails unseen on a full disk."""
-        # Imported late, because the import would delay the first training step.
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        new, records = not self.events.exists(), io.BytesIO()
-        events = [Event(file_version="brain.Event:2", wall_time=time.time())] if new else []
-        events += [Event(wall_time=time.time(), step=epoch, summary=Summary(
-            value=[Summary.Value(tag=tag, simple_value=value)])) for tag, value in values.items()]
-        for event in events:
-            RecordWriter(records).write(event.SerializeToString())
-        try:
-            self.events.parent.mkdir(exist_ok=True)
-            with open(self.events, "ab") as file:
-                file.write(records.getvalue())
-        except OSError as error:
-            raise UserError(f"{self.events}: cannot be written ({error.strerror})") from None
 
 
 def finish(folder: Path, summary: dict, *more: str) -> None:

@@ -26,7 +26,8 @@ CARD, CARD_TAG = "README.md", "lora-distil"
 WEIGHTS = {"LoRA": ("adapter_model.safetensors", "trained.safetensors", "features.safetensors"),
            "distil": ("student.safetensors", "scratch.safetensors", "teacher_logits.safetensors")}
 CALIBRATION = "calibration.json"
-RECORDS = ("config.json", "metrics.jsonl", "summary.json", CALIBRATION)
+TRACKER = "tracker.json"  # name of the run in MLflow, trackio or Weights & Biases (--track)
+RECORDS = ("config.json", "metrics.jsonl", "summary.json", CALIBRATION, TRACKER)
 DESCRIPTIONS = {"LoRA": ("adapter_config.json",), "distil": ("student_config.json",)}
 
 _CHECKPOINT = re.compile(r"((student|scratch)\.([a-z_]+\.)?)?checkpoint\.safetensors")

@@ -98,7 +98,7 @@ def main() -> None:
             "final weights": quota(work, expected, "final", before("experiments.finetune", "save_trained",
                                                                    lambda: limit_files(9000))),
             "summary": quota(work, expected, "summary", before("experiments.finetune", "finish", lambda: limit_files(400))),
-            "tensorboard": quota(work, expected, "board", before("record.folder", "Recorder._scalars",
+            "tensorboard": quota(work, expected, "board", before("training.trackers", "TensorBoard.log",
                                                                    lambda: limit_files(400))),
             "keeping": quota(work, expected, "keep", before("fast.frozen", "FrozenPrefix.cache", lambda: limit_files(400)),
                              "--layers", "1", "--keep-memory", "0"),

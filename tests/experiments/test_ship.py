@@ -27,13 +27,13 @@ def distilled(work, tmp_path_factory):
     return folder
 
 
-def in_onnxruntime(folder, sentences: list[str]) -> torch.Tensor:
+def in_onnxruntime(folder, sentences: list[str], file: str = "student.onnx") -> torch.Tensor:
     """Logits of a padded batch by the exported files alone."""
     from tokenizers import Tokenizer
 
     rows = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(sentences)
     inputs = {"input_ids": [row.ids for row in rows], "attention_mask": [row.attention_mask for row in rows]}
-    return torch.tensor(export.session(folder / "student.onnx").run(["logits"], inputs)[0])
+    return torch.tensor(export.session(folder / file).run(["logits"], inputs)[0])
 
 
 @pytest.mark.parametrize("options, weights", [((), "student"), (("--int8",), "student"), (("--control",), "scratch")])
@@ -48,6 +48,21 @@ def test_export_writes_the_weights_that_are_asked_for_and_says_so(distilled, tmp
     assert (in_onnxruntime(tmp_path / "out", SENTENCES) - expected).abs().max() < within
     assert "equal PyTorch's on 24 sentences" in printed and f"export: {tmp_path / 'out'}" in printed
     assert ("accuracy" in printed and "MCC" in printed and "24 verdicts" in printed) == ("--int8" in options)
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
+
+
+def test_export_writes_the_classifier_of_a_lora_run_and_says_so(work, tmp_path, capsys):
+    assert toy.main("export", work / "LoRA", "--out", tmp_path / "out", "--int8") == 0
+    printed = capsys.readouterr().out
+    classifier, tokenizer, _ = evaluate.load_finetuned(work / "LoRA")
+    with torch.inference_mode():
+        expected = torch.cat([classifier(ids, torch.ones_like(ids)) for ids in (
+            torch.tensor([tokenizer(text)["input_ids"]]) for text in SENTENCES)])
+    difference = (in_onnxruntime(tmp_path / "out", SENTENCES, "classifier.onnx") - expected).abs().max()
+    assert 0 < difference < 0.1 * expected.abs().max()
+    assert "equal PyTorch's on 24 sentences" in printed and f"export: {tmp_path / 'out'}" in printed
+    assert "accuracy" in printed and "MCC" in printed and "24 verdicts" in printed
+    assert json.loads((tmp_path / "out" / "int8.json").read_text())["sentences"] == 24
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
 
 
@@ -92,7 +107,7 @@ def test_what_cannot_be_shipped_is_one_line_and_leaves_nothing(work, distilled, 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     out = tmp_path / "out"
-    assert "a LoRA run; python run.py distil SR makes one" in refused("export", work / "LoRA", "--out", out)
+    assert "is a LoRA run; the baseline is a distillation's" in refused("export", work / "LoRA", "--out", out, "--control")
     assert "a distil run; python run.py LoRA SR makes one" in refused("merge", distilled, "--out", out)
     assert "not a run's folder" in refused("merge", tmp_path / "full", "--out", out)
     for mode, run in (("export", distilled), ("merge", work / "LoRA")):
@@ -104,9 +119,13 @@ def test_what_cannot_be_shipped_is_one_line_and_leaves_nothing(work, distilled, 
             patch.setitem(sys.modules, package, None)
             assert f"the package {package} is not installed; pip install -r requirements-serve.txt" in refused(
                 "export", distilled, "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        assert "the package onnxscript is not installed; pip install -r requirements-serve.txt" in refused(
+            "export", work / "LoRA", "--out", out)
 
 
-def test_merge_refuses_feature_heads_and_what_is_not_finite(work, tmp_path, capsys):
+def test_feature_heads_are_refused_and_so_is_what_is_not_finite(work, tmp_path, capsys):
     texts = [text for text, _ in toy.toy_rows(20, 0)]
     (tmp_path / "train.csv").write_text("text,size,label\n" + "".join(
         f"{text},{len(text)},{len(text) % 2}\n" for text in texts))
@@ -115,7 +134,9 @@ def test_merge_refuses_feature_heads_and_what_is_not_finite(work, tmp_path, caps
     card = (tmp_path / "features" / "README.md").read_text()
     assert "beside a head for the numbers size, which PEFT does not load" in card
     assert toy.main("merge", tmp_path / "features", "--out", tmp_path / "out") == 2
-    assert "reads the features size beside the text" in capsys.readouterr().err
+    assert "reads the features size beside the text, for which a plain checkpoint" in capsys.readouterr().err
+    assert toy.main("export", tmp_path / "features", "--out", tmp_path / "out") == 2
+    assert "reads the features size beside the text, for which an ONNX file" in capsys.readouterr().err
     shutil.copytree(work / "LoRA", tmp_path / "nan")
     path = tmp_path / "nan" / "adapter_model.safetensors"
     state = load_file(path)

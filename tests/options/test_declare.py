@@ -88,7 +88,7 @@ def test_a_students_cells_are_those_of_the_model():
 
 
 def test_only_recorded_options_are_free_of_the_result():
-    assert set(FREE) == {"keep", "keep_memory", "save_every", "save_steps", "anomaly", "cache"}
+    assert set(FREE) == {"keep", "keep_memory", "save_every", "save_steps", "anomaly", "cache", "track"}
 
 
 # ---------------------------------------------------------------- help and the page

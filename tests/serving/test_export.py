@@ -16,7 +16,7 @@ from data_utils import Split, encode
 from machine.errors import UserError
 from model import DistilRNN
 from options.schema import RNNConfig
-from serving import export
+from serving import export, export_student
 from serving.texts import Reading
 
 SENTENCES = ["The cat sat on the mat.", "A dog", "cat", "The dog ran to the mat on the cat.", "Café, naïve: 東京 🐈"]
@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory):
 
 def write(made: DistilRNN, tokenizer, out: Path, said: list | None = None, **more) -> Path:
     reading = Reading(("no", "yes", "maybe"), more.pop("max_length", 32), more.pop("truncate", "tail"))
-    export.write_student(made, tokenizer, reading, Split(SENTENCES, [0, 1, 2, 1, 0]), True, out,
+    export_student.write_student(made, tokenizer, reading, Split(SENTENCES, [0, 1, 2, 1, 0]), out,
                          say=(said if said is not None else []).append, **more)
     return out
 
@@ -50,7 +50,7 @@ def write(made: DistilRNN, tokenizer, out: Path, said: list | None = None, **mor
 def test_the_graph_computes_the_students_logits_of_padded_batches_and_of_single_sentences(tmp_path, directions, cell, layers,
                                                                                           pooling):
     made = student(cell=cell, rnn_layers=layers, pooling=pooling, directions=directions)
-    (tmp_path / "m.onnx").write_bytes(export.onnx_model(made).SerializeToString())
+    (tmp_path / "m.onnx").write_bytes(export_student.onnx_model(made).SerializeToString())
     session = export.session(tmp_path / "m.onnx", threads=1)
     assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask"]
     assert [value.name for value in session.get_outputs()] == ["logits"]
@@ -80,11 +80,11 @@ def test_the_graph_of_another_student_computes_its_logits(tmp_path, more):
     with torch.inference_mode():
         expected = made(ids, mask).numpy()
     inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-    model = export.onnx_model(made)
+    model = export_student.onnx_model(made)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     assert np.abs(export.session(tmp_path / "m.onnx", threads=1).run(None, inputs)[0] - expected).max() < 1e-5
     # In 8 bits the same graph, up to rounding: the map of the rows stays as it is.
-    export.write_int8(model, tmp_path / "int8.onnx")
+    export_student.write_int8(tmp_path / "m.onnx", tmp_path / "int8.onnx")
     rounded = export.session(tmp_path / "int8.onnx", threads=1).run(None, inputs)[0]
     assert 0 < np.abs(rounded - expected).max() < 0.2 * np.abs(expected).max()
 
@@ -106,7 +106,8 @@ def test_the_folder_holds_all_that_is_needed_and_appears_whole(tmp_path, tokeniz
 @pytest.mark.parametrize("what", ["weights", "tokenizer"])
 def test_a_file_that_answers_otherwise_is_not_left(tmp_path, tokenizer, monkeypatch, what):
     if what == "weights":
-        monkeypatch.setattr(export, "onnx_model", lambda made, whole=export.onnx_model: whole(student(hidden_size=6)))
+        whole = export_student.onnx_model
+        monkeypatch.setattr(export_student, "onnx_model", lambda made: whole(student(hidden_size=6)))
     else:
         monkeypatch.setattr(export, "portable_tokenizer", lambda *args, whole=export.portable_tokenizer: whole(
             args[0], 3, args[2]))
@@ -152,6 +153,9 @@ def test_int8_weights_are_a_quarter_of_the_size_and_cost_what_is_said(tmp_path, 
     assert 0 < np.abs(logits[0] - logits[1]).max() < 0.1 * np.abs(logits[0]).max()
     right = [float((values.argmax(-1) == [0, 1, 2, 1, 0]).mean()) for values in logits]
     assert f"accuracy {right[0]:.4f} -> {right[1]:.4f}" in said[1] and "MCC" in said[1] and "verdicts" in said[1]
+    cost = json.loads((tmp_path / "int8" / "int8.json").read_text())
+    assert [cost[name]["accuracy"] for name in ("float32", "int8")] == right and cost["sentences"] == 5
+    assert [cost["float32_megabytes"], cost["megabytes"]] == [path.stat().st_size / 1e6 for path in (float32, int8)]
 
 
 ALONE = """
