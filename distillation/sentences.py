@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from data import edits
 from data.lines import read_sentences
+from data.splits import Label
 from data_utils import Task, encode
 from distillation import transfer_set as sources
 from distillation.cache import Base, Cache, digest
@@ -23,6 +24,7 @@ from distillation.teachers import HiddenStates, Teacher, as_labeller, mean_logit
 from distillation.transfer_set import New, letters_and_digits, longest_length, plain_sentences, transfer_set
 from distillation.writer import Writer
 from machine.errors import UserError
+from metrics.problems import PROBLEMS
 from options.schema import DistilOptions, RNNConfig, RunOptions
 from record import tensors
 from train_utils import Data
@@ -47,7 +49,7 @@ class Sentences:
     """The sentences of all stages before the last one; the transfer set comes first, then the training set, then text."""
 
     ids: list[list[int]]  # token ids
-    labels: list[int]  # the teacher's choice in the transfer set, gold ones in the training set; 0 for plain text
+    labels: list[Label]  # the teacher's choice in the transfer set, gold ones in the training set; 0 for plain text
     unlabelled: int  # rows of the transfer set
     train: int  # rows of the training set
     logits: Tensor  # (unlabelled + train, labels) of the teachers
@@ -101,7 +103,9 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
         hidden = hidden or states
     logits = with_labels(mean_logits(logits), len(logits), inputs.labels, targeted, options.labels_alone)
     # A class for every row: the scores of training need one, the losses of unlabelled rows do not read it.
-    labels = [*logits[:len(transfer)].argmax(-1).tolist(), *task.train.labels, *[0] * len(text)]
+    problem = PROBLEMS[task.problem]
+    labels = [*problem.choose(logits[:len(transfer)]).tolist(), *task.train.labels]
+    labels += [problem.nothing(task.num_labels)] * len(text)
     # A task that needs no teacher: were this token and its place in the sentence that was edited?
     marks = None
     if options.edit_weight:

@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
+from data_utils import with_columns
 from experiments import inputs
 from experiments.parser import closest, note
 from machine.errors import UserError
@@ -105,4 +106,5 @@ def finetune_options(args) -> RunOptions:
     name = args.preset or preset_name("LoRA", task)
     # Precedence: default, preset, --config, flag; `args` has the last two.
     values = {**preset(name, args.method), **given(args), "mode": "LoRA", "model": model, "task": task, "data": data}
-    return run_options(args, values, preset=name, lora=fill(LoRAOptions, values), table=fill(TableOptions, values))
+    return run_options(args, values, preset=name, lora=fill(LoRAOptions, values),
+                       table=with_columns(task, fill(TableOptions, values)))

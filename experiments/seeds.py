@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from experiments import compare, distil, endings, finetune
 from experiments.arguments import choose, finetune_options
-from experiments.significance import over_seeds, paired_differences, spread
+from experiments.significance import majority, over_seeds, paired_differences, spread
 from experiments.variants import Variant, seeds_of, settings
 from machine.errors import UserError
 from options.schema import FREE, RunOptions, TableOptions
@@ -160,7 +160,7 @@ def results(mode: str, done: dict[str, dict]) -> dict:
         "teachers": list(dict.fromkeys(summary["teacher"]["run"] for summary in done.values()))}
     return {"model": first["model"], "task": first["task"], **own,
             "selection": {"split": selection_split(validation), "splits": list(validation)},
-            "majority_accuracy": {split: values["majority_accuracy"] for split, values in validation.items()},
+            **majority(validation),
             "entries": list(rows.values()),
             "differences": [{"entry": one, "minus": other, **paired_differences(rows[one], rows[other])}
                             for one, other in DIFFERENCES[mode] if {one, other} <= rows.keys()]}
@@ -194,7 +194,7 @@ def seed_runs(args) -> list[SeedRun]:
                         "directions", "augment", "label_precision", *(field.name for field in fields(TableOptions))]
         recorded = as_json({**recorded, **asdict(options.train), **settings_of(options)})
         words = [args.mode, seed, *parser.words(one, {}), *([] if args.lr is None else [f"--lr={args.lr!r}"])]
-        unknown = [name for name in resolved if recorded[name] in (None, [], "auto", getattr(TableOptions, name, None))]
+        unknown = [name for name in resolved if recorded.get(name) in (None, [], "auto", getattr(TableOptions, name, None))]
         known = {name: value for name, value in recorded.items() if name not in (*FREE, *unknown)}
         found.append(SeedRun(seed, one.out, words, known, options))
     return found

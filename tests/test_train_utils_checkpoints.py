@@ -22,7 +22,7 @@ import train_utils
 from machine.errors import UserError
 from machine.signals import Interrupted
 from record.ownership import CHECKPOINT
-from train_utils import Checkpointing, Hooks, cross_entropy, fit, make_optimizer
+from train_utils import Checkpointing, Hooks, fit, label_loss, make_optimizer
 from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -39,7 +39,7 @@ def train(folder=None, stop_at=None, resume=False, options=DROPOUT):
         calls.append(1)
         return 15 if len(calls) == stop_at else None
 
-    progress = fit(model, toy_data(), cross_entropy(), options, folder and Checkpointing(folder, resume=resume),
+    progress = fit(model, toy_data(), label_loss(), options, folder and Checkpointing(folder, resume=resume),
                    Hooks(stop=stop))
     return weights(model), progress
 
@@ -77,7 +77,7 @@ def test_the_random_state_matters_to_what_is_compared(uninterrupted):
     torch.manual_seed(2)
     model = ToyModel(0, dropout=0.4)
     torch.manual_seed(2)
-    fit(model, toy_data(), cross_entropy(), DROPOUT)
+    fit(model, toy_data(), label_loss(), DROPOUT)
     assert not torch.equal(weights(model)["net.score.weight"], uninterrupted[0]["net.score.weight"])
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_brings_back_all_that_it_was_given(tmp_path):
     model = ToyModel(1, dropout=0.4)
     optimizer = make_optimizer(model, OPTIONS)
     for batch in toy_batches()[:2]:
-        cross_entropy()(model(batch.input_ids, batch.attention_mask), batch).backward()
+        label_loss()(model(batch.input_ids, batch.attention_mask), batch).backward()
         optimizer.step()
     best = {name: p.detach() + 1 for name, p in trainable(model).items()}
     progress = Progress(epoch=2, step_in_epoch=1, step=6, best_epoch=1, best_score=(0.1, -0.30000000000000004),
