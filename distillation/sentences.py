@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from data import edits
 from data.lines import read_sentences
+from data.segments import reads_pairs
 from data.splits import Label
 from data_utils import Task, encode
 from distillation import transfer_set as sources
@@ -125,7 +126,8 @@ def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int)
     decoder = inputs.teachers[0].model.decoder
     # The folder of the cache stands for base and task; left-out development sentences are known, and not in its name.
     code = [Path(module.__file__).read_text(encoding="utf-8") for module in (edits, sources)]
-    key = digest(json.dumps([count, decoder, digest("\n".join(text)), inputs.task.left_out, code]))
+    pairs = ["pairs"] if reads_pairs(inputs.tokenizer) else []
+    key = digest(json.dumps([count, decoder, digest("\n".join(text)), inputs.task.left_out, code, *pairs]))
     found = cache.read_sentences(key)
     if found is None:
         found = new_sentences(inputs, cache, text, count)
@@ -144,7 +146,12 @@ def new_sentences(inputs: Inputs, cache: Cache, text: list[str], count: int) -> 
     if inputs.teachers[0].model.decoder:
         written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
     # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
-    sentences = itertools.islice(transfer_set(train, known, plain, written), count)
+    sentences = transfer_set(train, known, plain, written)
+    # A task of pairs has new pairs: plain sentences and edits without a separator are none.
+    if reads_pairs(inputs.tokenizer):
+        separator = inputs.tokenizer.pair_separator
+        sentences = (one for one in sentences if one.text.count(separator) == 1 and all(one.text.split(separator)))
+    sentences = itertools.islice(sentences, count)
     return list(tqdm(sentences, total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2))
 
 

@@ -82,10 +82,10 @@ def run_options(args, values: dict, **more) -> RunOptions:
         values: option -> value, from preset, --config and flags.
 
     Raises:
-        UserError: --jobs without --seeds.
+        UserError: --jobs without --seeds or --folds.
     """
-    if args.jobs > 1 and not args.seeds:
-        raise UserError(f"--jobs {args.jobs}: only with --seeds, whose runs it counts")
+    if args.jobs > 1 and not args.seeds and not getattr(args, "folds", None):
+        raise UserError(f"--jobs {args.jobs}: only with --seeds or --folds, whose runs it counts")
     # One flag, --save-every, has two fields: minutes or steps between checkpoints.
     saves = {"save_every": TrainOptions.save_every, **saving(str(args.save_every))}
     train = fill(TrainOptions, values, seed=int(args.sr), **saves)

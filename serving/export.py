@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 import data_utils
-import train_utils
 from data_utils import Split
 from machine.errors import UserError
 from model import DistilRNN
 from record.files import new_folder, write_file, write_json
+from serving import answers
 from serving.merge import kept_ends, scale_logits
 from serving.packages import require
 from serving.texts import Reading
@@ -48,18 +48,14 @@ tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
 session = onnxruntime.InferenceSession(here / "student.onnx", providers=["CPUExecutionProvider"])
 labels = json.loads((here / "labels.json").read_text(encoding="utf-8"))
 
-sentences = sys.argv[1:] or ["The cat sat on the mat.", "The cat sat mat the on."]
-batch = tokenizer.encode_batch(sentences)  # padded to the longest; pads are masked
+sentences = sys.argv[1:] or OWN
+batch = tokenizer.encode_batch(TEXTS)  # padded to the longest; pads are masked
 for sentence, row in zip(sentences, batch):
     if not sentence.strip() or not any(row.attention_mask):
         sys.exit(f"example.py: {sentence!r}: expected a sentence, found no word in it")
 INPUTS
 logits = session.run(["logits"], inputs)[0]
-probabilities = np.exp(logits - logits.max(-1, keepdims=True))
-probabilities /= probabilities.sum(-1, keepdims=True)
-for sentence, row in zip(sentences, probabilities):
-    best = CHOICE
-    print(f"{labels[best]}\\t{row[best]:.4f}\\t{sentence}")
+ANSWER
 '''
 INPUTS = '''inputs = {"input_ids": np.array([row.ids for row in batch], dtype=np.int64),
           "attention_mask": np.array([row.attention_mask for row in batch], dtype=np.int64)}
@@ -259,7 +255,8 @@ def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, 
         write_file(folder / TOKENIZER_FILE, portable.to_str(pretty=True))
         if reading.truncate == "middle":
             say("  tokenizer.json cuts no text, because it has no way to cut the middle; example.py does, as the run did")
-        _check_tokenizer(folder / TOKENIZER_FILE, rows.sentences, ids, kept_ends(tokenizer, reading.max_length))
+        _check_tokenizer(folder / TOKENIZER_FILE, answers.texts_of(tokenizer, rows.sentences), ids,
+                         kept_ends(tokenizer, reading.max_length))
         write_file(folder / MODEL_FILE, model.SerializeToString())
         # The float32 file is checked even where int8 replaces it: a wrong graph must not pass for a cost of int8.
         logits = onnx_logits(session(folder / MODEL_FILE), ids)
@@ -271,7 +268,8 @@ def write_student(student: DistilRNN, tokenizer, reading: Reading, rows: Split, 
         if int8:
             size = (folder / MODEL_FILE).stat().st_size
             write_int8(model, folder / MODEL_FILE)
-            cost = _cost(logits, onnx_logits(session(folder / MODEL_FILE), ids), rows.labels if labelled else None)
+            cost = answers.cost(reading.problem, logits, onnx_logits(session(folder / MODEL_FILE), ids),
+                                rows.labels if labelled else None)
             say(f"  int8: {(folder / MODEL_FILE).stat().st_size / 1e6:.2f} MB (float32: {size / 1e6:.2f} MB), {cost}")
         write_json(folder / LABELS_FILE, list(reading.classes))
         write_file(folder / EXAMPLE_FILE, example(tokenizer, reading))
@@ -282,23 +280,13 @@ def example(tokenizer, reading: Reading) -> str:
     rule, choice = reading.calibration, "row.argmax()"
     if rule.threshold is not None:
         choice = f"{rule.positive} if row[{rule.positive}] >= {rule.threshold!r} else {1 - rule.positive}  # calibrated"
-    text = EXAMPLE.replace("CHOICE", choice)
+    own, texts = answers.texts_in_example(tokenizer)
+    text = EXAMPLE.replace("OWN", own).replace("TEXTS", texts)
+    text = text.replace("ANSWER\n", answers.ANSWERS[reading.problem.name].replace("CHOICE", choice))
     if reading.truncate != "middle":
         return text.replace("INPUTS\n", INPUTS)
     front, back = kept_ends(tokenizer, reading.max_length)
     return text.replace("INPUTS\n", INPUTS_WITHOUT_MIDDLE.format(length=reading.max_length, front=front, back=back))
-
-
-def _cost(before: np.ndarray, after: np.ndarray, labels: list[int] | None) -> str:
-    """Describes the cost of int8 in words: accuracy and MCC before and after, where labels are given, and verdicts."""
-    same = int((before.argmax(-1) == after.argmax(-1)).sum())
-    verdicts = f"{same:,} of {len(before):,} verdicts are float32's"
-    if labels is None:
-        return verdicts
-    one, other = (train_utils.scores(torch.from_numpy(logits), torch.tensor(labels)) for logits in (before, after))
-    changes = [f"{name} {one[key]:.4f} -> {other[key]:.4f} ({other[key] - one[key]:+.4f})"
-               for key, name in (("accuracy", "accuracy"), ("mcc", "MCC"))]
-    return "; ".join([*changes, verdicts])
 
 
 def portable_tokenizer(tokenizer, max_length: int, truncate: str):
@@ -322,7 +310,8 @@ def portable_tokenizer(tokenizer, max_length: int, truncate: str):
     return portable
 
 
-def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]], kept: tuple[int, int]) -> None:
+def _check_tokenizer(path: Path, sentences: list[str] | list[tuple[str, str]], ids: list[list[int]],
+                     kept: tuple[int, int]) -> None:
     """Compares the token ids of the written tokenizer with those of the run's own.
 
     Args:
@@ -339,7 +328,7 @@ def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]], kep
         if len(real) > sum(kept):
             real = real[:kept[0]] + real[-kept[1]:]
         if real != expected:
-            raise UserError(f"{TOKENIZER_FILE} makes other tokens of {sentence[:60]!r} than the run's tokenizer; "
+            raise UserError(f"{TOKENIZER_FILE} makes other tokens of {str(sentence)[:60]!r} than the run's tokenizer; "
                             "nothing was written")
 
 

@@ -11,7 +11,7 @@ OF_LABEL = {"animal": {"cat", "dog", "bird"}, "colour": {"red"}, "verb": {"saw",
 
 
 def write_bert(folder: Path) -> Path:
-    """Writes a BERT of two layers with random weights, two token types and a tokenizer of words, as `save_pretrained` does."""
+    """Writes a BERT of two layers with random weights, two token types and a tokenizer of words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, BertTokenizer
