@@ -89,8 +89,8 @@ def folds_text(result: dict) -> str:
             low, high = one["interval"]
             lines.append(f"  {which} epoch, {heading:<10}{one['mean']:>8.3f} ± {one['sd']:.3f}  [{low:.3f}, {high:.3f}]")
     # Bengio and Grandvalet 2004, "No Unbiased Estimator of the Variance of K-Fold Cross-Validation".
-    return "\n".join([*lines, "Mean ± sample standard deviation over the folds; 95 % interval of the mean by Student's t. The "
-                      "folds train", "on rows in common, so that a true interval is somewhat wider."])
+    return "\n".join([*lines, "Mean ± sample standard deviation over the folds; 95 % interval of the mean by Student's t. "
+                      "The folds", "train on rows in common, so that a true interval is somewhat wider."])
 
 
 # ---------------------------------------------------------------- the command line
