@@ -150,7 +150,8 @@ def _shortened(tokenizer, pairs: tuple[list[str], ...], encoded: dict, max_lengt
         raise UserError(f"--max-length {max_length}: no room for two texts beside the tokenizer's {own} own tokens")
     side, tokenizer.truncation_side = tokenizer.truncation_side, {"tail": "right", "head": "left"}[truncate]
     try:
-        shorter = tokenizer(*([texts[row] for row in long] for texts in pairs), truncation="longest_first",
+        firsts, seconds = pairs
+        shorter = tokenizer([firsts[row] for row in long], [seconds[row] for row in long], truncation="longest_first",
                             max_length=max_length, return_special_tokens_mask=True)
     finally:
         tokenizer.truncation_side = side

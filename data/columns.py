@@ -264,7 +264,7 @@ def problem_in(table: Table, columns: str) -> str:
     """Guesses the problem of a table's labels: multi-label, regression or single-label.
 
     Lists, and several columns, are any number of labels at once; numbers, some of them with a fraction, are scores. Whole
-    numbers are classes. A column that is neither is left to the reader of classes, whose errors name its cell.
+    numbers are classes. Any other column is left to the reader of classes: its errors name the cell.
     """
     names = label_columns(table, columns)
     if len(names) > 1:

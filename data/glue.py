@@ -15,6 +15,7 @@ class GlueTask(NamedTuple):
     columns: tuple[str, ...]
     metrics: tuple[str, ...]
     dev: tuple[str, ...] = ("validation",)
+    positive: str = ""  # name of the class that F1 is of; in files without names it is 1
 
     def files(self, name: str) -> dict[str, str]:
         """Returns the file of each split in the Hub's repository; test splits have no labels."""
@@ -23,9 +24,9 @@ class GlueTask(NamedTuple):
 
 GLUE = {
     "sst2": GlueTask(("sentence",), ("accuracy",)),
-    "mrpc": GlueTask(("sentence1", "sentence2"), ("accuracy", "f1")),
+    "mrpc": GlueTask(("sentence1", "sentence2"), ("accuracy", "f1"), positive="equivalent"),
     "stsb": GlueTask(("sentence1", "sentence2"), ("pearson", "spearman")),
-    "qqp": GlueTask(("question1", "question2"), ("accuracy", "f1")),
+    "qqp": GlueTask(("question1", "question2"), ("accuracy", "f1"), positive="duplicate"),
     "mnli": GlueTask(("premise", "hypothesis"), ("accuracy",), ("validation_matched", "validation_mismatched")),
     "qnli": GlueTask(("question", "sentence"), ("accuracy",)),
     "rte": GlueTask(("sentence1", "sentence2"), ("accuracy",)),
@@ -36,7 +37,7 @@ GLUE = {
 def glue_scores(task: str, validation: dict[str, dict], by_class: dict[str, dict]) -> dict[str, dict[str, float]] | None:
     """Returns GLUE's metrics of a task by split, None for another task.
 
-    F1 is that of the second class: the pair is a paraphrase, or a duplicate.
+    F1 is that of one class: the pair is a paraphrase, or a duplicate.
 
     Args:
         validation, by_class: as in summary.json.
@@ -45,7 +46,9 @@ def glue_scores(task: str, validation: dict[str, dict], by_class: dict[str, dict
         return None
     found = {}
     for split, scores in validation.items():
-        positive = list(by_class[split]["per_class"].values())[1:2]
-        known = {**scores, **({"f1": positive[0]["f1"]} if positive else {})}
-        found[split] = {name: known[name] for name in GLUE[task].metrics}
+        classes = by_class.get(split, {}).get("per_class", {})
+        positive = classes.get(GLUE[task].positive, classes.get("1", {}))
+        known = {**scores, "f1": positive.get("f1")}
+        # A table of the user's own may have other labels, and no such score.
+        found[split] = {name: known[name] for name in GLUE[task].metrics if known.get(name) is not None}
     return found

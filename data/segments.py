@@ -1,7 +1,7 @@
 """Pairs of texts: joined by the tokenizer, and told apart in the model by token types where it has them.
 
     read_pairs(tokenizer)                        # from now on `data_utils.encode` reads "first [SEP] second" as a pair
-    add_token_types(classifier.net, tokenizer)   # and BERT learns which token is of which text
+    add_token_types(classifier.net, tokenizer)   # and BERT learns the text of each token
 
 A pair stands in a split as one text with the tokenizer's separator in it, so that whatever reads texts reads pairs too.
 """

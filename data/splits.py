@@ -224,9 +224,13 @@ def strata(labels: list[Label]) -> list[Hashable]:
     if isinstance(labels[0], tuple):
         counts = [sum(column) for column in zip(*labels, strict=True)]
         rarest = sorted(range(len(counts)), key=counts.__getitem__)
-        # -1: a row without a label.
-        return [next((label for label in rarest if row[label]), -1) for row in labels]
+        return [_rarest_label(row, rarest) for row in labels]
     return labels
+
+
+def _rarest_label(row: tuple[float, ...], rarest: list[int]) -> int:
+    """Returns the first of the labels `rarest` that a row has; -1 for a row without a label."""
+    return next((label for label in rarest if row[label]), -1)
 
 
 def fold_of(split: Split, number: int, count: int, seed: int) -> tuple[Split, Split]:

@@ -73,8 +73,11 @@ def run_folds(args, runs: list[SeedRun], out: Path, say: Callable[[str], None] =
 
 def means(summaries: list[dict], spreads: dict) -> dict[str, dict[str, float]]:
     """Returns the mean of each score by split, in the form of a run's summary.json; n is the sum."""
-    return {split: {"n": sum(summary["validation"][split]["n"] for summary in summaries),
-                    **{name: one["mean"] for name, one in scores.items()}} for split, scores in spreads.items()}
+    found = {}
+    for split, scores in spreads.items():
+        rows = sum(summary["validation"][split]["n"] for summary in summaries)
+        found[split] = {"n": rows, **{name: one["mean"] for name, one in scores.items()}}
+    return found
 
 
 def folds_text(result: dict) -> str:

@@ -20,7 +20,7 @@ from metrics.classification import metrics
 
 
 class Problem:
-    """What all problems share."""
+    """The parts that all problems share."""
 
     name: str  # of --problem, and in config.json
     problem_type: str  # of a `transformers` config: its classifiers compute the same loss
@@ -52,8 +52,10 @@ class Problem:
 
     def baseline(self, validation: dict[str, dict]) -> dict[str, dict[str, float]]:
         """Returns the scores by split of the model that always says the same, from those of another model."""
-        return {split: {key: values[one] if isinstance(one, str) else one for key, one in self.baseline_scores.items()}
-                for split, values in validation.items()}
+        found = {}
+        for split, values in validation.items():
+            found[split] = {key: values[one] if isinstance(one, str) else one for key, one in self.baseline_scores.items()}
+        return found
 
 
 class SingleLabel(Problem):

@@ -1,4 +1,5 @@
 """Checkpoints: a stopped training ends in the same bits; every damaged byte is refused or harmless."""
+import itertools
 import json
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from toy_training import (
 import train_utils
 from machine.errors import UserError
 from machine.signals import Interrupted
+from metrics.problems import PROBLEMS
 from record.ownership import CHECKPOINT
 from train_utils import Checkpointing, Hooks, fit, label_loss, make_optimizer
 from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
@@ -203,3 +205,35 @@ def test_the_text_of_a_checkpoint_has_the_keys_of_earlier_versions():
     progress = Progress.from_json(old)
     assert (progress.epoch, progress.step_in_epoch, progress.step) == (2, 3, 8)
     assert json.loads(progress.as_json()) == json.loads(old)
+
+
+@pytest.mark.parametrize("name", ["multi-label", "regression"])
+def test_other_problems_resume_to_the_same_bytes(tmp_path, name):
+    def data():
+        found = toy_data()
+        for batch in [*found.batches, *found.dev["in_domain"], *found.dev["out_of_domain"]]:
+            one = batch.labels.float()
+            batch.labels = torch.stack([one, 1 - one], 1) if name == "multi-label" else one
+        return replace(found, problem=PROBLEMS[name])
+
+    def train(folder, resume=False, stop=lambda: None):
+        model = ToyModel()
+        if name == "regression":
+            model.net["score"] = torch.nn.Linear(6, 1)
+            torch.nn.init.ones_(model.net["score"].weight)
+            torch.nn.init.zeros_(model.net["score"].bias)
+        progress = fit(model, data(), label_loss(problem=PROBLEMS[name]), DROPOUT, Checkpointing(folder, resume=resume),
+                       Hooks(stop=stop))
+        return progress.history, {key: value.clone() for key, value in model.state_dict().items()}
+
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    history, weights = train(tmp_path / "whole")
+    steps = itertools.count()
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", stop=lambda: 15 if next(steps) == 2 else None)
+    resumed, again = train(tmp_path / "parts", resume=True)
+    assert without_times(resumed) == without_times(history)
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert PROBLEMS[name].chosen in history[-1]["validation"]["in_domain"]
+    assert {"f1_micro", "mse"} & set(history[-1]["train"])
