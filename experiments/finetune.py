@@ -46,7 +46,7 @@ from record import tensors
 from record.config_json import as_json, settings_of
 from record.files import unchanged, write_file
 from record.folder import Recorder, check_run_folder, finish, provenance, read_run, run_folder
-from serving.merge import label_maps
+from serving.merge import label_maps, logits_layer
 from train_utils import Checkpointing, Data, Hooks, selection_split
 from training.losses import classification_loss
 from training.summary import best_and_last, training_summary
@@ -149,6 +149,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     # Seeded again, so that A does not depend on the random numbers used in loading.
     torch.manual_seed(int(options.sr))
     features = torch.tensor(task.train.features, dtype=torch.float64) if task.train.features else None
+    problem.start(logits_layer(classifier), task.train.labels)
     injection.configure(classifier, options.method, options.lora, features)
     counts = count_parameters(classifier)
     say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, "

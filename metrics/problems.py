@@ -12,7 +12,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from machine.errors import UserError
 from metrics import classification
@@ -39,6 +39,9 @@ class Problem:
     def nothing(self, classes: int):
         """Returns the label of a row that has none, in place of one."""
         return 0
+
+    def start(self, layer: nn.Linear, labels: list) -> None:
+        """Prepares the last linear layer of a fresh head for the training rows' labels; by default it stays as it is."""
 
     def check(self, option: str, used: bool) -> None:
         """Raises `UserError` if an option or mode is used that has a meaning for one of several classes alone."""
@@ -251,6 +254,12 @@ class Regression(Problem):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Returns the output as it is."""
         return logits
+
+    @torch.no_grad()
+    def start(self, layer: nn.Linear, labels: list[float]) -> None:
+        """Sets the bias to the labels' mean, if there is one: hundreds of steps would go by until it is learnt."""
+        if layer.bias is not None:
+            layer.bias.fill_(sum(labels) / len(labels))
 
     def nothing(self, classes: int) -> float:
         return 0.0

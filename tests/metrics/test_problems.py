@@ -99,6 +99,16 @@ def test_answers_have_labels_or_a_number():
     assert NUMBER.answer(torch.tensor([2.5]), ("score",)) == {"label": "2.5000", "score": 2.5}
 
 
+def test_the_head_of_numbers_begins_at_their_mean_and_that_of_labels_as_it_is():
+    layer = torch.nn.Linear(2, 1)
+    NUMBER.start(layer, [1.0, 2.0, 6.0])
+    assert layer.bias.item() == 3
+    NUMBER.start(torch.nn.Linear(2, 1, bias=False), [1.0])
+    before = layer.bias.clone()
+    MULTI.start(layer, [(1.0, 0.0)])
+    assert torch.equal(layer.bias, before)
+
+
 def test_a_run_without_a_record_has_one_of_several_classes_and_copies_are_the_same_object():
     assert problem_of({}) is SINGLE_LABEL and problem_of({"problem": "regression"}) is NUMBER
     assert copy.deepcopy(MULTI) is MULTI and pickle.loads(pickle.dumps(NUMBER)) is NUMBER
