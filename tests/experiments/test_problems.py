@@ -178,3 +178,14 @@ def test_folds_are_runs_with_a_mean_and_an_interval(place, tmp_path, monkeypatch
     assert toy.main(*words) == 0
     assert "began with another --lr" in refused(capsys, *(0.02 if word == 0.01 else word for word in words))
     assert torch.tensor(values).isfinite().all()
+
+
+def test_comparisons_and_sweeps_choose_by_the_problems_score(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "run_child", lambda words, log, threads=None, tick=None: log.touch() or toy.main(*words))
+    columns = ("--model", place / "model", "--data", place / "sets", "--epochs", 1, *problem_runs.SETS, "--no-plots")
+    out = printed(capsys, "compare", "12345", *columns, "--methods", "none,head", "--seeds", 2, "--against", "none", "--out",
+                  tmp_path / "compare")
+    assert "micro-F1" in out and "by its micro F1" in out and "MCC" not in out and "head minus none" in out
+    assert read_json(tmp_path / "compare" / "compare.json")["selection"]["score"] == "f1_micro"
+    out = printed(capsys, "sweep", "12345", *columns, "--search", "rank=1,2", "--sampler", "grid", "--out", tmp_path / "sweep")
+    assert "best epoch's micro F1" in out and "MCC" not in out
