@@ -16,7 +16,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data.splits import Split
+from data.segments import arguments_of
+from data.splits import Label, Split
 
 # The name under which everything above this module loads tasks.
 from data.tasks import (  # noqa: F401
@@ -31,6 +32,7 @@ from data.tasks import (  # noqa: F401
     load_task,
     read_cola_tsv,
     read_rows,
+    with_columns,
 )
 from machine.errors import UserError
 from machine.hardware import send
@@ -49,7 +51,7 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) int64: 1 for a real token
-    labels: torch.Tensor  # (B,) int64
+    labels: torch.Tensor  # (B,) int64; (B, labels) float32 of several labels at once, (B,) float32 of numbers
     rows: torch.Tensor  # (B,) int64: each sentence's row in its split
     tokens: int  # real tokens, pads not counted
     features: torch.Tensor | None = None  # (B, F) float64 as in the file, NaN where a value is missing
@@ -110,8 +112,12 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
     ids, cut = [], 0
     # In parts: the library's record of a text takes many times the memory of its ids.
     for start in range(0, len(sentences), TOKENISED):
-        encoded = tokenizer(sentences[start:start + TOKENISED], add_special_tokens=True, truncation=False, verbose=False,
+        texts = arguments_of(tokenizer, sentences[start:start + TOKENISED])
+        encoded = tokenizer(*texts, add_special_tokens=True, truncation=False, verbose=False,
                             return_special_tokens_mask=True)
+        if len(texts) == 2:
+            encoded, shortened = _shortened(tokenizer, texts, encoded, max_length, truncate)
+            cut += shortened
         for tokens, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
             if not tokens:
                 raise UserError(f"row {len(ids) + 1}: the tokenizer makes no token of {sentences[len(ids)]!r}")
@@ -123,6 +129,36 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
         warnings.warn(f"{cut} of {len(ids)} sentences are longer than {max_length} tokens and were truncated "
                       f"({truncate} cut)", stacklevel=2)
     return ids
+
+
+def _shortened(tokenizer, pairs: tuple[list[str], ...], encoded: dict, max_length: int, truncate: str
+               ) -> tuple[dict, int]:
+    """Cuts the longer text of each pair, token by token, as the tokenizer does; returns the ids and the number of cuts.
+
+    Raises:
+        UserError: the tokenizer has no way to cut the middle, or `max_length` has no room for two texts.
+    """
+    long = [row for row, tokens in enumerate(encoded["input_ids"]) if len(tokens) > max_length]
+    found = {key: list(encoded[key]) for key in ("input_ids", "special_tokens_mask")}
+    if not long:
+        return found, 0
+    if truncate == "middle":
+        raise UserError("--truncate middle: not for pairs of texts, of which the tokenizer cuts the longer one; expected "
+                        "tail or head")
+    own = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length < own + 2:
+        raise UserError(f"--max-length {max_length}: no room for two texts beside the tokenizer's {own} own tokens")
+    side, tokenizer.truncation_side = tokenizer.truncation_side, {"tail": "right", "head": "left"}[truncate]
+    try:
+        firsts, seconds = pairs
+        shorter = tokenizer([firsts[row] for row in long], [seconds[row] for row in long], truncation="longest_first",
+                            max_length=max_length, return_special_tokens_mask=True)
+    finally:
+        tokenizer.truncation_side = side
+    for at, row in enumerate(long):
+        for key, values in found.items():
+            values[row] = shorter[key][at]
+    return found, len(long)
 
 
 def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) -> list[int]:
@@ -189,7 +225,7 @@ def _neighbours(order: list[int], lengths: list[int], ids: list[list[int]], shuf
     return ordered
 
 
-def collate(ids: list[list[int]], labels: list[int], rows: list[int], pad_id: int,
+def collate(ids: list[list[int]], labels: list[Label], rows: list[int], pad_id: int,
             features: list[list[float]] | None = None) -> Batch:
     """Right-pads the given rows into one `Batch`."""
     import torch

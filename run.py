@@ -32,6 +32,7 @@ CALLS = {"gen": "experiments.generate:main", "LoRA": "experiments.finetune:main"
          "merge": "experiments.ship:merge_main", "repeat": "experiments.repeat:main", "paper": "experiments.paper:main",
          "report": "experiments.hand_in:report", "submit": "experiments.hand_in:submit"}
 SEEDS = "experiments.seeds:main"  # LoRA and distil with --seeds
+FOLDS = "experiments.folds:main"  # LoRA with --folds
 NEEDS = {"serve": ("fastapi", "uvicorn", "prometheus_client")}  # packages that requirements.txt does not have
 SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several times for one run
 
@@ -118,6 +119,7 @@ def _call(args) -> int:
 def function_of(args) -> Callable[[argparse.Namespace], int | None]:
     """Imports and returns the function of the chosen mode."""
     call = SEEDS if args.mode in SEVERAL_PROCESSES and args.seeds else CALLS[args.mode]
+    call = FOLDS if getattr(args, "folds", None) else call
     module, name = call.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -148,8 +150,9 @@ def _prepare(args) -> None:
         if args.mode not in SEVERAL_PROCESSES:
             raise UserError(f"{args.mode} is for one process, and here are {processes.count()}; "
                             f"{' and '.join(SEVERAL_PROCESSES)} take several (docs/scaling.md)")
-        if args.seeds:
-            raise UserError(f"--seeds is for one process, and here are {processes.count()}; start the seeds one by one")
+        if args.seeds or getattr(args, "folds", None):
+            raise UserError(f"--seeds and --folds are for one process, and here are {processes.count()}; start the runs one "
+                            "by one")
         processes.start(hardware.device().type)
 
 

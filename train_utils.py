@@ -1,6 +1,6 @@
 """The one training loop, and evaluation.
 
-    fit(model, Data(batches, {"in_domain": dev}), cross_entropy(), TrainOptions(seed=1))
+    fit(model, Data(batches, {"in_domain": dev}), label_loss(), TrainOptions(seed=1))
 
 The LoRA classifier and the student, in all of its stages, are trained by the same code, so that comparisons are fair. The
 objectives of distillation are in distillation/losses.py.
@@ -14,14 +14,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_utils import Batch, epoch_order
 from machine import processes
 from machine.signals import Interrupted, deferred
-from metrics.classification import confusion, scores, scores_of_sums
+from metrics.problems import SINGLE_LABEL, Problem
 from options.schema import TrainOptions
 from training import anomaly
 from training.average import Average
@@ -43,7 +42,7 @@ class Diverged(RuntimeError):
 
 @torch.inference_mode()
 def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """Computes logits (N, labels) of every row, in the split's own order, on the CPU in float32.
+    """Computes logits (N, outputs) of every row, in the split's own order, on the CPU in float32.
 
     Several processes share the batches, and each process gets all logits.
     """
@@ -62,26 +61,27 @@ def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
 
 
 def labels_of(batches: list[Batch]) -> Tensor:
-    """Returns labels (N,) of every row, in the split's own order."""
-    labels = torch.empty(sum(len(batch.rows) for batch in batches), dtype=torch.int64)
+    """Returns labels (N, ...) of every row, in the split's own order; their form is the problem's."""
+    first = batches[0].labels
+    labels = torch.empty((sum(len(batch.rows) for batch in batches), *first.shape[1:]), dtype=first.dtype)
     for batch in batches:
         labels[batch.rows] = batch.labels
     return labels
 
 
-def validate(model: nn.Module, dev: dict[str, list[Batch]]) -> Scores:
+def validate(model: nn.Module, dev: dict[str, list[Batch]], problem: Problem = SINGLE_LABEL) -> Scores:
     """Computes scores and confusion matrix of every development split and, of several splits, of `all` together."""
-    return score_logits({name: compute_logits(model, batches) for name, batches in dev.items()}, dev)
+    return score_logits({name: compute_logits(model, batches) for name, batches in dev.items()}, dev, problem)
 
 
-def score_logits(logits_of: dict[str, Tensor], dev: dict[str, list[Batch]]) -> Scores:
+def score_logits(logits_of: dict[str, Tensor], dev: dict[str, list[Batch]], problem: Problem = SINGLE_LABEL) -> Scores:
     """Computes the scores and matrices of `validate` from the logits of every development split."""
     answers = {name: (logits, labels_of(dev[name])) for name, logits in logits_of.items()}
     if len(answers) > 1:
         logits, labels = zip(*answers.values(), strict=True)
         answers["all"] = torch.cat(logits), torch.cat(labels)
-    return ({name: scores(*answer) for name, answer in answers.items()},
-            {name: confusion(*answer) for name, answer in answers.items()})
+    return ({name: problem.scores(*answer) for name, answer in answers.items()},
+            {name: problem.matrix(*answer) for name, answer in answers.items()})
 
 
 def score_by_loss(objective: Objective) -> Scorer:
@@ -103,7 +103,7 @@ def score_by_loss(objective: Objective) -> Scorer:
 
 
 def selection_split(splits) -> str:
-    """Returns the name of the split whose MCC chooses the best epoch: in-domain where there is one."""
+    """Returns the name of the split that chooses the best epoch: in-domain where there is one."""
     return "in_domain" if "in_domain" in splits else next(iter(splits))
 
 
@@ -117,6 +117,7 @@ class Data:
     dev: dict[str, list[Batch]]  # the development splits' by name, scored after each epoch
     select: str = "in_domain"  # the split that chooses the best epoch
     steps: int | None = None  # optimiser steps in place of the options' epochs; the last epoch ends with them
+    problem: Problem = SINGLE_LABEL  # of the labels: its scores, and the one that chooses the best epoch
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ class Hooks:
     after_update: Callable[[int, int], None] = lambda step, total: None  # after each update, while the gradients are there
 
 
-def cross_entropy(label_smoothing: float = 0.0) -> Objective:
-    """Returns the objective of training on labels alone: the mean cross-entropy of a batch."""
-    return lambda logits, batch: F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+def label_loss(label_smoothing: float = 0.0, problem: Problem = SINGLE_LABEL) -> Objective:
+    """Returns the objective of training on labels alone: the problem's loss, of a classifier the cross-entropy."""
+    return lambda logits, batch: problem.loss(logits, batch.labels, label_smoothing)
 
 
 # ---------------------------------------------------------------- the loop
@@ -141,8 +142,8 @@ def fit(model: nn.Module, data: Data, objective: Objective, options: TrainOption
         checkpointing: Checkpointing | None = None, hooks: Hooks | None = None) -> Progress:
     """Trains all parameters that require a gradient and leaves the model with its best epoch's weights.
 
-    The best epoch has the highest MCC on the split `data.select`; of equals, or without classes, the lowest loss. With
-    `options.ema` the averaged weights are scored and kept.
+    The best epoch has the highest MCC (or the problem's score) on the split `data.select`; of equals, or without labels, the
+    lowest loss. With `options.ema` the averaged weights are scored and kept.
 
     Args:
         model: maps (input_ids, attention_mask) to logits, or to an object with the attribute `logits` (None: no classes).
@@ -192,9 +193,10 @@ class Trainer:
         kind = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(self.SUMS), dtype=kind, device=self.device)  # of this process
         self.graded: list[nn.Parameter] | None = None  # the parameters that get a gradient, in any of the processes
-        self.confusion: Tensor | None = None  # (classes, classes) of the running epoch: [label][prediction]
+        self.confusion: Tensor | None = None  # the problem's counts of the running epoch: [label][prediction]
         steps_per_epoch = math.ceil(len(data.batches) / options.accumulate)
-        self.score, self.total_steps = hooks.score or validate, data.steps or options.epochs * steps_per_epoch
+        self.score = hooks.score or (lambda model, dev: validate(model, dev, data.problem))
+        self.total_steps = data.steps or options.epochs * steps_per_epoch
         self.epochs = math.ceil(self.total_steps / steps_per_epoch)
         self.saved_at = time.perf_counter()
         # From pinned memory a batch is copied to the GPU while the GPU computes.
@@ -339,7 +341,9 @@ class Trainer:
     def postfix(self) -> str:
         """Returns the progress bar's figures: means of the epoch so far, and speed."""
         sums = self.progress.sums
-        accuracy = f"accuracy {sums['correct'] / sums['rows']:.3f}, " if self.confusion is not None else ""
+        accuracy = ""
+        if self.confusion is not None:
+            accuracy = f"{self.data.problem.right_name} {sums['correct'] / sums['rows']:.3f}, "
         return f"loss {sums['loss'] / sums['rows']:.4f}, {accuracy}{sums['tokens'] / sums['seconds']:.0f} tokens/s"
 
     def add_gradients(self) -> None:
@@ -366,14 +370,11 @@ class Trainer:
         if logits is None:
             self.sums[0] += loss.to(self.sums.dtype) * rows
             return
-        logits = logits.detach()
-        predictions, classes = logits.argmax(-1), logits.shape[1]
-        if self.confusion is None:
-            self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
-        self.confusion.view(-1).index_add_(0, batch.labels * classes + predictions, torch.ones_like(predictions))
-        kind = self.sums.dtype
-        self.sums[:3] += torch.stack([loss.to(kind) * rows, F.cross_entropy(logits, batch.labels, reduction="sum").to(kind),
-                                      (predictions == batch.labels).sum().to(kind)])
+        logits, problem, kind = logits.detach(), self.data.problem, self.sums.dtype
+        if (counts := problem.count(logits, batch.labels)) is not None:
+            self.confusion = counts if self.confusion is None else self.confusion + counts
+        self.sums[:3] += torch.stack([loss.to(kind) * rows, problem.total_loss(logits, batch.labels).to(kind),
+                                      problem.right(logits, batch.labels).to(kind)])
 
     def read_sums(self, upto: str = "norm") -> None:
         """Reads the sums of all processes from the device into `progress`.
@@ -395,7 +396,7 @@ class Trainer:
     def read_confusion(self) -> None:
         """Reads the confusion matrix of all processes from the device into `progress`."""
         (classes,) = processes.all_reduce_max(0 if self.confusion is None else len(self.confusion))
-        own = torch.zeros(classes, classes, dtype=torch.int64) if self.confusion is None else self.confusion.cpu().clone()
+        own = self.data.problem.no_counts(classes) if self.confusion is None else self.confusion.cpu().clone()
         self.progress.confusion = processes.all_reduce_sum(own).tolist()
 
     def validate(self) -> Scores:
@@ -423,17 +424,16 @@ class Trainer:
 
     def finish_epoch(self, validation: dict[str, dict], matrices: dict[str, list]) -> None:
         """Adds the epoch's line to the history, copies its weights if they are the best so far, and saves."""
-        progress, options = self.progress, self.options
+        progress, options, problem = self.progress, self.options, self.data.problem
         peak = self.optimizer.param_groups[0]["peak"]
         progress.history.append({
-            "epoch": progress.epoch, "train": scores_of_sums(progress.sums, progress.confusion), "validation": validation,
-            "confusion": matrices,
+            "epoch": progress.epoch, "train": self.train_scores(), "validation": validation, problem.counts: matrices,
             # By the formula: a run that is resumed after the epoch's last step has not set the optimiser's rate.
             "learning_rate": peak * self.lr_factor(progress.step - 1), "seconds": progress.sums["seconds"],
             "tokens": int(progress.sums["tokens"])})
-        # The best epoch by MCC; of equals the one with the lower loss, and then the earlier one.
+        # The best epoch by its score; of equals the one with the lower loss, and then the earlier one.
         chosen = validation[self.data.select]
-        score = (chosen.get("mcc", 0.0), -chosen["loss"])
+        score = (chosen.get(problem.chosen, 0.0), -chosen["loss"])
         if score > tuple(progress.best_score):
             progress.best_score, progress.best_epoch = score, progress.epoch
             # Copied to the CPU: a GPU has no room to spare, and training goes on with the originals.
@@ -447,6 +447,13 @@ class Trainer:
         # Saved before the epoch is reported: a line of metrics.jsonl is never ahead of the checkpoint.
         self.save()
         self.hooks.on_epoch(progress.history)
+
+    def train_scores(self) -> dict[str, float]:
+        """Returns the scores of the epoch's training rows; of rows without labels the loss alone."""
+        sums, problem = self.progress.sums, self.data.problem
+        if not self.progress.confusion and not sums["cross_entropy"]:
+            return {"loss": sums["loss"] / sums["rows"]}
+        return problem.train_scores(sums, self.progress.confusion)
 
     def save_is_due(self) -> bool:
         """Returns whether a checkpoint inside the epoch is due, by steps or by minutes."""

@@ -43,7 +43,7 @@ def costs(model: str, task: data_utils.Task, work: Path, steps: int, saves: int
     max_length = min(common.MAX_LENGTH, max_length_of(classifier.net))
     batches = data_utils.make_batches(task.train, load_tokenizer(model), max_length, OPTIONS.batch_size, 1)
     chosen = [batches[i] for i in common.spread_sample(steps + 1, len(batches), 1)]
-    optimizer, objective = train_utils.make_optimizer(classifier, OPTIONS), train_utils.cross_entropy()
+    optimizer, objective = train_utils.make_optimizer(classifier, OPTIONS), train_utils.label_loss()
     # Steps as `fit` takes them, without its bookkeeping: a shorter step makes the share larger, not smaller.
     seconds = []
     classifier.train()

@@ -25,11 +25,12 @@ import torch
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, paired_ratios
 from data_utils import Batch, Split, encode, make_batches
+from metrics.classification import scores
 from model import DistilRNN
 from options.schema import RNNConfig, TrainOptions
 from serving import export, export_student
 from serving.texts import Reading
-from train_utils import Data, cross_entropy, fit, scores
+from train_utils import Data, fit, label_loss
 
 GPT2_TOKENS, BATCH_SIZE, MAX_LENGTH = 50_257, 32, 128
 
@@ -39,7 +40,7 @@ def trained_student(train: list[Batch], dev: list[Batch], epochs: int) -> Distil
     torch.manual_seed(0)
     student = DistilRNN(RNNConfig(GPT2_TOKENS, common.LABELS))
     options = TrainOptions(seed=0, epochs=epochs, batch_size=BATCH_SIZE, lr=3e-3)
-    fit(student, Data(train, {"dev": dev}, "dev"), cross_entropy(0.0), options)
+    fit(student, Data(train, {"dev": dev}, "dev"), label_loss(0.0), options)
     return student.eval()
 
 

@@ -28,6 +28,7 @@ from data_utils import encode
 from experiments import ship
 from record.folder import read_run
 from serving import export, export_teacher, merge
+from serving.answers import cost_of_int8
 from serving.texts import Reading
 
 
@@ -82,7 +83,7 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
         report.measure(f"batches: {name} / PyTorch", paired_ratios(rates[name], rates["PyTorch"]), "x")
         report.measure(f"batches: {name} / PyTorch, fast path", paired_ratios(rates[name], rates["PyTorch, fast path"]), "x")
     # Rounding weights to int8 changes predictions: the size is worth nothing without this figure.
-    cost = export.cost_of_int8(answers["float32"], answers["int8"], rows.labels)
+    cost = cost_of_int8(reading.problem, answers["float32"], answers["int8"], rows.labels)
     report.measure("sentences", [cost["sentences"]], "")
     for name in sessions if rows.labels else ():
         report.measure(f"{name}: accuracy", [cost[name]["accuracy"]], "")

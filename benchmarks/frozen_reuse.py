@@ -36,7 +36,7 @@ from machine import hardware
 from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier
 
 BATCH_SIZE = 32
-CROSS_ENTROPY = train_utils.cross_entropy()
+CROSS_ENTROPY = train_utils.label_loss()
 
 
 def classifier(base: str, method: str = "lora", layers: str | None = None) -> TextClassifier:

@@ -46,7 +46,7 @@ import run
 function_of = run.function_of
 def until_the_loss(args):  # changed this late, so that the command itself imports what it needs
     import train_utils
-    train_utils.cross_entropy = lambda *_: lambda logits, batch: os._exit(0)
+    train_utils.label_loss = lambda *_: lambda logits, batch: os._exit(0)
     return function_of(args)(args)
 run.function_of = lambda args: until_the_loss
 sys.exit(run.main(sys.argv[1:]) or 1)

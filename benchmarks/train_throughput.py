@@ -123,7 +123,7 @@ class Ours(Side):
         set_precision(self.model.net.base_model, self.args.precision)
 
     def run(self, numbers):
-        return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.cross_entropy(),
+        return common.epoch_seconds(self.model, [self.batches[i] for i in numbers], train_utils.label_loss(),
                                     precision=self.args.precision)
 
     def profile(self, numbers: list[int]) -> dict[str, float]:

@@ -60,9 +60,9 @@ def texts_of(table: Table, options: TableOptions, separator: str) -> list[str]:
     for number, row in enumerate(zip(*map(cells.get, names), strict=True), 1):
         if all(map(is_blank, row)):
             raise UserError(f"{table.path}, row {number}: the text ({', '.join(names)}) is empty")
-        # A part that is missing leaves no separator behind; in a template its place stays empty.
+        # A part that is missing leaves no separator behind; in a pair and in a template its place stays empty.
         if literals is None:
-            texts.append(separator.join(cell for cell in row if not is_blank(cell)))
+            texts.append(separator.join(cell for cell in row if options.pairs or not is_blank(cell)))
         else:
             texts.append("".join(itertools.chain(*zip(literals, (*row, ""), strict=True))))
     return texts
@@ -251,6 +251,99 @@ def classes_of(names: list[str], where: str) -> list[str]:
     if len(classes) < 2:
         raise UserError(f"{where}: every label is {classes[0]}; training needs at least two classes")
     return classes
+
+
+# ---------------------------------------------------------------- several labels, and labels that are numbers
+
+def label_columns(table: Table, columns: str) -> list[str]:
+    """Returns the names in --label-column: one column, or several with commas between them."""
+    return [columns] if columns in table.columns or "," not in columns else [name.strip() for name in columns.split(",")]
+
+
+def problem_in(table: Table, columns: str) -> str:
+    """Guesses the problem of a table's labels: multi-label, regression or single-label.
+
+    Lists, and several columns, are any number of labels at once; numbers, some of them with a fraction, are scores. Whole
+    numbers are classes. Any other column is left to the reader of classes: its errors name the cell.
+    """
+    names = label_columns(table, columns)
+    if len(names) > 1:
+        return "multi-label"
+    values = [value for value in table.column(names[0], "--label-column") if value is not None]
+    if values and isinstance(values[0], list):
+        return "multi-label"
+    return "regression" if any(map(_is_fraction, values)) and all(map(_is_score, values)) else "single-label"
+
+
+def _is_score(value) -> bool:
+    try:
+        return not isinstance(value, bool) and not math.isnan(_number(value))
+    except _CellError:
+        return False
+
+
+def _is_fraction(value) -> bool:
+    # A year is no fraction, and neither is 1.0: programs write whole numbers so.
+    if isinstance(value, str) and not FRACTION.fullmatch(value.strip()):
+        return False
+    return isinstance(value, str | float) and _is_score(value) and not float(value).is_integer()
+
+
+def scores_of(table: Table, column: str) -> list[float]:
+    """Returns each row's label as a number.
+
+    Raises:
+        UserError: no such column, a missing label, or one that is no finite number.
+    """
+    found = []
+    for row, value in enumerate(table.column(column, "--label-column"), 1):
+        try:
+            number = _number(value)
+            if isinstance(value, bool) or math.isnan(number):
+                raise _CellError(f"is {_type_of(value)}" if isinstance(value, bool) else "is missing")
+        except _CellError as error:
+            what = str(error) if str(error).startswith("is ") else f"is {str(error).partition(';')[0]}"
+            raise UserError(f"{table.path}, row {row}: the label ({column}) {what}; expected a finite number") from None
+        found.append(number)
+    return found
+
+
+def label_sets_of(table: Table, columns: str) -> list[list[str]]:
+    """Returns the names of each row's labels: those in its list, or of the columns that say 1 or true. They may be none.
+
+    Raises:
+        UserError: no such column, a missing label, or one that is no name of a class, no list, or neither 0 nor 1.
+    """
+    names = label_columns(table, columns)
+    found: list[list[str]] = [[] for _ in range(len(table))]
+    for name in names:
+        class_names = table.names.get(name)
+        for row, value in enumerate(table.column(name, "--label-column")):
+            try:
+                found[row] += _names_in(value, class_names) if len(names) == 1 else [name] * _is_there(value)
+            except _CellError as error:
+                raise UserError(f"{table.path}, row {row + 1}: {str(error).replace('label', f'the label ({name})', 1)}"
+                                ) from None
+    return found
+
+
+def _names_in(value, class_names: list[str] | None) -> list[str]:
+    if not isinstance(value, list):
+        what = "is missing" if _is_missing(value, None) else f"is {_type_of(value)}"
+        raise _CellError(f"label {what}; expected a list of names (JSON Lines or Parquet), or several --label-column a,b of "
+                         "0 and 1")
+    if any(_is_missing(one, class_names) for one in value):
+        raise _CellError("label has a name that is missing")
+    # In the order of the list, each once.
+    return list(dict.fromkeys(_class_of(one, class_names)[1] for one in value))
+
+
+def _is_there(value) -> bool:
+    known = {"0": False, "1": True, "false": False, "true": True, "0.0": False, "1.0": True}
+    text = str(value).strip().lower()
+    if text not in known:
+        raise _CellError(f"label {_quoted(value)}; expected 0 or 1 in each of several columns")
+    return known[text]
 
 
 # ---------------------------------------------------------------- numbers

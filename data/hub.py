@@ -66,5 +66,7 @@ def read_dataset(name: str, split: str) -> Table:
     from datasets import ClassLabel
 
     rows = load_dataset(name)[split]
+    # A list of classes has them in its items.
+    kinds = {column: getattr(feature, "feature", feature) for column, feature in rows.features.items()}
     return Table(Path(name) / split, rows[:], {
-        column: feature.names for column, feature in rows.features.items() if isinstance(feature, ClassLabel)})
+        column: kind.names for column, kind in kinds.items() if isinstance(kind, ClassLabel)})

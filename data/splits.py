@@ -4,13 +4,17 @@
 """
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 import random
 import re
+import warnings
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.columns import classes_of, features_of, labels_of, texts_of
+from data.columns import classes_of, features_of, label_columns, label_sets_of, labels_of, scores_of, texts_of
 from data.stream import SUFFIXES
 from data.tables import Table
 from machine.errors import UserError
@@ -18,6 +22,9 @@ from options.schema import TableOptions
 
 EVAL_SPLITS = ("validation", "dev", "eval", "val")  # in this order, where --eval-split does not say
 DEFAULT_SHARE = 0.1  # of the training rows for evaluation, where no split is found
+STRATA = 10  # groups of rows with scores of about the same size
+# A row's label: the index of its class; 1 and 0 for each label that it may have; or a number.
+Label = int | tuple[float, ...] | float
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Split:
     """Holds labelled sentences, in file order."""
 
     sentences: list[str]
-    labels: list[int]
+    labels: list[Label]
     sources: list[str] = field(default_factory=list)  # CoLA's source code: the publication, or the phenomenon
     features: list[list[float]] = field(default_factory=list)  # the numbers of each sentence, NaN where one is missing
     sha256: str = field(default="", compare=False)  # of the file that was parsed, if the split is a whole file
@@ -55,22 +62,70 @@ def read_split(table: Table, options: TableOptions, separator: str, classes: lis
     Raises:
         UserError: see `texts_of`, `labels_of`, `features_of`; or a label that training lacks.
     """
-    texts, names = texts_of(table, options, separator), labels_of(table, options.label_column)
+    labels, classes = READERS[options.problem or "single-label"](table, options.label_column, classes)
+    return Split(texts_of(table, options, separator), labels, [], features_of(table, options.feature_columns),
+                 table.sha256), classes
+
+
+def read_classes(table: Table, column: str, classes: list[str] | None) -> tuple[list[int], list[str]]:
+    """Returns each row's class as an index into the classes, and the classes: those found here if None."""
+    names = labels_of(table, column)
     # The training split decides the classes; other splits may lack some of them.
     if classes is None:
-        where = f"{table.path}, column {options.label_column}"
-        classes = classes_of(names, where)
-        # A head for a class without an example would be trained on nothing, and named in every table.
-        unused = [name for name in table.names.get(options.label_column, []) if name.strip() not in classes]
-        if unused:
-            raise UserError(f"{where}: class {unused[0]} has no example; every class needs one")
+        classes = classes_of(names, f"{table.path}, column {column}")
+        _check_used(table, column, table.names.get(column, []), classes)
+    index = _index(table, ([name] for name in names), classes)
+    return [index[name] for name in names], classes
+
+
+def read_label_sets(table: Table, columns: str, classes: list[str] | None) -> tuple[list[tuple[float, ...]], list[str]]:
+    """Returns 1 and 0 for each label of each row, and the labels' names: those found here if None."""
+    rows, names = label_sets_of(table, columns), label_columns(table, columns)
+    if classes is None:
+        found = list(itertools.chain(*rows))
+        if not found:
+            raise UserError(f"{table.path}, column {columns}: no row has a label")
+        # Several columns keep their order.
+        classes = classes_of(found, f"{table.path}, column {columns}") if len(names) == 1 else names
+        _check_used(table, columns, names if len(names) > 1 else table.names.get(columns, []), found)
+    _index(table, rows, classes)
+    # Rows with the same labels share one tuple.
+    known: dict[tuple[str, ...], tuple[float, ...]] = {}
+    for row in map(tuple, rows):
+        if row not in known:
+            known[row] = tuple(float(name in row) for name in classes)
+    return [known[tuple(row)] for row in rows], classes
+
+
+def read_scores(table: Table, column: str, classes: list[str] | None) -> tuple[list[float], list[str]]:
+    """Returns each row's number, and the column's name: that of the model's one output."""
+    return scores_of(table, column), classes or [column]
+
+
+# The reader of each problem's labels.
+READERS: dict[str, Callable] = {"single-label": read_classes, "multi-label": read_label_sets, "regression": read_scores}
+
+
+def _check_used(table: Table, column: str, names: list[str], classes: list[str]) -> None:
+    # A head for a class without an example would be trained on nothing, and named in every table.
+    unused = [name for name in names if name.strip() not in classes]
+    if unused:
+        raise UserError(f"{table.path}, column {column}: class {unused[0]} has no example; every class needs one")
+
+
+def _index(table: Table, rows: Iterable[list[str]], classes: list[str]) -> dict[str, int]:
+    """Returns the number of each class by name.
+
+    Raises:
+        UserError: a row has another class.
+    """
     index = {name: number for number, name in enumerate(classes)}
-    for row, name in enumerate(names, 1):
-        if name not in index:
-            raise UserError(f"{table.path}, row {row}: label {name!r}, which the training data lacks; it has "
-                            f"{', '.join(classes[:20])}")
-    return Split(texts, [index[name] for name in names], [], features_of(table, options.feature_columns),
-                 table.sha256), classes
+    for row, names in enumerate(rows, 1):
+        for name in names:
+            if name not in index:
+                raise UserError(f"{table.path}, row {row}: label {name!r}, which the training data lacks; it has "
+                                f"{', '.join(classes[:20])}")
+    return index
 
 
 def check_features(train: Split, columns: tuple[str, ...], where: str) -> dict[str, int]:
@@ -155,20 +210,70 @@ def _share(eval_split: str | None) -> float | None:
     return float(eval_split)
 
 
+def strata(labels: list[Label]) -> list[Hashable]:
+    """Returns a group for each row, for samples that have all groups in the same shares.
+
+    The group is the class; of several labels the rarest one; of numbers their tenth, from the smallest to the largest.
+    """
+    if isinstance(labels[0], float):
+        order = sorted(range(len(labels)), key=labels.__getitem__)
+        # Fewer groups of few rows: each has some to take.
+        groups = max(1, min(STRATA, len(labels) // 5))
+        place = {row: at * groups // len(labels) for at, row in enumerate(order)}
+        return [place[row] for row in range(len(labels))]
+    if isinstance(labels[0], tuple):
+        counts = [sum(column) for column in zip(*labels, strict=True)]
+        rarest = sorted(range(len(counts)), key=counts.__getitem__)
+        return [_rarest_label(row, rarest) for row in labels]
+    return labels
+
+
+def _rarest_label(row: tuple[float, ...], rarest: list[int]) -> int:
+    """Returns the first of the labels `rarest` that a row has; -1 for a row without a label."""
+    return next((label for label in rarest if row[label]), -1)
+
+
+def fold_of(split: Split, number: int, count: int, seed: int) -> tuple[Split, Split]:
+    """Divides a split into `count` folds, each with all groups of rows (`strata`) in the same shares.
+
+    Returns:
+        The rows of all folds but one, and those of fold `number` (from 1).
+
+    Raises:
+        UserError: fewer rows of the commonest group than folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    groups = strata(split.labels)
+    if max(collections.Counter(groups).values()) < count:
+        raise UserError(f"--folds {count}: {len(split)} training rows are too few for so many folds")
+    with warnings.catch_warnings():
+        # A rare class is in fewer folds than there are.
+        warnings.simplefilter("ignore", UserWarning)
+        folds = list(StratifiedKFold(count, shuffle=True, random_state=seed).split(groups, groups))
+    return tuple(split.take(rows.tolist()) for rows in folds[number - 1])
+
+
 def set_aside(split: Split, share: float, where: str) -> tuple[Split, Split]:
-    """Takes `share` of each class out of a split; the same rows in every run.
+    """Takes `share` of each class (see `strata`) out of a split; the same rows in every run.
 
     Raises:
         UserError: a class too small to be divided.
     """
     # A fixed seed, not the run's: runs of several seeds are compared on the same rows.
-    rng, taken = random.Random(0), set()
-    for label in sorted(set(split.labels)):
-        rows = [row for row, other in enumerate(split.labels) if other == label]
+    rng, taken, groups = random.Random(0), set(), strata(split.labels)
+    for label in sorted(set(groups)):
+        rows = [row for row, other in enumerate(groups) if other == label]
         # At least one row of each class, or the evaluation rows would lack it.
         count = round(share * len(rows)) or 1
+        # A rare label of several stays in training.
+        if count == len(rows) and groups is not split.labels:
+            continue
         if count == len(rows):
             raise UserError(f"{where}: a class has {len(rows)} row(s), too few to set {share:g} of them aside for "
                             "evaluation; give --eval-split FILE")
         taken.update(rng.sample(rows, count))
+    if not taken:
+        raise UserError(f"{where}: {len(split)} row(s), too few to set {share:g} of them aside for evaluation; give "
+                        "--eval-split FILE")
     return (split.take([row for row in range(len(split)) if row not in taken]), split.take(sorted(taken)))

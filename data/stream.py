@@ -379,7 +379,9 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """Returns the names of the classes of each ClassLabel column: `datasets` writes them into a Parquet file's metadata."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        found = {name: feature["names"] for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        # A list of classes has them in its items.
+        kinds = {name: feature.get("feature", feature) for name, feature in features.items()}
+        found = {name: kind["names"] for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
     # None, or metadata of another program.
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return {}

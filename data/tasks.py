@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from data import edits, stream, tables
+from data import columns, edits, stream, tables
+from data.glue import GLUE
+from data.glue import REPOSITORY as GLUE_REPOSITORY
 from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.lines import read_whole
-from data.splits import Split, check_features, choose_splits, read_split, set_aside, split_files
+from data.splits import Split, check_features, choose_splits, fold_of, read_split, set_aside, split_files
 from data.stream import DEFAULT_COLUMNS, is_blank
 from data.tables import Table
 from machine.errors import UserError
@@ -24,7 +27,6 @@ from options.schema import TableOptions
 COLA_FILES = {"train": "in_domain_train.tsv", "in_domain": "in_domain_dev.tsv", "out_of_domain": "out_of_domain_dev.tsv"}
 # GLUE's CoLA validation set is the two public development files, one after the other.
 GLUE_IN_DOMAIN_ROWS, GLUE_VALIDATION_ROWS = 527, 1043
-GLUE_REPOSITORY = "nyu-mll/glue"
 COLA_CLASSES = ("0", "1")
 # Public data sets on the Hub: repository, and the file of each split.
 HUB_TABLES = {
@@ -32,11 +34,12 @@ HUB_TABLES = {
                         {"train": "train.parquet", "validation": "validation.parquet"}),
     "imdb": ("stanfordnlp/imdb", {"train": "plain_text/train-00000-of-00001.parquet",
                                   "test": "plain_text/test-00000-of-00001.parquet"}),
+    **{name: (GLUE_REPOSITORY, task.files(name)) for name, task in GLUE.items()},
 }
 # The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
 BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
 HELD_OUT = 0.02  # of the sentences of `edits`, for development
-TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
+TASKS = ("cola", *GLUE, "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 FIXED = ("cola", "edits", "tiny")  # their files have no columns to choose
 
 
@@ -51,6 +54,7 @@ class Task:
     classes: tuple[str, ...] = COLA_CLASSES  # names of the classes; a label is an index into them
     missing: dict[str, int] = field(default_factory=dict)  # training rows without a value, by feature
     left_out: tuple[str, ...] = ()  # development sentences that `limit` left out
+    problem: str = "single-label"  # a name in metrics/problems.py
 
     @property
     def num_labels(self) -> int:
@@ -67,7 +71,9 @@ class Task:
         train = _spaced(self.train, rows)
         dev = {name: _spaced(split, rows) for name, split in self.dev.items()}
         where, present = f"the {rows} training rows", set(train.labels)
-        lacking = [name for label, name in enumerate(self.classes) if label not in present]
+        # Of several labels a rare one may be lacking; a number has no classes.
+        several = self.problem == "single-label"
+        lacking = [name for label, name in enumerate(self.classes) if several and label not in present]
         if lacking:
             raise UserError(f"--limit {rows}: {where} have no example of class {lacking[0]}")
         left_out = list(self.left_out)
@@ -76,6 +82,21 @@ class Task:
             left_out += [sentence for sentence in split.sentences if sentence not in kept]
         return replace(self, train=train, dev=dev, missing=check_features(train, tuple(self.missing), where),
                        left_out=tuple(left_out))
+
+    def fold(self, text: str) -> Task:
+        """Returns the same task with one fold of the training rows as its only development split.
+
+        Args:
+            text: number of the fold, from 1, that of all folds, and the seed that shuffles the rows: 2/5:12345.
+
+        Raises:
+            UserError: fewer rows of a class than folds.
+        """
+        number, count, seed = map(int, re.split("[/:]", text))
+        train, held_out = fold_of(self.train, number, count, seed)
+        # Development files stay unseen: their sentences are in no transfer set.
+        unseen = [sentence for split in self.dev.values() for sentence in split.sentences]
+        return replace(self, train=train, dev={"held_out": held_out}, left_out=(*self.left_out, *unseen))
 
 
 def _spaced(split: Split, rows: int) -> Split:
@@ -88,8 +109,8 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
     """Loads a task by name.
 
     Args:
-        name: `cola`, `rotten_tomatoes` and `imdb` (from `data`, else from the Hugging Face Hub), `buzzer` and
-            `csv` (from `data`), `edits` (plain sentences of `data`, real against edited), or `tiny`.
+        name: `cola`, GLUE's other tasks, `rotten_tomatoes` and `imdb` (from `data`, else from the Hugging Face Hub),
+            `buzzer` and `csv` (from `data`), `edits` (plain sentences of `data`, real against edited), or `tiny`.
         data: for `cola` the folder with its three public TSV files, for `edits` a text file or a folder of them; else a
             table, a folder of tables, or the name of a data set on the Hub.
         options: the roles of the columns; not for FIXED tasks.
@@ -103,7 +124,8 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
         raise UserError(f"--task {name}: unknown; expected one of {', '.join(TASKS)}")
     if name in FIXED:
         # Options that would be ignored are refused.
-        given = [f.name for f in fields(options) if f.name != "truncate" and getattr(options, f.name) != f.default]
+        given = [f.name for f in fields(options)
+                 if f.name not in ("truncate", "join") and getattr(options, f.name) != f.default]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')}: not for --task {name}, whose format is fixed; --task csv "
                             "takes tables of any columns")
@@ -132,6 +154,17 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
     return _task_of_tables(name, train, paths, options, separator, files)
 
 
+def with_columns(name: str, options: TableOptions) -> TableOptions:
+    """Returns the columns of a task whose text columns have names of their own (GLUE's), where none were given."""
+    given = options.text_column or options.template is not None
+    return options if given or name not in GLUE else replace(options, text_column=GLUE[name].columns)
+
+
+def _with_problem(table: Table, options: TableOptions) -> TableOptions:
+    """Returns the options with the problem of the training rows' labels, if none was given."""
+    return replace(options, problem=options.problem or columns.problem_in(table, options.label_column))
+
+
 def read_rows(path: Path | str, task: str, options: TableOptions, separator: str, classes: list[str]) -> Split:
     """Reads a labelled file in the format of a task, for scoring.
 
@@ -148,6 +181,7 @@ def read_rows(path: Path | str, task: str, options: TableOptions, separator: str
 
 def _read_table(task: str, path: Path, options: TableOptions) -> tuple[Table, TableOptions]:
     """Reads a table in the format of a task; returns it and the options with the task's own defaults in them."""
+    options = with_columns(task, options)
     if task != "buzzer":
         return tables.read_table(path, options), options
     if options.template is None and not options.text_column:
@@ -166,7 +200,9 @@ def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) ->
     """Makes a task of a data set on the Hub; one of its splits, or a share of the training rows, is for evaluation."""
     # Splits come from the library's cache, as they have no files of their own here.
     train, chosen = choose_splits(list(load_dataset(data)), options.eval_split, f"--data {data}")
-    split, classes = read_split(read_dataset(data, train), options, separator)
+    table = read_dataset(data, train)
+    options = _with_problem(table, with_columns(name, options))
+    split, classes = read_split(table, options, separator)
     if isinstance(chosen, list):
         dev = {key: read_split(read_dataset(data, key), options, separator, classes)[0] for key in chosen}
     else:
@@ -174,7 +210,7 @@ def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) ->
         dev = {"held_out": held_out}
     missing = check_features(split, options.feature_columns, data)
     return Task(name, split, dev, {f"{data}/{key}": _content_digest(rows) for key, rows in {train: split, **dev}.items()},
-                tuple(classes), missing)
+                tuple(classes), missing, problem=options.problem)
 
 
 def _content_digest(split: Split) -> str:
@@ -186,7 +222,8 @@ def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, opt
                 files: dict[str, Path]) -> Task:
     """Makes a task from its training file and the evaluation files (or the share of the training rows to set aside)."""
     table, options = _read_table(name, train, options)
-    # Classes are those of the training rows; every evaluation file is read with them.
+    # Problem and classes are those of the training rows; every evaluation file is read with them.
+    options = _with_problem(table, options)
     split, classes = read_split(table, options, separator)
     # Digests of the bytes that were parsed: a file may be replaced at any moment.
     digests = {train: split.sha256}
@@ -200,7 +237,8 @@ def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, opt
         dev = {"held_out": held_out}
     # After the split: without a value in the training rows a feature has no mean.
     missing = check_features(split, options.feature_columns, str(train))
-    return Task(name, split, dev, {key: digests[path] for key, path in files.items()}, tuple(classes), missing)
+    return Task(name, split, dev, {key: digests[path] for key, path in files.items()}, tuple(classes), missing,
+                problem=options.problem)
 
 
 def _edits_task(data: Path | str | None) -> Task:

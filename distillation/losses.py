@@ -18,8 +18,12 @@ from data_utils import Batch
 from distillation.edited import Marks
 from distillation.soft_losses import decoupled, dist, jensen_shannon, relational, reverse_kl
 from distillation.teachers import HiddenStates
+from machine.errors import UserError
+from metrics.problems import PROBLEMS, SINGLE_LABEL, Problem
 from options.schema import DistilOptions
 from train_utils import Objective
+
+MULTI_LABEL, REGRESSION = PROBLEMS["multi-label"], PROBLEMS["regression"]
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
@@ -66,11 +70,71 @@ def hard_labels(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, 
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
 
 
+def bernoulli_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+                 label_smoothing: float = 0.0) -> Tensor:
+    """Computes alpha T² mean(KL(sigmoid(teacher / T) ‖ sigmoid(student / T))) + (1 - alpha) BCE, of several labels at once.
+
+    Each label is a coin: KL(p ‖ q) = p log(p / q) + (1 - p) log((1 - p) / (1 - q)), whose gradient is that of the binary
+    cross-entropy with the teacher's probabilities as targets. Both means are over sentences and labels. T² as in `kd_loss`.
+
+    Args:
+        student_logits: (B, labels).
+        teacher_logits: (B, labels); no gradient flows into them.
+        labels: (B, labels) of 0 and 1.
+        temperature: T.
+        alpha: weight of the soft part, 0 to 1.
+    """
+    teacher = teacher_logits.detach() / temperature
+    p = teacher.sigmoid()
+    # Cross-entropy minus entropy, both from logits: no logarithm of 0.
+    soft = (F.binary_cross_entropy_with_logits(student_logits / temperature, p)
+            - F.binary_cross_entropy_with_logits(teacher, p))
+    hard = MULTI_LABEL.loss(student_logits, labels, label_smoothing)
+    return alpha * temperature ** 2 * soft + (1 - alpha) * hard
+
+
+def label_logit_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+                    label_smoothing: float = 0.0) -> Tensor:
+    """Computes alpha mean((student - teacher)²) + (1 - alpha) BCE, of several labels at once; shapes as `bernoulli_kl`."""
+    soft = F.mse_loss(student_logits, teacher_logits.detach())
+    return alpha * soft + (1 - alpha) * MULTI_LABEL.loss(student_logits, labels, label_smoothing)
+
+
+def number_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+               label_smoothing: float = 0.0) -> Tensor:
+    """Computes alpha mean((student - teacher)²) + (1 - alpha) mean((student - label)²), of numbers.
+
+    KL of two normal distributions with one variance is the squared difference of their means, up to a factor: for numbers
+    `kl` and `mse` are this loss. A number has no temperature.
+
+    Args:
+        student_logits, teacher_logits: (B, 1); no gradient flows into the teacher's.
+        labels: (B,).
+    """
+    soft = F.mse_loss(student_logits, teacher_logits.detach())
+    return alpha * soft + (1 - alpha) * REGRESSION.loss(student_logits, labels, label_smoothing)
+
+
 # The choices of --kd-loss. `rkd` compares pooled states instead of logits (POOLED).
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl": kd_loss, "mse": logit_mse, "hard": hard_labels, "reverse-kl": reverse_kl, "js": jensen_shannon, "dkd": decoupled,
     "dist": dist, "rkd": relational}
 POOLED = ("rkd",)
+# The same of other problems, problem -> choice -> loss.
+OTHERS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "multi-label": {"kl": bernoulli_kl, "mse": label_logit_mse}, "regression": {"kl": number_mse, "mse": number_mse}}
+
+
+def loss_of(name: str, problem: Problem = SINGLE_LABEL) -> Callable[..., Tensor]:
+    """Returns the loss that a choice of --kd-loss is for a problem.
+
+    Raises:
+        UserError: the problem has no such loss.
+    """
+    losses = OTHERS.get(problem.name, LOSSES)
+    if name not in losses:
+        raise UserError(f"--kd-loss {name}: not for a {problem.name} problem; expected one of {', '.join(losses)}")
+    return losses[name]
 
 
 class Temperature:
@@ -143,7 +207,7 @@ def neighbours(batch: Batch) -> int:
 
 
 def kd_objective(teacher_logits: Tensor, temperature: float | Temperature, alpha: float, label_smoothing: float = 0.0,
-                 loss: str = "kl", **weights: float) -> Objective:
+                 loss: str = "kl", problem: Problem = SINGLE_LABEL, **weights: float) -> Objective:
     """Returns the objective of training under a teacher.
 
     Args:
@@ -152,7 +216,7 @@ def kd_objective(teacher_logits: Tensor, temperature: float | Temperature, alpha
         weights: see `weights_of`.
     """
     # Looked up here: an unknown name fails before the first step.
-    compute = LOSSES[loss]
+    compute = loss_of(loss, problem)
     return lambda logits, batch: compute(logits, teacher_logits[batch.rows], batch.labels, float(temperature), alpha,
                                          label_smoothing, **weights)
 

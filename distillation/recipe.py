@@ -24,6 +24,7 @@ from distillation.stages import Done, Plan, Stage, baseline_stages, gold_stage, 
 from distillation.teachers import teacher_logits
 from distillation.vocabulary import token_counts, vocabulary_rows
 from machine.hardware import device
+from metrics.problems import PROBLEMS
 from model import DistilRNN
 from options.schema import DistilOptions, RunOptions
 from record.files import write_file
@@ -128,6 +129,7 @@ def untrained(inputs: Inputs, embeddings: str, counts: Tensor, means: Tensor | N
         means: (vocab_size, d) the mean hidden states of the tokens; None: the teacher's token embeddings.
     """
     model = DistilRNN(inputs.student)
+    PROBLEMS[inputs.task.problem].start(model.classifier, inputs.task.train.labels)
     # The rows first: the teacher's embeddings are reduced to them.
     if inputs.student.vocabulary:
         model.embedding.rows.copy_(vocabulary_rows(counts, inputs.student, inputs.tokenizer))

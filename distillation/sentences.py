@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from data import edits
 from data.lines import read_sentences
+from data.segments import reads_pairs
+from data.splits import Label
 from data_utils import Task, encode
 from distillation import transfer_set as sources
 from distillation.cache import Base, Cache, digest
@@ -23,6 +25,7 @@ from distillation.teachers import HiddenStates, Teacher, as_labeller, mean_logit
 from distillation.transfer_set import New, letters_and_digits, longest_length, plain_sentences, transfer_set
 from distillation.writer import Writer
 from machine.errors import UserError
+from metrics.problems import PROBLEMS
 from options.schema import DistilOptions, RNNConfig, RunOptions
 from record import tensors
 from train_utils import Data
@@ -47,7 +50,7 @@ class Sentences:
     """The sentences of all stages before the last one; the transfer set comes first, then the training set, then text."""
 
     ids: list[list[int]]  # token ids
-    labels: list[int]  # the teacher's choice in the transfer set, gold ones in the training set; 0 for plain text
+    labels: list[Label]  # the teacher's choice in the transfer set, gold ones in the training set; 0 for plain text
     unlabelled: int  # rows of the transfer set
     train: int  # rows of the training set
     logits: Tensor  # (unlabelled + train, labels) of the teachers
@@ -101,7 +104,9 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
         hidden = hidden or states
     logits = with_labels(mean_logits(logits), len(logits), inputs.labels, targeted, options.labels_alone)
     # A class for every row: the scores of training need one, the losses of unlabelled rows do not read it.
-    labels = [*logits[:len(transfer)].argmax(-1).tolist(), *task.train.labels, *[0] * len(text)]
+    problem = PROBLEMS[task.problem]
+    labels = [*problem.choose(logits[:len(transfer)]).tolist(), *task.train.labels]
+    labels += [problem.nothing(task.num_labels)] * len(text)
     # A task that needs no teacher: were this token and its place in the sentence that was edited?
     marks = None
     if options.edit_weight:
@@ -121,7 +126,8 @@ def make_transfer_set(inputs: Inputs, cache: Cache, text: list[str], count: int)
     decoder = inputs.teachers[0].model.decoder
     # The folder of the cache stands for base and task; left-out development sentences are known, and not in its name.
     code = [Path(module.__file__).read_text(encoding="utf-8") for module in (edits, sources)]
-    key = digest(json.dumps([count, decoder, digest("\n".join(text)), inputs.task.left_out, code]))
+    pairs = ["pairs"] if reads_pairs(inputs.tokenizer) else []
+    key = digest(json.dumps([count, decoder, digest("\n".join(text)), inputs.task.left_out, code, *pairs]))
     found = cache.read_sentences(key)
     if found is None:
         found = new_sentences(inputs, cache, text, count)
@@ -140,7 +146,12 @@ def new_sentences(inputs: Inputs, cache: Cache, text: list[str], count: int) -> 
     if inputs.teachers[0].model.decoder:
         written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
     # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
-    sentences = itertools.islice(transfer_set(train, known, plain, written), count)
+    sentences = transfer_set(train, known, plain, written)
+    # A task of pairs has new pairs: plain sentences and edits without a separator are none.
+    if reads_pairs(inputs.tokenizer):
+        separator = inputs.tokenizer.pair_separator
+        sentences = (one for one in sentences if one.text.count(separator) == 1 and all(one.text.split(separator)))
+    sentences = itertools.islice(sentences, count)
     return list(tqdm(sentences, total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2))
 
 

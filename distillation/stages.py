@@ -129,7 +129,7 @@ def baseline_stages(plan: Plan, stages: list[Stage]) -> list[Stage]:
         # Edited tokens need no teacher: the baseline is asked about them too, in sentences that have nothing of a teacher's.
         elif sentences.edits is not None:
             batches = plan.batches(transfer_rows(plan, sentences.free))
-            objective = transfer_objective(None, train_utils.cross_entropy(plan.train.label_smoothing), sentences.unlabelled,
+            objective = transfer_objective(None, gold_loss(stage), sentences.unlabelled,
                                            edits=sentences.edits, edit_weight=plan.options.edit_weight)
             baseline = replace(stage, data=replace(stage.data, batches=batches), objective=objective,
                                heads=lambda student: Matched(student, edits=True))
@@ -144,7 +144,12 @@ def baseline_stages(plan: Plan, stages: list[Stage]) -> list[Stage]:
 def without_teacher(stage: Stage) -> Stage:
     """Returns the same stage on gold labels alone."""
     # The projection goes too: hidden states are a teacher's.
-    return replace(stage, objective=train_utils.cross_entropy(stage.options.label_smoothing), heads=bare)
+    return replace(stage, objective=gold_loss(stage), heads=bare)
+
+
+def gold_loss(stage: Stage) -> Objective:
+    """Returns the loss of a stage's gold labels alone."""
+    return train_utils.label_loss(stage.options.label_smoothing, stage.data.problem)
 
 
 def pretraining_stage(plan: Plan, rows: list[int], hidden: HiddenStates | None, language: bool) -> Stage:
@@ -178,8 +183,8 @@ def transfer_stage(plan: Plan) -> Stage:
     logits, temperature = sentences.logits.to(device()), Temperature(options.temperature, options.temperature_schedule)
     # Relations of states teach no class, and most rows have no other label.
     loss = "kl" if options.kd_loss in POOLED else options.kd_loss
-    soft, gold = (kd_objective(logits, temperature, alpha, plan.train.label_smoothing, loss, **weights_of(options))
-                  for alpha in (1.0, options.kd_alpha))
+    soft, gold = (kd_objective(logits, temperature, alpha, plan.train.label_smoothing, loss, plan.inputs.texts.problem,
+                               **weights_of(options)) for alpha in (1.0, options.kd_alpha))
     return Stage("transfer", replace(plan.inputs.texts, batches=plan.batches(rows)),
                  transfer_objective(soft, gold, sentences.unlabelled, sentences.hidden, edits, options.edit_weight),
                  plan.train_options(options.transfer), options.stage_dropout,
@@ -203,7 +208,7 @@ def gold_stage(inputs: Inputs, logits: Tensor, options: DistilOptions, train: Tr
         objective = relational_objective(logits, states, options.kd_alpha, train.label_smoothing)
         return Stage("gold", inputs.texts, objective, train, inputs.student.dropout, Pooled)
     objective = kd_objective(logits, temperature, options.kd_alpha, train.label_smoothing, options.kd_loss,
-                             **weights_of(options))
+                             inputs.texts.problem, **weights_of(options))
     return Stage("gold", inputs.texts, objective, train, inputs.student.dropout, before_step=temperature.begin_step)
 
 

@@ -18,6 +18,7 @@ from data_utils import Batch
 from machine import processes
 from machine.errors import UserError
 from machine.hardware import send
+from metrics.problems import problem_of_type
 from model import TextClassifier, lora_layers
 from record import tensors
 from train_utils import Data
@@ -120,15 +121,17 @@ def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:
 # ---------------------------------------------------------------- one batch
 
 def token_scores(teacher: TextClassifier, hidden: Tensor) -> Tensor:
-    """Returns a decoder's logits for each prefix of a sentence, around their mean: (tokens, C) -> (tokens, labels).
+    """Returns a decoder's logits for each prefix, those of classes around their mean: (tokens, C) -> (tokens, labels).
 
     An encoder has none: (tokens, 0).
     """
     if not teacher.decoder or teacher.by_length:
         return hidden.new_zeros(len(hidden), 0)
-    # The same constant in all logits changes no probability: only differences are a target.
     score = teacher.net.score
     logits = score(hidden.to(score.weight.dtype)).float()
+    if not problem_of_type(teacher.net.config.problem_type).shift_free:
+        return logits
+    # The same constant in all logits changes no probability: only differences are a target.
     return logits - logits.mean(-1, keepdim=True)
 
 

@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import fields
 from pathlib import Path
 
+from data_utils import with_columns
 from experiments import inputs
 from experiments.parser import closest, note
 from machine.errors import UserError
@@ -81,10 +82,10 @@ def run_options(args, values: dict, **more) -> RunOptions:
         values: option -> value, from preset, --config and flags.
 
     Raises:
-        UserError: --jobs without --seeds.
+        UserError: --jobs without --seeds or --folds.
     """
-    if args.jobs > 1 and not args.seeds:
-        raise UserError(f"--jobs {args.jobs}: only with --seeds, whose runs it counts")
+    if args.jobs > 1 and not args.seeds and not getattr(args, "folds", None):
+        raise UserError(f"--jobs {args.jobs}: only with --seeds or --folds, whose runs it counts")
     # One flag, --save-every, has two fields: minutes or steps between checkpoints.
     saves = {"save_every": TrainOptions.save_every, **saving(str(args.save_every))}
     train = fill(TrainOptions, values, seed=int(args.sr), **saves)
@@ -105,4 +106,5 @@ def finetune_options(args) -> RunOptions:
     name = args.preset or preset_name("LoRA", task)
     # Precedence: default, preset, --config, flag; `args` has the last two.
     values = {**preset(name, args.method), **given(args), "mode": "LoRA", "model": model, "task": task, "data": data}
-    return run_options(args, values, preset=name, lora=fill(LoRAOptions, values), table=fill(TableOptions, values))
+    return run_options(args, values, preset=name, lora=fill(LoRAOptions, values),
+                       table=with_columns(task, fill(TableOptions, values)))

@@ -17,7 +17,9 @@ from experiments.calibration import calibration_error, fit_temperature, nll, rel
 from experiments.evaluate import score_rows
 from machine.errors import UserError
 from metrics.classification import metrics
+from metrics.problems import problem_of
 from record.calibration import write_calibration
+from record.folder import read_run
 
 LEAST_ROWS = 20
 FOLDS = 5
@@ -39,6 +41,7 @@ def calibrate_run(folder: Path, data: Path | None = None, least_precision: float
     Raises:
         UserError: no such run, rows that were trained on, too few rows or classes, or a precision that is out of reach.
     """
+    problem_of(read_run(folder)[0]).check(f"calibrate {folder}", True)
     scored = score_rows(folder, data, allow_training_data, selection=True)
     logits, labels = scored.logits.double().numpy(), np.array(scored.split.labels)
     if len(labels) < LEAST_ROWS:

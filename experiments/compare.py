@@ -30,10 +30,11 @@ import train_utils
 from experiments import endings, finetune
 from experiments.arguments import choose, finetune_options
 from experiments.endings import DIVERGED
-from experiments.significance import over_seeds, paired_differences
+from experiments.significance import majority, over_seeds, paired_differences
 from experiments.variants import COMMON, Variant, seeds_of, settings
 from machine.errors import UserError
 from machine.hardware import device
+from metrics.problems import problem_of
 from options.schema import RunOptions
 from record.files import locked, make_folder, read_json, write_file, write_json
 from record.folder import provenance, read_run
@@ -339,9 +340,9 @@ def size_on_disk(folder: Path) -> int:
 # ---------------------------------------------------------------- many runs
 
 def score(summary: dict) -> tuple[float, float]:
-    """Returns (MCC, -loss) on the selection split: the order in which epochs and learning rates are chosen."""
+    """Returns (MCC or the problem's score, -loss) on the selection split: the order of epochs and learning rates."""
     values = summary["validation"][train_utils.selection_split(summary["validation"])]
-    return values["mcc"], -values["loss"]
+    return values[problem_of(summary).chosen], -values["loss"]
 
 
 def choose_learning_rate(tried: list[dict]) -> dict | None:
@@ -353,7 +354,7 @@ def selection(runs: list[dict]) -> dict | None:
     """Describes how learning rate and epoch were chosen."""
     done = next((run["summary"] for run in runs if run["summary"]), None)
     return done and {"split": train_utils.selection_split(done["validation"]), "splits": list(done["validation"]),
-                     "score": "mcc", "learning_rate": "first seed", "epoch": "every seed"}
+                     "score": problem_of(done).chosen, "learning_rate": "first seed", "epoch": "every seed"}
 
 
 def aggregate(entry: Entry, tried: list[dict], chosen: list[dict], folder: Path) -> dict:
@@ -363,9 +364,10 @@ def aggregate(entry: Entry, tried: list[dict], chosen: list[dict], folder: Path)
         tried: the first seed's run at every learning rate.
         chosen: the runs at the chosen rate that did not diverge; empty if every learning rate diverged.
     """
+    chosen_score = next((problem_of(run["summary"]).chosen for run in tried if run["summary"]), "mcc")
     row = {"entry": entry.name, "method": entry.options.method, "model": entry.options.model, "words": entry.words,
            "tried": [{"learning_rate": run["learning_rate"],
-                      "mcc": score(run["summary"])[0] if run["summary"] else None} for run in tried],
+                      chosen_score: score(run["summary"])[0] if run["summary"] else None} for run in tried],
            "learning_rate": chosen[0]["learning_rate"] if chosen else None, "seeds": [run["seed"] for run in chosen]}
     if not chosen:
         return row
@@ -373,7 +375,7 @@ def aggregate(entry: Entry, tried: list[dict], chosen: list[dict], folder: Path)
     counts = summaries[0]["parameters"]
     row["parameters"] = {**counts, "trainable_percent": 100 * counts["trainable"] / counts["total"]}
     row |= over_seeds(summaries)
-    row["majority_accuracy"] = {split: values["majority_accuracy"] for split, values in summaries[0]["validation"].items()}
+    row |= majority(summaries[0]["validation"])
     trains = [summary["train"] for summary in summaries]
     row["seconds_per_epoch"] = statistics.fmean(train["seconds"] / max(1, train["epochs"]) for train in trains)
     row["peak_memory_bytes"] = max(train["peak_memory_bytes"] for train in trains)

@@ -26,13 +26,16 @@ import train_utils
 from data import pairs as minimal_pairs
 from data.backbones import is_decoder, load_causal_lm, load_config, max_length_of
 from data.pairs import Pair
+from data.segments import separator_of
 from data_utils import Split
 from distillation.teachers import mean_logits
 from experiments import calibration
 from experiments.evaluate import HELD_OUT, load_finetuned, load_student, logits_of
-from experiments.inputs import load_task, separator_of
+from experiments.inputs import load_task
 from experiments.trained_on import check_not_trained_on, count_trained_on, find_source
 from machine.hardware import device
+from metrics.classification import scores
+from metrics.problems import problem_of
 from model import DistilRNN
 from options.schema import RunOptions, TableOptions
 from record.config_json import rebuild
@@ -99,7 +102,7 @@ class Answers:
         """Returns every model's scores on every split, as a run's summary has them."""
         found = {}
         for name, parts in self.by_split.items():
-            found[name] = {split: train_utils.scores(torch.from_numpy(values), torch.from_numpy(self.labels_of[split]))
+            found[name] = {split: scores(torch.from_numpy(values), torch.from_numpy(self.labels_of[split]))
                            for split, values in parts.items()}
         return found
 
@@ -176,6 +179,7 @@ def load_diagnosed(folder: Path, data: Path | None, allow_training_data: bool = 
         UserError: not a finished run, or damaged; another teacher than the run's; a file that was trained on.
     """
     config, summary = read_run(folder)
+    problem_of(config).check(f"diagnose {folder}", True)
     mode, models, runs, left_out = summary["mode"], {}, {}, []
     if mode == "LoRA":
         models["teacher"], runs["teacher"] = [load_finetuned(folder)], str(folder)

@@ -19,8 +19,10 @@ import speed
 import train_utils
 from data.backbones import max_length_of
 from data.digests import tokenizer_digest
+from data.segments import separator_of
 from data_utils import Batch, Task
 from distillation.cache import Base
+from distillation.losses import loss_of
 from distillation.recipe import STUDENT, Trained, distil
 from distillation.sentences import Inputs, read_text
 from distillation.soft_labels import read_labels
@@ -29,11 +31,12 @@ from distillation.teachers import Teacher, mean_logits
 from experiments import endings
 from experiments.arguments import fill, given, preset, preset_name, run_options
 from experiments.evaluate import load_finetuned
-from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything, separator_of
+from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.trained_on import rows_in_training
 from machine import processes, signals
 from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
+from metrics.problems import PROBLEMS, problem_of, recorded_problem
 from model import TextClassifier, count_parameters
 from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions, RunOptions, TableOptions
 from record import tensors
@@ -87,6 +90,7 @@ def run_distil(options: RunOptions, distil_options: DistilOptions, say: Callable
         students = {phase: result_of(one, inputs) for phase, one in trained.items()}
         # Keys of summary.json stay as they were at first: `scratch` is the baseline.
         summary = {"mode": "distil", "sr": options.sr, "model": options.model, "task": inputs.task.name,
+                   **recorded_problem(PROBLEMS[inputs.task.problem]),
                    "teacher": result_of_teachers(inputs, distil_options), **students,
                    "distillation": {"temperature": distil_options.temperature, "alpha": distil_options.kd_alpha,
                                     "loss": trained[STUDENT].stages[-1].best["train"]["loss"]},
@@ -116,7 +120,8 @@ def load_teachers(options: RunOptions, distil_options: DistilOptions
     _, _, recorded = loaded[0]
     # Bases and tokenizers may differ, for teachers meet in their logits; texts and classes must not.
     for folder, (_, _, other) in zip(folders, loaded, strict=True):
-        for name in ("task", "data", "limit", "text_column", "template", "label_column", "feature_columns"):
+        for name in ("task", "data", "limit", "text_column", "template", "label_column", "feature_columns", "problem",
+                     "join", "fold"):
             if other.get(name) != recorded.get(name):
                 raise UserError(f"--teacher {folder}: its {name} is {other.get(name)}, the first one's "
                                 f"{recorded.get(name)}; expected teachers of one task")
@@ -124,7 +129,7 @@ def load_teachers(options: RunOptions, distil_options: DistilOptions
     max_length = min(options.max_length or recorded["max_length"], *(max_length_of(teacher.net) for teacher, _, _ in loaded))
     options = replace(options, model=recorded["model"], task=options.task or recorded["task"],
                       data=options.data or recorded["data"], limit=options.limit or recorded["limit"],
-                      max_length=max_length, table=rebuild(TableOptions, recorded))
+                      max_length=max_length, table=rebuild(TableOptions, recorded), fold=recorded.get("fold"))
     return options, [(teacher, tokenizer) for teacher, tokenizer, _ in loaded], files
 
 
@@ -143,6 +148,11 @@ def prepare(options: RunOptions, distil_options: DistilOptions, loaded: list[tup
     """
     first, tokenizer = loaded[0]
     task = load_task(options, tokenizer)
+    problem = PROBLEMS[task.problem]
+    # For its errors, before the folder exists.
+    loss_of(distil_options.kd_loss, problem)
+    problem.check("--label-smoothing", options.train.label_smoothing > 0)
+    problem.check("--labels", bool(distil_options.labels))
     teachers = read_as_each(options, task, loaded)
     data = teachers[0].data
     texts = replace(data, batches=texts_only(data.batches),
@@ -202,7 +212,8 @@ def read_as_each(options: RunOptions, task: Task, loaded: list[tuple[TextClassif
             own = replace(task, train=replace(task.train, sentences=teacher.texts(task.train.sentences)), dev={
                 name: replace(split, sentences=teacher.texts(split.sentences)) for name, split in task.dev.items()})
             batches, dev = make_all_batches(own, tokenizer, options.max_length, options.train, options.table.truncate)
-            teachers[key] = replace(teacher, data=Data(batches, dev, selection_split(task.dev)))
+            teachers[key] = replace(teacher, data=Data(batches, dev, selection_split(task.dev),
+                                                       problem=PROBLEMS[task.problem]))
         found.append(replace(teachers[key], model=model))
     return found
 
@@ -216,8 +227,8 @@ def config_of(inputs: Inputs, options: RunOptions, distil_options: DistilOptions
     """Returns the config.json of a distillation."""
     settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **asdict(inputs.student)}
     return {**provenance(as_json(settings), inputs.task.files), **speed.in_use(), "architecture": inputs.student.recorded(),
-            "classes": list(inputs.task.classes), "rows_in_training": rows_in_training(inputs.task, say),
-            "tokenizer_sha256": inputs.base.tokenizer_sha256}
+            "classes": list(inputs.task.classes), **recorded_problem(PROBLEMS[inputs.task.problem]),
+            "rows_in_training": rows_in_training(inputs.task, say), "tokenizer_sha256": inputs.base.tokenizer_sha256}
 
 
 # ---------------------------------------------------------------- the folder out
@@ -241,20 +252,21 @@ def sentences_per_second(model, dev: dict[str, list[Batch]], passes: int = 3) ->
 def result_of_teachers(inputs: Inputs, options: DistilOptions) -> dict:
     """Returns the teachers' part of summary.json: their mean logits' scores, and those of each of several teachers."""
     members, logits = [], {split: [] for split in inputs.texts.dev}  # split -> each teacher's logits
+    problem = PROBLEMS[inputs.task.problem]
     for run, teacher in zip((options.teacher, *options.more_teachers), inputs.teachers, strict=True):
         dev = teacher.data.dev
         own = {split: train_utils.compute_logits(teacher.model, rows) for split, rows in dev.items()}
         for split, values in own.items():
             logits[split].append(values)
         members.append({"run": str(run), "parameters": count_parameters(teacher.model)["total"],
-                        "validation": train_utils.score_logits(own, dev)[0],
+                        "validation": train_utils.score_logits(own, dev, problem)[0],
                         "sentences_per_second": sentences_per_second(teacher.model, dev, passes=1)})
     if len(members) == 1:
         return members[0]
     # One after the other answers each sentence, so that their times add up.
     together = {split: mean_logits(parts) for split, parts in logits.items()}
     return {**members[0], "more_runs": list(options.more_teachers),
-            "validation": train_utils.score_logits(together, inputs.teachers[0].data.dev)[0],
+            "validation": train_utils.score_logits(together, inputs.teachers[0].data.dev, problem)[0],
             "sentences_per_second": 1 / sum(1 / one["sentences_per_second"] for one in members), "members": members}
 
 
@@ -262,7 +274,8 @@ def result_of(trained: Trained, inputs: Inputs) -> dict:
     """Returns a student's part of summary.json."""
     last = trained.stages[-1]
     result = {"parameters": student_parameters(inputs.student),
-              **best_and_last(last.progress.best_epoch, last.progress.history, inputs.task.classes),
+              **best_and_last(last.progress.best_epoch, last.progress.history, inputs.task.classes,
+                              PROBLEMS[inputs.task.problem]),
               "sentences_per_second": sentences_per_second(trained.model.eval(), last.stage.data.dev),
               "train": last.cost}
     if len(trained.stages) > 1:
@@ -279,7 +292,7 @@ def comparison_table(summary: dict) -> str:
     rows["mean of teachers" if rows else "teacher"] = summary["teacher"]
     rows |= {name: summary[key] for key, name in (("student", "student with KD"), ("scratch", "baseline")) if key in summary}
     return endings.score_table(
-        {name: row["validation"] for name, row in rows.items()},
+        {name: row["validation"] for name, row in rows.items()}, problem_of(summary),
         {"parameters": {name: f"{row['parameters']:,}" for name, row in rows.items()},
          "sentences/s": {name: f"{row['sentences_per_second']:,.0f}" for name, row in rows.items()}})
 

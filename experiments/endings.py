@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments.parser import complain
 from machine import processes, signals
+from metrics.problems import SINGLE_LABEL, Problem
 from options.schema import RunOptions
 from record.files import check_folder, make_folder
 from train_utils import Diverged
@@ -55,24 +56,30 @@ def train(args, options: RunOptions, start: Callable[[], None]) -> int:
     return 0
 
 
-def score_table(rows: dict[str, dict], more: dict[str, dict[str, str]] | None = None) -> str:
-    """Formats accuracy and MCC on each split for the terminal: a line for each row; 95 columns for three splits.
+def score_table(rows: dict[str, dict], problem: Problem = SINGLE_LABEL, more: dict[str, dict[str, str]] | None = None
+                ) -> str:
+    """Formats accuracy and MCC, or the problem's scores, on each split: a line for each row; 95 columns for three splits.
 
     Args:
         rows: name -> split -> scores.
         more: heading -> row's name -> cell, of the columns before the scores.
     """
     more = more or {}
-    # A development file's name may be wider than its two columns.
-    widths = {split: max(17, len(split) + 2) for split in next(iter(rows.values()))}
+    # A score is as wide as its heading; the first of a split has what is left. A file's name may be wider than all of them.
+    first, *others = problem.shown.items()
+    own = {key: max(7, len(heading) + 2) for key, heading in others}
+    rest = sum(own.values())
+    widths = {split: max(10 + rest, len(split) + 2) for split in next(iter(rows.values()))}
     before = "".join(f"{heading:>13}" for heading in more)
+    headings = "".join(f"{heading:>{own[key]}}" for key, heading in others)
     lines = [f"  {'':<16}{'':<{len(before)}}" + "".join(f"{split:>{width}}" for split, width in widths.items()),
-             f"  {'':<16}{before}" + "".join(f"{'accuracy':>{width - 7}}{'MCC':>7}" for width in widths.values())]
+             f"  {'':<16}{before}" + "".join(f"{first[1]:>{width - rest}}{headings}" for width in widths.values())]
     for name, row in rows.items():
         cells = "".join(f"{column[name]:>13}" for column in more.values())
-        scores = "".join(f"{row[split]['accuracy']:>{width - 7}.3f}{row[split]['mcc']:>7.3f}"
-                         for split, width in widths.items())
-        lines.append(f"  {name:<16}{cells}{scores}")
+        for split, width in widths.items():
+            cells += f"{row[split][first[0]]:>{width - rest}.3f}"
+            cells += "".join(f"{row[split][key]:>{own[key]}.3f}" for key, _ in others)
+        lines.append(f"  {name:<16}{cells}")
     return "\n".join(lines)
 
 

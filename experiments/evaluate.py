@@ -20,15 +20,17 @@ import train_utils
 from adapters import peft_layout
 from data.backbones import load_tokenizer
 from data.digests import tokenizer_digest
+from data.segments import separator_of
 from data_utils import Split, Task
-from experiments.inputs import check_base, columns_of, separator_of
+from experiments.inputs import check_base, columns_of, read_as
 from experiments.trained_on import check_not_trained_on, count_trained_on, recorded_task, training_files
 from machine.errors import UserError
 from machine.hardware import device
-from metrics.classification import confusion, per_class, scores
+from metrics.problems import PROBLEMS, Problem, problem_of
 from model import DistilRNN, TextClassifier, load_classifier
-from options.schema import RNNConfig
+from options.schema import RNNConfig, TableOptions
 from record import tensors
+from record.config_json import rebuild
 from record.files import read_json, sha256, write_file
 from record.folder import read_run, warn_of_changed_data
 from train_utils import selection_split
@@ -46,6 +48,7 @@ def load_finetuned(folder: Path) -> tuple[TextClassifier, object, dict]:
     options = config["options"]
     tokenizer = load_tokenizer(options["model"])
     classifier, _ = load_classifier(options["model"], len(config.get("classes", data_utils.COLA_CLASSES)))
+    read_as(rebuild(TableOptions, options), problem_of(config), tokenizer, classifier)
     check_base(folder, config, options["model"], classifier.net, tokenizer)
     columns = len(options.get("feature_columns") or ())
     # The saved statistics of the training rows replace this row of zeros.
@@ -95,6 +98,7 @@ def load_student(folder: Path, name: str = "student") -> tuple[DistilRNN, object
     name, tokenizer = config["options"]["model"], load_tokenizer(config["options"]["model"])
     if config.get("tokenizer_sha256") not in (None, tokenizer_digest(tokenizer)):
         raise UserError(f"{folder}: the tokenizer of {name} is not the one that the student was trained with")
+    read_as(rebuild(TableOptions, config["options"]), problem_of(config), tokenizer)
     speed.install(student)
     return student.to(device()).eval(), tokenizer, config["options"]
 
@@ -104,9 +108,10 @@ class ScoredRows:
     """Holds a saved run's answers to labelled rows."""
 
     name: str  # of the file or split
-    logits: Tensor  # (N, labels)
+    logits: Tensor  # (N, outputs)
     split: Split  # the rows
     classes: list[str]  # names of the classes
+    problem: Problem
     trained_on: int | None  # rows that stand in the training data too; None where these cannot be read
     notes: list[str]  # the same in words, as warnings; empty without such rows
 
@@ -148,7 +153,8 @@ def score_rows(folder: Path, data: Path | None, allow_training_data: bool = Fals
         if split.sha256 not in ("", *files.values()):
             raise UserError(f"{data}: changed while it was read; score it again")
     counts, notes = count_trained_on(folder, config, tokenizer, {name: split})
-    return ScoredRows(name, logits_of(model, split, tokenizer, options), split, classes, counts[name], notes)
+    return ScoredRows(name, logits_of(model, split, tokenizer, options), split, classes, problem_of(config), counts[name],
+                      notes)
 
 
 def own_split(folder: Path, config: dict, tokenizer, allow_training_data: bool, selection: bool) -> tuple[str, Split]:
@@ -199,8 +205,8 @@ def evaluate_run(folder: Path, data: Path | None = None, predictions: Path | Non
         predictions: if given, a TSV of sentence, label, prediction and probability (of the prediction).
 
     Returns:
-        n, loss, accuracy, mcc, macro_f1, majority_accuracy, data (file or split), trained_on (rows that stand in the
-        training data too), by_class {confusion, per_class}.
+        n, loss, accuracy, mcc, macro_f1, majority_accuracy (or the problem's scores), data (file or split), trained_on
+        (rows that stand in the training data too), by_class {confusion, per_class}.
     """
     scored = score_rows(folder, data, allow_training_data, delimiter, encoding)
     if predictions is not None:
@@ -209,19 +215,25 @@ def evaluate_run(folder: Path, data: Path | None = None, predictions: Path | Non
     for note in scored.notes:
         warnings.warn(note, stacklevel=2)
     # The same functions as during training, so that the scores equal the summary's.
-    answer = scored.logits, torch.tensor(scored.split.labels)
-    matrix = confusion(*answer)
-    return {**scores(*answer), "data": scored.name, "trained_on": scored.trained_on,
-            "by_class": {"confusion": matrix, "per_class": per_class(matrix, scored.classes)}}
+    answer, problem = (scored.logits, torch.tensor(scored.split.labels)), scored.problem
+    matrix = problem.matrix(*answer)
+    by_class = {problem.counts: matrix, "per_class": problem.per_class(matrix, scored.classes)} if matrix else {}
+    return {**problem.scores(*answer), "data": scored.name, "trained_on": scored.trained_on, "by_class": by_class}
 
 
 def write_predictions(scored: ScoredRows, path: Path) -> None:
-    """Writes a TSV of sentence, label, prediction and the prediction's probability; spaces in a sentence become one."""
-    probability, chosen = scored.logits.softmax(-1).max(-1)
-    lines = ["sentence\tlabel\tprediction\tprobability\n"]
-    for sentence, label, prediction, p in zip(scored.split.sentences, scored.split.labels, chosen.tolist(),
-                                              probability.tolist(), strict=True):
-        lines.append(f"{' '.join(sentence.split())}\t{scored.classes[label]}\t{scored.classes[prediction]}\t{p:.6f}\n")
+    """Writes a TSV of sentence, label, prediction and the prediction's probability; spaces in a sentence become one.
+
+    A number has no probability.
+    """
+    problem, answers = scored.problem, [scored.problem.answer(row, scored.classes) for row in scored.logits]
+    # The columns of the problem: with a probability where its answers have one.
+    names = ("sentence", "label", "prediction", *(["probability"] if "probability" in answers[0] else []))
+    lines = ["\t".join(names) + "\n"]
+    for sentence, label, answer in zip(scored.split.sentences, scored.split.labels, answers, strict=True):
+        cells = [" ".join(sentence.split()), problem.in_words(label, scored.classes), answer["label"]]
+        cells += [f"{answer['probability']:.6f}"] if "probability" in answer else []
+        lines.append("\t".join(cells) + "\n")
     write_file(path, "".join(lines))
 
 
@@ -232,5 +244,15 @@ def main(args) -> None:
     """Prints the scores of a saved run on a file, or on the rows that it held out."""
     result = evaluate_run(args.run, args.data, args.predictions, args.allow_training_data, args.delimiter, args.encoding)
     print(json.dumps(result) if args.json else
-          f"{result['data']}: n {result['n']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f} "
-          f"(majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, macro-F1 {result['macro_f1']:.4f}")
+          f"{result['data']}: n {result['n']}, loss {result['loss']:.4f}, {scores_text(result)}")
+
+
+def scores_text(result: dict) -> str:
+    """Formats the scores of `evaluate_run`."""
+    if "accuracy" in result:
+        return (f"accuracy {result['accuracy']:.4f} (majority {result['majority_accuracy']:.4f}), MCC {result['mcc']:.4f}, "
+                f"macro-F1 {result['macro_f1']:.4f}")
+    problem = next(one for one in PROBLEMS.values() if one.chosen in result)
+    same = problem.baseline({"": result})[""]
+    return ", ".join(f"{heading} {result[key]:.4f} ({problem.baseline_name} {same[key]:.4f})"
+                     for key, heading in problem.shown.items())

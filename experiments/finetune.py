@@ -20,22 +20,33 @@ import train_utils
 from adapters import peft_layout
 from data.backbones import is_decoder, load_config, load_tokenizer, max_length_of, public_name
 from data.digests import config_digest, tokenizer_digest
+from data.glue import glue_scores
 from data_utils import Batch, Task
 from experiments import endings
 from experiments.arguments import finetune_options
-from experiments.inputs import BASE, load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.inputs import (
+    BASE,
+    load_task,
+    make_all_batches,
+    read_as,
+    resolve_precision,
+    seed_everything,
+    with_problem,
+    with_recorded_join,
+)
 from experiments.model_card import write_repository
 from experiments.trained_on import rows_in_training
 from machine import processes, signals
 from machine.errors import UserError
 from machine.hardware import device
+from metrics.problems import PROBLEMS, problem_of, recorded_problem
 from model import TextClassifier, count_parameters, load_classifier
 from options.schema import RunOptions
 from record import tensors
 from record.config_json import as_json, settings_of
 from record.files import unchanged, write_file
 from record.folder import Recorder, check_run_folder, finish, provenance, read_run, run_folder
-from serving.merge import label_maps
+from serving.merge import label_maps, logits_layer
 from train_utils import Checkpointing, Data, Hooks, selection_split
 from training import trackers
 from training.losses import classification_loss
@@ -126,8 +137,10 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     seed_everything(int(options.sr), options.deterministic)
     tokenizer = load_tokenizer(options.model)
     task = load_task(options, tokenizer)
+    problem = PROBLEMS[task.problem]
     tokenizer_sha256 = tokenizer_digest(tokenizer)
     classifier, lm = load_classifier(options.model, task.num_labels)
+    read_as(options.table, problem, tokenizer, classifier)
     max_length = min(options.max_length or 10 ** 9, max_length_of(classifier.net))
     # Generated before injection, and compared with the text after it.
     sane = lm is not None and options.method == "lora"
@@ -137,15 +150,16 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     # Seeded again, so that A does not depend on the random numbers used in loading.
     torch.manual_seed(int(options.sr))
     features = torch.tensor(task.train.features, dtype=torch.float64) if task.train.features else None
+    problem.start(logits_layer(classifier), task.train.labels)
     injection.configure(classifier, options.method, options.lora, features)
     counts = count_parameters(classifier)
-    say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, classes "
-        f"{', '.join(task.classes[:10])}{', ...' if task.num_labels > 10 else ''}\n{parameter_table(counts)}")
+    say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, "
+        f"{problem.line(task.classes)}\n{parameter_table(counts)}")
     for name, rows in task.missing.items():
         if rows:
             say(f"  feature {name}: no value in {rows:,} of {len(task.train):,} training rows; the mean stands in, marked")
     # For its errors, before the folder exists.
-    classification_loss(options.train, task.train.labels, task.num_labels)
+    classification_loss(options.train, task.train.labels, task.num_labels, problem)
     batches, dev = make_all_batches(task, tokenizer, max_length, options.train, options.table.truncate, classifier.decoder)
     sanity = check_fresh_adapter(lm, tokenizer, ids) if sane else None
     if sanity:
@@ -183,7 +197,7 @@ def start_from(init: Path, classifier: TextClassifier, task: Task, base: dict, s
         if config.get(key) not in (None, base[key]):
             raise UserError(f"--init {init}: adapter for another base: it was made for {config['options']['model']}, with "
                             f"{part} than the model here")
-    head = config.get("classes") == list(task.classes)
+    head = config.get("classes") == list(task.classes) and problem_of(config).name == task.problem
     # The digests must be those of the files that were loaded.
     with unchanged([init / name for name in (peft_layout.CONFIG_FILE, peft_layout.WEIGHTS_FILE)]) as digests:
         peft_layout.start_from(classifier, init, head)
@@ -212,12 +226,13 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     check_run_folder(options, *([options.init] if options.init else []))
     trackers.check(options.track)
     speed.use_recorded_machine(options)
-    options = resolve_precision(options)
+    options = with_recorded_join(resolve_precision(options))
     run = prepare(options, say)
+    options, problem = with_problem(options, run.task, say), PROBLEMS[run.task.problem]
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
     config = {**provenance(as_json(settings), run.task.files), **speed.in_use(), **run.base, "init_files": run.init_files,
               "classes": list(run.task.classes), "rows_in_training": rows_in_training(run.task, say),
-              **label_maps(run.task.classes)}
+              **label_maps(run.task.classes), **recorded_problem(problem)}
     with trackers.tracker(options, config["options"]) as follow, run_folder(options, config) as folder:
         follow.begin(folder)
         recorder = Recorder(folder, say, follow.log)
@@ -236,7 +251,7 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
                 if said := speed.cache_frozen(run.classifier, splits, folder, options.keep_memory):
                     say(said)
             progress = train_utils.fit(
-                run.classifier, Data(run.batches, run.dev, selection_split(run.task.dev)),
+                run.classifier, Data(run.batches, run.dev, selection_split(run.task.dev), problem=problem),
                 objective_of(run, options), options.train, Checkpointing(folder, resume=options.resume),
                 Hooks(record, stop, after_update=injection.after_update(run.classifier, options.method, options.lora)))
             history = progress.history
@@ -246,8 +261,11 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
         variant = {} if options.lora.variant in ("lora", "rslora") else {"variant": options.lora.variant}
         summary = {"mode": options.mode, "sr": options.sr, "model": options.model, "task": run.task.name,
                    "method": options.method, **variant, "classes": list(run.task.classes), "parameters": run.counts,
-                   **best_and_last(progress.best_epoch, history, run.task.classes),
+                   **recorded_problem(problem),
+                   **best_and_last(progress.best_epoch, history, run.task.classes, problem),
                    "train": training_summary(progress, run.batches), "sanity": run.sanity}
+        if glue := glue_scores(run.task.name, summary["validation"], summary["by_class"]):
+            summary["glue"] = glue
         shared = options.method in peft_layout.METHODS
         finish(folder, summary, *(write_repository(folder, options, run.task, run.tokenizer, run.max_length, summary)
                                   if shared else ()))
@@ -256,17 +274,18 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
 
 def objective_of(run: FineTuning, options: RunOptions) -> train_utils.Objective:
     """Returns the loss of a fine-tuning: the loss of the labels plus the variant's penalty."""
-    labels = run.task.train.labels
-    objective = (classification_loss(options.train, labels, run.task.num_labels)
-                 or train_utils.cross_entropy(options.train.label_smoothing))
+    labels, problem = run.task.train.labels, PROBLEMS[run.task.problem]
+    objective = (classification_loss(options.train, labels, run.task.num_labels, problem)
+                 or train_utils.label_loss(options.train.label_smoothing, problem))
     penalty = injection.penalty(run.classifier, options.method, options.lora)
     return objective if penalty is None else lambda logits, batch: objective(logits, batch) + penalty()
 
 
 def untrained(run: FineTuning) -> dict:
     """Scores a classifier as it is: the line of epoch 0."""
-    validation, matrices = train_utils.validate(run.classifier, run.dev)
-    return {"epoch": 0, "validation": validation, "confusion": matrices}
+    problem = PROBLEMS[run.task.problem]
+    validation, matrices = train_utils.validate(run.classifier, run.dev, problem)
+    return {"epoch": 0, "validation": validation, problem.counts: matrices}
 
 
 def check(options: RunOptions) -> Task:
@@ -324,11 +343,12 @@ def main(args) -> int:
 
     def start() -> None:
         summary = run_finetune(options, stop=signals.received)
-        best = summary["validation"]
+        best, problem = summary["validation"], problem_of(summary)
         # A classifier that always says the commonest class has an MCC of 0.
-        majority = {split: {"accuracy": scores["majority_accuracy"], "mcc": 0.0} for split, scores in best.items()}
-        print(endings.score_table({"majority class": majority, f"best epoch ({summary['best_epoch']})": best,
-                                   f"last epoch ({summary['last_epoch']})": summary["last_validation"]}))
+        print(endings.score_table({problem.baseline_name: problem.baseline(best), f"best epoch ({summary['best_epoch']})":
+                                   best, f"last epoch ({summary['last_epoch']})": summary["last_validation"]}, problem))
+        for split, scores in summary.get("glue", {}).items():
+            print(f"  GLUE's scores, {split}: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         train = summary["train"]
         print(f"{train['tokens_per_second']:.0f} tokens/s, {train['padding_percent']:.1f} % padding, "
               f"{train['peak_memory_bytes'] / 2 ** 20:.0f} MiB peak memory")

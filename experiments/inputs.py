@@ -15,9 +15,12 @@ import speed
 from data.backbones import load_config
 from data.digests import config_digest, tokenizer_digest
 from data.hub import is_dataset_name, load_dataset
+from data.segments import add_token_types, read_pairs, separator_of
 from data_utils import Batch, Task
 from machine import hardware, processes
 from machine.errors import UserError
+from metrics.problems import SINGLE_LABEL, Problem
+from model import TextClassifier
 from options.schema import RunOptions, TableOptions, TrainOptions
 from record import tensors
 from record.config_json import rebuild
@@ -109,10 +112,20 @@ def check_base(folder: Path, config: dict, model: str, net, tokenizer) -> None:
                             "here")
 
 
-def separator_of(tokenizer) -> str:
-    """Returns the text between several text columns: the tokenizer's separator, or else its end-of-text mark."""
-    mark = tokenizer.sep_token or tokenizer.eos_token
-    return f" {mark} " if mark else " "
+def read_as(options: TableOptions, problem: Problem, tokenizer, classifier: TextClassifier | None = None) -> None:
+    """Makes tokenizer and classifier read what a run reads: pairs of texts, or one text; and the problem's labels.
+
+    Args:
+        classifier: None of a student, which reads token ids alone.
+    """
+    if options.pairs:
+        read_pairs(tokenizer)
+    if classifier is not None:
+        if options.pairs:
+            add_token_types(classifier.net, tokenizer)
+        # The library's own loss is then the problem's; without it the library guesses.
+        if problem is not SINGLE_LABEL:
+            classifier.net.config.problem_type = problem.problem_type
 
 
 def columns_of(options: dict, delimiter: str | None, encoding: str | None) -> TableOptions:
@@ -135,7 +148,23 @@ def load_task(options: RunOptions, tokenizer) -> Task:
     task = data_utils.load_task(options.task, options.data, options.table, separator_of(tokenizer))
     if options.method == "features" and not task.train.features:
         raise UserError("--method features: needs --feature-columns")
-    return task.limit(options.limit) if options.limit else task
+    task = task.limit(options.limit) if options.limit else task
+    return task.fold(options.fold) if options.fold else task
+
+
+def with_problem(options: RunOptions, task: Task, say: Callable[[str], None]) -> RunOptions:
+    """Records the problem of a task's labels in the options, and says it if it was guessed and is not the usual one."""
+    if options.table.problem is None and task.problem != SINGLE_LABEL.name:
+        say(f"--problem {task.problem}: guessed from the labels of column {options.table.label_column}; --problem says "
+            "otherwise")
+    return replace(options, table=replace(options.table, problem=task.problem))
+
+
+def with_recorded_join(options: RunOptions) -> RunOptions:
+    """Returns the options with the way of joining two text columns of an unfinished run from before there were two ways."""
+    recorded = (recorded_config(options) or {}).get("options") or {}
+    old = options.resume and recorded.get("text_column") and "join" not in recorded
+    return replace(options, table=replace(options.table, join="text")) if old else options
 
 
 def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str,

@@ -11,21 +11,34 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from data.backbones import hub_name
 from data.hub import is_dataset_name
+from data.segments import joins_pairs, separator_of
 from data_utils import GLUE_REPOSITORY, HUB_TABLES, Task
-from options.schema import RunOptions
+from options.schema import RunOptions, TableOptions
 from record.files import write_file
 from record.ownership import CARD, CARD_TAG, TOKENIZER_FILES, is_card
 from serving.merge import for_others, kept_ends, tokenizer_files
 from train_utils import selection_split
 
-METRICS = {"accuracy": ("accuracy", "accuracy"), "mcc": ("matthews_correlation", "MCC"), "macro_f1": ("f1", "macro F1")}
+# Score -> its name among the Hub's metrics, and its heading.
+METRICS = {"accuracy": ("accuracy", "accuracy"), "mcc": ("matthews_correlation", "MCC"), "macro_f1": ("f1", "macro F1"),
+           "f1_micro": ("f1", "micro F1"), "f1_macro": ("f1", "macro F1"), "pearson": ("pearsonr", "Pearson"),
+           "spearman": ("spearmanr", "Spearman"), "mse": ("mse", "MSE")}
+ANSWERS = {"single-label": "one of {count} classes out ({classes})", "regression": "a number out ({classes})",
+           "multi-label": "any of {count} labels out ({classes})"}
+BASELINES = {
+    "single-label": "A classifier that always\nsays the commonest class has the accuracy in the last column and an MCC of "
+                    "0.",
+    "multi-label": "A classifier that always\nsays the commonest label alone has the micro F1 in the last column.",
+    "regression": "A model that always says the\nmean has the MSE in the last column and correlations of 0."}
+SAME = {"single-label": ("majority_accuracy", "majority accuracy"), "regression": ("mean_mse", "MSE of the mean"),
+        "multi-label": ("majority_f1_micro", "micro F1 of the commonest label")}
 TEXT = """---
 {metadata}
 ---
 
 # {name}
 
-{kind} adapter and its classification head for `{model}`: one text in, one of {count} classes out ({classes}).
+{kind} adapter and its classification head for `{model}`: {texts} in, {answer}.
 
 ## Base
 
@@ -42,11 +55,8 @@ Task `{task}`: {rows:,} training sentences{limit}. Files, with the first digits 
 {init}
 ## Results
 
-Of the saved weights (epoch {epoch} of {epochs}, chosen on the split `{selection}`), seed {seed}. A classifier that always
-says the commonest class has the accuracy in the last column and an MCC of 0.
+Of the saved weights (epoch {epoch} of {epochs}, chosen on the split `{selection}`), seed {seed}. {baseline}
 
-| split | sentences | accuracy | MCC | macro F1 | majority accuracy |
-| --- | --- | --- | --- | --- | --- |
 {results}
 
 ## Limits
@@ -70,7 +80,11 @@ labels = {labels}
 
 `config.json` records every option, version and file of the training, and the class names as `id2label`.
 """
-INPUTS = """inputs = tokenizer(["A sentence."], padding=True, truncation=True, max_length={max_length},
+LIMITS = {
+    "single-label": "Probabilities are not calibrated, and every text gets one of the classes, in whatever language it is.",
+    "multi-label": "Probabilities are not calibrated; a label is chosen where its probability is above 0.5.",
+    "regression": "Every text gets a number, in whatever language it is; it may lie beyond those of the training data."}
+INPUTS = """inputs = tokenizer({texts}, padding=True, truncation=True, max_length={max_length},
                    return_tensors="pt")"""
 INPUTS_WITHOUT_MIDDLE = """texts = tokenizer(["A sentence."])["input_ids"]
 texts = [ids if len(ids) <= {max_length} else ids[:{front}] + ids[-{back}:] for ids in texts]  # the middle is cut
@@ -102,21 +116,21 @@ def model_card(options: RunOptions, task: Task, tokenizer, max_length: int, summ
     """Returns the text of README.md. The same run gives the same text: no date, no duration, no path of the machine."""
     best, parameters, lora, classes = summary["validation"], summary["parameters"], options.lora, list(task.classes)
     name, repository = f"{options.mode}-{options.sr}", dataset_of(options)
-    hub = hub_name(options.model)
+    hub, shown = hub_name(options.model), [key for key in METRICS if key in next(iter(best.values()))]
     # The metadata are for the Hub's tables, the rows for readers. Both hold the scores of the best epoch.
     results = [EvalResult(task_type="text-classification", task_name="Text Classification", dataset_name=task.name,
                           dataset_type=repository or task.name, dataset_split=split, metric_type=kind, metric_name=shown,
                           metric_value=values[key])
-               for split, values in best.items() for key, (kind, shown) in METRICS.items()]
+               for split, values in best.items() for key, (kind, shown) in METRICS.items() if key in values]
     metadata = ModelCardData(base_model=hub, library_name="peft", pipeline_tag="text-classification", model_name=name,
-                             tags=["lora", CARD_TAG], datasets=repository and [repository], metrics=[
-                                 kind for kind, _ in METRICS.values()], eval_results=results)
-    side, inputs = _tokenisation(options.table.truncate, tokenizer, max_length)
-    rows = [f"| {split} | {v['n']:,} | {v['accuracy']:.4f} | {v['mcc']:.4f} | {v['macro_f1']:.4f} | "
-            f"{v['majority_accuracy']:.4f} |" for split, v in best.items()]
+                             tags=["lora", CARD_TAG], datasets=repository and [repository],
+                             metrics=list(dict.fromkeys(METRICS[key][0] for key in shown)), eval_results=results)
+    side, inputs = _tokenisation(options.table, tokenizer, max_length)
     return TEXT.format(
-        metadata=metadata.to_yaml(), name=name, model=hub or Path(options.model).name, count=len(classes),
-        classes=", ".join(classes[:20]) + (", ..." if len(classes) > 20 else ""), base=_base(options.model, hub),
+        metadata=metadata.to_yaml(), name=name, model=hub or Path(options.model).name, base=_base(options.model, hub),
+        texts="a pair of texts" if options.table.pairs else "one text", baseline=BASELINES[task.problem],
+        answer=ANSWERS[task.problem].format(count=len(classes), classes=", ".join(classes[:20]) + (
+            ", ..." if len(classes) > 20 else "")),
         kind="An IA3" if options.method == "ia3" else "A LoRA", size=_size(options), trainable=parameters["trainable"],
         targets=", ".join(lora.targets), layers=f"blocks {lora.layers}" if lora.layers else "all blocks",
         total=parameters["total"], share=100 * parameters["trainable"] / parameters["total"], task=task.name,
@@ -125,10 +139,21 @@ def model_card(options: RunOptions, task: Task, tokenizer, max_length: int, summ
                         for file, digest in task.files.items()),
         init=f"\nTraining began with the adapter of another run, `{options.init.name}`.\n" if options.init else "",
         epoch=summary["best_epoch"], epochs=summary["last_epoch"], selection=selection_split(task.dev),
-        seed=options.train.seed, results="\n".join(rows),
+        seed=options.train.seed, results=_table(best, shown, task.problem),
         limits="\n".join(f"- {line}" for line in _limits(options, task, tokenizer, max_length)),
         side=side, inputs=inputs,
         num_labels="" if len(classes) == 2 else f", num_labels={len(classes)}", labels=classes)
+
+
+def _table(best: dict[str, dict], shown: list[str], problem: str) -> str:
+    """Returns the scores of each split as a table in Markdown."""
+    same, heading = SAME[problem]
+    headings = ["split", "sentences", *(METRICS[key][1] for key in shown), heading]
+    lines = [f"| {' | '.join(headings)} |", "|" + " --- |" * len(headings)]
+    for split, values in best.items():
+        lines.append(f"| {split} | {values['n']:,} | "
+                     + " | ".join(f"{values[key]:.4f}" for key in (*shown, same)) + " |")
+    return "\n".join(lines)
 
 
 def _size(options: RunOptions) -> str:
@@ -140,16 +165,22 @@ def _size(options: RunOptions) -> str:
     return f", rank {lora.rank}, alpha {lora.alpha:g}{variant}"
 
 
-def _tokenisation(truncate: str, tokenizer, max_length: int) -> tuple[str, str]:
+def _tokenisation(table: TableOptions, tokenizer, max_length: int) -> tuple[str, str]:
     """Returns the arguments that load the tokenizer, and the lines that tokenise: a long text is cut as the run cut it.
 
     An uncut text of more tokens than the model has positions would end in an error.
     """
+    truncate = table.truncate
     if truncate == "middle":
         front, back = kept_ends(tokenizer, max_length)
         return "", INPUTS_WITHOUT_MIDDLE.format(max_length=max_length, front=front, back=back)
     # The saved files do not say the side that is cut: transformers keeps it only after a call that cuts.
-    return ', truncation_side="left"' if truncate == "head" else "", INPUTS.format(max_length=max_length)
+    texts = '["A sentence."]'
+    if table.pairs:
+        texts = '["The first text."], ["The second."]'
+        if not joins_pairs(tokenizer):
+            texts = f'["The first text.{separator_of(tokenizer)}The second."]'
+    return ', truncation_side="left"' if truncate == "head" else "", INPUTS.format(max_length=max_length, texts=texts)
 
 
 def dataset_of(options: RunOptions) -> str | None:
@@ -173,7 +204,7 @@ def _base(model: str, hub: str | None) -> str:
 def _limits(options: RunOptions, task: Task, tokenizer, max_length: int) -> list[str]:
     """Returns the reasons to mistrust the model's answers."""
     limits = ["Scores are those of one seed; another seed moves them, by several points of MCC on small splits.",
-              "Probabilities are not calibrated, and every text gets one of the classes, in whatever language it is.",
+              LIMITS[task.problem],
               f"Texts longer than {max_length} tokens were cut ({options.table.truncate} cut)."]
     if options.table.truncate == "middle":
         limits.append("The lines below do so too; the tokenizer's own `truncation=True` cuts the tail.")

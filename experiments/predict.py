@@ -20,11 +20,12 @@ from tqdm import tqdm
 import data_utils
 from data import columns as cells
 from data import stream, tables
+from data.segments import separator_of
 from data.tables import Table
 from data_utils import Batch
 from experiments.arguments import named
 from experiments.evaluate import load_finetuned, load_student
-from experiments.inputs import columns_of, separator_of
+from experiments.inputs import columns_of
 from machine.errors import UserError
 from machine.hardware import device
 from options.schema import TableOptions
@@ -70,6 +71,11 @@ class RunPredictor:
         if self.task == "buzzer" and self.columns.template is None and not self.columns.text_column:
             self.columns = replace(self.columns, template=data_utils.BUZZER_TEMPLATE)
         self.separator = separator_of(self.tokenizer)
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Returns the way that the run reads texts."""
+        return [self.reading]
 
     def check(self, rows: stream.Rows) -> None:
         """Checks the file's header, once.
@@ -132,6 +138,11 @@ class BankPredictor:
                  calibrated: bool = False):
         self.bank, self.names, self.base = AdapterBank.of(adapters, calibrated), list(adapters), base
         self.columns = columns
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Returns the way that each adapter reads texts."""
+        return [entry.reading for entry in self.bank.entries.values()]
 
     def check(self, rows: stream.Rows) -> None:
         """Checks the file's header, once.
@@ -226,13 +237,14 @@ def decided(result: dict, at_least: float | None) -> dict:
 
 
 def line_of(result: dict, as_json: bool) -> str:
-    """Formats a result as a line: JSON, or label, probability and text between tabs."""
+    """Formats a result as a line: JSON, or label, probability (a number has none) and text between tabs."""
     if as_json:
         return json.dumps(result, ensure_ascii=False)
     if "error" in result:
         return f"error\tline {result['line']}\t{result['error']}"
     label = "undecided" if result["label"] is None else result["label"]
-    return f"{label}\t{result['probability']:.4f}\t{' '.join(result['text'].split())}"
+    probability = [f"{result['probability']:.4f}"] if "probability" in result else []
+    return "\t".join([label, *probability, " ".join(result["text"].split())])
 
 
 # ---------------------------------------------------------------- the command line
@@ -255,6 +267,9 @@ def main(args) -> None:
         predictor = BankPredictor(named(args.adapter, "--adapter"), args.base, columns, args.calibrated)
     else:
         predictor = RunPredictor(args.run, args.control, args.delimiter, args.encoding, args.calibrated)
+    # Only one of several classes has a probability of being right.
+    for reading in predictor.readings:
+        reading.problem.check("--at-least", args.at_least is not None)
 
     def line(result: dict) -> str:
         return line_of(decided(result, args.at_least), args.json)

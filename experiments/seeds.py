@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from experiments import compare, distil, endings, finetune
 from experiments.arguments import choose, finetune_options
-from experiments.significance import over_seeds, paired_differences, spread
+from experiments.significance import majority, over_seeds, paired_differences, spread
 from experiments.variants import Variant, seeds_of, settings
 from machine.errors import UserError
 from options.schema import FREE, RunOptions, TableOptions
@@ -160,13 +160,35 @@ def results(mode: str, done: dict[str, dict]) -> dict:
         "teachers": list(dict.fromkeys(summary["teacher"]["run"] for summary in done.values()))}
     return {"model": first["model"], "task": first["task"], **own,
             "selection": {"split": selection_split(validation), "splits": list(validation)},
-            "majority_accuracy": {split: values["majority_accuracy"] for split, values in validation.items()},
+            **majority(validation),
             "entries": list(rows.values()),
             "differences": [{"entry": one, "minus": other, **paired_differences(rows[one], rows[other])}
                             for one, other in DIFFERENCES[mode] if {one, other} <= rows.keys()]}
 
 
 # ---------------------------------------------------------------- the command line
+
+def lora_run(args, parser: Variant, seed: str, folder: Path) -> SeedRun:
+    """Returns a run of `LoRA` with the options of a command line, its seed and its folder."""
+    one = argparse.Namespace(**{**vars(args), "sr": seed, "out": folder})
+    options = finetune_options(one)
+    return seed_run(one, parser, options, asdict(options.lora), ["max_length", "precision", "problem", "text_column"])
+
+
+def seed_run(one, parser: Variant, options: RunOptions, recorded: dict, resolved: list[str]) -> SeedRun:
+    """Returns a run with the words of its command line, and its options as far as they are known before it begins.
+
+    Args:
+        one: the parsed command line of the run.
+        recorded: the mode's own options.
+        resolved: options that the run may fill in.
+    """
+    recorded = as_json({**recorded, **asdict(options.train), **settings_of(options)})
+    words = [one.mode, one.sr, *parser.words(one, {}), *([] if one.lr is None else [f"--lr={one.lr!r}"])]
+    unknown = [name for name in resolved if recorded.get(name) in (None, [], "auto", getattr(TableOptions, name, None))]
+    known = {name: value for name, value in recorded.items() if name not in (*FREE, *unknown)}
+    return SeedRun(one.sr, one.out, words, known, options)
+
 
 def seed_runs(args) -> list[SeedRun]:
     """Returns the runs that `LoRA` or `distil` with --seeds stands for: LoRA-12345, LoRA-12346, ... in runs/ or --out.
@@ -181,22 +203,18 @@ def seed_runs(args) -> list[SeedRun]:
     folder, found = args.out or Path("runs"), []
     parser = Variant(args.mode, args.mode)
     for seed in seeds_of(args.sr, args.seeds):
-        one = argparse.Namespace(**{**vars(args), "sr": seed, "out": folder / f"{args.mode}-{seed}"})
+        place = folder / f"{args.mode}-{seed}"
         if args.mode == "LoRA":
-            options = finetune_options(one)
-            recorded, resolved = asdict(options.lora), ["max_length", "precision"]
-        else:
-            if args.teacher and not (args.teacher[0] / "config.json").exists():
-                one.teacher = [folder / f"LoRA-{seed}" for folder in args.teacher]
-            options, student = distil.options_from(one)
-            one.teacher, recorded = [student.teacher, *student.more_teachers], asdict(student)
-            resolved = ["model", "data", "limit", "max_length", "precision", "embedding_size", "hidden_size",
-                        "directions", "augment", "label_precision", *(field.name for field in fields(TableOptions))]
-        recorded = as_json({**recorded, **asdict(options.train), **settings_of(options)})
-        words = [args.mode, seed, *parser.words(one, {}), *([] if args.lr is None else [f"--lr={args.lr!r}"])]
-        unknown = [name for name in resolved if recorded[name] in (None, [], "auto", getattr(TableOptions, name, None))]
-        known = {name: value for name, value in recorded.items() if name not in (*FREE, *unknown)}
-        found.append(SeedRun(seed, one.out, words, known, options))
+            found.append(lora_run(args, parser, seed, place))
+            continue
+        one = argparse.Namespace(**{**vars(args), "sr": seed, "out": place})
+        if args.teacher and not (args.teacher[0] / "config.json").exists():
+            one.teacher = [folder / f"LoRA-{seed}" for folder in args.teacher]
+        options, student = distil.options_from(one)
+        one.teacher = [student.teacher, *student.more_teachers]
+        found.append(seed_run(one, parser, options, asdict(student), [
+            "model", "data", "limit", "max_length", "precision", "embedding_size", "hidden_size", "directions", "augment",
+            "label_precision", *(field.name for field in fields(TableOptions))]))
     return found
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import paired
+
 CONFIDENCE = 0.95
-SCORES = ("accuracy", "mcc", "macro_f1")
+SCORES = ("accuracy", "mcc", "macro_f1", "f1_micro", "f1_macro", "pearson", "spearman", "mse")
 AT_ONCE = 10_000_000  # counts of a bootstrap held in memory at a time: 80 MB
 
 
@@ -55,6 +57,12 @@ def over_seeds(summaries: list[dict]) -> dict:
         if f"{which}_epoch" in summaries[0]:
             found[f"{which}_epoch"] = spread([summary[f"{which}_epoch"] for summary in summaries])
     return found
+
+
+def majority(validation: dict[str, dict]) -> dict[str, dict]:
+    """Returns the entry of studies with the accuracy of always saying the commonest class; none without classes."""
+    found = {split: values["majority_accuracy"] for split, values in validation.items() if "majority_accuracy" in values}
+    return {"majority_accuracy": found} if found else {}
 
 
 def _spreads(scores: list[dict]) -> dict[str, dict]:
@@ -184,11 +192,12 @@ def paired_test(a: Path, b: Path, data: Path, resamples: int = 10_000, seed: int
 
     from experiments.evaluate import score_rows
     from machine.errors import UserError
+    from metrics.problems import problem_of
     from record.folder import read_run
-    from train_utils import scores
 
     (config_a, summary_a), (config_b, summary_b) = read_run(a), read_run(b)
     for name, one, other in (("task", config_a["options"]["task"], config_b["options"]["task"]),
+                             ("problem", problem_of(config_a).name, problem_of(config_b).name),
                              ("classes", config_a.get("classes"), config_b.get("classes"))):
         if one != other:
             raise UserError(f"{b}: {name} {_in_words(other)}, but {a} has {_in_words(one)}; expected two runs of one task")
@@ -197,17 +206,21 @@ def paired_test(a: Path, b: Path, data: Path, resamples: int = 10_000, seed: int
         raise UserError(f"{data}: the two runs read different rows of it (their column options differ)")
     for note in dict.fromkeys([*rows_a.notes, *rows_b.notes]):
         warnings.warn(note, stacklevel=2)
-    labels = torch.tensor(rows_a.split.labels)
+    labels, problem = torch.tensor(rows_a.split.labels), rows_a.problem
     truth, predicted_a, predicted_b = (values.numpy() for values in (
-        labels, rows_a.logits.argmax(-1), rows_b.logits.argmax(-1)))
-    return {"data": str(data), "n": len(labels),
-            "a": {"run": str(a), "mode": summary_a["mode"], "trained_on": rows_a.trained_on,
-                  **scores(rows_a.logits, labels)},
-            "b": {"run": str(b), "mode": summary_b["mode"], "trained_on": rows_b.trained_on,
-                  **scores(rows_b.logits, labels)},
-            "difference": paired_bootstrap(truth, predicted_a, predicted_b, len(rows_a.classes), resamples, seed),
-            "bootstrap": {"resamples": resamples, "seed": seed, "confidence": CONFIDENCE, "interval": "percentile"},
-            "mcnemar": mcnemar(predicted_a == truth, predicted_b == truth)}
+        labels, problem.choose(rows_a.logits), problem.choose(rows_b.logits)))
+    found = {"data": str(data), "n": len(labels),
+             "a": {"run": str(a), "mode": summary_a["mode"], "trained_on": rows_a.trained_on,
+                   **problem.scores(rows_a.logits, labels)},
+             "b": {"run": str(b), "mode": summary_b["mode"], "trained_on": rows_b.trained_on,
+                   **problem.scores(rows_b.logits, labels)}}
+    bootstrap = {"resamples": resamples, "seed": seed, "confidence": CONFIDENCE, "interval": "percentile"}
+    # McNemar's test is about answers that are right or wrong; a resample of one class is a few counts.
+    if problem.name in paired.SCORES:
+        return {**found, "bootstrap": bootstrap, "difference": paired.paired_scores(
+            problem.name, truth.astype(float), predicted_a.astype(float), predicted_b.astype(float), resamples, seed)}
+    return {**found, "difference": paired_bootstrap(truth, predicted_a, predicted_b, len(rows_a.classes), resamples, seed),
+            "bootstrap": bootstrap, "mcnemar": mcnemar(predicted_a == truth, predicted_b == truth)}
 
 
 def _in_words(value) -> str:
@@ -216,18 +229,23 @@ def _in_words(value) -> str:
 
 def paired_test_text(result: dict) -> str:
     """Returns the result of `paired_test` as lines for the terminal."""
-    lines = [f"{result['data']}: n {result['n']}"]
+    from metrics.problems import SHOWN  # late, as above
+
+    lines, headings = [f"{result['data']}: n {result['n']}"], {"mcc": "MCC", **SHOWN}
     for name in ("a", "b"):
         one = result[name]
-        lines.append(f"  {name.upper()} {one['run']} ({one['mode']}): accuracy {one['accuracy']:.4f} (majority "
-                     f"{one['majority_accuracy']:.4f}), MCC {one['mcc']:.4f}")
-    for key, name in (("mcc", "MCC"), ("accuracy", "accuracy")):
+        scores = [f"{headings[key]} {one[key]:.4f}" + (f" (majority {one['majority_accuracy']:.4f})" if key == "accuracy"
+                                                       else "") for key in SHOWN if key in result["difference"]]
+        lines.append(f"  {name.upper()} {one['run']} ({one['mode']}): {', '.join(scores)}")
+    for key, name in headings.items():
+        if key not in result["difference"]:
+            continue
         difference = result["difference"][key]
         lines.append(f"  A minus B, {name}: {difference['value']:+.4f}, 95 % interval [{difference['interval'][0]:+.4f}, "
                      f"{difference['interval'][1]:+.4f}] (paired bootstrap, {result['bootstrap']['resamples']:,} resamples)")
-    test = result["mcnemar"]
-    lines.append(f"  McNemar: only A right {test['only_a_right']}, only B right {test['only_b_right']}, exact "
-                 f"p = {test['p_value']:.3g}")
+    if test := result.get("mcnemar"):
+        lines.append(f"  McNemar: only A right {test['only_a_right']}, only B right {test['only_b_right']}, exact "
+                     f"p = {test['p_value']:.3g}")
     return "\n".join(lines)
 
 

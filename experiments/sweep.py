@@ -35,6 +35,7 @@ from experiments.variants import COMMON, Variant, settings
 from machine import signals
 from machine.errors import UserError
 from machine.hardware import use_threads
+from metrics.problems import PROBLEMS, SHOWN
 from options.schema import RunOptions
 from record.files import make_folder, without_password, write_file, write_json
 from record.folder import provenance
@@ -100,7 +101,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
         use_threads(study.user_attrs["threads"])
         record["threads"] = torch.get_num_threads()
         requeue_dead(study, options.out)
-        trial = Trial(options, study, train_utils.selection_split(task.dev))
+        trial = Trial(options, study, train_utils.selection_split(task.dev), PROBLEMS[task.problem].chosen)
         with tqdm(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
                   dynamic_ncols=True) as bar:
             while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
@@ -111,10 +112,12 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
                     trial.release()
                 keep_best(study, options.out)
                 bar.n = len(_done(study))
-                bar.set_postfix_str(f"best MCC {max((t.value for t in _done(study) if t.value is not None), default=0):.3f}")
+                best = max((t.value for t in _done(study) if t.value is not None), default=0)
+                bar.set_postfix_str(f"best {SHOWN[trial.score]} {best:.3f}")
         result = {"mode": "sweep", "sr": options.sr, **{key: options.settings[key] for key in ("model", "task", "sampler")},
                   "search": {name: vars(s) if isinstance(s, Range) else s for name, s in options.search.items()},
-                  "selection": {"split": train_utils.selection_split(task.dev), "score": "mcc"}, **record,
+                  "selection": {"split": train_utils.selection_split(task.dev), "score": PROBLEMS[task.problem].chosen},
+                  **record,
                   **results(study, options)}
     write_json(options.out / "sweep.json", result)
     written = records.read_json(options.out / "sweep.json")
@@ -288,8 +291,8 @@ def keep_best(study: optuna.Study, out: Path) -> None:
 class Trial:
     """Computes the objective: Optuna calls it with each trial."""
 
-    def __init__(self, options: SweepOptions, study: optuna.Study, split: str):
-        self.options, self.study, self.split = options, study, split
+    def __init__(self, options: SweepOptions, study: optuna.Study, split: str, score: str):
+        self.options, self.study, self.split, self.score = options, study, split, score
         self.lock: filelock.FileLock | None = None  # of the folder of the trial at work
 
     def release(self) -> None:
@@ -346,7 +349,7 @@ class Trial:
             epoch = history[-1]["epoch"]
             # At every epoch: a pruned trial has parameters too.
             trial.set_user_attr("parameters", counts)
-            trial.report(history[-1]["validation"][self.split]["mcc"], epoch)
+            trial.report(history[-1]["validation"][self.split][self.score], epoch)
             if epoch < run.train.epochs and trial.should_prune():
                 raise optuna.TrialPruned
         try:
@@ -358,7 +361,7 @@ class Trial:
         for key in ("parameters", "best_epoch", "validation"):
             trial.set_user_attr(key, summary[key])
         trial.set_user_attr("seconds", summary["train"]["seconds"])
-        return summary["validation"][self.split]["mcc"]
+        return summary["validation"][self.split][self.score]
 
 
 # ---------------------------------------------------------------- all trials

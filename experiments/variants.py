@@ -14,7 +14,7 @@ from record.config_json import as_json
 COMMON = ("sr", "task", "data", "label_column", "eval_split", "limit", "out", "plots", "no_plots", "no_keep", "keep_memory",
           "save_every", "resume", "overwrite")
 # Options of the command that starts the runs.
-COMMAND = ("config", "seeds", "jobs")
+COMMAND = ("config", "seeds", "folds", "jobs")
 # Options that each run has for itself.
 OWN = ("lr", "out", "plots", "no_plots", "resume", "overwrite", *COMMAND)
 

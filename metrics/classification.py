@@ -71,11 +71,8 @@ def scores_of_sums(sums: dict[str, float], matrix: list[list[int]]) -> dict[str,
 
     Args:
         sums: over the epoch, by name: loss, cross_entropy, correct (predictions) and rows (examples).
-        matrix: the epoch's confusion matrix [label][prediction]; empty if the examples have no classes, and then the loss is
-            the only score.
+        matrix: the epoch's confusion matrix [label][prediction].
     """
-    if not matrix:
-        return {"loss": sums["loss"] / sums["rows"]}
     # The cells as weighted examples: the labels themselves were not kept.
     cells = [(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count]
     labels, predictions, weights = zip(*cells, strict=True)

@@ -205,6 +205,14 @@ def class_weights(text: str) -> str:
     return text
 
 
+def fold(text: str) -> str:
+    """Returns the word of --fold, checked."""
+    found = re.fullmatch("([0-9]{1,4})/([0-9]{1,4}):([0-9]{5})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]) >= 2:
+        raise ArgumentTypeError(f"{text!r}: expected the number of a fold, that of all folds and a seed, such as 2/5:12345")
+    return text
+
+
 def pair(text: str) -> tuple[str, Path]:
     """Returns the two parts of NAME=DIR."""
     name, equals, folder = text.partition("=")

@@ -48,6 +48,8 @@ class Study:
 class Seeds:
     seeds: int | None = option(None, "number of seeds, SR, SR + 1, ... (00000 follows 99999): a run each, and their means "
                                "with 95 % intervals", least=1, most=1000, often=True)
+    folds: int | None = option(None, "cross-validation: a run for each fold of the training rows, and their mean with a "
+                               "95 % interval", least=2, most=1000, often=True, not_in="distil")
     jobs: int = option(1, "runs at a time, each with its part of the CPU's threads", least=1)
 
 

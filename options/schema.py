@@ -12,13 +12,14 @@ from pathlib import Path
 
 from machine.errors import UserError
 from options import patterns
-from options.declare import class_weights, minutes_or_steps, names_in, option
+from options.declare import class_weights, fold, minutes_or_steps, names_in, option
 
 # Roles of a block's projections, as --targets names them: query, key, value, output, and both of the MLP.
 ROLES = ("q", "k", "v", "o", "mlp")
 METHODS = ("lora", "full", "head", "features", "none", "bitfit", "ia3")
 RARE_TOKENS = ("buckets", "pieces")
-TASKS = ("cola", "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
+TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "edits", "rotten_tomatoes", "imdb", "buzzer",
+         "csv", "tiny")
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ class TableOptions:
     """Holds the columns of a table that are text, label and features."""
 
     text_column: tuple[str, ...] = option(
-        (), "columns of the text, joined by the tokenizer's separator; text, sentence or review if not given")
-    label_column: str = option("label", "column of the label: strings, booleans or whole numbers, any number of classes")
+        (), "columns of the text, two of them a pair; the task's, or text, sentence or review, if not given")
+    label_column: str = option("label", "column of the label: strings, booleans or whole numbers, any number of classes; "
+                               "lists, or several columns of 0 and 1, are several labels at once, other numbers scores")
+    problem: str | None = option(None, "kind of label: one of several classes, any number of labels at once, or a number; "
+                                 "by the labels if not given", choices=names_in("metrics/problems.py", "PROBLEMS"))
+    join: str = option("pair", "two text columns: a pair as the tokenizer joins it (token_type_ids where the model has "
+                       "them), or one text with the tokenizer's separator in it", choices=("pair", "text"), before="text")
     template: str | None = option(None, 'text with columns in braces, "Q: {question} A: {guess}", instead of --text-column')
     eval_split: str | None = option(
         None, "development rows: a file of the folder by its stem, another file, or a share of the training rows; "
@@ -76,6 +82,17 @@ class TableOptions:
                                    metavar="CHARACTER")
     encoding: str = option("utf-8", "encoding of CSV, TSV and JSON Lines, such as cp1252; a byte order mark wins",
                            metavar="NAME")
+
+    @property
+    def pairs(self) -> bool:
+        """Returns whether each row is a pair of texts."""
+        return self.join == "pair" and len(self.text_column) == 2 and self.template is None
+
+    def recorded(self) -> dict:
+        """Returns the options as a run records them: those that came later only where they are in use."""
+        # Runs with one text and one of several classes record what they always have.
+        unused = {"problem": self.problem in (None, "single-label"), "join": not self.pairs}
+        return {name: value for name, value in asdict(self).items() if not unused.get(name)}
 
 
 @dataclass(frozen=True)
@@ -252,6 +269,9 @@ class RunOptions:
                                 least=0, not_in="distil", free=True)
     max_length: int | None = option(None, "tokens of a text; the model's context if not given", least=1)
     limit: int | None = option(None, "rows of each split, evenly spaced: a quick look", least=1)
+    # One fold of a cross-validation is a run of its own (--folds).
+    fold: str | None = option(None, "fold of the training rows that is the development split, such as 2/5:12345",
+                              metavar="N/K:SEED", reads=fold, hidden=True, not_in="distil compare sweep")
     resume: bool = option(False, "continue an unfinished run", often=True)
     overwrite: bool = option(False, "replace a run that is already in the folder", often=True)
     deterministic: bool = option(False, "use deterministic kernels on a GPU too")

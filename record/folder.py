@@ -23,6 +23,7 @@ import torch
 
 from machine import processes
 from machine.hardware import cpu_name, device
+from metrics.problems import PROBLEMS, SHOWN, SINGLE_LABEL, problem_of
 from options.schema import FREE, RunOptions
 from record.config_json import rebuild
 from record.files import (
@@ -240,11 +241,13 @@ class Recorder:
         line, tag = history[-1], "".join(f"{name}/" for name in names.values())
         scalars = {f"{tag}learning_rate": line["learning_rate"]}
         for split, values in {"train": line["train"], **line["validation"]}.items():
-            scalars |= {f"{tag}{split}/{key}": values[key] for key in ("loss", "accuracy", "mcc") if key in values}
+            scalars |= {f"{tag}{split}/{key}": values[key] for key in ("loss", *SHOWN) if key in values}
         self.log(line["epoch"], scalars)
         # A stage without classes (language modelling, hidden states) has a loss alone.
-        scores = [f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" if "mcc" in v else
-                  f"{split} loss {v['loss']:.4f}" for split, v in line["validation"].items()]
+        scores = []
+        for split, values in line["validation"].items():
+            shown = [f"{heading} {values[key]:.3f}" for key, heading in SHOWN.items() if key in values]
+            scores.append(f"{split} " + (" ".join(shown) or f"loss {values['loss']:.4f}"))
         self.say(f"  {f'{stage}, ' if stage else ''}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, "
                  + ", ".join(scores))
 
@@ -307,7 +310,10 @@ def _faults(folder: Path, config: dict, summary: dict) -> list[str]:
     else:
         faults.append("no options")
     classes = config.get("classes", ["0", "1"])
-    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+    if config.get("problem", SINGLE_LABEL.name) not in PROBLEMS:
+        faults.append("problem is unknown")
+    least = 2 if faults else problem_of(config).least_classes
+    if not isinstance(classes, list) or len(classes) < least or not all(isinstance(name, str) for name in classes):
         faults.append("classes are not two names or more")
     if not isinstance(config.get("data_files", {}), dict):
         faults.append("data_files is not an object")

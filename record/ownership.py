@@ -47,7 +47,7 @@ def check_out(folder: Path | str, maker: str) -> None:
 
     Args:
         folder: the folder to write to.
-        maker: a key of MAKERS: run (LoRA or distil), compare, sweep, seeds, diagnose or paper.
+        maker: a key of MAKERS: run (LoRA or distil), compare, sweep, seeds, folds, diagnose or paper.
 
     Raises:
         UserError: the folder holds anything else, or is no folder; names a few of the files.
@@ -144,6 +144,7 @@ MAKERS: dict[str, Callable[[Path], bool]] = {
     "compare": _is_comparison,
     "sweep": _is_sweep,
     "seeds": _is_result("seeds"),
+    "folds": lambda folder: "folds" in _options(folder),
     "diagnose": _is_result("diagnose"),
     "paper": lambda folder: _is_result("paper")(folder) or "profile" in _options(folder),
 }

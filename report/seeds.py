@@ -8,7 +8,8 @@ from report.records import Record, model_name, shown_splits, spoken
 from report.studies import aligned
 
 # Recorded score -> name of its column.
-NAMES = {"accuracy": "accuracy (%)", "mcc": "MCC"}
+NAMES = {"accuracy": "accuracy (%)", "mcc": "MCC", "f1_micro": "micro F1", "f1_macro": "macro F1", "pearson": "Pearson",
+         "spearman": "Spearman", "mse": "MSE"}
 
 
 def cell(spread: Record, key: str, signed: bool = False) -> tuple[str, str]:
@@ -22,7 +23,7 @@ def cell(spread: Record, key: str, signed: bool = False) -> tuple[str, str]:
 
 def interval_rows(study: Record) -> tuple[list[str], list[list[str]]]:
     """Returns head and rows of the table as plain text: the scores of each entry, then the paired differences."""
-    splits = shown_splits(study.section("selection")["splits"])
+    splits, names = shown_splits(study.section("selection")["splits"]), names_of(study)
     lines = [(model_name(entry["entry"]), entry, False) for entry in study["entries"]]
     lines += [(f"{model_name(row['entry'])} minus {model_name(row['minus'])}", row, True)
               for row in study.get("differences", [])]
@@ -31,12 +32,20 @@ def interval_rows(study: Record) -> tuple[list[str], list[list[str]]]:
         for which in ("best", "last"):
             for split in splits if which in row else []:
                 scores = row.section(which).section(split)
-                cells = [cell(scores.section(key), key, signed) for key in NAMES]
+                cells = [cell(scores.section(key), key, signed) for key in names]
                 rows.append([name, str(len(row["seeds"])), which, spoken(split), *chain.from_iterable(cells)])
                 # The name stands in the first of its rows alone.
                 name = ""
-    columns = [(name, "95 % interval") for name in NAMES.values()]
+    columns = [(name, "95 % interval") for name in names.values()]
     return ["", "seeds", "epoch", "split", *chain.from_iterable(columns)], rows
+
+
+def names_of(study: Record) -> dict[str, str]:
+    """Returns the columns of the scores that a study recorded."""
+    for entry in study["entries"]:
+        for scores in entry.get("best", {}).values():
+            return {key: name for key, name in NAMES.items() if key in scores}
+    return {key: NAMES[key] for key in ("accuracy", "mcc")}
 
 
 def intervals_text(study: Record) -> str:
@@ -47,7 +56,7 @@ def intervals_text(study: Record) -> str:
 
 def intervals_latex(study: Record) -> str:
     """Returns the table of intervals for a paper."""
-    return plain_table("lrllrrrr", *interval_rows(study))
+    return plain_table("lrll" + "rr" * len(names_of(study)), *interval_rows(study))
 
 
 def interval_notes(study: Record) -> list[str]:
@@ -64,11 +73,14 @@ def interval_notes(study: Record) -> list[str]:
 
 def seeds_text(study: Record) -> str:
     """Returns a study of seeds for the terminal."""
-    majority = ", ".join(f"{spoken(split)} {100 * study.section('majority_accuracy').number(split):.1f} %"
-                         for split in shown_splits(list(study.section("majority_accuracy"))))
     # A diverged run has no score: the mean is of the others, and the reader must know.
     diverged = [run["seed"] for run in study["runs"] if run["status"] == "diverged"]
-    notes = [f"The majority class has an accuracy of {majority}, and MCC 0."]
+    notes = []
+    # Several labels at once and numbers have no majority class.
+    if "majority_accuracy" in study:
+        majority = ", ".join(f"{spoken(split)} {100 * study.section('majority_accuracy').number(split):.1f} %"
+                             for split in shown_splits(list(study.section("majority_accuracy"))))
+        notes.append(f"The majority class has an accuracy of {majority}, and MCC 0.")
     if len(study.get("teachers", [])) == 1 and len(study["seeds"]) > 1:
         notes.append(f"All students have one teacher, {study['teachers'][0]}: the intervals are of the students' "
                      "seeds alone.")

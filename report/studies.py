@@ -17,19 +17,25 @@ def _spread(spread: Record, key: str) -> str:
 
 def _scores_of(entries: list[Record]) -> dict[str, str]:
     """Returns the scores that every entry has on every split, as recorded key -> name of the column."""
-    names = {"accuracy": "acc. %", "mcc": "MCC", "macro_f1": "macro-F1"}
+    names = {"accuracy": "acc. %", "mcc": "MCC", "macro_f1": "macro-F1", "f1_micro": "micro-F1", "f1_macro": "macro-F1",
+             "pearson": "Pearson", "spearman": "Spearman", "mse": "MSE"}
     # Comparisons recorded before macro-F1 lack it.
     recorded = [set(scores) for entry in entries for scores in entry.section("best").values()]
     common = set.intersection(*recorded)
     return {key: name for key, name in names.items() if key in common}
 
 
+def _score(study: Record) -> str:
+    """Returns the name of the score that chose."""
+    return {"f1_micro": "micro F1", "spearman": "Spearman correlation"}.get(study.section("selection").get("score"), "MCC")
+
+
 def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list[str], list[list[str]]]:
     """Returns head and rows of a comparison as plain text.
 
     Returns:
-        columns before the scores, names of the scores by split, columns after the scores, and rows: the majority class,
-        then best and last epoch of each entry.
+        columns before the scores, names of the scores by split, columns after the scores, and rows: the majority class, if
+        there is one, then best and last epoch of each entry.
 
     Raises ReportError if every run diverged.
     """
@@ -37,10 +43,13 @@ def compare_rows(compare: Record) -> tuple[list[str], dict[str, list[str]], list
     if not done:
         raise ReportError(f"{compare.source}: every run diverged; lower --lr-grid")
     splits, scores = shown_splits(compare.section("selection")["splits"]), _scores_of(done)
-    majority = done[0].section("majority_accuracy")
-    of_majority = [{"accuracy": f"{100 * majority.number(split):.1f}", "mcc": "0"}.get(key, "")
-                   for split in splits for key in scores]
-    rows = [["majority class", "", "", "", "", *of_majority, "", "", ""]]
+    rows = []
+    # Several labels at once and numbers have no majority class.
+    if "majority_accuracy" in done[0]:
+        majority = done[0].section("majority_accuracy")
+        of_majority = [{"accuracy": f"{100 * majority.number(split):.1f}", "mcc": "0"}.get(key, "")
+                       for split in splits for key in scores]
+        rows = [["majority class", "", "", "", "", *of_majority, "", "", ""]]
     for entry in compare["entries"]:
         name, seeds = entry["entry"], len(entry["seeds"])
         if entry not in done:
@@ -71,7 +80,7 @@ def compare_notes(compare: Record) -> list[str]:
     others = [split for split in shown_splits(selection["splits"]) if split != main]
     tried = max(len(entry["tried"]) for entry in compare["entries"])
     chose = ("the epoch" if tried == 1 else f"the epoch, and the learning rate (of {tried}, on the first seed)") + (
-        " by its MCC")
+        f" by its {_score(compare)}")
     split = (f"The {spoken(main)} split chose {chose}; {spoken(others[0])} took part in no choice." if others else
              f"The {spoken(main)} split chose {chose}, and is the one reported: its figures flatter a little.")
     # The best of a grid at its edge may have a better neighbour outside.
@@ -123,14 +132,15 @@ def sweep_rows(sweep: Record, most: int = 10) -> tuple[list[str], list[list[str]
     # Of trials with the same score the smaller model stands first.
     complete = sorted((trial for trial in sweep["trials"] if trial["state"] == "complete"),
                       key=lambda trial: (-trial.number("score"), trial.section("parameters").number("trainable")))
-    rows = []
+    rows, classes = [], _score(sweep) == "MCC"
     for trial in complete[:most]:
         counts, values = trial.section("parameters"), trial.section("params")
-        trained, accuracy = counts.number("trainable"), trial.section("validation").section(split).number("accuracy")
-        rows.append([str(trial["number"]), f"{trial.number('score'):.3f}", f"{100 * accuracy:.1f}", f"{trained:,.0f}",
+        trained, scores = counts.number("trainable"), trial.section("validation").section(split)
+        rows.append([str(trial["number"]), f"{trial.number('score'):.3f}",
+                     *([f"{100 * scores.number('accuracy'):.1f}"] if classes else []), f"{trained:,.0f}",
                      f"{100 * trained / counts.number('total'):.3g}", f"{trial.number('best_epoch'):g}"]
                     + [f"{values[name]:.3g}" if isinstance(values[name], float) else str(values[name]) for name in options])
-    return ["trial", "MCC", "acc. %", "trained", "%", "epoch"] + options, rows
+    return ["trial", _score(sweep), *(["acc. %"] if classes else []), "trained", "%", "epoch"] + options, rows
 
 
 def sweep_notes(sweep: Record) -> list[str]:
@@ -139,8 +149,8 @@ def sweep_notes(sweep: Record) -> list[str]:
     counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     split = spoken(sweep.section("selection")["split"])
     notes = [f"{len(states)} trials with one seed ({sweep['sr']}): {', '.join(counts)}.",
-             f"A trial's score is its best epoch's MCC on the {split} split, which chose the best trial too: its "
-             "figures flatter."]
+             f"A trial's score is its best epoch's {_score(sweep)} on the {split} split, which chose the best trial too: "
+             "its figures flatter."]
     if majority := _sweep_majority(sweep):
         notes.append(f"The majority class has an accuracy of {100 * majority:.1f} % and MCC 0.")
     if sweep["importance"]:
@@ -153,7 +163,7 @@ def _sweep_majority(sweep: Record) -> float | None:
     """Returns the accuracy of the majority class on the split that chose, or None if no trial was scored."""
     split = sweep.section("selection")["split"]
     return next((trial.section("validation").section(split).number("majority_accuracy") for trial in sweep["trials"]
-                 if trial["validation"]), None)
+                 if trial["validation"] and "majority_accuracy" in trial["validation"][split]), None)
 
 
 def sweep_text(sweep: Record) -> str:

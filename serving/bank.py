@@ -21,10 +21,13 @@ from adapters.mixed import MixedHead, MixedLinear, Routing
 from adapters.peft_layout import WEIGHTS_FILE, Adapter, read_adapter
 from data.backbones import load_config, load_tokenizer, max_length_of
 from data.digests import config_digest, tokenizer_digest
+from data.segments import add_token_types, read_pairs
 from machine.errors import UserError
 from machine.hardware import device
 from model import TextClassifier, load_classifier
+from options.schema import TableOptions
 from record.calibration import calibration_of
+from record.config_json import rebuild
 from record.files import sha256
 from record.folder import read_run
 from record.tensors import load_tensors, weights_digest
@@ -72,6 +75,7 @@ class AdapterBank:
         self.net, self.routing = classifier.net, Routing()
         self.entries: dict[str, LoadedAdapter] = {}
         self.calibrated = False
+        self.pairs: bool | None = None  # whether the texts are pairs: the base's token types are those of all adapters
         labels = self.net.config.id2label
         # The tokenizer's limit alone may be beyond the model's positions, or none at all.
         self.own = Reading(tuple(str(labels[label]) for label in range(self.net.config.num_labels)),
@@ -142,6 +146,10 @@ class AdapterBank:
         if other or not recorded and options["model"] != self.model:
             raise UserError(f"{folder}: adapter for another base: it was made for {options['model']}, which "
                             f"differs from {self.model} here in {' and '.join(other) or 'name'}")
+        pairs = rebuild(TableOptions, options).pairs
+        if self.pairs not in (None, pairs):
+            raise UserError(f"{folder}: reads {'pairs of texts' if pairs else 'one text'}, and the adapters that are loaded "
+                            f"read {'one text' if pairs else 'pairs of texts'}; serve it apart")
         file = folder / (WEIGHTS_FILE if options["method"] == "lora" else "trained.safetensors")
         if options["method"] == "lora":
             adapter = read_adapter(self.net, folder)
@@ -149,6 +157,10 @@ class AdapterBank:
             state = load_tensors(file)
             adapter = Adapter({}, {}, 0.0, False, {key.removeprefix("net."): value for key, value in state.items()})
         self.add(name, adapter, Reading.of(config, calibration_of(folder, self.calibrated)), file, summary.get("task"))
+        if pairs and not self.pairs:
+            read_pairs(self.tokenizer)
+            add_token_types(self.net, self.tokenizer)
+        self.pairs = pairs
 
     def add(self, name: str, adapter: Adapter, reading: Reading, file: Path | None = None, task: str | None = None
             ) -> None:

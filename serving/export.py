@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import data_utils
-import train_utils
 from data_utils import Split
 from machine.errors import UserError
 from record.files import new_folder, write_file, write_json
+from serving import answers
 from serving.merge import kept_ends
 from serving.packages import require
 from serving.texts import Reading
@@ -44,18 +43,14 @@ tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
 session = onnxruntime.InferenceSession(here / "NETWORK.onnx", providers=["CPUExecutionProvider"])
 labels = json.loads((here / "labels.json").read_text(encoding="utf-8"))
 
-sentences = sys.argv[1:] or ["The cat sat on the mat.", "The cat sat mat the on."]
-batch = tokenizer.encode_batch(sentences)  # padded to the longest; pads are masked
+sentences = sys.argv[1:] or OWN
+batch = tokenizer.encode_batch(TEXTS)  # padded to the longest; pads are masked
 for sentence, row in zip(sentences, batch):
     if not sentence.strip() or not any(row.attention_mask):
         sys.exit(f"example.py: {sentence!r}: expected a sentence, found no word in it")
 INPUTS
 logits = session.run(["logits"], inputs)[0]
-probabilities = np.exp(logits - logits.max(-1, keepdims=True))
-probabilities /= probabilities.sum(-1, keepdims=True)
-for sentence, row in zip(sentences, probabilities):
-    best = CHOICE
-    print(f"{labels[best]}\\t{row[best]:.4f}\\t{sentence}")
+ANSWER
 '''
 INPUTS = '''inputs = {"input_ids": np.array([row.ids for row in batch], dtype=np.int64),
           "attention_mask": np.array([row.attention_mask for row in batch], dtype=np.int64)}
@@ -107,7 +102,8 @@ def write_folder(network: Network, tokenizer, reading: Reading, rows: Split, out
         write_file(folder / TOKENIZER_FILE, portable.to_str(pretty=True))
         if reading.truncate == "middle":
             say("  tokenizer.json cuts no text, because it has no way to cut the middle; example.py does, as the run did")
-        _check_tokenizer(folder / TOKENIZER_FILE, rows.sentences, ids, kept_ends(tokenizer, reading.max_length))
+        _check_tokenizer(folder / TOKENIZER_FILE, answers.texts_of(tokenizer, rows.sentences), ids,
+                         kept_ends(tokenizer, reading.max_length))
         # The float32 file is checked even where int8 replaces it: a wrong graph must not pass for a cost of int8.
         path = folder / ("float32.onnx" if int8 else network.file)
         network.write(path)
@@ -121,8 +117,8 @@ def write_folder(network: Network, tokenizer, reading: Reading, rows: Split, out
             network.write_int8(path, folder / network.file)
             after = onnx_logits(session(folder / network.file), ids)
             cost = {"megabytes": megabytes(folder / network.file), "float32_megabytes": megabytes(path),
-                    **cost_of_int8(logits, after, rows.labels)}
-            say(f"  int8: {in_words(cost)}")
+                    **answers.cost_of_int8(reading.problem, logits, after, rows.labels)}
+            say(f"  int8: {answers.in_words(cost)}")
             write_json(folder / INT8_FILE, cost)
             for part in _parts(path):
                 part.unlink()
@@ -135,7 +131,9 @@ def example(name: str, tokenizer, reading: Reading) -> str:
     rule, choice = reading.calibration, "row.argmax()"
     if rule.threshold is not None:
         choice = f"{rule.positive} if row[{rule.positive}] >= {rule.threshold!r} else {1 - rule.positive}  # calibrated"
-    text = EXAMPLE.replace("NETWORK", name).replace("CHOICE", choice)
+    own, texts = answers.texts_in_example(tokenizer)
+    text = EXAMPLE.replace("NETWORK", name).replace("OWN", own).replace("TEXTS", texts)
+    text = text.replace("ANSWER\n", answers.ANSWERS[reading.problem.name].replace("CHOICE", choice))
     if reading.truncate != "middle":
         return text.replace("INPUTS\n", INPUTS)
     front, back = kept_ends(tokenizer, reading.max_length)
@@ -163,7 +161,8 @@ def portable_tokenizer(tokenizer, max_length: int, truncate: str):
     return portable
 
 
-def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]], kept: tuple[int, int]) -> None:
+def _check_tokenizer(path: Path, sentences: list[str] | list[tuple[str, str]], ids: list[list[int]],
+                     kept: tuple[int, int]) -> None:
     """Compares the token ids of the written tokenizer with those of the run's own.
 
     Args:
@@ -180,7 +179,7 @@ def _check_tokenizer(path: Path, sentences: list[str], ids: list[list[int]], kep
         if len(real) > sum(kept):
             real = real[:kept[0]] + real[-kept[1]:]
         if real != expected:
-            raise UserError(f"{TOKENIZER_FILE} makes other tokens of {sentence[:60]!r} than the run's tokenizer; "
+            raise UserError(f"{TOKENIZER_FILE} makes other tokens of {str(sentence)[:60]!r} than the run's tokenizer; "
                             "nothing was written")
 
 
@@ -204,30 +203,6 @@ def quantize(source: Path, path: Path, kinds: list[str], excluded: list[str], pe
                                       use_external_data_format=megabytes(source) > 4 * LARGEST / 1e6)
     finally:
         logging.disable(logging.NOTSET)
-
-
-def cost_of_int8(before: np.ndarray, after: np.ndarray, labels: list[int]) -> dict:
-    """Returns the cost of int8: equal verdicts and, where labels are given, accuracy and MCC of either.
-
-    Args:
-        before, after: logits (N, classes) in float32 and int8.
-    """
-    cost = {"sentences": len(before), "same_verdicts": int((before.argmax(-1) == after.argmax(-1)).sum())}
-    for name, logits in (("float32", before), ("int8", after)) if labels else ():
-        scores = train_utils.scores(torch.from_numpy(logits), torch.tensor(labels))
-        cost[name] = {"accuracy": scores["accuracy"], "mcc": scores["mcc"]}
-    return cost
-
-
-def in_words(cost: dict) -> str:
-    """Describes int8.json in one line."""
-    changes = []
-    for key, name in (("accuracy", "accuracy"), ("mcc", "MCC")) if "int8" in cost else ():
-        one, other = cost["float32"][key], cost["int8"][key]
-        changes.append(f"{name} {one:.4f} -> {other:.4f} ({other - one:+.4f})")
-    sizes = f"{cost['megabytes']:.2f} MB (float32: {cost['float32_megabytes']:.2f} MB)"
-    return f"{sizes}, " + "; ".join(
-        [*changes, f"{cost['same_verdicts']:,} of {cost['sentences']:,} verdicts are float32's"])
 
 
 def _parts(path: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 import data_utils
 from adapters import peft_layout
+from data.segments import add_token_types, arguments_of, reads_pairs
 from machine.errors import UserError
 from model import TextClassifier, lora_layers
 from record.calibration import LIKELIEST
@@ -155,7 +156,7 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, reading: Reading, se
     expected = _logits(lambda **inputs: classifier(**inputs), rows, pad)
     state = plain_state(classifier)
     with new_folder(out) as folder:
-        config = config_of(classifier.net.config, list(reading.classes), plain_tokenizer)
+        config = config_of(classifier.net.config, reading, plain_tokenizer)
         with torch.device("meta"):
             plain = AutoModelForSequenceClassification.from_config(config)
         plain.load_state_dict(state, assign=True)
@@ -170,6 +171,9 @@ def write_checkpoint(classifier: TextClassifier, tokenizer, reading: Reading, se
         for path in folder.iterdir():
             path.chmod((folder / "config.json").stat().st_mode)
         written = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        # The hook that gives a run's own model the token types of pairs is no part of a checkpoint.
+        if reads_pairs(tokenizer):
+            add_token_types(written, tokenizer)
         logits = _logits(lambda **inputs: written.eval()(**inputs).logits, rows, pad)
         differences = (logits - expected).abs().amax(-1) / expected.abs().max().clamp(min=1)  # (N + 1,)
         # A tokenizer that ends every text with its pad token leaves no row to compare without it: then all have to agree.
@@ -198,8 +202,9 @@ def _check_tokenizer(tokenizer, written, reading: Reading, sentences: list[str],
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = data_utils.encode(tokenizer, texts, reading.max_length, reading.truncate)
-    lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-    found = written(texts, truncation=True)["input_ids"]
+    arguments = arguments_of(tokenizer, texts)
+    lengths = [len(ids) for ids in tokenizer(*arguments, verbose=False)["input_ids"]]
+    found = written(*arguments, truncation=True)["input_ids"]
     other = [i for i, ids in enumerate(found) if ids != expected[i]]
     for i in other:
         if lengths[i] <= reading.max_length:
@@ -216,14 +221,14 @@ def _check_tokenizer(tokenizer, written, reading: Reading, sentences: list[str],
             say(f"  ids[:{front}] + ids[-{back}:] of a text's token ids cuts as the run did")
 
 
-def config_of(config: PreTrainedConfig, classes: list[str], tokenizer) -> PreTrainedConfig:
-    """Returns the model's configuration with class names and the pad id."""
+def config_of(config: PreTrainedConfig, reading: Reading, tokenizer) -> PreTrainedConfig:
+    """Returns the model's configuration with class names, problem type and the pad id."""
     config = copy.deepcopy(config)
-    config.num_labels = len(classes)
-    for name, value in label_maps(classes).items():
+    config.num_labels = len(reading.classes)
+    for name, value in label_maps(list(reading.classes)).items():
         setattr(config, name, value)
     config.pad_token_id = tokenizer.pad_token_id
-    config.problem_type = "single_label_classification"
+    config.problem_type = reading.problem.problem_type
     config.dtype = torch.float32
     return config
 

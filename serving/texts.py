@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 import data_utils
+from data.segments import arguments_of, reads_pairs, split_pair
 from data_utils import Batch
 from machine.errors import UserError
+from metrics.problems import SINGLE_LABEL, Problem, problem_of
 from record.calibration import LIKELIEST, Calibration
 
 BATCH_SIZE, BATCH_TOKENS = 64, 4096  # sentences, and tokens with pads, that are computed at a time
@@ -28,23 +30,25 @@ class Reading:
     max_length: int  # tokens
     truncate: str = "tail"  # the part of a longer text that is cut: head, tail or middle
     calibration: Calibration = LIKELIEST
+    problem: Problem = SINGLE_LABEL
 
     @classmethod
     def of(cls, config: dict, calibration: Calibration = LIKELIEST) -> Reading:
         """Returns the reading of a run, from its config.json."""
         options = config["options"]
         return cls(tuple(config.get("classes", data_utils.COLA_CLASSES)), options["max_length"],
-                   options.get("truncate", "tail"), calibration)
+                   options.get("truncate", "tail"), calibration, problem_of(config))
 
     def answer(self, logits: Tensor) -> dict:
-        """Returns label, probability and probabilities of logits (classes,)."""
+        """Returns label, probability and probabilities of logits (classes,); see each problem's `answer`."""
         rule = self.calibration
-        probabilities = (logits.float() / rule.temperature).softmax(-1).tolist()
-        best = max(range(len(self.classes)), key=probabilities.__getitem__)
-        if rule.threshold is not None:
-            best = rule.positive if probabilities[rule.positive] >= rule.threshold else 1 - rule.positive
-        return {"label": self.classes[best], "probability": probabilities[best],
-                "probabilities": dict(zip(self.classes, probabilities, strict=True))}
+        found = self.problem.answer(logits.float() / rule.temperature, self.classes)
+        if rule.threshold is None:
+            return found
+        # Two classes: the threshold chooses.
+        positive = found["probabilities"][self.classes[rule.positive]]
+        label = self.classes[rule.positive if positive >= rule.threshold else 1 - rule.positive]
+        return {**found, "label": label, "probability": found["probabilities"][label]}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Encoded:
 
 def encode(tokenizer, reading: Reading, texts: list[str]) -> list[Encoded | UserError]:
     """Returns the token ids of each text, or the error of a text that cannot be read."""
-    wrong = [_wrong(text) for text in texts]
+    wrong = [_wrong(tokenizer, text) for text in texts]
     good = [text for text, error in zip(texts, wrong, strict=True) if error is None]
     try:
         found = data_utils.encode(tokenizer, good, reading.max_length, reading.truncate) if good else []
@@ -74,15 +78,19 @@ def _with_truncation(tokenizer, reading: Reading, texts: list[str], ids: list[li
     """Finds out which texts were cut."""
     # A text of exactly max_length tokens may be whole. Only such texts are tokenised a second time.
     full = [row for row, tokens in enumerate(ids) if len(tokens) == reading.max_length]
-    whole = tokenizer([texts[row] for row in full], truncation=False, verbose=False)["input_ids"] if full else []
+    arguments = arguments_of(tokenizer, [texts[row] for row in full])
+    whole = tokenizer(*arguments, truncation=False, verbose=False)["input_ids"] if full else []
     cut = {row for row, tokens in zip(full, whole, strict=True) if len(tokens) > reading.max_length}
     return [Encoded(tokens, row in cut) for row, tokens in enumerate(ids)]
 
 
-def _wrong(text: str) -> UserError | None:
+def _wrong(tokenizer, text: str) -> UserError | None:
     """Returns the reason why a text cannot be read, or None."""
     if not text.strip():
         return UserError("the text is empty")
+    # Half of a pair would be answered too, and nobody would see it.
+    if reads_pairs(tokenizer) and split_pair(text, tokenizer.pair_separator) is None:
+        return UserError("one text; expected two of them, with a tab between them")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -82,7 +82,7 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(work, tmp_path):
             "        late = {'matplotlib', 'tensorboard', 'sklearn', 'datasets', 'optuna'} & set(sys.modules)\n"
             "        print('HEAVY', sorted(late), gc.isenabled(), gc.get_freeze_count() > 100_000, flush=True)\n"
             "        os._exit(0)\n"
-            "    train_utils.cross_entropy = lambda *_: loss\n"
+            "    train_utils.label_loss = lambda *_: loss\n"
             "    return function_of(args)(args)\n"
             "run.function_of = lambda args: until_the_loss\n"
             "run.main(sys.argv[1:])")

@@ -24,7 +24,7 @@ from toy_training import (
 
 from data_utils import collate, split_large
 from distillation.losses import kd_objective
-from metrics.classification import per_class
+from metrics.classification import confusion, per_class, scores
 from record.ownership import CHECKPOINT
 from train_utils import (
     Checkpointing,
@@ -32,14 +32,12 @@ from train_utils import (
     Diverged,
     Hooks,
     compute_logits,
-    confusion,
-    cross_entropy,
     fit,
+    label_loss,
     labels_of,
     lr_factor,
     make_optimizer,
     score_by_loss,
-    scores,
     validate,
 )
 from training.checkpoints import load_checkpoint, trainable
@@ -183,7 +181,7 @@ def test_accumulation_equals_one_large_batch(kd):
     large = [collate(ids, labels, list(range(8)), 0)]
     small = [collate(ids, labels, list(range(3)), 0), collate(ids, labels, list(range(3, 8)), 0)]
     objective = kd_objective(torch.randn(8, 2, generator=torch.Generator().manual_seed(1)), 2.0, 0.7) if kd \
-        else cross_entropy()
+        else label_loss()
     options = replace(OPTIONS, epochs=3, clip=0.0)
     whole, one = steps_of(large, objective, options)
     parts, two = steps_of(small, objective, replace(options, accumulate=2))
@@ -202,7 +200,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(kd):
     labels = [row % 3 % 2 for row in range(22)]
     groups = ([0, 1], [2, 3], [4, 5], [6, 7], [8, 9], list(range(10, 22)))
     teacher = torch.randn(22, 2, generator=torch.Generator().manual_seed(1))
-    objective = kd_objective(teacher, 2.0, 0.7) if kd else cross_entropy()
+    objective = kd_objective(teacher, 2.0, 0.7) if kd else label_loss()
     found, sizes = [], []
 
     def look(logits, batch):
@@ -222,7 +220,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(kd):
 
 
 def test_a_last_group_of_fewer_batches_is_a_step_too():
-    seen, _ = steps_of(toy_batches(20, 4), cross_entropy(), replace(OPTIONS, epochs=1, accumulate=2))
+    seen, _ = steps_of(toy_batches(20, 4), label_loss(), replace(OPTIONS, epochs=1, accumulate=2))
     assert len(seen) == 3  # 5 batches
 
 
@@ -237,7 +235,7 @@ def test_the_gradient_is_clipped_to_the_norm_asked_for():
 
 
 def test_each_step_has_its_rate_and_the_run_ends_near_0():
-    seen, _ = steps_of(toy_batches(80, 4), cross_entropy(), replace(OPTIONS, epochs=3, warmup=0.1))
+    seen, _ = steps_of(toy_batches(80, 4), label_loss(), replace(OPTIONS, epochs=3, warmup=0.1))
     assert [rates[0] for _, rates in seen] == [0.05 * lr_factor(i, 60, 0.1, "linear") for i in range(60)]
     assert seen[-1][1][0] < 0.05 * 0.02
 
@@ -245,7 +243,7 @@ def test_each_step_has_its_rate_and_the_run_ends_near_0():
 def test_training_learns_and_leaves_frozen_parameters_alone():
     model = ToyModel()
     before = weights(model)
-    progress = fit(model, toy_data(), cross_entropy(), replace(OPTIONS, epochs=15))
+    progress = fit(model, toy_data(), label_loss(), replace(OPTIONS, epochs=15))
     assert progress.history[-1]["train"]["loss"] < 0.5 * progress.history[0]["train"]["loss"]
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert moved == set(trainable(model))
@@ -269,7 +267,7 @@ def test_an_epochs_line_counts_every_row_and_token_once():
 def test_the_best_epoch_is_the_select_splits_by_mcc_then_loss_and_its_weights_stay(monkeypatch):
     scripted(monkeypatch, [(0.1, 0.1), (0.5, 0.9), (0.5, 0.7), (0.5, 0.8), (0.4, 0.1), (0.5, 0.7)])
     model, after = ToyModel(), []
-    progress = fit(model, toy_data(), cross_entropy(), replace(OPTIONS, epochs=6),
+    progress = fit(model, toy_data(), label_loss(), replace(OPTIONS, epochs=6),
                    hooks=Hooks(on_epoch=lambda _: after.append(weights(model))))
     assert progress.best_epoch == 3  # of equals the first
     assert_same_bits(weights(model), after[2])
@@ -279,10 +277,10 @@ def test_the_best_epoch_is_the_select_splits_by_mcc_then_loss_and_its_weights_st
 def test_patience_stops_after_so_many_epochs_without_a_better_one(monkeypatch):
     script = [(0.1, 1.0), (0.2, 1.0), (0.2, 1.0), (0.1, 0.5), (0.9, 0.1)]
     scripted(monkeypatch, script)
-    progress = fit(ToyModel(), toy_data(), cross_entropy(), replace(OPTIONS, epochs=5, patience=2))
+    progress = fit(ToyModel(), toy_data(), label_loss(), replace(OPTIONS, epochs=5, patience=2))
     assert (len(progress.history), progress.best_epoch) == (4, 2)
     scripted(monkeypatch, script)
-    assert len(fit(ToyModel(), toy_data(), cross_entropy(), replace(OPTIONS, epochs=5)).history) == 5
+    assert len(fit(ToyModel(), toy_data(), label_loss(), replace(OPTIONS, epochs=5)).history) == 5
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -345,14 +343,14 @@ def state_and_history(folder, model):
 def test_a_validation_that_is_not_finite_ends_the_training_and_reaches_no_checkpoint(tmp_path, epoch, calls):
     reported = []
     with pytest.raises(Diverged, match=f"validation loss nan on .* after step {5 * epoch} .epoch {epoch}.*lower --lr"):
-        fit(Failing(calls), toy_data(), cross_entropy(), OPTIONS, Checkpointing(tmp_path),
+        fit(Failing(calls), toy_data(), label_loss(), OPTIONS, Checkpointing(tmp_path),
             Hooks(on_epoch=lambda history: reported.append(len(history))))
     assert reported == list(range(1, epoch)) and (tmp_path / CHECKPOINT).exists() == (epoch > 1)
     whole, resumed = Failing(), Failing()
-    fit(whole, toy_data(), cross_entropy(), OPTIONS)
+    fit(whole, toy_data(), label_loss(), OPTIONS)
     if epoch > 1:
         assert state_and_history(tmp_path, Failing())[1]
-        fit(resumed, toy_data(), cross_entropy(), OPTIONS, Checkpointing(tmp_path, resume=True))
+        fit(resumed, toy_data(), label_loss(), OPTIONS, Checkpointing(tmp_path, resume=True))
         assert_same_bits(weights(resumed), weights(whole))
 
 
@@ -380,7 +378,7 @@ def test_a_weight_that_the_last_update_broke_is_in_no_checkpoint(tmp_path, step,
     hook = register_optimizer_step_post_hook(break_weight)
     try:
         with pytest.raises(Diverged, match=f"spare is not finite after step {step} "):
-            fit(model, toy_data(), cross_entropy(), options, Checkpointing(tmp_path))
+            fit(model, toy_data(), label_loss(), options, Checkpointing(tmp_path))
     finally:
         hook.remove()
     assert (tmp_path / CHECKPOINT).exists() == (left_at is not None)

@@ -13,7 +13,7 @@ import train_utils
 from machine import signals
 from machine.signals import Interrupted
 from record.ownership import CHECKPOINT
-from train_utils import Checkpointing, Data, Hooks, cross_entropy, fit, score_by_loss, validate
+from train_utils import Checkpointing, Data, Hooks, fit, label_loss, score_by_loss, validate
 from training import average, checkpoints
 
 AVERAGED = replace(DROPOUT, ema=0.6)
@@ -31,7 +31,7 @@ def steps_of(ema: float, epochs: int = 1):
     def stop():
         seen.append({name: value.clone() for name, value in weights(model).items()})
 
-    progress = fit(model, toy_data(), cross_entropy(), replace(DROPOUT, ema=ema, epochs=epochs), hooks=Hooks(stop=stop))
+    progress = fit(model, toy_data(), label_loss(), replace(DROPOUT, ema=ema, epochs=epochs), hooks=Hooks(stop=stop))
     return seen, model, progress
 
 
@@ -108,8 +108,8 @@ def trained_with_average(folder, resume=False):
     model = ToyModel(99 if resume else 0, dropout=0.4)
     torch.manual_seed(99 if resume else 1)
     data = Data(toy_batches(8, 4), {"in_domain": toy_batches(3, 3, seed=1)})
-    progress = fit(model, data, cross_entropy(), replace(AVERAGED, epochs=2, accumulate=1),
-                   Checkpointing(folder, resume=resume), Hooks(stop=signals.received, score=score_by_loss(cross_entropy())))
+    progress = fit(model, data, label_loss(), replace(AVERAGED, epochs=2, accumulate=1),
+                   Checkpointing(folder, resume=resume), Hooks(stop=signals.received, score=score_by_loss(label_loss())))
     return weights(model), progress
 
 

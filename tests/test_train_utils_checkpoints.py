@@ -1,4 +1,5 @@
 """Checkpoints: a stopped training ends in the same bits; every damaged byte is refused or harmless."""
+import itertools
 import json
 from dataclasses import replace
 
@@ -21,8 +22,9 @@ from toy_training import (
 import train_utils
 from machine.errors import UserError
 from machine.signals import Interrupted
+from metrics.problems import PROBLEMS
 from record.ownership import CHECKPOINT
-from train_utils import Checkpointing, Hooks, cross_entropy, fit, make_optimizer
+from train_utils import Checkpointing, Hooks, fit, label_loss, make_optimizer
 from training.checkpoints import Progress, load_checkpoint, save_checkpoint, trainable
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -39,7 +41,7 @@ def train(folder=None, stop_at=None, resume=False, options=DROPOUT):
         calls.append(1)
         return 15 if len(calls) == stop_at else None
 
-    progress = fit(model, toy_data(), cross_entropy(), options, folder and Checkpointing(folder, resume=resume),
+    progress = fit(model, toy_data(), label_loss(), options, folder and Checkpointing(folder, resume=resume),
                    Hooks(stop=stop))
     return weights(model), progress
 
@@ -77,7 +79,7 @@ def test_the_random_state_matters_to_what_is_compared(uninterrupted):
     torch.manual_seed(2)
     model = ToyModel(0, dropout=0.4)
     torch.manual_seed(2)
-    fit(model, toy_data(), cross_entropy(), DROPOUT)
+    fit(model, toy_data(), label_loss(), DROPOUT)
     assert not torch.equal(weights(model)["net.score.weight"], uninterrupted[0]["net.score.weight"])
 
 
@@ -129,7 +131,7 @@ def test_a_checkpoint_brings_back_all_that_it_was_given(tmp_path):
     model = ToyModel(1, dropout=0.4)
     optimizer = make_optimizer(model, OPTIONS)
     for batch in toy_batches()[:2]:
-        cross_entropy()(model(batch.input_ids, batch.attention_mask), batch).backward()
+        label_loss()(model(batch.input_ids, batch.attention_mask), batch).backward()
         optimizer.step()
     best = {name: p.detach() + 1 for name, p in trainable(model).items()}
     progress = Progress(epoch=2, step_in_epoch=1, step=6, best_epoch=1, best_score=(0.1, -0.30000000000000004),
@@ -203,3 +205,35 @@ def test_the_text_of_a_checkpoint_has_the_keys_of_earlier_versions():
     progress = Progress.from_json(old)
     assert (progress.epoch, progress.step_in_epoch, progress.step) == (2, 3, 8)
     assert json.loads(progress.as_json()) == json.loads(old)
+
+
+@pytest.mark.parametrize("name", ["multi-label", "regression"])
+def test_other_problems_resume_to_the_same_bytes(tmp_path, name):
+    def data():
+        found = toy_data()
+        for batch in [*found.batches, *found.dev["in_domain"], *found.dev["out_of_domain"]]:
+            one = batch.labels.float()
+            batch.labels = torch.stack([one, 1 - one], 1) if name == "multi-label" else one
+        return replace(found, problem=PROBLEMS[name])
+
+    def train(folder, resume=False, stop=lambda: None):
+        model = ToyModel()
+        if name == "regression":
+            model.net["score"] = torch.nn.Linear(6, 1)
+            torch.nn.init.ones_(model.net["score"].weight)
+            torch.nn.init.zeros_(model.net["score"].bias)
+        progress = fit(model, data(), label_loss(problem=PROBLEMS[name]), DROPOUT, Checkpointing(folder, resume=resume),
+                       Hooks(stop=stop))
+        return progress.history, {key: value.clone() for key, value in model.state_dict().items()}
+
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    history, weights = train(tmp_path / "whole")
+    steps = itertools.count()
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", stop=lambda: 15 if next(steps) == 2 else None)
+    resumed, again = train(tmp_path / "parts", resume=True)
+    assert without_times(resumed) == without_times(history)
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+    assert PROBLEMS[name].chosen in history[-1]["validation"]["in_domain"]
+    assert {"f1_micro", "mse"} & set(history[-1]["train"])

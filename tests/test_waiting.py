@@ -131,7 +131,7 @@ def test_no_step_between_two_reads_waits_for_the_gpu(name, monkeypatch):
     monkeypatch.setattr(Batch, "pin", lambda self: None)  # needs a real GPU
     monkeypatch.setattr(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", lambda *tensors: {
         (GPU, kind): group for (_, kind), group in GROUPED(*tensors).items()})
-    made, objective = batches(), train_utils.cross_entropy()
+    made, objective = batches(), train_utils.label_loss()
     if name == "student":
         objective = kd_objective(torch.randn(24, 2), 2.0, 0.5)
     with FakeGPU() as gpu:
@@ -174,7 +174,7 @@ def test_a_backbone_in_bfloat16_trains_as_a_gpu_has_it(name):
     one, found = batches()[0], []
     for model in (exact, rough):
         with FakeGPU():
-            loss = train_utils.cross_entropy()(model(*one.to(GPU).inputs()), one.to(GPU))
+            loss = train_utils.label_loss()(model(*one.to(GPU).inputs()), one.to(GPU))
             loss.backward()
         found.append((loss.detach(), torch.cat([p.grad.flatten() for p in train_utils.trainable(model).values()])))
     (loss, gradient), (rough_loss, rough_gradient) = found

@@ -123,7 +123,7 @@ def train(result: Path) -> None:
 
     def objective(logits, batch):
         rows.extend(batch.rows.tolist())
-        return train_utils.cross_entropy()(logits, batch)
+        return train_utils.label_loss()(logits, batch)
 
     batches = split_large(toys.toy_batches(21, 4), processes.rank(), processes.count())  # the last one has one row
     progress = train_utils.fit(model, train_utils.Data(batches, toys.toy_dev()), objective, toys.OPTIONS)

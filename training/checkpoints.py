@@ -36,7 +36,7 @@ class Progress:
     step_in_epoch: int = 0  # optimiser steps done in the running epoch
     step: int = 0  # optimiser steps done in all
     best_epoch: int = 0
-    best_score: tuple[float, float] = (-math.inf, -math.inf)  # MCC, then -loss
+    best_score: tuple[float, float] = (-math.inf, -math.inf)  # the problem's (MCC), then -loss
     sums: dict[str, float] = field(default_factory=dict)  # of the running epoch
     parts: list[list[float]] = field(default_factory=list)  # the same sums by process, if there are several processes
     confusion: list[list[int]] = field(default_factory=list)  # of the running epoch: [label][prediction]

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.splits import Label
 from data_utils import Batch
 from machine.errors import UserError
+from metrics.problems import SINGLE_LABEL, Problem
 from options.schema import TrainOptions
 
 
@@ -57,13 +59,16 @@ def focal(logits: Tensor, labels: Tensor, weights: Tensor | None, gamma: float) 
     return (rows if weights is None else rows * weights.to(rows)[labels]).mean()
 
 
-def classification_loss(options: TrainOptions, labels: list[int], classes: int
+def classification_loss(options: TrainOptions, labels: list[Label], classes: int, problem: Problem = SINGLE_LABEL
                         ) -> Callable[[Tensor, Batch], Tensor] | None:
-    """Returns the loss of --loss and --class-weights; None for the plain cross-entropy.
+    """Returns the loss of --loss and --class-weights; None for the problem's plain loss.
 
     Raises:
-        UserError: see `class_weights`, or a smoothed focal loss.
+        UserError: see `class_weights`, a smoothed focal loss, or an option of classes for another problem.
     """
+    problem.check("--loss focal", options.loss == "focal")
+    problem.check("--class-weights", options.class_weights != "none")
+    problem.check("--label-smoothing", options.label_smoothing > 0)
     weights = class_weights(options.class_weights, labels, classes)
     if options.loss == "focal":
         if options.label_smoothing:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from data_utils import Batch, padding_percent
 from machine.hardware import peak_memory_bytes
-from metrics.classification import per_class
+from metrics.problems import SINGLE_LABEL, Problem
 from training.checkpoints import Progress
 
 
@@ -17,11 +17,11 @@ def training_summary(progress: Progress, batches: list[Batch]) -> dict:
             "padding_percent": padding_percent(batches), "peak_memory_bytes": peak_memory_bytes()}
 
 
-def best_and_last(best_epoch: int, history: list[dict], classes: tuple[str, ...]) -> dict:
+def best_and_last(best_epoch: int, history: list[dict], classes: tuple[str, ...], problem: Problem = SINGLE_LABEL) -> dict:
     """Returns the scores of the best and the last epoch, and those of the best epoch by class."""
     # Both are reported: the best epoch was chosen on the same rows, and its scores flatter a little.
     best, last = next(line for line in history if line["epoch"] == best_epoch), history[-1]
-    by_class = {split: {"confusion": matrix, "per_class": per_class(matrix, classes)}
-                for split, matrix in best["confusion"].items()}
+    by_class = {split: {problem.counts: matrix, "per_class": problem.per_class(matrix, classes)}
+                for split, matrix in best[problem.counts].items() if matrix}
     return {"best_epoch": best_epoch, "validation": best["validation"], "by_class": by_class,
             "last_epoch": last["epoch"], "last_validation": last["validation"]}

@@ -23,6 +23,7 @@ import pytest
 import warm
 
 import data_utils
+from data.glue import GLUE, glue_scores
 from machine.errors import UserError
 
 HERE = Path(data_utils.__file__).parent
@@ -206,7 +207,7 @@ def test_without_a_hub_the_built_in_default_is_announced_and_nothing_named_is_re
     assert seconds < 60
 
 
-GLUE = """
+GLUE_COLA = """
 from experiments import inputs
 import data_utils
 task = data_utils.load_task("cola")
@@ -220,7 +221,7 @@ def test_cola_comes_from_the_hub_and_is_split_where_the_public_files_meet(hub_fo
     digests = [hashlib.sha256((hub_folder / f"datasets/nyu-mll/glue/cola/{split}-00000-of-00001.parquet").read_bytes())
                .hexdigest() for split in ("train", "validation")]
     with Hub(hub_folder) as hub:
-        done, _ = python("-c", f"DIGESTS = {digests}" + GLUE, home=tmp_path, endpoint=hub.endpoint)
+        done, _ = python("-c", f"DIGESTS = {digests}" + GLUE_COLA, home=tmp_path, endpoint=hub.endpoint)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "20 {'in_domain': (527, 'Sentence 0.'), 'out_of_domain': (516, 'Sentence 527.')}", "True", "('gpt2', 'cola', None)"]
@@ -262,6 +263,59 @@ def test_reviews_come_from_the_hub_and_what_it_lacks_is_one_line(tmp_path):
     repository = "cornell-movie-review-data/rotten_tomatoes"
     assert lines[1] == str([f"{repository}/{split}.parquet" for split in ("train", "validation")])
     assert lines[2].startswith("error --task imdb: stanfordnlp/imdb") and len(lines) == 3
+
+
+GLUE_TASKS = """
+import json
+import data_utils
+from data.glue import GLUE
+for name in GLUE:
+    task = data_utils.load_task(name, separator=" [SEP] ")
+    print(json.dumps([name, task.problem, len(task.train), {split: [len(rows), rows.sentences[0], rows.labels[:2]]
+                                                            for split, rows in task.dev.items()}, task.classes]))
+"""
+# Names of classes as the Hub's files have them; the score of STS-B is a number.
+GLUE_CLASSES = {"sst2": ["negative", "positive"], "mrpc": ["not_equivalent", "equivalent"], "stsb": None,
+                "qqp": ["not_duplicate", "duplicate"], "mnli": ["entailment", "neutral", "contradiction"],
+                "qnli": ["entailment", "not_entailment"], "rte": ["entailment", "not_entailment"],
+                "wnli": ["not_entailment", "entailment"]}
+
+
+def test_glues_tasks_come_from_the_hub_with_their_columns_classes_and_splits(tmp_path):
+    for name, classes in GLUE_CLASSES.items():
+        task = GLUE[name]
+        kind = datasets.Value("float32") if classes is None else datasets.ClassLabel(names=classes)
+        features = datasets.Features({**{column: datasets.Value("string") for column in task.columns}, "label": kind})
+        for split, file in task.files(name).items():
+            path = tmp_path / "hub/datasets/nyu-mll/glue" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            labels = [row % len(classes) if classes else 0.5 + row for row in range(6)]
+            datasets.Dataset.from_dict({**{column: [f"{split} {column} {row}" for row in range(6)]
+                                           for column in task.columns}, "label": labels}, features=features).to_parquet(path)
+    with Hub(tmp_path / "hub") as hub:
+        done, _ = python("-c", GLUE_TASKS, home=tmp_path / "home", endpoint=hub.endpoint)
+    assert done.returncode == 0, done.stderr
+    found = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == GLUE.keys() == GLUE_CLASSES.keys()
+    assert all(task.positive in (GLUE_CLASSES[name] or []) for name, task in GLUE.items() if "f1" in task.metrics)
+    for name, (problem, rows, dev, classes) in found.items():
+        assert rows == 6 and list(dev) == list(GLUE[name].dev) and classes == sorted(GLUE_CLASSES[name] or ["label"])
+        assert problem == ("regression" if name == "stsb" else "single-label")
+        for split, (count, text, labels) in dev.items():
+            assert count == 6 and text == " [SEP] ".join(f"{split} {column} 0" for column in GLUE[name].columns)
+            expected = [0.5, 1.5] if name == "stsb" else [classes.index(one) for one in GLUE_CLASSES[name][:2]]
+            assert labels == expected
+
+
+def test_glues_scores_are_accuracy_f1_of_paraphrases_or_correlations():
+    validation = {"validation": {"accuracy": 0.75, "mcc": 0.5, "pearson": 0.9, "spearman": 0.8}}
+    by_class = {"validation": {"per_class": {"equivalent": {"f1": 0.6}, "not_equivalent": {"f1": 0.1}}}}
+    assert glue_scores("mrpc", validation, by_class) == {"validation": {"accuracy": 0.75, "f1": 0.6}}
+    assert glue_scores("qqp", validation, {"validation": {"per_class": {"0": {"f1": 0.1}, "1": {"f1": 0.2}}}}) == {
+        "validation": {"accuracy": 0.75, "f1": 0.2}}
+    assert glue_scores("rte", validation, by_class) == {"validation": {"accuracy": 0.75}}
+    assert glue_scores("stsb", validation, {}) == {"validation": {"pearson": 0.9, "spearman": 0.8}}
+    assert glue_scores("cola", validation, by_class) is None
 
 
 # ---------------------------------------------------------------- data sets by name

@@ -181,7 +181,7 @@ def test_booleans_and_numbers_are_the_same_labels_in_every_format(tmp_path):
 def test_text_columns_are_joined_or_put_into_the_template(tmp_path):
     rows = [{"q": "Who?", "a": "Ishmael", "label": "x"}, {"q": "Where?", "a": "", "label": "y"}]
     table = read_table(write(tmp_path / "rows.csv", rows))
-    joined, _ = read_split(table, TableOptions(text_column=("q", "a")), " [SEP] ")
+    joined, _ = read_split(table, TableOptions(text_column=("q", "a"), join="text"), " [SEP] ")
     assert joined.sentences == ["Who? [SEP] Ishmael", "Where?"]
     filled, _ = read_split(table, TableOptions(template="{{Q}}: {q} A: {a}"), " ")
     assert filled.sentences == ["{Q}: Who? A: Ishmael", "{Q}: Where? A: "]

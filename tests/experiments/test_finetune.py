@@ -335,9 +335,9 @@ def test_a_stale_lock_file_does_not_block(work, tmp_path, quick):
 
 
 def test_a_run_that_diverges_ends_with_status_3_and_its_last_checkpoint(work, tmp_path, monkeypatch, capsys):
-    objective = train_utils.cross_entropy
+    objective = train_utils.label_loss
     calls = []
-    monkeypatch.setattr(train_utils, "cross_entropy", lambda smoothing: lambda logits, batch: objective(smoothing)(
+    monkeypatch.setattr(train_utils, "label_loss", lambda *options: lambda logits, batch: objective(*options)(
         logits, batch) * (float("nan") if calls.append(1) or len(calls) == 8 else 1))
     assert toy.lora(work, tmp_path / "run") == 3
     assert "run.py: loss nan at step 8 (epoch 2), learning rate" in capsys.readouterr().err.splitlines()[-1]
