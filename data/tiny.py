@@ -14,6 +14,7 @@ from pathlib import Path
 from data import grammar
 from data.cache import cache_folder, made_once
 from machine import hardware
+from machine.progress import Bar
 
 VOCABULARY = 1536  # byte-level BPE tokens: enough for every word to be one, which lets a small model learn agreement
 POSITIONS, LAYERS, CHANNELS, HEADS = 128, 6, 128, 4
@@ -57,7 +58,6 @@ def equal_length_batches(sequences: list[list[int]], rng: random.Random) -> Iter
 def train_model(folder: Path) -> None:
     """Trains the tokenizer and the GPT-2 on the corpus, and saves both in `folder`."""
     import torch
-    from tqdm import tqdm
     from transformers import GPT2Config, GPT2LMHeadModel
 
     corpus = grammar.draw_corpus()
@@ -83,7 +83,7 @@ def train_model(folder: Path) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1, cycle_momentum=False
     )
-    with tqdm(range(STEPS), desc="tiny GPT-2, first use", unit="step") as progress:
+    with Bar(range(STEPS), desc="tiny GPT-2, first use", unit="step") as progress:
         for step in progress:
             input_ids = torch.tensor(next(batches))  # (B, T)
             loss = model(input_ids, labels=input_ids).loss

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from data import edits
 from data.lines import read_sentences
@@ -23,6 +22,7 @@ from distillation.teachers import HiddenStates, Teacher, as_labeller, mean_logit
 from distillation.transfer_set import New, letters_and_digits, longest_length, plain_sentences, transfer_set
 from distillation.writer import Writer
 from machine.errors import UserError
+from machine.progress import Bar
 from options.schema import DistilOptions, RNNConfig, RunOptions
 from record import tensors
 from train_utils import Data
@@ -141,7 +141,7 @@ def new_sentences(inputs: Inputs, cache: Cache, text: list[str], count: int) -> 
         written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
     # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
     sentences = itertools.islice(transfer_set(train, known, plain, written), count)
-    return list(tqdm(sentences, total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2))
+    return list(Bar(sentences, total=count, unit="sentence", desc="transfer set", delay=2))
 
 
 def known_sentences(task: Task) -> set[str]:

@@ -19,7 +19,6 @@ import torch
 from scipy import stats
 from scipy.special import softmax
 from sklearn.metrics import matthews_corrcoef
-from tqdm import tqdm
 
 import data_utils
 import train_utils
@@ -33,6 +32,7 @@ from experiments.evaluate import HELD_OUT, load_finetuned, load_student, logits_
 from experiments.inputs import load_task, separator_of
 from experiments.trained_on import check_not_trained_on, count_trained_on, find_source
 from machine.hardware import device
+from machine.progress import Bar
 from model import DistilRNN
 from options.schema import RunOptions, TableOptions
 from record.config_json import rebuild
@@ -333,7 +333,7 @@ def on_pairs(run: Diagnosed, pairs: list[Pair] | None, limit: int | None, file: 
     # Sentences stand in several pairs of BLiMP: each is scored once.
     sentences = list(dict.fromkeys(text for pair in pairs for text in (pair.good, pair.bad)))
     judges, higher = dict(scorers(run)), {}
-    with tqdm(total=len(judges) * len(sentences), unit="sentence", desc="minimal pairs", dynamic_ncols=True) as bar:
+    with Bar(total=len(judges) * len(sentences), unit="sentence", desc="minimal pairs") as bar:
         for name, judge in judges.items():
             bar.set_postfix_str(name)
             scores = {}

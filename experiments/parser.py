@@ -23,7 +23,9 @@ SHORT = 20  # options that --help shows at most
 def note(text: str) -> None:
     """Prints a line on stderr that is no result; one process of several does so."""
     if processes.claim_once(text):
-        print(text, file=sys.stderr, flush=True)
+        # Bars exist only where this module was imported. A printed line would stick to the end of one.
+        progress = sys.modules.get("machine.progress")
+        progress.write(text) if progress else print(text, file=sys.stderr, flush=True)
 
 
 def complain(message) -> None:

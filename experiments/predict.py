@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 import data_utils
 from data import columns as cells
@@ -27,6 +26,7 @@ from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import columns_of, separator_of
 from machine.errors import UserError
 from machine.hardware import device
+from machine.progress import Bar
 from options.schema import TableOptions
 from record.calibration import calibration_of
 from record.folder import read_run
@@ -263,7 +263,7 @@ def main(args) -> None:
         print("\n".join(line(result) for result in predict_texts(predictor, args.texts)))
         return
     count = errors = 0
-    with tqdm(unit="rows", delay=2) as bar:
+    with Bar(unit="rows", delay=2) as bar:
         def progress(rows: int, file: stream.Rows) -> None:
             # Bytes of a file, whose rows nobody has counted; rows of standard input.
             if file.size:
@@ -274,7 +274,7 @@ def main(args) -> None:
 
         for result in predict_file(predictor, args.file, args.format, progress):
             # To stdout, with the bar out of the way.
-            tqdm.write(line(result))
+            Bar.write(line(result))
             count, errors = count + 1, errors + ("error" in result)
     # The answers may have gone to a file, where nobody sees the errors among them.
     if errors:
