@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,18 @@ def train_tokenizer(corpus: list[str]):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, model_max_length=POSITIONS
     )
+
+
+def unknown_words(tokenizer, text: str) -> list[str]:
+    """Returns the words of a text that the built-in model never saw, once each: its tokenizer has no token for them.
+
+    Args:
+        tokenizer: the built-in model's, with a token for each word of its corpus.
+    """
+    known = tokenizer.get_vocab()
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", text))
+    # A token within a sentence begins with the tokenizer's mark for a space.
+    return [word for word in words if not {f"Ġ{word}", f"Ġ{word.lower()}", word.capitalize()} & known.keys()]
 
 
 def equal_length_batches(sequences: list[list[int]], rng: random.Random) -> Iterator[list[list[int]]]:

@@ -34,6 +34,7 @@ from serving import texts
 from serving.bank import AdapterBank
 from serving.texts import Reading
 
+EXAMPLES = 5  # unknown words that a warning names
 WINDOW = 256  # rows read, batched by length and answered at a time
 
 
@@ -235,6 +236,19 @@ def line_of(result: dict, as_json: bool) -> str:
     return f"{label}\t{result['probability']:.4f}\t{' '.join(result['text'].split())}"
 
 
+def warn_of_unknown_words(texts: int, words: list[str]) -> None:
+    """Warns that the built-in model never saw some of the words that it was asked about.
+
+    Args:
+        texts: number of texts with such words.
+        words: a few of them.
+    """
+    if texts:
+        which = "a text has" if texts == 1 else f"{texts:,} texts have"
+        warnings.warn(f"{which} words that the built-in model never saw ({', '.join(words)}), so that its answer tells "
+                      "nothing; it knows the words of data/grammar.py", stacklevel=2)
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -260,9 +274,12 @@ def main(args) -> None:
         return line_of(decided(result, args.at_least), args.json)
 
     if args.texts:
-        print("\n".join(line(result) for result in predict_texts(predictor, args.texts)))
-        return
-    count = errors = 0
+        results = predict_texts(predictor, args.texts)
+        print("\n".join(line(result) for result in results))
+        unknown = [result["unknown_words"] for result in results if "unknown_words" in result]
+        return warn_of_unknown_words(len(unknown), list(dict.fromkeys(itertools.chain(*unknown)))[:EXAMPLES])
+    count = errors = strange = 0
+    examples: dict[str, None] = {}
     with Bar(unit="rows", delay=2) as bar:
         def progress(rows: int, file: stream.Rows) -> None:
             # Bytes of a file, whose rows nobody has counted; rows of standard input.
@@ -276,6 +293,11 @@ def main(args) -> None:
             # To stdout, with the bar out of the way.
             Bar.write(line(result))
             count, errors = count + 1, errors + ("error" in result)
+            strange += "unknown_words" in result
+            # A few are enough, and a long file has thousands.
+            if len(examples) < EXAMPLES:
+                examples.update(dict.fromkeys(result.get("unknown_words", ())))
     # The answers may have gone to a file, where nobody sees the errors among them.
     if errors:
         warnings.warn(f"{args.file}: {errors:,} of {count:,} rows have an error in place of an answer", stacklevel=2)
+    warn_of_unknown_words(strange, list(examples)[:EXAMPLES])
