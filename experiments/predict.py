@@ -1,6 +1,6 @@
 """Predicts classes with a finished run: name and probability of each sentence's class, in order, in constant memory.
 
-    python run.py predict runs/LoRA-12345 "The cat sat on the mat."
+    python run.py predict runs/LoRA-12345 "Anna repaired the clock." "Anna arrived the clock."
     python run.py predict runs/distil-12345 --file FILE.csv --json
     python run.py predict --adapter cola=runs/LoRA-1 --adapter reviews=runs/LoRA-2 --file FILE.jsonl --json
 """
@@ -245,8 +245,8 @@ def warn_of_unknown_words(texts: int, words: list[str]) -> None:
     """
     if texts:
         which = "a text has" if texts == 1 else f"{texts:,} texts have"
-        warnings.warn(f"{which} words that the built-in model never saw ({', '.join(words)}), so that its answer tells "
-                      "nothing; it knows the words of data/grammar.py", stacklevel=2)
+        warnings.warn(f"{which} words that the built-in model never saw ({', '.join(words)}): its answers about them say "
+                      "nothing; data/grammar.py has its words", stacklevel=2)
 
 
 # ---------------------------------------------------------------- the command line

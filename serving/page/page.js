@@ -143,21 +143,22 @@ function rowsOf(items, answers) {
   })];
 }
 
+// The same rows as a table; it has no column of notes: each stands under its text.
 function showBatch(rows) {
   const [header, ...body] = rows;
-  const row = (tag, cells) => {
+  const row = (tag, cells, note) => {
     const made = make("tr", "", "");
     made.append(...cells.map((cell, column) => {
-      const of = header[column];
-      const made = make(tag, of === "text" ? "text" : of === "line" || of.endsWith("probability") ? "number" : "", cell);
+      const isNumber = header[column] === "line" || header[column].endsWith("probability");
+      const made = make(tag, header[column] === "text" ? "text" : isNumber ? "number" : "", cell);
       if (tag === "th") made.scope = "col";
-      if (tag === "td" && of === "note" && cell) made.replaceChildren(make("span", "mark", cell));
+      if (note && header[column] === "text") made.append(make("div", "mark", note));
       return made;
     }));
     return made;
   };
-  element("batch").querySelector("thead").replaceChildren(row("th", header));
-  element("batch").querySelector("tbody").replaceChildren(...body.map(cells => row("td", cells)));
+  element("batch").querySelector("thead").replaceChildren(row("th", header.slice(0, -1)));
+  element("batch").querySelector("tbody").replaceChildren(...body.map(cells => row("td", cells.slice(0, -1), cells.at(-1))));
   element("download").href = URL.createObjectURL(new Blob([csv(rows)], {type: "text/csv;charset=utf-8"}));
   element("batch").hidden = false;
 }
