@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -49,6 +50,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "s
             "lemminflect")
 # Differ between any two runs, and so are no part of a result that two runs are compared by.
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")
+COLUMNS = 100  # of a line on the terminal
 
 
 def recorded_config(options: RunOptions) -> dict | None:
@@ -245,8 +247,10 @@ class Recorder:
         # A stage without classes (language modelling, hidden states) has a loss alone.
         scores = [f"{split} accuracy {v['accuracy']:.3f} MCC {v['mcc']:.3f}" if "mcc" in v else
                   f"{split} loss {v['loss']:.4f}" for split, v in line["validation"].items()]
-        self.say(f"  {f'{stage}, ' if stage else ''}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, "
-                 + ", ".join(scores))
+        said = [f"  {f'{stage}, ' if stage else ''}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}", *scores]
+        # Broken between two splits, where it is too long for a terminal.
+        whole = ", ".join(said).replace(" ", "\xa0").replace(",\xa0", ", ")
+        self.say(textwrap.fill(whole, COLUMNS, subsequent_indent="    ").replace("\xa0", " "))
 
     def _scalars(self, epoch: int, values: dict[str, float]) -> None:
         """Appends an epoch to TensorBoard's file. Its own writer is a thread, which fails unseen on a full disk."""
