@@ -1,6 +1,7 @@
 """Makes tables of comparisons and sweeps, for the terminal and for LaTeX."""
 
 import math
+import operator
 from itertools import chain
 
 from report.latex import cell, escape, grouped, plain_table, tabular
@@ -112,7 +113,8 @@ def compare_text(compare: Record) -> str:
     lines, start = [f"{compare['model']} on {compare['task']}"], len(before)
 
     def add(title: str, columns: list[int], chosen: list[list[str]]) -> None:
-        lines.extend(["", title, *aligned([[row[column] for column in columns] for row in (head, *chosen)])])
+        part = operator.itemgetter(*columns)
+        lines.extend(["", title, *aligned(list(map(part, (head, *chosen))))])
 
     # One table of all columns would be too wide for a terminal.
     for split, names in groups.items():
