@@ -23,6 +23,7 @@ from serving.service import create_app
 from serving.texts import Reading
 from serving.worker import Student, Worker
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*were truncated")
 READING = Reading(("no", "yes"), CONTEXT)
 LONG = "the cat sat on the mat " * 20  # more tokens than CONTEXT
 KEY = "Control+Enter"
