@@ -231,6 +231,19 @@ def test_a_cut_text_and_unknown_words_are_marked(page):
     assert page.inner_text("#teacher .verdict") == "fine"
 
 
+def test_an_answer_without_probabilities_is_shown_as_it_is(page):
+    """A regression's answer is a number."""
+    result = {"label": "3.2500", "score": 3.25}
+    page.route("**/v1/classify", lambda route: route.fulfill(json={"results": [result]}))
+    ask(page, "the cat")
+    assert page.inner_text("#teacher .verdict") == "3.2500"
+    assert re.fullmatch(r"in \d+\.\d ms \(cola\)", page.inner_text("#teacher .time"))
+    page.check("#lines")
+    page.press("#text", KEY)
+    page.locator("tbody tr").wait_for()
+    assert page.locator("tbody td").all_inner_texts() == ["1", "the cat", "3.2500", "", "3.2500", ""]
+
+
 def test_a_batch_of_lines_is_a_table_and_a_file(page, worker):
     lines = ['she said "the cat", twice', "", "  ", "the mat, red", LONG.strip(), *(f"the cat {n}" for n in range(150))]
     page.check("#lines")
