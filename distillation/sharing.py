@@ -16,9 +16,9 @@ from pathlib import Path
 
 import filelock
 import torch
-from tqdm import tqdm
 
 from machine.hardware import device
+from machine.progress import Bar
 
 POLL = 0.5  # seconds between two looks at the files of other processes
 
@@ -46,7 +46,7 @@ def share(wanted: dict[Path, int], make: Callable[[Path], None], check_stop: Cal
     def done() -> int:
         return sum(count for path, count in wanted.items() if path.exists())
 
-    def work(bar: tqdm) -> None:
+    def work(bar: Bar) -> None:
         while not ended.is_set() and (missing := [path for path in wanted if not path.exists()]):
             for path in missing:
                 check_stop()
@@ -66,7 +66,7 @@ def share(wanted: dict[Path, int], make: Callable[[Path], None], check_stop: Cal
             bar.n = done()
             bar.update(0)
 
-    def work_on_one_core(bar: tqdm) -> None:
+    def work_on_one_core(bar: Bar) -> None:
         try:
             torch.set_num_threads(1)
             work(bar)
@@ -77,7 +77,7 @@ def share(wanted: dict[Path, int], make: Callable[[Path], None], check_stop: Cal
     # No thread without a file to make.
     threads = min(threads, sum(not path.exists() for path in wanted))
     before = torch.get_num_threads()
-    with tqdm(total=sum(wanted.values()), initial=done(), unit="sentence", desc=name, dynamic_ncols=True, delay=2,
+    with Bar(total=sum(wanted.values()), initial=done(), unit="sentence", desc=name, delay=2,
               disable=not name) as bar:
         if threads < 2:
             work(bar)

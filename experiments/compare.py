@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-from tqdm import tqdm
 
 import train_utils
 from experiments import endings, finetune
@@ -34,6 +33,7 @@ from experiments.significance import majority, over_seeds, paired_differences
 from experiments.variants import COMMON, Variant, seeds_of, settings
 from machine.errors import UserError
 from machine.hardware import device
+from machine.progress import Bar
 from metrics.problems import problem_of
 from options.schema import RunOptions
 from record.files import locked, make_folder, read_json, write_file, write_json
@@ -89,8 +89,8 @@ def run_comparison(options: CompareOptions, say: Callable[[str], None] = print) 
     total = sum(len(first_runs(entry, seeds)) + len(seeds) - 1 for entry in options.entries)
     record = provenance(options.settings, task.files)
     rows, runs = [], []
-    with study_folder(options.out, record, options.overwrite) as folder, tqdm(
-            total=total, unit="run", desc="compare", dynamic_ncols=True) as bar:
+    with study_folder(options.out, record, options.overwrite) as folder, Bar(
+            total=total, unit="run", desc="compare") as bar:
         # The number of threads is recorded when the comparison begins, and is the same for every run.
         total_threads = read_json(folder / "config.json").get("threads")
         threads = threads_each([path.parent for path in sorted(folder.glob("*/config.json"))], total_threads, options.jobs)
@@ -122,7 +122,7 @@ def first_runs(entry: Entry, seeds: list[str]) -> list[tuple[str, float | None]]
     return [(seeds[0], rate) for rate in entry.rates or [None]]
 
 
-def run_entry(entry: Entry, which: list[tuple[str, float | None]], folder: Path, threads: int | None, jobs: int, bar: tqdm
+def run_entry(entry: Entry, which: list[tuple[str, float | None]], folder: Path, threads: int | None, jobs: int, bar: Bar
               ) -> list[dict]:
     """Finishes the runs of an entry.
 

@@ -19,7 +19,6 @@ import torch
 from scipy import stats
 from scipy.special import softmax
 from sklearn.metrics import matthews_corrcoef
-from tqdm import tqdm
 
 import data_utils
 import train_utils
@@ -34,6 +33,7 @@ from experiments.evaluate import HELD_OUT, load_finetuned, load_student, logits_
 from experiments.inputs import load_task
 from experiments.trained_on import check_not_trained_on, count_trained_on, find_source
 from machine.hardware import device
+from machine.progress import Bar
 from metrics.classification import scores
 from metrics.problems import problem_of
 from model import DistilRNN
@@ -337,7 +337,7 @@ def on_pairs(run: Diagnosed, pairs: list[Pair] | None, limit: int | None, file: 
     # Sentences stand in several pairs of BLiMP: each is scored once.
     sentences = list(dict.fromkeys(text for pair in pairs for text in (pair.good, pair.bad)))
     judges, higher = dict(scorers(run)), {}
-    with tqdm(total=len(judges) * len(sentences), unit="sentence", desc="minimal pairs", dynamic_ncols=True) as bar:
+    with Bar(total=len(judges) * len(sentences), unit="sentence", desc="minimal pairs") as bar:
         for name, judge in judges.items():
             bar.set_postfix_str(name)
             scores = {}

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import speed
@@ -18,6 +17,7 @@ from experiments.inputs import check_base, choose
 from experiments.parser import note
 from machine.errors import UserError
 from machine.hardware import device
+from machine.progress import Bar
 from record.files import check_sums, read_json
 from sampling import Sampling
 
@@ -90,7 +90,7 @@ def generate(prompts: list[str], options: GenerateOptions) -> Iterator[str]:
             raise UserError(f"prompt of {len(ids)} tokens plus --max-new-tokens {new_tokens}: the model's context holds "
                             f"{context}")
     rows = [ids for ids in encoded for _ in range(options.num_samples)]
-    with tqdm(total=len(rows) * new_tokens, unit="token", desc="generating", dynamic_ncols=True) as bar:
+    with Bar(total=len(rows) * new_tokens, unit="token", desc="generating") as bar:
         texts = speed.sample_tokens(lm, rows, options.sampling, max_new_tokens=new_tokens, end=end_tokens(lm),
                                     batch_size=options.batch_size, progress=bar.update)
         for ids, new in zip(rows, texts, strict=True):
@@ -132,4 +132,4 @@ def main(args) -> None:
                               args.precision)
     for sample in generate(prompts or [""], options):
         # To stdout, with the bar out of the way.
-        tqdm.write(sample)
+        Bar.write(sample)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from experiments import compare, endings, step_records
 from experiments.parser import complain
@@ -30,6 +29,7 @@ from experiments.steps import CHOSEN, Step, steps
 from experiments.variants import seeds_of
 from machine.errors import UserError
 from machine.hardware import device
+from machine.progress import Bar
 from machine.signals import Interrupted
 from record.files import SUMS, check_sums, locked, make_folder, read_json, write_json
 from record.folder import provenance
@@ -237,8 +237,8 @@ def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
         if stopped.is_set():
             raise KeyboardInterrupt
 
-    with ThreadPoolExecutor(jobs) as pool, tqdm(
-            total=len(wanted), unit="step", desc="paper", dynamic_ncols=True,
+    with ThreadPoolExecutor(jobs) as pool, Bar(
+            total=len(wanted), unit="step", desc="paper",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]") as bar:
         try:
             while waiting or at_work:
@@ -259,7 +259,7 @@ def run_steps(wanted: list[Step], options: PaperOptions) -> list[str]:
                         failures.append(f"step {step.name} failed: {error}")
                         write_json(step_records.state_of(step, options.out), {
                             "name": step.name, "command": command(step), "status": "failed", "error": str(error)})
-                        tqdm.write(f"run.py: {failures[-1]}; the other steps go on", file=sys.stderr)
+                        Bar.write(f"run.py: {failures[-1]}; the other steps go on", file=sys.stderr)
                         clock.done(step, None)
                     bar.update()
         except BaseException:

@@ -23,7 +23,9 @@ SHORT = 20  # options that --help shows at most
 def note(text: str) -> None:
     """Prints a line on stderr that is no result; one process of several does so."""
     if processes.claim_once(text):
-        print(text, file=sys.stderr, flush=True)
+        # Bars exist only where this module was imported. A printed line would stick to the end of one.
+        progress = sys.modules.get("machine.progress")
+        progress.write(text) if progress else print(text, file=sys.stderr, flush=True)
 
 
 def complain(message) -> None:
@@ -88,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         declared = [option for cls in MODES[mode].options for option in options_of(cls, mode)]
         places = [option.declared["metavar"] for option in declared if option.declared.get("positional")]
         super().__init__(usage=f"run.py {mode} {' '.join(places)} [options]", add_help=False, allow_abbrev=False,
-                         description=f"Example: python run.py {MODES[mode].example}\n\n{MODES[mode].help}",
+                         description=MODES[mode].help,
                          formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
         self.mode, self.source, self.declared, self.rarely = mode, "", declared, []
         self.options = {option.word: option for option in declared if not option.declared.get("positional")}
@@ -106,6 +108,10 @@ class Parser(argparse.ArgumentParser):
         more = "" if short else "; `--help all` shows every option"
         groups[next(iter(groups))].add_argument("-h", "--help", action=Help, nargs="?", metavar="all",
                                                 help=f"show this help{more}")
+
+    def format_help(self) -> str:
+        # A reader who knows nothing yet copies a command first.
+        return f"python run.py {MODES[self.mode].example}\n\n{super().format_help()}"
 
     @staticmethod
     def _keywords(option: Option) -> dict:

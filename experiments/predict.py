@@ -1,6 +1,6 @@
 """Predicts classes with a finished run: name and probability of each sentence's class, in order, in constant memory.
 
-    python run.py predict runs/LoRA-12345 "The cat sat on the mat."
+    python run.py predict runs/LoRA-12345 "Anna repaired the clock." "Anna arrived the clock."
     python run.py predict runs/distil-12345 --file FILE.csv --json
     python run.py predict --adapter cola=runs/LoRA-1 --adapter reviews=runs/LoRA-2 --file FILE.jsonl --json
 """
@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 import data_utils
 from data import columns as cells
@@ -28,6 +27,7 @@ from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import columns_of
 from machine.errors import UserError
 from machine.hardware import device
+from machine.progress import Bar
 from options.schema import TableOptions
 from record.calibration import calibration_of
 from record.folder import read_run
@@ -35,6 +35,7 @@ from serving import texts
 from serving.bank import AdapterBank
 from serving.texts import Reading
 
+EXAMPLES = 5  # unknown words that a warning names
 WINDOW = 256  # rows read, batched by length and answered at a time
 
 
@@ -247,6 +248,19 @@ def line_of(result: dict, as_json: bool) -> str:
     return "\t".join([label, *probability, " ".join(result["text"].split())])
 
 
+def warn_of_unknown_words(texts: int, words: list[str]) -> None:
+    """Warns that the built-in model never saw some of the words that it was asked about.
+
+    Args:
+        texts: number of texts with such words.
+        words: a few of them.
+    """
+    if texts:
+        which = "a text has" if texts == 1 else f"{texts:,} texts have"
+        warnings.warn(f"{which} words that the built-in model never saw ({', '.join(words)}): its answers about them say "
+                      "nothing; data/grammar.py has its words", stacklevel=2)
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -275,10 +289,13 @@ def main(args) -> None:
         return line_of(decided(result, args.at_least), args.json)
 
     if args.texts:
-        print("\n".join(line(result) for result in predict_texts(predictor, args.texts)))
-        return
-    count = errors = 0
-    with tqdm(unit="rows", delay=2) as bar:
+        results = predict_texts(predictor, args.texts)
+        print("\n".join(line(result) for result in results))
+        unknown = [result["unknown_words"] for result in results if "unknown_words" in result]
+        return warn_of_unknown_words(len(unknown), list(dict.fromkeys(itertools.chain(*unknown)))[:EXAMPLES])
+    count = errors = strange = 0
+    examples: dict[str, None] = {}
+    with Bar(unit="rows", delay=2) as bar:
         def progress(rows: int, file: stream.Rows) -> None:
             # Bytes of a file, whose rows nobody has counted; rows of standard input.
             if file.size:
@@ -289,8 +306,13 @@ def main(args) -> None:
 
         for result in predict_file(predictor, args.file, args.format, progress):
             # To stdout, with the bar out of the way.
-            tqdm.write(line(result))
+            Bar.write(line(result))
             count, errors = count + 1, errors + ("error" in result)
+            strange += "unknown_words" in result
+            # A few are enough, and a long file has thousands.
+            if len(examples) < EXAMPLES:
+                examples.update(dict.fromkeys(result.get("unknown_words", ())))
     # The answers may have gone to a file, where nobody sees the errors among them.
     if errors:
         warnings.warn(f"{args.file}: {errors:,} of {count:,} rows have an error in place of an answer", stacklevel=2)
+    warn_of_unknown_words(strange, list(examples)[:EXAMPLES])

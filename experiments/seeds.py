@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from experiments import compare, distil, endings, finetune
 from experiments.arguments import choose, finetune_options
 from experiments.significance import majority, over_seeds, paired_differences, spread
 from experiments.variants import Variant, seeds_of, settings
 from machine.errors import UserError
+from machine.progress import Bar
 from options.schema import FREE, RunOptions, TableOptions
 from record.config_json import as_json, settings_of
 from record.files import locked, make_folder, read_json, write_file, write_json
@@ -91,7 +91,7 @@ def run_seeds(options: SeedsOptions, say: Callable[[str], None] = print) -> dict
         threads = compare.threads_each([run.folder for run in options.runs], torch.get_num_threads(), options.jobs)
         done = {}
         summaries = compare.finished_runs([(run.words, run.folder) for run in options.runs], threads, options.jobs)
-        with tqdm(options.runs, unit="run", desc=f"{options.mode} seeds", dynamic_ncols=True) as bar:
+        with Bar(options.runs, unit="run", desc=f"{options.mode} seeds") as bar:
             for run in bar:
                 bar.set_postfix_str(run.folder.name)
                 # A run that diverged has no summary; the other seeds still count.

@@ -25,7 +25,6 @@ import sqlalchemy
 import torch
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
-from tqdm import tqdm
 
 import train_utils
 from experiments import endings, finetune
@@ -35,6 +34,7 @@ from experiments.variants import COMMON, Variant, settings
 from machine import signals
 from machine.errors import UserError
 from machine.hardware import use_threads
+from machine.progress import Bar
 from metrics.problems import PROBLEMS, SHOWN
 from options.schema import RunOptions
 from record.files import make_folder, without_password, write_file, write_json
@@ -102,7 +102,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
         record["threads"] = torch.get_num_threads()
         requeue_dead(study, options.out)
         trial = Trial(options, study, train_utils.selection_split(task.dev), PROBLEMS[task.problem].chosen)
-        with tqdm(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
+        with Bar(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
                   dynamic_ncols=True) as bar:
             while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 # One at a time, so that the folder is released after the study knows the outcome.

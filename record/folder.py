@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "s
             "lemminflect")
 # Differ between any two runs, and so are no part of a result that two runs are compared by.
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "peak_memory_bytes")
+COLUMNS = 100  # of a line on the terminal
 
 
 def recorded_config(options: RunOptions) -> dict | None:
@@ -248,8 +250,10 @@ class Recorder:
         for split, values in line["validation"].items():
             shown = [f"{heading} {values[key]:.3f}" for key, heading in SHOWN.items() if key in values]
             scores.append(f"{split} " + (" ".join(shown) or f"loss {values['loss']:.4f}"))
-        self.say(f"  {f'{stage}, ' if stage else ''}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}, "
-                 + ", ".join(scores))
+        said = [f"  {f'{stage}, ' if stage else ''}epoch {line['epoch']}: train loss {line['train']['loss']:.4f}", *scores]
+        # Broken between two splits, where it is too long for a terminal.
+        whole = ", ".join(said).replace(" ", "\xa0").replace(",\xa0", ", ")
+        self.say(textwrap.fill(whole, COLUMNS, subsequent_indent="    ").replace("\xa0", " "))
 
 
 def finish(folder: Path, summary: dict, *more: str) -> None:

@@ -128,9 +128,9 @@ def _pairs(diagnosis: Record, pairs: Record, key: str, title: str) -> Table:
                   for other in published]
         rows.append([name, str(group["n"]), *shares, *others])
     return Table(f"{title}: pairs (%) in which the right sentence scores higher; chance is 50"
-                 + (", published figures to the right" if published else ""),
+                 + (", * as published" if published else ""),
                  [key, "pairs", *(name_of(diagnosis, model) for model in models),
-                  *(f"{PUBLISHED.get(name, name)}, published" for name in published)], rows)
+                  *(f"{PUBLISHED.get(name, name)}*" for name in published)], rows)
 
 
 def _sentences(diagnosis: Record, rows: list[Record], title: str) -> Table:

@@ -1,10 +1,14 @@
 """Makes tables of comparisons and sweeps, for the terminal and for LaTeX."""
 
 import math
+import operator
 from itertools import chain
 
 from report.latex import cell, escape, grouped, plain_table, tabular
 from report.records import Record, ReportError, shown_splits, spoken
+
+COLUMNS = 100  # of a line on the terminal
+SHORTEST = 20  # characters that a cut cell keeps
 
 # ---------------------------------------------------------------- comparisons
 
@@ -96,8 +100,14 @@ def compare_notes(compare: Record) -> list[str]:
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Returns rows as lines of text, the first column aligned to the left, the others to the right."""
+    """Returns rows as lines of text, the first column aligned to the left, the others to the right.
+
+    The first column's long cells are cut where the lines would be longer than COLUMNS.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if (room := COLUMNS - sum(widths[1:]) - 2 * len(widths[1:])) < widths[0]:
+        widths[0] = max(room, SHORTEST)
+        rows = [[first if len(first) <= widths[0] else first[:widths[0] - 3] + "...", *others] for first, *others in rows]
     lines = []
     for first, *others in rows:
         line = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
@@ -106,13 +116,23 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def compare_text(compare: Record) -> str:
-    """Returns the table of a comparison for the terminal, with its notes."""
+    """Returns a comparison for the terminal: a table of each split's scores, a table of sizes and costs, and the notes."""
     before, groups, after, rows = compare_rows(compare)
-    # The name of a split stands above the first of its scores.
-    above = [[spoken(split)] + [""] * (len(names) - 1) for split, names in groups.items()]
-    above = [""] * len(before) + list(chain.from_iterable(above)) + [""] * len(after)
     head = [*before, *chain.from_iterable(groups.values()), *after]
-    return "\n".join([f"{compare['model']} on {compare['task']}", *aligned([above, head, *rows]), *compare_notes(compare)])
+    lines, start = [f"{compare['model']} on {compare['task']}"], len(before)
+
+    def add(title: str, columns: list[int], chosen: list[list[str]]) -> None:
+        part = operator.itemgetter(*columns)
+        lines.extend(["", title, *aligned(list(map(part, (head, *chosen))))])
+
+    # One table of all columns would be too wide for a terminal.
+    for split, names in groups.items():
+        add(spoken(split), [0, head.index("lr"), head.index("epoch"), *range(start, start + len(names))], rows)
+        start += len(names)
+    # Only an entry's first row has sizes and costs.
+    entries = [row for row in rows if row[head.index("trained")]]
+    add("size and cost", [0, head.index("trained"), head.index("%"), *range(start, len(head))], entries)
+    return "\n".join([*lines, "", *compare_notes(compare)])
 
 
 def compare_latex(compare: Record) -> str:

@@ -26,8 +26,8 @@ DRAINED = 8  # a body up to this many times the largest accepted one is read bef
 LONGEST_PATH = 200  # characters of a path in the access log
 # The page shows texts and class names of anybody: it may run its own script alone, and stand in no other page.
 HEADERS = [(b"content-security-policy",
-            b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; "
-            b"form-action 'none'; frame-ancestors 'none'"),
+            b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+            b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
            (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store")]
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/@\s]+))(?::\d*)?")  # [IPv6] or a name, then a port
 

@@ -26,7 +26,7 @@ from serving.guard import Guard, Limits, error_response, json_response
 from serving.worker import Full, Key, Student, Worker
 
 PAGE = Path(__file__).parent / "page"
-MEDIA = {"index.html": "text/html", "page.js": "text/javascript", "style.css": "text/css"}
+MEDIA = {"index.html": "text/html", "page.js": "text/javascript", "style.css": "text/css", "favicon.svg": "image/svg+xml"}
 JSON_TYPE = "application/json"
 
 
@@ -46,6 +46,7 @@ class Result(BaseModel):
     probability: float
     probabilities: dict[str, float]
     truncated: bool | None = Field(None, description="true where the model read only a part of a longer text")
+    unknown_words: list[str] | None = Field(None, description="words that the built-in model never saw")
 
 
 class Answer(BaseModel):
@@ -137,9 +138,9 @@ def create_app(worker: Worker, limits: Limits) -> Guard:
         """Numbers for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    # The page is three small files. A folder of static files would need a check of paths.
-    for path, name in (("/", "index.html"), ("/page.js", "page.js"), ("/style.css", "style.css")):
-        app.add_api_route(path, _file(name), include_in_schema=False)
+    # The page is a few small files. A folder of static files would need a check of paths.
+    for name in MEDIA:
+        app.add_api_route("/" if name == "index.html" else f"/{name}", _file(name), include_in_schema=False)
     return Guard(app, limits, metrics.requests)
 
 

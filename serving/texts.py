@@ -14,6 +14,7 @@ from torch import Tensor
 
 import data_utils
 from data.segments import arguments_of, reads_pairs, split_pair
+from data.tiny import unknown_words
 from data_utils import Batch
 from machine.errors import UserError
 from metrics.problems import SINGLE_LABEL, Problem, problem_of
@@ -31,13 +32,14 @@ class Reading:
     truncate: str = "tail"  # the part of a longer text that is cut: head, tail or middle
     calibration: Calibration = LIKELIEST
     problem: Problem = SINGLE_LABEL
+    tiny: bool = False  # the built-in model, which knows a few hundred words
 
     @classmethod
     def of(cls, config: dict, calibration: Calibration = LIKELIEST) -> Reading:
         """Returns the reading of a run, from its config.json."""
         options = config["options"]
         return cls(tuple(config.get("classes", data_utils.COLA_CLASSES)), options["max_length"],
-                   options.get("truncate", "tail"), calibration, problem_of(config))
+                   options.get("truncate", "tail"), calibration, problem_of(config), options.get("model") == "tiny")
 
     def answer(self, logits: Tensor) -> dict:
         """Returns label, probability and probabilities of logits (classes,); see each problem's `answer`."""
@@ -101,7 +103,9 @@ def _wrong(tokenizer, text: str) -> UserError | None:
 @torch.inference_mode()
 def classify(tokenizer, rows: list[tuple[Reading, str]], logits: Callable[[Batch, list[int]], list[Tensor] | Tensor],
              features: list[list[float]] | None = None) -> list[dict | UserError]:
-    """Returns label, probability and probabilities of each text, or its error; `truncated` where a text was cut.
+    """Returns label, probability and probabilities of each text, or its error.
+
+    A result has `truncated` where a text was cut, and `unknown_words` where the built-in model never saw some of its words.
 
     Args:
         rows: the reading of each text, and the text.
@@ -118,8 +122,12 @@ def classify(tokenizer, rows: list[tuple[Reading, str]], logits: Callable[[Batch
         batch_rows = [readable[place] for place in places]
         batch = data_utils.collate(ids, [0] * len(rows), batch_rows, pad_id, features)
         for row, values in zip(batch_rows, logits(batch, batch_rows), strict=True):
-            answer = rows[row][0].answer(values)
-            results[row] = {**answer, "truncated": True} if encoded[row].truncated else answer
+            reading, text = rows[row]
+            results[row] = reading.answer(values)
+            if encoded[row].truncated:
+                results[row]["truncated"] = True
+            if reading.tiny and (words := unknown_words(tokenizer, text)):
+                results[row]["unknown_words"] = words
     return results
 
 

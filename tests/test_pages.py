@@ -1,4 +1,5 @@
 """README.md and docs/: every link leads somewhere, every command is one that run.py takes, every folder is named."""
+import ast
 import re
 import shlex
 import tomllib
@@ -8,7 +9,9 @@ import toy
 
 import run
 from benchmarks import summarise
+from data import tiny
 from experiments import compare, sweep
+from model import lora_layers
 
 ROOT = summarise.ROOT
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in summarise.pages()}
@@ -95,3 +98,17 @@ def test_what_a_newcomer_changes_stands_where_the_readme_says(place):
     room, _, module = path.partition("/")
     row = next(line for line in PAGES["README.md"].splitlines() if re.match(rf"\| `{re.escape(room)}/?` ", line))
     assert (module or name) in row
+
+
+def test_the_program_of_the_page_from_python_runs(gpt2_folder, monkeypatch, capsys):
+    """With a toy in place of the built-in model, which takes a minute to make."""
+    monkeypatch.setattr(tiny, "tiny_model_folder", lambda: gpt2_folder)
+    program, = re.findall(r"```python\n(.*?)```", PAGES["docs/python.md"], re.DOTALL)
+    exec(compile(program, "docs/python.md", "exec"), names := {})
+    *_, taught, distilled = capsys.readouterr().out.splitlines()
+    for answers in map(ast.literal_eval, (taught, distilled)):
+        assert len(answers) == 4 and {label for label, _ in answers} <= {"acceptable", "unacceptable"}
+    # Only the adapter and the head were trained.
+    assert {name.rpartition(".")[2] for name, p in names["teacher"].net.named_parameters() if p.requires_grad} == {
+        "lora_A", "lora_B", "weight"}
+    assert all(layer.lora_B.any() for layer in lora_layers(names["teacher"].net).values())

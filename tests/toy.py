@@ -9,6 +9,7 @@ import time
 import warnings
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 WORDS = ("the", "cat", "dog", "mat", "saw", "fed", "a", "old", "red", "bird")
 COLA_FILES = ("in_domain_train.tsv", "in_domain_dev.tsv", "out_of_domain_dev.tsv")
 SPLITS = {"in_domain": 12, "out_of_domain": 12, "all": 24}  # rows of write_cola's evaluation splits

@@ -109,3 +109,12 @@ def test_the_key_follows_what_decides_the_weights_and_nothing_else(monkeypatch, 
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
             assert tiny.recipe() != key, name
+
+
+def test_words_outside_the_corpus_are_unknown_and_all_of_its_own_are_known(quick):
+    corpus = grammar.draw_corpus()
+    tokenizer = tiny.train_tokenizer(corpus)
+    assert [text for text in corpus if tiny.unknown_words(tokenizer, text)] == []
+    # Case, digits and signs say nothing about a word.
+    assert tiny.unknown_words(tokenizer, corpus[0].lower()) == []
+    assert tiny.unknown_words(tokenizer, f"The cat, {corpus[0]} 7 the Cat naïve!") == ["cat", "Cat", "naïve"]

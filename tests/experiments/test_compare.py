@@ -194,10 +194,11 @@ def test_real_runs_become_a_table_a_plot_and_run_folders_that_eval_scores(work, 
                 "--plots", tmp_path / "plots") == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     row = rows(tmp_path / "c")["lora"]
-    line = next(words for words in table if words[0] == "lora")
-    assert line[1] == f"{row['parameters']['trainable']:,}" and line[3] == f"{row['learning_rate']:g}"
+    # A table for each split, then one of sizes and costs.
+    line, *_, size = (words for words in table if words[:1] == ["lora"])
+    assert size[1] == f"{row['parameters']['trainable']:,}" and line[1] == f"{row['learning_rate']:g}"
     mean, sd = (100 * row["best"]["in_domain"]["accuracy"][key] for key in ("mean", "sd"))
-    assert line[6:9] == [f"{mean:.1f}", "±", f"{sd:.1f}"]
+    assert line[4:7] == [f"{mean:.1f}", "±", f"{sd:.1f}"]
     run = tmp_path / "c" / f"lora-lr{row['learning_rate']!r}-00000"
     assert row["size_bytes"] == (run / "adapter_model.safetensors").stat().st_size
     summary = read_json(run / "summary.json")

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyarrow
@@ -283,3 +284,22 @@ def test_what_cannot_share_the_base_is_refused(runs, capsys, tmp_path, name, say
     (("--adapter", "a=RUN", "x"), "expected RUN_DIR, or"), (("nowhere", "x"), "not a run's folder")])
 def test_bad_arguments_are_one_line(runs, capsys, arguments, says):
     refused(capsys, says, *(str(word).replace("RUN", str(runs / "lora")) for word in arguments))
+
+
+# ---------------------------------------------------------------- words that the built-in model never saw
+
+def test_unknown_words_are_one_warning_after_the_answers(runs, tmp_path, capsys, monkeypatch):
+    of = predict.Reading.of
+    monkeypatch.setattr(predict.Reading, "of", lambda *given: replace(of(*given), tiny=True))
+    says = ("warning: {} words that the built-in model never saw ({}): its answers about them say nothing; data/grammar.py "
+            "has its words")
+    lines = ["cat zebra", "dog old cat", "Okapi cat zebra"]
+    for words, texts in ((lines[:1], "a text has"), (lines, "2 texts have")):
+        assert toy.main("predict", runs / "lora", *words) == 0
+        out, err = capsys.readouterr()
+        assert len(out.splitlines()) == len(words)
+        assert err.splitlines() == [says.format(texts, "zebra" if len(words) == 1 else "zebra, Okapi")]
+    assert toy.main("predict", runs / "lora", "--file", write(tmp_path / "a.txt", "\n".join(lines)), "--json") == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line).get("unknown_words") for line in out.splitlines()] == [["zebra"], None, ["Okapi", "zebra"]]
+    assert err.splitlines() == [says.format("2 texts have", "zebra, Okapi")]
