@@ -29,7 +29,7 @@ from distillation.teachers import Teacher, mean_logits
 from experiments import endings
 from experiments.arguments import fill, given, preset, preset_name, run_options
 from experiments.evaluate import load_finetuned
-from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything, separator_of
+from experiments.inputs import about, load_task, make_all_batches, resolve_precision, seed_everything, separator_of
 from experiments.trained_on import rows_in_training
 from machine import processes, signals
 from machine.errors import UserError
@@ -213,7 +213,8 @@ def config_of(inputs: Inputs, options: RunOptions, distil_options: DistilOptions
     """Returns the config.json of a distillation."""
     settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **asdict(inputs.student)}
     return {**provenance(as_json(settings), inputs.task.files), **speed.in_use(), "architecture": inputs.student.recorded(),
-            "classes": list(inputs.task.classes), "rows_in_training": rows_in_training(inputs.task, say),
+            "classes": list(inputs.task.classes), **about(inputs.task, inputs.teachers[0].model),
+            "rows_in_training": rows_in_training(inputs.task, say),
             "tokenizer_sha256": inputs.base.tokenizer_sha256}
 
 

@@ -23,7 +23,7 @@ from data.digests import config_digest, tokenizer_digest
 from data_utils import Batch, Task
 from experiments import endings
 from experiments.arguments import finetune_options
-from experiments.inputs import BASE, load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.inputs import BASE, about, load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.model_card import write_repository
 from experiments.trained_on import rows_in_training
 from machine import processes, signals
@@ -139,7 +139,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     injection.configure(classifier, options.method, options.lora, features)
     counts = count_parameters(classifier)
     say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, classes "
-        f"{', '.join(task.classes[:10])}{', ...' if task.num_labels > 10 else ''}\n{parameter_table(counts)}")
+        f"{', '.join(task.class_names[:10])}{', ...' if task.num_labels > 10 else ''}\n{parameter_table(counts)}")
     for name, rows in task.missing.items():
         if rows:
             say(f"  feature {name}: no value in {rows:,} of {len(task.train):,} training rows; the mean stands in, marked")
@@ -214,7 +214,8 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     run = prepare(options, say)
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
     config = {**provenance(as_json(settings), run.task.files), **speed.in_use(), **run.base, "init_files": run.init_files,
-              "classes": list(run.task.classes), "rows_in_training": rows_in_training(run.task, say),
+              "classes": list(run.task.classes), **about(run.task, run.classifier),
+              "rows_in_training": rows_in_training(run.task, say),
               **label_maps(run.task.classes)}
     with run_folder(options, config) as folder:
         recorder = Recorder(folder, say)

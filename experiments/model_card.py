@@ -68,7 +68,7 @@ logits = model(**inputs).logits
 labels = {labels}
 ```
 
-`config.json` records every option, version and file of the training, and the class names as `id2label`.
+`config.json` records every option, version and file of the training, and the classes of the files as `id2label`.
 """
 INPUTS = """inputs = tokenizer(["A sentence."], padding=True, truncation=True, max_length={max_length},
                    return_tensors="pt")"""
@@ -100,7 +100,7 @@ def write_repository(folder: Path, options: RunOptions, task: Task, tokenizer, m
 
 def model_card(options: RunOptions, task: Task, tokenizer, max_length: int, summary: dict) -> str:
     """Returns the text of README.md. The same run gives the same text: no date, no duration, no path of the machine."""
-    best, parameters, lora, classes = summary["validation"], summary["parameters"], options.lora, list(task.classes)
+    best, parameters, lora, classes = summary["validation"], summary["parameters"], options.lora, list(task.class_names)
     name, repository = f"{options.mode}-{options.sr}", dataset_of(options)
     hub = hub_name(options.model)
     # The metadata are for the Hub's tables, the rows for readers. Both hold the scores of the best epoch.

@@ -28,22 +28,24 @@ class Reading:
     max_length: int  # tokens
     truncate: str = "tail"  # the part of a longer text that is cut: head, tail or middle
     calibration: Calibration = LIKELIEST
+    names: tuple[str, ...] = ()  # of the classes, for readers; empty: no others than `classes`
 
     @classmethod
     def of(cls, config: dict, calibration: Calibration = LIKELIEST) -> Reading:
         """Returns the reading of a run, from its config.json."""
         options = config["options"]
         return cls(tuple(config.get("classes", data_utils.COLA_CLASSES)), options["max_length"],
-                   options.get("truncate", "tail"), calibration)
+                   options.get("truncate", "tail"), calibration, tuple(config.get("class_names", ())))
 
     def answer(self, logits: Tensor) -> dict:
-        """Returns label, probability and probabilities of logits (classes,)."""
+        """Returns label, probability and probabilities of logits (classes,), and the label's name if it has another one."""
         rule = self.calibration
         probabilities = (logits.float() / rule.temperature).softmax(-1).tolist()
         best = max(range(len(self.classes)), key=probabilities.__getitem__)
         if rule.threshold is not None:
             best = rule.positive if probabilities[rule.positive] >= rule.threshold else 1 - rule.positive
-        return {"label": self.classes[best], "probability": probabilities[best],
+        name = {"name": self.names[best]} if self.names else {}
+        return {"label": self.classes[best], **name, "probability": probabilities[best],
                 "probabilities": dict(zip(self.classes, probabilities, strict=True))}
 
 
