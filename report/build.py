@@ -20,14 +20,14 @@ from report import figures
 from report.curves import panels
 from report.latex import breakable, escape, flatten
 from report.objectives import objectives, soft_formula
-from report.paper import paper_results
+from report.paper import Paper, paper_results
 from report.prose import texts
-from report.records import ReportError, read_json, replacing
+from report.records import Record, ReportError, read_json, replacing
 from report.runs import Run
 from report.seeds import interval_notes, intervals_latex
 from report.studies import STUDY_TABLES
 from report.style import save_figure
-from report.tables import calibrations, models_of, speed_known, tables_of
+from report.tables import calibrations, tables_of
 
 NOT_RUN = rb"\emph{not run}"
 # The tables of main.tex that a missing run leaves as "not run"; the others are left out where they say nothing.
@@ -69,9 +69,13 @@ def cover(sr: str, author: str) -> dict[str, str]:
     return found | ({"author": escape(author)} if author else {})
 
 
-def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "distil")
+def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "distil"), seeds: dict[str, Record] | None = None
                  ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Returns the numbers, and the files by name, of the runs (of `modes`) and studies of `sr`."""
+    """Returns the numbers, and the files by name, of the runs (of `modes`) and studies of `sr`.
+
+    Args:
+        seeds: studies of several seeds that stand elsewhere, as `prose.texts` takes them.
+    """
     # Every table begins as "not run"; those of the runs that exist replace it.
     numbers, files = {}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
     runs = {mode: Run(runs_dir / f"{mode}-{sr}") for mode in modes if (runs_dir / f"{mode}-{sr}").is_dir()}
@@ -80,9 +84,6 @@ def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "disti
         if mode == "distil":
             tables |= {"distil_objectives": objectives(run)}
             numbers["kd.soft"] = soft_formula(run)
-            # What two networks of one size differ by is no speed.
-            if speed_known(models_of(run.summary)):
-                numbers["is.speed"] = "yes"
         # `by_class` has a table of its own, and its keys are names of classes.
         plain_numbers = {key: value for key, value in run.summary.items() if key != "by_class"}
         prefix = mode.lower()
@@ -98,7 +99,7 @@ def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "disti
     names = {"LoRA": "LoRA", "distil": "student with KD"}
     if table := calibrations({names[mode]: run for mode, run in runs.items()}):
         files["calibration.tex"] = table.encode()
-    studies = {}
+    studies = dict(seeds or {})
     for mode in STUDIES:
         path = runs_dir / f"{mode}-{sr}" / f"{mode}.json"
         if path.is_file():
@@ -165,7 +166,9 @@ def build_paper(folder: Path, report_dir: Path, author: str = "") -> Path:
     sr, plots = read_json(folder / "paper.json")["sr"], folder / "plots"
     # An unfinished run of a step that failed counts as "not run".
     finished = [mode for mode in ("LoRA", "distil") if (folder / "cola" / f"{mode}-{sr}" / "summary.json").exists()]
-    numbers, files = _run_results(sr, folder / "cola", plots, finished)
+    done = Paper(folder).done
+    studies = {f"seeds.{mode}": done[step] for mode, step in (("LoRA", "lora"), ("distil", "distil")) if step in done}
+    numbers, files = _run_results(sr, folder / "cola", plots, finished, studies)
     more_numbers, more_files = paper_results(folder, plots)
     _write(report_dir / "results", cover(sr, author) | numbers | more_numbers, files | more_files)
     return _compile(report_dir, "main")
@@ -188,6 +191,16 @@ def _compile(report_dir: Path, name: str) -> Path:
         with replacing(report_dir / f"{name}.pdf") as temporary:
             shutil.copyfile(Path(build, "main.pdf"), temporary)
     return report_dir / f"{name}.pdf"
+
+
+def can_sign(sr: str, runs_dir: Path, report_dir: Path) -> bool:
+    """Returns whether the report of `sr` has no author, and its runs and LaTeX are here to build it again."""
+    numbers = report_dir / "results" / "numbers.tex"
+    lines = numbers.read_text().splitlines() if numbers.is_file() else []
+    signed = any(line.startswith(r"\setresult{author}") for line in lines)
+    own = rf"\setresult{{sr}}{{{sr}}}" in lines and (report_dir / f"Report_{sr}.pdf").is_file()
+    runs = any((runs_dir / f"{mode}-{sr}").is_dir() for mode in ("LoRA", "distil"))
+    return own and not signed and runs and shutil.which("latexmk") is not None
 
 
 def make_submission(sr: str, first_name: str, last_name: str, root: Path) -> Path:

@@ -41,8 +41,9 @@ def panels(metrics: list[Record], summary: Record, problem: str = "single-label"
     rows = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for axes, quantity in zip(rows, drawn, strict=True):
         _draw(axes, metrics, summary, quantity, problem, numbers=False, stages=axes is rows[0])
-        axes.yaxis.label.set_fontsize(9)
+        axes.yaxis.label.set_fontsize(8)
         axes.tick_params(labelsize=8)
+        axes.xaxis.label.set_fontsize(9)
         if axes is not rows[-1]:
             axes.set_xlabel("")
     figure.align_ylabels()
@@ -119,20 +120,23 @@ def _draw(axes, metrics: list[Record], summary: Record, quantity: str, problem: 
         scores = summary.section("teacher").section("validation")
         level("teacher", {split: factor * scores.section(split).number(quantity) for split in styles if split in scores},
               styles, color=GREEN)
-    if quantity != "loss":
-        ignorant = {split: factor * without_input(first.section(split), quantity) for split in styles}
+    ignorant = {} if quantity == "loss" else {
+        split: factor * without_input(first.section(split), quantity) for split in styles}
+    # Nothing is drawn where it is not known.
+    if ignorant and not any(map(math.isnan, ignorant.values())):
         # One line where it does not depend on the split. Dashed and dotted: solid lines are of models.
         nothing = "majority class" if problem == "single-label" else "ignoring the text"
         if len(set(ignorant.values())) == 1 and quantity != "accuracy":
             axes.axhline(next(iter(ignorant.values())), color=GREY, linestyle="--", linewidth=1,
                          label=f"{nothing} (0)" if numbers else f"{nothing}, {literal(spoken(main))}")
-        elif not any(map(math.isnan, ignorant.values())):
+        else:
             looks = dict(zip(styles, ["--", (0, (1, 2)), (0, (1, 4))], strict=False))
             level(nothing, ignorant, looks, color=GREY, linewidth=1)
     axis = LOSSES[problem] + (" loss (nats)" if problem == "single-label" else " loss") if quantity == "loss" else (
         SCORES[quantity].name + (" (%)" if factor == 100 else ""))
     # In a panel the caption says the rest.
-    short = {"cross-entropy loss (nats)": "cross-entropy (nats)", "Matthews correlation": "MCC"}
+    short = {"cross-entropy loss (nats)": "cross-entropy (nats)", "Matthews correlation": "MCC",
+             "binary cross-entropy loss": "binary CE", "mean squared error loss": "loss (MSE)", "mean squared error": "MSE"}
     axes.set_ylabel((axis if numbers else short.get(axis, axis))
                     + ("\nwith the labels, no KD term" if distil and numbers and quantity == "loss" else ""))
     if staged:
@@ -228,7 +232,7 @@ def confusion(summary: Record, shown: dict[str, str] | None = None) -> Figure:
         # A class without rows has shares of 0, not 0 / 0.
         total = sum(row) or 1
         percent.append([100 * count / total for count in row])
-    size = min(9.0, 3.2 + 0.55 * len(classes))
+    size = min(9.0, 2.0 + 0.55 * len(classes))
     figure = new_figure(size + 0.8, size)
     axes = figure.add_subplot()
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
@@ -246,7 +250,8 @@ def confusion(summary: Record, shown: dict[str, str] | None = None) -> Figure:
         names = list(map(literal, names))
         axes.set_xticks(range(len(names)), names, rotation=60 if slanted else 0, ha="right" if slanted else "center")
         axes.set_yticks(range(len(names)), names)
-    whose = f"{model_name('student')}: " if summary["mode"] == "distil" else ""
+    whose = f"{model_name('student')}\n" if summary["mode"] == "distil" else ""
     axes.set(xlabel="predicted class", ylabel="true class",
              title=literal(f"{whose}{spoken(split)}, n = {sum(map(sum, matrix)):,}"))
+    axes.title.set_fontsize("medium")
     return figure

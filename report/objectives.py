@@ -1,7 +1,7 @@
 """Writes the losses of a distillation as LaTeX, stage by stage, with the weights that its options give them.
 
     soft_formula(run)    # the teacher's part of the loss
-    objectives(run)      # the table: stage, model, sentences, loss
+    objectives(run)      # the table: stage, model, texts, loss
 """
 
 from report.latex import escape, tabular
@@ -52,7 +52,7 @@ def _weighted(*terms: tuple[float, str]) -> str:
 
 
 def objectives(run: Run) -> str:
-    """Makes the table of the losses: stage, student or baseline, the sentences, and the terms with their weights."""
+    """Makes the table of the losses: stage, student or baseline, the texts, and the terms with their weights."""
     options, rows = run.options, []
     names = [stage["stage"] for stage in run.summary.section("student").get("stages", [])] or ["gold"]
     alpha, repeats = options.number("kd_alpha"), options.get("gold_repeats", 0)
@@ -63,12 +63,12 @@ def objectives(run: Run) -> str:
     for name in names:
         if name == "pretrain":
             language = options.get("lm_weight") or (0.0 if hidden else 1.0)
-            lines = [("student", "transfer set, training set and plain text", _weighted((language, "LM"), (hidden, "hid"))),
-                     (BASELINE, "training set and plain text, as many steps", _weighted((language, "LM")))]
+            lines = [("student", "transfer set, training set, plain texts", _weighted((language, "LM"), (hidden, "hid"))),
+                     (BASELINE, "training set and plain texts, as many steps", _weighted((language, "LM")))]
         elif name == "transfer":
             extra = ((hidden, "hid"), (edits, "edit"))
             # Relations of states teach no class: the transfer set keeps KL.
-            lines = [("student", "new sentences, without a gold label", _weighted((1.0, "soft"), *extra)),
+            lines = [("student", "new texts, without a gold label", _weighted((1.0, "soft"), *extra)),
                      ("", f"training set, {repeats} times an epoch",
                       _weighted((alpha, "soft"), (1 - alpha, "gold"), *extra)),
                      (BASELINE, "training set, as many steps", _weighted((1.0, "gold"), (edits, "edit")))]
@@ -78,4 +78,4 @@ def objectives(run: Run) -> str:
         shown = [line for line in lines if line[0] != BASELINE or with_baseline]
         rows += [["" if number else STAGES.get(name, escape(name)), model_name(model), sentences, loss]
                  for number, (model, sentences, loss) in enumerate(shown)]
-    return tabular("llll", "stage & model & sentences & loss", rows)
+    return tabular("llll", "stage & model & texts & loss", rows)

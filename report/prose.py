@@ -13,7 +13,7 @@ from report.latex import breakable, escape, shown
 from report.records import BASELINE, Record, spoken
 from report.runs import Run
 from report.scores import LOSSES, SCORES, without_input
-from report.tables import METHODS, models_of, sizes, speed_known
+from report.tables import METHODS, models_of, sizes, speed_error
 
 # What a reader must know of a task by name; a table of the user's own is described by its numbers alone.
 TASKS = {
@@ -50,6 +50,8 @@ METHOD_TEXTS = {
 # Options that say where a run ran, and not how it trained.
 PLACES = ("data", "model", "task", "out", "plots", "teacher", "threads", "device", "seeds", "overwrite", "resume", "text",
           "no-plots", "cache", "jobs", "init", "limit", "text-column", "label-column", "no-control")
+# The share by which two networks of one size may be measured apart where a ratio of speeds is to mean something.
+MOST_ERROR = 0.1
 # The search that would choose the options of a LoRA run.
 SWEEP = "--search rank=4,8,16 --search lr=1e-4..1e-3 --trials 20"
 
@@ -100,6 +102,7 @@ def texts(lora: Run | None, distil: Run | None, studies: dict[str, Record]) -> d
         found["text.method"] = METHOD_TEXTS.get(lora.summary["method"], "")
         found["text.hyper.lora"] = _hyperparameters(lora, studies)
     if distil is not None:
+        found["text.speed"] = _speed(distil)
         found["text.hyper.distil"] = _hyperparameters(distil, {})
     for key, value in run.config.get("backbone", {}).items():
         found[f"backbone.{key}"] = shown(key, value)
@@ -112,6 +115,7 @@ def _flags(lora: Run | None, distil: Run | None) -> list[str]:
     flags = [run.problem, "lora" if lora else "nolora", "distil" if distil else "nodistil"]
     if run.problem == "single-label":
         flags.append("binary" if len(run.classes) == 2 else "multiclass")
+        flags += ["few"] if len(run.classes) <= 4 and run.has_confusion() else []
     backbone = run.config.get("backbone", {})
     if "decoder" in backbone:
         flags.append("decoder" if backbone["decoder"] else "encoder")
@@ -205,8 +209,8 @@ def _abstract(lora: Run | None, distil: Run | None) -> str:
     run, sentences = lora or distil, []
     backbone = run.config.get("backbone", {})
     kind = {True: "decoder", False: "encoder"}.get(backbone.get("decoder"), "transformer")
-    sentences.append(rf"A pretrained {kind}, \texttt{{{breakable(run.summary['model'])}}}, is adapted to a task of text "
-                     rf"processing, \texttt{{{breakable(run.summary['task'])}}} ({_kind(run)})"
+    sentences.append(rf"A pretrained {kind}, \texttt{{{breakable(run.summary['model'])}}}, is adapted to the task "
+                     rf"\texttt{{{breakable(run.summary['task'])}}} ({_kind(run)})"
                      + (", and then shrunk." if distil else "."))
     if lora is not None:
         method, parameters, scores = lora.summary["method"], lora.summary.section("parameters"), lora.result.section(
@@ -222,7 +226,7 @@ def _abstract(lora: Run | None, distil: Run | None) -> str:
         models = models_of(distil.summary)
         ratios = sizes(models)[1]
         size = models["student"].number("parameters")
-        faster = f" and {ratios['student']['faster']:g} times as fast" if speed_known(models) else ""
+        faster = f" and {ratios['student']['faster']:g} times as fast" if speed_error(models) < MOST_ERROR else ""
         student = models["student"].section("validation").section(distil.split)
         key = _main_score(distil)
         sentences.append(f"A recurrent student of {size:,.0f} parameters, {ratios['student']['smaller']:g} times smaller "
@@ -248,6 +252,15 @@ def _ignorant(run: Run, scores: Record) -> str:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def _speed(run: Run) -> str:
+    """Returns the error of the measured speeds in words."""
+    error = speed_error(models_of(run.summary))
+    if math.isnan(error):
+        return "No second network of the student's size was measured, so that the error of the speeds is not known."
+    doubt = "" if error < MOST_ERROR else ": the factors of speed are uncertain by as much"
+    return rf"Student and baseline are one network, and were measured {100 * error:.0f}\,\% apart{doubt}."
 
 
 # ---------------------------------------------------------------- hyperparameters

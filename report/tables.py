@@ -44,7 +44,8 @@ def results(run: Run, models: dict[str, Record]) -> str:
 
     # First: no accuracy is read without it.
     nothing = "majority class" if run.problem == "single-label" else "ignoring the text"
-    rows = [[nothing, "--", *(text.replace("n/a", "--") for text in cells(validation, without_input))]]
+    floor = [text.replace("n/a", "--") for text in cells(validation, without_input)]
+    rows = [[nothing, "--", *floor]] if set(floor) != {"--"} else []
     for name, model in models.items():
         for which, key in (("best", "validation"), ("last", "last_validation")):
             if key in model:
@@ -113,13 +114,13 @@ def models_of(summary: Record) -> dict[str, Record]:
     return {key: summary.section(key) for key in ("teacher", *STUDENTS) if key != BASELINE or key in summary}
 
 
-def speed_known(models: dict[str, Record]) -> bool:
-    """Returns whether two networks of one size, student and baseline, were measured at speeds within 10 % of each other.
+def speed_error(models: dict[str, Record]) -> float:
+    """Returns the share by which the measured speeds of student and baseline differ, NaN if one was not measured.
 
-    Their difference is the error of the measurement: above that a ratio to the teacher's speed means little.
+    They are one network: their difference is the error of the measurement.
     """
     speeds = [models[key].number("sentences_per_second") for key in STUDENTS if key in models]
-    return len(speeds) == 2 and min(speeds) > 0 and max(speeds) < 1.1 * min(speeds)
+    return max(speeds) / min(speeds) - 1 if len(speeds) == 2 and min(speeds) > 0 else math.nan
 
 
 def sizes(models: dict[str, Record]) -> tuple[str, dict[str, dict[str, object]]]:
@@ -133,7 +134,7 @@ def sizes(models: dict[str, Record]) -> tuple[str, dict[str, dict[str, object]]]
         ratios[key] = {"smaller": smaller, "faster": faster, "fewer_percent": 100 * (1 - size / teacher.number("parameters"))
                        if teacher.number("parameters") else math.nan}
         rows.append([model_name(key)] + [shown("", value) for value in (size, smaller, speed, faster)])
-    head = r"model & parameters & smaller ($\times$) & sentences/s & faster ($\times$)"
+    head = r"model & parameters & smaller ($\times$) & texts/s & faster ($\times$)"
     return tabular("lrrrr", head, rows), ratios
 
 
