@@ -55,7 +55,7 @@ def objectives(run: Run) -> str:
     """Makes the table of the losses: stage, student or baseline, the texts, and the terms with their weights."""
     options, rows = run.options, []
     names = [stage["stage"] for stage in run.summary.section("student").get("stages", [])] or ["gold"]
-    alpha, repeats = options.number("kd_alpha"), options.get("gold_repeats", 0)
+    alpha, repeats = run.summary.section("distillation").number("alpha"), options.get("gold_repeats", 0)
     hidden = 1.0 if options.get("match", "none") == "hidden" else 0.0
     edits = options.get("edit_weight") or 0.0
     gold = _weighted((alpha, "soft"), (1 - alpha, "gold"))

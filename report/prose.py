@@ -247,7 +247,7 @@ def _ignorant(run: Run, scores: Record) -> str:
         return ""
     who = "always answering the commonest class" if run.problem == "single-label" else "ignoring the text"
     return f", where {who} would reach " + " and ".join(
-        f"{SCORES[key].prose(value) if value else '0'} ({SCORES[key].name})" for key, value in known)
+        f"{SCORES[key].prose(value)} ({SCORES[key].name})" for key, value in known)
 
 
 def _capital(text: str) -> str:

@@ -25,6 +25,9 @@ class Score(NamedTuple):
         """Returns a value as LaTeX."""
         if value is None or not math.isfinite(value):
             return "n/a"
+        # Exactly zero is no measurement but a convention: the correlation of a constant.
+        if value == 0 and not signed:
+            return "0"
         return f"{self.factor * value:{'+' if signed else ''}.{self.digits}f}".replace("-", "$-$")
 
     def prose(self, value: float | None, signed: bool = False) -> str:

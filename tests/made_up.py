@@ -1,11 +1,23 @@
 """Writes made-up runs, comparisons and sweeps in the layout of real ones, for the tests of report/."""
 
 import json
+import shutil
 from pathlib import Path
+
+from report import build
 
 SR = "12345"
 COLA = ("in_domain", "out_of_domain", "all")
 HASH = "0123456789abcdef" * 4
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copies main.tex, the files that it reads and the references into a folder, and returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    here = Path(build.__file__).parent
+    for path in (*here.glob("*.tex"), *here.glob("*.bib")):
+        shutil.copy(path, folder)
+    return folder
 
 
 def validation(mcc: float, splits: tuple[str, ...] = COLA) -> dict:
