@@ -69,12 +69,12 @@ def cover(sr: str, author: str) -> dict[str, str]:
     return found | ({"author": escape(author)} if author else {})
 
 
-def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "distil"), seeds: dict[str, Record] | None = None
+def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "distil"), given: dict[str, Record] | None = None
                  ) -> tuple[dict[str, str], dict[str, bytes]]:
     """Returns the numbers, and the files by name, of the runs (of `modes`) and studies of `sr`.
 
     Args:
-        seeds: studies of several seeds that stand elsewhere, as `prose.texts` takes them.
+        given: studies that have tables elsewhere, as `prose.texts` takes them; None: those in `runs_dir`.
     """
     # Every table begins as "not run"; those of the runs that exist replace it.
     numbers, files = {}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
@@ -99,8 +99,8 @@ def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "disti
     names = {"LoRA": "LoRA", "distil": "student with KD"}
     if table := calibrations({names[mode]: run for mode, run in runs.items()}):
         files["calibration.tex"] = table.encode()
-    studies = dict(seeds or {})
-    for mode in STUDIES:
+    studies = dict(given or {})
+    for mode in STUDIES if given is None else ():
         path = runs_dir / f"{mode}-{sr}" / f"{mode}.json"
         if path.is_file():
             studies[mode], (latex, notes) = read_json(path), STUDY_TABLES[mode]
@@ -108,7 +108,7 @@ def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "disti
             files[f"{mode}.pdf"] = next(p for p in figures.plot_study(path, plots_dir) if p.suffix == ".pdf").read_bytes()
             numbers |= {f"{mode}.{key}": breakable(studies[mode][key]) for key in ("model", "task", "command")}
             numbers[f"{mode}.notes"] = escape(" ".join(notes(studies[mode])))
-    for mode in modes:
+    for mode in modes if given is None else ():
         path = runs_dir / f"{mode}-{sr}-seeds" / "seeds.json"
         if path.is_file():
             study = studies[f"seeds.{mode}"] = read_json(path)
@@ -167,7 +167,8 @@ def build_paper(folder: Path, report_dir: Path, author: str = "") -> Path:
     # An unfinished run of a step that failed counts as "not run".
     finished = [mode for mode in ("LoRA", "distil") if (folder / "cola" / f"{mode}-{sr}" / "summary.json").exists()]
     done = Paper(folder).done
-    studies = {f"seeds.{mode}": done[step] for mode, step in (("LoRA", "lora"), ("distil", "distil")) if step in done}
+    steps = (("seeds.LoRA", "lora"), ("seeds.distil", "distil"), ("compare", "grid"))
+    studies = {name: done[step] for name, step in steps if step in done}
     numbers, files = _run_results(sr, folder / "cola", plots, finished, studies)
     more_numbers, more_files = paper_results(folder, plots)
     _write(report_dir / "results", cover(sr, author) | numbers | more_numbers, files | more_files)

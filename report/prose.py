@@ -135,7 +135,7 @@ def _flags(lora: Run | None, distil: Run | None) -> list[str]:
         options, stages = distil.options, [stage["stage"] for stage in distil.summary.section("student").get("stages", [])]
         flags += [f"stage.{name}" for name in stages] + (["plain"] if len(stages) < 2 else ["stages"])
         flags += ["baseline"] if BASELINE in distil.summary else []
-        flags += [f"kd.{options.get('kd_loss', 'kl')}"]
+        flags += ["kd.other"] if options.get("kd_loss", "kl") != "kl" else []
         flags += ["anneal"] if options.get("temperature_schedule") == "anneal" else []
         staged = len(stages) > 1
         flags += ["hidden"] if staged and options.get("match") == "hidden" else []
@@ -290,7 +290,8 @@ def _hyperparameters(run: Run, studies: dict[str, Record]) -> str:
     given, preset = _given(run), options.get("preset")
     defaults = rf"the defaults of the preset \texttt{{{escape(preset)}}}" if preset else "the defaults"
     if not said:
-        said.append(f"Defaults, not searched: the values are {defaults}"
+        named = rf" (preset \texttt{{{escape(preset)}}})" if preset else ""
+        said.append(f"Defaults, not searched{named}"
                     + (rf", but for those given on the command line ({given})." if given else "."))
         said.append(_would_search(run))
     else:

@@ -9,6 +9,9 @@ from pathlib import Path
 from report.records import Record, main_split, read_json, read_metrics
 from report.scores import chosen_key, problem_of, score_keys
 
+# Names of the classes 0 and 1 in old runs of these tasks.
+OLD_NAMES = {"cola": ["unacceptable", "acceptable"], "tiny": ["unacceptable", "acceptable"]}
+
 
 class Run:
     """Holds the files of a finished run.
@@ -27,7 +30,9 @@ class Run:
         self.summary, self.config = read_json(folder / "summary.json"), read_json(folder / "config.json")
         self.problem = problem_of(self.config)
         recorded = self.config.get("classes", ["0", "1"])
-        self.class_names = dict(zip(recorded, self.config.get("class_names", []), strict=False))
+        # Runs of the time before classes had names recorded none.
+        names = self.config.get("class_names") or OLD_NAMES.get(self.summary.get("task"), [])
+        self.class_names = dict(zip(recorded, names, strict=False))
         path = folder / "metrics.jsonl"
         untrained = self.summary.get("method") == "none"
         self.metrics = [] if untrained and not path.exists() else read_metrics(path)

@@ -185,6 +185,7 @@ def architecture(run: Run) -> str:
         part = name.partition(".")[0]
         counts[part] = counts.get(part, 0) + math.prod(shape_of)
     total = run.summary.section("student").number("parameters")
+    counts = counts or _counted(shape, total)
     rows = []
     for part in (*names, *(set(counts) - set(names))):
         if part == "attention" and part not in counts:
@@ -195,6 +196,26 @@ def architecture(run: Run) -> str:
                      "n/a" if count is None else f"{count:,}", "n/a" if count is None else f"{100 * count / total:.1f}"])
     rows.append([r"\midrule all", "", shown("", total), "100.0"])
     return tabular("llrr", r"part & layers and sizes & parameters & share (\%)", rows)
+
+
+def _counted(shape: dict, total: float) -> dict[str, int]:
+    """Returns the parameters of each part by the sizes, where the weights are not at hand; none if they do not add up."""
+    gates = {"lstm": 4, "gru": 3}.get(shape.get("cell"))
+    needed = ("vocab_size", "embedding_size", "hidden_size", "num_labels")
+    if gates is None or any(name not in shape for name in needed):
+        return {}
+    size, directions, width = shape["hidden_size"], shape.get("directions", 2), shape["embedding_size"]
+    tables = 2 if shape.get("frozen_embeddings") else 1
+    counts = {"embedding": tables * (shape.get("vocabulary") or shape["vocab_size"]) * width, "rnn": 0,
+              "classifier": (directions * size + 1) * shape["num_labels"]}
+    if shape.get("pooling") == "attention":
+        counts["attention"] = directions * size
+    inputs = tables * width
+    for _ in range(shape.get("rnn_layers", 1)):
+        # PyTorch's cells have two biases.
+        counts["rnn"] += directions * gates * size * (inputs + size + 2)
+        inputs = directions * size
+    return counts if sum(counts.values()) == total else {}
 
 
 # ---------------------------------------------------------------- LoRA
