@@ -114,7 +114,7 @@ def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "disti
             study = studies[f"seeds.{mode}"] = read_json(path)
             files[f"seeds_{mode}.tex"] = intervals_latex(study).encode()
             numbers[f"seeds.{mode}.notes"] = escape(" ".join(interval_notes(study)))
-    # What main.tex speaks of only where it is there.
+    # Parts that main.tex mentions only where they exist.
     for path in map(Path, files):
         mode, _, quantity = path.stem.partition("_")
         numbers[f"has.{quantity}.{mode}" if path.suffix == ".pdf" else f"has.{path.stem}"] = "yes"

@@ -73,49 +73,16 @@ def _draw(axes, metrics: list[Record], summary: Record, quantity: str, problem: 
     """
     last = last_stage(metrics)
     distil, staged, first = summary["mode"] == "distil", _staged(metrics), last[0].section("validation")
-    main, styles, factor = main_split(first), line_styles(first), 1 if quantity == "loss" else SCORES[quantity].factor
-    # The objective of a student holds the KD term too, and could not be compared: the loss is the cross-entropy.
-    train_keys = ("cross_entropy", "loss") if quantity == "loss" else (quantity,)
-
-    def label(name: str, value: float) -> str:
-        shown = f" ({value:.1f} %)" if factor == 100 else f" ({value:.3f})"
-        return name + shown if numbers else name
+    main, styles, factor = main_split(first), line_styles(first), _factor(quantity)
 
     def level(name: str, values: dict[str, float], styles: dict, **look) -> None:
         for split, value in values.items():
-            axes.axhline(value, linestyle=styles[split], label=label(f"{name}, {literal(spoken(split))}", value), **look)
+            axes.axhline(value, linestyle=styles[split], **look,
+                         label=_label(f"{name}, {literal(spoken(split))}", value, factor if numbers else None))
 
     # A run of LoRA has no phase; a distillation has one for each student, in the order of training.
     for phase in dict.fromkeys(row.get("phase", "") for row in metrics):
-        # Pretraining has an objective of its own, and a figure of its own.
-        rows = [(row, at) for row, at in timeline(metrics, summary, phase) if row.get("stage") != "pretrain"]
-        x = [at for _, at in rows]
-        colour, marker = STUDENT_LOOKS.get(phase, (BLUE, "o"))
-        # More markers than that would hide the dashes of a line.
-        marker = marker if len(rows) <= 40 else ""
-        before = f"{literal(model_name(phase))}: " if phase else ""
-        # A problem without classes records no cross-entropy, and perhaps no score, of its training rows.
-        trained = [row.section("train") for row, _ in rows]
-        key = next((key for key in train_keys if all(key in part for part in trained)), None)
-        if key is not None:
-            axes.plot(x, [factor * part.number(key) for part in trained], ":", color=colour if phase else BLACK,
-                      marker=marker, ms=3, label=before + "train")
-        for split, other in zip(styles, (BLUE, VERMILLION, PURPLE), strict=False):
-            values = [factor * row.section("validation").section(split).number(quantity) for row, _ in rows]
-            axes.plot(x, values, linestyle=styles[split], color=colour if phase else other, marker=marker, ms=4,
-                      label=before + (split if split == "validation" else
-                                      f"{'validation, ' if numbers else ''}{literal(spoken(split))}"))
-            if split == main:
-                best = (summary.section(phase) if phase else summary).number("best_epoch")
-                found = [i for i, (row, _) in enumerate(rows) if row.get("stage", "gold") == "gold"
-                         and row.number("epoch") == best]
-                if not found:
-                    raise ReportError(f"{summary.source}: 'best_epoch' is {best:g}, which metrics.jsonl does not have")
-                value, at = values[found[0]], x[found[0]]
-                axes.axvline(at, color=colour, linewidth=1, alpha=0.4)
-                name = f"{before}best epoch" + (f" {best:g}" if numbers or not staged else "")
-                axes.plot([at], [value], "*", color=colour, ms=13, markeredgecolor="white", zorder=5,
-                          label=label(name, value))
+        _draw_model(axes, metrics, summary, quantity, phase, numbers)
     if distil:
         scores = summary.section("teacher").section("validation")
         level("teacher", {split: factor * scores.section(split).number(quantity) for split in styles if split in scores},
@@ -146,6 +113,50 @@ def _draw(axes, metrics: list[Record], summary: Record, quantity: str, problem: 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(min(row["epoch"] for row in metrics) - 0.5, max(row["epoch"] for row in metrics) + 0.5)
     tidy(axes)
+
+
+def _factor(quantity: str) -> float:
+    return 1 if quantity == "loss" else SCORES[quantity].factor
+
+
+def _label(name: str, value: float, factor: float | None) -> str:
+    """Returns a line's name in the legend, with its number unless `factor` is None."""
+    return name if factor is None else f"{name} ({value:.1f} %)" if factor == 100 else f"{name} ({value:.3f})"
+
+
+def _draw_model(axes, metrics: list[Record], summary: Record, quantity: str, phase: str, numbers: bool) -> None:
+    """Draws the curves of one model: training rows, each development split, and the best epoch as a star."""
+    # Pretraining has an objective of its own, and a figure of its own.
+    rows = [(row, at) for row, at in timeline(metrics, summary, phase) if row.get("stage") != "pretrain"]
+    first, factor, x = rows[0][0], _factor(quantity), [at for _, at in rows]
+    styles, main = line_styles(first.section("validation")), main_split(first.section("validation"))
+    colour, marker = STUDENT_LOOKS.get(phase, (BLUE, "o"))
+    # More markers than that would hide the dashes of a line.
+    marker = marker if len(rows) <= 40 else ""
+    before = f"{literal(model_name(phase))}: " if phase else ""
+    # The objective of a student holds the KD term too, and could not be compared: the loss is the cross-entropy. A problem
+    # without classes records none, and perhaps no score, of its training rows.
+    keys = ("cross_entropy", "loss") if quantity == "loss" else (quantity,)
+    key = next((key for key in keys if key in first.section("train")), None)
+    if key is not None:
+        axes.plot(x, [factor * row.section("train").number(key) for row, _ in rows], ":", color=colour if phase else BLACK,
+                  marker=marker, ms=3, label=before + "train")
+    for split, other in zip(styles, (BLUE, VERMILLION, PURPLE), strict=False):
+        values = [factor * row.section("validation").section(split).number(quantity) for row, _ in rows]
+        name = split if split == "validation" else f"{'validation, ' if numbers else ''}{literal(spoken(split))}"
+        axes.plot(x, values, linestyle=styles[split], color=colour if phase else other, marker=marker, ms=4,
+                  label=before + name)
+        if split != main:
+            continue
+        best = (summary.section(phase) if phase else summary).number("best_epoch")
+        found = [i for i, (row, _) in enumerate(rows) if row.get("stage", "gold") == "gold" and row.number("epoch") == best]
+        if not found:
+            raise ReportError(f"{summary.source}: 'best_epoch' is {best:g}, which metrics.jsonl does not have")
+        value, at = values[found[0]], x[found[0]]
+        axes.axvline(at, color=colour, linewidth=1, alpha=0.4)
+        name = f"{before}best epoch" + (f" {best:g}" if numbers or not _staged(metrics) else "")
+        axes.plot([at], [value], "*", color=colour, ms=13, markeredgecolor="white", zorder=5,
+                  label=_label(name, value, factor if numbers else None))
 
 
 def timeline(metrics: list[Record], summary: Record, phase: str) -> list[tuple[Record, float]]:

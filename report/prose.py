@@ -15,7 +15,7 @@ from report.runs import Run
 from report.scores import LOSSES, SCORES, without_input
 from report.tables import METHODS, models_of, sizes, speed_error
 
-# What a reader must know of a task by name; a table of the user's own is described by its numbers alone.
+# Facts about tasks by name; a table of the user's own is described by its numbers alone.
 TASKS = {
     "cola": (
         r"The Corpus of Linguistic Acceptability (CoLA) \cite{warstadt2018} holds sentences from the linguistics "

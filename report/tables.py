@@ -53,18 +53,22 @@ def results(run: Run, models: dict[str, Record]) -> str:
                 epoch = f"{model[f'{which}_epoch']} ({which})" if f"{which}_epoch" in model else "--"
                 rows.append([name, epoch, *cells(model.section(key), Record.number)])
                 name = ""
-    head = grouped(["model", "epoch"], {split: [SCORES[key].column for key in keys] for split in validation})
+    columns = [SCORES[key].column for key in keys]
+    head = grouped(["model", "epoch"], dict.fromkeys(validation, columns))
     return tabular("ll" + "r" * len(keys) * len(validation), head, rows)
 
 
 def classes(run: Run) -> str:
     """Makes the table of precision, recall and F1 of each class at the best epoch."""
     scores = run.by_class().section("per_class")
-    # What a class lacks in every row is no column.
-    keys = [key for key in ("n", "precision", "recall", "f1") if any(key in scores.section(name) for name in scores)]
-    # Like an MCC, the three scores are shown with 3 decimals.
-    rows = [[breakable(run.class_names.get(name, name)),
-             *(shown("n" if key == "n" else "mcc", scores.section(name).number(key)) for key in keys)] for name in scores]
+    # What the classes lack is no column.
+    first = next(iter(scores.values()))
+    keys, rows = [key for key in ("n", "precision", "recall", "f1") if key in first], []
+    for name in scores:
+        own = scores.section(name)
+        # Like an MCC, the three scores are shown with 3 decimals.
+        rows.append([breakable(run.class_names.get(name, name)),
+                     *(shown("n" if key == "n" else "mcc", own.number(key)) for key in keys)])
     names = {"n": "rows", "f1": "F1"}
     head = ["class", *(names.get(key, key) for key in keys)]
     return tabular("l" + "r" * len(keys), " & ".join(head), rows, "longtable*" if len(rows) > 30 else "tabular")
@@ -76,14 +80,14 @@ def epochs(run: Run) -> str:
     distil, keys = "phase" in run.metrics[0], run.keys
     # `all` is in- and out-of-domain together, and a group of columns too many.
     names = shown_splits(list(last[0].section("validation")))
-    train = [key for key in (("loss",) if distil else ()) + (("cross_entropy", *keys) if run.problem == "single-label" else
-                                                             ("loss", *keys)) if key in last[0].section("train")]
-    train, held_out = list(dict.fromkeys(train)), ["loss", *keys]
-    columns = {"loss": "loss", "cross_entropy": "CE"} | {key: SCORES[key].column for key in keys}
     # The objective of a student holds the KD term: its cross-entropy alone can be compared with the others.
-    groups = {"train": ["obj." if key == "loss" and distil else columns[key] for key in train]}
-    groups |= {split: ["CE" if key == "loss" and run.problem == "single-label" else columns[key] for key in held_out]
-               for split in names}
+    single = run.problem == "single-label"
+    asked = dict.fromkeys([*(["loss"] if distil or not single else []), *(["cross_entropy"] if single else []), *keys])
+    train, held_out = [key for key in asked if key in last[0].section("train")], ["loss", *keys]
+    columns = {"loss": "CE" if single else "loss", "cross_entropy": "CE"} | {key: SCORES[key].column for key in keys}
+    objective = columns | ({"loss": "obj."} if distil else {})
+    own_columns = [columns[key] for key in held_out]
+    groups = {"train": [objective[key] for key in train]} | dict.fromkeys(names, own_columns)
     width, rows, part = 2 + sum(map(len, groups.values())), [], None
     for row in run.metrics:
         # A line with the names of student and stage stands above its epochs.

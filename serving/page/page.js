@@ -35,7 +35,7 @@ async function listTasks() {
 
 function show(section, name, result, milliseconds) {
   const heading = section.querySelector("h2");
-  section.replaceChildren(heading, make("p", "verdict", result.label),
+  section.replaceChildren(heading, make("p", "verdict", result.name ?? result.label),
     make("p", "time", `${(100 * result.probability).toFixed(1)} % in ${milliseconds.toFixed(1)} ms (${name})`));
   if (result.truncated) section.append(make("p", "time", "Too long: only a part of the sentence was read."));
   const classes = make("dl", "classes", "");
