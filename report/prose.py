@@ -266,7 +266,7 @@ def _speed(run: Run) -> str:
 # ---------------------------------------------------------------- hyperparameters
 
 def _hyperparameters(run: Run, studies: dict[str, Record]) -> str:
-    """Returns what was searched, over which values and by what it was chosen; or that nothing was, and the search for it."""
+    """Returns the searched options, their values and the criterion; or that nothing was searched, and a search."""
     said, options = [], run.options
     if (sweep := studies.get("sweep")) is not None:
         ranges = [rf"\texttt{{{escape(name)}}} {_range(values)}" for name, values in sweep.section("search").items()]

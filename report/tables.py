@@ -61,7 +61,7 @@ def results(run: Run, models: dict[str, Record]) -> str:
 def classes(run: Run) -> str:
     """Makes the table of precision, recall and F1 of each class at the best epoch."""
     scores = run.by_class().section("per_class")
-    # What the classes lack is no column.
+    # A score that the classes lack is no column.
     first = next(iter(scores.values()))
     keys, rows = [key for key in ("n", "precision", "recall", "f1") if key in first], []
     for name in scores:
