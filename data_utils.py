@@ -22,6 +22,7 @@ from data.splits import Label, Split
 # The name under which everything above this module loads tasks.
 from data.tasks import (  # noqa: F401
     BUZZER_TEMPLATE,
+    CLASS_NAMES,
     COLA_CLASSES,
     COLA_FILES,
     DEFAULT_COLUMNS,

@@ -260,6 +260,13 @@ def classifier_on_meta(config) -> PreTrainedModel:
         raise UserError(f"--model: a {config.model_type} model{said}: {reason}") from None
 
 
+def described(config) -> dict:
+    """Returns the kind and sizes of an architecture, as config.json records them; null where it has no such size."""
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    text = config.get_text_config()
+    return {"kind": config.model_type, "decoder": is_decoder(config), **{name: getattr(text, name, None) for name in sizes}}
+
+
 def is_decoder(config) -> bool:
     """Returns whether the architecture's own head reads the last token, as GPT-2's and Llama's do."""
     return isinstance(getattr(classifier_on_meta(config), "score", None), nn.Linear)

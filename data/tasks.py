@@ -28,6 +28,9 @@ COLA_FILES = {"train": "in_domain_train.tsv", "in_domain": "in_domain_dev.tsv", 
 # GLUE's CoLA validation set is the two public development files, one after the other.
 GLUE_IN_DOMAIN_ROWS, GLUE_VALIDATION_ROWS = 527, 1043
 COLA_CLASSES = ("0", "1")
+# Names for readers of the tasks whose files have 0 and 1 for their classes; a label is an index into them.
+CLASS_NAMES = {"cola": ("unacceptable", "acceptable"), "tiny": ("unacceptable", "acceptable"),
+               "edits": ("edited", "as written")}
 # Public data sets on the Hub: repository, and the file of each split.
 HUB_TABLES = {
     "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes",
@@ -59,6 +62,11 @@ class Task:
     @property
     def num_labels(self) -> int:
         return len(self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the classes' names for readers: those of the files, or words where the files have numbers."""
+        return CLASS_NAMES.get(self.name, self.classes)
 
     def limit(self, rows: int) -> Task:
         """Returns the same task with `rows` rows of each split, evenly spaced (files are often sorted by label).

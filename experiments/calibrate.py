@@ -19,6 +19,7 @@ from machine.errors import UserError
 from metrics.classification import metrics
 from metrics.problems import problem_of
 from record.calibration import write_calibration
+from record.files import read_json
 from record.folder import read_run
 
 LEAST_ROWS = 20
@@ -33,7 +34,7 @@ def calibrate_run(folder: Path, data: Path | None = None, least_precision: float
         folder: of a finished LoRA or distillation run (its student is calibrated).
         data: labelled rows of the run's task; None: the split that chose the run's best epoch.
         least_precision: the threshold reaches this precision with the highest recall; None: the best MCC.
-        positive: name of the class that the threshold is about; None: the second class.
+        positive: label or name of the class that the threshold is about; None: the second class.
 
     Returns:
         The content of calibration.json.
@@ -52,7 +53,11 @@ def calibrate_run(folder: Path, data: Path | None = None, least_precision: float
     found = {"data": scored.name, "n": len(labels), "temperature": temperature,
              "before": quality(logits, labels), "after": quality(held_out(logits, labels), labels)}
     if len(scored.classes) == 2:
+        names = read_json(folder / "config.json").get("class_names", scored.classes)
+        if positive in names:
+            positive = scored.classes[names.index(positive)]
         found |= threshold_of(logits / temperature, labels, scored.classes, least_precision, positive)
+        found["positive_name"] = names[found["positive"]]
     elif least_precision is not None or positive is not None:
         raise UserError(f"{folder}: has {len(scored.classes)} classes; --least-precision and --positive are for two")
     write_calibration(folder, found)
@@ -131,7 +136,7 @@ def main(args) -> None:
           f"{before['ece']:.3f} -> {after['ece']:.3f}, negative log-likelihood {before['nll']:.3f} -> {after['nll']:.3f} "
           f"({FOLDS} folds)")
     if "threshold" in found:
-        print(f"  {found['positive_class']} from a probability of {found['threshold']:.3f} (chosen for "
+        print(f"  {found['positive_name']} from a probability of {found['threshold']:.3f} (chosen for "
               f"{found['chosen_for']}): precision {found['precision']:.3f}, recall {found['recall']:.3f}, MCC "
               f"{found['mcc']:.3f}")
     print(f"  in {args.run}/calibration.json; predict, serve, export and merge take --calibrated")

@@ -31,7 +31,7 @@ from distillation.teachers import Teacher, mean_logits
 from experiments import endings
 from experiments.arguments import fill, given, preset, preset_name, run_options
 from experiments.evaluate import load_finetuned
-from experiments.inputs import load_task, make_all_batches, resolve_precision, seed_everything
+from experiments.inputs import about, load_task, make_all_batches, resolve_precision, seed_everything
 from experiments.trained_on import rows_in_training
 from machine import processes, signals
 from machine.errors import UserError
@@ -227,8 +227,9 @@ def config_of(inputs: Inputs, options: RunOptions, distil_options: DistilOptions
     """Returns the config.json of a distillation."""
     settings = {**asdict(options.train), **asdict(distil_options), **settings_of(options), **asdict(inputs.student)}
     return {**provenance(as_json(settings), inputs.task.files), **speed.in_use(), "architecture": inputs.student.recorded(),
-            "classes": list(inputs.task.classes), **recorded_problem(PROBLEMS[inputs.task.problem]),
-            "rows_in_training": rows_in_training(inputs.task, say), "tokenizer_sha256": inputs.base.tokenizer_sha256}
+            "classes": list(inputs.task.classes), **about(inputs.task, inputs.teachers[0].model),
+            **recorded_problem(PROBLEMS[inputs.task.problem]), "rows_in_training": rows_in_training(inputs.task, say),
+            "tokenizer_sha256": inputs.base.tokenizer_sha256}
 
 
 # ---------------------------------------------------------------- the folder out

@@ -128,7 +128,7 @@ def _lacks_only_plots(options: RunOptions, plots: Path) -> bool:
 
     if not all((options.out / name).exists() for name in ("summary.json", "metrics.jsonl")):
         return False
-    names = [f"{options.mode}-{options.sr}_{quantity}" for quantity in (*figures.QUANTITIES, "confusion")]
+    names = [f"{options.mode}-{options.sr}_{quantity}" for quantity in figures.plotted(figures.Run(options.out))]
     return not all((plots / f"{name}.{kind}").exists() for name in names for kind in ("png", "pdf"))
 
 

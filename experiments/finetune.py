@@ -26,6 +26,7 @@ from experiments import endings
 from experiments.arguments import finetune_options
 from experiments.inputs import (
     BASE,
+    about,
     load_task,
     make_all_batches,
     read_as,
@@ -154,7 +155,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     injection.configure(classifier, options.method, options.lora, features)
     counts = count_parameters(classifier)
     say(f"{options.model}, {options.method} on {task.name}: {len(task.train):,} training sentences, "
-        f"{problem.line(task.classes)}\n{parameter_table(counts)}")
+        f"{problem.line(task.class_names)}\n{parameter_table(counts)}")
     for name, rows in task.missing.items():
         if rows:
             say(f"  feature {name}: no value in {rows:,} of {len(task.train):,} training rows; the mean stands in, marked")
@@ -231,8 +232,9 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
     options, problem = with_problem(options, run.task, say), PROBLEMS[run.task.problem]
     settings = {**asdict(options.lora), **asdict(options.train), **settings_of(options), "max_length": run.max_length}
     config = {**provenance(as_json(settings), run.task.files), **speed.in_use(), **run.base, "init_files": run.init_files,
-              "classes": list(run.task.classes), "rows_in_training": rows_in_training(run.task, say),
-              **label_maps(run.task.classes), **recorded_problem(problem)}
+              "classes": list(run.task.classes), **about(run.task, run.classifier),
+              "rows_in_training": rows_in_training(run.task, say), **label_maps(run.task.classes),
+              **recorded_problem(problem)}
     with trackers.tracker(options, config["options"]) as follow, run_folder(options, config) as folder:
         follow.begin(folder)
         recorder = Recorder(folder, say, follow.log)

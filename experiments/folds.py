@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from experiments import compare, endings, finetune
 from experiments.arguments import choose
@@ -20,6 +19,7 @@ from experiments.seeds import SeedRun, check_options, lora_run
 from experiments.significance import over_seeds
 from experiments.variants import Variant, settings
 from machine.errors import UserError
+from machine.progress import Bar
 from metrics.problems import PROBLEMS, recorded_problem
 from record.files import write_json
 from record.folder import provenance
@@ -53,7 +53,7 @@ def run_folds(args, runs: list[SeedRun], out: Path, say: Callable[[str], None] =
         threads = compare.threads_each([run.folder for run in runs], torch.get_num_threads(), args.jobs)
         summaries = []
         found = compare.finished_runs([(run.words, run.folder) for run in runs], threads, args.jobs)
-        with tqdm(runs, unit="fold", desc="folds", dynamic_ncols=True) as bar:
+        with Bar(runs, unit="fold", desc="folds", dynamic_ncols=True) as bar:
             for run in bar:
                 bar.set_postfix_str(run.folder.name)
                 # Without one fold the mean would be of other rows than all training rows.

@@ -12,7 +12,7 @@ import torch
 
 import data_utils
 import speed
-from data.backbones import load_config
+from data.backbones import described, load_config
 from data.digests import config_digest, tokenizer_digest
 from data.hub import is_dataset_name, load_dataset
 from data.segments import add_token_types, read_pairs, separator_of
@@ -196,3 +196,12 @@ def resolve_precision(options: RunOptions) -> RunOptions:
         elif hardware.device().type == "cpu" and speed.has_tiles():
             precision = "bf16x3"
     return replace(options, train=replace(options.train, precision=precision))
+
+
+def about(task: Task, classifier: TextClassifier) -> dict:
+    """Returns the part of config.json for readers: names of classes, rows of splits, kind and sizes of the backbone."""
+    # No names where they are those of the files.
+    named = {"class_names": list(task.class_names)} if task.class_names != task.classes else {}
+    splits = {"train": task.train, **task.dev}
+    return {**named, "rows": {name: len(split) for name, split in splits.items()},
+            "backbone": described(classifier.net.config)}

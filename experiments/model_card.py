@@ -78,7 +78,7 @@ logits = model(**inputs).logits
 labels = {labels}
 ```
 
-`config.json` records every option, version and file of the training, and the class names as `id2label`.
+`config.json` records every option, version and file of the training, and the classes of the files as `id2label`.
 """
 LIMITS = {
     "single-label": "Probabilities are not calibrated, and every text gets one of the classes, in whatever language it is.",
@@ -114,7 +114,7 @@ def write_repository(folder: Path, options: RunOptions, task: Task, tokenizer, m
 
 def model_card(options: RunOptions, task: Task, tokenizer, max_length: int, summary: dict) -> str:
     """Returns the text of README.md. The same run gives the same text: no date, no duration, no path of the machine."""
-    best, parameters, lora, classes = summary["validation"], summary["parameters"], options.lora, list(task.classes)
+    best, parameters, lora, classes = summary["validation"], summary["parameters"], options.lora, list(task.class_names)
     name, repository = f"{options.mode}-{options.sr}", dataset_of(options)
     hub, shown = hub_name(options.model), [key for key in METRICS if key in next(iter(best.values()))]
     # The metadata are for the Hub's tables, the rows for readers. Both hold the scores of the best epoch.

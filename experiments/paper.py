@@ -53,6 +53,7 @@ class PaperOptions:
     jobs: int | None = None  # steps at a time; see `jobs_here` if None
     records: Path | None = None  # folder of the finished steps' results without weights
     no_run: bool = False  # run and remove nothing: build the paper from the results at hand
+    author: str = ""  # name on the cover
 
     @property
     def settings(self) -> dict:
@@ -133,7 +134,7 @@ def make_paper(options: PaperOptions) -> tuple[Path, list[str]]:
             exchange(wanted, options)
         failures = run_steps(wanted, options) if wanted else []
         write_json(options.out / "paper.json", result(options, record))
-        pdf = build.build_paper(options.out, ROOT / "report")
+        pdf = build.build_paper(options.out, ROOT / "report", options.author)
     return pdf, failures
 
 
@@ -441,7 +442,7 @@ def main(args) -> int:
     quick = args.profile == "quick"
     options = PaperOptions(args.sr, args.profile, args.seeds, None if quick else args.data_root,
                            args.out or Path(f"runs/paper-{'quick-' if quick else ''}{args.sr}"), tuple(args.only),
-                           args.overwrite, args.jobs, args.records, args.no_run)
+                           args.overwrite, args.jobs, args.records, args.no_run, args.author)
     if args.dry_run:
         print(plan(options))
         return 0

@@ -234,7 +234,8 @@ def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
 def decided(result: dict, at_least: float | None) -> dict:
     """Returns a result; without a label where its probability is below `at_least`."""
     unsure = at_least is not None and result.get("probability", 1) < at_least
-    return {**result, "label": None} if unsure else result
+    undecided = {key: None for key in ("label", "name") if key in result}
+    return {**result, **undecided} if unsure else result
 
 
 def line_of(result: dict, as_json: bool) -> str:
@@ -243,7 +244,7 @@ def line_of(result: dict, as_json: bool) -> str:
         return json.dumps(result, ensure_ascii=False)
     if "error" in result:
         return f"error\tline {result['line']}\t{result['error']}"
-    label = "undecided" if result["label"] is None else result["label"]
+    label = "undecided" if result["label"] is None else result.get("name", result["label"])
     probability = [f"{result['probability']:.4f}"] if "probability" in result else []
     return "\t".join([label, *probability, " ".join(result["text"].split())])
 

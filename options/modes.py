@@ -219,6 +219,7 @@ class Paper:
     only: tuple[str, ...] = option((), "steps to run, and no others; variants and losses name studies that run only so",
                                    unique=True)
     no_run: bool = option(False, "run no step: build the paper of existing results")
+    author: str = option("", "name on the cover of the PDF")
     records: Path | None = option(None, "folder of finished steps without weights; a recorded step is not run again")
     out: Path | None = option(None, "folder of the paper's runs; runs/paper-SR, or runs/paper-quick-SR, if not given")
     overwrite: bool = option(False, "remove the results of the steps, and begin anew")
@@ -226,13 +227,18 @@ class Paper:
 
 # report and submit read files alone: they have no --device.
 @declares
-class Report:
+class Folders:
     plots: Path = option(Path("plots"), "folder of the plots")
     runs: Path = option(Path("runs"), "folder of the runs")
 
 
 @declares
-class Submit(Report):
+class Report(Folders):
+    author: str = option("", "name on the cover of the PDF; `submit` puts its own names there if it is not given")
+
+
+@declares
+class Submit(Folders):
     first_name: str = option(None, "the author's first name", required=True)
     last_name: str = option(None, "the author's last name", required=True)
 

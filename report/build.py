@@ -13,18 +13,26 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
+from datetime import date
 from pathlib import Path
 
 from report import figures
+from report.curves import panels
 from report.latex import breakable, escape, flatten
-from report.paper import paper_results
-from report.records import ReportError, read_json, read_metrics, replacing
+from report.objectives import objectives, soft_formula
+from report.paper import Paper, paper_results
+from report.prose import texts
+from report.records import Record, ReportError, read_json, replacing
+from report.runs import Run
+from report.seeds import interval_notes, intervals_latex
 from report.studies import STUDY_TABLES
-from report.tables import config_tables, distil_tables, epochs, lora_tables
+from report.style import save_figure
+from report.tables import calibrations, tables_of
 
 NOT_RUN = rb"\emph{not run}"
-TABLES = ("lora_results", "lora_classes", "lora_epochs", "lora_options", "lora_provenance", "distil_results",
-          "distil_size", "distil_epochs", "distil_options", "distil_provenance")
+# The tables of main.tex that a missing run leaves as "not run"; the others are left out where they say nothing.
+TABLES = ("lora_results", "lora_epochs", "lora_options", "lora_provenance", "distil_results", "distil_size", "distil_epochs",
+          "distil_options", "distil_provenance")
 # Studies of many runs: each has a table <study>_results and a figure, if it exists.
 STUDIES = ("compare", "sweep")
 DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-recommended lmodern"
@@ -33,51 +41,84 @@ DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-re
 SUBMITTED_KINDS = ("py", "c", "h", "cu", "html", "css", "js", "toml", "md", "png", "svg", "ipynb", "sh")
 SUBMITTED_FOLDERS = ("docs", "tests", "benchmarks", "notebooks")
 SUBMITTED_FILES = ("*.py", "*.md", "requirements*.txt", "Makefile", "LICENSE", "pyproject.toml", ".ci/run",
-                   "report/main.tex", "report/results/*.tex", "report/results/*.pdf", "benchmarks/results/**/*.json",
-                   "plots/example_*.png")
+                   "report/*.tex", "report/*.bib", "report/results/*.tex", "report/results/*.pdf",
+                   "benchmarks/results/**/*.json", "plots/example_*.png")
 
 
-def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> list[Path]:
-    r"""Writes numbers.tex, tables and figures of the runs and studies of `sr` into report/results/, and removes older ones.
+def write_report_results(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path, author: str = "") -> list[Path]:
+    r"""Writes numbers.tex, tables and figures of the runs and studies of `sr` into report/results/, and no others.
 
     numbers.tex has a line \setresult{key}{value} for each number, and main.tex prints it with \result{key}. A missing key
     prints "not run"; so does the table of a missing run.
 
+    Args:
+        author: name on the cover; empty: none.
+
     Raises ReportError where a file of a run is missing or malformed; report/results/ is then as it was.
     """
-    return _write(report_dir / "results", *_run_results(sr, runs_dir, plots_dir))
+    numbers, files = _run_results(sr, runs_dir, plots_dir)
+    return _write(report_dir / "results", cover(sr, author) | numbers, files)
 
 
-def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "distil")
+def cover(sr: str, author: str) -> dict[str, str]:
+    """Returns the numbers of the cover: SR, author, date of the build (SOURCE_DATE_EPOCH, if it is set)."""
+    # The convention of reproducible builds: the same sources and date give the same bytes.
+    seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
+    day = date.fromtimestamp(int(seconds)) if seconds.isdigit() else date.today()
+    found = {"sr": sr, "date": f"{day.day} {day:%B %Y}"}
+    return found | ({"author": escape(author)} if author else {})
+
+
+def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "distil"), given: dict[str, Record] | None = None
                  ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Returns the numbers, and the files by name, of the runs (of `modes`) and studies of `sr`."""
+    """Returns the numbers, and the files by name, of the runs (of `modes`) and studies of `sr`.
+
+    Args:
+        given: studies that have tables elsewhere, as `prose.texts` takes them; None: those in `runs_dir`.
+    """
     # Every table begins as "not run"; those of the runs that exist replace it.
-    numbers, files = {"sr": sr}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
-    for mode, tables_of in (("LoRA", lora_tables), ("distil", distil_tables)):
-        run_dir, prefix = runs_dir / f"{mode}-{sr}", mode.lower()
-        if mode not in modes or not run_dir.is_dir():
-            continue
-        summary, config = read_json(run_dir / "summary.json"), read_json(run_dir / "config.json")
-        tables, derived = tables_of(summary)
-        # The method "none" trains nothing and has no epochs.
-        if summary.get("method") != "none":
-            tables[f"{prefix}_epochs"] = epochs(read_metrics(run_dir / "metrics.jsonl"))
-        tables |= config_tables(config, prefix)
+    numbers, files = {}, dict.fromkeys([f"{name}.tex" for name in TABLES], NOT_RUN + b"\n")
+    runs = {mode: Run(runs_dir / f"{mode}-{sr}") for mode in modes if (runs_dir / f"{mode}-{sr}").is_dir()}
+    for mode, run in runs.items():
+        tables, derived = tables_of(run)
+        if mode == "distil":
+            tables |= {"distil_objectives": objectives(run)}
+            numbers["kd.soft"] = soft_formula(run)
         # `by_class` has a table of its own, and its keys are names of classes.
-        plain_numbers = {key: value for key, value in summary.items() if key != "by_class"}
+        plain_numbers = {key: value for key, value in run.summary.items() if key != "by_class"}
+        prefix = mode.lower()
         numbers |= dict(flatten(prefix, plain_numbers)) | dict(flatten(prefix, derived))
+        numbers |= dict(flatten(f"{prefix}.options", run.options))
         files |= {f"{name}.tex": table.encode() for name, table in tables.items()}
         files |= {f"{mode}_{path.stem.rpartition('_')[2]}.pdf": path.read_bytes()
-                  for path in figures.plot_run(run_dir, plots_dir) if path.suffix == ".pdf"}
-    for mode in STUDIES:
+                  for path in figures.plot_run(run.folder, plots_dir) if path.suffix == ".pdf"}
+        if run.metrics:
+            # Next to the plots of single quantities: the report's figure has all of them, aligned.
+            _, pdf = save_figure(panels(run.metrics, run.summary, run.problem), plots_dir / f"{mode}-{sr}_curves")
+            files[f"{mode}_curves.pdf"] = pdf.read_bytes()
+    names = {"LoRA": "LoRA", "distil": "student with KD"}
+    if table := calibrations({names[mode]: run for mode, run in runs.items()}):
+        files["calibration.tex"] = table.encode()
+    studies = dict(given or {})
+    for mode in STUDIES if given is None else ():
         path = runs_dir / f"{mode}-{sr}" / f"{mode}.json"
         if path.is_file():
-            study, (latex, notes) = read_json(path), STUDY_TABLES[mode]
-            files[f"{mode}_results.tex"] = latex(study).encode()
+            studies[mode], (latex, notes) = read_json(path), STUDY_TABLES[mode]
+            files[f"{mode}_results.tex"] = latex(studies[mode]).encode()
             files[f"{mode}.pdf"] = next(p for p in figures.plot_study(path, plots_dir) if p.suffix == ".pdf").read_bytes()
-            numbers |= {f"{mode}.{key}": breakable(study[key]) for key in ("model", "task", "command")}
-            numbers[f"{mode}.notes"] = escape(" ".join(notes(study)))
-    return numbers, files
+            numbers |= {f"{mode}.{key}": breakable(studies[mode][key]) for key in ("model", "task", "command")}
+            numbers[f"{mode}.notes"] = escape(" ".join(notes(studies[mode])))
+    for mode in modes if given is None else ():
+        path = runs_dir / f"{mode}-{sr}-seeds" / "seeds.json"
+        if path.is_file():
+            study = studies[f"seeds.{mode}"] = read_json(path)
+            files[f"seeds_{mode}.tex"] = intervals_latex(study).encode()
+            numbers[f"seeds.{mode}.notes"] = escape(" ".join(interval_notes(study)))
+    # Parts that main.tex mentions only where they exist.
+    for path in map(Path, files):
+        mode, _, quantity = path.stem.partition("_")
+        numbers[f"has.{quantity}.{mode}" if path.suffix == ".pdf" else f"has.{path.stem}"] = "yes"
+    return numbers | texts(runs.get("LoRA"), runs.get("distil"), studies), files
 
 
 def _write(results: Path, numbers: dict[str, str], files: dict[str, bytes]) -> list[Path]:
@@ -99,24 +140,25 @@ def check_latex() -> str:
     return latexmk
 
 
-def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path) -> Path:
-    """Builds `report/Report_<SR>.pdf` from the runs and studies of `sr`.
+def build_report(sr: str, runs_dir: Path, plots_dir: Path, report_dir: Path, author: str = "") -> Path:
+    """Builds `report/Report_<SR>.pdf` from the runs and studies of `sr`, with the author's name on the cover.
 
     Raises ReportError: no run of `sr`, a malformed file, latexmk is missing, or LaTeX failed (its log is then kept).
     """
     if not any((runs_dir / f"{mode}-{sr}").is_dir() for mode in ("LoRA", "distil", *STUDIES)):
         raise ReportError(f"{runs_dir}: no run of {sr}; first `python run.py LoRA {sr}` or `python run.py distil {sr}`")
     check_latex()
-    write_report_results(sr, runs_dir, plots_dir, report_dir)
+    write_report_results(sr, runs_dir, plots_dir, report_dir, author)
     return _compile(report_dir, f"Report_{sr}")
 
 
-def build_paper(folder: Path, report_dir: Path) -> Path:
+def build_paper(folder: Path, report_dir: Path, author: str = "") -> Path:
     """Builds `report/main.pdf` from the steps of a paper: the tables over seeds, then the report of the first seed's runs.
 
     Args:
         folder: the folder of the paper, with paper.json.
         report_dir: the folder of main.tex.
+        author: name on the cover; empty: none.
 
     Raises ReportError: a malformed file, latexmk is missing, or LaTeX failed (its log is then kept).
     """
@@ -124,9 +166,12 @@ def build_paper(folder: Path, report_dir: Path) -> Path:
     sr, plots = read_json(folder / "paper.json")["sr"], folder / "plots"
     # An unfinished run of a step that failed counts as "not run".
     finished = [mode for mode in ("LoRA", "distil") if (folder / "cola" / f"{mode}-{sr}" / "summary.json").exists()]
-    numbers, files = _run_results(sr, folder / "cola", plots, finished)
+    done = Paper(folder).done
+    steps = (("seeds.LoRA", "lora"), ("seeds.distil", "distil"), ("compare", "grid"))
+    studies = {name: done[step] for name, step in steps if step in done}
+    numbers, files = _run_results(sr, folder / "cola", plots, finished, studies)
     more_numbers, more_files = paper_results(folder, plots)
-    _write(report_dir / "results", numbers | more_numbers, files | more_files)
+    _write(report_dir / "results", cover(sr, author) | numbers | more_numbers, files | more_files)
     return _compile(report_dir, "main")
 
 
@@ -147,6 +192,16 @@ def _compile(report_dir: Path, name: str) -> Path:
         with replacing(report_dir / f"{name}.pdf") as temporary:
             shutil.copyfile(Path(build, "main.pdf"), temporary)
     return report_dir / f"{name}.pdf"
+
+
+def can_sign(sr: str, runs_dir: Path, report_dir: Path) -> bool:
+    """Returns whether the report of `sr` has no author, and its runs and LaTeX are here to build it again."""
+    numbers = report_dir / "results" / "numbers.tex"
+    lines = numbers.read_text().splitlines() if numbers.is_file() else []
+    signed = any(line.startswith(r"\setresult{author}") for line in lines)
+    own = rf"\setresult{{sr}}{{{sr}}}" in lines and (report_dir / f"Report_{sr}.pdf").is_file()
+    runs = any((runs_dir / f"{mode}-{sr}").is_dir() for mode in ("LoRA", "distil"))
+    return own and not signed and runs and shutil.which("latexmk") is not None
 
 
 def make_submission(sr: str, first_name: str, last_name: str, root: Path) -> Path:

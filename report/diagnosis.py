@@ -9,7 +9,11 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from report.figures import (
+from report.figures import draw_finished
+from report.latex import plain_table
+from report.records import Record, model_name, read_json, replacing, spoken
+from report.studies import aligned
+from report.style import (
     BLACK,
     BLUE,
     GREEN,
@@ -18,15 +22,11 @@ from report.figures import (
     SET_COLOURS,
     STUDENT_LOOKS,
     VERMILLION,
-    draw_finished,
     literal,
     new_figure,
     save_figure,
     tidy,
 )
-from report.latex import plain_table
-from report.records import Record, model_name, read_json, replacing, spoken
-from report.studies import aligned
 
 LOOKS = {"teacher": (GREEN, "D"), **STUDENT_LOOKS, "language_model": (BLACK, "^")}
 # Recorded name of a published model -> its name in tables and figures.

@@ -10,197 +10,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 
-from report.records import (
-    STUDENTS,
-    Record,
-    ReportError,
-    by_class,
-    last_stage,
-    main_split,
-    model_name,
-    read_json,
-    read_metrics,
-    replacing,
-    shown_splits,
-    spoken,
-)
-
-# quantity -> (name of its axis, key in "train", key in "validation", factor). The training loss in figures is the
-# cross-entropy: the objective of a student holds the KD term too, and could not be compared.
-QUANTITIES = {"loss": ("cross-entropy loss (nats)", "cross_entropy", "loss", 1),
-              "accuracy": ("accuracy (%)", "accuracy", "accuracy", 100),
-              "mcc": ("Matthews correlation", "mcc", "mcc", 1)}
-# Okabe and Ito's palette: colour-blind readers can tell these apart.
-BLACK, BLUE, VERMILLION, GREEN, PURPLE, GREY = "#222222", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
-SET_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, "#E69F00", "#56B4E9", BLACK)
-STUDENT_LOOKS = dict(zip(STUDENTS, ((BLUE, "o"), (VERMILLION, "s")), strict=True))
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """Returns an empty figure of `width` x `height` inches."""
-    # Figure and canvas of its own: pyplot would keep every figure and may open a window.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def tidy(axes, grid: str = "both") -> None:
-    """Draws a light grid, and no frame at the top and on the right."""
-    axes.grid(alpha=0.25, axis=grid)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def literal(text: object) -> str:
-    """Returns a text that Matplotlib prints as it is. A pair of $ would make mathematics of the text between them."""
-    return str(text).replace("$", r"\$")
-
-
-# ---------------------------------------------------------------- runs
-
-def curves(metrics: list[Record], summary: Record, quantity: str) -> Figure:
-    """Draws one quantity over the epochs: training and validation curves, best epoch, majority class and teacher.
-
-    Args:
-        metrics: the rows of `metrics.jsonl`; those of a distillation have a "phase", and both students are drawn.
-        summary: `summary.json`.
-        quantity: "loss" (nats), "accuracy" (in percent) or "mcc".
-    """
-    axis_name, train_key, key, factor = QUANTITIES[quantity]
-    metrics = last_stage(metrics)
-    distil, first = summary["mode"] == "distil", metrics[0].section("validation")
-    main, styles = main_split(first), line_styles(first)
-    figure = new_figure(8, 3.6)
-    axes = figure.add_subplot()
-
-    def label(name: str, value: float) -> str:
-        return f"{name} ({value:.1f} %)" if quantity == "accuracy" else f"{name} ({value:.3f})"
-
-    def level(name: str, validation: Record, source: str, **look) -> None:
-        for split in [split for split in styles if split in validation]:
-            value = factor * validation.section(split).number(source)
-            axes.axhline(value, linestyle=styles[split], label=label(f"{name}, {literal(spoken(split))}", value), **look)
-
-    # A run of LoRA has no phase; a distillation has one for each student, in the order of training.
-    for phase in dict.fromkeys(row.get("phase", "") for row in metrics):
-        rows = [row for row in metrics if row.get("phase", "") == phase]
-        epochs = [row.number("epoch") for row in rows]
-        colour, marker = STUDENT_LOOKS.get(phase, (BLUE, "o"))
-        before = f"{literal(model_name(phase))}: " if phase else ""
-        train = [factor * row.section("train").number(train_key) for row in rows]
-        axes.plot(epochs, train, ":", color=colour if phase else BLACK, marker=marker, ms=3, label=before + "train")
-        for split, other in zip(styles, (BLUE, VERMILLION, PURPLE), strict=False):
-            values = [factor * row.section("validation").section(split).number(key) for row in rows]
-            axes.plot(epochs, values, linestyle=styles[split], color=colour if phase else other, marker=marker, ms=4,
-                      label=before + (split if split == "validation" else f"validation, {literal(spoken(split))}"))
-            if split == main:
-                best = (summary.section(phase) if phase else summary).number("best_epoch")
-                if best not in epochs:
-                    raise ReportError(f"{summary.source}: 'best_epoch' is {best:g}, which metrics.jsonl does not have")
-                value = values[epochs.index(best)]
-                axes.axvline(best, color=colour, linewidth=1, alpha=0.4)
-                axes.plot([best], [value], "*", color=colour, ms=13, markeredgecolor="white", zorder=5,
-                          label=label(f"{before}best epoch {best:g}", value))
-    if distil:
-        level("teacher", summary.section("teacher").section("validation"), key, color=GREEN)
-    if quantity == "accuracy":
-        # Dashed and dotted: solid lines are of models.
-        styles = dict(zip(styles, ["--", (0, (1, 2))], strict=False))
-        level("majority class", first, "majority_accuracy", color=GREY, linewidth=1)
-    if quantity == "mcc":
-        axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="majority class (0)")
-    how = "distilled" if distil else str(summary["method"]).replace("lora", "LoRA")
-    axes.set_title(literal(f"{summary['model']}, {how}, on {summary['task']} (SR {summary['sr']})"))
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(axis_name + ("\nwith the labels, no KD term" if distil and quantity == "loss" else ""))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(min(row["epoch"] for row in metrics) - 0.5, max(row["epoch"] for row in metrics) + 0.5)
-    tidy(axes)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
-    return figure
-
-
-def line_styles(validation: Record) -> dict[str, str]:
-    """Returns the line style of each development split, the split that chose the epoch first."""
-    main = main_split(validation)
-    # `all` is in- and out-of-domain together: a third line between the two would add nothing.
-    splits = [main] + [split for split in validation if split not in (main, "all")]
-    return dict(zip(splits, ["-", "--", "-."], strict=False))
-
-
-def stages_figure(metrics: list[Record], summary: Record) -> Figure:
-    """Draws the stages before the training set: the objective of pretraining, MCC on the transfer set, of both students."""
-    recorded = {row.get("stage") for row in metrics}
-    stages = [stage for stage in ("pretrain", "transfer") if stage in recorded]
-    figure = new_figure(4 * len(stages) + 2, 4.2)
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        key, axis_name = ("mcc", "Matthews correlation") if stage == "transfer" else ("loss", "its own objective")
-        for phase, (colour, marker) in STUDENT_LOOKS.items():
-            rows = [row for row in metrics if (row.get("phase"), row.get("stage")) == (phase, stage)]
-            # Runs with --no-control have no baseline, and the baseline has no pretraining.
-            if not rows:
-                continue
-            # Both students take the same number of steps, in epochs of different length: the axis is the share of the stage.
-            done = [row.number("epoch") / len(rows) for row in rows]
-            # More markers than that would hide the dashes of a line.
-            marker = marker if len(rows) <= 40 else ""
-            axes.plot(done, [row.section("train").number(key) for row in rows], ":", color=colour, marker=marker, ms=3,
-                      label=f"{model_name(phase)}: train")
-            for split, style in line_styles(rows[0].section("validation")).items():
-                values = [row.section("validation").section(split).number(key) for row in rows]
-                name = "held out" if stage == "pretrain" else literal(spoken(split))
-                axes.plot(done, values, style, color=colour, marker=marker, ms=4, label=f"{model_name(phase)}: {name}")
-        axes.set(xlabel="share of the stage's steps", ylabel=axis_name, title=f"stage: {stage}")
-        tidy(axes)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize="small", frameon=False)
-    figure.suptitle(literal(f"{summary['model']} on {summary['task']} (SR {summary['sr']})"))
-    return figure
-
-
-def confusion(summary: Record) -> Figure:
-    """Draws the confusion matrix: counts, and shares of each true class.
-
-    Raises ReportError if the recorded matrix does not fit the classes.
-    """
-    split, scores = by_class(summary)
-    matrix, classes = scores["confusion"], list(scores.section("per_class"))
-
-    def counts(row: object) -> bool:
-        return isinstance(row, list) and len(row) == len(classes) and all(isinstance(count, int) for count in row)
-
-    if not (isinstance(matrix, list) and len(matrix) == len(classes) and all(map(counts, matrix))):
-        raise ReportError(f"{scores.source}: 'confusion' must have a row and a column of counts for each class")
-    percent = []
-    for row in matrix:
-        # A class without rows has shares of 0, not 0 / 0.
-        total = sum(row) or 1
-        percent.append([100 * count / total for count in row])
-    size = min(9.0, 3.2 + 0.55 * len(classes))
-    figure = new_figure(size + 0.8, size)
-    axes = figure.add_subplot()
-    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8)
-    # Counts of more classes would overlap, and so would names of more than 40.
-    if len(classes) <= 12:
-        for i, row in enumerate(matrix):
-            for j, count in enumerate(row):
-                axes.text(j, i, f"{count:,}\n{percent[i][j]:.1f} %", ha="center", va="center", fontsize="small",
-                          color="white" if percent[i][j] > 60 else BLACK)
-    if len(classes) <= 40:
-        names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
-        # Long names stand slanted, or neighbours would overlap.
-        slanted = max(map(len, names)) * len(names) >= 40
-        names = list(map(literal, names))
-        axes.set_xticks(range(len(names)), names, rotation=60 if slanted else 0, ha="right" if slanted else "center")
-        axes.set_yticks(range(len(names)), names)
-    whose = f"{model_name('student')}: " if summary["mode"] == "distil" else ""
-    axes.set(xlabel="predicted class", ylabel="true class",
-             title=literal(f"{whose}{spoken(split)}, n = {sum(map(sum, matrix)):,}"))
-    return figure
-
+from report.curves import confusion, curves, pretraining_figure, quantities
+from report.records import Record, ReportError, model_name, read_json, shown_splits, spoken
+from report.runs import Run
+from report.style import BLACK, BLUE, GREY, PURPLE, SET_COLOURS, VERMILLION, literal, new_figure, save_figure, tidy
 
 # ---------------------------------------------------------------- comparisons and sweeps
 
@@ -348,34 +164,30 @@ def seeds_figure(study: Record) -> Figure:
 
 # ---------------------------------------------------------------- files
 
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Writes a figure as `.png` (200 dpi) and `.pdf`, in this order; the same figure gives the same bytes."""
-    written = []
-    # By default, version of Matplotlib and time of creation would stand in the files.
-    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        written.append(stem.with_name(f"{stem.name}.{kind}"))
-        with replacing(written[-1]) as temporary:
-            figure.savefig(temporary, format=kind, dpi=200, metadata=metadata)
-    return written
-
-
 def plot_run(run_dir: Path, plots_dir: Path) -> list[Path]:
-    """Draws a run's loss, accuracy, MCC, confusion matrix and earlier stages as `<mode>-<SR>_<quantity>.png` and `.pdf`.
+    """Draws a run's loss, its scores, its confusion matrix and its pretraining as `<mode>-<SR>_<quantity>.png` and `.pdf`.
 
     Raises ReportError where a file of the run is missing or malformed.
     """
-    summary, path = read_json(run_dir / "summary.json"), run_dir / "metrics.jsonl"
-    # The method "none" trains nothing and has no epochs.
-    metrics = read_metrics(path) if path.exists() or summary.get("method") != "none" else []
-    figures = {quantity: curves(metrics, summary, quantity) for quantity in QUANTITIES if metrics}
-    if len(last_stage(metrics)) < len(metrics):
-        figures["stages"] = stages_figure(metrics, summary)
-    if "by_class" in summary or "by_class" in summary.get("student", {}):
-        figures["confusion"] = confusion(summary)
+    run = Run(run_dir)
+    figures = {quantity: curves(run.metrics, run.summary, quantity, run.problem) for quantity in plotted(run)
+               if quantity in quantities(run.problem)}
+    if "pretrain" in plotted(run):
+        figures["pretrain"] = pretraining_figure(run.metrics, run.summary)
+    if "confusion" in plotted(run):
+        figures["confusion"] = confusion(run.summary, run.class_names)
     written = []
     for quantity, figure in figures.items():
-        written += save_figure(figure, plots_dir / f"{summary['mode']}-{summary['sr']}_{quantity}")
+        written += save_figure(figure, plots_dir / f"{run.summary['mode']}-{run.summary['sr']}_{quantity}")
     return written
+
+
+def plotted(run: Run) -> list[str]:
+    """Returns the quantities that `plot_run` draws."""
+    # The method "none" trains nothing and has no epochs.
+    found = list(quantities(run.problem)) if run.metrics else []
+    found += ["pretrain"] if any(row.get("stage") == "pretrain" for row in run.metrics) else []
+    return found + (["confusion"] if run.has_confusion() else [])
 
 
 def plot_study(path: Path, plots_dir: Path) -> list[Path]:

@@ -14,10 +14,15 @@ LATEX = {
 }
 
 
+# Letters of names beyond Latin-1 that T1 fonts have, as ranges of a character class.
+LETTERS = ("\u0102-\u0107\u010c-\u0111\u0118-\u011b\u011e\u011f\u0130\u0131\u0141-\u0144\u0147\u0148"
+           "\u0150-\u0153\u0158-\u015b\u015e-\u0161\u0164\u0165\u016e-\u0171\u0178-\u017e")
+
+
 def escape(text: object) -> str:
     """Returns LaTeX that prints a text: specials escaped, ligatures broken, characters that T1 fonts lack as [U+XXXX]."""
     safe = re.sub(r"\s", " ", str(text)).translate(str.maketrans(LATEX))
-    safe = re.sub("[^ -~\u00a1-\u00ff]", lambda match: f"{{[}}U+{ord(match[0]):04X}{{]}}", safe)
+    safe = re.sub(f"[^ -~\u00a1-\u00ff{LETTERS}]", lambda match: f"{{[}}U+{ord(match[0]):04X}{{]}}", safe)
     return re.sub(r"([-<>,])(?=\1)", r"\1{}", safe)
 
 

@@ -23,6 +23,8 @@ TABLES = ("cola", "student", "polarity", "ablations", "rank", "methods", "long",
           "diagnose_phenomena", "diagnose_length", "diagnose_calibration", "diagnose_disagreements", "diagnose_all_wrong",
           "variants", "variants_cola", "class_weights", "losses", "cost", "steps")
 
+EXTRAS = ("variants", "variants_cola", "class_weights", "losses")
+
 
 class Paper:
     """Holds paper.json and the records of the finished steps.
@@ -67,6 +69,9 @@ def paper_results(folder: Path, plots_dir: Path) -> tuple[dict[str, str], dict[s
     files = {f"paper_{name}.tex": table.encode() for name, table in _tables(paper).items() if table}
     for name, path in _plots(paper, plots_dir):
         files[f"paper_{name}.pdf"] = path.read_bytes()
+    # The steps that run only where they are named have a section only then.
+    if {f"paper_{name}.tex" for name in EXTRAS} & set(files):
+        numbers["paper.extras"] = "yes"
     return numbers | dict(_headline(paper)) | dict(_notes(paper)), files
 
 
@@ -232,9 +237,9 @@ def ablations(paper: Paper) -> str | None:
         baseline = mcc(entries[BASELINE], last_split) if BASELINE in entries else ""
         rows.append([label, *(mcc(entries["student"], split) for split in splits), baseline,
                      *(mcc(row, last_split, True) if row else "" for row in (gain, change))])
-    head = grouped(["student"], {f"student: {split}": ["MCC"] for split in splits},
-                   ["baseline", "student minus it", "minus first row"])
-    return tabular("l" + "r" * (len(splits) + 3), head, rows)
+    above = {split: ["MCC"] for split in splits}
+    head = grouped(["student"], above, ["baseline", _narrow("student minus it"), _narrow("minus first row")])
+    return tabular("@{}L{3cm}" + "r" * (len(splits) + 3) + "@{}", head, rows)
 
 
 def _flags(paper: Paper, name: str) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import data_utils
 from data_utils import Split
 from machine.errors import UserError
+from machine.progress import Bar
 from record.files import new_folder, write_file, write_json
 from serving import answers
 from serving.merge import kept_ends
@@ -244,7 +244,7 @@ def by_batches(compute: Callable[[dict[str, np.ndarray]], np.ndarray], ids: list
     # Sorted by length: few pads in a batch.
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     batches = padded([ids[row] for row in order], batch_size)
-    logits = np.concatenate([compute(inputs) for inputs in tqdm(batches, desc="checking", unit="batch", dynamic_ncols=True,
+    logits = np.concatenate([compute(inputs) for inputs in Bar(batches, desc="checking", unit="batch", dynamic_ncols=True,
                                                                 delay=2, leave=False)])
     return logits[np.argsort(order)]
 

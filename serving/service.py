@@ -43,6 +43,7 @@ class Result(BaseModel):
     """The class of a text."""
 
     label: str
+    name: str | None = Field(None, description="name of the class, where the label is a number of the task's files")
     probability: float
     probabilities: dict[str, float]
     truncated: bool | None = Field(None, description="true where the model read only a part of a longer text")
@@ -218,15 +219,16 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
 
 
 def _listed_adapter(name: str, entry: LoadedAdapter) -> dict:
-    return {"name": name, "task": entry.task, "classes": entry.reading.classes, "parameters": entry.parameters}
+    return {"name": name, "task": entry.task, "classes": entry.reading.classes, "class_names": entry.reading.names,
+            "parameters": entry.parameters}
 
 
 def _listed_student(name: str, student: Student, adapters: dict[str, LoadedAdapter]) -> dict:
     """Describes a student. Its teacher is the adapter of its name, or the one of the weights that it was distilled from."""
     teachers = [other for other, entry in adapters.items() if entry.sha256 in student.teacher_sha256]
     parameters = sum(p.numel() for p in student.model.parameters())
-    return {"name": name, "task": student.task, "classes": student.reading.classes, "parameters": parameters,
-            "teacher": name if name in adapters else next(iter(teachers), None)}
+    return {"name": name, "task": student.task, "classes": student.reading.classes, "class_names": student.reading.names,
+            "parameters": parameters, "teacher": name if name in adapters else next(iter(teachers), None)}
 
 
 def _add_adapters(app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics) -> None:

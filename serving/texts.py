@@ -33,24 +33,29 @@ class Reading:
     calibration: Calibration = LIKELIEST
     problem: Problem = SINGLE_LABEL
     tiny: bool = False  # the built-in model, which knows a few hundred words
+    names: tuple[str, ...] = ()  # of the classes, for readers; empty: no others than `classes`
 
     @classmethod
     def of(cls, config: dict, calibration: Calibration = LIKELIEST) -> Reading:
         """Returns the reading of a run, from its config.json."""
         options = config["options"]
         return cls(tuple(config.get("classes", data_utils.COLA_CLASSES)), options["max_length"],
-                   options.get("truncate", "tail"), calibration, problem_of(config), options.get("model") == "tiny")
+                   options.get("truncate", "tail"), calibration, problem_of(config), options.get("model") == "tiny",
+                   tuple(config.get("class_names", ())))
 
     def answer(self, logits: Tensor) -> dict:
-        """Returns label, probability and probabilities of logits (classes,); see each problem's `answer`."""
+        """Returns label, probability and probabilities of logits (classes,), and the label's name if it has another one.
+
+        See each problem's `answer`.
+        """
         rule = self.calibration
         found = self.problem.answer(logits.float() / rule.temperature, self.classes)
-        if rule.threshold is None:
-            return found
-        # Two classes: the threshold chooses.
-        positive = found["probabilities"][self.classes[rule.positive]]
-        label = self.classes[rule.positive if positive >= rule.threshold else 1 - rule.positive]
-        return {**found, "label": label, "probability": found["probabilities"][label]}
+        if rule.threshold is not None:
+            # Two classes: the threshold chooses.
+            positive = found["probabilities"][self.classes[rule.positive]]
+            label = self.classes[rule.positive if positive >= rule.threshold else 1 - rule.positive]
+            found = {**found, "label": label, "probability": found["probabilities"][label]}
+        return {**found, "name": self.names[self.classes.index(found["label"])]} if self.names else found
 
 
 @dataclass(frozen=True)

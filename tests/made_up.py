@@ -1,11 +1,23 @@
 """Writes made-up runs, comparisons and sweeps in the layout of real ones, for the tests of report/."""
 
 import json
+import shutil
 from pathlib import Path
+
+from report import build
 
 SR = "12345"
 COLA = ("in_domain", "out_of_domain", "all")
 HASH = "0123456789abcdef" * 4
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copies main.tex, the files that it reads and the references into a folder, and returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    here = Path(build.__file__).parent
+    for path in (*here.glob("*.tex"), *here.glob("*.bib")):
+        shutil.copy(path, folder)
+    return folder
 
 
 def validation(mcc: float, splits: tuple[str, ...] = COLA) -> dict:
@@ -113,3 +125,71 @@ def search(runs: Path, **changes) -> Path:
     return study(runs, "sweep", {"search": {"targets": ["q+v", "all"], "lr": {"low": 0.001, "high": 0.01, "log": True}},
                                  "selection": {"split": "in_domain"}, "trials": trials, "best": 0, "means": means,
                                  "importance": {"targets": 0.25, "lr": 0.75}} | changes)
+
+
+# ---------------------------------------------------------------- runs of every problem
+
+CLASSES = {"binary": ["no", "yes"], "four": ["spam", "work", "family", "bills"],
+           "multi-label": ["urgent", "money", "travel"], "regression": []}
+
+
+def scores_of(kind: str, lift: float) -> dict:
+    """Returns the scores of a development split of a problem."""
+    score = {"regression": {"pearson": 0.5 + lift, "spearman": 0.45 + lift, "mse": 1.2 - lift},
+             "multi-label": {"f1_micro": 0.4 + lift, "f1_macro": 0.3 + lift}}.get(
+                 kind, {"accuracy": 0.6 + lift, "mcc": 0.2 + lift, "majority_accuracy": 0.55})
+    return {"validation": {"n": 400, "loss": 0.7 - lift, **score}}
+
+
+def task_runs(runs: Path, kind: str, decoder: bool = True) -> tuple[Path, Path]:
+    """Writes a LoRA run and a distillation in stages on a task of mails.
+
+    Args:
+        kind: binary, four, multi-label or regression.
+        decoder: whether the backbone is one.
+    """
+    classes, problem = CLASSES[kind], kind if kind in ("regression", "multi-label") else None
+    config = {"rows": {"train": 3000, "validation": 400}, "classes": classes, "data_files": {"mails/train.csv": HASH},
+              "command": f"python run.py LoRA {SR} --task csv --data mails --rank 8", "backbone": {
+        "kind": "gpt2" if decoder else "bert", "decoder": decoder, "num_hidden_layers": 2, "hidden_size": 32,
+        "num_attention_heads": 2, "vocab_size": 500}} | ({"problem": problem} if problem else {})
+    size = len(classes)
+    own = {"n": 100, "precision": 0.5, "recall": 0.6, "f1": 0.55}
+    by_class = {"validation": {"per_class": dict.fromkeys(classes, own)}}
+    if not problem:
+        by_class["validation"]["confusion"] = [[40 + 10 * (i == j) for j in range(size)] for i in range(size)]
+    more = {"by_class": by_class} if classes else {}
+
+    def line(number: int, lift: float, **names) -> dict:
+        scores = {} if problem else {"cross_entropy": 0.6 / number, "accuracy": 0.7, "mcc": 0.4}
+        train = {"loss": 0.9 / number, **scores}
+        return {**names, "epoch": number, "train": train, "validation": scores_of(kind, lift + number / 20),
+                "learning_rate": 1e-3, "seconds": 1.5, "tokens": 5000}
+
+    model = {"mode": "LoRA", "sr": SR, "model": "backbone", "task": "csv", "method": "lora", "best_epoch": 3,
+             "last_epoch": 3, "parameters": {"total": 100000, "trainable": 5000, "reduction_percent": 95.0}, "train": TRAIN,
+             "validation": scores_of(kind, 0.15), "last_validation": scores_of(kind, 0.15), **more}
+    lora = write_run(runs / f"LoRA-{SR}", model, [line(n, 0) for n in (1, 2, 3)], **config)
+
+    def student(lift: float, speed: float) -> dict:
+        stages = [{"stage": stage, "best_epoch": 2, "validation": scores_of(kind, lift + 0.1), "loss": 0.4, "epochs": 2,
+                   "steps": steps, "seconds": 2.5, "tokens": 10000} for stage, steps in (("transfer", 300), ("gold", 100))]
+        return {"parameters": 9000, "validation": scores_of(kind, lift + 0.1), "best_epoch": 2, "last_epoch": 2, **more,
+                "last_validation": scores_of(kind, lift + 0.1), "sentences_per_second": speed, "stages": stages}
+
+    summary = {"mode": "distil", "sr": SR, "model": "backbone", "task": "csv", "train": TRAIN,
+               "teacher": {"run": f"runs/LoRA-{SR}", "parameters": 100000, "validation": scores_of(kind, 0.15),
+                           "sentences_per_second": 100.0},
+               "student": student(0.02, 2000.0), "scratch": student(0.0, 1950.0),
+               "distillation": {"temperature": 2.0, "alpha": 0.5, "loss": 0.4}}
+    metrics = [line(n, lift, phase=phase, stage=stage) for phase, lift in (("student", 0.02), ("scratch", 0.0))
+               for stage in ("transfer", "gold") for n in (1, 2)]
+    distil = write_run(runs / f"distil-{SR}", summary, metrics, **config, architecture={
+        "vocab_size": 500, "num_labels": size or 1, "embedding_size": 8, "hidden_size": 16, "directions": 1, "rnn_layers": 1,
+        "cell": "lstm", "pooling": "attention"})
+    path = distil / "config.json"
+    content = json.loads(path.read_text())
+    content["options"] = {"kd_alpha": 0.5, "kd_loss": "kl", "temperature": 2.0, "match": "hidden", "match_size": 16,
+                          "match_weight": 1.0, "score_weight": 0.5, "gold_repeats": 2, "preset": "distil"}
+    path.write_text(json.dumps(content))
+    return lora, distil

@@ -91,7 +91,7 @@ def test_the_table_of_rooms_is_the_house():
 
 @pytest.mark.parametrize("place", ["kd_loss distillation/losses.py", "DistilRNN model.py", "LoRALinear model.py",
                                    "CELLS model.py", "ROLE_MODULES data/architectures.py", "read_table data/tables.py",
-                                   "SET_COLOURS report/figures.py"])
+                                   "SET_COLOURS report/style.py"])
 def test_what_a_newcomer_changes_stands_where_the_readme_says(place):
     name, path = place.split()
     assert re.search(rf"^(def |class )?{name}\b", (ROOT / path).read_text(), re.MULTILINE)

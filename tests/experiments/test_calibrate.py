@@ -114,7 +114,7 @@ def test_calibration_is_of_the_split_that_chose_the_epoch_and_stands_in_the_chec
         assert found["temperature"] != 1 and {"ece", "nll"} == set(found["before"]) == set(found["after"])
         assert check_sums(calibrated / name, "calibration.json")
         assert "calibration.json" in (calibrated / name / "SHA256SUMS").read_text()
-    assert toy.main("calibrate", calibrated / "lora", "--positive", "0", "--json") == 0  # a second time
+    assert toy.main("calibrate", calibrated / "lora", "--positive", "unacceptable", "--json") == 0  # by name, a second time
 
 
 @pytest.mark.parametrize("name, load", [("lora", load_finetuned), ("distil", load_student)])

@@ -408,12 +408,13 @@ def test_both_students_are_asked_about_edited_tokens_and_the_baseline_by_no_teac
 
 def test_plots_show_the_stages(work, staged, tmp_path):
     assert {path.name for path in figures.plot_run(staged / "run", tmp_path)} >= {
-        "distil-12345_stages.png", "distil-12345_loss.png"}
-    figure = figures.stages_figure(records.read_metrics(staged / "run" / "metrics.jsonl"),
-                                   records.read_json(staged / "run" / "summary.json"))
-    assert [[line.get_label() for line in axes.get_lines()] for axes in figure.axes] == [
-        [f"{name}: {what}" for name in ("student with KD", "baseline") for what in stage]
-        for stage in (("train", "held out"), ("train", "in-domain", "out-of-domain"))]
+        "distil-12345_pretrain.png", "distil-12345_loss.png"}
+    run = figures.Run(staged / "run")
+    figure = figures.pretraining_figure(run.metrics, run.summary)
+    names = [f"{name}: {what}" for name in ("student with KD", "baseline") for what in ("train", "held out")]
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == names
+    axes = figures.curves(run.metrics, run.summary, "mcc").axes[0]
+    assert {text.get_text() for text in axes.texts} == {"transfer set", "training set"}
 
 
 def test_bad_text_and_options_are_one_line(work, tmp_path, capsys):

@@ -15,6 +15,7 @@ import toy
 
 from experiments import evaluate, predict
 from report import figures
+from serving import texts
 
 KEYS = {"text", "label", "probability", "probabilities"}
 TEXTS = [text for text, _ in toy.toy_rows(40, 7)]
@@ -100,7 +101,7 @@ def test_each_kind_of_run_answers_as_its_model_does(runs, capsys, tmp_path, name
     assert [result["text"] for result in results] == TEXTS
     for result in results:
         expected = alone(*loaded, result["text"])
-        assert set(result) == KEYS and list(result["probabilities"]) == classes
+        assert set(result) - {"name"} == KEYS and list(result["probabilities"]) == classes
         assert list(result["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
         assert result["probability"] == max(result["probabilities"].values())
         assert result["label"] == max(result["probabilities"], key=result["probabilities"].get)
@@ -131,7 +132,7 @@ def test_a_run_that_reads_features_says_so(runs, capsys, tmp_path):
     refused(capsys, "no column 'y'", runs / "numbers", "--file", write(tmp_path / "a.csv", "text,x\nthe cat,1\n"))
     rows = [{"text": "the cat", "x": 1, "y": 2}, {"text": "the cat", "x": "one"}, {"text": "the cat", "x": 1}]
     results = ask(capsys, runs / "numbers", "--file", write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
-    assert set(results[0]) == set(results[2]) == KEYS and results[0] != results[2]
+    assert set(results[0]) - {"name"} == set(results[2]) - {"name"} == KEYS and results[0] != results[2]
     assert results[1] == {"error": "feature x is 'one'; expected a finite number or an empty cell", "line": 2}
 
 
@@ -186,7 +187,7 @@ def test_a_bad_line_is_an_error_in_its_place_and_the_rest_goes_on(runs, capsys, 
     assert [error["line"] for error in errors] == bad
     assert all(set(error) == {"error", "line"} and error["error"] and "row 1" not in error["error"] for error in errors)
     good = [result for result in results if "error" not in result]
-    assert len(results) == count and "error" not in results[0] and set(good[0]) == KEYS
+    assert len(results) == count and "error" not in results[0] and set(good[0]) - {"name"} == KEYS
     expected = ask(capsys, runs / "lora", "the cat")[0]
     assert good[0]["label"] == expected["label"]
     assert good[0]["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-6)
@@ -286,6 +287,21 @@ def test_bad_arguments_are_one_line(runs, capsys, arguments, says):
     refused(capsys, says, *(str(word).replace("RUN", str(runs / "lora")) for word in arguments))
 
 
+def test_cola_s_classes_are_shown_by_name_and_kept_as_numbers(runs, capsys):
+    result, = ask(capsys, runs / "lora", TEXTS[0])
+    assert result["name"] == {"0": "unacceptable", "1": "acceptable"}[result["label"]]
+    assert list(result["probabilities"]) == ["0", "1"]
+    assert toy.main("predict", runs / "lora", TEXTS[0]) == 0
+    assert capsys.readouterr().out.startswith(result["name"] + "\t")
+    # A table's own classes have no other names, and a run of the time before there were names shows its numbers.
+    assert "name" not in ask(capsys, runs / "qv", TEXTS[0])[0]
+    old = texts.Reading.of({"options": {"max_length": 8}, "classes": ["0", "1"]})
+    assert "name" not in old.answer(torch.tensor([0.0, 1.0]))
+    undecided = predict.decided({"label": "1", "name": "acceptable", "probability": 0.6}, 0.9)
+    assert undecided["label"] is None and undecided["name"] is None and predict.line_of(
+        {**undecided, "text": "A."}, False).startswith("undecided")
+
+
 # ---------------------------------------------------------------- words that the built-in model never saw
 
 def test_unknown_words_are_one_warning_after_the_answers(runs, tmp_path, capsys, monkeypatch):
@@ -294,11 +310,11 @@ def test_unknown_words_are_one_warning_after_the_answers(runs, tmp_path, capsys,
     says = ("warning: {} words that the built-in model never saw ({}): its answers about them say nothing; data/grammar.py "
             "has its words")
     lines = ["cat zebra", "dog old cat", "Okapi cat zebra"]
-    for words, texts in ((lines[:1], "a text has"), (lines, "2 texts have")):
+    for words, many in ((lines[:1], "a text has"), (lines, "2 texts have")):
         assert toy.main("predict", runs / "lora", *words) == 0
         out, err = capsys.readouterr()
         assert len(out.splitlines()) == len(words)
-        assert err.splitlines() == [says.format(texts, "zebra" if len(words) == 1 else "zebra, Okapi")]
+        assert err.splitlines() == [says.format(many, "zebra" if len(words) == 1 else "zebra, Okapi")]
     assert toy.main("predict", runs / "lora", "--file", write(tmp_path / "a.txt", "\n".join(lines)), "--json") == 0
     out, err = capsys.readouterr()
     assert [json.loads(line).get("unknown_words") for line in out.splitlines()] == [["zebra"], None, ["Okapi", "zebra"]]

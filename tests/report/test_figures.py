@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import toy
-from made_up import COLA, SR, comparison, distil_run, entry_row, epoch, lora_run, search
+from made_up import SR, comparison, distil_run, entry_row, epoch, lora_run, search, task_runs
 from matplotlib.image import imread
 from matplotlib.text import Text
 
 from machine.signals import Interrupted
-from report import figures
+from report import curves, figures
 from report.records import ReportError, read_json, read_metrics
 
 
@@ -85,7 +85,7 @@ def test_dollar_signs_in_names_are_no_mathematics(tmp_path):
     study = comparison(tmp_path, splits, entries=rows, selection=chosen, model=HOSTILE)
     means = {"targets": [{"value": HOSTILE, "n": 2, "mean": 0.4, "sd": 0.14}]}
     swept = search(tmp_path, means=means, search={"targets": [HOSTILE]}, selection={"split": HOSTILE}, task=HOSTILE)
-    drawn = [figures.curves(metrics, summary, quantity) for quantity in figures.QUANTITIES]
+    drawn = [figures.curves(metrics, summary, quantity) for quantity in figures.quantities("single-label")]
     drawn += [figures.confusion(summary), figures.compare_figure(read_json(study)), figures.sweep_figure(read_json(swept))]
     for figure in drawn:
         figure.canvas.draw()
@@ -93,7 +93,7 @@ def test_dollar_signs_in_names_are_no_mathematics(tmp_path):
         assert hostile
         for text in hostile:
             assert text._preprocess_math(text.get_text())[1] is False
-    confusion = drawn[len(figures.QUANTITIES)].axes[0]
+    confusion = drawn[3].axes[0]
     shown = confusion.get_xticklabels()[0]
     assert shown._preprocess_math(shown.get_text())[0] == HOSTILE
 
@@ -161,23 +161,52 @@ def test_distillation_draws_both_students_and_the_teacher_in_one_figure(tmp_path
     assert "no KD term" in loss["student with KD: train"].axes.get_ylabel()
 
 
-def test_the_stages_are_drawn_by_their_share_with_every_split_of_both_students(tmp_path):
-    def line(phase: str, stage: str, number: int, splits=COLA) -> dict:
-        return epoch(number, splits, phase=phase, stage=stage)
-    rows = [line("student", "pretrain", n, ("held_out",)) for n in (1, 2)]
-    rows += [line("student", "transfer", n) for n in (1, 2)] + [line("scratch", "transfer", n) for n in (1, 2, 3, 4)]
+def test_all_stages_stand_on_one_axis_of_steps_with_every_split_of_both_students(tmp_path):
+    run = task_runs(tmp_path, "binary")[1]
+    figure = figures.curves(read_metrics(run / "metrics.jsonl"), read_json(run / "summary.json"), "mcc")
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "optimiser steps" and {text.get_text() for text in axes.texts} == {
+        "transfer set", "training set"}
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    # Two epochs on the transfer set (300 steps) and two on the training set (100 steps).
+    for name in ("student with KD", "baseline"):
+        for curve in ("train", "validation"):
+            assert list(lines[f"{name}: {curve}"].get_xdata()) == [150, 300, 350, 400]
+        assert list(lines[f"{name}: best epoch 2 ({0.32 if name != 'baseline' else 0.3:.3f})"].get_xdata()) == [400]
+    assert list(lines["baseline: validation"].get_ydata()) == pytest.approx([0.25, 0.3, 0.25, 0.3])
+
+
+@pytest.mark.parametrize(("kind", "drawn"), [("regression", ["loss", "pearson", "spearman", "mse"]),
+                                             ("multi-label", ["loss", "f1_micro", "f1_macro"])])
+def test_other_problems_draw_their_own_scores(tmp_path, kind, drawn):
+    lora, _ = task_runs(tmp_path / "runs", kind)
+    written = figures.plot_run(lora, tmp_path / "plots")
+    assert [path.stem for path in written if path.suffix == ".png"] == [f"LoRA-{SR}_{quantity}" for quantity in drawn]
+    assert figures.plotted(figures.Run(lora)) == drawn
+
+
+def test_panels_share_their_axis_and_name_each_line_once(tmp_path):
+    run = figures.Run(distil_run(tmp_path))
+    figure = curves.panels(run.metrics, run.summary)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["cross-entropy (nats)", "accuracy (%)", "MCC"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) == len(set(names)) and "student with KD: in-domain" in names and "baseline: best epoch 2" in names
+    # Wide as the report's text, and no line of the legend is cut.
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+def test_the_objective_of_pretraining_has_a_figure_of_its_own(tmp_path):
+    rows = [epoch(n, ("held_out",), phase="student", stage="pretrain") for n in (1, 2)]
+    rows += [epoch(1, phase=phase, stage="gold") for phase in ("student", "scratch")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figure = figures.stages_figure(read_metrics(tmp_path / "metrics.jsonl"), {"model": "m", "task": "t", "sr": SR})
-    pretrain, transfer = figure.axes
-    names = [text.get_text() for text in pretrain.get_legend().get_texts()]
-    assert names == ["student with KD: train", "student with KD: held out"]
-    lines = {line.get_label(): line for line in transfer.get_lines()}
-    assert list(lines) == [f"{name}: {curve}" for name in ("student with KD", "baseline")
-                           for curve in ("train", "in-domain", "out-of-domain")]
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == 6
-    assert list(lines["student with KD: in-domain"].get_xdata()) == [0.5, 1]
-    assert list(lines["baseline: out-of-domain"].get_xdata()) == [0.25, 0.5, 0.75, 1]
-    assert list(lines["student with KD: out-of-domain"].get_ydata()) == pytest.approx([-0.01, 0.06])
+    model = {"stages": [{"stage": "pretrain", "steps": 40}, {"stage": "gold", "steps": 10}]}
+    summary = {"mode": "distil", "model": "m", "task": "t", "sr": SR, "student": model, "scratch": model}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    figure = curves.pretraining_figure(read_metrics(tmp_path / "metrics.jsonl"), read_json(tmp_path / "summary.json"))
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
+    assert lines == {"student with KD: train": [20, 40], "student with KD: held out": [20, 40]}
 
 
 # ---------------------------------------------------------------- comparisons and sweeps

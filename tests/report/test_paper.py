@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from made_up import COLA, SR, distil_run, lora_run, search
+from made_up import COLA, SR, copy_sources, distil_run, lora_run, search
 
 from report import build
 from report import paper as tables
@@ -147,7 +147,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path):
 
 def test_what_main_tex_asks_for_is_what_is_written(whole):
     numbers, files = whole
-    text = (REPORT / "main.tex").read_text().partition(r"\begin{document}")[2]
+    text = (REPORT / "main.tex").read_text().partition(r"\begin{document}")[2] + (REPORT / "over_seeds.tex").read_text()
     asked = set(re.findall(r"\\papertable\{(\w+)\}", text)) | set(re.findall(r"\\longresult\{paper_(\w+)\}", text))
     assert asked == set(tables.TABLES)
     absent = {"paper.diagnose.pairs"}  # of a step that this paper has not
@@ -164,9 +164,7 @@ needs_latex = pytest.mark.skipif(not shutil.which("latexmk"), reason="latexmk is
 @needs_latex
 @pytest.mark.parametrize("done", [tuple(STEPS), ()], ids=["all", "nothing"])
 def test_the_paper_builds_whatever_is_done(tmp_path, done):
-    report = tmp_path / "report"
-    report.mkdir()
-    shutil.copy(REPORT / "main.tex", report)
+    report = copy_sources(tmp_path / "report")
     paper = made_up(tmp_path / "paper", done)
     (paper / "cola" / f"distil-{SR}").mkdir(parents=True, exist_ok=True)  # a run that failed leaves no summary
     pdf = build.build_paper(paper, report)
