@@ -234,7 +234,7 @@ class Folders:
 
 @declares
 class Report(Folders):
-    author: str = option("", "name on the cover of the PDF; `submit` puts its own names there if it is not given")
+    author: str = option("", "author on the cover of the PDF; the names of `submit`, or none, if not given")
 
 
 @declares

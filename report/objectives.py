@@ -27,12 +27,12 @@ SOFT = {
 # Weight inside a loss -> its option.
 WEIGHTS = {"js": "js_weight", "dkd": "dkd_weight"}
 OTHER_PROBLEMS = {"regression": r"(z_S - z_T)^2",
-                  "multi-label": r"\tau^2 \sum_{k} \KL\bigl(\sigma(z_{T,k}/\tau) \,\Vert\, \sigma(z_{S,k}/\tau)\bigr)"}
+                  "multi-label": r"\tau^2\, \tfrac{1}{K} \sum_{k} \KL\bigl(\sigma(z_{T,k}/\tau) \,\Vert\, \sigma(z_{S,k}/\tau)\bigr)"}
 
 
 def soft_formula(run: Run) -> str:
     """Returns the formula of the teacher's part of the loss."""
-    if run.problem in OTHER_PROBLEMS:
+    if run.problem in OTHER_PROBLEMS and run.options.get("kd_loss", "kl") != "mse":
         return OTHER_PROBLEMS[run.problem]
     name = run.options.get("kd_loss", "kl")
     # Two classes in a row always correlate by 1 or -1: that part is left out.

@@ -195,7 +195,8 @@ def test_real_runs_become_a_table_a_plot_and_run_folders_that_eval_scores(work, 
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     row = rows(tmp_path / "c")["lora"]
     # A table for each split, then one of sizes and costs.
-    line, *_, size = (words for words in table if words[:1] == ["lora"])
+    sizes = table[table.index(["size", "and", "cost"]):]
+    line, size = (next(words for words in part if words[:1] == ["lora"]) for part in (table, sizes))
     assert size[1] == f"{row['parameters']['trainable']:,}" and line[1] == f"{row['learning_rate']:g}"
     mean, sd = (100 * row["best"]["in_domain"]["accuracy"][key] for key in ("mean", "sd"))
     assert line[4:7] == [f"{mean:.1f}", "±", f"{sd:.1f}"]

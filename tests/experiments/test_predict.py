@@ -143,7 +143,7 @@ def test_sentences_on_the_command_line_stand_anywhere(runs, capsys):
     assert toy.main("predict", runs / "lora", "--json", "the cat", "a red dog") == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [a, b]
     assert toy.main("predict", runs / "lora", "the cat") == 0
-    assert capsys.readouterr().out == f"{a['label']}\t{a['probability']:.4f}\tthe cat\n"
+    assert capsys.readouterr().out == f"{a['name']}\t{a['probability']:.4f}\tthe cat\n"
 
 
 # ---------------------------------------------------------------- files

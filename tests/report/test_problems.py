@@ -54,8 +54,9 @@ def test_a_report_is_true_of_its_own_task(tmp_path, no_plots, monkeypatch, kind)
     assert f"SR {SR}" in text and "14 November 2023" in text or "15 November 2023" in text
     for name in CLASSES[kind]:
         assert name in text
-    own = {"binary": "with the counts of true and false positives", "four": "its form for K classes",
-           "multi-label": "micro-F1 is the same formula", "regression": "Spearman\u2019s is the same of the ranks"}
+    own = {"binary": "with the counts of true and false positives",
+           "four": "its form for K classes", "multi-label": "micro-F1 is the same formula",
+           "regression": "Spearman\u2019s is the same of the ranks"}
     assert [name for name, said in own.items() if said in text] == [kind]
     assert ("pretrained encoder" in text) == (kind == "four") and ("a kin of BERT" in text) == (kind == "four")
     conclusion = text.partition("10 Conclusion •")[2].partition("Limits")[0]
