@@ -26,8 +26,9 @@ SOFT = {
 }
 # Weight inside a loss -> its option.
 WEIGHTS = {"js": "js_weight", "dkd": "dkd_weight"}
-OTHER_PROBLEMS = {"regression": r"(z_S - z_T)^2",
-                  "multi-label": r"\tau^2\, \tfrac{1}{K} \sum_{k} \KL\bigl(\sigma(z_{T,k}/\tau) \,\Vert\, \sigma(z_{S,k}/\tau)\bigr)"}
+OTHER_PROBLEMS = {
+    "regression": r"(z_S - z_T)^2",
+    "multi-label": r"\tau^2\,\tfrac{1}{K}\sum_{k} \KL\bigl(\sigma(z_{T,k}/\tau) \,\Vert\, \sigma(z_{S,k}/\tau)\bigr)"}
 
 
 def soft_formula(run: Run) -> str:
