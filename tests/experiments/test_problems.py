@@ -187,5 +187,6 @@ def test_comparisons_and_sweeps_choose_by_the_problems_score(place, tmp_path, mo
                   tmp_path / "compare")
     assert "micro-F1" in out and "by its micro F1" in out and "MCC" not in out and "head minus none" in out
     assert read_json(tmp_path / "compare" / "compare.json")["selection"]["score"] == "f1_micro"
-    out = printed(capsys, "sweep", "12345", *columns, "--search", "rank=1,2", "--sampler", "grid", "--out", tmp_path / "sweep")
+    out = printed(capsys, "sweep", "12345", *columns, "--search", "rank=1,2", "--sampler", "grid", "--out",
+                  tmp_path / "sweep")
     assert "best epoch's micro F1" in out and "MCC" not in out
