@@ -156,6 +156,17 @@ class MultiLabel(Problem):
         """Computes the sigmoid of each logit."""
         return logits.sigmoid()
 
+    @torch.no_grad()
+    def start(self, layer: nn.Linear, labels: list[tuple[float, ...]]) -> None:
+        """Sets the bias to the log-odds of the labels' shares, if there is one (Lin et al. 2017, section 3.3).
+
+        Otherwise the first epoch of many rare labels learns that they are rare.
+        """
+        if layer.bias is not None:
+            # One row more with each label, and one without: no share is 0 or 1.
+            share = (torch.tensor(labels).sum(0) + 1) / (len(labels) + 2)
+            layer.bias.copy_(share.logit())
+
     def nothing(self, classes: int) -> tuple[float, ...]:
         return (0.0,) * classes
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from machine.errors import UserError
+from metrics.problems import recorded_problem
 from serving.bank import NAME, AdapterBank, LoadedAdapter
 from serving.guard import Guard, Limits, error_response, json_response
 from serving.worker import Full, Key, Student, Worker
@@ -40,12 +41,14 @@ class Question(BaseModel):
 
 
 class Result(BaseModel):
-    """The class of a text."""
+    """The class of a text; several labels of it, or a number."""
 
     label: str
     name: str | None = Field(None, description="name of the class, where the label is a number of the task's files")
-    probability: float
-    probabilities: dict[str, float]
+    probability: float | None = Field(None, description="of the label; of several the least; a number has none")
+    probabilities: dict[str, float] | None = None
+    labels: list[str] | None = Field(None, description="of a model of several labels at once")
+    score: float | None = Field(None, description="of a model of numbers")
     truncated: bool | None = Field(None, description="true where the model read only a part of a longer text")
     unknown_words: list[str] | None = Field(None, description="words that the built-in model never saw")
 
@@ -220,7 +223,7 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
 
 def _listed_adapter(name: str, entry: LoadedAdapter) -> dict:
     return {"name": name, "task": entry.task, "classes": entry.reading.classes, "class_names": entry.reading.names,
-            "parameters": entry.parameters}
+            "parameters": entry.parameters, **recorded_problem(entry.reading.problem)}
 
 
 def _listed_student(name: str, student: Student, adapters: dict[str, LoadedAdapter]) -> dict:
@@ -228,7 +231,8 @@ def _listed_student(name: str, student: Student, adapters: dict[str, LoadedAdapt
     teachers = [other for other, entry in adapters.items() if entry.sha256 in student.teacher_sha256]
     parameters = sum(p.numel() for p in student.model.parameters())
     return {"name": name, "task": student.task, "classes": student.reading.classes, "class_names": student.reading.names,
-            "parameters": parameters, "teacher": name if name in adapters else next(iter(teachers), None)}
+            "parameters": parameters, "teacher": name if name in adapters else next(iter(teachers), None),
+            **recorded_problem(student.reading.problem)}
 
 
 def _add_adapters(app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics) -> None:

@@ -11,6 +11,7 @@ from experiments import compare
 from experiments.predict import RunPredictor
 from record.files import read_json
 from serving.bank import AdapterBank
+from serving.service import Result
 
 PLAIN = ("--plain", "--embedding-size", 6, "--hidden-size", 5, "--epochs", 1, "--batch-size", 8, "--no-plots")
 # name -> model, data, options of the columns, a development file, problem
@@ -105,6 +106,7 @@ def test_a_bank_answers_as_the_run_and_refuses_one_text_beside_pairs(place, name
     bank = AdapterBank.of({"own": place / name})
     (expected,) = RunPredictor(place / name).classify([(text, [])])
     (found,) = bank.classify([("own", text)])
+    assert set(found) <= set(Result.model_fields) and Result(**found).model_dump(exclude_none=True) == found
     assert found["label"] == expected["label"] or float(found["label"]) == pytest.approx(float(expected["label"]), abs=1e-3)
     if name == "numbers":
         assert "expected two of them" in str(bank.classify([("own", "a red cat")])[0])

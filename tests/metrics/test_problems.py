@@ -99,13 +99,16 @@ def test_answers_have_labels_or_a_number():
     assert NUMBER.answer(torch.tensor([2.5]), ("score",)) == {"label": "2.5000", "score": 2.5}
 
 
-def test_the_head_of_numbers_begins_at_their_mean_and_that_of_labels_as_it_is():
+def test_a_fresh_head_begins_at_the_mean_or_at_the_shares_of_the_labels():
     layer = torch.nn.Linear(2, 1)
     NUMBER.start(layer, [1.0, 2.0, 6.0])
     assert layer.bias.item() == 3
     NUMBER.start(torch.nn.Linear(2, 1, bias=False), [1.0])
+    layer = torch.nn.Linear(3, 2)
+    MULTI.start(layer, [(1.0, 0.0)] * 6)
+    torch.testing.assert_close(layer.bias.sigmoid(), torch.tensor([7 / 8, 1 / 8]))
     before = layer.bias.clone()
-    MULTI.start(layer, [(1.0, 0.0)])
+    SINGLE_LABEL.start(layer, [0, 1])
     assert torch.equal(layer.bias, before)
 
 
