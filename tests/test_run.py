@@ -311,12 +311,19 @@ def test_characters_that_the_output_cannot_write_are_escaped(work):
     assert done.returncode == 0 and rb"caf\xe9" in done.stdout
 
 
-@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_a_closed_stream_is_no_error(work, tmp_path, streams):
-    """Nothing that is printed goes into a file that got the number of a closed stream."""
-    done = shell(f"$RUN eval {work / 'run'} --data {work / 'cola' / 'in_domain_dev.tsv'} --predictions "
-                 f"{tmp_path / 'out.tsv'} {streams}")
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&-"])
+def test_a_closed_stream_gives_its_number_to_no_file(tmp_path, streams):
+    code = ("import sys, run; run.main([]); file = open(sys.argv[1], \"w\"); print(\"lost\", flush=True); "
+            "print(\"lost\", file=sys.stderr, flush=True); file.write(\"kept\")")
+    done = shell(f"{sys.executable} -c '{code}' {tmp_path / 'out.txt'} {streams}")
     assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert (tmp_path / "out.txt").read_text() == "kept"
+
+
+def test_a_run_without_streams_ends_well(work, tmp_path):
+    done = shell(f"$RUN eval {work / 'run'} --data {work / 'cola' / 'in_domain_dev.tsv'} --predictions "
+                 f"{tmp_path / 'out.tsv'} <&- >&- 2>&-")
+    assert done.returncode == 0
     assert (tmp_path / "out.tsv").read_text().startswith("sentence\tlabel")
 
 
