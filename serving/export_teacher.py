@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import data_utils
+from data.segments import add_token_types, reads_pairs
 from data_utils import Split
 from machine.errors import UserError
 from model import TextClassifier
@@ -64,6 +65,9 @@ def write_classifier(classifier: TextClassifier, tokenizer, reading: Reading, ro
     ids = data_utils.encode(tokenizer, rows.sentences, reading.max_length, reading.truncate)
     expected = export.by_batches(partial(torch_logits, classifier), ids)
     merged = merged_classifier(classifier)
+    # The new model has no hook yet: its token types are a part of the graph.
+    if reads_pairs(tokenizer):
+        add_token_types(merged.net, tokenizer)
     # A run in bfloat16 tells less about the graph than its weights in float32 do, which in turn must be near the run.
     if not exact:
         in_run, expected = expected, export.by_batches(partial(torch_logits, merged), ids)

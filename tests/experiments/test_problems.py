@@ -5,11 +5,13 @@ import problem_runs
 import pytest
 import torch
 import toy
+from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiments import compare
 from experiments.predict import RunPredictor
 from record.files import read_json
+from serving import export
 from serving.bank import AdapterBank
 from serving.service import Result
 
@@ -122,6 +124,15 @@ def test_a_student_is_exported_and_two_runs_are_compared(place, name, tmp_path, 
     for key, one in found["difference"].items():
         assert one["value"] == pytest.approx(found["a"][key] - found["b"][key], abs=1e-6)
         assert one["interval"][0] <= one["value"] <= one["interval"][1]
+
+
+def test_an_exported_classifier_of_pairs_has_the_token_types_in_its_graph(place, tmp_path):
+    assert toy.main("export", place / "numbers", "--out", tmp_path / "onnx") == 0
+    tokenizer = Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json"))
+    session = export.session(tmp_path / "onnx" / "classifier.onnx", threads=1)
+    (logits,) = export.onnx_logits(session, [tokenizer.encode("a red cat", "the cat saw").ids])
+    (expected,) = RunPredictor(place / "numbers").classify([(TEXTS["numbers"], [])])
+    assert float(logits[0]) == pytest.approx(expected["score"], abs=1e-4)
 
 
 def test_stages_teach_numbers_with_pairs_alone(place, tmp_path):
