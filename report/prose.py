@@ -272,7 +272,7 @@ def _hyperparameters(run: Run, studies: dict[str, Record]) -> str:
         ranges = [rf"\texttt{{{escape(name)}}} {_range(values)}" for name, values in sweep.section("search").items()]
         split = spoken(sweep.section("selection")["split"])
         said.append(f"Searched by \\texttt{{sweep}}, in {len(sweep['trials'])} trials: {'; '.join(ranges)}. The best trial "
-                    f"has the highest MCC of its best epoch on the {escape(split)} split.")
+                    f"has the highest {_criterion(sweep)} of its best epoch on the {escape(split)} split.")
         best = next((trial for trial in sweep["trials"] if trial["number"] == sweep["best"]), None)
         if best is not None:
             differ = [name for name, value in best.section("params").items()
@@ -285,8 +285,8 @@ def _hyperparameters(run: Run, studies: dict[str, Record]) -> str:
         if len(tried) > 1:
             split = spoken(compare.section("selection")["split"])
             said.append(f"\\texttt{{compare}} searched the learning rate of each method over "
-                        f"{', '.join(f'{rate:g}' for rate in tried)}, by the MCC of the best epoch on the {escape(split)} "
-                        "split, on the first seed.")
+                        f"{', '.join(f'{rate:g}' for rate in tried)}, by the {_criterion(compare)} of the best epoch on the "
+                        f"{escape(split)} split, on the first seed.")
     given, preset = _given(run), options.get("preset")
     defaults = rf"the defaults of the preset \texttt{{{escape(preset)}}}" if preset else "the defaults"
     if not said:
@@ -297,6 +297,12 @@ def _hyperparameters(run: Run, studies: dict[str, Record]) -> str:
     else:
         said.append(f"All other values are {defaults}" + (rf", or given on the command line ({given})." if given else "."))
     return "\n".join(said)
+
+
+def _criterion(study: Record) -> str:
+    """Returns the name of the score that chose in a study. The first studies recorded none: it was the MCC."""
+    key = study.section("selection").get("score", "mcc")
+    return "MCC" if key == "mcc" or key not in SCORES else SCORES[key].name
 
 
 def _same(one: object, other: object) -> bool:
@@ -335,12 +341,18 @@ def _would_search(run: Run) -> str:
     if summary["mode"] == "LoRA":
         data = run.options.get("data")
         words = ["python run.py sweep", sr, "--model", summary["model"], "--task", summary["task"],
-                 *(["--data", data] if data else []), SWEEP]
+                 *(["--data", data] if data else []), *_columns(run), SWEEP]
         command = rf"\texttt{{{breakable(' '.join(map(str, words))).replace('-{}-', '-{}-')}}}"
         return f"The search that would choose them: {command}."
     command = rf"\texttt{{{breakable(f'python run.py distil {sr} --temperature 2 --kd-alpha 0.7 --out DIR')}}}"
     return (f"There is no search over the options of a distillation: a run for each value, such as {command}, compared on "
             f"the {escape(spoken(run.split))} split, would choose them.")
+
+
+def _columns(run: Run) -> list[str]:
+    """Returns the options of the columns that the run was given, as words."""
+    text, label = run.options.get("text_column"), run.options.get("label_column", "label")
+    return ([f"--text-column {','.join(text)}"] if text else []) + ([f"--label-column {label}"] if label != "label" else [])
 
 
 # ---------------------------------------------------------------- the conclusion

@@ -45,7 +45,7 @@ SCORES = {"accuracy": Score(r"acc.\,\%", "accuracy", 100, 2, unit=r"\,\%"),
 # The scores of each problem; the first one that a model's choice can rest on stands in CHOSEN.
 KEYS = {"single-label": ("accuracy", "mcc"), "multi-label": ("f1_micro", "f1_macro"),
         "regression": ("pearson", "spearman", "mse")}
-CHOSEN = {"single-label": "mcc", "multi-label": "f1_micro", "regression": "pearson"}
+CHOSEN = {"single-label": "mcc", "multi-label": "f1_micro", "regression": "spearman"}
 LOSSES = {"single-label": "cross-entropy", "multi-label": "binary cross-entropy", "regression": "mean squared error"}
 
 
@@ -78,5 +78,5 @@ def chosen_key(problem: str, metrics: list[Record], best_epoch: float) -> str:
 
 def without_input(scores: Record, key: str) -> float:
     """Returns the score of a model that ignores its input: as recorded, or known, or NaN."""
-    recorded = scores.get(f"majority_{key}", scores.get(f"constant_{key}"))
+    recorded = scores.get(f"majority_{key}", scores.get(f"mean_{key}"))
     return SCORES[key].ignorant if recorded is None else float(recorded)

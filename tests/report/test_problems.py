@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from made_up import CLASSES, SR, copy_sources, distil_run, task_runs
 from safetensors.numpy import save_file
 
+from metrics.problems import PROBLEMS
 from report import build, figures, prose, scores, tables
 from report.objectives import SOFT, objectives, soft_formula
 from report.records import Record, read_json
@@ -123,7 +125,40 @@ def test_the_chosen_score_is_the_one_that_is_best_in_the_best_epoch():
     metrics = [row(1, pearson=0.5, spearman=0.6, mse=0.3), row(2, pearson=0.6, spearman=0.5, mse=0.2)]
     assert scores.chosen_key("regression", metrics, 2) == "pearson"
     assert scores.chosen_key("regression", metrics, 1) == "spearman"
-    assert math.isnan(scores.without_input(metrics[0].section("validation").section("dev"), "mse"))
+    # The one of the training, where all are best in the same epoch.
+    assert scores.chosen_key("regression", [row(1, pearson=0.5, spearman=0.6, mse=0.3)], 1) == "spearman"
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_the_report_knows_the_scores_of_each_problem_by_the_names_that_runs_record(problem):
+    logits = torch.tensor([[2.0, -1.0], [-1.0, 1.5], [0.5, 0.1]])
+    labels = {"single-label": torch.tensor([0, 1, 1]), "multi-label": torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+              "regression": torch.tensor([2.0, -1.0, 1.0])}[problem.name]
+    recorded = Record(problem.scores(logits, labels), "m")
+    assert scores.score_keys(problem.name, recorded) == tuple(problem.shown)
+    assert scores.CHOSEN[problem.name] == problem.chosen
+    same = problem.baseline({"dev": dict(recorded)})["dev"]
+    assert {key: scores.without_input(recorded, key) for key in problem.shown} == same
+
+
+def test_a_search_is_told_with_the_score_that_chose_and_would_read_the_same_columns(tmp_path):
+    lora, _ = task_runs(tmp_path, "regression")
+    config = json.loads((lora / "config.json").read_text())
+    config["options"] |= {"text_column": ["subject", "body"], "label_column": "stars"}
+    (lora / "config.json").write_text(json.dumps(config))
+    said = texts_of(lora, None)["text.hyper.lora"].replace(r"\allowbreak{}", "")
+    assert "text-column subject,body" in said and "label-column stars" in said
+    selection = Record({"split": "validation", "score": "spearman"}, "s")
+    sweep = Record({"trials": [], "best": 0, "search": Record({"rank": [4]}, "s"), "selection": selection}, "s")
+    said = texts_of(lora, None, {"sweep": sweep})["text.hyper.lora"]
+    assert "highest Spearman correlation" in said and "MCC" not in said
+
+
+def test_the_losses_of_several_labels_are_means_over_the_labels(tmp_path):
+    run = Run(task_runs(tmp_path, "multi-label")[1])
+    assert r"\tfrac{1}{K}\sum_{k} \KL" in soft_formula(run)
+    run.options["kd_loss"] = "mse"
+    assert soft_formula(run) == SOFT["mse"]
 
 
 # ---------------------------------------------------------------- distillation as it was
