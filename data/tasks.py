@@ -78,12 +78,8 @@ class Task:
         """
         train = _spaced(self.train, rows)
         dev = {name: _spaced(split, rows) for name, split in self.dev.items()}
-        where, present = f"the {rows} training rows", set(train.labels)
-        # Of several labels a rare one may be lacking; a number has no classes.
-        several = self.problem == "single-label"
-        lacking = [name for label, name in enumerate(self.classes) if several and label not in present]
-        if lacking:
-            raise UserError(f"--limit {rows}: {where} have no example of class {lacking[0]}")
+        where = f"the {rows} training rows"
+        self._check_classes(train, f"--limit {rows}: {where}")
         left_out = list(self.left_out)
         for name, split in self.dev.items():
             kept = set(dev[name].sentences)
@@ -102,9 +98,19 @@ class Task:
         """
         number, count, seed = map(int, re.split("[/:]", text))
         train, held_out = fold_of(self.train, number, count, seed)
+        where = f"the training rows of fold {number}"
+        self._check_classes(train, f"--folds {count}: {where}")
         # Development files stay unseen: their sentences are in no transfer set.
         unseen = [sentence for split in self.dev.values() for sentence in split.sentences]
-        return replace(self, train=train, dev={"held_out": held_out}, left_out=(*self.left_out, *unseen))
+        return replace(self, train=train, dev={"held_out": held_out}, left_out=(*self.left_out, *unseen),
+                       missing=check_features(train, tuple(self.missing), where))
+
+    def _check_classes(self, train: Split, where: str) -> None:
+        # Of several labels a rare one may be lacking; a number has no classes.
+        present = set(train.labels) if self.problem == "single-label" else range(self.num_labels)
+        lacking = [name for label, name in enumerate(self.classes) if label not in present]
+        if lacking:
+            raise UserError(f"{where} have no example of class {lacking[0]}")
 
 
 def _spaced(split: Split, rows: int) -> Split:

@@ -1,5 +1,7 @@
 """Labels of other problems: lists, several columns, numbers; which problem a table is; strata and folds."""
+import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from data.columns import label_sets_of, problem_in, scores_of
 from data.splits import Split, fold_of, read_split, set_aside, strata
 from data.tables import Table
+from data.tasks import Task
 from machine.errors import UserError
 from options.schema import TableOptions
 
@@ -95,6 +98,25 @@ def test_folds_part_the_rows_with_all_groups_in_the_same_shares(labels):
     again, other = fold_of(split, 1, 3, seed=5)[1], fold_of(split, 1, 3, seed=6)[1]
     assert again.sentences == held_out[:10] and other.sentences != again.sentences
     assert "--folds 40: 30 training rows are too few" in refusal(fold_of, split, 1, 40, 0)
+
+
+def test_a_fold_whose_training_rows_lack_a_class_or_every_value_of_a_feature_is_refused():
+    train = Split([str(row) for row in range(10)], [0] * 5 + [1] * 4 + [2], features=[[1.0]] + [[math.nan]] * 9)
+    task = Task("csv", train, {}, {}, classes=("a", "b", "c"), missing={"size": 9})
+    refused = [one for one in (refusal_of(task.fold, f"{number}/2:12345") for number in (1, 2)) if one]
+    assert any("--folds 2: the training rows of fold" in one and "no example of class c" in one for one in refused)
+    whole = replace(task, train=replace(train, labels=[0] * 5 + [1] * 5), classes=("a", "b"))
+    refused = [refusal_of(whole.fold, f"{number}/2:12345") for number in (1, 2)]
+    assert sum("size" in one for one in refused) == 1 and refused.count("") == 1
+
+
+def refusal_of(call, *arguments) -> str:
+    """Returns the text of an error; empty if there is none."""
+    try:
+        call(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def test_a_share_is_set_aside_of_numbers_and_of_rare_labels():
