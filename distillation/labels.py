@@ -165,7 +165,9 @@ class Labeller:
                     break
             hidden = torch.cat(parts)
             with torch.inference_mode():
-                scale = token_scores(self.teacher, hidden.to(device())).std(0).clamp(min=1e-6).cpu()
+                scores = token_scores(self.teacher, hidden.to(device()))
+                # An encoder has none, and PyTorch warns about the deviation of nothing.
+                scale = (scores.std(0) if scores.shape[1] else scores[0]).clamp(min=1e-6).cpu()
             pca = principal_components(hidden, min(self.options.match_size, hidden.shape[1]))
             tensors.save_checked(path, {**vars(pca), "scale": scale}, key)
 

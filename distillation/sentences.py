@@ -142,8 +142,9 @@ def new_sentences(inputs: Inputs, cache: Cache, text: list[str], count: int) -> 
     train, known = inputs.task.train.sentences, known_sentences(inputs.task)
     # Plain sentences as long as training sentences, and none of the task.
     plain, written = plain_sentences(text, known, longest_length(train)), None
-    # A decoder's base writes sentences: one of four kinds, or of two turns out of four.
-    if inputs.teachers[0].model.decoder:
+    # A decoder's base writes sentences: one of four kinds, or of two turns out of four. It ends at the mark between two
+    # texts, and so it writes no pairs.
+    if inputs.teachers[0].model.decoder and not reads_pairs(inputs.tokenizer):
         written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
     # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
     sentences = transfer_set(train, known, plain, written)
