@@ -69,6 +69,9 @@ def settings(args, *more: str) -> dict:
         found["targets"] = ",".join(found["targets"])
     if found["fast"] == RunOptions.fast:
         del found["fast"]
+    # Nor was there --join, which has no meaning without two text columns.
+    if len(found.get("text_column", ())) != 2 or found.get("template") is not None:
+        found.pop("join", None)
     return as_json(found)
 
 

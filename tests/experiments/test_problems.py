@@ -1,5 +1,7 @@
 """Runs of several labels and of numbers: LoRA, its student, and everything that is done with them."""
 import json
+from argparse import Namespace
+from types import SimpleNamespace
 
 import problem_runs
 import pytest
@@ -8,7 +10,9 @@ import toy
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments import compare
+from data.splits import Split
+from distillation import sentences
+from experiments import compare, variants
 from experiments.predict import RunPredictor
 from record.files import read_json
 from serving import export
@@ -135,6 +139,17 @@ def test_an_exported_classifier_of_pairs_has_the_token_types_in_its_graph(place,
     assert float(logits[0]) == pytest.approx(expected["score"], abs=1e-4)
 
 
+def test_a_language_model_writes_no_pairs(monkeypatch):
+    monkeypatch.setattr(sentences, "Writer", lambda *_: pytest.fail("a sentence would be written"))
+    pairs = ["the cat saw a dog | a red bird", "the old cat fed a dog | the dog saw a cat"]
+    inputs = SimpleNamespace(task=SimpleNamespace(train=Split(pairs, [0.0, 1.0]), dev={}, left_out=()),
+                             teachers=[SimpleNamespace(model=SimpleNamespace(decoder=True))],
+                             tokenizer=SimpleNamespace(pair_separator=" | "))
+    # Fewer than asked for: the pairs have no further edits.
+    found = [one.text for one in sentences.new_sentences(inputs, None, [], 10_000)]
+    assert 5 < len(found) < 10_000 and all(text.count(" | ") == 1 for text in found)
+
+
 def test_stages_teach_numbers_with_pairs_alone(place, tmp_path):
     assert toy.main("distil", "12345", "--teacher", place / "numbers", "--out", tmp_path / "staged", "--augment", 20,
                     "--transfer", 1, "--epochs", 1, "--embedding-size", 6, "--hidden-size", 5, "--no-plots") == 0
@@ -173,6 +188,13 @@ def test_a_run_of_one_text_and_classes_records_what_it_always_has(work):
     config = read_json(work / "LoRA" / "config.json")
     assert "problem" not in config and not {"problem", "join", "fold"} & set(config["options"])
     assert "problem" not in read_json(work / "LoRA" / "summary.json")
+
+
+def test_a_study_from_before_there_were_pairs_goes_on():
+    args = Namespace(mode="compare", fast="auto", join="pair", text_column=(), template=None)
+    assert "join" not in variants.settings(args)
+    # Two columns were one text then: another study.
+    assert variants.settings(Namespace(**{**vars(args), "text_column": ("a", "b")}))["join"] == "pair"
 
 
 def test_folds_are_runs_with_a_mean_and_an_interval(place, tmp_path, monkeypatch, capsys):
