@@ -24,7 +24,7 @@ from report.paper import Paper, paper_results
 from report.prose import texts
 from report.records import Record, ReportError, read_json, replacing
 from report.runs import Run
-from report.seeds import interval_notes, intervals_latex
+from report.seeds import folds_latex, folds_note, interval_notes, intervals_latex
 from report.studies import STUDY_TABLES
 from report.style import save_figure
 from report.tables import calibrations, tables_of
@@ -114,6 +114,11 @@ def _run_results(sr: str, runs_dir: Path, plots_dir: Path, modes=("LoRA", "disti
             study = studies[f"seeds.{mode}"] = read_json(path)
             files[f"seeds_{mode}.tex"] = intervals_latex(study).encode()
             numbers[f"seeds.{mode}.notes"] = escape(" ".join(interval_notes(study)))
+    path = runs_dir / f"LoRA-{sr}-folds" / "summary.json"
+    if given is None and path.is_file():
+        folds = read_json(path)
+        files["folds_LoRA.tex"] = folds_latex(folds).encode()
+        numbers["folds.notes"] = escape(folds_note(folds))
     # Parts that main.tex mentions only where they exist.
     for path in map(Path, files):
         mode, _, quantity = path.stem.partition("_")

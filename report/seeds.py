@@ -59,6 +59,26 @@ def intervals_latex(study: Record) -> str:
     return plain_table("lrll" + "rr" * len(names_of(study)), *interval_rows(study))
 
 
+def folds_latex(folds: Record) -> str:
+    """Returns the table of a cross-validation for the report: each score over the folds, best and last epoch."""
+    intervals, rows = folds.section("intervals"), []
+    for which in ("best", "last"):
+        for split, scores in intervals.section(which).items():
+            names = {key: name for key, name in NAMES.items() if key in scores}
+            cells = [cell(scores.section(key), key) for key in names]
+            rows.append([which, spoken(split), *chain.from_iterable(cells)])
+    columns = [(name, "95 % interval") for name in names.values()]
+    return plain_table("ll" + "rr" * len(names), ["epoch", "split", *chain.from_iterable(columns)], rows)
+
+
+def folds_note(folds: Record) -> str:
+    """Returns the note below the table of a cross-validation."""
+    # Bengio and Grandvalet 2004, "No Unbiased Estimator of the Variance of K-Fold Cross-Validation".
+    return (f"Mean \u00b1 sample standard deviation over {folds.number('folds'):.0f} folds of the training rows; 95 % "
+            "interval of the mean by Student's t. The folds train on rows in common, so that a true interval is somewhat "
+            "wider.")
+
+
 def interval_notes(study: Record) -> list[str]:
     """Returns the notes below a table of intervals: number of seeds, kind of interval, how differences are paired."""
     seeds = study["seeds"]

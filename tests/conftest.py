@@ -85,9 +85,9 @@ def gpt2_lm(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, initializer_range=0.2, **SIZES["gpt2"][2])).eval()
 
 
-def adapted(architecture: str, seed: int = 0, trained: bool = True, **options) -> TextClassifier:
-    """A toy classifier with a LoRA adapter; `trained`: with B non-zero, as after training."""
-    net = toy_net(architecture)
+def adapted(architecture: str, seed: int = 0, trained: bool = True, sizes: dict | None = None, **options) -> TextClassifier:
+    """A toy classifier with a LoRA adapter; `trained`: with B non-zero, as after training; `sizes`: of its own."""
+    net = toy_net(architecture, **(sizes or {}))
     torch.manual_seed(seed)
     inject_lora(net, LoRAOptions(**{"rank": 4, "alpha": 6.0, **options}))
     if trained:

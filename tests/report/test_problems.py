@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_up import CLASSES, SR, copy_sources, distil_run, task_runs
+from made_up import CLASSES, SR, copy_sources, distil_run, folds, task_runs
 from safetensors.numpy import save_file
 
 from metrics.problems import PROBLEMS
@@ -46,11 +46,14 @@ def texts_of(lora: Path | None, distil: Path | None, studies: dict | None = None
 def test_a_report_is_true_of_its_own_task(tmp_path, no_plots, monkeypatch, kind):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     task_runs(tmp_path / "runs", kind, decoder=kind != "four")
+    folds(tmp_path / "runs", kind)
     report = copy_sources(tmp_path / "report")
     text = flat(build.build_report(SR, tmp_path / "runs", tmp_path / "plots", report, "Łucja O'Neil"))
     assert not FOREIGN.search(text), FOREIGN.search(text)
     # Nothing is missing, and no number is none.
     assert "not run" not in text and not re.search(r"\bnan\b|\?\?", text)
+    score = {"multi-label": "0.500 ± 0.012", "regression": "0.600 ± 0.012"}.get(kind, "70.0 ± 1.2")
+    assert "Cross-validation of LoRA. Mean ± sample standard deviation over 3 folds" in text and score in text
     assert text.startswith("Adapting a Language Model with LoRA and Shrinking It by Knowledge Distillation")
     assert "Łucja O\u2019Neil" in text or "Łucja O'Neil" in text
     assert f"SR {SR}" in text and "14 November 2023" in text or "15 November 2023" in text
