@@ -25,6 +25,7 @@ from options.schema import RunOptions
 from record.files import read_json, write_json
 from record.ownership import TRACKER, checkpoints
 
+PARAMS = 100  # that MLflow takes in one call
 PROJECT = "lora-distil"  # name of the experiment, if the environment names none
 
 
@@ -108,7 +109,9 @@ class MLflow:
         experiment = self.client.get_experiment_by_name(title)
         identity = experiment.experiment_id if experiment else self.client.create_experiment(title)
         self.id = self.client.create_run(identity, run_name=name).info.run_id
-        self.client.log_batch(self.id, params=[mlflow.entities.Param(key, value[:500]) for key, value in settings.items()])
+        params = [mlflow.entities.Param(key, value[:500]) for key, value in settings.items()]
+        for start in range(0, len(params), PARAMS):
+            self.client.log_batch(self.id, params=params[start:start + PARAMS])
 
     def log(self, epoch: int, values: dict[str, float]) -> None:
         now = int(1000 * time.time())

@@ -55,6 +55,13 @@ def test_mlflow_has_the_scalars_of_an_interrupted_and_resumed_run_and_the_weight
     assert not (tmp_path / "run" / "tracker.json").exists() and len(runs_of(store)) == 2
 
 
+def test_mlflow_has_all_options_however_many_there_are(store):
+    settings = {f"option_{number}": str(number) for number in range(2 * trackers.PARAMS + 1)}
+    trackers.MLflow("run", settings, None)
+    (run,) = runs_of(store)
+    assert run.data.params == settings
+
+
 def test_a_distillation_is_tracked_phase_by_phase(work, tmp_path, store):
     assert toy.main("distil", "12345", "--plain", "--teacher", work / "LoRA", "--out", tmp_path / "run", "--epochs", 1,
                     "--no-plots", "--embedding-size", 8, "--hidden-size", 6, "--batch-size", 8, "--track", "mlflow") == 0
