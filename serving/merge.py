@@ -99,8 +99,11 @@ def card(reading: Reading) -> str:
         f"The logits are divided by the temperature {reading.calibration.temperature:.6g}, in the weights of the head: "
         "softmax gives calibrated probabilities."]
     if rule.threshold is not None:
-        one, other = reading.classes[rule.positive], reading.classes[1 - rule.positive]
-        lines += ["", f"Choose `{one}` where its probability is at least {rule.threshold:.6g}, else `{other}`; `pipeline` "
+        # With their names for readers, where they have others.
+        told = [f"`{label}`" + (f" ({reading.names[index]})" if reading.names else "")
+                for index, label in enumerate(reading.classes)]
+        one, other = told[rule.positive], told[1 - rule.positive]
+        lines += ["", f"Choose {one} where its probability is at least {rule.threshold:.6g}, else {other}; `pipeline` "
                   "shows the likeliest class, as if the threshold were 0.5."]
     return "\n".join(lines) + "\n"
 
