@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import re
@@ -19,6 +20,7 @@ from machine.progress import Bar
 VOCABULARY = 1536  # byte-level BPE tokens: enough for every word to be one, which lets a small model learn agreement
 POSITIONS, LAYERS, CHANNELS, HEADS = 128, 6, 128, 4
 STEPS, TOKENS_PER_STEP, LEARNING_RATE = 800, 1024, 3e-3
+WORD = re.compile(r"[^\W\d_]+")
 
 
 def train_tokenizer(corpus: list[str]):
@@ -46,10 +48,18 @@ def unknown_words(tokenizer, text: str) -> list[str]:
     Args:
         tokenizer: the built-in model's, with a token for each word of its corpus.
     """
-    known = tokenizer.get_vocab()
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", text))
+    inner, tokens = _vocabulary(tokenizer)
+    # The first test is enough for nearly every word.
+    return [word for word in dict.fromkeys(WORD.findall(text))
+            if word not in inner and word.lower() not in inner and word.capitalize() not in tokens]
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(tokenizer) -> tuple[frozenset[str], frozenset[str]]:
+    """Returns the words of tokens that stand within a sentence, and all tokens; a tokenizer makes them anew at each call."""
+    tokens = frozenset(tokenizer.get_vocab())
     # A token within a sentence begins with the tokenizer's mark for a space.
-    return [word for word in words if not {f"Ġ{word}", f"Ġ{word.lower()}", word.capitalize()} & known.keys()]
+    return frozenset(token[1:] for token in tokens if token.startswith("Ġ")), tokens
 
 
 def equal_length_batches(sequences: list[list[int]], rng: random.Random) -> Iterator[list[list[int]]]:

@@ -1,16 +1,14 @@
 """Predicts classes with a finished run: name and probability of each sentence's class, in order, in constant memory.
 
     python run.py predict runs/LoRA-12345 "Anna repaired the clock." "Anna arrived the clock."
-    python run.py predict runs/distil-12345 --file FILE.csv --json
+    python run.py predict runs/distil-12345 --file FILE.csv --out ANSWERS.parquet
     python run.py predict --adapter cola=runs/LoRA-1 --adapter reviews=runs/LoRA-2 --file FILE.jsonl --json
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
-import sys
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,18 +23,17 @@ from data_utils import Batch
 from experiments.arguments import named
 from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import columns_of
+from experiments.predict_file import EXAMPLES, check_out, decided, line_of, print_answers, write_answers
 from machine.errors import UserError
 from machine.hardware import device
-from machine.progress import Bar
 from options.schema import TableOptions
 from record.calibration import calibration_of
+from record.files import SUMS, sha256
 from record.folder import read_run
+from record.ownership import weights
 from serving import texts
 from serving.bank import AdapterBank
-from serving.texts import Reading
-
-EXAMPLES = 5  # unknown words that a warning names
-WINDOW = 256  # rows read, batched by length and answered at a time
+from serving.texts import Encoded, Reading
 
 
 class RunPredictor:
@@ -72,6 +69,9 @@ class RunPredictor:
         if self.task == "buzzer" and self.columns.template is None and not self.columns.text_column:
             self.columns = replace(self.columns, template=data_utils.BUZZER_TEMPLATE)
         self.separator = separator_of(self.tokenizer)
+        # CoLA's own files have no header, and sentences in their last column.
+        self.standard_kind = None  # of standard input, where --format does not say: its first line decides
+        self.headless = None if self.task in ("cola", "tiny") else False
 
     @property
     def readings(self) -> list[Reading]:
@@ -96,6 +96,19 @@ class RunPredictor:
         return (cells.texts_of(table, self.columns, self.separator)[0],
                 (cells.features_of(table, self.columns.feature_columns) or [[]])[0])
 
+    def rows(self, path: Path, kind: str, rows: list[stream.Row]) -> list[tuple[str, list[float]] | UserError]:
+        """Returns text and features of each row of a file, or its error."""
+        good = [row.columns for row in rows if row.error is None]
+        if kind != "text" and good and self.task != "buzzer" and all(good[0].keys() == row.keys() for row in good):
+            table = Table(path, dict(zip(good[0], map(list, zip(*map(dict.values, good), strict=True)), strict=True)))
+            # Together, which is several times as fast. If one of them is bad, each is looked at alone.
+            with contextlib.suppress(UserError):
+                texts = cells.texts_of(table, self.columns, self.separator)
+                found = cells.features_of(table, self.columns.feature_columns) or itertools.repeat([])
+                parsed = iter(list(zip(texts, found)))  # noqa: B905 (no features: [] without end)
+                return [UserError(row.error) if row.error else next(parsed) for row in rows]
+        return by_row(self, path, kind, rows)
+
     def row(self, path: Path, kind: str, columns: dict) -> tuple[str, list[float]]:
         """Returns text and features of a file's row.
 
@@ -116,13 +129,22 @@ class RunPredictor:
             # The table had one row; the caller knows the line of the file.
             raise UserError(str(error).removeprefix(f"{path}, row 1: ")) from None
 
-    def classify(self, rows: list[tuple[str, list[float]]]) -> list[dict | UserError]:
-        """Returns label, probability and probabilities of each text, or its error."""
+    def encode(self, rows: list[tuple[str, list[float]]]) -> list[Encoded | UserError]:
+        """Returns the token ids of each text, or its error."""
+        return texts.encode(self.tokenizer, self.reading, [text for text, _ in rows])
+
+    def classify(self, rows: list[tuple[str, list[float]]], encoded: list[Encoded | UserError] | None = None
+                 ) -> list[dict | UserError]:
+        """Returns label, probability and probabilities of each text, or its error.
+
+        Args:
+            encoded: `encode` of the same rows, if it was called before.
+        """
         def logits(batch: Batch, _) -> Tensor:
             return self.model(*batch.to(device()).inputs())
 
         features = [numbers for _, numbers in rows] if self.columns.feature_columns else None
-        return texts.classify(self.tokenizer, [(self.reading, text) for text, _ in rows], logits, features)
+        return texts.classify(self.tokenizer, [(self.reading, text) for text, _ in rows], logits, features, encoded)
 
 
 class BankPredictor:
@@ -139,6 +161,7 @@ class BankPredictor:
                  calibrated: bool = False):
         self.bank, self.names, self.base = AdapterBank.of(adapters, calibrated), list(adapters), base
         self.columns = columns
+        self.headless, self.standard_kind = False, "jsonl"
 
     @property
     def readings(self) -> list[Reading]:
@@ -171,48 +194,27 @@ class BankPredictor:
             raise UserError(f"adapter is missing; expected one of {', '.join(self.names)}, or --base for the base alone")
         return text, name or None
 
-    def classify(self, rows: list[tuple[str, str | None]]) -> list[dict | UserError]:
+    def rows(self, path: Path, kind: str, rows: list[stream.Row]) -> list[tuple[str, str | None] | UserError]:
+        """Returns text and adapter's name of each row of a file, or its error."""
+        return by_row(self, path, kind, rows)
+
+    def encode(self, rows: list[tuple[str, str | None]]) -> None:
+        """Returns nothing: the bank tokenises by adapter, together with its answers."""
+
+    def classify(self, rows: list[tuple[str, str | None]], encoded: None = None) -> list[dict | UserError]:
+        """Returns label, probability and probabilities of each text, or its error."""
         return self.bank.classify([(name, text) for text, name in rows])
 
 
-def predict_file(predictor: RunPredictor | BankPredictor, path: Path, kind: str | None = None,
-                 progress: Callable[[int, stream.Rows], None] = lambda rows, file: None) -> Iterator[dict]:
-    """Answers a file's rows in order, a window at a time.
-
-    Args:
-        kind: one of `stream.FORMATS`; by the file's ending if None.
-        progress: called after each window with its number of rows and the file.
-
-    Yields:
-        text, label, probability and probabilities of each row, and `truncated` where the text was cut; or error and line of
-        a bad one.
-
-    Raises:
-        UserError: the file cannot be read at all.
-    """
-    # CoLA's own files have no header, and sentences in their last column.
-    of_run = isinstance(predictor, RunPredictor)
-    if isinstance(predictor, BankPredictor) and str(path) == "-":
-        kind = kind or "jsonl"
-    headless = None if of_run and predictor.task in ("cola", "tiny") else False
-    rows = stream.open_rows(path, kind, headless, predictor.columns)
-    predictor.check(rows)
-    while window := list(itertools.islice(rows.rows, WINDOW)):
-        # A bad row keeps its place: errors stand between the answers, and the rest goes on.
-        parsed: list = []
-        for row in window:
-            try:
-                parsed.append(UserError(row.error) if row.error else predictor.row(path, rows.kind, row.columns))
-            except UserError as error:
-                parsed.append(error)
-        # Good rows are answered together, in batches by length, and dealt out again in the file's order.
-        good = [row for row in parsed if not isinstance(row, UserError)]
-        answers = iter(predictor.classify(good))
-        for row, given in zip(window, parsed, strict=True):
-            answer = given if isinstance(given, UserError) else next(answers)
-            yield ({"error": str(answer), "line": row.line} if isinstance(answer, UserError) else
-                   {"text": given[0], **answer})
-        progress(len(window), rows)
+def by_row(predictor: RunPredictor | BankPredictor, path: Path, kind: str, rows: list[stream.Row]) -> list:
+    """Returns the parsed content of each row, or its error: a bad row keeps its place, and the rest goes on."""
+    parsed: list = []
+    for row in rows:
+        try:
+            parsed.append(UserError(row.error) if row.error else predictor.row(path, kind, row.columns))
+        except UserError as error:
+            parsed.append(error)
+    return parsed
 
 
 def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
@@ -231,24 +233,6 @@ def predict_texts(predictor: RunPredictor, sentences: list[str]) -> list[dict]:
     return [{"text": text, **answer} for text, answer in zip(sentences, answers, strict=True)]
 
 
-def decided(result: dict, at_least: float | None) -> dict:
-    """Returns a result; without a label where its probability is below `at_least`."""
-    unsure = at_least is not None and result.get("probability", 1) < at_least
-    undecided = {key: None for key in ("label", "name") if key in result}
-    return {**result, **undecided} if unsure else result
-
-
-def line_of(result: dict, as_json: bool) -> str:
-    """Formats a result as a line: JSON, or label, probability (a number has none) and text between tabs."""
-    if as_json:
-        return json.dumps(result, ensure_ascii=False)
-    if "error" in result:
-        return f"error\tline {result['line']}\t{result['error']}"
-    label = "undecided" if result["label"] is None else result.get("name", result["label"])
-    probability = [f"{result['probability']:.4f}"] if "probability" in result else []
-    return "\t".join([label, *probability, " ".join(result["text"].split())])
-
-
 def warn_of_unknown_words(texts: int, words: list[str]) -> None:
     """Warns that the built-in model never saw some of the words that it was asked about.
 
@@ -265,6 +249,18 @@ def warn_of_unknown_words(texts: int, words: list[str]) -> None:
 # ---------------------------------------------------------------- the command line
 
 
+def about(args) -> dict:
+    """Returns the models and options that the answers to a file depend on."""
+    models = {}
+    for name, folder in [("", args.run)] if args.run else named(args.adapter, "--adapter").items():
+        # The checksums stand for all files of a run; one of an early version has none.
+        sums = [Path(folder) / SUMS]
+        models[name] = [sha256(path) for path in (sums if sums[0].exists() else weights(folder))]
+    options = {name: getattr(args, name) for name in ("format", "delimiter", "encoding", "control", "base", "calibrated",
+                                                      "at_least")}
+    return {"model": models, **options}
+
+
 def main(args) -> None:
     """Prints class and probability of sentences.
 
@@ -277,6 +273,8 @@ def main(args) -> None:
         raise UserError("predict: --base is for --adapter")
     if bool(args.texts) == bool(args.file):
         raise UserError("predict: expected sentences, or --file FILE" + (", not both" if args.file else ""))
+    if args.out:
+        check_out(args.file, args.out)
     if args.adapter:
         columns = columns_of({}, args.delimiter, args.encoding)
         predictor = BankPredictor(named(args.adapter, "--adapter"), args.base, columns, args.calibrated)
@@ -286,34 +284,17 @@ def main(args) -> None:
     for reading in predictor.readings:
         reading.problem.check("--at-least", args.at_least is not None)
 
-    def line(result: dict) -> str:
-        return line_of(decided(result, args.at_least), args.json)
-
     if args.texts:
         results = predict_texts(predictor, args.texts)
-        print("\n".join(line(result) for result in results))
+        print("\n".join(line_of(decided(result, args.at_least), args.json) for result in results))
         unknown = [result["unknown_words"] for result in results if "unknown_words" in result]
         return warn_of_unknown_words(len(unknown), list(dict.fromkeys(itertools.chain(*unknown)))[:EXAMPLES])
-    count = errors = strange = 0
-    examples: dict[str, None] = {}
-    with Bar(unit="rows", delay=2) as bar:
-        def progress(rows: int, file: stream.Rows) -> None:
-            # Bytes of a file, whose rows nobody has counted; rows of standard input.
-            if file.size:
-                bar.unit, bar.unit_scale, bar.total = "B", True, file.size
-            bar.update(file.file.tell() - bar.n if file.size else rows)
-            # The next program of a pipe has its rows at once.
-            sys.stdout.flush()
-
-        for result in predict_file(predictor, args.file, args.format, progress):
-            # To stdout, with the bar out of the way.
-            Bar.write(line(result))
-            count, errors = count + 1, errors + ("error" in result)
-            strange += "unknown_words" in result
-            # A few are enough, and a long file has thousands.
-            if len(examples) < EXAMPLES:
-                examples.update(dict.fromkeys(result.get("unknown_words", ())))
+    if args.out:
+        counts = write_answers(predictor, args.file, args.out, about(args), args.at_least, args.format)
+    else:
+        counts = print_answers(predictor, args.file, args.format, args.at_least, args.json)
     # The answers may have gone to a file, where nobody sees the errors among them.
-    if errors:
-        warnings.warn(f"{args.file}: {errors:,} of {count:,} rows have an error in place of an answer", stacklevel=2)
-    warn_of_unknown_words(strange, list(examples)[:EXAMPLES])
+    if counts.errors:
+        warnings.warn(f"{args.file}: {counts.errors:,} of {counts.rows:,} rows have an error in place of an answer",
+                      stacklevel=2)
+    warn_of_unknown_words(counts.unknown, list(counts.words))

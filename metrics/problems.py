@@ -53,6 +53,10 @@ class Problem:
         """Describes classes or labels for the line that begins a run."""
         return f"{self.outputs} {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
 
+    def answers(self, logits: Tensor, classes: tuple[str, ...]) -> list[dict]:
+        """Returns the `answer` of each row of logits (N, outputs)."""
+        return [self.answer(row, classes) for row in logits]
+
     def baseline(self, validation: dict[str, dict]) -> dict[str, dict[str, float]]:
         """Returns the scores by split of the model that always says the same, from those of another model."""
         found = {}
@@ -123,10 +127,17 @@ class SingleLabel(Problem):
 
     def answer(self, logits: Tensor, classes: tuple[str, ...]) -> dict:
         """Returns label, probability and probabilities of logits (classes,)."""
-        probabilities = self.probabilities(logits.float()).tolist()
-        best = max(range(len(classes)), key=probabilities.__getitem__)
-        return {"label": classes[best], "probability": probabilities[best],
-                "probabilities": dict(zip(classes, probabilities, strict=True))}
+        return self.answers(logits[None], classes)[0]
+
+    def answers(self, logits: Tensor, classes: tuple[str, ...]) -> list[dict]:
+        """Returns the `answer` of each row of logits (N, classes): one call of PyTorch for all, which costs most of it."""
+        found = []
+        for probabilities in self.probabilities(logits.float()).tolist():
+            # The first of equal ones.
+            best = probabilities.index(max(probabilities))
+            found.append({"label": classes[best], "probability": probabilities[best],
+                          "probabilities": dict(zip(classes, probabilities, strict=True))})
+        return found
 
 
 class MultiLabel(Problem):

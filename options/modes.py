@@ -165,6 +165,8 @@ class Predict:
     format: str | None = option(None, "format of --file; by its ending if not given",
                                 choices=("text", "csv", "tsv", "jsonl", "parquet"))
     json: bool = option(False, "print one JSON object a line")
+    out: Path | None = option(None, "new file of the answers to --file, .parquet or .jsonl; the same command again goes on "
+                              "where it was stopped", metavar="FILE")
     control: bool = option(False, "use a distillation's baseline, trained without a teacher, instead of its student")
     adapter: tuple[tuple, ...] = option((), "LoRA runs on one base instead of RUN_DIR; each row of --file names its own, "
                                         '{"adapter": "NAME", "text": "..."}', reads=pair, repeat=True, metavar="NAME=DIR")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from data_utils import Batch
 from machine.errors import UserError
 from metrics.problems import SINGLE_LABEL, Problem, problem_of
 from record.calibration import LIKELIEST, Calibration
+from serving.answers import texts_of
 
 BATCH_SIZE, BATCH_TOKENS = 64, 4096  # sentences, and tokens with pads, that are computed at a time
 
@@ -48,18 +50,26 @@ class Reading:
 
         See each problem's `answer`.
         """
+        return self.answers(logits[None])[0]
+
+    def answers(self, logits: Tensor) -> list[dict]:
+        """Returns the `answer` of each row of logits (N, classes)."""
         rule = self.calibration
-        found = self.problem.answer(logits.float() / rule.temperature, self.classes)
+        found = self.problem.answers(logits.float() / rule.temperature, self.classes)
         if rule.threshold is not None:
             # Two classes: the threshold chooses.
-            positive = found["probabilities"][self.classes[rule.positive]]
-            label = self.classes[rule.positive if positive >= rule.threshold else 1 - rule.positive]
-            found = {**found, "label": label, "probability": found["probabilities"][label]}
-        return {**found, "name": self.names[self.classes.index(found["label"])]} if self.names else found
+            positive, negative = self.classes[rule.positive], self.classes[1 - rule.positive]
+            for answer in found:
+                label = positive if answer["probabilities"][positive] >= rule.threshold else negative
+                answer.update(label=label, probability=answer["probabilities"][label])
+        if self.names:
+            names = dict(zip(self.classes, self.names, strict=True))
+            for answer in found:
+                answer["name"] = names[answer["label"]]
+        return found
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A text's token ids, and whether they are those of a part of it."""
 
     ids: list[int]
@@ -68,8 +78,13 @@ class Encoded:
 
 def encode(tokenizer, reading: Reading, texts: list[str]) -> list[Encoded | UserError]:
     """Returns the token ids of each text, or the error of a text that cannot be read."""
-    wrong = [_wrong(tokenizer, text) for text in texts]
+    # Asked once: `transformers` takes longer to look for an attribute than a text takes to check.
+    separator = tokenizer.pair_separator if reads_pairs(tokenizer) else None
+    wrong = [_wrong(separator, text) for text in texts]
     good = [text for text, error in zip(texts, wrong, strict=True) if error is None]
+    if (ids := _short_ids(tokenizer, good, reading.max_length)) is not None:
+        encoded = iter(ids)
+        return [Encoded(next(encoded), False) if error is None else error for error in wrong]
     try:
         found = data_utils.encode(tokenizer, good, reading.max_length, reading.truncate) if good else []
     except UserError as error:
@@ -79,6 +94,24 @@ def encode(tokenizer, reading: Reading, texts: list[str]) -> list[Encoded | User
         return [ids for text in texts for ids in encode(tokenizer, reading, [text])]
     encoded = iter(_with_truncation(tokenizer, reading, good, found))
     return [next(encoded) if error is None else error for error in wrong]
+
+
+def _short_ids(tokenizer, texts: list[str], max_length: int) -> list[list[int]] | None:
+    """Returns the token ids of texts; None if one of them has too many or none, and where the library has no fast way.
+
+    `transformers` makes a dictionary of each text's tokens, which takes several times as long as their ids.
+    """
+    if not texts or not getattr(tokenizer, "is_fast", False):
+        return None
+    backend = tokenizer.backend_tokenizer
+    # What a tokenizer.json says of cutting and padding is not for us, as `data_utils.encode` has it too.
+    if backend.truncation is not None or backend.padding is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    # Offsets in the text, which this call leaves out, are not needed.
+    ids = [text.ids for text in backend.encode_batch_fast(texts_of(tokenizer, texts), add_special_tokens=True)]
+    lengths = list(map(len, ids))
+    return ids if min(lengths) > 0 and max(lengths) <= max_length else None
 
 
 def _with_truncation(tokenizer, reading: Reading, texts: list[str], ids: list[list[int]]) -> list[Encoded]:
@@ -91,12 +124,16 @@ def _with_truncation(tokenizer, reading: Reading, texts: list[str], ids: list[li
     return [Encoded(tokens, row in cut) for row, tokens in enumerate(ids)]
 
 
-def _wrong(tokenizer, text: str) -> UserError | None:
-    """Returns the reason why a text cannot be read, or None."""
+def _wrong(separator: str | None, text: str) -> UserError | None:
+    """Returns the reason why a text cannot be read, or None.
+
+    Args:
+        separator: between two texts; None: a row is one text.
+    """
     if not text.strip():
         return UserError("the text is empty")
     # Half of a pair would be answered too, and nobody would see it.
-    if reads_pairs(tokenizer) and split_pair(text, tokenizer.pair_separator) is None:
+    if separator is not None and split_pair(text, separator) is None:
         return UserError("one text; expected two of them, with a tab between them")
     try:
         text.encode()
@@ -107,7 +144,8 @@ def _wrong(tokenizer, text: str) -> UserError | None:
 
 @torch.inference_mode()
 def classify(tokenizer, rows: list[tuple[Reading, str]], logits: Callable[[Batch, list[int]], list[Tensor] | Tensor],
-             features: list[list[float]] | None = None) -> list[dict | UserError]:
+             features: list[list[float]] | None = None, encoded: list[Encoded | UserError] | None = None
+             ) -> list[dict | UserError]:
     """Returns label, probability and probabilities of each text, or its error.
 
     A result has `truncated` where a text was cut, and `unknown_words` where the built-in model never saw some of its words.
@@ -116,27 +154,38 @@ def classify(tokenizer, rows: list[tuple[Reading, str]], logits: Callable[[Batch
         rows: the reading of each text, and the text.
         logits: from a batch and the numbers of its rows to (classes,) for each of them.
         features: numbers of each row, for a model that reads them.
+        encoded: `encode_rows` of the same rows, if it was called before.
     """
-    encoded = _encode_rows(tokenizer, rows)
+    encoded = encode_rows(tokenizer, rows) if encoded is None else encoded
     results: list[dict | UserError | None] = [text if isinstance(text, UserError) else None for text in encoded]
     readable = [row for row, result in enumerate(results) if result is None]
     # `collate` takes the whole list of ids and the rows of a batch; an unreadable text is in no batch.
     ids = [[] if isinstance(text, UserError) else text.ids for text in encoded]
+    labels = [0] * len(rows)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     for places in _batches([len(ids[row]) for row in readable]):
         batch_rows = [readable[place] for place in places]
-        batch = data_utils.collate(ids, [0] * len(rows), batch_rows, pad_id, features)
-        for row, values in zip(batch_rows, logits(batch, batch_rows), strict=True):
+        values = logits(data_utils.collate(ids, labels, batch_rows, pad_id, features), batch_rows)
+        for row, answer in zip(batch_rows, _answers([rows[row][0] for row in batch_rows], values), strict=True):
             reading, text = rows[row]
-            results[row] = reading.answer(values)
+            results[row] = answer
             if encoded[row].truncated:
-                results[row]["truncated"] = True
+                answer["truncated"] = True
             if reading.tiny and (words := unknown_words(tokenizer, text)):
-                results[row]["unknown_words"] = words
+                answer["unknown_words"] = words
     return results
 
 
-def _encode_rows(tokenizer, rows: list[tuple[Reading, str]]) -> list[Encoded | UserError]:
+def _answers(readings: list[Reading], values: list[Tensor] | Tensor) -> list[dict]:
+    """Returns the answer of each row of a batch."""
+    first = readings[0]
+    # Together where one model answered: for each row alone the calls of PyTorch cost more than a student's own computing.
+    if isinstance(values, Tensor) and all(reading is first for reading in readings):
+        return first.answers(values)
+    return [reading.answer(row) for reading, row in zip(readings, values, strict=True)]
+
+
+def encode_rows(tokenizer, rows: list[tuple[Reading, str]]) -> list[Encoded | UserError]:
     """Encodes each text by its own reading."""
     # Texts of one reading are tokenised together, which is faster than one by one.
     by_reading: dict[Reading, list[int]] = {}

@@ -74,7 +74,7 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     import data_utils
     from adapters import peft_layout
     from data import pairs
-    from experiments import evaluate, predict
+    from experiments import evaluate, predict, predict_file
     from experiments import generate as generation
     from model import load_classifier
     from options.schema import RunOptions
@@ -97,7 +97,7 @@ def readers(base: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     predictor = functools.cache(lambda: predict.RunPredictor(base / "lora"))
 
     def predicted(path: Path):
-        return lambda: [json.dumps(result, allow_nan=False) for result in predict.predict_file(predictor(), path)]
+        return lambda: [json.dumps(result, allow_nan=False) for result in predict_file.predict_file(predictor(), path)]
 
     return {
         **{f"predict: {kind}": (path, predicted(path)) for kind, path in {

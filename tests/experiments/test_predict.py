@@ -13,7 +13,7 @@ import pytest
 import torch
 import toy
 
-from experiments import evaluate, predict
+from experiments import evaluate, predict, predict_file
 from report import figures
 from serving import texts
 
@@ -208,22 +208,23 @@ def test_a_long_file_is_never_in_memory(runs, monkeypatch):
             return len(text)
 
     predictor = predict.RunPredictor(runs / "lora")
-    monkeypatch.setattr(predictor, "classify", lambda rows: [{"label": "x"} for _ in rows])
+    monkeypatch.setattr(predictor, "classify", lambda rows, _: [{"label": "x"} for _ in rows])
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(Endless())))
     tracemalloc.start()
-    count = sum(1 for _ in predict.predict_file(predictor, "-"))
+    count = sum(1 for _ in predict_file.predict_file(predictor, "-"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 100_000 and peak < 4 << 20
 
 
 def test_answers_come_before_the_end_of_the_file(runs, tmp_path):
-    file = write(tmp_path / "a.txt", "\n".join(["the cat"] * 3 * predict.WINDOW))
+    file = write(tmp_path / "a.txt", "\n".join(["the cat"] * 3 * predict_file.WINDOW))
     told = []
-    results = predict.predict_file(predict.RunPredictor(runs / "head"), file, progress=lambda rows, _: told.append(rows))
+    predictor = predict.RunPredictor(runs / "head")
+    results = predict_file.predict_file(predictor, file, progress=lambda rows, _: told.append(rows))
     next(results)
     assert told == []
-    assert sum(1 for _ in results) == 3 * predict.WINDOW - 1 and told == [predict.WINDOW] * 3
+    assert sum(1 for _ in results) == 3 * predict_file.WINDOW - 1 and told == [predict_file.WINDOW] * 3
 
 
 # ---------------------------------------------------------------- many adapters
@@ -297,8 +298,8 @@ def test_cola_s_classes_are_shown_by_name_and_kept_as_numbers(runs, capsys):
     assert "name" not in ask(capsys, runs / "qv", TEXTS[0])[0]
     old = texts.Reading.of({"options": {"max_length": 8}, "classes": ["0", "1"]})
     assert "name" not in old.answer(torch.tensor([0.0, 1.0]))
-    undecided = predict.decided({"label": "1", "name": "acceptable", "probability": 0.6}, 0.9)
-    assert undecided["label"] is None and undecided["name"] is None and predict.line_of(
+    undecided = predict_file.decided({"label": "1", "name": "acceptable", "probability": 0.6}, 0.9)
+    assert undecided["label"] is None and undecided["name"] is None and predict_file.line_of(
         {**undecided, "text": "A."}, False).startswith("undecided")
 
 
