@@ -3,7 +3,7 @@
     python benchmarks/predict_throughput.py --run runs/distil-12345 --run runs/LoRA-12345 --threads 1 --json
 
     model        sentences/s of the model alone, tokenised and batched before, as `sentences_per_second` in summary.json
-    predict      rows/s of reading a text file, tokenising, computing and writing JSON Lines, the first window left out
+    predict      rows/s of reading a text file, tokenising, computing and writing JSON Lines
     per core     rows for each second of processor time, of either: another program on the machine changes it little
     billion      hours of one core for 1,000,000,000 such rows
 
@@ -32,11 +32,19 @@ GOAL = 0.4  # of the model's own rate per core
 BILLION, BATCH_SIZE, MAX_LENGTH = 1_000_000_000, 32, 128
 
 
-def both_rates(work: Callable[[], int]) -> tuple[float, float]:
-    """Returns the rows a second of a function that returns its rows: by the clock, and by processor time."""
-    clock, processor = time.perf_counter(), time.process_time()
-    rows = work()
-    return rows / (time.perf_counter() - clock), rows / (time.process_time() - processor)
+class Side:
+    """Rows a second of a function that answers some number of rows: by processor time, and by the clock in `clock`."""
+
+    def __init__(self, work: Callable[[], None], rows: int):
+        self.work, self.rows, self.clock = work, rows, []
+
+    def __call__(self, _: int) -> float:
+        clock, processor = time.perf_counter(), time.process_time()
+        self.work()
+        # All threads of the process together.
+        processor = time.process_time() - processor
+        self.clock.append(self.rows / (time.perf_counter() - clock))
+        return self.rows / processor
 
 
 def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) -> None:
@@ -51,27 +59,23 @@ def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) 
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     batches = {"rows": make_batches(Split(rows, [0] * len(rows)), predictor.tokenizer, MAX_LENGTH, BATCH_SIZE, 1)}
 
-    def alone(_) -> tuple[float, float]:
-        return both_rates(lambda: distil.sentences_per_second(predictor.model, batches, passes=1) and len(rows))
+    def alone() -> None:
+        distil.sentences_per_second(predictor.model, batches, passes=1)
 
-    def answered(_) -> tuple[float, float]:
-        def write() -> int:
-            with out.open("w", encoding="utf-8") as lines:
-                for answer in predict_file.predict_file(predictor, file):
-                    lines.write(predict_file.line_of(answer, True) + "\n")
-            return len(rows)
-        return both_rates(write)
+    def answered() -> None:
+        with out.open("w", encoding="utf-8") as lines:
+            for answer in predict_file.predict_file(predictor, file):
+                lines.write(predict_file.line_of(answer, True) + "\n")
 
     # Libraries prepare themselves at their first call.
     next(predict_file.predict_file(predictor, file))
-    found = common.alternate({"model": alone, "predict": answered}, 2 if args.quick else 5)
-    name = folder.name
+    sides = {"model": Side(alone, len(rows)), "predict": Side(answered, len(rows))}
+    found, name = common.alternate(sides, 2 if args.quick else 5), folder.name
     for side, rates in found.items():
-        report.measure(f"{name}: {side}", [clock for clock, _ in rates], "rows/s")
-        report.measure(f"{name}: {side}, per core", [processor for _, processor in rates], "rows/s of processor time")
-    own, whole = ([processor for _, processor in found[side]] for side in ("model", "predict"))
-    report.target(f"{name}: predict / model, per core", paired_ratios(whole, own), GOAL)
-    report.measure(f"{name}: a billion rows", [BILLION / rate / 3600 for rate in whole], "core hours")
+        report.measure(f"{name}: {side}", sides[side].clock, "rows/s")
+        report.measure(f"{name}: {side}, per core", rates, "rows/s of processor time")
+    report.target(f"{name}: predict / model, per core", paired_ratios(found["predict"], found["model"]), GOAL)
+    report.measure(f"{name}: a billion rows", [BILLION / rate / 3600 for rate in found["predict"]], "core hours")
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
