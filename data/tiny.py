@@ -48,18 +48,24 @@ def unknown_words(tokenizer, text: str) -> list[str]:
     Args:
         tokenizer: the built-in model's, with a token for each word of its corpus.
     """
-    inner, tokens = _vocabulary(tokenizer)
-    # The first test is enough for nearly every word.
-    return [word for word in dict.fromkeys(WORD.findall(text))
+    (known, inner, tokens), words = _vocabulary(tokenizer), WORD.findall(text)
+    # Nearly every text of the grammar ends here.
+    if known.issuperset(words):
+        return []
+    return [word for word in dict.fromkeys(words)
             if word not in inner and word.lower() not in inner and word.capitalize() not in tokens]
 
 
 @functools.lru_cache(maxsize=4)
-def _vocabulary(tokenizer) -> tuple[frozenset[str], frozenset[str]]:
-    """Returns the words of tokens that stand within a sentence, and all tokens; a tokenizer makes them anew at each call."""
+def _vocabulary(tokenizer) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Returns words that are known as they stand, the words of tokens within a sentence, and all tokens.
+
+    Kept, because a tokenizer makes its vocabulary anew at each call.
+    """
     tokens = frozenset(tokenizer.get_vocab())
-    # A token within a sentence begins with the tokenizer's mark for a space.
-    return frozenset(token[1:] for token in tokens if token.startswith("Ġ")), tokens
+    # A token within a sentence begins with the tokenizer's mark for a space; the first one begins with a capital.
+    inner = frozenset(token[1:] for token in tokens if token.startswith("Ġ"))
+    return inner.union(token for token in tokens if token == token.capitalize()), inner, tokens
 
 
 def equal_length_batches(sequences: list[list[int]], rng: random.Random) -> Iterator[list[list[int]]]:

@@ -165,8 +165,8 @@ class BankPredictor:
 
     @property
     def readings(self) -> list[Reading]:
-        """Returns the way that each adapter reads texts."""
-        return [entry.reading for entry in self.bank.entries.values()]
+        """Returns the way that each adapter reads texts, and the base where it answers."""
+        return [*(entry.reading for entry in self.bank.entries.values()), *[self.bank.own] * self.base]
 
     def check(self, rows: stream.Rows) -> None:
         """Checks the file's header, once.

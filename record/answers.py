@@ -99,7 +99,11 @@ class Answers:
             UserError: it cannot be written; the finished parts stay.
         """
         ending = self.out.suffix.lower()
-        data = self._parquet(answers) if ending == ".parquet" else "".join(f"{line}\n" for line in lines).encode()
+        if ending == ".parquet":
+            data = self._parquet(answers)
+        else:
+            # As standard output writes half of a surrogate pair, which a cell in an error may hold.
+            data = "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
         path = self.folder / f"part-{len(self.parts):06d}-{len(answers)}-{hashlib.sha256(data).hexdigest()}{ending}"
         write_file(path, data)
         self.parts.append(path)

@@ -267,6 +267,19 @@ def test_a_row_that_names_no_adapter_is_an_error_unless_the_base_is_asked_for(ru
     refused(capsys, "--base is for --adapter", runs / "lora", "the cat", "--base")
 
 
+def test_a_parquet_file_has_the_classes_of_every_adapter_and_of_the_base(runs, capsys, tmp_path):
+    rows = [{"adapter": name, "text": "the old cat"} for name in ("cola", "words", None, "nobody")]
+    words = ("--adapter", f"cola={runs / 'lora'}", "--adapter", f"words={runs / 'qv'}", "--base", "--file",
+             write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    expected = ask(capsys, *words)
+    assert toy.main("predict", *words, "--out", tmp_path / "a.parquet") == 0
+    found = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    for row, answer in zip(found, expected, strict=True):
+        if row["probabilities"]:
+            row["probabilities"] = {name: value for name, value in row["probabilities"].items() if value is not None}
+        assert {name: value for name, value in row.items() if value is not None} == answer
+
+
 @pytest.mark.parametrize("name, says", [("stranger", "adapter for another base"), ("full", "has --method full"),
                                         ("numbers", "reads feature columns"), ("distil", "a distil run"),
                                         ("nowhere", "not a run's folder")])
