@@ -40,7 +40,8 @@ DEBIAN = "latexmk texlive-latex-recommended texlive-latex-extra texlive-fonts-re
 # with code may also hold data, weights and caches.
 SUBMITTED_KINDS = ("py", "c", "h", "cu", "html", "css", "js", "toml", "md", "png", "svg", "ipynb", "sh")
 SUBMITTED_FOLDERS = ("docs", "tests", "benchmarks", "notebooks")
-SUBMITTED_FILES = ("*.py", "*.md", "requirements*.txt", "Makefile", "LICENSE", "pyproject.toml", ".ci/run",
+SUBMITTED_FILES = ("*.py", "*.md", "requirements*.txt", "Makefile", "LICENSE", "CITATION.cff", "Dockerfile", ".dockerignore",
+                   "pyproject.toml", ".ci/run",
                    "report/*.tex", "report/*.bib", "report/results/*.tex", "report/results/*.pdf",
                    "benchmarks/results/**/*.json", "plots/example_*.png")
 

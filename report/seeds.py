@@ -25,7 +25,7 @@ def interval_rows(study: Record) -> tuple[list[str], list[list[str]]]:
     """Returns head and rows of the table as plain text: the scores of each entry, then the paired differences."""
     splits, names = shown_splits(study.section("selection")["splits"]), names_of(study)
     lines = [(model_name(entry["entry"]), entry, False) for entry in study["entries"]]
-    lines += [(f"{model_name(row['entry'])} minus {model_name(row['minus'])}", row, True)
+    lines += [(f"{model_name(row['entry']).removesuffix(' with KD')} minus {model_name(row['minus'])}", row, True)
               for row in study.get("differences", [])]
     rows = []
     for name, row, signed in lines:

@@ -8,7 +8,7 @@ from report.latex import cell, escape, grouped, plain_table, tabular
 from report.records import Record, ReportError, shown_splits, spoken
 
 COLUMNS = 100  # of a line on the terminal
-SHORTEST = 20  # characters that a cut cell keeps
+SHORTEST = 22  # characters that a cut cell keeps
 
 # ---------------------------------------------------------------- comparisons
 

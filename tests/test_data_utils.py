@@ -138,7 +138,7 @@ def test_a_limit_takes_evenly_spaced_rows_and_still_needs_every_class(tmp_path):
 
 
 def test_an_unknown_task_or_folder_says_what_was_expected(tmp_path):
-    with pytest.raises(UserError, match="--task colla: unknown; expected one of cola, edits, rotten_tomatoes, imdb, "):
+    with pytest.raises(UserError, match="--task colla: unknown; expected one of cola, sst2, mrpc, "):
         load_task("colla", tmp_path)
     with pytest.raises(UserError, match="not a folder; expected one with in_domain_train.tsv"):
         load_task("cola", tmp_path / "missing")

@@ -12,6 +12,7 @@ from toy_training import ToyModel, toy_batches, toy_data, toy_dev, weights
 import train_utils
 from machine import signals
 from machine.signals import Interrupted
+from metrics import classification
 from record.ownership import CHECKPOINT
 from train_utils import Checkpointing, Data, Hooks, fit, label_loss, score_by_loss, validate
 from training import average, checkpoints
@@ -115,7 +116,8 @@ def trained_with_average(folder, resume=False):
 
 def test_a_signal_at_any_statement_of_the_loop_and_a_resume_end_in_the_same_bits(tmp_path, monkeypatch):
     # Most of a toy epoch's time is scikit-learn's, whose scores change no state.
-    monkeypatch.setattr(train_utils, "scores_of_sums", lambda sums, confusion: {"loss": sums["loss"], "matrix": confusion})
+    monkeypatch.setattr(classification, "scores_of_sums",
+                        lambda sums, confusion: {"loss": sums["loss"], "matrix": confusion})
     whole = []
     places = statements(lambda: whole.append(trained_with_average(tmp_path)))
     assert {name for name, _ in places} == STATE

@@ -88,7 +88,7 @@ def test_out_of_memory_is_one_line_that_names_the_batch_size_to_try(work, tmp_pa
     """In the fourth batch; the checkpoint of the step before stands."""
     calls = []
     monkeypatch.setattr(figures, "plot_run", lambda *_: [])
-    monkeypatch.setattr(train_utils, "cross_entropy", lambda smoothing: lambda logits, batch: (
+    monkeypatch.setattr(train_utils, "label_loss", lambda *_: lambda logits, batch: (
         fails() if calls.append(1) or len(calls) == 4 else logits.square().mean()))
     assert toy.main("LoRA", "12345", "--model", work / "model", "--data", work / "cola", "--out", tmp_path / "run",
                     "--plots", tmp_path, "--save-every", "1steps", *options) == 2

@@ -425,7 +425,7 @@ from experiments import compare
 from report import build
 import run
 compare.RUN = pathlib.Path(sys.argv.pop(1))
-build.build_paper = lambda folder, report: report / "main.pdf"  # the project's own PDF is not to be written
+build.build_paper = lambda folder, report, author="": report / "main.pdf"  # the project's own PDF is not to be written
 sys.exit(run.main(sys.argv[1:]))
 """
 

@@ -24,6 +24,7 @@ from experiments.parser import Parser
 from record.files import read_json
 from record.folder import without_times
 from report import figures, records, tables
+from report.runs import Run
 
 SIZES = ("--embedding-size", 6, "--hidden-size", 5)
 SMALL = (*SIZES, "--epochs", 2, "--batch-size", 8, "--augment", 40, "--pretrain", 2, "--transfer", 2, "--match-size", 4,
@@ -438,7 +439,7 @@ def test_without_a_control_the_student_is_the_same_and_all_that_follows_does_wit
     study = seeds.results("distil", {12345: summary})
     assert [row["entry"] for row in study["entries"]] == ["teacher", "student"]
     assert [(row["entry"], row["minus"]) for row in study["differences"]] == [("student", "teacher")]
-    tables_of_run, numbers = tables.distil_tables(summary)
+    tables_of_run, numbers = tables.tables_of(Run(run))
     assert tables_of_run and "gain" not in numbers and "scratch" not in numbers
     monkeypatch.setattr(collect, "typed", lambda command: command)  # it has paths of this machine
     assert [row["name"] for row in collect.collect([run])["rows"]] == ["teacher", "student"]

@@ -7,7 +7,7 @@ SPLITS = ("in_domain", "out_of_domain", "all")
 def test_columns_stand_under_their_headings_and_fit_a_terminal():
     scores = {split: {"accuracy": 0.8334, "mcc": -0.6252} for split in SPLITS}
     rows = {"teacher": scores, "student with KD": scores}
-    lines = score_table(rows, {"parameters": {"teacher": "134,515,008", "student with KD": "7"}}).splitlines()
+    lines = score_table(rows, more={"parameters": {"teacher": "134,515,008", "student with KD": "7"}}).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
     assert lines[0].split() == list(SPLITS)
     assert lines[1].split() == ["parameters", *["accuracy", "MCC"] * 3]

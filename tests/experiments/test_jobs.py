@@ -89,5 +89,5 @@ def test_two_seeds_at_a_time_train_what_they_train_alone(work, tmp_path, monkeyp
 def test_jobs_without_seeds_are_one_line(work, tmp_path, capsys):
     assert toy.main("LoRA", "12345", "--model", work / "model", "--data", work / "cola", "--jobs", 2, "--out",
                     tmp_path / "run") == 2
-    assert capsys.readouterr().err == "run.py: --jobs 2: only with --seeds, whose runs it counts\n"
+    assert capsys.readouterr().err == "run.py: --jobs 2: only with --seeds or --folds, whose runs it counts\n"
     assert not (tmp_path / "run").exists()

@@ -57,7 +57,8 @@ def test_peft_and_transformers_load_the_folder_by_the_cards_own_words(work, thre
     done = subprocess.run([sys.executable, "-P", "-c", OUTSIDE, json.dumps(SENTENCES), json.dumps(cards)], cwd=three,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for line, folder, classes in zip(done.stdout.splitlines(), cards, (["0", "1"], CLASSES), strict=True):
+    names = (["unacceptable", "acceptable"], CLASSES)
+    for line, folder, classes in zip(done.stdout.splitlines(), cards, names, strict=True):
         logits, labels, count = json.loads(line)
         expected = ours(folder)
         assert expected.abs().max() > 0.1 and (labels, count) == (classes, len(classes))

@@ -65,7 +65,7 @@ def three(tmp_path, monkeypatch):
     declared = [Step(name, 1, [RUN, name], f"{name}/result.json", needs) for name, needs in (
         ("one", ()), ("two", ()), ("three", ("two",)))]
     monkeypatch.setattr(paper, "steps", lambda *_: declared)
-    monkeypatch.setattr(paper.build, "build_paper", lambda folder, report: report / "main.pdf")
+    monkeypatch.setattr(paper.build, "build_paper", lambda folder, report, author="": report / "main.pdf")
     monkeypatch.setattr(paper.build, "check_latex", lambda: None)
     fate, ran = {}, []
 
@@ -329,7 +329,7 @@ def lanes(tmp_path, monkeypatch):
         out = tmp_path / "paper"
         made = [Step(name, 1, [RUN, name], f"{name}/done", needs, after) for name, (needs, after) in declared.items()]
         monkeypatch.setattr(paper, "steps", lambda *_: made)
-        monkeypatch.setattr(paper.build, "build_paper", lambda folder, report: report / "main.pdf")
+        monkeypatch.setattr(paper.build, "build_paper", lambda folder, report, author="": report / "main.pdf")
         monkeypatch.setattr(paper.build, "check_latex", lambda: None)
         seen = []
 

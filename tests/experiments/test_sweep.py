@@ -229,7 +229,7 @@ def test_a_trial_that_another_machine_runs_is_left_to_it_and_a_surplus_one_is_no
     assert [(t["number"], t["state"]) for t in trials(tmp_path / "a")] == [(0, "complete"), (1, "running"), (2, "complete")]
     assert elsewhere.number == 1 and [run.lora.rank for run in made_up] == [1, 3]
     with pytest.raises(sweep._Surplus):
-        sweep.Trial(None, study, "in_domain")(study.ask())
+        sweep.Trial(None, study, "in_domain", "mcc")(study.ask())
 
 
 @pytest.mark.parametrize("more, named", [(("--search", "rank=1,2"), "--search: lr=1e-3,1e-2, now lr=1e-3,1e-2,rank=1,2"),

@@ -19,7 +19,7 @@ def test_reading_a_folder_that_is_no_finished_run_says_what_makes_one(tmp_path):
 def test_an_epoch_is_told_in_lines_of_a_terminal(tmp_path):
     said = []
     scores = {split: {"loss": 0.5, "accuracy": 0.5, "mcc": 0.25} for split in ("in_domain", "out_of_domain", "all")}
-    folder.Recorder(tmp_path, said.append)([{"epoch": 12, "train": {"loss": 0.5}, "validation": scores,
+    folder.Recorder(tmp_path, said.append, lambda *_: None)([{"epoch": 12, "train": {"loss": 0.5}, "validation": scores,
                                              "learning_rate": 0.1}])
     assert said == ["  epoch 12: train loss 0.5000, in_domain accuracy 0.500 MCC 0.250,\n"
                     "    out_of_domain accuracy 0.500 MCC 0.250, all accuracy 0.500 MCC 0.250"]
