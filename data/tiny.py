@@ -101,6 +101,8 @@ def train_model(folder: Path) -> None:
         # torch.manual_seed would reseed the caller's GPU as well.
         torch.default_generator.manual_seed(grammar.SEED)
         model = GPT2LMHeadModel(config)
+    # The loss that the library takes by default, with a note on stderr.
+    model.loss_type = "ForCausalLM"
     # Half of the sentences start with <|endoftext|>, as text generated from nothing does; half at position 0 without
     # it, as a prompt or a sentence to classify does.
     rng = random.Random(grammar.SEED)
