@@ -91,7 +91,7 @@ def test_students_are_compared_with_their_own_seeds_baseline(studies):
         wanted = [s["student"][key]["in_domain"]["mcc"] - s["scratch"][key]["in_domain"]["mcc"]
                   for s in summaries(folder, "distil")]
         assert difference[which]["in_domain"]["mcc"]["values"] == pytest.approx(wanted)
-    assert "student with KD minus baseline" in (folder / "runs" / "distil-99999-seeds" / "seeds.tex").read_text()
+    assert "student minus baseline" in (folder / "runs" / "distil-99999-seeds" / "seeds.tex").read_text()
 
 
 def test_finished_seeds_are_kept_and_one_alone_has_no_interval(work, studies, no_children, capsys):

@@ -64,7 +64,7 @@ def test_a_report_is_true_of_its_own_task(tmp_path, no_plots, monkeypatch, kind)
            "regression": "Spearman\u2019s is the same of the ranks"}
     assert [name for name, said in own.items() if said in text] == [kind]
     assert ("pretrained encoder" in text) == (kind == "four") and ("a kin of BERT" in text) == (kind == "four")
-    conclusion = text.partition("10 Conclusion •")[2].partition("Limits")[0]
+    conclusion = text.partition("Conclusion •")[2].partition("Limits")[0]
     assert re.search(r"(majority class|ignoring the text): better|LoRA reaches", conclusion)
     assert "Distillation against no distillation: better" in conclusion
     assert "5,000 of 100,000 parameters, 95.00 % fewer" in conclusion and "11.1 times smaller" in conclusion
