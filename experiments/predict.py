@@ -1,6 +1,6 @@
 """Predicts classes with a finished run: name and probability of each sentence's class, in order, in constant memory.
 
-    python run.py predict runs/LoRA-12345 "Anna repaired the clock." "Anna arrived the clock."
+    python run.py predict runs/LoRA-12345 "The teachers thanked him." "The princes encouraged she."
     python run.py predict runs/distil-12345 --file FILE.csv --out ANSWERS.parquet
     python run.py predict --adapter cola=runs/LoRA-1 --adapter reviews=runs/LoRA-2 --file FILE.jsonl --json
 """

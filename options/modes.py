@@ -275,7 +275,7 @@ MODES = {
     "calibrate": Mode("calibrate a run's probabilities on held-out rows, and choose the threshold of two classes",
                       "calibrate runs/LoRA-12345", RunFolder, Calibrate, Machine),
     "predict": Mode("classify sentences by a saved run: class and probability",
-                    'predict runs/LoRA-12345 "Anna repaired the clock." "Anna arrived the clock."', Predict,
+                    'predict runs/LoRA-12345 "The teachers thanked him." "The princes encouraged she."', Predict,
                     Calibrated, Cells, Kernels, Machine),
     "serve": Mode("answer requests over HTTP: many adapters on one base, and students next to them",
                   "serve --adapter cola=runs/LoRA-12345 --port 8000", Serve, Calibrated, Machine),

@@ -42,5 +42,5 @@ def test_every_cell_runs(notebook, tmp_path):
     table, = (data["text/markdown"] for data in shown if "text/markdown" in data)
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         "majority class", "LoRA", "student with KD", "baseline"]
-    assert printed.count("Anna repaired the clock.") == 4  # two commands, two answers
+    assert printed.count("The teachers thanked him.") == 4  # two commands, two answers
     assert printed.splitlines()[-1].startswith("run.py: latexmk not found")
