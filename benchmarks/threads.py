@@ -41,7 +41,7 @@ def together(count: int, side: str, args: argparse.Namespace, work: Path) -> tup
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     programs = [subprocess.Popen(
         [sys.executable, "-c", WORK, str(common.ROOT), str(work / f"model-{i}"), str(args.steps), str(args.cores)],
-        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**clean, **SIDES[side], "OMP_NUM_THREADS": str(args.cores)}) for i in range(count)]
     # All have imported their libraries before the first begins.
     for program in programs:
@@ -49,8 +49,14 @@ def together(count: int, side: str, args: argparse.Namespace, work: Path) -> tup
     for program in programs:
         program.stdin.write("go\n")
         program.stdin.flush()
-    found = [program.communicate()[0].split() for program in programs]
-    return [float(seconds) for seconds, _ in found], {digest for _, digest in found}
+    seconds, digests = [], set()
+    for program in programs:
+        out, errors = program.communicate()
+        if program.returncode:
+            raise SystemExit(f"{side}: a program failed: {errors[-500:]}")
+        seconds.append(float(out.split()[0]))
+        digests.add(out.split()[1])
+    return seconds, digests
 
 
 def benchmark(args: argparse.Namespace, work: Path) -> common.Report:
