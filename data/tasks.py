@@ -28,7 +28,7 @@ COLA_FILES = {"train": "in_domain_train.tsv", "in_domain": "in_domain_dev.tsv", 
 # GLUE's CoLA validation set is the two public development files, one after the other.
 GLUE_IN_DOMAIN_ROWS, GLUE_VALIDATION_ROWS = 527, 1043
 COLA_CLASSES = ("0", "1")
-# Names for readers of the tasks whose files have 0 and 1 for their classes; a label is an index into them.
+# Displayed names of classes, by task. The files of these tasks have 0 and 1; a label is an index into the names.
 CLASS_NAMES = {"cola": ("unacceptable", "acceptable"), "tiny": ("unacceptable", "acceptable"),
                "edits": ("edited", "as written")}
 # Public data sets on the Hub: repository, and the file of each split.
@@ -169,7 +169,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
 
 
 def with_columns(name: str, options: TableOptions) -> TableOptions:
-    """Returns the columns of a task whose text columns have names of their own (GLUE's), where none were given."""
+    """Returns the options of a table, with GLUE's own text columns where the user named none."""
     given = options.text_column or options.template is not None
     return options if given or name not in GLUE else replace(options, text_column=GLUE[name].columns)
 

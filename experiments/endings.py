@@ -65,7 +65,7 @@ def score_table(rows: dict[str, dict], problem: Problem = SINGLE_LABEL, more: di
         more: heading -> row's name -> cell, of the columns before the scores.
     """
     more = more or {}
-    # A score is as wide as its heading; the first of a split has what is left. A file's name may be wider than all of them.
+    # Each score has the width of its heading. A split with a long name is wider: its first score fills the rest.
     first, *others = problem.shown.items()
     own = {key: max(7, len(heading) + 2) for key, heading in others}
     rest = sum(own.values())

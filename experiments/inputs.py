@@ -113,7 +113,7 @@ def check_base(folder: Path, config: dict, model: str, net, tokenizer) -> None:
 
 
 def read_as(options: TableOptions, problem: Problem, tokenizer, classifier: TextClassifier | None = None) -> None:
-    """Makes tokenizer and classifier read what a run reads: pairs of texts, or one text; and the problem's labels.
+    """Prepares tokenizer and classifier for a run's texts (one, or a pair) and for its problem.
 
     Args:
         classifier: None of a student, which reads token ids alone.

@@ -135,7 +135,7 @@ def line_of(result: dict, as_json: bool) -> str:
 def _bar_of(rows: stream.Rows) -> Iterator[Callable[[int], None]]:
     """Shows a bar; yields the function that moves it after a number of rows."""
     with Bar(unit="rows", delay=2) as bar:
-        # Bytes of a file, whose rows nobody has counted; rows of standard input.
+        # The bar counts a file's bytes, because its number of rows is not known, and the rows of standard input.
         if rows.size:
             bar.unit, bar.unit_scale, bar.total = "B", True, rows.size
         yield lambda count: bar.update(rows.file.tell() - bar.n if rows.size else count)

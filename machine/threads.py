@@ -11,7 +11,7 @@ from pathlib import Path
 CGROUP = Path("/sys/fs/cgroup")
 
 # Rounds of an OpenMP thread that waits for the others before it sleeps. libgomp's own number keeps a core busy for
-# milliseconds, in which another program could compute what the first one waits for.
+# milliseconds, although the thread that all wait for may need that core.
 SPINS = 2000
 
 
@@ -37,7 +37,7 @@ def quota(root: Path = CGROUP, own: Path = Path("/proc/self/cgroup")) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root / "cpu" if controllers else root
-        # A group has at most the quota of each group above it. In a container the path may begin outside of what it sees.
+        # The quota of each parent group holds too. In a container the path may name groups that it cannot see.
         group = base / path.lstrip("/")
         for folder in (group, *group.parents):
             if not folder.is_relative_to(base):
