@@ -53,7 +53,7 @@ def run_folds(args, runs: list[SeedRun], out: Path, say: Callable[[str], None] =
         threads = compare.threads_each([run.folder for run in runs], torch.get_num_threads(), args.jobs)
         summaries = []
         found = compare.finished_runs([(run.words, run.folder) for run in runs], threads, args.jobs)
-        with Bar(runs, unit="fold", desc="folds", dynamic_ncols=True) as bar:
+        with Bar(runs, unit="fold", desc="folds") as bar:
             for run in bar:
                 bar.set_postfix_str(run.folder.name)
                 # Without one fold the mean would be of other rows than all training rows.

@@ -102,8 +102,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None] = print) -> dict
         record["threads"] = torch.get_num_threads()
         requeue_dead(study, options.out)
         trial = Trial(options, study, train_utils.selection_split(task.dev), PROBLEMS[task.problem].chosen)
-        with Bar(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep",
-                  dynamic_ncols=True) as bar:
+        with Bar(total=len(_slots(study)), initial=len(_done(study)), unit="trial", desc="sweep") as bar:
             while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 # One at a time, so that the folder is released after the study knows the outcome.
                 try:
