@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from machine.errors import UserError  # noqa: E402
+from metrics.problems import SINGLE_LABEL, Problem, problem_of  # noqa: E402
 from record.files import make_folder, write_json  # noqa: E402 (needs the path above)
 from record.folder import read_run  # noqa: E402
 
@@ -71,26 +72,26 @@ def spread(values: Sequence[float]) -> dict:
             "values": list(values)}
 
 
-def scores(validations: list[dict]) -> dict:
-    """Returns the spread of accuracy and MCC on each split over the seeds."""
+def scores(validations: list[dict], problem: Problem) -> dict:
+    """Returns the spread of the problem's scores, such as accuracy and MCC, on each split over the seeds."""
     found = {}
     for split in validations[0]:
         found[split] = {}
-        for key in ("accuracy", "mcc"):
+        for key in problem.shown:
             found[split][key] = spread([validation[split][key] for validation in validations])
     return found
 
 
-def row(name: str, parts: list[dict]) -> dict:
+def row(name: str, parts: list[dict], problem: Problem) -> dict:
     """Returns one model's figures over the seeds.
 
     Args:
         parts: the model's part of each seed's summary.json: `validation`, and for a trained model `last_validation`,
             `best_epoch` and `last_epoch`.
     """
-    result = {"name": name, "best": scores([part["validation"] for part in parts])}
+    result = {"name": name, "best": scores([part["validation"] for part in parts], problem)}
     if "last_validation" in parts[0]:
-        result["last"] = scores([part["last_validation"] for part in parts])
+        result["last"] = scores([part["last_validation"] for part in parts], problem)
         for key in ("best_epoch", "last_epoch"):
             result[key] = [part[key] for part in parts]
     # A student has one number: all of its parameters train.
@@ -121,22 +122,26 @@ def collect(folders: list[Path]) -> dict:
             if config.get(key) != configs[0].get(key):
                 raise UserError(f"{folder}: {key} is not that of {folders[0]}: {config.get(key)}, not "
                                 f"{configs[0].get(key)}")
-    first = summaries[0]
+    first, problem = summaries[0], problem_of(summaries[0])
     if first["mode"] == "distil":
         # Its models by their recorded names; scratch is the baseline, which a run may have left out.
         names = [name for name in ("teacher", "student", "scratch") if name in first]
-        rows = [row(name, list(map(itemgetter(name), summaries))) for name in names]
+        rows = [row(name, list(map(itemgetter(name), summaries)), problem) for name in names]
     else:
-        rows = [row(first.get("method", first["mode"]), summaries)]
+        rows = [row(first.get("method", first["mode"]), summaries, problem)]
     train = {}
     for key in ("seconds", "peak_memory_bytes"):
         if key in first["train"]:
             train[key] = spread([summary["train"][key] for summary in summaries])
     validation = (first["teacher"] if first["mode"] == "distil" else first)["validation"]
+    # The model that always says the same has one score of classes, and several of other problems.
+    always = problem.baseline(validation)
+    if problem is SINGLE_LABEL:
+        always = {"majority_accuracy": {split: values["accuracy"] for split, values in always.items()}}
+    else:
+        always = {"problem": problem.name, "always_the_same": always}
     return {"collected": first["mode"], "command": commands[0], "seeds": seeds, **about(configs), "model": first["model"],
-            "task": first["task"], "rows": rows,
-            "majority_accuracy": {split: values["majority_accuracy"] for split, values in validation.items()},
-            "train": train}
+            "task": first["task"], "rows": rows, **always, "train": train}
 
 
 def about(configs: list[dict]) -> dict:

@@ -36,6 +36,7 @@ from benchmarks.page_format import (  # noqa: E402
 )
 from experiments.significance import paired_differences  # noqa: E402
 from experiments.steps import ABLATIONS, CHOSEN, steps  # noqa: E402
+from metrics.problems import PROBLEMS  # noqa: E402
 
 MARKED = re.compile(r"(<!-- ([\w-]+), by summarise\.py -->\n).*?(<!-- end of \2 -->\n)", re.DOTALL)
 UNITS = {"x": " ×", "%": " %", "s": " s", "MiB": " MiB"}
@@ -64,6 +65,12 @@ TRAININGS = (
 REVIEWS = ("mpnet_reviews", {"lora": "`LoRA` on MPNet, float32, rank 16"},
            "python run.py LoRA SR --model mpnet --task rotten_tomatoes --data ../shared/data/rotten_tomatoes --rank 16 "
            "--alpha 32 --precision fp32 --lr 3e-4 --epochs 1")
+# Tasks other than one of several classes: MiniLM's LoRA and its student. Result, label of each of its rows.
+OTHER_PROBLEMS = (
+    ("stsb_lora", {"lora": "STS-B, `LoRA`"}),
+    ("stsb_distil", {"student": "STS-B, student with KD", "scratch": "STS-B, baseline"}),
+    ("emotions_lora", {"lora": "GoEmotions, `LoRA`"}),
+    ("emotions_distil", {"student": "GoEmotions, student with KD", "scratch": "GoEmotions, baseline"}))
 IN_DETAIL = ("cola_lora_bf16",)  # trainings of docs/results.md that the README leaves out
 # The paper's comparisons and its sweep: step, label.
 STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tomatoes", "long": "MiniLM on movie_reviews",
@@ -136,6 +143,32 @@ def trainings(results: dict[str, dict], listed: Sequence[tuple[str, dict, str]],
                              f"`{with_precision(result['command'], label)}`" if first else ""])
     shown = [split.replace("_of_", "-of-").replace("_", "-") for split in splits]
     return table(["training", "seeds", "epoch", "trained parameters:", *shown, "command"], rows)
+
+
+def other_problems(results: dict[str, dict]) -> list[str]:
+    """Shows a regression of pairs and a multi-label task: scores of the best and the last epoch on the development file."""
+    rows, commands = [], []
+    for name, labels in OTHER_PROBLEMS:
+        result = results.get(name)
+        if result is None:
+            rows += [[label, NOT_RUN, "", "", ""] for label in labels.values()]
+            continue
+        problem, (split, always) = PROBLEMS[result["problem"]], next(iter(result["always_the_same"].items()))
+        commands.append(result["command"])
+        # Once for each task: the model that always says the same.
+        if "lora" in labels:
+            said = ", ".join(f"{heading} {always[key]:.3f}" for key, heading in problem.shown.items())
+            rows.append([labels["lora"].replace("`LoRA`", problem.baseline_name), "", "", said, ""])
+        for key, label in labels.items():
+            row = next(row for row in result["rows"] if row["name"] == key)
+            said = []
+            for which in ("best", "last"):
+                scores = row[which][split]
+                said.append(", ".join(f"{heading} {mean(scores[key])}" for key, heading in problem.shown.items()))
+            rows.append([label, seeds_of(result), f"{row['trainable']:,}", *said])
+    return [*table(["model", "seeds", "trained parameters:", "best epoch", "last epoch"], rows), "",
+            *(["```", *(line for command in commands for line in wrapped(command)), "```"] if commands else []),
+            *measured_on(results[name] for name, _ in OTHER_PROBLEMS if name in results)]
 
 
 def lora_minus_peft(results: dict[str, dict]) -> list[str]:
@@ -421,6 +454,7 @@ def architectures(results: dict[str, dict]) -> list[str]:
 
 
 SECTIONS = {"architectures": architectures, "summary": summary, "cola": cola, "mpnet-reviews": mpnet_reviews,
+            "other-problems": other_problems,
             "student": student, "speed": speed, "measurements": measurements, "reliability": reliability,
             "buzzer": buzzer, "serving": lambda results: of_program("serving", results),
             "ablations": ablations, "polarity": polarity, "methods": lambda results: comparison("methods", results),

@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from data import gguf, mpnet
@@ -252,7 +253,8 @@ def classifier_on_meta(config) -> PreTrainedModel:
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"--model: a {config.model_type} model; transformers has no text classifier of that kind")
     try:
-        with torch.device("meta"):
+        # Tensors without values need no random ones: sampling them would take longer than all the rest.
+        with torch.device("meta"), no_init_weights():
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except Exception as error:  # a library that it needs next to transformers, or sizes that do not go together
         reason = " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,6 +1,7 @@
 """The command line: help at once, and every bad input is one line on stderr, status 2 and nothing written."""
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import toy
+import warm
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -328,8 +330,9 @@ def test_a_run_without_streams_ends_well(work, tmp_path):
 
 
 def test_a_closed_standard_input_is_an_empty_one(work):
-    command = f"$RUN predict {work / 'run'} --file - --format text"
-    closed, empty = (shell(f"{command} {stream}") for stream in ("<&-", "</dev/null"))
+    arguments = f"predict {work / 'run'} --file - --format text"
+    closed = shell(f"$RUN {arguments} <&-")
+    empty = shell(f"{shlex.join(warm.command())} {arguments} </dev/null")
     assert (closed.returncode, closed.stdout, closed.stderr) == (empty.returncode, empty.stdout, empty.stderr)
     assert b"Traceback" not in closed.stderr
 

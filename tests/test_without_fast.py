@@ -3,11 +3,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import toy
+import warm
 
 ROOT = Path(__file__).parents[1]
 CODE = ("run.py", "train_utils.py", "speed.py", "model.py", "layers.py", "sampling.py", "data_utils.py", "experiments",
@@ -16,7 +16,9 @@ CODE = ("run.py", "train_utils.py", "speed.py", "model.py", "layers.py", "sampli
 # The whole main path in one process, as a user would start it mode by mode.
 MAIN_PATH = """
 import contextlib, io, json, sys
-sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+# No other tree, whose fast/ or tests/fast/ would be found.
+sys.path = [sys.argv[1], *(folder for folder in sys.path if not Path(folder, "fast").exists())]
 import run
 model, cola, out = sys.argv[2:5]
 
@@ -37,7 +39,6 @@ for name in ("lora", "distil"):
 texts = call("gen", "12345", "--model", model, "--prompt", "the cat", "--num-samples", "3", "--max-new-tokens", "8")
 
 from experiments import evaluate
-from pathlib import Path
 logits = {name: evaluate.score_rows(Path(out) / name, Path(cola) / "in_domain_dev.tsv").logits.tolist()
           for name in ("lora", "distil")}
 print(json.dumps({"said": said, "texts": texts, "logits": logits,
@@ -47,8 +48,9 @@ print(json.dumps({"said": said, "texts": texts, "logits": logits,
 
 def main_path(tree: Path, model: Path, cola: Path, out: Path) -> dict:
     out.mkdir()
-    done = subprocess.run([sys.executable, "-c", MAIN_PATH, str(tree), str(model), str(cola), str(out)], cwd=out, text=True,
-                          capture_output=True, env={**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"})
+    words = [*warm.command(hub=True), "-c", MAIN_PATH, *map(str, (tree, model, cola, out))]
+    done = subprocess.run(words, cwd=out, text=True, capture_output=True,
+                          env={**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

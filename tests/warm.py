@@ -8,7 +8,7 @@ its signals too, and ends as the child ends. If the command is killed, the serve
 """
 from __future__ import annotations
 
-import atexit
+import fcntl
 import json
 import os
 import resource
@@ -19,27 +19,41 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import uuid
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"nofile": resource.RLIMIT_NOFILE, "fsize": resource.RLIMIT_FSIZE}
 MESSAGE = 1 << 20  # more bytes than a request has
+# The CODE that runs a Python file as a program: `-c`, this, the file and its arguments.
+AS_A_PROGRAM = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 @cache
 def command(hub: bool = False) -> list[str]:
-    """Starts a server, once in this process, and returns the words before run.py's arguments.
+    """Starts a server, once for all workers of the tests, and returns the words before run.py's arguments.
 
     Args:
         hub: the children read the Hub's variables (HF_...) themselves, because the server has not imported its libraries.
     """
-    address = os.path.join(tempfile.mkdtemp(prefix="warm-"), "socket")
-    server = subprocess.Popen([sys.executable, __file__, "--serve", address, *(["hub"] if hub else [])],
-                              stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    atexit.register(server.kill)
-    assert server.stdout.readline() == b"ready\n"
-    return [sys.executable, __file__, address]
+    # The workers of one pytest-xdist have a name in common, and one parent, with which the server ends.
+    run, owner = os.environ.get("PYTEST_XDIST_TESTRUNUID"), os.getppid()
+    if run is None:
+        run, owner = uuid.uuid4().hex, os.getpid()
+    address = Path(tempfile.gettempdir(), f"warm-{run[:16]}-{'hub' if hub else 'run'}")
+    with open(f"{address}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not address.exists():
+            server = subprocess.Popen([sys.executable, __file__, "--serve", address, str(owner), *(["hub"] if hub else [])],
+                                      stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            assert server.stdout.readline() == b"ready\n"
+    return [sys.executable, __file__, str(address)]
+
+
+def of_file(path: Path, *arguments) -> list[str]:
+    """Returns the words that run a Python file as a program."""
+    return [*command(), "-c", AS_A_PROGRAM, str(path), *map(str, arguments)]
 
 
 def program(folder: Path, hub: bool = False) -> Path:
@@ -73,8 +87,8 @@ def ask(address: str, argv: list[str]) -> None:
 
 # ---------------------------------------------------------------- the server
 
-def serve(address: str, hub: bool) -> None:
-    """Imports the libraries, then forks a child for each request until it is killed."""
+def serve(address: str, owner: int, hub: bool) -> None:
+    """Imports the libraries, then forks a child for each request until the process `owner` has ended."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     if hub:
         import matplotlib.pyplot  # noqa: F401
@@ -99,8 +113,8 @@ def serve(address: str, hub: bool) -> None:
         waiting.register(source, selectors.EVENT_READ)
     print("ready", flush=True)
     connections: dict[int, socket.socket] = {}  # of each child
-    while True:
-        for key, _ in waiting.select():
+    while exists(owner):
+        for key, _ in waiting.select(timeout=1):
             if key.fileobj is listening:
                 connection = listening.accept()[0]
                 child = start(connection)
@@ -116,6 +130,17 @@ def serve(address: str, hub: bool) -> None:
                 for child in list(connections):
                     if (done := os.waitpid(child, os.WNOHANG))[0]:
                         tell(connections.pop(child), os.waitstatus_to_exitcode(done[1]), waiting)
+    for name in (address, f"{address}.lock"):
+        os.unlink(name)
+
+
+def exists(process: int) -> bool:
+    """Returns whether a process runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def tell(connection: socket.socket, status: int, waiting: selectors.BaseSelector) -> None:
@@ -188,6 +213,6 @@ def call(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        serve(sys.argv[2], hub=sys.argv[3:] == ["hub"])
+        serve(sys.argv[2], int(sys.argv[3]), hub=sys.argv[4:] == ["hub"])
     else:
         ask(sys.argv[1], sys.argv[2:])

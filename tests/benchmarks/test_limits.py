@@ -2,12 +2,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import toy
+import warm
 
 import train_utils
 from machine import hardware
@@ -16,7 +16,7 @@ from report import figures
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "limits.py")], capture_output=True, text=True,
+    done = subprocess.run(warm.of_file(Path(__file__).parents[1] / "limits.py"), capture_output=True, text=True,
                           timeout=300, env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("limits"))})
     assert done.stdout.startswith("{"), done.stderr
     return json.loads(done.stdout)

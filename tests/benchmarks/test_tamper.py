@@ -10,7 +10,7 @@ from machine.errors import UserError
 from record import files
 from report import figures
 
-FLIPS = 10
+FLIPS = 4
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,9 @@ def test_the_training_file_is_refused_whatever_its_name(work, distilled_run, tmp
         assert err.startswith(f"run.py: {data}: {work / run} was trained on this file")
         assert "--allow-training-data scores it all the same" in err and not (tmp_path / "out").exists()
         assert (f"(as {work / 'cola' / 'in_domain_train.tsv'}: the same SHA-256)" in err) == (data == copy)
+        # A diagnosis takes seconds: of the copy alone.
+        if command == "diagnose" and data != copy:
+            continue
         assert not toy.main(*words, "--allow-training-data", "--json")
         out, err = capsys.readouterr()
         assert f"warning: TRAINING DATA: {data}: {work / run} was trained on this file" in err

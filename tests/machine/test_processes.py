@@ -2,11 +2,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from data_utils import collate, split_large
@@ -63,7 +63,7 @@ def work(tmp_path_factory):
 def found(work):
     """What the runs of two_processes.py left."""
     environment = {key: value for key, value in os.environ.items() if key not in processes.LAUNCHED}
-    done = subprocess.run([sys.executable, DRIVER, work], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(warm.of_file(DRIVER, work), capture_output=True, text=True, timeout=300, env=environment)
     assert done.stdout.startswith("{"), done.stderr
     return json.loads(done.stdout)
 
