@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 def separator_of(tokenizer) -> str:
@@ -22,6 +23,11 @@ def separator_of(tokenizer) -> str:
 def read_pairs(tokenizer) -> None:
     """Marks a tokenizer as one that reads pairs."""
     tokenizer.pair_separator = separator_of(tokenizer)
+
+
+def read_single_texts(tokenizer) -> None:
+    """Takes the mark of `read_pairs` away."""
+    tokenizer.pair_separator = None
 
 
 def reads_pairs(tokenizer) -> bool:
@@ -68,17 +74,17 @@ def token_types(input_ids: Tensor, separator: int) -> Tensor:
     return (marks.cumsum(1) - marks).clamp(max=1)
 
 
-def add_token_types(net: nn.Module, tokenizer) -> bool:
-    """Gives the embeddings of a backbone the token types of pairs; returns whether it has any.
+def add_token_types(net: nn.Module, tokenizer) -> RemovableHandle | None:
+    """Gives the embeddings of a backbone the token types of pairs; None if it has no such types.
 
-    A hook on the embeddings serves every way through the model, and is traced with it.
+    A hook on the embeddings serves every way through the model, and is traced with it. The handle takes it away.
     """
     types = getattr(net.config, "type_vocab_size", 0) or 0
     module = next((module for name, module in net.named_modules() if name.endswith("embeddings")
                    and hasattr(module, "token_type_embeddings")), None)
     # RoBERTa has one type, and its separator comes twice.
     if types < 2 or module is None or "token_type_ids" not in tokenizer.model_input_names:
-        return False
+        return None
     separator = tokenizer.sep_token_id
 
     def fill(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -87,5 +93,4 @@ def add_token_types(net: nn.Module, tokenizer) -> bool:
             kwargs = {**kwargs, "token_type_ids": token_types(ids, separator)}
         return args, kwargs
 
-    module.register_forward_pre_hook(fill, with_kwargs=True)
-    return True
+    return module.register_forward_pre_hook(fill, with_kwargs=True)

@@ -56,6 +56,9 @@ def calibrate_run(folder: Path, data: Path | None = None, least_precision: float
         names = read_json(folder / "config.json").get("class_names", scored.classes)
         if positive in names:
             positive = scored.classes[names.index(positive)]
+        if positive is not None and positive not in scored.classes:
+            expected = scored.classes if list(names) == list(scored.classes) else [*scored.classes, *names]
+            raise UserError(f"--positive {positive}: no class of the run; expected one of {', '.join(expected)}")
         found |= threshold_of(logits / temperature, labels, scored.classes, least_precision, positive)
         found["positive_name"] = names[found["positive"]]
     elif least_precision is not None or positive is not None:
@@ -87,10 +90,8 @@ def threshold_of(logits: np.ndarray, labels: np.ndarray, classes: list[str], lea
         logits: (N, 2), calibrated.
 
     Raises:
-        UserError: an unknown class, or a precision that no threshold reaches.
+        UserError: a precision that no threshold reaches.
     """
-    if positive is not None and positive not in classes:
-        raise UserError(f"--positive {positive}: no class of the run; expected one of {', '.join(classes)}")
     index = 1 if positive is None else list(classes).index(positive)
     truth, probabilities = labels == index, softmax(logits, -1)[:, index]
     # Counts at every threshold that changes a decision, the highest first; float64 for their products.

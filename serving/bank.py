@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import speed
 from adapters.mixed import MixedHead, MixedLinear, Routing
 from adapters.peft_layout import WEIGHTS_FILE, Adapter, read_adapter
 from data.backbones import load_config, load_tokenizer, max_length_of
 from data.digests import config_digest, tokenizer_digest
-from data.segments import add_token_types, read_pairs
+from data.segments import add_token_types, read_pairs, read_single_texts
 from machine.errors import UserError
 from machine.hardware import device
 from model import TextClassifier, load_classifier
@@ -75,7 +76,9 @@ class AdapterBank:
         self.net, self.routing = classifier.net, Routing()
         self.entries: dict[str, LoadedAdapter] = {}
         self.calibrated = False
-        self.pairs: bool | None = None  # whether the texts are pairs: the base's token types are those of all adapters
+        # Whether the texts are pairs, with the hook that adds their token types: those of the base are all adapters'.
+        self.pairs: bool | None = None
+        self.token_types: RemovableHandle | None = None
         labels = self.net.config.id2label
         # The tokenizer's limit alone may be beyond the model's positions, or none at all.
         self.own = Reading(tuple(str(labels[label]) for label in range(self.net.config.num_labels)),
@@ -159,7 +162,7 @@ class AdapterBank:
         self.add(name, adapter, Reading.of(config, calibration_of(folder, self.calibrated)), file, summary.get("task"))
         if pairs and not self.pairs:
             read_pairs(self.tokenizer)
-            add_token_types(self.net, self.tokenizer)
+            self.token_types = add_token_types(self.net, self.tokenizer)
         self.pairs = pairs
 
     def add(self, name: str, adapter: Adapter, reading: Reading, file: Path | None = None, task: str | None = None
@@ -231,6 +234,13 @@ class AdapterBank:
             if isinstance(module, MixedLinear | MixedHead):
                 module.pool.release(slot)
         del self.entries[name]
+        # Without an adapter, the next one may read texts of the other kind.
+        if not self.entries and self.pairs:
+            read_single_texts(self.tokenizer)
+            if self.token_types is not None:
+                self.token_types.remove()
+        if not self.entries:
+            self.pairs = self.token_types = None
 
     def entry(self, name: str) -> LoadedAdapter:
         """Returns the adapter of that name.

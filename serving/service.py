@@ -20,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from data.segments import reads_pairs
 from machine.errors import UserError
 from metrics.problems import recorded_problem
 from serving.bank import NAME, AdapterBank, LoadedAdapter
@@ -221,9 +222,9 @@ def _add_classification(app: FastAPI, worker: Worker, limits: Limits, metrics: M
         return json_response({**asked, "results": results})
 
 
-def _listed_adapter(name: str, entry: LoadedAdapter) -> dict:
+def _listed_adapter(name: str, entry: LoadedAdapter, tokenizer) -> dict:
     return {"name": name, "task": entry.task, "classes": entry.reading.classes, "class_names": entry.reading.names,
-            "parameters": entry.parameters, **recorded_problem(entry.reading.problem)}
+            "parameters": entry.parameters, "pairs": reads_pairs(tokenizer), **recorded_problem(entry.reading.problem)}
 
 
 def _listed_student(name: str, student: Student, adapters: dict[str, LoadedAdapter]) -> dict:
@@ -231,7 +232,8 @@ def _listed_student(name: str, student: Student, adapters: dict[str, LoadedAdapt
     teachers = [other for other, entry in adapters.items() if entry.sha256 in student.teacher_sha256]
     parameters = sum(p.numel() for p in student.model.parameters())
     return {"name": name, "task": student.task, "classes": student.reading.classes, "class_names": student.reading.names,
-            "parameters": parameters, "teacher": name if name in adapters else next(iter(teachers), None),
+            "parameters": parameters, "pairs": reads_pairs(student.tokenizer),
+            "teacher": name if name in adapters else next(iter(teachers), None),
             **recorded_problem(student.reading.problem)}
 
 
@@ -250,7 +252,7 @@ def _add_adapters(app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics
         entries = dict(worker.adapters)
         return json_response({
             "base": worker.bank.model if worker.bank else None,
-            "adapters": [_listed_adapter(name, entry) for name, entry in entries.items()],
+            "adapters": [_listed_adapter(name, entry, worker.bank.tokenizer) for name, entry in entries.items()],
             "students": [_listed_student(name, student, entries) for name, student in worker.students.items()]})
 
     @app.post("/v1/adapters", status_code=201, responses=_errors(403, 404, 409))

@@ -4,7 +4,7 @@
 const MOST_TEXTS = 64, MOST_CHARACTERS = 200000;  // of a request: far below the service's limits
 const KINDS = ["teacher", "student"];
 const element = id => document.getElementById(id);
-const tasks = new Map();  // name -> {teacher, student}, either may be missing
+const tasks = new Map();  // name -> {teacher, student, pairs}, either model may be missing; pairs: a text is two texts
 const shownNames = new Map();  // model's name -> Map from a class to the name that is shown
 let current = null;  // the AbortController of the question under way
 
@@ -31,28 +31,39 @@ async function listTasks() {
   const {adapters, students} = await call("/v1/adapters");
   const chosen = element("task").value;
   tasks.clear();
-  for (const {name} of adapters) tasks.set(name, {teacher: name});
-  for (const {name, teacher} of students) {
+  for (const {name, pairs} of adapters) tasks.set(name, {teacher: name, pairs});
+  for (const {name, teacher, pairs} of students) {
     const task = teacher === null ? name : teacher;
-    tasks.set(task, {...tasks.get(task), student: name});
+    tasks.set(task, {...tasks.get(task), student: name, pairs});
   }
   for (const {name, classes, class_names: names} of [...adapters, ...students]) {
     shownNames.set(name, new Map(classes.map((label, place) => [label, names?.[place] ?? label])));
   }
   element("task").replaceChildren(...[...tasks.keys()].map(name => new Option(name, name)));
   if (tasks.has(chosen)) element("task").value = chosen;
+  showFields();
 }
+
+// The second text has a field where the chosen task is one of pairs.
+const readsPairs = () => Boolean(tasks.get(element("task").value)?.pairs);
+function showFields() {
+  element("pair").hidden = !readsPairs();
+  document.querySelector("label[for=text]").textContent = readsPairs() ? "First text" : "Text";
+}
+
+// A text as the service takes it: the two of a pair have a tab between them, and none within the first.
+const sent = ({text, second}) => second === undefined ? text : `${text.replaceAll("\t", " ")}\t${second}`;
 
 // Groups of items that fit into one request each.
 function* requests(items) {
   let group = [], characters = 0;
   for (const item of items) {
-    if (group.length === MOST_TEXTS || group.length && characters + item.text.length > MOST_CHARACTERS) {
+    if (group.length === MOST_TEXTS || group.length && characters + sent(item).length > MOST_CHARACTERS) {
       yield group;
       [group, characters] = [[], 0];
     }
     group.push(item);
-    characters += item.text.length;
+    characters += sent(item).length;
   }
   yield group;
 }
@@ -62,7 +73,7 @@ async function classify(kind, name, items, signal, progress) {
   const results = [], start = performance.now();
   for (const group of requests(items)) {
     try {
-      const body = {[kind === "teacher" ? "adapter" : "student"]: name, texts: group.map(item => item.text)};
+      const body = {[kind === "teacher" ? "adapter" : "student"]: name, texts: group.map(sent)};
       results.push(...(await call("/v1/classify", body, signal)).results);
     } catch (error) {
       if (signal.aborted) throw error;
@@ -104,7 +115,7 @@ function clear() {
   current = null;
   for (const id of ["answers", "batch", ...KINDS]) element(id).hidden = true;
   for (const id of ["error", "status"]) element(id).textContent = "";
-  element("text").removeAttribute("aria-invalid");
+  for (const id of ["text", "second"]) element(id).removeAttribute("aria-invalid");
   element("ask").removeAttribute("aria-busy");
   URL.revokeObjectURL(element("download").href);
   element("download").removeAttribute("href");
@@ -135,10 +146,11 @@ function showAnswer(kind, {name, results: [result], milliseconds}) {
 
 // A batch as rows of strings, the first with the columns' names.
 function rowsOf(items, answers) {
-  const header = ["line", "text", ...Object.keys(answers).flatMap(kind => [kind, `${kind}'s probability`]), "note"];
-  return [header, ...items.map(({line, text}, place) => {
+  const second = items[0].second === undefined ? [] : ["second text"];
+  const header = ["line", "text", ...second, ...Object.keys(answers).flatMap(kind => [kind, `${kind}'s probability`]), "note"];
+  return [header, ...items.map((item, place) => {
     const results = Object.values(answers).map(answer => answer.results[place]);
-    return [String(line), text, ...results.flatMap(result => [verdict(result), result.probability?.toFixed(4) ?? ""]),
+    return [String(item.line), item.text, ...second.map(() => item.second), ...results.flatMap(result => [verdict(result), result.probability?.toFixed(4) ?? ""]),
       [...new Set(results.flatMap(notes))].join(" ")];
   })];
 }
@@ -150,7 +162,7 @@ function showBatch(rows) {
     const made = make("tr", "", "");
     made.append(...cells.map((cell, column) => {
       const isNumber = header[column] === "line" || header[column].endsWith("probability");
-      const made = make(tag, header[column] === "text" ? "text" : isNumber ? "number" : "", cell);
+      const made = make(tag, header[column].endsWith("text") ? "text" : isNumber ? "number" : "", cell);
       if (tag === "th") made.scope = "col";
       if (note && header[column] === "text") made.append(make("div", "mark", note));
       return made;
@@ -171,20 +183,27 @@ function csv(rows) {
 
 // ---------------------------------------------------------------- a question
 
-// The texts to classify: the whole of the field, or each line that is not blank with its number.
+// The texts to classify: the whole of the field, or each line that is not blank with its number. Of pairs, line by line.
 function items() {
-  const text = element("text").value;
-  const found = element("lines").checked ? text.split(/\r?\n/).map((line, place) => ({line: place + 1, text: line})) : [{text}];
-  return found.filter(item => item.text.trim());
+  const parts = id => element("lines").checked ? element(id).value.split(/\r?\n/) : [element(id).value];
+  const first = parts("text"), second = readsPairs() ? parts("second") : [];
+  const count = Math.max(first.length, second.length);
+  const found = Array.from({length: count}, (_, place) => ({line: element("lines").checked ? place + 1 : undefined,
+    text: first[place] ?? "", second: readsPairs() ? second[place] ?? "" : undefined}));
+  return found.filter(item => item.text.trim() || item.second?.trim());
 }
 
 async function ask(event) {
   event.preventDefault();
   clear();
   const asked = items(), batch = element("lines").checked;
-  if (!asked.length) {
-    fail(new Error("The text is empty."));
-    return element("text").setAttribute("aria-invalid", "true");
+  // Half of a pair would be answered too.
+  for (const [id, part, words] of [["text", "text", "text"], ["second", "second", "second text"]]) {
+    const lacking = asked.find(item => item[part] !== undefined && !item[part].trim());
+    if (lacking || !asked.length) {
+      fail(new Error(lacking?.line ? `Line ${lacking.line}: the ${words} is empty.` : `The ${words} is empty.`));
+      return element(id).setAttribute("aria-invalid", "true");
+    }
   }
   const {signal} = current = new AbortController();
   element("ask").setAttribute("aria-busy", "true");  // not disabled: a disabled button loses the focus
@@ -198,7 +217,7 @@ async function ask(event) {
         element("status").textContent = batch ? `${kind}: ${done} of ${asked.length} lines` : "";
       });
       if (!batch) showAnswer(kind, answers[kind]);
-      element("asked").textContent = asked[0].text;
+      element("asked").textContent = [asked[0].text, asked[0].second].filter(text => text !== undefined).join("\n");
       element("answers").hidden = batch;
     }
     if (batch) showBatch(rowsOf(asked, answers));
@@ -214,8 +233,11 @@ async function ask(event) {
 
 element("question").addEventListener("submit", ask);
 element("task").addEventListener("change", clear);
+element("task").addEventListener("change", showFields);
 element("lines").addEventListener("change", clear);
-element("text").addEventListener("keydown", event => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element("question").requestSubmit();
-});
+for (const id of ["text", "second"]) {
+  element(id).addEventListener("keydown", event => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element("question").requestSubmit();
+  });
+}
 listTasks().catch(fail);

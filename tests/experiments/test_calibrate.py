@@ -64,12 +64,10 @@ def test_a_precision_is_reached_with_the_highest_recall(least):
     assert found["recall"] == pytest.approx(max(others))
 
 
-def test_a_precision_out_of_reach_and_an_unknown_class_are_one_line():
+def test_a_precision_out_of_reach_is_one_line():
     logits, labels = rows()
     with pytest.raises(UserError, match="no threshold reaches it for yes .the highest precision is 0."):
         threshold_of(-logits, labels, CLASSES, 0.999, None)
-    with pytest.raises(UserError, match="--positive maybe: no class of the run; expected one of no, yes"):
-        threshold_of(logits, labels, CLASSES, None, "maybe")
 
 
 def test_no_row_is_scaled_by_a_temperature_that_saw_its_label():
@@ -205,7 +203,7 @@ def test_a_missing_or_damaged_calibration_is_one_line(calibrated, tmp_path, caps
 
 @pytest.mark.parametrize("words, says", [
     (("calibrate", "lora", "--least-precision", "0"), "expected a number above 0, up to 1"),
-    (("calibrate", "lora", "--positive", "maybe"), "no class of the run; expected one of 0, 1"),
+    (("calibrate", "lora", "--positive", "maybe"), "no class of the run; expected one of 0, 1, unacceptable, acceptable"),
     (("predict", "distil", "a", "--control", "--calibrated"), "calibration.json is the student's; leave out --control"),
     (("export", "distil", "--out", "new", "--control", "--calibrated"), "is the student's; leave out --control"),
     (("predict", "lora", "a", "--at-least", "1.5"), "expected a number from 0 to 1")])

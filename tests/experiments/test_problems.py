@@ -14,6 +14,7 @@ from data.splits import Split
 from distillation import sentences
 from experiments import compare, variants
 from experiments.predict import RunPredictor
+from machine.errors import UserError
 from record.files import read_json
 from serving import export
 from serving.bank import AdapterBank
@@ -116,6 +117,25 @@ def test_a_bank_answers_as_the_run_and_refuses_one_text_beside_pairs(place, name
     assert found["label"] == expected["label"] or float(found["label"]) == pytest.approx(float(expected["label"]), abs=1e-3)
     if name == "numbers":
         assert "expected two of them" in str(bank.classify([("own", "a red cat")])[0])
+
+
+def test_an_adapter_of_one_text_follows_the_last_one_of_pairs_and_none_stands_beside_it(place, tmp_path):
+    toy.write_cola(tmp_path / "cola")
+    assert toy.main("LoRA", "12345", "--model", place / "bert", "--data", tmp_path / "cola", "--epochs", 1, "--lr", 0.01,
+                    "--no-plots", "--out", tmp_path / "one") == 0
+    (expected,) = RunPredictor(tmp_path / "one").classify([("a red cat", [])])
+    bank = AdapterBank.of({"pairs": place / "numbers"})
+    with pytest.raises(UserError, match="reads one text, and the adapters that are loaded read pairs"):
+        bank.add_run("one", tmp_path / "one")
+    bank.remove("pairs")
+    bank.add_run("one", tmp_path / "one")
+    (found,) = bank.classify([("one", "a red cat")])
+    assert found["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+    # And the other way round: the token types are back.
+    bank.remove("one")
+    bank.add_run("pairs", place / "numbers")
+    (expected,) = RunPredictor(place / "numbers").classify([(TEXTS["numbers"], [])])
+    assert bank.classify([("pairs", TEXTS["numbers"])])[0]["score"] == pytest.approx(expected["score"], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", RUNS)

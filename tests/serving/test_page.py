@@ -13,6 +13,7 @@ import toy
 from conftest import CONTEXT, adapted, fast_classifier, toy_net, write_tokenizer
 
 from adapters.peft_layout import read_adapter, save_adapter
+from data.segments import read_pairs
 from experiments.serve import listen
 from model import DistilRNN
 from options.schema import RNNConfig
@@ -31,7 +32,7 @@ KEY = "Control+Enter"
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory) -> Worker:
-    """Two adapters with random weights on a toy base, the first with a student."""
+    """Two adapters with random weights on a toy base, the first with a student, and a student that reads pairs."""
     folder = tmp_path_factory.mktemp("page")
     tokenizer = write_tokenizer(folder)
     bank = AdapterBank(fast_classifier(toy_net("gpt2", vocab_size=len(tokenizer))), tokenizer, "toy")
@@ -41,7 +42,11 @@ def worker(tmp_path_factory) -> Worker:
     torch.manual_seed(0)
     student = DistilRNN(RNNConfig(vocab_size=len(tokenizer), embedding_size=8, hidden_size=8)).eval()
     teacher = frozenset({bank.entries["cola"].sha256})
-    return Worker(bank, {"small": Student(student.requires_grad_(False), tokenizer, READING, "cola", teacher)})
+    student.requires_grad_(False)
+    (folder / "pairs").mkdir()
+    read_pairs(of_pairs := write_tokenizer(folder / "pairs"))
+    return Worker(bank, {"small": Student(student, tokenizer, READING, "cola", teacher),
+                         "alike": Student(student, of_pairs, READING, "csv", frozenset())})
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +271,44 @@ def test_a_batch_of_lines_is_a_table_and_a_file(page, worker):
     cells = "rows => rows.map(row => [...row.cells].map(cell => cell.firstChild.data))"
     assert page.eval_on_selector_all("tbody tr", cells) == [row[:-1] for row in rows]
     assert page.locator("tbody .mark").all_inner_texts() == [row[6] for row in rows if row[6]]
+
+
+def test_a_task_of_pairs_has_a_field_for_each_text(page, worker):
+    assert page.is_hidden("#second")
+    page.select_option("#task", "alike")
+    page.focus("#text")
+    page.keyboard.type("the cat")
+    page.keyboard.press("Tab")
+    assert has_focus(page) == "second"
+    # Half of a pair is an error, and its field is marked.
+    page.keyboard.press(KEY)
+    assert page.inner_text("#error") == "The second text is empty."
+    assert page.get_attribute("#second", "aria-invalid") == "true" and page.is_hidden("#answers")
+    page.keyboard.type("sat")
+    page.keyboard.press(KEY)
+    page.locator("#student .verdict").wait_for()
+    alone = worker.students["alike"].classify(["the cat\tsat"])[0]
+    shown = page.eval_on_selector_all("#student meter", "meters => meters.map(meter => meter.value)")
+    assert shown == pytest.approx(list(alone["probabilities"].values()), abs=1e-5)
+    assert page.inner_text("#asked") == "the cat\nsat" and page.inner_text("label[for=text]") == "First text"
+
+    # Line by line, with a column for each text; a tab within the first text does not end it.
+    page.check("#lines")
+    page.fill("#text", "the cat\n\nthe\tmat")
+    page.fill("#second", "sat\n\nred")
+    page.press("#second", KEY)
+    page.locator("tbody tr:nth-child(2)").wait_for()
+    header, *rows = page.eval_on_selector_all("tr", "rows => rows.map(row => [...row.cells].map(cell => cell.innerText))")
+    assert header == ["line", "text", "second text", "student", "student's probability"]
+    alone = worker.students["alike"].classify(["the cat\tsat", "the mat\tred"])
+    assert [row[:4] for row in rows] == [["1", "the cat", "sat", alone[0]["label"]],
+                                         ["3", "the mat", "red", alone[1]["label"]]]
+    page.fill("#second", "sat\nred")
+    page.press("#second", KEY)
+    page.wait_for_selector("#error:not(:empty)")
+    assert page.inner_text("#error") == "Line 2: the text is empty."
+    page.select_option("#task", "cola")
+    assert page.is_hidden("#second") and page.inner_text("label[for=text]") == "Text" and page.trouble == []
 
 
 def test_an_error_of_a_batch_names_its_line(page):
