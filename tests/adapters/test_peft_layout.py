@@ -8,11 +8,20 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, adapted, fast_classifier, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net
+from conftest import ARCHITECTURES, VOCAB, adapted, gpt2_lm, logits_of, randomize_B, toy_batch, toy_net
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
+from peft_toys import (
+    HEADS,
+    VARIANTS,
+    base_logits,
+    fine_tuned,
+    head_weights,
+    refused_unchanged,
+    with_other_head,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from adapters.peft_kinds import IGNORED, READ, UNSUPPORTED
 from adapters.peft_layout import (
@@ -21,62 +30,16 @@ from adapters.peft_layout import (
     base_of,
     load_adapter,
     load_tensors,
-    merge_adapter,
     save_adapter,
     start_from,
 )
 from data.architectures import misread_by_peft
 from fast.installation import install
 from machine.errors import UserError
-from model import LoRAOptions, TextClassifier, inject_lora, load_classifier, lora_layers
+from model import LoRAOptions, load_classifier, lora_layers
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
     "FutureWarning:transformers", "UserWarning:peft", "peft.utils.warning.PeftWarning")]
-HEADS = {"gpt2": ["score"], "llama": ["score"], "bert": ["classifier"], "distilbert": ["pre_classifier", "classifier"],
-         "mpnet": ["classifier"]}
-VARIANTS = [(a, {}) for a in ARCHITECTURES] + [
-    ("gpt2", {"targets": ("q", "v")}), ("gpt2", {"targets": ("q", "v", "mlp"), "rslora": True}),
-    ("gpt2", {"targets": ("k", "c_fc"), "layers": "1"}), ("llama", {"rslora": True, "targets": ("q", "v", "down_proj")}),
-    ("gpt2", {"targets": ("q", "v"), "rank": 20, "alpha": 3.0})]
-
-
-def fine_tuned(architecture: str, **options) -> TextClassifier:
-    """As after training: B and head are not what they began as, and the logits show it."""
-    classifier = adapted(architecture, **options)
-    randomize_heads(classifier.net)
-    assert not torch.allclose(logits_of(classifier), base_logits(architecture), atol=1e-2)
-    with torch.no_grad():  # the adapter shows on its own as well, not through the head alone
-        with_adapter = logits_of(classifier)
-        kept = [layer.lora_B.clone() for layer in lora_layers(classifier.net).values()]
-        for layer in lora_layers(classifier.net).values():
-            layer.lora_B.zero_()
-        assert not torch.allclose(logits_of(classifier), with_adapter, atol=1e-2)
-        for layer, B in zip(lora_layers(classifier.net).values(), kept, strict=True):
-            layer.lora_B.copy_(B)
-    return classifier
-
-
-def randomize_heads(net: nn.Module) -> None:
-    for weight in head_weights(net).values():
-        nn.init.normal_(weight, std=0.3)
-
-
-def head_weights(net) -> dict[str, torch.Tensor]:
-    """The matrices of the head by name."""
-    return {name: p for name, p in net.named_parameters()
-            if name.startswith(tuple(HEADS[net.config.model_type])) and p.ndim > 1}
-
-
-def base_logits(architecture: str) -> torch.Tensor:
-    return logits_of(fast_classifier(toy_net(architecture)))
-
-
-def with_other_head(architecture: str) -> TextClassifier:
-    """The same frozen backbone under a head of another seed: what a second process starts from."""
-    classifier = fast_classifier(toy_net(architecture)).eval()
-    torch.manual_seed(99)
-    randomize_heads(classifier.net)
-    return classifier
 
 
 # ---------------------------------------------------------------- invariants 6 and 7
@@ -274,53 +237,7 @@ def test_layers_that_peft_takes_for_experts_are_named(names, misread):
     assert misread_by_peft("deepseek_v3", names) == misread
 
 
-def test_a_language_model_takes_a_classifiers_adapter_without_its_head(tmp_path):
-    lm = gpt2_lm()
-    classifier = TextClassifier.from_causal_lm(lm, 2)
-    torch.manual_seed(4)
-    inject_lora(classifier.net, LoRAOptions(rank=4))
-    randomize_B(classifier.net)
-    save_adapter(classifier, tmp_path, "the-base")
-    ids = toy_batch()[0]
-    plain = gpt2_lm()
-    with torch.no_grad():
-        base = plain(ids).logits
-        load_adapter(plain, tmp_path, head=False)
-        assert not torch.allclose(plain.eval()(ids).logits, base, atol=1e-3)
-        assert torch.equal(plain(ids).logits, lm.eval()(ids).logits)  # lm shares the adapted backbone
-
-
-def test_a_causal_language_models_adapter_saved_by_peft_loads_here(tmp_path):
-    model = peft.get_peft_model(gpt2_lm(), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"],
-                                                           fan_in_fan_out=True))
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.2)
-    model.save_pretrained(tmp_path)
-    ids, plain = toy_batch()[0], gpt2_lm()
-    with torch.no_grad():
-        expected, base = model.eval()(ids).logits, plain(ids).logits
-        load_adapter(plain, tmp_path, head=False)
-        assert not torch.allclose(expected, base, atol=1e-3)
-        torch.testing.assert_close(plain.eval()(ids).logits, expected, atol=1e-5, rtol=0)
-
-
 # ---------------------------------------------------------------- what is refused
-
-def refused_unchanged(net, folder, match: str, head: bool = True) -> None:
-    """`load_adapter` raises one line and leaves modules, values and gradient marks as they were."""
-    def snapshot():
-        return {name: (type(m), m.training) for name, m in net.named_modules()}, {
-            name: (p.requires_grad, p.clone()) for name, p in net.named_parameters()}
-
-    modules, values = snapshot()
-    with pytest.raises(UserError, match=match) as error:
-        load_adapter(net, folder, head)
-    assert "\n" not in str(error.value) and str(folder) in str(error.value)
-    assert snapshot()[0] == modules
-    for name, (grad, value) in snapshot()[1].items():
-        assert grad == values[name][0] and torch.equal(value, values[name][1]), name
-
 
 @pytest.fixture
 def saved(tmp_path):
@@ -359,80 +276,6 @@ def test_a_missing_file_or_a_folder_in_its_place_is_refused(saved, file, match):
 def test_a_malformed_configuration_is_refused(saved, text):
     (saved / CONFIG_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     refused_unchanged(toy_net("gpt2"), saved, CONFIG_FILE)
-
-
-# ---------------------------------------------------------------- language models whose output layer shares a weight
-
-def language_model(architecture: str):
-    """A language model with a shared embedding (GPT-2) or without one (Llama)."""
-    torch.manual_seed(0)
-    config = toy_net(architecture).config
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def save_language_model(folder, architecture: str, std: float = 0.2, **config) -> torch.Tensor:
-    """Saves an adapter of PEFT's with random values everywhere that it trains; returns its logits."""
-    layers = {"gpt2": ["c_attn"], "llama": ["q_proj"]}[architecture]
-    model = peft.get_peft_model(language_model(architecture), peft.LoraConfig(
-        task_type="CAUSAL_LM", **{"r": 4, "target_modules": layers, **config}))
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                p.normal_(std=std)
-    model.save_pretrained(folder)
-    with torch.no_grad():
-        return model.eval()(toy_batch()[0]).logits
-
-
-NAMES = {"gpt2": ("wte", "c_attn"), "llama": ("embed_tokens", "q_proj")}
-
-
-@pytest.mark.parametrize("architecture", NAMES)
-@pytest.mark.parametrize("config", [
-    lambda embedding, layer: {"modules_to_save": ["lm_head"]}, lambda embedding, layer: {"modules_to_save": [embedding]},
-    lambda embedding, layer: {"modules_to_save": [embedding, "lm_head"]},
-    lambda embedding, layer: {"modules_to_save": [embedding], "ensure_weight_tying": True},
-    lambda embedding, layer: {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
-    lambda embedding, layer: {"target_modules": ["lm_head", layer]},
-    lambda embedding, layer: {"target_modules": ["lm_head", layer], "modules_to_save": [embedding]}])
-def test_output_layers_and_embeddings_of_pefts_adapters_compute_as_in_peft(tmp_path, architecture, config):
-    options = config(*NAMES[architecture])
-    expected = save_language_model(tmp_path, architecture, **options)
-    lm, ids = language_model(architecture), toy_batch()[0]
-    with torch.no_grad():
-        assert not torch.allclose(lm(ids).logits, expected, atol=1e-2)
-        load_adapter(lm, tmp_path, head=False)
-        torch.testing.assert_close(lm.eval()(ids).logits, expected, atol=2e-5, rtol=0)
-        # A merge into the output layer leaves the embedding as it is.
-        merge_adapter(lm)
-        torch.testing.assert_close(lm(ids).logits, expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize("config, match", [
-    ({"modules_to_save": ["lm_head"]}, r"no classification head for this model \(score.weight is missing\)"),
-    ({"target_modules": ["lm_head"]}, "adapter for another base: lm_head does not exist")])
-def test_a_language_models_adapter_is_no_classifiers(tmp_path, config, match):
-    save_language_model(tmp_path, "gpt2", **config)
-    refused_unchanged(toy_net("gpt2"), tmp_path, match)
-
-
-def test_an_embedding_of_another_base_beside_an_adapted_output_layer_is_refused(tmp_path):
-    save_language_model(tmp_path, "gpt2", target_modules=["lm_head"])
-    other = language_model("gpt2")
-    with torch.no_grad():
-        other.lm_head.weight.mul_(2)
-    refused_unchanged(other, tmp_path, r"adapter for another base: lm_head.base_layer.weight is not", head=False)
-
-
-def test_an_embedding_that_was_saved_untrained_is_loaded_as_it_is(tmp_path):
-    save_language_model(tmp_path, "gpt2")
-    lm = language_model("gpt2")
-    key = "base_model.model.transformer.wte.weight"  # PEFT's save_embedding_layers
-    save_file({**load_file(tmp_path / WEIGHTS_FILE), key: lm.transformer.wte.weight.detach() * 2}, tmp_path / WEIGHTS_FILE)
-    load_adapter(lm, tmp_path, head=False)
-    assert lm.lm_head.weight is lm.transformer.wte.weight
-    assert torch.equal(lm.lm_head.weight, 2 * language_model("gpt2").lm_head.weight)
 
 
 # ---------------------------------------------------------------- names in the file
@@ -593,43 +436,3 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_tensors_are_read_back_exactly(tmp_path):
     save_file({"x": torch.arange(VOCAB)}, tmp_path / "t.safetensors")
     assert torch.equal(load_tensors(tmp_path / "t.safetensors")["x"], torch.arange(VOCAB))
-
-
-# ---------------------------------------------------------------- training goes on from a saved adapter
-
-@pytest.mark.parametrize("head", [True, False])
-@pytest.mark.parametrize("architecture, options", VARIANTS)
-def test_a_fresh_adapter_that_starts_from_a_saved_one_computes_the_same(tmp_path, architecture, options, head):
-    classifier = fine_tuned(architecture, **options)
-    save_adapter(classifier, tmp_path, "the-base")
-    again = with_other_head(architecture)
-    inject_lora(again.net, LoRAOptions(**{"rank": 4, "alpha": 6.0, **options}))
-    install(again)
-    own = {name: weight.clone() for name, weight in head_weights(again.net).items()}
-    start_from(again, tmp_path, head)
-    assert torch.equal(logits_of(again.eval()), logits_of(classifier)) == head
-    saved = {name: parameter for name, parameter in classifier.net.named_parameters() if ".lora_" in name}
-    found = dict(again.net.named_parameters())
-    assert saved and all(torch.equal(found[name], value) and found[name].requires_grad for name, value in saved.items())
-    assert head or all(torch.equal(weight, own[name]) for name, weight in head_weights(again.net).items())
-
-
-@pytest.mark.parametrize("options, said", [
-    ({"rank": 3, "alpha": 4.5}, "--rank"), ({"alpha": 3.0}, "--alpha"), ({"rslora": True}, "--rslora"),
-    ({"layers": "1"}, "--layers"), ({"targets": ("q", "v", "mlp", "o")}, "of other outputs"),
-    ({"targets": ("o",)}, "--targets")])
-def test_an_adapter_of_another_shape_is_no_beginning(tmp_path, options, said):
-    save_adapter(fine_tuned("gpt2"), tmp_path, "the-base")
-    fresh = adapted("gpt2", trained=False, **options)
-    with pytest.raises(UserError, match=f"^--init {tmp_path}: .*{said}"):
-        start_from(fresh, tmp_path, True)
-
-
-def test_updates_outside_the_adapted_slices_are_no_beginning(tmp_path):
-    """Of the same rank and shape: PEFT's adapter of the fused layer, where only q and v are adapted here."""
-    save_adapter(fine_tuned("gpt2", targets=("c_attn",), rank=8, alpha=12.0), tmp_path, "the-base")
-    fresh = adapted("gpt2", trained=False, targets=("q", "v"))
-    before = {name: p.clone() for name, p in fresh.net.named_parameters()}
-    with pytest.raises(UserError, match="of other outputs; expected --rank and --targets of that run"):
-        start_from(fresh, tmp_path, True)
-    assert all(torch.equal(p, before[name]) for name, p in fresh.net.named_parameters())

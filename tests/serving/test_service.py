@@ -1,65 +1,35 @@
 """The service over real sockets: right answers under load, and what bad input, bad clients and SIGTERM do to it."""
 import asyncio
 import contextlib
-import http.client
 import json
-import os
-import random
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import toy
-import warm
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
+from serving_runs import TEXTS, alone, call, check, classify, questions, raw, write_runs
 
 from benchmarks import load
-from experiments import predict
 from experiments.serve import listen, load_served_student
-from report import figures
 from serving.bank import AdapterBank
 from serving.connections import ConnectionLimits, Server
 from serving.guard import Limits
 from serving.service import create_app
 from serving.worker import Worker
 
-ROOT = Path(__file__).parents[2]
-TEXTS = [text for text, _ in toy.toy_rows(30, 7)]
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two LoRA runs and a distillation on one base, and a run on another base, below one folder."""
-    folder = tmp_path_factory.mktemp("runs")
-    toy.write_cola(folder / "cola")
-    small = ("--plots", folder / "plots", "--epochs", 2, "--batch-size", 8, "--lr", 0.01)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "plot_run", lambda *_: [])
-        for name, model, more in (("lora", "model", ()), ("qv", "model", ("--rank", 3, "--targets", "q,v")),
-                                  ("stranger", "other", ())):
-            toy.write_model(folder / model, seed=int(model == "other"))
-            assert toy.main("LoRA", "12345", "--model", folder / model, "--data", folder / "cola", "--out",
-                            folder / "root" / name, *small, *more) == 0
-        assert toy.main("distil", "12345", "--plain", "--teacher", folder / "root" / "lora", "--out", folder / "distil",
-                        *small,
-                        "--embedding-size", 6, "--hidden-size", 5) == 0
-    return folder
+    return write_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def expected(runs) -> dict[tuple[str, str], dict]:
-    """By model and text, what each model alone says."""
-    folders = {"cola": "root/lora", "qv": "root/qv", "small": "distil", "new": "root/qv"}
-    return {(name, text): result for name, folder in folders.items()
-            for text, result in zip(TEXTS, predict.predict_texts(predict.RunPredictor(runs / folder), TEXTS), strict=True)}
+def expected(runs):
+    return alone(runs)
 
 
 @contextlib.contextmanager
@@ -96,36 +66,6 @@ def port(app):
         yield port
 
 
-def call(port: int, method: str, path: str, body=None, headers=None) -> tuple[int, dict | bytes, http.client.HTTPMessage]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    content = body if isinstance(body, bytes | None) else json.dumps(body)
-    connection.request(method, path, content, {"content-type": "application/json"} if headers is None else headers)
-    response = connection.getresponse()
-    content = response.read()
-    connection.close()
-    is_json = response.headers.get_content_type() == "application/json"
-    return response.status, json.loads(content) if is_json else content, response.headers
-
-
-def classify(port: int, **body) -> tuple[int, dict]:
-    return call(port, "POST", "/v1/classify", body)[:2]
-
-
-def check(question: dict, answer: load.Answer, expected) -> None:
-    """The answer is that of the model alone."""
-    assert answer.status == 200, answer
-    (kind, name), = [(key, question[key]) for key in ("adapter", "student") if key in question]
-    assert set(answer.body) == {kind, "results"} and answer.body[kind] == name
-    assert len(answer.body["results"]) == len(question["texts"])
-    for text, result in zip(question["texts"], answer.body["results"], strict=True):
-        alone = expected[name, text]
-        # CoLA's classes have names next to the numbers of the files.
-        assert result.get("name") == alone.get("name")
-        assert set(result) - {"name"} == {"label", "probability", "probabilities"}
-        assert result["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
-        assert result["probability"] == max(result["probabilities"].values()) == result["probabilities"][result["label"]]
-
-
 # ---------------------------------------------------------------- answers
 
 def test_adapters_and_students_answer_as_they_do_alone(port, expected):
@@ -135,11 +75,6 @@ def test_adapters_and_students_answer_as_they_do_alone(port, expected):
     question = {"student": "small", "texts": TEXTS[:1]}
     check(question, load.Answer(*classify(port, **question), 0.0), expected)
     assert expected["cola", TEXTS[0]]["probabilities"] != pytest.approx(expected["qv", TEXTS[0]]["probabilities"], abs=1e-3)
-
-
-def questions(count: int, names: tuple[str, ...], seed: int = 0) -> list[dict]:
-    draw = random.Random(seed)
-    return [{"adapter": draw.choice(names), "texts": draw.sample(TEXTS, draw.choice((1, 1, 1, 2, 5)))} for _ in range(count)]
 
 
 def metrics(port: int) -> dict[str, float]:
@@ -352,17 +287,6 @@ def test_a_service_without_a_root_adds_nothing(runs):
         assert classify(port, adapter="small", texts=["x"])[0] == 200
 
 
-def raw(port: int, *pieces: bytes, read: bool = True) -> bytes:
-    """What a server answers to bytes."""
-    with socket.create_connection(("127.0.0.1", port), 10) as connection:
-        try:
-            for piece in pieces:
-                connection.sendall(piece)
-            return connection.recv(4096) if read else b""
-        except ConnectionError:  # it closed before everything was sent
-            return connection.recv(4096)
-
-
 def test_clients_that_go_away_or_never_end_disturb_nobody(runs, expected):
     _, app = make(runs, body_seconds=0.5)
     head = b"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -452,119 +376,3 @@ def test_the_page_loads_nothing_from_elsewhere(port):
         assert not re.search(rb"https?:|//[a-z]|url\(|@import|<script(?! src=)|style=|\son\w+=", content)
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy and "*" not in policy
-
-
-# ---------------------------------------------------------------- the command
-
-@contextlib.contextmanager
-def served(*arguments, files: int | None = None):
-    """`run.py serve` in a process of its own, which may open `files` files, and its port."""
-    limit = [] if files is None else ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh"]
-    process = subprocess.Popen([*limit, *warm.command(), "serve", *map(str, arguments)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        line = process.stdout.readline()
-        match = re.fullmatch(r"serving on http://127\.0\.0\.1:(\d+)\n", line)
-        assert match, (line, process.stderr.read() if process.poll() is not None else "")
-        yield process, int(match[1])
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_sigterm_in_the_middle_loses_no_accepted_request(runs, expected):
-    arguments = ("--adapter", f"cola={runs / 'root/lora'}", "--adapter", f"qv={runs / 'root/qv'}", "--student",
-                 f"small={runs / 'distil'}", "--port", 0, "--quiet")
-    with served(*arguments) as (process, port):
-        asked = questions(4000, ("cola", "qv", "small"))
-
-        async def until_it_stops():
-            answers = asyncio.create_task(load.ask(port, asked, 24))
-            await asyncio.sleep(0.7)
-            process.send_signal(signal.SIGTERM)
-            return await answers
-        answers = asyncio.run(until_it_stops())
-        out, err = process.communicate(timeout=30)
-    good = [(question, answer) for question, answer in zip(asked, answers, strict=True) if answer.status is not None]
-    for question, answer in good:
-        check(question, answer, expected)
-    assert 24 <= len(good) < len(asked)  # it was stopped in the middle
-    assert out == f"stopped: {len(good)} of {len(good)} accepted requests answered\n"  # none that a client did not get
-    assert err == "" and process.returncode == 0
-
-
-def test_more_idle_sockets_than_the_process_has_files_neither_stop_it_nor_fill_its_log(runs):
-    with served("--student", f"small={runs / 'distil'}", "--port", 0, files=128) as (process, port):
-        with contextlib.ExitStack() as stack:
-            for _ in range(220):
-                stack.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", port), 10)))
-            start = time.monotonic()
-            for _ in range(3):
-                assert call(port, "GET", "/healthz")[0] == 200
-                assert classify(port, student="small", texts=["the cat"])[0] == 200
-            assert time.monotonic() - start < 10
-            process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=30)
-    said, *logged = err.splitlines()
-    assert "at most 64 connections" in said
-    assert [line.split()[3:6] for line in logged] == 3 * [["GET", "/healthz", "200"], ["POST", "/v1/classify", "200"]]
-    assert process.returncode == 0 and out == "stopped: 3 of 3 accepted requests answered\n"
-
-
-@pytest.mark.parametrize("quiet", [False, True])
-def test_each_request_is_a_line_of_the_access_log_unless_it_is_quiet(runs, quiet):
-    arguments = ("--student", f"small={runs / 'distil'}", "--port", 0, *(["--quiet"] if quiet else []))
-    with served(*arguments) as (process, port):
-        classify(port, student="small", texts=["the cat"])
-        classify(port, student="nobody", texts=["the cat"])
-        call(port, "GET", "/%0A127.0.0.1%20forged")
-        call(port, "GET", "/", None, {"host": "evil.example"})
-        raw(port, b"\x16\x03\x01 no http\r\n\r\n")
-        process.send_signal(signal.SIGTERM)
-        err = process.communicate(timeout=30)[1]
-    expected = [["127.0.0.1", "POST", "/v1/classify", "200"], ["127.0.0.1", "POST", "/v1/classify", "404"],
-                ["127.0.0.1", "GET", "/%0A127.0.0.1%20forged", "404"], ["127.0.0.1", "GET", "/", "400"],
-                ["127.0.0.1", "-", "-", "400"]]
-    assert [re.fullmatch(r"[-\d]+ [:,\d]+ (.*) \d+\.\d ms", line)[1].split() for line in err.splitlines()] == (
-        [] if quiet else expected)
-
-
-BAD_NAMES = ["a/b", "a b", "..", "_a", "é", "x" * 65, "a\nb", "a%2fb"]
-
-
-@pytest.mark.parametrize("name", BAD_NAMES)
-@pytest.mark.parametrize("option", ["--adapter", "--student"])
-def test_names_of_adapters_and_students_are_checked_alike(capsys, option, name):
-    assert toy.main("serve", option, f"{name}=nowhere") == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err == (f"run.py: {option[2:]} name {name[:80]!r}: expected up to 64 letters, digits, dots, dashes "
-                                 "and underscores\n")
-
-
-@pytest.mark.parametrize("arguments, says", [
-    ((), "expected --adapter NAME=DIR or --student"),
-    (("--adapter", "a=RUN", "--adapter", "a=RUN"), "the name is given twice"),
-    (("--adapter", "a=RUN", "--adapters-root", "nowhere"), "--adapters-root nowhere: no such folder"),
-    (("--adapter", "a=nowhere"), "not a run's folder"), (("--student", "a=RUN"), "a LoRA run"),
-    (("--adapter", "a=RUN", "--port", "70000"), "expected a whole number from 0 to 65535"),
-    (("--adapter", "a=RUN", "--host", "192.0.2.1"), "cannot listen there"),
-    (("--adapter", "a=RUN", "--host", "no such host"), "cannot listen there")])
-def test_bad_arguments_are_one_line(runs, capsys, arguments, says):
-    assert toy.main("serve", *(str(word).replace("RUN", str(runs / "root/lora")) for word in arguments)) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and says in err and err.count("\n") == 1
-
-
-def test_a_port_in_use_is_told(runs, capsys):
-    with listen("127.0.0.1", 0) as bound:
-        bound.listen()
-        port = bound.getsockname()[1]
-        assert toy.main("serve", "--adapter", f"a={runs / 'root/lora'}", "--port", port) == 2
-    assert f"--port {port}: cannot listen there (Address already in use)" in capsys.readouterr().err
-
-
-def test_a_missing_package_is_told_with_the_way_to_install_it(runs, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert toy.main("serve", "--student", f"x={runs / 'distil'}") == 2
-    assert capsys.readouterr().err == (
-        "run.py: serve: the package uvicorn is not installed; pip install -r requirements-serve.txt\n")
