@@ -82,7 +82,7 @@ def scores(validations: list[dict], problem: Problem) -> dict:
     return found
 
 
-def row(name: str, parts: list[dict], problem: Problem) -> dict:
+def row(name: str, parts: list[dict], problem: Problem = SINGLE_LABEL) -> dict:
     """Returns one model's figures over the seeds.
 
     Args:

@@ -24,23 +24,27 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.collect import typed  # noqa: E402 (needs the path above)
 from benchmarks.page_format import (  # noqa: E402
     accuracy_and_mcc,
-    commits_of,
     cpu_of,
-    figure,
-    machine_of,
     mean,
     measured_on,
     seeds_of,
     table,
     wrapped,
 )
+from benchmarks.program_tables import (  # noqa: E402
+    NOT_RUN,
+    measured_row,
+    measurements,
+    of_program,
+    reliability,
+    shown,
+    speed,
+)
 from experiments.significance import paired_differences  # noqa: E402
 from experiments.steps import ABLATIONS, CHOSEN, steps  # noqa: E402
 from metrics.problems import PROBLEMS  # noqa: E402
 
 MARKED = re.compile(r"(<!-- ([\w-]+), by summarise\.py -->\n).*?(<!-- end of \2 -->\n)", re.DOTALL)
-UNITS = {"x": " ×", "%": " %", "s": " s", "MiB": " MiB"}
-NOT_RUN = "not run"
 COLA = "../shared/data/cola"
 # The paper's steps on real data; their records in results/paper/ are results of the name paper/STEP.
 STEPS = {step.name: step for step in steps("full", "12345", 3, Path("../shared/data"), Path("runs/paper-12345"))}
@@ -78,27 +82,12 @@ STUDIES = {"methods": "MiniLM on rotten_tomatoes", "rank": "MiniLM on rotten_tom
 STUDENTS = {"distil": [], **{f"distil-{name}": flags for name, flags in ABLATIONS.items()}}  # step -> its own options
 LABELS = {"teacher": "teacher", "student": "student with KD", "scratch": "baseline"}
 SHOWN = ("lora", "peft", "teacher", "logistic", "polarity", *STUDIES, *STUDENTS)  # on the pages; the paper shows every step
-# Programs with targets in docs/speed.md.
-SPEED = ("train_throughput", "frozen_reuse", "inference", "generation")
-# Their rows in the README, without bfloat16: program, end of the row's recorded name, label.
+# Rows of the README, without bfloat16: program, end of the row's recorded name, label.
 HEADLINES = (("train_throughput", ": ours / peft-best", "training, float32: this project / PEFT at its best"),
              ("train_throughput", ": ours-bf16x3 / peft-best", "training, `bf16x3`: this project / PEFT at its best"),
              ("generation", ": fp32, ours / transformers.generate",
               "sampling texts, float32: this project / `transformers`"),
              ("inference", "stages, SmolLM2: student / teacher", "classifying CoLA: student in stages / SmolLM2"))
-# Programs that count: label, a function of the result to (held, tried), command.
-COUNTED = {
-    "tamper_test": ("flipped bits and cuts in every file of finished and unfinished runs, noticed / tried",
-                    lambda result: (result["noticed"], result["tried"]), "python benchmarks/tamper_test.py --flips 100"),
-    "fuzz": ("damaged files on every reader, answered by a result or one clear line / tried",
-             lambda result: (result["tried"] - result["failed"], result["tried"]),
-             "python benchmarks/fuzz.py --cases 12000"),
-    "fuzz_service": ("bodies for the service, valid and not, answered as its schema says / tried",
-                     lambda result: (result["tried"] - len(result["failed"]), result["tried"]),
-                     "python benchmarks/fuzz_service.py http://127.0.0.1:8000 --cases 2500"),
-    "kill_test": ("killed at random moments and resumed to the same bytes / tried",
-                  lambda result: (result["survived"], result["tried"]), "python benchmarks/kill_test.py --kills 100"),
-}
 
 
 # ---------------------------------------------------------------- trainings
@@ -321,80 +310,9 @@ def buzzer(results: dict[str, dict]) -> list[str]:
             f"scikit-learn's logistic regression on the same six numbers: {said} (`{command}`)."]
 
 
-# ---------------------------------------------------------------- programs that measure
-
-def shown(result: dict | None) -> str:
-    """Returns a result's command without --json, which changes no figure."""
-    return result["command"].removesuffix(" --json") if result else ""
-
-
 def with_precision(command: str, label: str) -> str:
     """Returns a training's command with the precision that its label names: `auto` is another one on another CPU."""
     return command + " --precision fp32" if "float32" in label and "--precision" not in command else command
-
-
-def measured_row(row: dict) -> list[str]:
-    unit = UNITS.get(row["unit"], f" {row['unit']}" if row["unit"] else "")
-    target = row.get("target", "").replace(">=", "≥").replace("<=", "≤")
-    return [row["what"], f"{figure(row['median'])}{unit}", f"{figure(row['min'])} to {figure(row['max'])}",
-            f"{target + unit if target else ''}", {True: "yes", False: "no", None: ""}[row.get("met")]]
-
-
-def measured(results: Iterable[dict], keys: tuple[str, ...]) -> list[str]:
-    """Shows a table for each result, under its machine.
-
-    Args:
-        keys: the parts of a result whose rows are shown.
-    """
-    # Sorted by machine, so that each one has a single heading.
-    lines, machine = [], None
-    for result in sorted(results, key=machine_of):
-        if machine != (machine := machine_of(result)):
-            lines += [f"### {machine}", ""]
-        rows = [row for key in keys for row in result[key]]
-        # Without targets the two columns would be empty.
-        head = ["measured", "median:", "smallest to largest:", "target", "met"]
-        if not any("target" in row for row in rows):
-            head, rows = head[:3], [measured_row(row)[:3] for row in rows]
-        else:
-            rows = [measured_row(row) for row in rows]
-        lines += [f"`{shown(result)}` ({commits_of([result])}, load average at the start "
-                  f"{result['machine']['load_average']:.1f})", "",
-                  *table(head, rows), ""]
-    return lines[:-1]
-
-
-def of_program(name: str, results: dict[str, dict]) -> list[str]:
-    """Shows all measurements of one program."""
-    found = [result for result in results.values() if result.get("benchmark") == name]
-    return measured(found, ("targets", "measurements")) if found else [f"`python benchmarks/{name}.py`: {NOT_RUN}."]
-
-
-def speed(results: dict[str, dict]) -> list[str]:
-    """Shows the targets of the programs of SPEED, and whether each was met."""
-    found = [result for result in results.values() if result.get("benchmark") in SPEED]
-    return measured(found, ("targets",)) if found else [f"{', '.join(SPEED)}: {NOT_RUN}."]
-
-
-def measurements(results: dict[str, dict]) -> list[str]:
-    """Shows the measurements of the programs of SPEED other than their targets."""
-    return measured([result for result in results.values() if result.get("benchmark") in SPEED], ("measurements",))
-
-
-def reliability(results: dict[str, dict]) -> list[str]:
-    """Shows the counts of damage and kills survived, and the cost of a checkpoint."""
-    rows, used = [], []
-    for name, (label, counts, command) in COUNTED.items():
-        result = results.get(name)
-        rows.append([label, " / ".join(f"{count:,}" for count in counts(result)) if result else NOT_RUN,
-                     f"`{shown(result) or command}`"])
-        used += [result] if result else []
-    for result in results.values():
-        if result.get("benchmark") == "checkpoint_cost":
-            rows += [[f"checkpoints' share of training time, {row['what'].split(': ')[0]} (target: at most 2 %)",
-                      f"{row['median']:.2f} %", f"`{shown(result)}`"] for row in result["targets"]]
-            used.append(result)
-    return [*table(["trial", "figure:", "command"], rows), *measured_on(used)]
 
 
 # ---------------------------------------------------------------- the README's one table

@@ -10,6 +10,7 @@ from benchmarks import command, summarise
 from benchmarks.collect import row, typed
 from experiments import seeds
 from experiments.significance import over_seeds
+from metrics.problems import PROBLEMS
 
 RESULTS = summarise.read_results()
 PLACES = re.compile(r"[\s\"'=]/(?:tmp|home|root|mnt|work|Users)\b")
@@ -203,3 +204,18 @@ def test_a_grid_has_one_option_in_rows_and_the_other_in_columns(tmp_path):
     assert lines[4:8] == ["| rank | q+v | all |", "| --- | ---: | ---: |",
                           "| 1 | 80.7 % / 0.100 (1,000) | 80.7 % / 0.100 (1,000) |", "| 2 | 80.7 % / 0.200 (2,000) |  |"]
     assert lines[9] == "Share of the scores' variance that each option explains (fANOVA): `rank` 7 % and `targets` 93 %."
+
+
+def test_other_problems_have_their_own_scores_and_the_model_that_always_says_the_same():
+    number = PROBLEMS["regression"]
+    parts = []
+    for spearman in (0.8, 0.9):
+        scores = {"dev": {"pearson": 0.7, "spearman": spearman, "mse": 0.5}}
+        parts.append({"validation": scores, "last_validation": scores, "best_epoch": 2, "last_epoch": 3, "parameters": 1234})
+    result = trained(row("lora", parts, number), problem="regression",
+                     always_the_same={"dev": {"pearson": 0.0, "spearman": 0.0, "mse": 2.25}})
+    lines = summarise.other_problems({"stsb_lora": result})
+    assert lines[2] == "| STS-B, mean |  |  | Pearson 0.000, Spearman 0.000, MSE 2.250 |  |"
+    said = "Pearson 0.700 ± 0.000, Spearman 0.850 ± 0.071, MSE 0.500 ± 0.000"
+    assert lines[3] == f"| STS-B, `LoRA` | 2 (12345 to 12346) | 1,234 | {said} | {said} |"
+    assert sum("not run" in line for line in lines) == 5
