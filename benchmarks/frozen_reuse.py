@@ -28,9 +28,9 @@ import train_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, device, epoch_seconds, paired_ratios, synchronize
 from data_utils import Batch
+from distillation.labels import teacher_logits
 from distillation.losses import kd_objective
 from distillation.student_size import student_config
-from distillation.teachers import teacher_logits
 from fast.frozen import FrozenPrefix
 from machine import hardware
 from model import DistilRNN, LoRAOptions, TextClassifier, count_parameters, load_classifier

@@ -32,7 +32,7 @@ from benchmarks.common import Report, paired_ratios
 from data.backbones import PACKAGED
 from data_utils import Batch
 from distillation.student_size import student_config
-from experiments import distil
+from experiments import distil_record
 from experiments.arguments import preset
 from machine import hardware
 from model import DistilRNN, count_parameters, load_classifier
@@ -104,7 +104,7 @@ def measure_student(report: Report, args: argparse.Namespace, what: str, base: s
     for name, model in sides.items():
         check_batching(report, name, model, padded)
         report.measure(f"{name}: parameters", [count_parameters(model)["total"]], "")
-    rates = common.alternate({name: lambda _, model=model: distil.sentences_per_second(model, dev, passes=1)
+    rates = common.alternate({name: lambda _, model=model: distil_record.sentences_per_second(model, dev, passes=1)
                               for name, model in sides.items()}, rounds)
     for name, values in rates.items():
         report.measure(name, values, "sentences/s")

@@ -41,7 +41,7 @@ AROUND = re.compile("in_model|restore|validate")
 # Phases in which a run takes no steps: module, function, and the options that lead to it.
 PHASES = {"loading": ("experiments.finetune", "load_classifier", ()),
           "keeping": ("fast.frozen", "FrozenPrefix", ("--layers", "1")),
-          "teacher": ("distillation.recipe", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
+          "teacher": ("distillation.sentences", "teacher_logits", ()), "validation": ("train_utils", "validate", ()),
           "plotting": ("report.figures", "plot_run", ())}
 SIGNALS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
 

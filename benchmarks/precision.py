@@ -23,7 +23,7 @@ from torch import Tensor
 import data_utils
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report
-from distillation.teachers import as_labeller
+from distillation.labels import as_labeller
 from experiments import evaluate
 from fast import amx, frozen_linear
 from fast.matmul import set_precision

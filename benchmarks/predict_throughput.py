@@ -25,7 +25,7 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report, paired_ratios
 from data import grammar
 from data_utils import Split, make_batches
-from experiments import distil, predict_file
+from experiments import distil_record, predict_file
 from experiments.predict import RunPredictor
 
 GOAL = 0.4  # of the model's own rate per core
@@ -60,7 +60,7 @@ def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) 
     batches = {"rows": make_batches(Split(rows, [0] * len(rows)), predictor.tokenizer, MAX_LENGTH, BATCH_SIZE, 1)}
 
     def alone() -> None:
-        distil.sentences_per_second(predictor.model, batches, passes=1)
+        distil_record.sentences_per_second(predictor.model, batches, passes=1)
 
     def answered() -> None:
         with out.open("w", encoding="utf-8") as lines:

@@ -46,3 +46,12 @@ def neighbour_batches(ids: list[list[int]], labels: list[int], rows: list[int], 
             found.append(rows[first:at])
             first, width = at, len(ids[row])
     return [collate(ids, labels, some, pad_id(tokenizer)) for some in [*found, rows[first:]]]
+
+
+def ids_by_row(batches: list[Batch]) -> list[list[int]]:
+    """Returns the token ids of each row of some batches, in the split's own order."""
+    found = {}
+    for batch in batches:
+        for row, tokens, mask in zip(batch.rows.tolist(), batch.input_ids, batch.attention_mask.bool(), strict=True):
+            found[row] = tokens[mask].tolist()
+    return [found[row] for row in range(len(found))]

@@ -1,10 +1,11 @@
 """A student's first embeddings: its teacher's token embeddings, or means of its hidden states, reduced by PCA.
 
+    FirstEmbeddings(plan).fill(student)                 # as --student-embeddings says
     embed_as(teacher, student, counts)                  # the teacher's token embeddings
     means = token_means(ids, hidden, vocab_size)
     embed_as(teacher, student, counts, means)           # the mean state of each token over its occurrences
 
-The second after Bommasani et al. 2020, "Interpreting Pretrained Contextualized Representations via Reductions to Static
+The last after Bommasani et al. 2020, "Interpreting Pretrained Contextualized Representations via Reductions to Static
 Embeddings", section 3.
 """
 from __future__ import annotations
@@ -13,12 +14,33 @@ import torch
 from torch import Tensor
 
 from distillation.pca import principal_components
+from distillation.stages import Plan
 from distillation.teachers import HiddenStates
-from distillation.vocabulary import row_means
+from distillation.vocabulary import row_means, token_counts, vocabulary_rows
 from model import DistilRNN, TextClassifier
 
 BLOCK = 5000  # sentences that are added at a time: their states are float64 for so long
 RIDGE = 1e-4  # of the mean squared embedding: a direction that embeddings hardly have is not trusted
+
+
+class FirstEmbeddings:
+    """The vocabulary and the first embeddings of the student, from the sentences that train and the first teacher."""
+
+    def __init__(self, plan: Plan):
+        self.inputs, self.kind, self.means = plan.inputs, plan.options.student_embeddings, None
+        size, ids = self.inputs.student.vocab_size, plan.sentences.ids[:plan.sentences.targeted]
+        self.counts = token_counts(ids, size)  # (vocab_size,) of each token id
+        if self.kind == "contextual":
+            self.means = token_means(ids, plan.sentences.hidden, size)
+
+    def fill(self, student: DistilRNN) -> None:
+        """Gives a new student its vocabulary and its first embeddings."""
+        config = self.inputs.student
+        # The rows first: the teacher's embeddings are reduced to them.
+        if config.vocabulary:
+            student.embedding.rows.copy_(vocabulary_rows(self.counts, config, self.inputs.tokenizer))
+        if self.kind != "random":
+            embed_as(self.inputs.teachers[0].model, student, self.counts, self.means)
 
 
 @torch.no_grad()

@@ -1,27 +1,34 @@
-"""A teacher's targets for many sentences, computed once and cached in chunks.
+"""Teachers' targets for many sentences, computed once and cached: in one file of a run, or in chunks that runs share.
 
+    logits = teacher_logits([(model, batches)], folder / "teacher_logits.safetensors")
     logits, hidden = Labeller(cache, teacher, key, tokenizer, train_sentences, options).targets(ids, match=True)
 """
 from __future__ import annotations
 
+import bisect
+import copy
+import inspect
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import speed
+import train_utils
 from data.backbones import max_length_of
-from data_utils import encode
+from data_utils import Batch, encode
 from distillation.batching import equal_length_batches, neighbour_batches
 from distillation.cache import Cache, digest
 from distillation.pca import Reduction, principal_components
 from distillation.sharing import cores, share
-from distillation.teachers import HiddenStates, Joined, hidden_states, states_and_logits, token_scores
+from distillation.teachers import HiddenStates, Teacher, mean_logits, of_real_tokens, states_and_logits, token_scores
+from machine import processes
 from machine.errors import UserError
-from machine.hardware import device
-from model import TextClassifier
+from machine.hardware import device, send
+from model import TextClassifier, lora_layers
 from options.schema import DistilOptions
 from record import tensors
 
@@ -29,6 +36,82 @@ LABELLED = 1024  # sentences in a chunk
 SORTED = 64 * LABELLED  # sentences that are sorted before they are cut into chunks
 TOKENS = 2048  # tokens in a batch of the teacher's, pads included
 PCA_TOKENS = 30_000  # tokens from which the principal components are computed
+
+
+def teacher_logits(teachers: list[tuple[nn.Module, list[Batch]]], path: Path) -> Tensor:
+    """Returns the teachers' mean logits (N, labels) on the training split, computed once and cached in a file.
+
+    Args:
+        teachers: each with the split's batches as it reads them.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    # A changed teacher, data set or tokenizer has another key, and is never answered from the file.
+    models = [model for model, _ in teachers]
+    # Several teachers have one digest, under the names that their weights have had from the first; batches that some of them
+    # share count once.
+    whole = models[0] if len(models) == 1 else nn.ModuleDict({"teachers": nn.ModuleList(models)})
+    key = tensors.weights_digest(whole) + "".join(dict.fromkeys(tensors.batches_digest(batches) for _, batches in teachers))
+    if processes.broadcast(path.exists()):
+        cached, its_key = tensors.load_checked(path)
+        if its_key == key:
+            return cached["logits"]
+    logits = mean_logits([train_utils.compute_logits(model, batches) for model, batches in teachers])
+    tensors.save_checked(path, {"logits": logits}, key)
+    return logits
+
+
+def as_labeller(teacher: TextClassifier, precision: str) -> TextClassifier:
+    """Returns the teacher itself, or for `bf16` a faster copy: LoRA's updates merged into bfloat16 weights."""
+    if precision != "bf16":
+        return teacher
+    # A copy: the teacher itself is scored in its own precision.
+    labeller = copy.deepcopy(teacher)
+    for layer in lora_layers(labeller.net).values():
+        layer.merge()
+    speed.set_precision(labeller.net.base_model, "bf16")
+    return labeller
+
+
+@torch.inference_mode()
+def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
+    """Computes the states of `states_and_logits` without the logits: (real tokens, C).
+
+    Raises:
+        UserError: the backbone does not give one state for each token.
+    """
+    ids, mask = batch.input_ids, batch.attention_mask
+    if teacher.decoder:
+        return of_real_tokens(teacher, teacher.token_states(ids, mask), batch)
+    backbone = teacher.net.base_model
+    takes_mask = "attention_mask" in inspect.signature(backbone.forward).parameters
+    states = backbone(input_ids=ids, **({"attention_mask": send(mask, ids.device)} if takes_mask else {}))[0]
+    return of_real_tokens(teacher, states, batch)
+
+
+def logits_alone(teacher: TextClassifier, batch: Batch) -> Tensor:
+    """Computes the logits (B, labels) of a batch without features: the same bytes as with states, if it has any."""
+    try:
+        return states_and_logits(teacher, batch)[1]
+    except UserError:
+        # Logits of a backbone without a state for each token never come with states.
+        return teacher(*batch.inputs()).float()
+
+
+class Joined:
+    """Tensors (n, d) as if one stood after the other: those that are memory-mapped files take no memory of the process."""
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts = parts
+        self.firsts = [0, *itertools.accumulate(map(len, parts))]  # the first row of each part, and the number of rows
+        self.shape = (self.firsts[-1], parts[0].shape[1])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Returns rows that stand in one part."""
+        part = bisect.bisect_right(self.firsts, rows.start) - 1
+        first = self.firsts[part]
+        return self.parts[part][rows.start - first:rows.stop - first]
 
 
 @dataclass
@@ -41,6 +124,13 @@ class Labeller:
     tokenizer: object
     train: list[str]  # the training sentences: the principal components are those of their hidden states
     options: DistilOptions
+
+    @classmethod
+    def of(cls, teacher: Teacher, cache: Cache, train: list[str], options: DistilOptions) -> Labeller:
+        """Returns the labeller of a teacher, in the precision of --label-precision."""
+        # Labels in bfloat16 are other labels, and have other files.
+        key = tensors.weights_digest(teacher.model) + (" bf16" if options.label_precision == "bf16" else "")
+        return cls(cache, as_labeller(teacher.model, options.label_precision), key, teacher.tokenizer, train, options)
 
     def targets(self, ids: list[list[int]], match: bool) -> tuple[Tensor, HiddenStates | None]:
         """Returns the teacher's logits (N, labels) and, with `match`, its reduced hidden states.
@@ -134,10 +224,11 @@ class Labeller:
         batches = neighbour_batches if together else equal_length_batches
         for batch in batches(ids, [0] * len(ids), list(range(len(ids))), TOKENS, self.tokenizer):
             self.cache.check_stop()
-            hidden, batch_logits = states_and_logits(self.teacher, batch.to(device()), needed=bool(pca))
-            logits[batch.rows], lengths = batch_logits.cpu(), batch.attention_mask.sum(1)
             if pca is None:
+                logits[batch.rows] = logits_alone(self.teacher, batch.to(device())).cpu()
                 continue
+            hidden, batch_logits = states_and_logits(self.teacher, batch.to(device()))
+            logits[batch.rows], lengths = batch_logits.cpu(), batch.attention_mask.sum(1)
             # Half precision: rounding is far below the error of the match, and the files are half as large.
             scores = token_scores(self.teacher, hidden).cpu() / scale
             states = torch.cat([pca.reduce(hidden.cpu()), scores], -1).half()

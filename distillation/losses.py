@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_utils import Batch
+from distillation.annealing import Temperature
 from distillation.edited import Marks
-from distillation.soft_losses import decoupled, dist, jensen_shannon, relational, reverse_kl
+from distillation.problem_losses import OTHERS
+from distillation.relations import relational
+from distillation.soft_losses import decoupled, dist, hard_labels, jensen_shannon, logit_mse, reverse_kl
 from distillation.teachers import HiddenStates
 from machine.errors import UserError
-from metrics.problems import PROBLEMS, SINGLE_LABEL, Problem
-from options.schema import DistilOptions
+from metrics.problems import SINGLE_LABEL, Problem
 from train_utils import Objective
-
-MULTI_LABEL, REGRESSION = PROBLEMS["multi-label"], PROBLEMS["regression"]
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
@@ -48,81 +48,12 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temp
     return alpha * temperature ** 2 * soft + (1 - alpha) * hard
 
 
-def logit_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
-              label_smoothing: float = 0.0) -> Tensor:
-    """Computes alpha mean((student - teacher)²) + (1 - alpha) CE; the mean is over sentences and classes.
-
-    Ba and Caruana 2014, "Do Deep Nets Really Need to be Deep?", equation 1 (there without the mean over classes). Shapes as
-    in `kd_loss`; logits have no temperature.
-    """
-    # Detached, here and below: the teacher is not trained.
-    soft = F.mse_loss(student_logits, teacher_logits.detach())
-    return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
-
-
-def hard_labels(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
-                label_smoothing: float = 0.0) -> Tensor:
-    """Computes alpha CE(student, argmax(teacher)) + (1 - alpha) CE: all that a teacher without logits can give.
-
-    Shapes as in `kd_loss`; a class alone has no temperature.
-    """
-    soft = F.cross_entropy(student_logits, teacher_logits.argmax(-1))
-    return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
-
-
-def bernoulli_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
-                 label_smoothing: float = 0.0) -> Tensor:
-    """Computes alpha T² mean(KL(sigmoid(teacher / T) ‖ sigmoid(student / T))) + (1 - alpha) BCE, of several labels at once.
-
-    Each label is a coin: KL(p ‖ q) = p log(p / q) + (1 - p) log((1 - p) / (1 - q)), whose gradient is that of the binary
-    cross-entropy with the teacher's probabilities as targets. Both means are over sentences and labels. T² as in `kd_loss`.
-
-    Args:
-        student_logits: (B, labels).
-        teacher_logits: (B, labels); no gradient flows into them.
-        labels: (B, labels) of 0 and 1.
-        temperature: T.
-        alpha: weight of the soft part, 0 to 1.
-    """
-    teacher = teacher_logits.detach() / temperature
-    p = teacher.sigmoid()
-    # Cross-entropy minus entropy, both from logits: no logarithm of 0.
-    soft = (F.binary_cross_entropy_with_logits(student_logits / temperature, p)
-            - F.binary_cross_entropy_with_logits(teacher, p))
-    hard = MULTI_LABEL.loss(student_logits, labels, label_smoothing)
-    return alpha * temperature ** 2 * soft + (1 - alpha) * hard
-
-
-def label_logit_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
-                    label_smoothing: float = 0.0) -> Tensor:
-    """Computes alpha mean((student - teacher)²) + (1 - alpha) BCE, of several labels at once; shapes as `bernoulli_kl`."""
-    soft = F.mse_loss(student_logits, teacher_logits.detach())
-    return alpha * soft + (1 - alpha) * MULTI_LABEL.loss(student_logits, labels, label_smoothing)
-
-
-def number_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
-               label_smoothing: float = 0.0) -> Tensor:
-    """Computes alpha mean((student - teacher)²) + (1 - alpha) mean((student - label)²), of numbers.
-
-    KL of two normal distributions with one variance is the squared difference of their means, up to a factor: for numbers
-    `kl` and `mse` are this loss. A number has no temperature.
-
-    Args:
-        student_logits, teacher_logits: (B, 1); no gradient flows into the teacher's.
-        labels: (B,).
-    """
-    soft = F.mse_loss(student_logits, teacher_logits.detach())
-    return alpha * soft + (1 - alpha) * REGRESSION.loss(student_logits, labels, label_smoothing)
-
-
-# The choices of --kd-loss. `rkd` compares pooled states instead of logits (POOLED).
+# The choices of --kd-loss. `rkd` compares pooled states instead of logits (POOLED). Other problems than one class of several
+# have theirs in problem_losses.py.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "kl": kd_loss, "mse": logit_mse, "hard": hard_labels, "reverse-kl": reverse_kl, "js": jensen_shannon, "dkd": decoupled,
     "dist": dist, "rkd": relational}
 POOLED = ("rkd",)
-# The same of other problems, problem -> choice -> loss.
-OTHERS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "multi-label": {"kl": bernoulli_kl, "mse": label_logit_mse}, "regression": {"kl": number_mse, "mse": number_mse}}
 
 
 def loss_of(name: str, problem: Problem = SINGLE_LABEL) -> Callable[..., Tensor]:
@@ -135,30 +66,6 @@ def loss_of(name: str, problem: Problem = SINGLE_LABEL) -> Callable[..., Tensor]
     if name not in losses:
         raise UserError(f"--kd-loss {name}: not for a {problem.name} problem; expected one of {', '.join(losses)}")
     return losses[name]
-
-
-class Temperature:
-    """T of a training: constant, or annealed from its start to 1 along a straight line.
-
-    Jafari et al. 2021, "Annealing Knowledge Distillation", anneal T so (there in whole numbers, with another loss).
-    """
-
-    def __init__(self, start: float, schedule: str = "constant"):
-        self.start, self.schedule, self.now = start, schedule, start
-
-    def begin_step(self, step: int, total: int) -> None:
-        """Sets T for an optimiser step (from 0) of `total`."""
-        if self.schedule == "anneal":
-            self.now = self.start + (1 - self.start) * step / max(1, total - 1)
-
-    def __float__(self) -> float:
-        return float(self.now)
-
-
-def weights_of(options: DistilOptions) -> dict[str, float]:
-    """Returns the weight inside the chosen loss, for the losses that have one, as an argument of theirs."""
-    found = {"js": options.js_weight, "dkd": options.dkd_weight}.get(options.kd_loss)
-    return {} if found is None else {"weight": found}
 
 
 def hidden_mse(student_states: Tensor, teacher_states: Tensor, weights: Tensor) -> Tensor:
@@ -201,11 +108,6 @@ def share_of_step(batch: Batch, count: Callable[[Batch], int]) -> float:
     return (count(batch) / tokens if tokens else 0.0) / (len(batch.rows) / rows)
 
 
-def neighbours(batch: Batch) -> int:
-    """Returns the number of pairs of neighbouring tokens: the predictions of a language model in one direction."""
-    return int(batch.attention_mask[:, 1:].sum())
-
-
 def kd_objective(teacher_logits: Tensor, temperature: float | Temperature, alpha: float, label_smoothing: float = 0.0,
                  loss: str = "kl", problem: Problem = SINGLE_LABEL, **weights: float) -> Objective:
     """Returns the objective of training under a teacher.
@@ -213,22 +115,12 @@ def kd_objective(teacher_logits: Tensor, temperature: float | Temperature, alpha
     Args:
         teacher_logits: (N, labels) of the training rows, computed once.
         loss: a name in LOSSES.
-        weights: see `weights_of`.
+        weights: see `soft_losses.weights_of`.
     """
     # Looked up here: an unknown name fails before the first step.
     compute = loss_of(loss, problem)
     return lambda logits, batch: compute(logits, teacher_logits[batch.rows], batch.labels, float(temperature), alpha,
                                          label_smoothing, **weights)
-
-
-def relational_objective(teacher_logits: Tensor, teacher_states: Tensor, alpha: float, label_smoothing: float) -> Objective:
-    """Returns the objective of `rkd`, for a model that returns `heads.Outputs` with pooled states in training.
-
-    Args:
-        teacher_states: (N, C) pooled, of the training rows.
-    """
-    return lambda outputs, batch: relational(outputs.logits, teacher_logits[batch.rows], batch.labels, 1.0, alpha,
-                                             label_smoothing, outputs.pooled, teacher_states[batch.rows])
 
 
 def transfer_objective(soft: Objective | None, gold: Objective, unlabelled: int, hidden: HiddenStates | None = None,
@@ -254,30 +146,11 @@ def transfer_objective(soft: Objective | None, gold: Objective, unlabelled: int,
                 # Weighted by the share of the rows, so that every row of the batch counts alike.
                 loss = loss + one(logits[chosen], part) * chosen.float().mean()
         if edits is not None:
-            loss = loss + edit_weight * detect_edits(outputs.edited, batch, edits)
+            # Each token of the step counts alike, in a batch of long sentences as in one of short ones.
+            asked = edit_bce(outputs.edited, edits.of(batch.rows).to(logits.device))
+            loss = loss + edit_weight * (asked * share_of_step(batch, lambda one: one.tokens))
         return loss if hidden is None else loss + match_hidden(outputs.matched, batch, hidden)
     return objective
-
-
-def pretraining_objective(hidden: HiddenStates | None, lm_weight: float) -> Objective:
-    """Returns the objective lm_weight x the language model's loss + `hidden_mse`; a model may return one of them alone."""
-    def objective(outputs, batch: Batch) -> Tensor:
-        # Without a language model the hidden states are matched alone.
-        loss = 0.0
-        if outputs.language is not None:
-            loss = lm_weight * outputs.language * share_of_step(batch, neighbours)
-        return loss if hidden is None else loss + match_hidden(outputs.matched, batch, hidden)
-    return objective
-
-
-def detect_edits(logits: Tensor, batch: Batch, edits: Marks) -> Tensor:
-    """Computes a batch's part of `edit_bce`.
-
-    Args:
-        logits: (real tokens,) of the whole batch, row by row.
-    """
-    # Each token of the step counts alike, in a batch of long sentences as in one of short ones.
-    return edit_bce(logits, edits.of(batch.rows).to(logits.device)) * share_of_step(batch, lambda one: one.tokens)
 
 
 def match_hidden(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tensor:

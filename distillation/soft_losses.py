@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RKD_WEIGHTS = 1.0, 2.0  # of distances and of angles: the paper's RKD-DA
+from options.schema import DistilOptions
+
 EPS = 1e-12  # of a constant row or column, which correlates with nothing
 
 
@@ -28,6 +29,26 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def log_softmaxes(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Returns log softmax(logits / T) of student and teacher; no gradient flows into the teacher."""
     return F.log_softmax(student_logits / temperature, -1), F.log_softmax(teacher_logits.detach() / temperature, -1)
+
+
+def logit_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+              label_smoothing: float = 0.0) -> Tensor:
+    """Computes alpha mean((student - teacher)²) + (1 - alpha) CE; the mean is over sentences and classes.
+
+    Ba and Caruana 2014, "Do Deep Nets Really Need to be Deep?", equation 1 (there without the mean over classes). Shapes as
+    in `losses.kd_loss`; logits have no temperature.
+    """
+    # Detached: the teacher is not trained.
+    return mixed(F.mse_loss(student_logits, teacher_logits.detach()), student_logits, labels, alpha, label_smoothing)
+
+
+def hard_labels(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
+                label_smoothing: float = 0.0) -> Tensor:
+    """Computes alpha CE(student, argmax(teacher)) + (1 - alpha) CE: all that a teacher without logits can give.
+
+    Shapes as in `losses.kd_loss`; a class alone has no temperature.
+    """
+    return mixed(F.cross_entropy(student_logits, teacher_logits.argmax(-1)), student_logits, labels, alpha, label_smoothing)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
@@ -105,37 +126,7 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, tempera
     return mixed(temperature ** 2 * soft, student_logits, labels, alpha, label_smoothing)
 
 
-def relations(student_states: Tensor, teacher_states: Tensor) -> Tensor:
-    """Computes the difference (Huber's) of distances and of angles among the pooled states of a batch.
-
-    Park et al. 2019, "Relational Knowledge Distillation", equations 5 to 10: distances are divided by their mean, angles are
-    cosines at the middle one of three sentences. The widths may differ. A batch of one sentence has no relations: 0.
-
-    Args:
-        student_states: (B, H); teacher_states: (B, C), no gradient flows into them.
-    """
-    if len(student_states) < 2:
-        return 0.0 * student_states.sum()
-    found = [(_distances(states), _angles(states)) for states in (student_states, teacher_states.detach())]
-    return sum(weight * F.smooth_l1_loss(ours, theirs) for weight, ours, theirs in zip(RKD_WEIGHTS, *found, strict=True))
-
-
-def _distances(states: Tensor) -> Tensor:  # (B, D) -> (B, B)
-    """Returns the distance of each pair over the mean distance of different sentences."""
-    # The root has no gradient at zero, where a sentence meets itself or its double.
-    squares = (states[:, None] - states[None]).square().sum(-1)
-    distances = squares.clamp(min=1e-12).sqrt() * (squares > 0)
-    others = distances[distances > 0]
-    return distances / others.mean() if len(others) else distances
-
-
-def _angles(states: Tensor) -> Tensor:  # (B, D) -> (B, B, B)
-    """Returns the cosine between the directions to two sentences from a third."""
-    directions = F.normalize(states[None] - states[:, None], dim=-1)  # (from, to, D)
-    return directions @ directions.transpose(1, 2)
-
-
-def relational(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
-               label_smoothing: float, student_states: Tensor, teacher_states: Tensor) -> Tensor:
-    """Computes alpha `relations` + (1 - alpha) CE: states alone teach, and no logits."""
-    return mixed(relations(student_states, teacher_states), student_logits, labels, alpha, label_smoothing)
+def weights_of(options: DistilOptions) -> dict[str, float]:
+    """Returns the weight inside the chosen loss, for the losses that have one, as an argument of theirs."""
+    found = {"js": options.js_weight, "dkd": options.dkd_weight}.get(options.kd_loss)
+    return {} if found is None else {"weight": found}

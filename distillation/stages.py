@@ -1,10 +1,10 @@
-"""The stages of a student as data: pretraining, the transfer set, the training set; and the same without a teacher.
+"""A stage of a student as data, the stages of the transfer set and of the training set, and the training in a stage.
 
 Each stage is one call of `train_utils.fit`, begins at the best weights of the one before, and can be resumed at any step.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,46 +12,34 @@ from torch import Tensor, nn
 
 import train_utils
 from data_utils import Batch
+from distillation.annealing import Temperature
 from distillation.batching import equal_length_batches
-from distillation.heads import LanguageModel, Matched, Pooled, token_ranks
-from distillation.losses import (
-    POOLED,
-    Temperature,
-    kd_objective,
-    pretraining_objective,
-    relational_objective,
-    transfer_objective,
-    weights_of,
-)
-from distillation.sentences import Inputs, Sentences
-from distillation.teachers import HiddenStates, pooled_states
+from distillation.heads import Matched
+from distillation.losses import POOLED, kd_objective, transfer_objective
+from distillation.relations import Pooled, pooled_states, relational_objective
+from distillation.sentences import Sentences
+from distillation.soft_losses import weights_of
+from distillation.teachers import Inputs
 from machine.hardware import device
 from model import DistilRNN
 from options.schema import DistilOptions, TrainOptions
-from train_utils import Checkpointing, Data, Hooks, Objective, Scorer, score_by_loss
+from train_utils import Checkpointing, Data, Hooks, Objective, Scorer
 from training.checkpoints import Progress
 from training.summary import training_summary
 
-HELD_OUT_EVERY, HELD_OUT_MOST = 50, 500  # sentences held out of pretraining
 SEEDS = 1_000_000  # stage k seeds its random numbers with the run's seed plus k times this: seeds have five digits
 
 
-def bare(student: DistilRNN) -> nn.Module:
-    """Returns the student without any head for training."""
-    return student
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """One stage: its data, its loss, and the heads that the student has in it."""
 
-    # pretrain, transfer or gold: part of the checkpoint's name, so that each stage resumes from its own.
-    name: str
+    name: str  # pretrain, transfer or gold
     data: Data
     objective: Objective
     options: TrainOptions
     dropout: float  # of the student
-    heads: Callable[[DistilRNN], nn.Module] = bare  # adds the heads that training needs
+    heads: Callable[[DistilRNN], nn.Module] = lambda student: student  # adds the heads that training needs
     score: Scorer | None = None  # of the development splits; None: by their classes
     before_step: Callable[[int, int], None] = lambda step, total: None  # sets the temperature of a step
 
@@ -69,11 +57,6 @@ class Done:
     stage: Stage
     progress: Progress
     cost: dict  # steps, seconds, tokens and peak memory, as in summary.json
-
-    @property
-    def best(self) -> dict:
-        """Returns the history's line of the best epoch."""
-        return next(line for line in self.progress.history if line["epoch"] == self.progress.best_epoch)
 
 
 @dataclass(frozen=True)
@@ -96,133 +79,67 @@ class Plan:
         return replace(self.train, epochs=epochs, lr=self.options.stage_lr, batch_tokens=self.options.stage_tokens,
                        patience=None)
 
+    def gold_loss(self) -> Objective:
+        """Returns the loss of gold labels alone."""
+        return train_utils.label_loss(self.train.label_smoothing, self.inputs.texts.problem)
 
-def student_stages(plan: Plan) -> list[Stage]:
-    """Returns the student's stages before the training set: pretraining and the transfer set, if they have epochs."""
-    sentences, options, found = plan.sentences, plan.options, []
-    if options.pretrain:
-        # Without a language model only sentences with hidden states of the teacher teach something.
-        language = options.lm_weight > 0 or sentences.hidden is None
-        rows = range(len(sentences.ids) if language else sentences.targeted)
-        found.append(pretraining_stage(plan, list(rows), sentences.hidden, language))
-    if options.transfer:
-        found.append(transfer_stage(plan))
-    return found
+    def kd_loss(self, logits: Tensor, temperature: Temperature, alpha: float) -> Objective:
+        """Returns the loss under the teachers' logits (N, labels), with a weight of `alpha`, and gold labels."""
+        # Relations of states teach no class: the rows of the transfer set, most of them without a gold label, have KL.
+        loss = "kl" if self.options.kd_loss in POOLED else self.options.kd_loss
+        return kd_objective(logits, temperature, alpha, self.train.label_smoothing, loss, self.inputs.texts.problem,
+                            **weights_of(self.options))
 
 
-def baseline_stages(plan: Plan, stages: list[Stage]) -> list[Stage]:
-    """Returns the same stages without a teacher: plain text and the training set, for as many steps.
-
-    Language modelling of plain text and training sentences takes the place of pretraining, gold labels that of the
-    teacher's. If a stage of the student uses nothing of a teacher's, the baseline has the same object.
-    """
-    sentences, found = plan.sentences, []
-    for stage in stages:
-        # Pretraining on plain text alone has nothing of a teacher's.
-        if stage.name == "pretrain" and sentences.hidden is None and not sentences.unlabelled:
-            found.append(stage)
-            continue
-        # No transfer set either: the teacher has written or chosen its sentences.
-        if stage.name == "pretrain":
-            rows = list(range(sentences.unlabelled, len(sentences.ids)))
-            baseline = pretraining_stage(plan, rows, None, language=True)
-        # Edited tokens need no teacher: the baseline is asked about them too, in sentences that have nothing of a teacher's.
-        elif sentences.edits is not None:
-            batches = plan.batches(transfer_rows(plan, sentences.free))
-            objective = transfer_objective(None, gold_loss(stage), sentences.unlabelled,
-                                           edits=sentences.edits, edit_weight=plan.options.edit_weight)
-            baseline = replace(stage, data=replace(stage.data, batches=batches), objective=objective,
-                               heads=lambda student: Matched(student, edits=True))
-        else:
-            data = replace(stage.data, batches=plan.batches(list(sentences.rows_of_training_set())))
-            baseline = without_teacher(replace(stage, data=data))
-        # As many optimiser steps as the student has, however many batches an epoch of either holds.
-        found.append(replace(baseline, data=replace(baseline.data, steps=stage.steps)))
-    return found
-
-
-def without_teacher(stage: Stage) -> Stage:
-    """Returns the same stage on gold labels alone."""
-    # The projection goes too: hidden states are a teacher's.
-    return replace(stage, objective=gold_loss(stage), heads=bare)
-
-
-def gold_loss(stage: Stage) -> Objective:
-    """Returns the loss of a stage's gold labels alone."""
-    return train_utils.label_loss(stage.options.label_smoothing, stage.data.problem)
-
-
-def pretraining_stage(plan: Plan, rows: list[int], hidden: HiddenStates | None, language: bool) -> Stage:
-    """Returns a stage of pretraining on some rows; a few are held out.
+def transfer_stage(plan: Plan, teacher: bool = True) -> Stage:
+    """Returns the stage of the transfer set.
 
     Args:
-        hidden: the teacher's hidden states, to be matched; None: they are not matched.
-        language: whether the student is trained as a language model.
+        teacher: False: the same stage without a teacher, on gold labels and, with `edit_weight`, edited tokens.
     """
-    # A single token has no neighbour to predict.
-    rows = [row for row in rows if len(plan.sentences.ids[row]) > 1]
-    # Every 50th row is held out, or fewer: at most 500 rows in all.
-    every = max(HELD_OUT_EVERY, len(rows) // HELD_OUT_MOST)
-    held_out, rest = rows[::every], [row for at, row in enumerate(rows) if at % every] or rows
-    batches, dev = plan.batches(rest), plan.batches(held_out)
-    vocabulary, size = len(plan.inputs.tokenizer), _size(hidden)
-    objective = pretraining_objective(hidden, plan.options.lm_weight or 1.0)
-    # The rows have no classes: the best epoch is the one with the lowest loss on the rows held out.
-    return Stage("pretrain", Data(batches, {"held_out": dev}, "held_out"), objective,
-                 plan.train_options(plan.options.pretrain), plan.options.stage_dropout,
-                 lambda student: LanguageModel(student, token_ranks(batches, vocabulary) if language else None, size),
-                 score_by_loss(objective))
-
-
-def transfer_stage(plan: Plan) -> Stage:
-    """Returns the stage of the transfer set; each training sentence comes `gold_repeats` times an epoch."""
-    sentences, options, size = plan.sentences, plan.options, _size(plan.sentences.hidden)
-    rows, edits = transfer_rows(plan, range(sentences.unlabelled)), sentences.edits
+    sentences, options, edits, hidden = plan.sentences, plan.options, plan.sentences.edits, None
+    new, train = sentences.free, list(sentences.rows_of_training_set())
+    soft, gold = None, plan.gold_loss()
+    temperature = Temperature(options.temperature, options.temperature_schedule)
+    if teacher:
+        # A new sentence has the teacher's label alone (alpha 1), a training sentence its gold label too.
+        logits, hidden, new = sentences.logits.to(device()), sentences.hidden, range(sentences.unlabelled)
+        soft, gold = (plan.kd_loss(logits, temperature, alpha) for alpha in (1.0, options.kd_alpha))
+    if teacher or edits is not None:
+        # Repeated, or the few training sentences would be lost among many times as many new ones.
+        rows = [*new, *train * options.gold_repeats]
+        objective = transfer_objective(soft, gold, sentences.unlabelled, hidden, edits, options.edit_weight)
+    else:
+        # New sentences teach nothing without a teacher.
+        rows, objective = train, gold
+    stage = Stage("transfer", replace(plan.inputs.texts, batches=plan.batches(rows)), objective,
+                  plan.train_options(options.transfer), options.stage_dropout, before_step=temperature.begin_step)
+    size = 0 if hidden is None else hidden.values.shape[1]
     directions = 2 if options.match_directions == "both" else 1
-    # A new sentence has the teacher's label alone (alpha 1), a training sentence its gold label too.
-    logits, temperature = sentences.logits.to(device()), Temperature(options.temperature, options.temperature_schedule)
-    # Relations of states teach no class, and most rows have no other label.
-    loss = "kl" if options.kd_loss in POOLED else options.kd_loss
-    soft, gold = (kd_objective(logits, temperature, alpha, plan.train.label_smoothing, loss, plan.inputs.texts.problem,
-                               **weights_of(options)) for alpha in (1.0, options.kd_alpha))
-    return Stage("transfer", replace(plan.inputs.texts, batches=plan.batches(rows)),
-                 transfer_objective(soft, gold, sentences.unlabelled, sentences.hidden, edits, options.edit_weight),
-                 plan.train_options(options.transfer), options.stage_dropout,
-                 (lambda student: Matched(student, size, edits is not None, directions))
-                 if size or edits is not None else bare, before_step=temperature.begin_step)
+    if size or edits is not None:
+        return replace(stage, heads=lambda student: Matched(student, size, edits is not None, directions))
+    return stage
 
 
-def transfer_rows(plan: Plan, new: Iterable[int]) -> list[int]:
-    """Returns the rows of an epoch on the transfer set: new sentences, and the training set `gold_repeats` times."""
-    # Repeated, or the few training sentences would be lost among many times as many new ones.
-    return [*new, *list(plan.sentences.rows_of_training_set()) * plan.options.gold_repeats]
-
-
-def gold_stage(inputs: Inputs, logits: Tensor, options: DistilOptions, train: TrainOptions) -> Stage:
-    """Returns the last stage: the training set with gold labels and the teacher's logits (N, labels)."""
+def gold_stage(plan: Plan, teacher: bool = True) -> Stage:
+    """Returns the last stage: the training set, with the teachers' logits or without."""
+    sentences, options = plan.sentences, plan.options
+    stage = Stage("gold", plan.inputs.texts, plan.gold_loss(), plan.train, plan.inputs.student.dropout)
+    if not teacher:
+        return stage
     # Moved once: each step picks its rows of logits on the device.
-    logits, temperature = logits.to(device()), Temperature(options.temperature, options.temperature_schedule)
+    logits = sentences.logits[sentences.unlabelled:].to(device())
     if options.kd_loss in POOLED:
-        first = inputs.teachers[0]
+        first = plan.inputs.teachers[0]
         states = pooled_states(first.model, first.data.batches).to(device())
-        objective = relational_objective(logits, states, options.kd_alpha, train.label_smoothing)
-        return Stage("gold", inputs.texts, objective, train, inputs.student.dropout, Pooled)
-    objective = kd_objective(logits, temperature, options.kd_alpha, train.label_smoothing, options.kd_loss,
-                             inputs.texts.problem, **weights_of(options))
-    return Stage("gold", inputs.texts, objective, train, inputs.student.dropout, before_step=temperature.begin_step)
-
-
-def _size(hidden: HiddenStates | None) -> int:
-    """Returns the dimensions of the hidden states that are matched; 0: none are matched."""
-    return 0 if hidden is None else hidden.values.shape[1]
+        objective = relational_objective(logits, states, options.kd_alpha, plan.train.label_smoothing)
+        return replace(stage, objective=objective, heads=Pooled)
+    temperature = Temperature(options.temperature, options.temperature_schedule)
+    return replace(stage, objective=plan.kd_loss(logits, temperature, options.kd_alpha), before_step=temperature.begin_step)
 
 
 def run_stage(student: DistilRNN, stage: Stage, number: int, checkpointing: Checkpointing, hooks: Hooks) -> Done:
-    """Trains the student in one stage, and leaves it with the stage's best weights.
-
-    Args:
-        number: the stage's, from 0.
-    """
+    """Trains the student in one stage (numbers begin at 0), and leaves it with the stage's best weights."""
     # Every stage has random numbers of its own, so that a resumed run has them, too. The first goes on from the initial
     # weights.
     if number:

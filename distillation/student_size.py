@@ -1,4 +1,7 @@
-"""The size of a student within a budget of parameters."""
+"""The size of a student within a budget of parameters.
+
+    config = sized_student(options, vocab_size, num_labels, teacher_parameters)
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,8 +10,11 @@ import torch
 
 from machine.errors import UserError
 from model import DistilRNN
-from options.schema import PLAIN_SIZES, RNNConfig
+from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions, RNNConfig
 
+# The options that are parts of the student's configuration.
+SIZES = ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout", "vocabulary",
+         "rare_tokens", "frozen_embeddings")
 STEP, WIDEST = 8, 512  # embeddings and states that are computed are multiples of 8; embeddings are no wider
 
 
@@ -17,6 +23,22 @@ def student_parameters(config: RNNConfig) -> int:
     # On the meta device tensors have shapes and no memory.
     with torch.device("meta"):
         return sum(p.numel() for p in DistilRNN(config).parameters())
+
+
+def sized_student(options: DistilOptions, vocab_size: int, num_labels: int, teacher: int) -> RNNConfig:
+    """Returns the student: it fills --student-parameters, or is the largest default within a tenth of its teacher.
+
+    Args:
+        teacher: number of the first teacher's parameters.
+
+    Raises:
+        UserError: no student fits.
+    """
+    sizes = {name: getattr(options, name) for name in SIZES}
+    if options.student_parameters:
+        return filled_config(vocab_size, num_labels, options.student_parameters, **sizes)
+    largest_first = PLAIN_SIZES if options.plain else STAGED_SIZES[options.directions]
+    return student_config(vocab_size, num_labels, teacher // 10, largest_first, **sizes)
 
 
 def student_config(vocab_size: int, num_labels: int, budget: int, largest_first: Sequence[tuple[int, int]] = PLAIN_SIZES,

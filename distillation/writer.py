@@ -20,7 +20,6 @@ from distillation.batching import equal_length_batches
 from distillation.cache import Cache
 from distillation.heads import Outputs
 from distillation.sharing import cores, share
-from distillation.transfer_set import longest_length
 from machine.errors import UserError
 from machine.hardware import bf16_is_fast, device
 from model import inject_lora, lora_layers
@@ -51,6 +50,13 @@ class CausalLoss(nn.Module):
 def language_loss(outputs: Outputs, batch: Batch) -> Tensor:
     """Returns the language model's loss: the objective of the writer."""
     return outputs.language
+
+
+def longest_length(sentences: list[str]) -> int:
+    """Returns the 95th percentile of the sentences' lengths in words."""
+    # Not the longest one: a single long sentence would let in texts of any length.
+    lengths = sorted(len(sentence.split()) for sentence in sentences)
+    return lengths[len(lengths) * 95 // 100]
 
 
 def border_token(tokenizer) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from data import lines
 from data_utils import load_task, read_cola_tsv
-from distillation.sentences import read_text
+from experiments.distil_inputs import read_text
 
 ROWS = [("The cat sleeps.", 1), ("The cat sleep.", 0), ("A dog barks.", 1), ("A dog bark.", 0)] * 6
 

@@ -25,7 +25,7 @@ from data.splits import read_split, set_aside, split_files
 from data.stream import is_blank
 from data.tables import read_table
 from data_utils import encode, load_task
-from experiments import distil, inputs
+from experiments import distil_inputs, inputs
 from machine.errors import UserError
 from model import FeatureHead
 from options.schema import TableOptions
@@ -374,7 +374,7 @@ def test_a_student_of_a_teacher_with_features_reads_text_alone(table_run, tmp_pa
 
 def test_a_student_reads_text_alone_where_a_large_batch_is_computed_in_micro_batches(table_run, tmp_path, monkeypatch):
     monkeypatch.setattr(data_utils, "LARGE", 1.0)
-    monkeypatch.setattr(distil, "make_all_batches", lambda *args: all_batches.append(made := make(*args)) or made)
+    monkeypatch.setattr(distil_inputs, "make_all_batches", lambda *args: all_batches.append(made := make(*args)) or made)
     make, all_batches = inputs.make_all_batches, []
     assert toy.main("distil", "12345", "--plain", "--teacher", table_run / "run", "--epochs", "1", "--batch-size", "8",
                     "--embedding-size", "4", "--hidden-size", "4", "--out", tmp_path / "run", "--no-plots") == 0

@@ -7,8 +7,9 @@ from conftest import VOCAB
 
 from data_utils import Batch, collate
 from distillation.edited import mark_edits
-from distillation.heads import LanguageModel, Matched
-from distillation.losses import kd_objective, pretraining_objective, share_of_step, transfer_objective
+from distillation.heads import Matched
+from distillation.losses import kd_objective, share_of_step, transfer_objective
+from distillation.pretraining import LanguageModel, pretraining_objective
 from distillation.teachers import HiddenStates
 from model import DistilRNN, RNNConfig
 from train_utils import Data, Hooks, Trainer, TrainOptions

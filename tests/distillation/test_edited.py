@@ -67,6 +67,5 @@ def test_the_transfer_set_knows_what_was_edited():
     for one in new:
         assert one.original in sources.get(one.kind, {None}) and one.original != one.text
     # The same edits as those of a stream of their own.
-    first = next(edits_of(train, 1))
-    assert new[0].text == first.text and new[0].original == first.original
+    assert (new[0].text, new[0].original) == next(edits_of(train, 1))
     assert np.mean([one.original is not None for one in new]) > 0.5

@@ -4,7 +4,8 @@ import torch
 from conftest import VOCAB, toy_batch
 
 from data_utils import Batch
-from distillation.heads import LanguageModel, Matched, first_layer, token_ranks
+from distillation.heads import Matched
+from distillation.pretraining import LanguageModel, first_layer, token_ranks
 from model import DistilRNN, RNNConfig
 
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distillation.losses import bernoulli_kl, kd_objective, label_logit_mse, loss_of, number_mse
+from distillation.losses import kd_objective, loss_of
+from distillation.problem_losses import bernoulli_kl, label_logit_mse, number_mse
 from machine.errors import UserError
 from metrics.problems import PROBLEMS
 

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from data_utils import Batch
-from distillation.heads import Outputs, Pooled
-from distillation.losses import LOSSES, Temperature, kd_loss, kd_objective, relational_objective, weights_of
-from distillation.soft_losses import relations
+from distillation.annealing import Temperature
+from distillation.heads import Outputs
+from distillation.losses import LOSSES, kd_loss, kd_objective
+from distillation.relations import Pooled, relational_objective, relations
+from distillation.soft_losses import weights_of
 from model import DistilRNN
 from options.schema import DistilOptions, RNNConfig
 

@@ -8,16 +8,9 @@ from conftest import adapted, toy_batch
 
 from data_utils import Batch
 from distillation import teachers
+from distillation.labels import Joined, hidden_states, logits_alone
 from distillation.pca import principal_components
-from distillation.teachers import (
-    HiddenStates,
-    Joined,
-    Teacher,
-    hidden_states,
-    mean_logits,
-    states_and_logits,
-    token_scores,
-)
+from distillation.teachers import HiddenStates, Teacher, mean_logits, states_and_logits, token_scores
 from machine.errors import UserError
 from record.tensors import load_checked, save_checked
 
@@ -36,7 +29,7 @@ def test_principal_components_are_those_of_a_singular_value_decomposition():
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
-def test_hidden_states_are_the_librarys_of_real_tokens(architecture):
+def test_hidden_states_are_the_librarysof_real_tokens(architecture):
     teacher, (ids, mask) = adapted(architecture), toy_batch()
     one = Batch(ids, mask, torch.zeros(4, dtype=torch.int64), torch.arange(4), int(mask.sum()))
     found = hidden_states(teacher, one)
@@ -57,19 +50,19 @@ def test_states_and_logits_come_of_one_forward_pass(architecture):
     found = states_and_logits(teacher, one)
     assert len(passes) == 1
     torch.testing.assert_close(found, (states, logits), atol=1e-5, rtol=1e-5)
-    assert torch.equal(states_and_logits(teacher, one, needed=False)[1], found[1])
+    assert torch.equal(logits_alone(teacher, one), found[1])
 
 
 def test_a_backbone_without_a_state_for_each_token_has_logits_all_the_same(monkeypatch):
     teacher, (ids, mask) = adapted("bert"), toy_batch()
     one = Batch(ids, mask, torch.zeros(4, dtype=torch.int64), torch.arange(4), int(mask.sum()))
-    check = teachers._of_real_tokens
-    monkeypatch.setattr(teachers, "_of_real_tokens", lambda teacher, states, batch: check(teacher, states[:, ::2], batch))
+    check = teachers.of_real_tokens
+    monkeypatch.setattr(teachers, "of_real_tokens", lambda teacher, states, batch: check(teacher, states[:, ::2], batch))
     with pytest.raises(UserError, match="does not give one hidden state a token; choose --match none"):
         states_and_logits(teacher, one)
     with torch.no_grad():
         expected = teacher(ids, mask)
-    assert torch.equal(states_and_logits(teacher, one, needed=False)[1], expected)
+    assert torch.equal(logits_alone(teacher, one), expected)
 
 
 def test_the_last_tokens_scores_are_the_logits_around_their_mean():

@@ -14,10 +14,9 @@ from data_utils import Batch
 from distillation import labels, writer
 from distillation.batching import neighbour_batches
 from distillation.cache import Cache
-from distillation.labels import Labeller
+from distillation.labels import Labeller, as_labeller, hidden_states
 from distillation.pca import Reduction
 from distillation.sharing import share
-from distillation.teachers import as_labeller, hidden_states
 from distillation.transfer_set import New
 from distillation.writer import Writer
 from machine.errors import UserError

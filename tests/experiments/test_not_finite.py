@@ -30,7 +30,7 @@ def in_validation(monkeypatch, epoch):
         return found
 
     monkeypatch.setattr(train_utils, "validate", lambda *args: spoiled(validate(*args)))
-    monkeypatch.setattr("distillation.stages.score_by_loss",
+    monkeypatch.setattr("distillation.pretraining.score_by_loss",
                         lambda objective: lambda *args: spoiled(score_by_loss(objective)(*args)))
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from data.splits import Split
-from distillation import sentences
+from distillation import sources
 from experiments import compare, variants
 from experiments.predict import RunPredictor
 from machine.errors import UserError
@@ -160,13 +160,13 @@ def test_an_exported_classifier_of_pairs_has_the_token_types_in_its_graph(place,
 
 
 def test_a_language_model_writes_no_pairs(monkeypatch):
-    monkeypatch.setattr(sentences, "Writer", lambda *_: pytest.fail("a sentence would be written"))
+    monkeypatch.setattr(sources, "Writer", lambda *_: pytest.fail("a sentence would be written"))
     pairs = ["the cat saw a dog | a red bird", "the old cat fed a dog | the dog saw a cat"]
     inputs = SimpleNamespace(task=SimpleNamespace(train=Split(pairs, [0.0, 1.0]), dev={}, left_out=()),
                              teachers=[SimpleNamespace(model=SimpleNamespace(decoder=True))],
-                             tokenizer=SimpleNamespace(pair_separator=" | "))
+                             tokenizer=SimpleNamespace(pair_separator=" | "), plain=[])
     # Fewer than asked for: the pairs have no further edits.
-    found = [one.text for one in sentences.new_sentences(inputs, None, [], 10_000)]
+    found = [one.text for one in sources.new_sentences(inputs, None, 10_000)]
     assert 5 < len(found) < 10_000 and all(text.count(" | ") == 1 for text in found)
 
 

@@ -16,7 +16,7 @@ import train_utils
 from benchmarks.architectures import PAD, config_of
 from data.backbones import blocks_of
 from data_utils import Batch
-from distillation.teachers import teacher_logits
+from distillation.labels import teacher_logits
 from fast.frozen import CachedBatch, FrozenPrefix, lowest_trained_block
 from fast.installation import install
 from machine.errors import UserError

@@ -58,7 +58,7 @@ def test_a_forward_rnn_turns_no_row_around_and_packs_only_many_pads(monkeypatch)
 
 def test_a_shared_first_layer_is_read(monkeypatch):
     """A network whose parameters are another one's (distillation/heads.py) goes both ways, too."""
-    from distillation.heads import first_layer
+    from distillation.pretraining import first_layer
     from model import DistilRNN
     from options.schema import RNNConfig
     torch.manual_seed(0)
