@@ -13,6 +13,7 @@ class Temperature:
 
     def begin_step(self, step: int, total: int) -> None:
         """Sets T for an optimiser step (from 0) of `total`."""
+        # The last step has T = 1: the student ends on the teacher's own probabilities.
         if self.schedule == "anneal":
             self.now = self.start + (1 - self.start) * step / max(1, total - 1)
 

@@ -1,8 +1,9 @@
-"""Batches of token ids for the stages and for teachers: rows of one length together, or neighbouring rows."""
+"""Batches of token ids for the stages and for teachers: rows of one length together, or neighbouring rows; their weight."""
 from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 from data_utils import Batch, collate
 
@@ -55,3 +56,18 @@ def ids_by_row(batches: list[Batch]) -> list[list[int]]:
         for row, tokens, mask in zip(batch.rows.tolist(), batch.input_ids, batch.attention_mask.bool(), strict=True):
             found[row] = tokens[mask].tolist()
     return [found[row] for row in range(len(found))]
+
+
+def share_of_step(batch: Batch, count: Callable[[Batch], int]) -> float:
+    """Returns the factor that turns a batch's weight by rows in an optimiser step into its weight by tokens.
+
+    `train_utils.fit` weighs each batch of a step by its rows. A mean over tokens has to be weighed by tokens, or several
+    batches would train something else than one large batch. The factor is 1 for a batch that is a whole step.
+
+    Args:
+        count: returns the number of tokens of a batch in the mean.
+    """
+    step = batch.step or [batch]
+    tokens, rows = sum(map(count, step)), sum(len(one.rows) for one in step)
+    # No token in the whole step: the mean is 0, whatever its weight.
+    return (count(batch) / tokens if tokens else 0.0) / (len(batch.rows) / rows)

@@ -8,11 +8,14 @@ both sentences are compared, whatever the tokenizer and the edit: no edit has to
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 import torch
 from torch import Tensor
+
+from distillation.transfer_set import New
 
 
 @dataclass
@@ -36,11 +39,23 @@ def mark_edits(ids: list[list[int]], originals: dict[int, list[int]]) -> Marks:
         ids: token ids of each sentence.
         originals: row -> token ids of the sentence that was edited.
     """
+    # One tensor for all sentences: lists of a million would take many times the memory.
     starts = torch.tensor([0, *map(len, ids)]).cumsum(0)
     values = torch.zeros(int(starts[-1]), dtype=torch.bool)
     for row, original in originals.items():
         values[starts[row] + torch.tensor(touched(original, ids[row]), dtype=torch.int64)] = True
     return Marks(values, starts)
+
+
+def originals(new: list[New], ids_of: Callable[[list[str]], list[list[int]]]) -> dict[int, list[int]]:
+    """Returns the token ids of the sentences that were edited, by the row of the edited ones.
+
+    Args:
+        ids_of: returns the token ids of texts.
+    """
+    # Tokenised together, because a call for each sentence is slow.
+    edited = {row: one.original for row, one in enumerate(new) if one.original is not None}
+    return dict(zip(edited, ids_of(list(edited.values())), strict=True))
 
 
 def touched(original: list[int], edited: list[int]) -> list[int]:
@@ -50,8 +65,10 @@ def touched(original: list[int], edited: list[int]) -> list[int]:
     first = next((at for at in range(most) if original[at] != edited[at]), most)
     same = next((at for at in range(most - first) if original[-1 - at] != edited[-1 - at]), most - first)
     before, after = original[first:len(original) - same], edited[first:len(edited) - same]
+    # Places of the whole sentence: the equal beginning stands before the part that was compared.
     found = set()
     for kind, _, _, start, end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        # Of a removed token nothing is left but the gap, which the token after it shows.
         if kind == "delete":
             found.add(min(first + start, len(edited) - 1))
         elif kind != "equal":

@@ -30,6 +30,7 @@ class FirstEmbeddings:
         self.inputs, self.kind, self.means = plan.inputs, plan.options.student_embeddings, None
         size, ids = self.inputs.student.vocab_size, plan.sentences.ids[:plan.sentences.targeted]
         self.counts = token_counts(ids, size)  # (vocab_size,) of each token id
+        # Once for both students: all hidden states are read.
         if self.kind == "contextual":
             self.means = token_means(ids, plan.sentences.hidden, size)
 

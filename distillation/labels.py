@@ -24,7 +24,15 @@ from distillation.batching import equal_length_batches, neighbour_batches
 from distillation.cache import Cache, digest
 from distillation.pca import Reduction, principal_components
 from distillation.sharing import cores, share
-from distillation.teachers import HiddenStates, Teacher, mean_logits, of_real_tokens, states_and_logits, token_scores
+from distillation.teachers import (
+    HiddenStates,
+    Teacher,
+    mean_logits,
+    of_real_tokens,
+    reduced_states,
+    states_and_logits,
+    token_scores,
+)
 from machine import processes
 from machine.errors import UserError
 from machine.hardware import device, send
@@ -84,6 +92,7 @@ def hidden_states(teacher: TextClassifier, batch: Batch) -> Tensor:
     ids, mask = batch.input_ids, batch.attention_mask
     if teacher.decoder:
         return of_real_tokens(teacher, teacher.token_states(ids, mask), batch)
+    # Some backbones (FNet) have no mask.
     backbone = teacher.net.base_model
     takes_mask = "attention_mask" in inspect.signature(backbone.forward).parameters
     states = backbone(input_ids=ids, **({"attention_mask": send(mask, ids.device)} if takes_mask else {}))[0]
@@ -229,9 +238,7 @@ class Labeller:
                 continue
             hidden, batch_logits = states_and_logits(self.teacher, batch.to(device()))
             logits[batch.rows], lengths = batch_logits.cpu(), batch.attention_mask.sum(1)
-            # Half precision: rounding is far below the error of the match, and the files are half as large.
-            scores = token_scores(self.teacher, hidden).cpu() / scale
-            states = torch.cat([pca.reduce(hidden.cpu()), scores], -1).half()
+            states = reduced_states(self.teacher, hidden, pca, scale)
             for row, part in zip(batch.rows.tolist(), states.split(lengths.tolist()), strict=True):
                 parts[row] = part
         return {"logits": logits, **({"hidden": torch.cat(parts)} if pca else {})}

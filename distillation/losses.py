@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_utils import Batch
 from distillation.annealing import Temperature
+from distillation.batching import share_of_step
 from distillation.edited import Marks
 from distillation.problem_losses import OTHERS
 from distillation.relations import relational
@@ -93,21 +94,6 @@ def edit_bce(logits: Tensor, touched: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- objectives
 
-def share_of_step(batch: Batch, count: Callable[[Batch], int]) -> float:
-    """Returns the factor that turns a batch's weight by rows in an optimiser step into its weight by tokens.
-
-    `train_utils.fit` weighs each batch of a step by its rows. A mean over tokens has to be weighed by tokens, or several
-    batches would train something else than one large batch. The factor is 1 for a batch that is a whole step.
-
-    Args:
-        count: returns the number of tokens of a batch in the mean.
-    """
-    step = batch.step or [batch]
-    tokens, rows = sum(map(count, step)), sum(len(one.rows) for one in step)
-    # No token in the whole step: the mean is 0, whatever its weight.
-    return (count(batch) / tokens if tokens else 0.0) / (len(batch.rows) / rows)
-
-
 def kd_objective(teacher_logits: Tensor, temperature: float | Temperature, alpha: float, label_smoothing: float = 0.0,
                  loss: str = "kl", problem: Problem = SINGLE_LABEL, **weights: float) -> Objective:
     """Returns the objective of training under a teacher.
@@ -159,7 +145,11 @@ def match_hidden(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tenso
     Args:
         projected: (real tokens, d) of the whole batch, row by row.
     """
-    known = _matched_rows(batch, hidden)
+    def known_rows(one: Batch) -> Tensor:
+        # On the CPU, like the mask: the choice of tokens must not be delayed by the GPU.
+        return (one.rows < len(hidden)).cpu()
+
+    known = known_rows(batch)
     # Plain text has no hidden states. The projection still gets a gradient, of zeros, as in every other step.
     if not bool(known.any()):
         return 0.0 * projected.sum()
@@ -169,9 +159,4 @@ def match_hidden(projected: Tensor, batch: Batch, hidden: HiddenStates) -> Tenso
     loss = hidden_mse(projected[tokens.to(projected.device)], targets.to(projected.device),
                       hidden.weights.to(projected.device))
     # Each token of the step counts alike, in a batch of long sentences as in one of short ones.
-    return loss * share_of_step(batch, lambda one: int(one.attention_mask[_matched_rows(one, hidden)].sum()))
-
-
-def _matched_rows(batch: Batch, hidden: HiddenStates) -> Tensor:
-    # On the CPU, like the mask: the choice of tokens must not be delayed by the GPU.
-    return (batch.rows < len(hidden)).cpu()
+    return loss * share_of_step(batch, lambda one: int(one.attention_mask[known_rows(one)].sum()))

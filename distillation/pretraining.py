@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from data_utils import Batch
+from distillation.batching import share_of_step
 from distillation.heads import Outputs, real_tokens
-from distillation.losses import match_hidden, share_of_step
+from distillation.losses import match_hidden
 from distillation.stages import Plan, Stage
 from distillation.teachers import HiddenStates
 from model import DistilRNN

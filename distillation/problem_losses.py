@@ -43,6 +43,7 @@ def bernoulli_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
 def label_logit_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float,
                     label_smoothing: float = 0.0) -> Tensor:
     """Computes alpha mean((student - teacher)²) + (1 - alpha) BCE, of several labels at once; shapes as `bernoulli_kl`."""
+    # Detached: the teacher is not trained.
     soft = F.mse_loss(student_logits, teacher_logits.detach())
     return alpha * soft + (1 - alpha) * MULTI_LABEL.loss(student_logits, labels, label_smoothing)
 

@@ -28,6 +28,7 @@ def relations(student_states: Tensor, teacher_states: Tensor) -> Tensor:
     Args:
         student_states: (B, H); teacher_states: (B, C), no gradient flows into them.
     """
+    # The classifier's gradient is zero then, and not missing.
     if len(student_states) < 2:
         return 0.0 * student_states.sum()
     found = [(_distances(states), _angles(states)) for states in (student_states, teacher_states.detach())]
@@ -45,6 +46,7 @@ def _distances(states: Tensor) -> Tensor:  # (B, D) -> (B, B)
 
 def _angles(states: Tensor) -> Tensor:  # (B, D) -> (B, B, B)
     """Returns the cosine between the directions to two sentences from a third."""
+    # The cosines of all pairs are one matmul of unit vectors for each third sentence.
     directions = F.normalize(states[None] - states[:, None], dim=-1)  # (from, to, D)
     return directions @ directions.transpose(1, 2)
 
@@ -91,9 +93,11 @@ def pooled_states(teacher: TextClassifier, batches: list[Batch]) -> Tensor:
     Raises:
         UserError: see `hidden_states`.
     """
+    # The batches are in random order: the states are put back in the order of the rows.
     found = {}
     for batch in batches:
         states = hidden_states(teacher, batch.to(next(teacher.parameters()).device)).cpu()
+        # The states of a batch's sentences stand one after the other.
         ends = batch.attention_mask.sum(1).cumsum(0).cpu()
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         found.update(zip(batch.rows.tolist(), states[ends - 1 if teacher.decoder else starts], strict=True))

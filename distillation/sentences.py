@@ -11,10 +11,10 @@ from data.splits import Label
 from data_utils import encode
 from distillation.batching import ids_by_row
 from distillation.cache import Cache
-from distillation.edited import Marks, mark_edits
+from distillation.edited import Marks, mark_edits, originals
 from distillation.labels import Labeller, teacher_logits
 from distillation.soft_labels import check_labels, with_labels
-from distillation.sources import make_transfer_set, pretraining_text
+from distillation.sources import free_of_teacher, make_transfer_set, pretraining_text
 from distillation.teachers import HiddenStates, Inputs, mean_logits
 from metrics.problems import PROBLEMS
 from options.schema import DistilOptions, RunOptions
@@ -31,8 +31,7 @@ class Sentences:
     logits: Tensor  # (unlabelled + train, labels) of the teachers
     hidden: HiddenStates | None = None  # the first teacher's, of the same rows
     edits: Marks | None = None  # the tokens of the same rows that an edit touched, if the student is asked about them
-    # Rows of the transfer set without a sentence of a teacher's language model, or an edit of one.
-    free: list[int] = field(default_factory=list)
+    free: list[int] = field(default_factory=list)  # rows of the transfer set with nothing of a teacher's
 
     @property
     def targeted(self) -> int:
@@ -79,14 +78,8 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
     labels += [problem.nothing(inputs.task.num_labels)] * (len(ids) - len(targeted))
 
     # 4. A task that needs no teacher: were this token and its place in the sentence that was edited?
-    marks = None
-    if options.edit_weight:
-        edited = {row: one.original for row, one in enumerate(new) if one.original is not None}
-        originals = dict(zip(edited, ids_of(list(edited.values())), strict=True))
-        marks = mark_edits(ids[:len(targeted)], originals)
-    written = {one.text for one in new if one.kind == "written"}
-    free = [row for row, one in enumerate(new) if one.kind != "written" and one.original not in written]
-    return Sentences(ids, labels, len(new), len(train), logits, hidden, marks, free)
+    edits = mark_edits(ids[:len(targeted)], originals(new, ids_of)) if options.edit_weight else None
+    return Sentences(ids, labels, len(new), len(train), logits, hidden, edits, free_of_teacher(new))
 
 
 def training_set_alone(inputs: Inputs, options: DistilOptions, folder: Path) -> Sentences:

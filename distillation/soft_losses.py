@@ -57,6 +57,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, t
 
     Gu et al. 2024, "MiniLLM", equation 1, for a single choice instead of a text.
     """
+    # The student first: it pays where the teacher gives nothing, and not where it misses one of the teacher's answers.
     log_q, log_p = log_softmaxes(student_logits, teacher_logits, temperature)
     return mixed(temperature ** 2 * kl(log_q, log_p), student_logits, labels, alpha, label_smoothing)
 
@@ -92,6 +93,7 @@ def decoupled(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
         weight: w of the classes other than the target.
     """
     log_q, log_p = log_softmaxes(student_logits, teacher_logits, temperature)
+    # The classes other than the target, of each sentence.
     rest = ~F.one_hot(labels, log_p.shape[1]).bool()
 
     def parts(log: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +108,7 @@ def decoupled(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
 
 def correlation(x: Tensor, y: Tensor, dim: int) -> Tensor:
     """Returns Pearson's correlation along a dimension."""
+    # Centred, or it would be the cosine.
     x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
     return (x * y).sum(dim) / (x.norm(dim=dim) * y.norm(dim=dim)).clamp(min=EPS)
 
@@ -120,6 +123,7 @@ def dist(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, tempera
     left is one correlation of the batch's probabilities.
     """
     q, p = (log.exp() for log in log_softmaxes(student_logits, teacher_logits, temperature))
+    # Over the sentences of the batch first, a correlation for each class; then over the classes of a sentence.
     soft = (1 - correlation(q, p, 0)).mean()
     if q.shape[1] > 2:
         soft = soft + (1 - correlation(q, p, 1)).mean()

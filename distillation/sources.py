@@ -87,3 +87,9 @@ def pretraining_text(inputs: Inputs, new: list[New]) -> list[str]:
     """Returns the plain text of pretraining: sentences of any length, but none twice, of the task or among the new ones."""
     seen = {*known_sentences(inputs.task), *(letters_and_digits(one.text) for one in new)}
     return [sentence for sentence in dict.fromkeys(inputs.plain) if letters_and_digits(sentence) not in seen]
+
+
+def free_of_teacher(new: list[New]) -> list[int]:
+    """Returns the rows of the transfer set without a sentence of a teacher's language model, or an edit of one."""
+    written = {one.text for one in new if one.kind == "written"}
+    return [row for row, one in enumerate(new) if one.kind != "written" and one.original not in written]

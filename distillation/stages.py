@@ -97,20 +97,21 @@ def transfer_stage(plan: Plan, teacher: bool = True) -> Stage:
     Args:
         teacher: False: the same stage without a teacher, on gold labels and, with `edit_weight`, edited tokens.
     """
-    sentences, options, edits, hidden = plan.sentences, plan.options, plan.sentences.edits, None
-    new, train = sentences.free, list(sentences.rows_of_training_set())
-    soft, gold = None, plan.gold_loss()
+    sentences, options, edits = plan.sentences, plan.options, plan.sentences.edits
     temperature = Temperature(options.temperature, options.temperature_schedule)
     if teacher:
         # A new sentence has the teacher's label alone (alpha 1), a training sentence its gold label too.
-        logits, hidden, new = sentences.logits.to(device()), sentences.hidden, range(sentences.unlabelled)
+        new, hidden, logits = range(sentences.unlabelled), sentences.hidden, sentences.logits.to(device())
         soft, gold = (plan.kd_loss(logits, temperature, alpha) for alpha in (1.0, options.kd_alpha))
-    if teacher or edits is not None:
-        # Repeated, or the few training sentences would be lost among many times as many new ones.
-        rows = [*new, *train * options.gold_repeats]
-        objective = transfer_objective(soft, gold, sentences.unlabelled, hidden, edits, options.edit_weight)
     else:
-        # New sentences teach nothing without a teacher.
+        # Edited tokens need no teacher: the baseline is asked about them in sentences with nothing of a teacher's.
+        new, hidden, soft, gold = sentences.free, None, None, plan.gold_loss()
+    # Training sentences are repeated, or the few would be lost among many times as many new ones.
+    train = list(sentences.rows_of_training_set())
+    rows = [*new, *train * options.gold_repeats]
+    objective = transfer_objective(soft, gold, sentences.unlabelled, hidden, edits, options.edit_weight)
+    # New sentences without a label and without a question teach nothing.
+    if not teacher and edits is None:
         rows, objective = train, gold
     stage = Stage("transfer", replace(plan.inputs.texts, batches=plan.batches(rows)), objective,
                   plan.train_options(options.transfer), options.stage_dropout, before_step=temperature.begin_step)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_utils import Batch, Task
 from distillation.cache import Base
+from distillation.pca import Reduction
 from distillation.soft_labels import SoftLabels
 from machine.errors import UserError
 from machine.hardware import send
@@ -76,16 +77,26 @@ def mean_logits(logits: list[Tensor]) -> Tensor:
 
 
 def token_scores(teacher: TextClassifier, hidden: Tensor) -> Tensor:
-    """Returns a decoder's logits for each prefix of a sentence: (tokens, C) -> (tokens, labels).
-
-    Those of classes are around their mean. An encoder has none: (tokens, 0).
-    """
+    """Returns a decoder's logits for each prefix of a sentence: (tokens, C) -> (tokens, labels)."""
+    # An encoder has none: its states have read the whole sentence, and no prefix.
     if not teacher.decoder or teacher.by_length:
         return hidden.new_zeros(len(hidden), 0)
     score = teacher.net.score
     logits = score(hidden.to(score.weight.dtype)).float()
     # The same constant in all logits changes no probability: only differences are a target.
     return logits - logits.mean(-1, keepdim=True) if problem_of_type(teacher.net.config.problem_type).shift_free else logits
+
+
+def reduced_states(teacher: TextClassifier, hidden: Tensor, pca: Reduction, scale: Tensor) -> Tensor:
+    """Returns the targets of tokens: (tokens, C) -> (tokens, d + labels) in float16, on the CPU.
+
+    Args:
+        pca: principal components of the teacher's hidden states; their projections are standardised.
+        scale: (labels,) standard deviations of `token_scores`, which stand behind them.
+    """
+    scores = token_scores(teacher, hidden).cpu() / scale
+    # Half precision: rounding is far below the error of the match, and cached files are half as large.
+    return torch.cat([pca.reduce(hidden.cpu()), scores], -1).half()
 
 
 @torch.inference_mode()

@@ -6,9 +6,10 @@ import torch
 from conftest import VOCAB
 
 from data_utils import Batch, collate
+from distillation.batching import share_of_step
 from distillation.edited import mark_edits
 from distillation.heads import Matched
-from distillation.losses import kd_objective, share_of_step, transfer_objective
+from distillation.losses import kd_objective, transfer_objective
 from distillation.pretraining import LanguageModel, pretraining_objective
 from distillation.teachers import HiddenStates
 from model import DistilRNN, RNNConfig
