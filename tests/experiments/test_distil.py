@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import data_utils
 import train_utils
-from experiments import distil, evaluate
+from experiments import distil_inputs, evaluate
 from model import DistilRNN
 from record.files import read_json
 from record.folder import without_times
@@ -168,7 +168,7 @@ def test_a_teacher_that_is_replaced_while_it_is_read_is_refused(work, tmp_path, 
         with open(folder / "adapter_model.safetensors", "ab") as file:
             file.write(b" ")
         return loaded
-    monkeypatch.setattr(distil, "load_finetuned", swapped)
+    monkeypatch.setattr(distil_inputs, "load_finetuned", swapped)
     capsys.readouterr()
     assert toy.main("distil", "12345", "--teacher", tmp_path / "teacher", "--out", tmp_path / "d", *SMALL) == 2
     assert "adapter_model.safetensors: changed while it was read" in capsys.readouterr().err
