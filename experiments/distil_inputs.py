@@ -52,7 +52,7 @@ def load_teachers(options: RunOptions, distil_options: DistilOptions
     files = {path.name if number == 0 else str(path): digests[path]
              for number, folder in enumerate(folders) for path in weights(folder)}
     _, _, recorded = loaded[0]
-    # Bases and tokenizers may differ, for teachers meet in their logits; texts and classes must not.
+    # Bases and tokenizers may differ, because teachers meet in their logits; texts and classes must not.
     for folder, (_, _, other) in zip(folders, loaded, strict=True):
         for name in ("task", "data", "limit", "text_column", "template", "label_column", "feature_columns", "problem",
                      "join", "fold"):
@@ -83,7 +83,7 @@ def prepare(options: RunOptions, distil_options: DistilOptions, loaded: list[tup
     first, tokenizer = loaded[0]
     task = load_task(options, tokenizer)
     check(options, distil_options, task, tokenizer)
-    teachers = read_as_each(options, task, loaded)
+    teachers = teachers_with_batches(options, task, loaded)
     data = teachers[0].data
     texts = replace(data, batches=texts_only(data.batches),
                     dev={split: texts_only(rows) for split, rows in data.dev.items()})
@@ -137,7 +137,7 @@ def with_defaults(options: DistilOptions, train: int, decoder: bool) -> DistilOp
     return replace(options, **{name: value for name, value in defaults.items() if getattr(options, name) is None})
 
 
-def read_as_each(options: RunOptions, task: Task, loaded: list[tuple[TextClassifier, object]]) -> list[Teacher]:
+def teachers_with_batches(options: RunOptions, task: Task, loaded: list[tuple[TextClassifier, object]]) -> list[Teacher]:
     """Returns the teachers with the task's batches as each reads them."""
     teachers: dict[str, Teacher] = {}  # the first teacher of each tokenizer
     found, (_, first) = [], loaded[0]
