@@ -11,7 +11,7 @@ from pathlib import Path
 from data.backbones import max_length_of
 from data.digests import tokenizer_digest
 from data.lines import read_sentences
-from data.segments import separator_of
+from data.segments import reads_pairs, separator_of
 from data_utils import Batch, Task
 from distillation.cache import Base
 from distillation.losses import loss_of
@@ -94,7 +94,8 @@ def prepare(options: RunOptions, distil_options: DistilOptions, loaded: list[tup
     recorded = read_json(distil_options.teacher / "config.json").get("base_sha256")
     # The files are read once, so that the recorded digests are those of the sentences that are trained on.
     plain, text_files = read_text(distil_options.text)
-    labels = [read_labels(path, task.classes) for path in distil_options.labels]
+    separator = tokenizer.pair_separator if reads_pairs(tokenizer) else None
+    labels = [read_labels(path, task.classes, PROBLEMS[task.problem], separator) for path in distil_options.labels]
     label_files = {file.path: digest for file, digest in labels}
     task = replace(task, files={**task.files, **text_files, **label_files})
     base = Base(options.model, recorded or tensors.weights_digest(first.net.base_model), tokenizer_digest(tokenizer))
@@ -112,7 +113,6 @@ def check(options: RunOptions, distil_options: DistilOptions, task: Task, tokeni
     # For its error.
     loss_of(distil_options.kd_loss, problem)
     problem.check("--label-smoothing", options.train.label_smoothing > 0)
-    problem.check("--labels", bool(distil_options.labels))
     if distil_options.vocabulary and distil_options.vocabulary > len(tokenizer):
         raise UserError(f"--vocabulary {distil_options.vocabulary}: expected at most {len(tokenizer)}, the tokens of "
                         f"{options.model}'s tokenizer")

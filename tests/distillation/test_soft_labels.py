@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from distillation.soft_labels import FLOOR, SoftLabels, check_labels, read_labels, with_labels
 from machine.errors import UserError
+from metrics.problems import PROBLEMS
 
 CLASSES = ("no", "yes")
 
@@ -50,6 +51,31 @@ def test_a_wrong_line_is_named(tmp_path, line, said):
     with pytest.raises(UserError) as error:
         read_labels(path, CLASSES)
     assert one_line(error).startswith(f"--labels {path}, line 2: ") and said in one_line(error)
+
+
+def test_labels_of_other_problems(tmp_path):
+    path = written(tmp_path, {"text": "a", "probabilities": {"yes": 0.9, "no": 0.9}}, {"text": "b", "probabilities": [0, 1]},
+                   {"text": "c", "logits": [3, 4]})
+    found = read_labels(path, CLASSES, PROBLEMS["multi-label"])[0].logits.double()
+    np.testing.assert_allclose(found.sigmoid(), [[0.9, 0.9], [FLOOR, 1 - FLOOR], 1 / (1 + np.exp([-3.0, -4.0]))], rtol=1e-5)
+    path = written(tmp_path, {"text": "A  cat.\tA dog.", "score": 2.5}, {"text": "A cat. [SEP] A bird.", "score": -1})
+    found, _ = read_labels(path, ("score",), PROBLEMS["regression"], "[SEP]")
+    assert found.logits.tolist() == [[2.5], [-1.0]]
+    places, logits = found.of(["A cat. [SEP] A bird.", "A cat. A dog.", "A cat. [SEP] A dog."])
+    assert places.tolist() == [0, 2] and logits.tolist() == [[-1.0], [2.5]]
+
+
+@pytest.mark.parametrize(("problem", "line", "said"), [
+    ("multi-label", {"text": "x", "probabilities": [0.5, 1.5]}, "expected numbers from 0 to 1"),
+    ("multi-label", {"text": "x", "probabilities": [0.5]}, "expected 2 numbers"),
+    ("regression", {"text": "x", "probabilities": [1]}, 'expected "score" or "logits"'),
+    ("regression", {"text": "x", "score": "high"}, "score: expected a number"),
+    ("regression", {"text": "x", "score": True}, "score: expected a number")])
+def test_a_wrong_line_of_other_problems_is_named(tmp_path, problem, line, said):
+    path = written(tmp_path, line)
+    with pytest.raises(UserError) as error:
+        read_labels(path, CLASSES[:1 if problem == "regression" else 2], PROBLEMS[problem])
+    assert one_line(error).startswith(f"--labels {path}, line 1: ") and said in one_line(error)
 
 
 @pytest.mark.parametrize("content", [None, "", "\n\n"])

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from data.splits import Split
-from distillation import sources
+from distillation import recipe, sources
 from experiments import compare, variants
 from experiments.predict import RunPredictor
 from machine.errors import UserError
@@ -117,6 +117,34 @@ def test_a_bank_answers_as_the_run_and_refuses_one_text_beside_pairs(place, name
     assert found["label"] == expected["label"] or float(found["label"]) == pytest.approx(float(expected["label"]), abs=1e-3)
     if name == "numbers":
         assert "expected two of them" in str(bank.classify([("own", "a red cat")])[0])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_file_of_labels_stands_for_the_teacher_that_wrote_it(place, name, tmp_path, monkeypatch, capsys):
+    """Whatever separates a pair in the file: the tab of the lines here, the teacher's own mark in the training set."""
+    _, data, _, dev, _ = RUNS[name]
+    lines = printed(capsys, "predict", place / name, "--file", place / data / dev.replace("dev", "train"), "--json")
+    rows = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+    for row in rows:
+        row["text"] = row["text"].replace(" [SEP] ", "\t")
+    # Another teacher: of each label the opposite.
+    for row in rows:
+        if name == "numbers":
+            row["score"] = -row["score"]
+        else:
+            row["probabilities"] = {label: 1 - p for label, p in row["probabilities"].items()}
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    kept, alone = [], recipe.training_set_alone
+    monkeypatch.setattr(recipe, "training_set_alone", lambda *args: kept.append(alone(*args)) or kept[-1])
+    for out, more in (("own", ()), ("file", ("--labels", labels, "--labels-alone")), ("both", ("--labels", labels))):
+        assert toy.main("distil", "12345", "--teacher", place / name, "--out", tmp_path / out, "--no-control", *PLAIN,
+                        *more) == 0
+    own, file, both = (one.logits for one in kept)
+    torch.testing.assert_close(file, -own, atol=1e-4, rtol=1e-3)
+    assert own.abs().max() > 0.1 and both.abs().max() < 1e-3
+    assert "are not in it" not in capsys.readouterr().err
 
 
 def test_an_adapter_of_one_text_follows_the_last_one_of_pairs_and_none_stands_beside_it(place, tmp_path):
