@@ -1,17 +1,44 @@
-"""Layers of the student that PyTorch lacks: embeddings with a vocabulary of their own, and a cell without a loop over time.
+"""The student's sizes, and its layers that PyTorch lacks: embeddings with a vocabulary of their own, a cell without a loop.
 
     states = MinGRU(8, 16, bidirectional=True)(x, lengths)    # (B, T, 8), (B,) -> (B, T, 32)
 """
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from machine.hardware import send
-from options.schema import RNNConfig
+from options.schema import DistilOptions
+
+
+@dataclass(frozen=True)
+class RNNConfig:
+    """Holds the sizes of a `DistilRNN`."""
+
+    vocab_size: int
+    num_labels: int = 2
+    embedding_size: int = 96
+    hidden_size: int = 128  # of each direction
+    directions: int = 2  # 1: forward alone
+    rnn_layers: int = DistilOptions.rnn_layers
+    cell: str = DistilOptions.cell
+    pooling: str = "max"  # max, mean or attention, over real tokens
+    dropout: float = DistilOptions.dropout  # on embeddings and on the pooled vector
+    vocabulary: int | None = None  # rows of the embedding table; None: one for each of the `vocab_size` tokens
+    # Tokens without a row of their own: they share `buckets`, or are the mean of `pieces`.
+    rare_tokens: str = DistilOptions.rare_tokens
+    frozen_embeddings: bool = False  # a frozen copy of the first embeddings next to the trained ones
+
+    def recorded(self) -> dict:
+        """Returns the sizes as a run records them: those that came later only where they are in use."""
+        # A run from before them is repeated to the byte.
+        unused = {"vocabulary": not self.vocabulary, "rare_tokens": not self.vocabulary,
+                  "frozen_embeddings": not self.frozen_embeddings}
+        return {name: value for name, value in asdict(self).items() if not unused.get(name)}
 
 
 class StudentEmbedding(nn.Embedding):

@@ -29,10 +29,11 @@ from data.backbones import (
     max_length_of,
 )
 from data.feature_head import FeatureHead
-from layers import MinGRU, StudentEmbedding
+from data.module_patterns import checked_names, size_of
+from layers import MinGRU, RNNConfig, StudentEmbedding
 from machine.errors import UserError
 from machine.hardware import send
-from options.schema import LoRAOptions, RNNConfig
+from options.schema import LoRAOptions
 
 # ---------------------------------------------------------------- LoRA
 
@@ -178,14 +179,13 @@ def inject_lora(net: PreTrainedModel, options: LoRAOptions, layer_class: type[Lo
         modules = dict(block.named_modules())
         for name in (name for name in targets if name in modules):
             outputs, inputs = weight_of(modules[name]).shape
-            rank, alpha = options.size_of(f"{net.base_model_prefix}.{block_name}.{name}")
+            rank, alpha = size_of(options, f"{net.base_model_prefix}.{block_name}.{name}")
             if not 1 <= rank <= min(inputs, outputs):
                 raise UserError(f"--rank {rank}: expected 1 to {min(inputs, outputs)} for {name} ({inputs} x {outputs})")
             bases[f"{block_name}.{name}"] = modules[name], targets[name], rank, alpha
     if not bases:
         raise UserError(f"--layers {options.layers}: none of these blocks has a layer {', '.join(targets)}")
-    names = [f"{net.base_model_prefix}.{name}" for name in bases]
-    options.check_patterns(names)
+    names = checked_names(options, [f"{net.base_model_prefix}.{name}" for name in bases])
     # Freeze before the injection: A and B are new parameters and stay trainable.
     freeze_backbone(net)
     for name, (base, roles, rank, alpha) in bases.items():

@@ -5,13 +5,12 @@
     python run.py LoRA 12345       fine-tune with LoRA
     python run.py distil 12345     distil that run into a small RNN
 
-PyTorch is imported after parsing, so that --help answers at once. A new mode is a dataclass of options in options/modes.py
-and a function, named in CALLS; a new option is a field, in options/schema.py if a run records it.
+PyTorch is imported after parsing, so that --help answers at once. A new mode is a dataclass of options and an entry in
+options/modes.py, which names its function; a new option is a field, in options/schema.py if a run records it.
 """
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import os
 import re
@@ -20,19 +19,12 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from experiments.parser import MODES, Parser, closest, complain, note, overview
-from machine import processes, threads
+from experiments.parser import MODES, Parser, closest, overview
+from machine import processes, signals, threads
+from machine.errors import UserError
+from machine.imports import quick_imports
+from machine.streams import complain, note, open_streams
 
-# Each mode's function: the arguments in, the exit status out (None: 0). --help lists the modes as options/modes.py does.
-CALLS = {"gen": "experiments.generate:main", "LoRA": "experiments.finetune:main", "distil": "experiments.distil:main",
-         "compare": "experiments.compare:main", "sweep": "experiments.sweep:main", "eval": "experiments.evaluate:main",
-         "test": "experiments.significance:main", "diagnose": "experiments.diagnose:main",
-         "calibrate": "experiments.calibrate:main",
-         "predict": "experiments.predict:main", "serve": "experiments.serve:main", "export": "experiments.ship:export_main",
-         "merge": "experiments.ship:merge_main", "repeat": "experiments.repeat:main", "paper": "experiments.paper:main",
-         "report": "experiments.hand_in:report", "submit": "experiments.hand_in:submit"}
-SEEDS = "experiments.seeds:main"  # LoRA and distil with --seeds
-FOLDS = "experiments.folds:main"  # LoRA with --folds
 NEEDS = {"serve": ("fastapi", "uvicorn", "prometheus_client")}  # packages that requirements.txt does not have
 SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several times for one run
 
@@ -40,7 +32,7 @@ SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line, that of the process if none is given; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    _open_streams()
+    open_streams()
     # Before any output: of several processes one prints.
     try:
         processes.connect()
@@ -55,15 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     if mode in ("-h", "--help"):
         print(overview())
         for name in MODES if argv[1:] == ["all"] else ():
-            Parser(name).print_help()
+            Parser(name, everything=True).print_help()
         return 0
     if mode not in MODES:
         complain(f"unknown {'option' if mode.startswith('-') else 'mode'} {mode}{closest(mode, MODES)}")
         return 2
-    args = Parser(mode).parse(argv[1:])
+    args = Parser(mode, everything=argv[-1] == "all").parse(argv[1:])
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
-    from machine import signals
-
     signals.install()
     try:
         return _call(args)
@@ -73,20 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + getattr(error, "signal", signal.SIGINT)
 
 
-def _open_streams() -> None:
-    """Makes output possible with a closed stream, or one that cannot write every character."""
-    # In this order: the lowest free file descriptor is taken, and no file of a run must become standard output.
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def _call(args) -> int:
     """Runs the chosen mode; an error that the user can mend is one line and exit status 2."""
-    from machine.errors import UserError
     from report.records import ReportError
 
     try:
@@ -120,11 +98,10 @@ def _call(args) -> int:
 
 
 def function_of(args) -> Callable[[argparse.Namespace], int | None]:
-    """Imports and returns the function of the chosen mode."""
-    call = SEEDS if args.mode in SEVERAL_PROCESSES and args.seeds else CALLS[args.mode]
-    call = FOLDS if getattr(args, "folds", None) else call
-    module, name = call.split(":")
-    return getattr(importlib.import_module(module), name)
+    """Imports and returns the function of the chosen mode, or that of --seeds or --folds."""
+    several = "folds" if getattr(args, "folds", None) else "seeds" if args.mode in SEVERAL_PROCESSES and args.seeds else ""
+    module, name = f"{several}:main".split(":") if several else MODES[args.mode].main.split(":")
+    return getattr(importlib.import_module(f"experiments.{module}"), name)
 
 
 def _prepare(args) -> None:
@@ -133,8 +110,6 @@ def _prepare(args) -> None:
     Raises:
         UserError: a device, package or number of processes that the mode cannot use.
     """
-    from machine.errors import UserError
-
     # report and submit, which read files alone, have no device.
     if hasattr(args, "device"):
         _import_libraries()
@@ -160,7 +135,7 @@ def _prepare(args) -> None:
 
 
 def _import_libraries() -> None:
-    """Imports PyTorch, transformers and the modules that use them, with the garbage collector off."""
+    """Imports PyTorch, transformers and the modules that use them."""
     if "experiments.finetune" in sys.modules:
         return
     threads.prepare()
@@ -168,14 +143,8 @@ def _import_libraries() -> None:
     # In a file the Hub's bars would be a line for each step.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # They make half a million objects, none of them garbage, and the collector would go through them again and again: a
-    # fifth of the way to the first training step. Frozen, they are not looked at afterwards either.
-    gc.disable()
-    try:
+    with quick_imports():
         import experiments.finetune  # noqa: F401
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.peft_kinds import PREFIX, as_plain, check_kind, minus_start, settings_and_tensors
 from data.backbones import freeze_backbone, fresh_modules
+from data.module_patterns import fits
 from machine.errors import UserError
 from model import LoRALinear, TextClassifier, lora_layers
-from options.patterns import fits
 from record.files import read_json, write_file, write_json
 from record.tensors import load_tensors
 from variants.dora import DoRALinear

@@ -25,9 +25,10 @@ import torch
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, paired_ratios
 from data_utils import Batch, Split, encode, make_batches
+from layers import RNNConfig
 from metrics.classification import scores
 from model import DistilRNN
-from options.schema import RNNConfig, TrainOptions
+from options.schema import TrainOptions
 from serving import export, export_student
 from serving.texts import Reading
 from train_utils import Data, fit, label_loss

@@ -31,12 +31,12 @@ from benchmarks import common  # first: it sets the environment that libraries r
 from benchmarks.common import Report, paired_ratios
 from data.backbones import PACKAGED
 from data_utils import Batch
-from distillation.student_size import student_config
+from distillation.student_size import PLAIN_SIZES, STAGED_SIZES, student_config
 from experiments import distil_record
 from experiments.arguments import preset
 from machine import hardware
 from model import DistilRNN, count_parameters, load_classifier
-from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions
+from options.schema import DistilOptions
 from speed import install
 
 BATCH_SIZE = 32

@@ -94,9 +94,11 @@ class Task:
             text: number of the fold, from 1, that of all folds, and the seed that shuffles the rows: 2/5:12345.
 
         Raises:
-            UserError: fewer rows of a class than folds.
+            UserError: no such fold, or fewer rows of a class than folds.
         """
         number, count, seed = map(int, re.split("[/:]", text))
+        if not 1 <= number <= count >= 2:
+            raise UserError(f"--fold {text}: expected one of 1/{count} to {count}/{count}, at least two")
         train, held_out = fold_of(self.train, number, count, seed)
         where = f"the training rows of fold {number}"
         self._check_classes(train, f"--folds {count}: {where}")

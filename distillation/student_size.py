@@ -8,14 +8,20 @@ from collections.abc import Sequence
 
 import torch
 
+from layers import RNNConfig
 from machine.errors import UserError
 from model import DistilRNN
-from options.schema import PLAIN_SIZES, STAGED_SIZES, DistilOptions, RNNConfig
+from options.schema import DistilOptions
 
 # The options that are parts of the student's configuration.
 SIZES = ("embedding_size", "hidden_size", "directions", "rnn_layers", "cell", "pooling", "dropout", "vocabulary",
          "rare_tokens", "frozen_embeddings")
 STEP, WIDEST = 8, 512  # embeddings and states that are computed are multiples of 8; embeddings are no wider
+# Embedding and hidden sizes of a default student, which has the first that fit its budget. Those in stages depend on the
+# number of directions in which it reads; the largest fit into 8 MB in 8-bit weights.
+STAGED_SIZES = {1: ((128, 352), (96, 264), (64, 176), (48, 132), (32, 88), (24, 66), (16, 44)),
+                2: ((128, 288), (96, 216), (64, 144), (48, 108), (32, 72), (24, 54), (16, 36))}
+PLAIN_SIZES = ((RNNConfig.embedding_size, RNNConfig.hidden_size), (72, 96), (48, 64), (36, 48), (24, 32), (12, 16))
 
 
 def student_parameters(config: RNNConfig) -> int:

@@ -14,11 +14,11 @@ from data_utils import Batch, Task
 from distillation.cache import Base
 from distillation.pca import Reduction
 from distillation.soft_labels import SoftLabels
+from layers import RNNConfig
 from machine.errors import UserError
 from machine.hardware import send
 from metrics.problems import problem_of_type
 from model import TextClassifier
-from options.schema import RNNConfig
 from train_utils import Data
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from options.schema import RNNConfig
+from layers import RNNConfig
 
 SHARE = 16  # one row out of so many is a bucket: rare tokens share it
 NEVER = 1e-6  # count of a token that never occurs: next to nothing among others, and something in a row without others

@@ -10,25 +10,27 @@ from pathlib import Path
 
 from data_utils import with_columns
 from experiments import inputs
-from experiments.parser import closest, note
+from experiments.parser import closest
 from machine.errors import UserError
-from options.declare import ROOT, saving
+from machine.streams import note
+from options.declare import ROOT
 from options.schema import LoRAOptions, RunOptions, TableOptions, TrainOptions
 
 PRESETS = ROOT / "options" / "presets"
 
 
-def named(pairs: list[tuple[str, Path]], option: str) -> dict[str, Path]:
-    """Returns folders by name.
+def named(words: tuple[str, ...], option: str) -> dict[str, Path]:
+    """Returns the folders of NAME=DIR by name.
 
     Raises:
         UserError: a name is given twice.
     """
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    found: dict[str, Path] = {}
+    for name, _, folder in (word.partition("=") for word in words):
+        if name in found:
             raise UserError(f"{option} {name}: the name is given twice")
-    return dict(pairs)
+        found[name] = Path(folder)
+    return found
 
 
 # ---------------------------------------------------------------- presets
@@ -87,7 +89,9 @@ def run_options(args, values: dict, **more) -> RunOptions:
     if args.jobs > 1 and not args.seeds and not getattr(args, "folds", None):
         raise UserError(f"--jobs {args.jobs}: only with --seeds or --folds, whose runs it counts")
     # One flag, --save-every, has two fields: minutes or steps between checkpoints.
-    saves = {"save_every": TrainOptions.save_every, **saving(str(args.save_every))}
+    word = str(args.save_every).removesuffix("min")
+    saves = {"save_every": float(word)} if not word.endswith("steps") else {
+        "save_every": TrainOptions.save_every, "save_steps": int(word.removesuffix("steps"))}
     train = fill(TrainOptions, values, seed=int(args.sr), **saves)
     return fill(RunOptions, values, train=train, out=args.out or Path("runs") / f"{args.mode}-{args.sr}", **more)
 

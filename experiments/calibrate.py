@@ -122,7 +122,7 @@ def threshold_of(logits: np.ndarray, labels: np.ndarray, classes: list[str], lea
 
 def main(args) -> None:
     """Calibrates a run and prints temperature, threshold and errors."""
-    from experiments.parser import note
+    from machine.streams import note
 
     found = calibrate_run(args.run, args.data, args.least_precision, args.positive, args.allow_training_data)
     for text in found.pop("notes"):

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.parser import complain
 from machine import processes, signals
+from machine.streams import complain
 from metrics.problems import SINGLE_LABEL, Problem
 from options.schema import RunOptions
 from record.files import check_folder, make_folder

@@ -24,11 +24,12 @@ from data.segments import separator_of
 from data_utils import Split, Task
 from experiments.inputs import check_base, columns_of, read_as
 from experiments.trained_on import check_not_trained_on, count_trained_on, recorded_task, training_files
+from layers import RNNConfig
 from machine.errors import UserError
 from machine.hardware import device
 from metrics.problems import PROBLEMS, Problem, problem_of
 from model import DistilRNN, TextClassifier, load_classifier
-from options.schema import RNNConfig, TableOptions
+from options.schema import TableOptions
 from record import tensors
 from record.config_json import rebuild
 from record.files import read_json, sha256, write_file

@@ -14,10 +14,10 @@ import speed
 from adapters import peft_layout
 from data.backbones import load_causal_lm, load_tokenizer, max_length_of
 from experiments.inputs import check_base, choose
-from experiments.parser import note
 from machine.errors import UserError
 from machine.hardware import device
 from machine.progress import Bar
+from machine.streams import note
 from record.files import check_sums, read_json
 from sampling import Sampling
 

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from experiments import compare, endings, step_records
-from experiments.parser import complain
 from experiments.significance import paired_differences
 from experiments.steps import CHOSEN, Step, steps
 from experiments.variants import seeds_of
@@ -31,6 +30,7 @@ from machine.errors import UserError
 from machine.hardware import device
 from machine.progress import Bar
 from machine.signals import Interrupted
+from machine.streams import complain
 from record.files import SUMS, check_sums, locked, make_folder, read_json, write_json
 from record.folder import provenance
 from report import build

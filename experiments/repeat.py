@@ -12,8 +12,8 @@ from pathlib import Path
 from adapters import peft_layout
 from experiments import distil, finetune
 from experiments.endings import DIVERGED
-from experiments.parser import complain
 from machine import signals
+from machine.streams import complain
 from options.schema import DistilOptions, RunOptions
 from record.config_json import rebuild
 from record.files import read_json

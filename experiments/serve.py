@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.arguments import named, note
+from experiments.arguments import named
 from experiments.evaluate import load_student
 from machine.errors import UserError
+from machine.streams import note
 from record.calibration import calibration_of
 from record.folder import read_run
 from serving.bank import AdapterBank

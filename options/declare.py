@@ -9,52 +9,46 @@ from __future__ import annotations
 import ast
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).parents[1]
-DECLARED = {"least", "above", "most", "choices", "metavar", "flag", "reads", "repeat", "unique", "positional", "required",
-            "often", "free", "preset", "before", "not_in", "hidden"}
+INFINITE = float("inf")
+LARGEST = {int: 10 ** 9, float: 1e30}
 
 
-def option(default=MISSING, help: str = "", **declared):
-    """Returns a dataclass field that is an option of the command line.
-
-    Args:
-        default: without one, the program fills the field in where the option is not given.
-        help: one line that can be read alone.
-        declared: least, above, most: bounds of a number. choices: words, or a function that returns them. metavar, flag:
-            other names than the field's. reads: a function from a word to the value. repeat: may be given several times.
-            unique: no value twice. positional: True, "?" or "*": no flag. required: must be given. often: shown by --help,
-            not only by --help all. free: changes no result, so that a resumed run may have another. preset: a file in
-            options/presets/ may set it. before: the value in runs recorded before the option existed. not_in: modes that
-            do not have it, with spaces between them. hidden: taken, and shown nowhere: an old spelling.
-    """
-    # A mistyped word would be a check that is never made.
-    if unknown := declared.keys() - DECLARED:
-        raise TypeError(f"option() has no {', '.join(sorted(unknown))}")
-    return field(default=default, metadata={"help": help, **declared})
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Option:
     """Holds one declared option: reads its words and checks them."""
 
-    name: str  # of the field, of the parsed argument and in config.json
-    group: type  # the dataclass that declares it
-    kind: type  # of one value
-    several: bool  # whether the value is a tuple
-    default: object  # None where the program fills it in
-    declared: Mapping
-
-    @property
-    def flag(self) -> str:
-        """Returns the option on the command line: --rank, or --no-keep where the flag turns a default off."""
-        off = "no-" if self.kind is bool and self.default else ""
-        return self.declared.get("flag", "--" + off + self.name.replace("_", "-"))
+    help: str  # one line that can be read alone
+    default: object = None  # None where the program fills it in
+    choices: tuple | Callable[[], tuple] = ()  # words, or a function that returns them
+    least: float = -INFINITE  # bounds of a number
+    above: float = -INFINITE
+    most: float = INFINITE
+    pattern: str = ""  # regular expression of a value that stays a word
+    like: str = ""  # the words that fit it, in a message
+    metavar: str = ""  # the value in --help
+    flag: str = ""  # --rank, or --no-keep where it turns a default off; may be declared
+    repeat: bool = False  # may be given several times
+    unique: bool = False  # no value twice
+    positional: bool | str = False  # no flag: True, "?" or "*"
+    required: bool = False  # must be given
+    often: bool = False  # shown by --help, not only by --help all
+    hidden: bool = False  # taken, and shown nowhere: an old spelling
+    free: bool = False  # changes no result, so that a resumed run may have another
+    preset: bool = False  # a file in options/presets/ may set it
+    before: object = None  # the value in runs recorded before the option existed
+    not_in: str = ""  # modes that do not have it, with spaces between them
+    # From the field itself: its name, the type of one value, whether there are several, and the dataclass.
+    name: str = ""
+    kind: type = str
+    several: bool = False
+    group: type = object
 
     @property
     def word(self) -> str:
@@ -64,25 +58,21 @@ class Option:
     @property
     def start(self):
         """Returns the value before presets are read: None where one may set it."""
-        return None if self.declared.get("preset") else self.default
-
-    @property
-    def choices(self) -> tuple:
-        choices = self.declared.get("choices", ())
-        return choices() if callable(choices) else choices
+        return None if self.preset else self.default
 
     @property
     def expected(self) -> str:
         """Returns the values that are allowed, in words."""
+        if self.like or self.kind is bool:
+            return self.like or "true or false"
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
-        least, above, most = (self.declared.get(key) for key in ("least", "above", "most"))
         number = "a whole number" if self.kind is int else "a number"
-        if above is not None:
-            return f"{number} above {above}" + ("" if most is None else f", up to {most}")
-        if least is None:
+        if self.above > -INFINITE:
+            return f"{number} above {self.above}" + (f", up to {self.most}" if self.most < INFINITE else "")
+        if self.least == -INFINITE:
             return number
-        return f"{number} of at least {least}" if most is None else f"{number} from {least} to {most}"
+        return f"{number} " + (f"from {self.least} to {self.most}" if self.most < INFINITE else f"of at least {self.least}")
 
     def read(self, text: str):
         """Returns the value of a word; a tuple has commas between its values.
@@ -90,22 +80,20 @@ class Option:
         Raises:
             ArgumentTypeError: the word stands for no allowed value; says what was expected.
         """
-        if reads := self.declared.get("reads"):
-            return reads(text)
-        if not self.several or self.declared.get("repeat"):
+        if not self.several or self.repeat:
             return self._one(text)
         # A quoted list may have spaces after its commas.
         values = tuple(self._one(part.strip()) for part in text.split(","))
         if "" in values:
             raise ArgumentTypeError(f"{text!r}; expected names separated by commas")
-        if self.declared.get("unique") and len(set(values)) < len(values):
+        if self.unique and len(set(values)) < len(values):
             raise ArgumentTypeError(f"{text!r}: a value is given twice")
         return values
 
     def _one(self, text: str):
         # The kind itself reads a word: int, float, str, Path.
         try:
-            value = self.kind(text)
+            value = text if self.pattern else self.kind(text)
         except ValueError:
             value = None
         if value is None or not self._allows(value):
@@ -113,22 +101,25 @@ class Option:
         return value
 
     def _allows(self, value) -> bool:
-        if self.choices:
-            return value in self.choices
-        if self.kind not in (int, float):
-            return True
+        if self.pattern or self.choices:
+            return re.fullmatch(self.pattern, value) is not None if self.pattern else value in self.choices
         # Comparisons with nan are false, and infinity is beyond the largest number.
-        most = self.declared.get("most", 10 ** 9 if self.kind is int else 1e30)
-        return self.declared.get("least", -most) <= value <= most and value > self.declared.get("above", -2 * most)
+        return self.kind not in LARGEST or (
+            self.above < value and self.least <= value <= self.most and abs(value) <= LARGEST[self.kind])
 
     def words(self, value) -> list[str]:
         """Returns the option and its value as words of a command line."""
         # A default flag is left out.
         if self.kind is bool:
             return [] if value == self.default else [self.flag]
-        if self.declared.get("repeat"):
-            return [f"{self.flag}={one}" for one in value]
-        return [f"{self.flag}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"]
+        values = value if self.repeat else [",".join(map(str, value)) if isinstance(value, list | tuple) else value]
+        return [f"{self.flag}={one}" for one in values]
+
+
+def option(default=MISSING, help: str = "", choices: tuple | Callable = (), **declared):
+    """Returns a dataclass field that is an option of the command line; `declared` are fields of `Option`."""
+    made = Option(help, None if default is MISSING else default, choices, **declared)
+    return field(default=default, metadata={"option": made})
 
 
 def options_of(cls: type, mode: str) -> Iterator[Option]:
@@ -136,23 +127,22 @@ def options_of(cls: type, mode: str) -> Iterator[Option]:
     # Annotations are texts until they are looked up.
     kinds = get_type_hints(cls)
     for one in fields(cls):
-        kind = kinds[one.name]
-        if mode in one.metadata.get("not_in", "").split():
+        kind, declared = kinds[one.name], one.metadata.get("option")
+        if declared and mode in declared.not_in.split():
             continue
         if is_dataclass(kind):
             yield from options_of(kind, mode)
-        elif one.metadata:
+        elif declared:
             # The type of one value: int of `int | None`, str of `tuple[str, ...]`.
-            if isinstance(kind, UnionType):
-                kind = get_args(kind)[0]
+            kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
             several = get_origin(kind) is tuple
-            default = None if one.default is MISSING else one.default
-            yield Option(one.name, cls, get_args(kind)[0] if several else kind, several, default, one.metadata)
+            off = "no-" if kind is bool and declared.default else ""
+            yield replace(declared, name=one.name, kind=get_args(kind)[0] if several else kind, several=several, group=cls,
+                          choices=declared.choices() if callable(declared.choices) else declared.choices,
+                          flag=declared.flag or f"--{off}{one.name.replace('_', '-')}")
 
 
-# ---------------------------------------------------------------- words that are no plain numbers or names
-
-def names_in(path: str, name: str):
+def names_in(path: str, name: str) -> Callable[[], tuple[str, ...]]:
     """Returns a function that lists the keys of a module's dictionary, or the words of its tuple, without importing it.
 
     So a new loss is a choice of --kd-loss as soon as it stands in the dictionary, and --help does not import PyTorch.
@@ -165,57 +155,3 @@ def names_in(path: str, name: str):
                 return tuple(one.value for one in (node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts))
         raise LookupError(f"{path}: no {name}")
     return names
-
-
-def five_digits(text: str) -> str:
-    """Returns SR, which seeds a run and names its folder."""
-    if not re.fullmatch("[0-9]{5}", text):
-        raise ArgumentTypeError(f"{text!r}: expected exactly five digits, such as 12345")
-    return text
-
-
-def saving(text: str) -> dict:
-    """Returns --save-every as fields of TrainOptions: minutes (10, 10min) or optimiser steps (50steps)."""
-    steps = text.endswith("steps")
-    try:
-        value = int(text.removesuffix("steps")) if steps else float(text.removesuffix("min"))
-    except ValueError:
-        value = 0
-    if not 0 < value < 1e30:
-        raise ArgumentTypeError(f"{text!r}: expected minutes, such as 10 or 10min, or steps, such as 50steps")
-    return {"save_steps": value} if steps else {"save_every": value, "save_steps": None}
-
-
-def minutes_or_steps(text: str) -> str:
-    """Returns the word of --save-every, checked."""
-    saving(text)
-    return text
-
-
-def class_weights(text: str) -> str:
-    """Returns the word of --class-weights, checked."""
-    if text not in ("balanced", "none"):
-        try:
-            values = [float(value) for value in text.split(",")]
-        except ValueError:
-            values = [-1.0]
-        if not all(0 <= value < 1e30 for value in values) or not any(values) or len(values) < 2:
-            raise ArgumentTypeError(f"{text!r}: expected balanced, none, or a number of at least 0 for each class, such as "
-                                    "2.5,1")
-    return text
-
-
-def fold(text: str) -> str:
-    """Returns the word of --fold, checked."""
-    found = re.fullmatch("([0-9]{1,4})/([0-9]{1,4}):([0-9]{5})", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]) >= 2:
-        raise ArgumentTypeError(f"{text!r}: expected the number of a fold, that of all folds and a seed, such as 2/5:12345")
-    return text
-
-
-def pair(text: str) -> tuple[str, Path]:
-    """Returns the two parts of NAME=DIR."""
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise ArgumentTypeError(f"{text!r}: expected NAME=DIR")
-    return name, Path(folder)

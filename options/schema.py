@@ -11,30 +11,30 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from machine.errors import UserError
-from options import patterns
-from options.declare import class_weights, fold, minutes_or_steps, names_in, option
+from options.declare import names_in, option
 
 # Roles of a block's projections, as --targets names them: query, key, value, output, and both of the MLP.
 ROLES = ("q", "k", "v", "o", "mlp")
 METHODS = ("lora", "full", "head", "features", "none", "bitfit", "ia3")
-RARE_TOKENS = ("buckets", "pieces")
 TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "edits", "rotten_tomatoes", "imdb", "buzzer",
          "csv", "tiny")
+NUMBER = r"(\d+\.?\d*|\.\d+)"
 
 
 @dataclass(frozen=True)
 class LoRAOptions:
     """Holds the layers that LoRA adapts, and the size of their updates."""
 
-    variant: str = option("lora", "formula of the update; docs/variants.md has each one's paper and cost", often=True,
-                          choices=names_in("variants/injection.py", "VARIANTS"))
+    variant: str = option("lora", "formula of the update; docs/variants.md has each one's paper and cost",
+                          names_in("variants/injection.py", "VARIANTS"), often=True)
     rank: int = option(8, "rank of each LoRA update", often=True)
     alpha: float = option(16.0, "LoRA's updates are scaled by alpha / rank", above=0, often=True)
-    rank_pattern: tuple[str, ...] = option((), "ranks of single modules by their names or the endings of them, regular "
-                                           "expressions as in PEFT: c_attn=4,h.1.mlp.c_proj=2", metavar="MODULE=RANK[,...]",
-                                           reads=patterns.ranks_by_module)
-    alpha_pattern: tuple[str, ...] = option((), "alphas of single modules, as --rank-pattern", metavar="MODULE=ALPHA[,...]",
-                                            reads=patterns.alphas_by_module)
+    rank_pattern: tuple[str, ...] = option(
+        (), "ranks of single modules by their names or the endings of them, as in PEFT: c_attn=4,h.1.mlp.c_proj=2",
+        pattern=r".+=[1-9]\d{0,8}", like="MODULE=RANK, a whole number of at least 1", metavar="MODULE=RANK[,...]")
+    alpha_pattern: tuple[str, ...] = option(
+        (), "alphas of single modules, as --rank-pattern", pattern=rf".+=(?=.*[1-9]){NUMBER}",
+        like="MODULE=ALPHA, a number above 0", metavar="MODULE=ALPHA[,...]")
     dropout: float = option(0.0, "dropout on the inputs of LoRA's A", least=0, most=0.99)
     loraplus_ratio: float = option(16.0, "learning rate of B over that of A with --variant loraplus", above=0)
     rslora: bool = option(False, "old spelling of --variant rslora", hidden=True)
@@ -49,16 +49,6 @@ class LoRAOptions:
             object.__setattr__(self, "variant", "rslora")
             object.__setattr__(self, "rslora", True)
 
-    def size_of(self, name: str) -> tuple[int, float]:
-        """Returns rank and alpha of a module's update, by the module's full name."""
-        rank = int(patterns.value_of(self.rank_pattern, name, self.rank))
-        return rank, patterns.value_of(self.alpha_pattern, name, self.alpha)
-
-    def check_patterns(self, names: list[str]) -> None:
-        """Raises `UserError` for a pattern that fits none of the adapted modules."""
-        patterns.check("--rank-pattern", self.rank_pattern, names)
-        patterns.check("--alpha-pattern", self.alpha_pattern, names)
-
 
 @dataclass(frozen=True)
 class TableOptions:
@@ -66,22 +56,20 @@ class TableOptions:
 
     text_column: tuple[str, ...] = option(
         (), "columns of the text, two of them a pair; the task's, or text, sentence or review, if not given")
-    label_column: str = option("label", "column of the label: strings, booleans or whole numbers, any number of classes; "
-                               "lists, or several columns of 0 and 1, are several labels at once, other numbers scores")
-    problem: str | None = option(None, "kind of label: one of several classes, any number of labels at once, or a number; "
-                                 "by the labels if not given", choices=names_in("metrics/problems.py", "PROBLEMS"))
+    label_column: str = option("label", "column of the label: a class, a list of labels or a number; several columns of 0 "
+                               "and 1 are several labels at once")
+    problem: str | None = option(None, "one of several classes, any number of labels, or a number; by the labels if not "
+                                 "given", names_in("metrics/problems.py", "PROBLEMS"))
     join: str = option("pair", "two text columns: a pair as the tokenizer joins it (token_type_ids where the model has "
-                       "them), or one text with the tokenizer's separator in it", choices=("pair", "text"), before="text")
+                       "them), or one text with the tokenizer's separator in it", ("pair", "text"), before="text")
     template: str | None = option(None, 'text with columns in braces, "Q: {question} A: {guess}", instead of --text-column')
     eval_split: str | None = option(
         None, "development rows: a file of the folder by its stem, another file, or a share of the training rows; "
         "validation, dev or eval if the folder has one, else 0.1", metavar="NAME|FILE|SHARE")
     feature_columns: tuple[str, ...] = option((), "columns of numbers that the head reads next to the text")
-    truncate: str = option("tail", "part of a text longer than --max-length that is cut", choices=("head", "tail", "middle"))
-    delimiter: str | None = option(None, "character between the cells of CSV and TSV; a comma and a tab if not given",
-                                   metavar="CHARACTER")
-    encoding: str = option("utf-8", "encoding of CSV, TSV and JSON Lines, such as cp1252; a byte order mark wins",
-                           metavar="NAME")
+    truncate: str = option("tail", "part of a text longer than --max-length that is cut", ("head", "tail", "middle"))
+    delimiter: str | None = option(None, "character between cells; a comma and a tab if not given", metavar="CHARACTER")
+    encoding: str = option("utf-8", "encoding of a table, such as cp1252; a byte order mark wins", metavar="NAME")
 
     @property
     def pairs(self) -> bool:
@@ -107,58 +95,28 @@ class TrainOptions:
     head_lr: float | None = option(None, "peak learning rate of the head; --lr if not given", above=0, not_in="distil")
     weight_decay: float = option(0.01, "weight decay of matrices; biases and norms have none", least=0)
     warmup: float = option(0.06, "share of the steps over which the learning rate rises from 0", least=0, most=1)
-    schedule: str = option("linear", "decay of the learning rate after warm-up", choices=("linear", "cosine", "constant"))
+    schedule: str = option("linear", "decay of the learning rate after warm-up", ("linear", "cosine", "constant"))
     clip: float = option(1.0, "largest global gradient norm; 0: no clipping", least=0)
     accumulate: int = option(1, "batches in an optimiser step", least=1)
     label_smoothing: float = option(0.0, "share of each label that is spread over all classes", least=0, most=1)
-    loss: str = option("ce", "loss of the labels: cross-entropy, or focal, in which easy rows count less",
-                       choices=("ce", "focal"), not_in="distil")
+    loss: str = option("ce", "loss of the labels: cross-entropy, or focal (easy rows count less)", ("ce", "focal"),
+                       not_in="distil")
     focal_gamma: float = option(2.0, "power of 1 - p in --loss focal", least=0, not_in="distil")
-    class_weights: str = option("none", "weights of the classes in the loss: balanced (the rarer, the heavier), none, or a "
-                                "number for each", reads=class_weights, metavar="balanced|none|W,W[,...]", not_in="distil")
+    class_weights: str = option(
+        "none", "weights of the classes in the loss: balanced (the rarer, the heavier), none, or a number for each",
+        pattern=rf"balanced|none|(?=.*[1-9]){NUMBER}(,{NUMBER})+", metavar="balanced|none|W,W[,...]", not_in="distil",
+        like="balanced, none, or a number of at least 0 for each class, such as 2.5,1")
     ema: float = option(0.0, "decay of the weights' moving average, which is scored and kept; 0: none", least=0, most=1)
     patience: int | None = option(None, "epochs without a better one after which training stops", least=1)
-    precision: str = option("auto", "precision of frozen linears; trained weights stay float32", not_in="distil",
-                            choices=("auto", "fp32", "bf16x3", "bf16"))
-    save_every: float = option(10.0, "minutes, or optimiser steps, between checkpoints inside an epoch",
-                               reads=minutes_or_steps, metavar="Nmin|Nsteps", free=True)
+    precision: str = option("auto", "precision of frozen linears; trained weights stay float32",
+                            ("auto", "fp32", "bf16x3", "bf16"), not_in="distil")
+    save_every: float = option(
+        10.0, "minutes, or optimiser steps, between checkpoints inside an epoch", metavar="Nmin|Nsteps", free=True,
+        pattern=rf"[1-9]\d*steps|(?=.*[1-9]){NUMBER}(e[+-]?\d\d?)?(min)?",
+        like="minutes, such as 10 or 10min, or steps, such as 50steps")
     # Optimiser steps between checkpoints, instead of minutes: --save-every 50steps.
     save_steps: int | None = None
     anomaly: bool = option(False, "name the first module that computes inf or nan; several times slower", free=True)
-
-
-@dataclass(frozen=True)
-class RNNConfig:
-    """Holds the sizes of a `DistilRNN`."""
-
-    vocab_size: int
-    num_labels: int = 2
-    embedding_size: int = 96
-    hidden_size: int = 128  # of each direction
-    directions: int = 2  # 1: forward alone
-    rnn_layers: int = 1
-    cell: str = "lstm"
-    pooling: str = "max"  # max, mean or attention, over real tokens
-    dropout: float = 0.3  # on embeddings and on the pooled vector
-    # Rows of the embedding table; None: one for each of the `vocab_size` tokens.
-    vocabulary: int | None = None
-    rare_tokens: str = "buckets"  # tokens without a row of their own: they share `buckets`, or are the mean of `pieces`
-
-    frozen_embeddings: bool = False  # a frozen copy of the first embeddings next to the trained ones
-
-    def recorded(self) -> dict:
-        """Returns the sizes as a run records them: those that came later only where they are in use."""
-        # A run from before them is repeated to the byte.
-        unused = {"vocabulary": not self.vocabulary, "rare_tokens": not self.vocabulary,
-                  "frozen_embeddings": not self.frozen_embeddings}
-        return {name: value for name, value in asdict(self).items() if not unused.get(name)}
-
-
-# Embedding and hidden sizes of a default student, which has the first that fit its budget. Those in stages depend on the
-# number of directions in which it reads; the largest fit into 8 MB in 8-bit weights.
-STAGED_SIZES = {1: ((128, 352), (96, 264), (64, 176), (48, 132), (32, 88), (24, 66), (16, 44)),
-                2: ((128, 288), (96, 216), (64, 144), (48, 108), (32, 72), (24, 54), (16, 36))}
-PLAIN_SIZES = ((RNNConfig.embedding_size, RNNConfig.hidden_size), (72, 96), (48, 64), (36, 48), (24, 32), (12, 16))
 
 
 @dataclass(frozen=True)
@@ -174,9 +132,9 @@ class DistilOptions:
         "--seeds also the folder with every seed's LoRA-SR", repeat=True, often=True)
     # The folders of all but the first --teacher: early runs recorded one teacher.
     more_teachers: tuple[str, ...] = ()
-    labels: tuple[str, ...] = option((), "JSON Lines of sentences with probabilities or logits of any other teacher, as "
-                                     "predict --json writes them; averaged with the teachers' labels; may be given several "
-                                     "times", metavar="FILE", repeat=True)
+    labels: tuple[str, ...] = option(
+        (), "file of sentences with probabilities or logits of any other teacher, as predict --json writes them; averaged "
+        "with the teachers' labels; may be given several times", metavar="FILE", repeat=True)
     labels_alone: bool = option(False, "no label of a teacher's own for a sentence that --labels has")
     plain: bool = option(False, "one stage, on the training set alone, from random embeddings", before=True, often=True)
     control: bool = option(True, "leave out the baseline, which trains the same RNN without a teacher")
@@ -184,38 +142,37 @@ class DistilOptions:
     kd_alpha: float = option(0.5, "share of the teacher in the loss; gold labels have the rest", least=0, most=1, often=True,
                              preset=True)
     kd_loss: str = option("kl", "the teacher's part of the loss: kl of soft labels, mse of logits, hard labels, or others "
-                          "(docs/distillation.md)", choices=names_in("distillation/losses.py", "LOSSES"), often=True)
+                          "(docs/distillation.md)", names_in("distillation/losses.py", "LOSSES"), often=True)
     js_weight: float = option(0.5, "weight of the teacher in the mixture of --kd-loss js", least=0.01, most=0.99)
     dkd_weight: float = option(8.0, "weight of the classes other than the target in --kd-loss dkd", least=0)
-    temperature_schedule: str = option("constant", "temperature over the steps of each stage: constant, or annealed to 1",
-                                       choices=("constant", "anneal"))
+    temperature_schedule: str = option("constant", "temperature over a stage's steps, annealed to 1 if not constant",
+                                       ("constant", "anneal"))
     student_embeddings: str = option(
         "teacher", "the student's first embeddings: the teacher's, reduced by PCA; contextual: means of its hidden states "
-        "(--match hidden) over a token's occurrences, reduced too; or random", choices=("teacher", "contextual", "random"),
+        "(--match hidden) over a token's occurrences, reduced too; or random", ("teacher", "contextual", "random"),
         preset=True, before="random")
     text: tuple[str, ...] = option((), "file of plain sentences, one a line, for the stages; may be given several times",
                                    metavar="FILE", repeat=True, often=True)
     cache: Path | None = option(None, "folder that caches the transfer set; next to the runs if not given", free=True)
-    augment: int | None = option(None, "sentences of the transfer set, which the teacher labels: edits, plain and generated "
-                                 "ones; see --augment-times if not given", least=0, preset=True, before=0, often=True)
+    augment: int | None = option(None, "sentences of the transfer set, which the teacher labels; see --augment-times if not "
+                                 "given", least=0, preset=True, before=0, often=True)
     label_precision: str | None = option(
         None, "precision of the labelling teacher: its own, or bf16 with merged updates; bf16 if not given and fast here",
-        choices=("teacher", "bf16"), preset=True, before="teacher")
+        ("teacher", "bf16"), preset=True, before="teacher")
     pretrain: int = option(0, "epochs of language modelling in the student's directions, the first stage", least=0)
     transfer: int = option(3, "epochs on the transfer set, the second stage", least=0, preset=True, before=0, often=True)
     stage_lr: float = option(2e-3, "peak learning rate of the stages before the training set", above=0)
     stage_tokens: int = option(512, "tokens in a batch of the stages before the training set", least=1)
     stage_dropout: float = option(0.2, "dropout of the student in the stages before the training set", least=0, most=0.99)
     lm_weight: float = option(1.0, "weight of language modelling in pretraining; 0: hidden states alone", least=0)
-    match: str = option("hidden", "match the teacher's last hidden states, reduced by PCA, or none",
-                        choices=("hidden", "none"), preset=True, before="none")
-    match_directions: str = option("forward", "states of the student that are matched: forward, or those of both "
-                                   "directions (for an encoder)", choices=("forward", "both"))
+    match: str = option("hidden", "match the teacher's last hidden states, reduced by PCA, or none", ("hidden", "none"),
+                        preset=True, before="none")
+    match_directions: str = option("forward", "states of the student that are matched: forward, or both (for an encoder)",
+                                   ("forward", "both"))
     match_size: int = option(192, "dimensions of the teacher's hidden states after PCA", least=1)
     match_weight: float = option(1.0, "weight in the loss of the hidden states that are matched", least=0)
     score_weight: float = option(0.5, "weight in the loss of a decoder's logits for each prefix of a sentence", least=0)
-    edit_weight: float = option(0.0, "weight in the loss on the transfer set of telling the tokens that an edit touched; "
-                                "0: no token is asked about", least=0)
+    edit_weight: float = option(0.0, "weight in the transfer set's loss of telling the tokens that an edit touched", least=0)
     gold_repeats: int = option(2, "copies of the training set in each epoch on the transfer set", least=0)
     student_parameters: int | None = option(
         None, "parameters of the student, embeddings included: it has the largest state that fits; a default size within "
@@ -224,19 +181,20 @@ class DistilOptions:
         None, "size of the student's embeddings; the largest default that fits 10 % of the teacher if not given", least=1)
     hidden_size: int | None = option(
         None, "size of the student's state in each direction; the default next to --embedding-size if not given", least=1)
-    directions: int | None = option(None, "directions in which the student reads; if not given as its teacher: 1 of a "
-                                    "decoder, 2 of an encoder", choices=(1, 2), preset=True, before=2)
+    directions: int | None = option(None, "directions in which the student reads; 1 of a decoder, 2 of an encoder, if not "
+                                    "given", (1, 2), preset=True, before=2)
     vocabulary: int | None = option(
         None, "rows of the student's embedding table: one for each of the most frequent tokens of its sentences, and some "
         "that the others share; one for each token of the tokenizer if not given", least=16)
-    rare_tokens: str = option(RNNConfig.rare_tokens, "tokens without a row of their own, with --vocabulary: they share "
-                              "buckets, or are the mean of their longest known beginning and ending", choices=RARE_TOKENS)
+    rare_tokens: str = option(
+        "buckets", "tokens without a row, with --vocabulary: they share buckets, or are the mean of their "
+        "longest known beginning and ending", ("buckets", "pieces"))
     frozen_embeddings: bool = option(False, "give the student a frozen copy of its first embeddings next to trained ones")
-    rnn_layers: int = option(RNNConfig.rnn_layers, "layers of the student's RNN", least=1)
-    cell: str = option(RNNConfig.cell, "cell of the student's RNN", choices=names_in("model.py", "CELLS"))
-    pooling: str = option("attention", "pooling of the student's states over real tokens", preset=True, before="max",
-                          choices=("max", "mean", "attention"))
-    dropout: float = option(RNNConfig.dropout, "dropout on the student's embeddings and pooled vector", least=0, most=0.99)
+    rnn_layers: int = option(1, "layers of the student's RNN", least=1)
+    cell: str = option("lstm", "cell of the student's RNN", names_in("model.py", "CELLS"))
+    pooling: str = option("attention", "pooling of the student's states over real tokens", ("max", "mean", "attention"),
+                          preset=True, before="max")
+    dropout: float = option(0.3, "dropout on the student's embeddings and pooled vector", least=0, most=0.99)
     augment_times: int = option(28, "training sets in a transfer set without --augment", least=0, preset=True)
     augment_most: int = option(240_000, "most sentences in a transfer set without --augment", least=0, preset=True)
 
@@ -251,14 +209,13 @@ class RunOptions:
                         not_in="distil", often=True)
     task: str = option(help="csv: any table; edits: plain sentences, real against edited; cola if not given, unless --data "
                        "holds tables or nothing can be downloaded", choices=TASKS, often=True)
-    data: str | None = option(
-        help="folder of the task's files, a CSV, TSV, JSONL or Parquet file, or a data set on the Hub, such as "
-        "stanfordnlp/sst2; the Hub's files of the task if not given", metavar="DIR|FILE|NAME", often=True)
+    data: str | None = option(help="folder of the task's files, a table, or a data set on the Hub, such as stanfordnlp/sst2; "
+                              "the Hub's files of the task if not given", metavar="DIR|FILE|NAME", often=True)
     out: Path = option(help="the run's folder; runs/MODE-SR if not given", often=True)
     train: TrainOptions
     method: str = option("lora", "part that is trained: lora or ia3 (an adapter with the head), bitfit (biases with the "
                          "head), full (everything), head, features (a head that reads --feature-columns and no text), or "
-                         "none", choices=METHODS, often=True, not_in="distil compare")
+                         "none", METHODS, often=True, not_in="distil compare")
     lora: LoRAOptions = option(LoRAOptions(), not_in="distil")
     table: TableOptions = option(TableOptions(), not_in="distil")
     init: Path | None = option(None, "finished run whose adapter, and head for the same classes, is trained on",
@@ -270,8 +227,8 @@ class RunOptions:
     max_length: int | None = option(None, "tokens of a text; the model's context if not given", least=1)
     limit: int | None = option(None, "rows of each split, evenly spaced: a quick look", least=1)
     # One fold of a cross-validation is a run of its own (--folds).
-    fold: str | None = option(None, "fold of the training rows that is the development split, such as 2/5:12345",
-                              metavar="N/K:SEED", reads=fold, hidden=True, not_in="distil compare sweep")
+    fold: str | None = option(None, "fold of the training rows that is the development split", metavar="N/K:SEED", hidden=True,
+                              pattern=r"\d+/\d+:\d+", like="N/K:SEED, such as 2/5:12345", not_in="distil compare sweep")
     resume: bool = option(False, "continue an unfinished run", often=True)
     overwrite: bool = option(False, "replace a run that is already in the folder", often=True)
     deterministic: bool = option(False, "use deterministic kernels on a GPU too")
@@ -279,12 +236,12 @@ class RunOptions:
     repeats: Path | None = None
     # The field is `fast`, for `kernels` is in config.json already: the library that this machine computed with.
     fast: str = option("auto", "auto: the fastest code for this machine; reference: model.py alone, without fast/",
-                       flag="--kernels", choices=("auto", "reference"))
+                       ("auto", "reference"), flag="--kernels")
     track: str = option("tensorboard", "program that shows the scalars of each epoch; requirements-track.txt has the others",
-                        choices=names_in("training/trackers.py", "TRACKERS"), free=True)
+                        names_in("training/trackers.py", "TRACKERS"), free=True)
     preset: str | None = option(None, "file of defaults, options/presets/NAME.toml; the task's if not given", metavar="NAME")
 
 
 # Options that change no result: a resumed run may have others. `save_steps` is another way to write `save_every`.
 FREE = ("save_steps", *(one.name for cls in (RunOptions, TrainOptions, DistilOptions) for one in fields(cls)
-                        if one.metadata.get("free")))
+                        if "option" in one.metadata and one.metadata["option"].free))

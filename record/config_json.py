@@ -61,8 +61,8 @@ def rebuild(cls: type, values: dict, **given):
             value = tuple(value) if isinstance(value, list) else value
             made[field.name] = Path(value) if isinstance(value, str) and "Path" in str(kind) else value
         # A run that is older than the option.
-        elif "before" in field.metadata:
-            made[field.name] = field.metadata["before"]
+        elif "option" in field.metadata and field.metadata["option"].before is not None:
+            made[field.name] = field.metadata["option"].before
     try:
         return cls(**made)
     except TypeError as error:

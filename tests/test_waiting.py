@@ -18,8 +18,9 @@ from data_utils import Batch
 from distillation.losses import kd_objective
 from fast import recurrent
 from fast.installation import install
+from layers import RNNConfig
 from model import DistilRNN, TextClassifier
-from options.schema import RNNConfig, TrainOptions
+from options.schema import TrainOptions
 
 READS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.cpu,
          Tensor.numpy, Tensor.__array__, Tensor.nonzero, torch.nonzero, torch.equal, Tensor.equal}

@@ -10,8 +10,9 @@ from distillation.heads import Outputs
 from distillation.losses import LOSSES, kd_loss, kd_objective
 from distillation.relations import Pooled, relational_objective, relations
 from distillation.soft_losses import weights_of
+from layers import RNNConfig
 from model import DistilRNN
-from options.schema import DistilOptions, RNNConfig
+from options.schema import DistilOptions
 
 T = 3.0
 

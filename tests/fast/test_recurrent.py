@@ -59,8 +59,8 @@ def test_a_forward_rnn_turns_no_row_around_and_packs_only_many_pads(monkeypatch)
 def test_a_shared_first_layer_is_read(monkeypatch):
     """A network whose parameters are another one's (distillation/heads.py) goes both ways, too."""
     from distillation.pretraining import first_layer
+    from layers import RNNConfig
     from model import DistilRNN
-    from options.schema import RNNConfig
     torch.manual_seed(0)
     first = first_layer(DistilRNN(RNNConfig(20, 2, 6, 8, rnn_layers=2)))
     x, lengths = torch.randn(3, 5, 6), torch.tensor([5, 3, 4])

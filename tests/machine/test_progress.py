@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from experiments.parser import note
 from machine.progress import Bar, logs_above_bars
+from machine.streams import note
 
 
 class Terminal(io.StringIO):

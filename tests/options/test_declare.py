@@ -7,10 +7,11 @@ from dataclasses import MISSING, dataclass, fields
 import pytest
 import toy
 
+from benchmarks import options_page
 from experiments import arguments
 from experiments.parser import Parser
 from model import CELLS
-from options import modes, page
+from options import modes
 from options.declare import names_in, option, options_of
 from options.modes import MODES
 from options.schema import FREE, DistilOptions, LoRAOptions, RunOptions, TrainOptions
@@ -33,10 +34,10 @@ def test_a_field_is_all_that_an_option_needs(monkeypatch, capsys):
     class More:
         new_size: int = option(3, "size of something new", least=2)
 
-    monkeypatch.setitem(MODES, "report", modes.Mode("help", "report 12345", modes.Sr, More))
+    monkeypatch.setitem(MODES, "report", modes.Mode("help", "report 12345", "hand_in:report", (modes.Sr, More)))
     assert Parser("report").parse(["12345"]).new_size == 3
     assert Parser("report").parse(["12345", "--new-size", "4"]).new_size == 4
-    assert "| `--new-size` | size of something new | a whole number of at least 2 | `3` |" in page.page()
+    assert "| `--new-size` | size of something new | a whole number of at least 2 | `3` |" in options_page.page()
     with pytest.raises(SystemExit):
         Parser("report").parse(["12345", "--new-size", "1"])
     assert "--new-size: '1': expected a whole number of at least 2" in capsys.readouterr().err
@@ -103,7 +104,7 @@ def test_help_shows_at_most_twenty_options_and_an_example_first(mode, capsys):
         shown[words] = {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
     assert len(shown["--help",]) <= 20
     assert shown["--help", "all"] == {
-        one.flag for one in Parser(mode).options.values() if not one.declared.get("hidden")}
+        one.flag for one in Parser(mode).options.values() if not one.hidden}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -118,7 +119,7 @@ def test_without_a_mode_every_mode_has_a_line(capsys):
 
 
 def test_the_page_of_options_is_current():
-    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "python -m options.page writes it"
+    assert options_page.PAGE.read_text(encoding="utf-8") == options_page.page(), "python -m benchmarks.options_page writes it"
 
 
 # ---------------------------------------------------------------- default, preset, --config, flag
@@ -134,7 +135,7 @@ def test_a_preset_sets_fields_that_say_so_to_values_that_they_take():
     for name in names:
         for method in ("lora", "full", "head", "features", "none"):
             for key, value in arguments.preset(name, method).items():
-                assert declared[key].declared.get("preset") and declared[key].read(str(value)) == value
+                assert declared[key].preset and declared[key].read(str(value)) == value
 
 
 def test_flags_come_before_config_config_before_preset_preset_before_default(tmp_path):
@@ -197,6 +198,6 @@ def test_a_run_records_its_preset_and_its_kernels(tmp_path):
 def test_every_option_has_help_that_stands_alone_and_a_known_default():
     for mode, declared in MODES.items():
         for one in (one for cls in declared.options for one in options_of(cls, mode)):
-            text = one.declared["help"]
+            text = one.help
             assert len(text) > 10 and not text.startswith(("of ", "in ", "on ", "as for")) and " there" not in text
             assert one.default is not MISSING

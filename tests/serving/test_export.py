@@ -13,9 +13,9 @@ import torch
 from conftest import one_line, write_tokenizer
 
 from data_utils import Split, encode
+from layers import RNNConfig
 from machine.errors import UserError
 from model import DistilRNN
-from options.schema import RNNConfig
 from serving import export, export_student
 from serving.texts import Reading
 

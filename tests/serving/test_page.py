@@ -15,8 +15,8 @@ from conftest import CONTEXT, adapted, fast_classifier, toy_net, write_tokenizer
 from adapters.peft_layout import read_adapter, save_adapter
 from data.segments import read_pairs
 from experiments.serve import listen
+from layers import RNNConfig
 from model import DistilRNN
-from options.schema import RNNConfig
 from serving.bank import AdapterBank
 from serving.connections import ConnectionLimits, Server
 from serving.guard import Limits

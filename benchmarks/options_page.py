@@ -1,6 +1,6 @@
 """Writes docs/options.md, a table of every option of each mode, and of every preset.
 
-    python -m options.page
+    python -m benchmarks.options_page
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from options.schema import FREE
 PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Options
 
-Made by `python -m options.page` from the fields in `options/`; do not edit. `run.py MODE --help` shows the most used
+Made by `python -m benchmarks.options_page` from the fields in `options/`; do not edit. `run.py MODE --help` shows the most used
 options, `--help all` every one. Precedence: default, preset, `--config FILE` (JSON or TOML, such as a run's `config.json`),
 flag. Options marked with \\* change no result: a run may be resumed with others.
 """
@@ -26,12 +26,12 @@ def row(option: Option) -> str:
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
     default = "" if value in (None, "") or option.kind is bool else f"`{value}`"
-    if option.declared.get("preset"):
+    if option.preset:
         default = f"{default or 'none'}, or the preset's"
-    allowed = option.expected if option.kind in (int, float) or option.choices else ""
+    allowed = option.expected if option.kind in (int, float) or option.choices or option.like else ""
     flag = f"`{option.flag}`" + (" \\*" if option.name in FREE else "")
     # A bar inside a cell would end it.
-    cells = (flag, option.declared["help"], allowed, default)
+    cells = (flag, option.help, allowed, default)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -40,7 +40,7 @@ def page() -> str:
     parts = [HEAD]
     for name, mode in MODES.items():
         declared = [option for cls in mode.options for option in options_of(cls, name)]
-        flags = [option for option in declared if not option.declared.keys() & {"positional", "hidden"}]
+        flags = [option for option in declared if not option.positional and not option.hidden]
         parts += [f"\n## {name}\n\n{mode.help[0].upper()}{mode.help[1:]}: `python run.py {mode.example}`.\n",
                   "\n| option | meaning | allowed | default |\n| --- | --- | --- | --- |\n",
                   "".join(row(option) + "\n" for option in flags)]
