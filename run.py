@@ -3,14 +3,12 @@
     python run.py                  one line about each mode
     python run.py LoRA --help      its options, and an example
     python run.py LoRA 12345       fine-tune with LoRA
-    python run.py distil 12345     distil that run into a small RNN
 
 PyTorch is imported after parsing, so that --help answers at once. A new mode is a dataclass of options and an entry in
 options/modes.py, which names its function; a new option is a field, in options/schema.py if a run records it.
 """
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import re
@@ -24,6 +22,8 @@ from machine import processes, signals, threads
 from machine.errors import UserError
 from machine.imports import quick_imports
 from machine.streams import complain, note, open_streams
+from report.records import ReportError
+from serving.packages import require
 
 NEEDS = {"serve": ("fastapi", "uvicorn", "prometheus_client")}  # packages that requirements.txt does not have
 SEVERAL_PROCESSES = ("LoRA", "distil")  # modes that torchrun may start several times for one run
@@ -65,8 +65,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _call(args) -> int:
     """Runs the chosen mode; an error that the user can mend is one line and exit status 2."""
-    from report.records import ReportError
-
     try:
         _prepare(args)
         # Late: each mode imports its own libraries.
@@ -97,7 +95,7 @@ def _call(args) -> int:
     return 2
 
 
-def function_of(args) -> Callable[[argparse.Namespace], int | None]:
+def function_of(args) -> Callable:
     """Imports and returns the function of the chosen mode, or that of --seeds or --folds."""
     several = "folds" if getattr(args, "folds", None) else "seeds" if args.mode in SEVERAL_PROCESSES and args.seeds else ""
     module, name = f"{several}:main".split(":") if several else MODES[args.mode].main.split(":")
@@ -112,8 +110,10 @@ def _prepare(args) -> None:
     """
     # report and submit, which read files alone, have no device.
     if hasattr(args, "device"):
-        _import_libraries()
-        from machine import hardware
+        threads.prepare()
+        with quick_imports():
+            import experiments.finetune  # noqa: F401
+            from machine import hardware
 
         hardware.use_device(args.device)
     if hasattr(args, "fast"):
@@ -121,8 +121,6 @@ def _prepare(args) -> None:
 
         speed.choose(args.fast)
     for package in NEEDS.get(args.mode, ()):
-        from serving.packages import require
-
         require(package, args.mode)
     if processes.count() > 1:
         if args.mode not in SEVERAL_PROCESSES:
@@ -132,19 +130,6 @@ def _prepare(args) -> None:
             raise UserError(f"--seeds and --folds are for one process, and here are {processes.count()}; start the runs one "
                             "by one")
         processes.start(hardware.device().type)
-
-
-def _import_libraries() -> None:
-    """Imports PyTorch, transformers and the modules that use them."""
-    if "experiments.finetune" in sys.modules:
-        return
-    threads.prepare()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # In a file the Hub's bars would be a line for each step.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with quick_imports():
-        import experiments.finetune  # noqa: F401
 
 
 if __name__ == "__main__":

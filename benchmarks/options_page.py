@@ -13,9 +13,9 @@ from options.schema import FREE
 PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Options
 
-Made by `python -m benchmarks.options_page` from the fields in `options/`; do not edit. `run.py MODE --help` shows the most used
-options, `--help all` every one. Precedence: default, preset, `--config FILE` (JSON or TOML, such as a run's `config.json`),
-flag. Options marked with \\* change no result: a run may be resumed with others.
+Made by `python -m benchmarks.options_page` from the fields in `options/`; do not edit. `run.py MODE --help` shows the most
+used options, `--help all` every one. Precedence: default, preset, `--config FILE` (JSON or TOML, such as a run's
+`config.json`), flag. Options marked with \\* change no result: a run may be resumed with others.
 """
 
 
@@ -28,7 +28,7 @@ def row(option: Option) -> str:
     default = "" if value in (None, "") or option.kind is bool else f"`{value}`"
     if option.preset:
         default = f"{default or 'none'}, or the preset's"
-    allowed = option.expected if option.kind in (int, float) or option.choices or option.like else ""
+    allowed = option.expected if option.kind in (int, float) or option.choices or option.pattern else ""
     flag = f"`{option.flag}`" + (" \\*" if option.name in FREE else "")
     # A bar inside a cell would end it.
     cells = (flag, option.help, allowed, default)

@@ -20,11 +20,7 @@ PRESETS = ROOT / "options" / "presets"
 
 
 def named(words: tuple[str, ...], option: str) -> dict[str, Path]:
-    """Returns the folders of NAME=DIR by name.
-
-    Raises:
-        UserError: a name is given twice.
-    """
+    """Returns the folders of NAME=DIR by name; raises `UserError` if a name is given twice."""
     found: dict[str, Path] = {}
     for name, _, folder in (word.partition("=") for word in words):
         if name in found:
@@ -32,8 +28,6 @@ def named(words: tuple[str, ...], option: str) -> dict[str, Path]:
         found[name] = Path(folder)
     return found
 
-
-# ---------------------------------------------------------------- presets
 
 def preset_name(mode: str, task: str, plain: bool = False) -> str:
     """Returns the preset of a run: of its task, if there is one."""
@@ -55,13 +49,9 @@ def preset(name: str, method: str = "") -> dict:
     if name not in names:
         raise UserError(f"--preset {name}: unknown{closest(name, names)}")
     values = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
-    found = preset(values.pop("base"), method) if "base" in values else {}
-    for key, value in values.items():
-        if not isinstance(value, dict):
-            found[key] = value
-        elif method in value:
-            found[key] = value[method]
-    return found
+    base = preset(values.pop("base"), method) if "base" in values else {}
+    own = {key: value.get(method) if isinstance(value, dict) else value for key, value in values.items()}
+    return base | {key: value for key, value in own.items() if value is not None}
 
 
 def given(args) -> dict:
@@ -74,8 +64,6 @@ def fill(cls: type, values: dict, **more):
     names = [field.name for field in fields(cls)]
     return cls(**{name: value for name, value in {**values, **more}.items() if name in names})
 
-
-# ---------------------------------------------------------------- options of a run
 
 def run_options(args, values: dict, **more) -> RunOptions:
     """Returns the options that every run has.

@@ -1,8 +1,5 @@
 """The command line: a parser of each mode, made from the options that options/ declares.
 
-    python run.py LoRA --help
-    python run.py LoRA --help all
-
 Nothing heavy is imported here, so that --help and a mistyped option are answered at once.
 """
 from __future__ import annotations
@@ -36,29 +33,24 @@ def overview() -> str:
             f"{modes}\n\n`run.py MODE --help` shows a mode's options and an example.")
 
 
-def described(option: Option) -> str:
-    """Returns an option's help with its default."""
-    default, text = option.default, option.help
+def keywords(option: Option, shown: bool) -> dict:
+    """Returns an option in the words of `add_argument`."""
+    # argparse fills in what follows a single %.
+    default, text = option.default, option.help.replace("%", "%%")
     # A flag's default is its absence.
     if default not in (None, (), "") and option.kind is not bool:
         values = default if option.several else (default,)
-        words = ",".join(f"{one:g}" if option.kind is float else str(one) for one in values)
+        words = ",".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
         text += f" (default: {words}{', or that of the preset' if option.preset else ''})"
-    # argparse fills in what follows a single %.
-    return text.replace("%", "%%")
-
-
-def keywords(option: Option, shown: bool) -> dict:
-    """Returns an option in the words of `add_argument`."""
-    words = {"help": described(option) if shown else argparse.SUPPRESS}
+    found = {"help": text if shown else argparse.SUPPRESS}
     if option.kind is bool:
-        return words | {"dest": option.name, "action": "store_false" if option.default else "store_true"}
+        return found | {"dest": option.name, "action": "store_false" if default else "store_true"}
     choices, name = "|".join(map(str, option.choices)), VALUES.get(option.kind, option.name.upper())
     several = option.several and not option.repeat
-    words |= {"type": option.read, "metavar": option.metavar or ("A,B" if several else choices or name)}
+    found |= {"type": option.read, "metavar": option.metavar or ("A,B" if several else choices or name)}
     if option.positional:
-        return words if option.positional is True else words | {"nargs": option.positional, "default": None}
-    return words | {"dest": option.name, "action": "append" if option.repeat else "store"}
+        return found if option.positional is True else found | {"nargs": option.positional, "default": None}
+    return found | {"dest": option.name, "action": "append" if option.repeat else "store"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,30 +58,26 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         everything: whether --help shows every option, not only those that people change most.
-
-    Attributes:
-        options: the mode's options by the names that `--set` and `--search` give them.
     """
 
     def __init__(self, mode: str, everything: bool = False):
-        self.declared = [option for cls in MODES[mode].options for option in options_of(cls, mode)]
-        self.options = {option.word: option for option in self.declared if not option.positional}
-        places = [option.metavar for option in self.declared if option.positional]
-        # A reader who knows nothing yet copies a command first.
-        super().__init__(usage=f"run.py {mode} {' '.join(places)} [options]", add_help=False, allow_abbrev=False,
-                         description=MODES[mode].help, argument_default=argparse.SUPPRESS)
         self.mode, self.source = mode, ""
+        self.declared = [option for cls in MODES[mode].options for option in options_of(cls, mode)]
+        # By the names that `--set` and `--search` give them.
+        self.options = {option.word: option for option in self.declared if not option.positional}
+        places = " ".join(option.metavar for option in self.declared if option.positional)
+        super().__init__(usage=f"run.py {mode} {places} [options]", description=MODES[mode].help, add_help=False,
+                         allow_abbrev=False, argument_default=argparse.SUPPRESS)
         # A mode of few options shows all of them; others show the most used ones, then a group for each dataclass.
-        short, groups = len(self.declared) <= SHORT, {}
+        few, groups = len(self.declared) <= SHORT, {}
         for option in self.declared:
-            often = short or option.often or bool(option.positional)
-            title = "most used" if often and not short else option.group.__name__.removesuffix("Options").lower()
-            title = "options" if short else title
+            often = few or option.often or bool(option.positional)
+            group = "most used" if often else option.group.__name__.removesuffix("Options").lower()
+            title = "options" if few else group
             groups[title] = groups.get(title) or self.add_argument_group(title)
-            groups[title].add_argument(option.name if option.positional else option.flag,
-                                       **keywords(option, (often or everything) and not option.hidden))
-        more = "" if short else "; `--help all` shows every option"
-        next(iter(groups.values())).add_argument("-h", "--help", action="help", help=f"show this help{more}")
+            groups[title].add_argument(option.flag, **keywords(option, (often or everything) and not option.hidden))
+        next(iter(groups.values())).add_argument("-h", "--help", action="help", help="show this help" + (
+            "" if few else "; `--help all` shows every option"))
 
     def format_help(self) -> str:
         # A reader who knows nothing yet copies a command first.
@@ -130,8 +118,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"neither JSON nor TOML ({error})")
         # A run's config.json has its options under this key, next to versions and digests.
         if recorded := isinstance(values.get("options"), dict):
-            values = dict(values["options"])
-            kind = "distil" if self.mode == "distil" else "LoRA"
+            values, kind = dict(values["options"]), "distil" if self.mode == "distil" else "LoRA"
             if values.get("mode", kind) != kind:
                 self.error(f"records a {values['mode']} run; expected one of {kind}")
             # Two flags have two fields each, and only the flags are read.

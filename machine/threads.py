@@ -67,10 +67,12 @@ def _read(path: Path) -> str:
 
 
 def prepare() -> None:
-    """Sets OpenMP's variables for PyTorch, which reads them once at its import; a variable that is set already stays."""
+    """Sets variables that libraries read once, at their import; a variable that is set already stays."""
     count = available()
     # OpenMP knows the affinity mask, not the quota.
     if quota() < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(count))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+    # Tokenizers warn where a process with threads forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

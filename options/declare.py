@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -26,14 +26,14 @@ class Option:
 
     help: str  # one line that can be read alone
     default: object = None  # None where the program fills it in
-    choices: tuple | Callable[[], tuple] = ()  # words, or a function that returns them
+    choices: tuple | str = ()  # words, or FILE.py:NAME of a dictionary or tuple that holds them
     least: float = -INFINITE  # bounds of a number
     above: float = -INFINITE
     most: float = INFINITE
     pattern: str = ""  # regular expression of a value that stays a word
-    like: str = ""  # the words that fit it, in a message
     metavar: str = ""  # the value in --help
-    flag: str = ""  # --rank, or --no-keep where it turns a default off; may be declared
+    like: str = ""  # the value in a message, if it is not the metavar
+    word: str = ""  # in `--set`, `--search` and messages, if it is not the name: no_keep turns `keep` off
     repeat: bool = False  # may be given several times
     unique: bool = False  # no value twice
     positional: bool | str = False  # no flag: True, "?" or "*"
@@ -44,35 +44,27 @@ class Option:
     preset: bool = False  # a file in options/presets/ may set it
     before: object = None  # the value in runs recorded before the option existed
     not_in: str = ""  # modes that do not have it, with spaces between them
-    # From the field itself: its name, the type of one value, whether there are several, and the dataclass.
+    # Filled in from the field: its name, the dataclass, the type of one value, and whether there are several.
     name: str = ""
+    group: type = object
     kind: type = str
     several: bool = False
-    group: type = object
-
-    @property
-    def word(self) -> str:
-        """Returns the option in `--set`, `--search` and messages: rank, no_keep."""
-        return self.flag.removeprefix("--").replace("-", "_")
-
-    @property
-    def start(self):
-        """Returns the value before presets are read: None where one may set it."""
-        return None if self.preset else self.default
+    flag: str = ""  # --rank, --no-keep; the name of a positional
+    start: object = None  # the value before presets are read: None where one may set it
 
     @property
     def expected(self) -> str:
         """Returns the values that are allowed, in words."""
-        if self.like or self.kind is bool:
-            return self.like or "true or false"
+        if self.pattern or self.kind is bool:
+            return self.like or self.metavar or "true or false"
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         number = "a whole number" if self.kind is int else "a number"
-        if self.above > -INFINITE:
-            return f"{number} above {self.above}" + (f", up to {self.most}" if self.most < INFINITE else "")
-        if self.least == -INFINITE:
-            return number
-        return f"{number} " + (f"from {self.least} to {self.most}" if self.most < INFINITE else f"of at least {self.least}")
+        if -INFINITE < self.least and self.most < INFINITE:
+            return f"{number} from {self.least} to {self.most}"
+        number += f" of at least {self.least}" if self.least > -INFINITE else ""
+        number += f" above {self.above}" if self.above > -INFINITE else ""
+        return number + (f", up to {self.most}" if self.most < INFINITE else "")
 
     def read(self, text: str):
         """Returns the value of a word; a tuple has commas between its values.
@@ -80,7 +72,7 @@ class Option:
         Raises:
             ArgumentTypeError: the word stands for no allowed value; says what was expected.
         """
-        if not self.several or self.repeat:
+        if not self.several or self.repeat or self.positional:
             return self._one(text)
         # A quoted list may have spaces after its commas.
         values = tuple(self._one(part.strip()) for part in text.split(","))
@@ -93,7 +85,7 @@ class Option:
     def _one(self, text: str):
         # The kind itself reads a word: int, float, str, Path.
         try:
-            value = text if self.pattern else self.kind(text)
+            value = self.kind(text)
         except ValueError:
             value = None
         if value is None or not self._allows(value):
@@ -101,11 +93,11 @@ class Option:
         return value
 
     def _allows(self, value) -> bool:
-        if self.pattern or self.choices:
-            return re.fullmatch(self.pattern, value) is not None if self.pattern else value in self.choices
         # Comparisons with nan are false, and infinity is beyond the largest number.
-        return self.kind not in LARGEST or (
-            self.above < value and self.least <= value <= self.most and abs(value) <= LARGEST[self.kind])
+        if self.kind in LARGEST and not (
+                self.above < value and self.least <= value <= self.most and abs(value) <= LARGEST[self.kind]):
+            return False
+        return (not self.choices or value in self.choices) and (not self.pattern or bool(re.fullmatch(self.pattern, value)))
 
     def words(self, value) -> list[str]:
         """Returns the option and its value as words of a command line."""
@@ -116,7 +108,7 @@ class Option:
         return [f"{self.flag}={one}" for one in values]
 
 
-def option(default=MISSING, help: str = "", choices: tuple | Callable = (), **declared):
+def option(default=MISSING, help: str = "", choices: tuple | str = (), **declared):
     """Returns a dataclass field that is an option of the command line; `declared` are fields of `Option`."""
     made = Option(help, None if default is MISSING else default, choices, **declared)
     return field(default=default, metadata={"option": made})
@@ -136,22 +128,24 @@ def options_of(cls: type, mode: str) -> Iterator[Option]:
             # The type of one value: int of `int | None`, str of `tuple[str, ...]`.
             kind = get_args(kind)[0] if isinstance(kind, UnionType) else kind
             several = get_origin(kind) is tuple
-            off = "no-" if kind is bool and declared.default else ""
-            yield replace(declared, name=one.name, kind=get_args(kind)[0] if several else kind, several=several, group=cls,
-                          choices=declared.choices() if callable(declared.choices) else declared.choices,
-                          flag=declared.flag or f"--{off}{one.name.replace('_', '-')}")
+            kind = str if declared.pattern else get_args(kind)[0] if several else kind
+            word = declared.word or ("no_" if kind is bool and declared.default else "") + one.name
+            choices = names_in(declared.choices) if isinstance(declared.choices, str) else declared.choices
+            yield replace(declared, name=one.name, group=cls, kind=kind, several=several, choices=choices, word=word,
+                          flag=word if declared.positional else "--" + word.replace("_", "-"),
+                          start=None if declared.preset else declared.default,
+                          help=declared.help + ("; may be given several times" if declared.repeat else ""))
 
 
-def names_in(path: str, name: str) -> Callable[[], tuple[str, ...]]:
-    """Returns a function that lists the keys of a module's dictionary, or the words of its tuple, without importing it.
+def names_in(place: str) -> tuple[str, ...]:
+    """Returns the keys of a module's dictionary, or the words of its tuple, FILE.py:NAME, without importing it.
 
     So a new loss is a choice of --kd-loss as soon as it stands in the dictionary, and --help does not import PyTorch.
     """
-    def names() -> tuple[str, ...]:
-        # Parsed, not imported: a statement NAME = {...} or NAME: type = (...).
-        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
-            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            if getattr(target, "id", None) == name:
-                return tuple(one.value for one in (node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts))
-        raise LookupError(f"{path}: no {name}")
-    return names
+    path, _, name = place.rpartition(":")
+    # Parsed, not imported: a statement NAME = {...} or NAME: type = (...).
+    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if getattr(target, "id", None) == name:
+            return tuple(one.value for one in (node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts))
+    raise LookupError(f"{path}: no {name}")

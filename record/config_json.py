@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
@@ -28,11 +28,13 @@ def settings_of(options: RunOptions) -> dict:
 
     Nested options stand beside the others under their own names (`train`, `lora`), if the mode uses them.
     """
+    # Runs with one text and one of several classes record what they always have.
+    unused = {"problem": options.table.problem in (None, "single-label"), "join": not options.table.pairs}
     return {**{field.name: getattr(options, field.name) for field in fields(options)
                if field.name not in ("out", "resume", "overwrite", "repeats", "train", "lora", "table")
                # Added later, and recorded only where it is in use.
                and not (field.name == "fold" and options.fold is None)},
-            **options.table.recorded()}
+            **{name: value for name, value in asdict(options.table).items() if not unused.get(name)}}
 
 
 def rebuild(cls: type, values: dict, **given):

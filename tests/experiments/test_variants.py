@@ -50,7 +50,7 @@ def test_an_interrupted_variant_ends_in_the_same_bytes(work, tmp_path, monkeypat
 @pytest.mark.parametrize("words, said", [
     (("--variant", "dora", "--method", "head"), "--variant dora: a variant of --method lora; --method head has none"),
     (("--rank-pattern", "c_atn=2"), "--rank-pattern c_atn=2: fits none of the adapted modules"),
-    (("--rank-pattern", "c_attn=2.5"), "'c_attn=2.5': expected MODULE=RANK, a whole number"),
+    (("--rank-pattern", "c_attn=2.5"), "'c_attn=2.5': expected MODULE=RANK[,...]"),
     (("--alpha-pattern", "(=2"), "pattern '(' of a module's name: no regular expression"),
     (("--rslora", "--variant", "vera"), "--rslora: an old spelling of --variant rslora, not with --variant vera")])
 def test_bad_variants_are_one_line_and_nothing_is_written(work, tmp_path, capsys, words, said):

@@ -97,4 +97,4 @@ def test_losses_without_a_meaning_are_one_line(options, labels, said):
 def test_words_that_are_no_weights_are_refused(text, capsys):
     with pytest.raises(SystemExit):
         Parser("LoRA").parse(["12345", f"--class-weights={text}"])
-    assert "expected balanced, none, or a number" in capsys.readouterr().err
+    assert "expected balanced|none|W,W[,...]" in capsys.readouterr().err
