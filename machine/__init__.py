@@ -1,1 +1,1 @@
-"""Hardware, processes and signals of the machine that runs this."""
+"""Hardware, processes, signals and streams of the machine that runs this."""

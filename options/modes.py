@@ -8,17 +8,16 @@ from typing import NamedTuple
 from options.declare import option
 from options.schema import METHODS, DistilOptions, RunOptions
 
+# What several options have in common.
+MANY = {"most": 1000, "often": True}
+NAMED_RUN = {"repeat": True, "pattern": "[^=]+=.+", "metavar": "NAME=DIR"}
+
 
 class Options:
     """Makes each class below a dataclass; without methods, which no one needs, in a tenth of the time, for --help."""
 
     def __init_subclass__(cls):
         dataclass(init=False, repr=False, eq=False)(cls)
-
-
-# What several options have in common.
-MANY = {"most": 1000, "often": True}
-NAMED_RUN = {"repeat": True, "pattern": "[^=]+=.+", "metavar": "NAME=DIR"}
 
 
 # Options of several modes.
@@ -84,8 +83,8 @@ class Gen(Options):
 class Compare(Options):
     methods: tuple[str, ...] = option(("none", "head", "lora", "full"), "methods to compare, an entry each", METHODS,
                                       unique=True, often=True)
-    set: tuple[str, ...] = option((), "one more entry with LoRA's options, r2:method=lora,rank=2,targets=q+v (+ is the "
-                                  "comma within targets)", repeat=True, often=True, metavar="NAME:OPTION=VALUE[,...]")
+    set: tuple[str, ...] = option((), "one more entry with LoRA's options, r2:method=lora,rank=2,targets=q+v (+ is a comma "
+                                  "in a value)", repeat=True, often=True, metavar="NAME:OPTION=VALUE[,...]")
     seeds: int = option(3, "number of seeds: SR, SR + 1, ...", least=1, **MANY)
     jobs: int = option(1, "runs at a time, each with its part of the CPU's threads", least=1)
     against: str | None = option(None, "entry that is subtracted from every other one, paired by seed", often=True)

@@ -94,8 +94,7 @@ class TrainOptions:
     patience: int | None = option(None, "epochs without a better one after which training stops", least=1)
     precision: str = option("auto", "precision of frozen linears", ("auto", "fp32", "bf16x3", "bf16"), not_in="distil")
     save_every: float = option(10.0, "minutes or optimiser steps between checkpoints", metavar="Nmin|Nsteps", free=True,
-                               pattern=rf"[1-9]\d*steps|{POSITIVE}(min)?",
-                               like="minutes, such as 10 or 10min, or steps, such as 50steps")
+                               pattern=rf"[1-9]\d*steps|{POSITIVE}(min)?", like="minutes, such as 10min, or 50steps")
     # Optimiser steps between checkpoints, instead of minutes: --save-every 50steps.
     save_steps: int | None = None
     anomaly: bool = option(False, "name the first module that computes inf or nan; several times slower", free=True)

@@ -158,8 +158,8 @@ def test_a_line_break_in_a_word_breaks_no_line(refused, work):
     ("--lr", "nan", "above 0"), ("--lr", "inf", "above 0"), ("--warmup", "1.5", "from 0 to 1"), ("--dropout", "1", "0.99"),
     ("--weight-decay", "-1", "at least 0"), ("--schedule", "step", "linear"), ("--method", "loar", "lora"),
     ("--task", "colla", "cola"), ("--precision", "fp16", "bf16"), ("--limit", "0", "at least 1"),
-    ("--save-every", "0", "10min, or steps"), ("--save-every", "3.5steps", "such as 50steps"),
-    ("--save-every", "often", "such as 10 or 10min")])
+    ("--save-every", "0", "minutes, such as 10min"), ("--save-every", "3.5steps", "or 50steps"),
+    ("--save-every", "often", "such as 10min, or 50steps")])
 def test_a_value_out_of_range_names_its_option_and_what_was_expected(refused, work, option, value, what):
     line = refused("LoRA", "12345", "--model", work / "model", "--data", work / "cola", option, value)
     assert option in line and what in line
