@@ -23,7 +23,7 @@ def test_its_entry_point_serves_the_run_of_its_example_on_the_port_that_is_expos
     assert (python, program) == ("python", "run.py")
     assert toy.main(*words, *example.partition(" lora-distil ")[2].split()) is None
     assert (parsed[0].mode, parsed[0].host, str(parsed[0].port)) == ("serve", "0.0.0.0", port)
-    assert list(parsed[0].adapter) == [("cola", Path("runs/LoRA-12345"))]
+    assert parsed[0].adapter == ("cola=runs/LoRA-12345",)
     (health,) = values("HEALTHCHECK")
     code = json.loads(health[health.index("["):])[2]
     compile(code, "healthcheck", "exec")
