@@ -98,7 +98,7 @@ class Task:
         """
         number, count, seed = map(int, re.split("[/:]", text))
         if not 1 <= number <= count >= 2:
-            raise UserError(f"--fold {text}: expected one of 1/{count} to {count}/{count}, at least two")
+            raise UserError(f"--fold {text}: expected N/K:SEED, N from 1 to K and K of at least 2")
         train, held_out = fold_of(self.train, number, count, seed)
         where = f"the training rows of fold {number}"
         self._check_classes(train, f"--folds {count}: {where}")

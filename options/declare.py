@@ -97,7 +97,8 @@ class Option:
         if self.kind in LARGEST and not (
                 self.above < value and self.least <= value <= self.most and abs(value) <= LARGEST[self.kind]):
             return False
-        return (not self.choices or value in self.choices) and (not self.pattern or bool(re.fullmatch(self.pattern, value)))
+        fits = not self.pattern or re.fullmatch(self.pattern, value, re.ASCII) is not None
+        return fits and (not self.choices or value in self.choices)
 
     def words(self, value) -> list[str]:
         """Returns the option and its value as words of a command line."""

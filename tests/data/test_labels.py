@@ -100,6 +100,11 @@ def test_folds_part_the_rows_with_all_groups_in_the_same_shares(labels):
     assert "--folds 40: 30 training rows are too few" in refusal(fold_of, split, 1, 40, 0)
 
 
+@pytest.mark.parametrize("fold", ["3/2:12345", "0/2:12345", "1/1:12345"])
+def test_a_fold_that_is_none_is_refused(fold):
+    assert refusal_of(Task("csv", Split(["a"] * 8, [0, 1] * 4), {}, {}).fold, fold).startswith(f"--fold {fold}: expected")
+
+
 def test_a_fold_whose_training_rows_lack_a_class_or_every_value_of_a_feature_is_refused():
     train = Split([str(row) for row in range(10)], [0] * 5 + [1] * 4 + [2], features=[[1.0]] + [[math.nan]] * 9)
     task = Task("csv", train, {}, {}, classes=("a", "b", "c"), missing={"size": 9})

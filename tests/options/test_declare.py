@@ -1,11 +1,15 @@
 """An option is one field: its flag, help, checks and row of docs/options.md follow; presets and --config in their order."""
 import json
+import re
 import shlex
 from argparse import ArgumentTypeError
 from dataclasses import MISSING, dataclass, fields
+from decimal import Decimal
 
 import pytest
 import toy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import options_page
 from experiments import arguments
@@ -14,7 +18,7 @@ from model import CELLS
 from options import modes
 from options.declare import names_in, option, options_of
 from options.modes import MODES
-from options.schema import FREE, DistilOptions, LoRAOptions, RunOptions, TrainOptions
+from options.schema import FREE, NUMBER, POSITIVE, DistilOptions, LoRAOptions, RunOptions, TrainOptions
 from record.config_json import as_json, rebuild
 from record.files import read_json
 
@@ -58,6 +62,30 @@ def test_words_are_read_within_their_bounds(annotation, declared, good, bad):
     for word in bad:
         with pytest.raises(ArgumentTypeError, match="expected|twice"):
             made.read(word)
+
+
+@given(st.from_regex(re.compile(NUMBER, re.ASCII), fullmatch=True))
+def test_a_positive_number_is_one_that_python_reads_above_0(text):
+    assert bool(re.fullmatch(POSITIVE, text, re.ASCII)) == (Decimal(text) > 0)
+
+
+@pytest.mark.parametrize("name, good, bad", [
+    ("save_every", ["10", "0.5min", "1e-05", "50steps"], ["0", "0e5", "0steps", "1.5steps", "-1", "nan", "min", "1 min"]),
+    ("class_weights", ["balanced", "none", "2.5,1", "0,1e3"], ["1", "0,0", "0e5,0", "1,", "-1,2", "1,inf", "Balanced"]),
+    ("rank_pattern", ["c_attn=2", "h.1.mlp=1,a=b=3"], ["c_attn", "=2", "c_attn=0", "c_attn=1.5", "c_attn=2,"]),
+    ("alpha_pattern", ["c_attn=0.5"], ["c_attn=0", "c_attn=0e5", "c_attn=-1"])])
+def test_patterns_of_words_take_what_the_option_means(name, good, bad):
+    made = Parser("LoRA").options[name]
+    assert [made.read(word) for word in good] == [tuple(word.split(",")) if made.several else word for word in good]
+    for word in bad:
+        with pytest.raises(ArgumentTypeError, match="expected"):
+            made.read(word)
+
+
+def test_sentences_stand_before_the_options_or_after_them_or_both():
+    for words in (("run", "a", "b", "--json"), ("run", "a", "--json", "b"), ("--json", "run", "a", "b")):
+        args = Parser("predict").parse(list(words))
+        assert (str(args.run), args.texts, args.json) == ("run", ("a", "b"), True)
 
 
 def test_words_lead_back_to_the_value():
