@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Turns the garbage collector off while a block imports PyTorch and others for the first time."""
-    if "torch" in sys.modules:
+    """Turns the garbage collector off while a block imports transformers and others for the first time."""
+    if "transformers" in sys.modules:
         yield
         return
     # They make half a million objects, none of them garbage, and the collector would go through them again and again: a
