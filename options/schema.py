@@ -160,7 +160,8 @@ class RunOptions:
 
     mode: str  # LoRA or distil
     sr: str
-    model: str = option(help="name on the Hub, folder, GGUF file, or tiny; gpt2 if not given", not_in="distil", often=True)
+    model: str = option(help="name on the Hub, local folder, GGUF file, smollm2, minilm, mpnet, or tiny; gpt2 if not given",
+                        not_in="distil", often=True)
     task: str = option(help="csv: any table; edits: plain sentences, real against edited; by --data, or cola, if not given",
                        choices=TASKS, often=True)
     data: str | None = option(help="files of the task; the Hub's if not given", metavar="DIR|FILE|NAME", often=True)
