@@ -8,14 +8,18 @@ that cached features and logits are exactly reusable; the order of the batches i
 """
 from __future__ import annotations
 
-import collections
+import functools
 import itertools
 import math
 import random
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from data import tokens as token_files
 from data.segments import arguments_of
 from data.splits import Label, Split
 
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 
 LARGE = 2  # times the mean batch's tokens: a larger batch is computed in micro-batches
 TOKENISED = 10_000  # sentences that are tokenised at a time
+LARGE_SPLIT = 20_000  # rows: a larger split is tokenised by all cores, and its batches are made when they are asked for
 NEIGHBOURS = 4  # sentences with a shared prefix that stand together in a batch
 
 
@@ -100,7 +105,21 @@ class Batch:
 
 # ---------------------------------------------------------------- token ids
 
-def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "tail") -> list[list[int]]:
+@dataclass(frozen=True)
+class TokenIds(Sequence):
+    """Holds the token ids of many sentences in two arrays, in memory or mapped from a file."""
+
+    ids: np.ndarray  # (tokens of all sentences,) int32, one sentence after the other
+    ends: np.ndarray  # (sentences + 1,) int64: where each sentence begins, and where the last one ends
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.ids[self.ends[row]:self.ends[row + 1]]
+
+
+def encode(tokenizer, sentences: Sequence[str], max_length: int, truncate: str = "tail") -> list[list[int]]:
     """Returns the token ids of each sentence, cut to `max_length` tokens; one warning counts the sentences cut.
 
     Args:
@@ -113,36 +132,64 @@ def encode(tokenizer, sentences: list[str], max_length: int, truncate: str = "ta
     ids, cut = [], 0
     # In parts: the library's record of a text takes many times the memory of its ids.
     for start in range(0, len(sentences), TOKENISED):
-        texts = arguments_of(tokenizer, sentences[start:start + TOKENISED])
-        encoded = tokenizer(*texts, add_special_tokens=True, truncation=False, verbose=False,
-                            return_special_tokens_mask=True)
-        if len(texts) == 2:
-            encoded, shortened = _shortened(tokenizer, texts, encoded, max_length, truncate)
-            cut += shortened
-        for tokens, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-            if not tokens:
-                raise UserError(f"row {len(ids) + 1}: the tokenizer makes no token of {sentences[len(ids)]!r}")
-            # The tokenizer's own truncation knows no middle.
-            if len(tokens) > max_length:
-                tokens, cut = _cut(tokens, special, max_length, truncate), cut + 1
-            ids.append(tokens)
-    if cut:
-        warnings.warn(f"{cut} of {len(ids)} sentences are longer than {max_length} tokens and were truncated "
-                      f"({truncate} cut)", stacklevel=2)
+        found, shortened = _encode_part(tokenizer, list(sentences[start:start + TOKENISED]), start, max_length, truncate)
+        ids += found
+        cut += shortened
+    _warn_of_cuts(cut, len(ids), max_length, truncate)
     return ids
 
 
-def _shortened(tokenizer, pairs: tuple[list[str], ...], encoded: dict, max_length: int, truncate: str
-               ) -> tuple[dict, int]:
-    """Cuts the longer text of each pair, token by token, as the tokenizer does; returns the ids and the number of cuts.
+def _encode_part(tokenizer, sentences: list[str], start: int, max_length: int, truncate: str) -> tuple[list[list[int]], int]:
+    """Returns the token ids of some sentences, of which `start` is the first one's row, and the number of those cut."""
+    texts = arguments_of(tokenizer, sentences)
+    settings = {"add_special_tokens": True, "verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+    ids = tokenizer(*texts, truncation=False, **settings)["input_ids"]
+    for row, tokens in enumerate(ids):
+        if not tokens:
+            raise UserError(f"row {start + row + 1}: the tokenizer makes no token of {sentences[row]!r}")
+    long = [row for row, tokens in enumerate(ids) if len(tokens) > max_length]
+    if not long:
+        return ids, 0
+    parts = [[part[row] for row in long] for part in texts]
+    if len(texts) == 2:
+        shorter = _shortened(tokenizer, parts, settings, max_length, truncate)
+    else:
+        # The tokenizer's own truncation knows no middle.
+        special = tokenizer(*parts, truncation=False, return_special_tokens_mask=True, **settings)["special_tokens_mask"]
+        shorter = [_cut(ids[row], mask, max_length, truncate) for row, mask in zip(long, special, strict=True)]
+    for row, tokens in zip(long, shorter, strict=True):
+        ids[row] = tokens
+    return ids, len(long)
+
+
+def _warn_of_cuts(cut: int, rows: int, max_length: int, truncate: str) -> None:
+    if cut:
+        warnings.warn(f"{cut} of {rows} sentences are longer than {max_length} tokens and were truncated "
+                      f"({truncate} cut)", stacklevel=3)
+
+
+def tokenise(tokenizer, sentences: Sequence[str], max_length: int, truncate: str = "tail") -> TokenIds:
+    """Returns the token ids of a split's sentences; see `encode`.
+
+    Those of a large split are made by all cores, and mapped into memory from the cache: the next run with the same
+    sentences, tokenizer and options finds them there (data/tokens.py).
+
+    Raises:
+        UserError: see `encode`.
+    """
+    part = functools.partial(_encode_part, tokenizer, max_length=max_length, truncate=truncate)
+    key = token_files.key_of(tokenizer, sentences, max_length, truncate) if len(sentences) > LARGE_SPLIT else None
+    ids, ends, cut = token_files.made(sentences, part, key)
+    _warn_of_cuts(cut, len(ends) - 1, max_length, truncate)
+    return TokenIds(ids, ends)
+
+
+def _shortened(tokenizer, pairs: list[list[str]], settings: dict, max_length: int, truncate: str) -> list[list[int]]:
+    """Cuts the longer text of each pair, token by token, as the tokenizer does; returns the ids.
 
     Raises:
         UserError: the tokenizer has no way to cut the middle, or `max_length` has no room for two texts.
     """
-    long = [row for row, tokens in enumerate(encoded["input_ids"]) if len(tokens) > max_length]
-    found = {key: list(encoded[key]) for key in ("input_ids", "special_tokens_mask")}
-    if not long:
-        return found, 0
     if truncate == "middle":
         raise UserError("--truncate middle: not for pairs of texts, of which the tokenizer cuts the longer one; expected "
                         "tail or head")
@@ -151,15 +198,9 @@ def _shortened(tokenizer, pairs: tuple[list[str], ...], encoded: dict, max_lengt
         raise UserError(f"--max-length {max_length}: no room for two texts beside the tokenizer's {own} own tokens")
     side, tokenizer.truncation_side = tokenizer.truncation_side, {"tail": "right", "head": "left"}[truncate]
     try:
-        firsts, seconds = pairs
-        shorter = tokenizer([firsts[row] for row in long], [seconds[row] for row in long], truncation="longest_first",
-                            max_length=max_length, return_special_tokens_mask=True)
+        return tokenizer(*pairs, truncation="longest_first", max_length=max_length, **settings)["input_ids"]
     finally:
         tokenizer.truncation_side = side
-    for at, row in enumerate(long):
-        for key, values in found.items():
-            values[row] = shorter[key][at]
-    return found, len(long)
 
 
 def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) -> list[int]:
@@ -178,8 +219,8 @@ def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) 
 
 # ---------------------------------------------------------------- batches
 
-def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_tokens: int | None = None,
-                     shared_prefixes: list[list[int]] | None = None) -> list[list[int]]:
+def bucket_by_length(lengths: Sequence[int], batch_size: int, seed: int, batch_tokens: int | None = None,
+                     shared_prefixes: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
     """Groups rows into batches of about equal length.
 
     Rows are sorted by length, ties broken by the seed, and cut into batches. Every row stands in exactly
@@ -195,69 +236,123 @@ def bucket_by_length(lengths: list[int], batch_size: int, seed: int, batch_token
             NEIGHBOURS at a time.
     """
     # Without mixed ties, rows of equal length would stay in the file's order, which often has one class after the other.
-    shuffle = random.Random(seed)
-    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], shuffle.random()))
+    shuffle, lengths = random.Random(seed), np.asarray(lengths, dtype=np.int64)
+    ties = np.fromiter((shuffle.random() for _ in range(len(lengths))), np.float64, len(lengths))
+    order = np.lexsort((ties, lengths))
     if shared_prefixes is not None:
         order = _neighbours(order, lengths, shared_prefixes, shuffle)
-    batches, current = [], []
-    for row in order:
-        # Rows are sorted, so this one is the longest of its batch so far: all would be padded to it.
-        full = len(current) == batch_size if batch_tokens is None else (len(current) + 1) * lengths[row] > batch_tokens
-        if current and full:
-            batches.append(current)
-            current = []
-        current.append(row)
-    return batches + [current] if current else batches
+    if batch_tokens is None:
+        cuts = list(range(0, len(order), batch_size))
+    else:
+        cuts = [0] if len(order) else []
+        for at, length in enumerate(lengths[order].tolist()):
+            # Rows are sorted, so this one is the longest of its batch so far: all would be padded to it.
+            if at > cuts[-1] and (at - cuts[-1] + 1) * length > batch_tokens:
+                cuts.append(at)
+    return [order[start:end] for start, end in itertools.pairwise([*cuts, len(order)])]
 
 
-def _neighbours(order: list[int], lengths: list[int], ids: list[list[int]], shuffle: random.Random) -> list[int]:
+def _neighbours(order: np.ndarray, lengths: np.ndarray, ids: Sequence[Sequence[int]], shuffle: random.Random) -> np.ndarray:
     """Reorders the rows of each length: rows with a shared prefix in groups of NEIGHBOURS, the groups shuffled.
 
     The groups are small because a batch of nothing but rows with one prefix is a poor sample of the split.
     """
     # A random key for each token id: prefixes meet when rows are sorted by it, in an order that the seed decides.
-    rank = collections.defaultdict(shuffle.random)
-    ordered = []
-    for _, rows in itertools.groupby(order, key=lambda row: lengths[row]):
-        rows = sorted(rows, key=lambda row: [rank[token] for token in ids[row]])
-        groups = [rows[i:i + NEIGHBOURS] for i in range(0, len(rows), NEIGHBOURS)]
+    rank, ordered = {}, []
+    for rows in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+        found, first, places = np.unique(np.stack([ids[row] for row in rows]), return_index=True, return_inverse=True)
+        # Tokens get their keys in the order of their first appearance.
+        for token in found[np.argsort(first)].tolist():
+            if token not in rank:
+                rank[token] = shuffle.random()
+        keys = np.array([rank[token] for token in found.tolist()])[places]  # (rows, length)
+        rows = rows[np.lexsort(keys.reshape(len(rows), -1).T[::-1])]
+        groups = list(range(0, len(rows), NEIGHBOURS))
         shuffle.shuffle(groups)
-        ordered += itertools.chain(*groups)
-    return ordered
+        ordered += [rows[start:start + NEIGHBOURS] for start in groups]
+    return np.concatenate(ordered) if ordered else order
 
 
-def collate(ids: list[list[int]], labels: list[Label], rows: list[int], pad_id: int,
-            features: list[list[float]] | None = None) -> Batch:
+def collate(ids: Sequence[Sequence[int]], labels: Sequence[Label], rows: Sequence[int], pad_id: int,
+            features: Sequence[Sequence[float]] | None = None) -> Batch:
     """Right-pads the given rows into one `Batch`."""
     import torch
 
-    lengths = [len(ids[row]) for row in rows]
-    width = max(lengths)
-    input_ids = torch.tensor([ids[row] + [pad_id] * (width - len(ids[row])) for row in rows])
-    attention_mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    lengths = np.array([len(ids[row]) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id)
+    # A mask takes its values row by row.
+    input_ids[mask] = np.concatenate([ids[row] for row in rows])
     # Features stay float64: the head standardises them before it computes in float32.
-    numbers = torch.tensor([features[row] for row in rows], dtype=torch.float64) if features else None
-    return Batch(input_ids, attention_mask, torch.tensor([labels[row] for row in rows]), torch.tensor(rows),
-                 sum(lengths), features=numbers)
+    numbers = None if features is None or len(features) == 0 else _tensor_of(features, rows).double()
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(mask).long(), _tensor_of(labels, rows), torch.tensor(rows),
+                 int(lengths.sum()), features=numbers)
+
+
+def _tensor_of(values: Sequence, rows: Sequence[int]) -> torch.Tensor:
+    """Returns the values of the given rows."""
+    import torch
+
+    return torch.from_numpy(values[rows]) if isinstance(values, np.ndarray) else torch.tensor([values[row] for row in rows])
+
+
+def label_array(labels: Sequence[Label]) -> np.ndarray:
+    """Returns labels as a loss reads them: (N,) int64 of classes, (N, labels) float32 of several, (N,) float32 of numbers."""
+    found = np.asarray(labels)
+    return found.astype(np.int64 if found.dtype.kind == "i" else np.float32)
+
+
+class Batches(Sequence):
+    """The batches of a large split: each is made when it is asked for, and only the order of the rows is held."""
+
+    def __init__(self, make: Callable[[int], Batch], sizes: np.ndarray):
+        self.make, self.sizes = make, sizes  # (batches, 2): tokens of each batch without and with pads
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            own = range(len(self))[at]
+            return Batches(lambda number: self[own[number]], self.sizes[at])
+        return self.make(range(len(self))[at])
+
+
+def changed(batches: Sequence[Batch], change: Callable[[Batch], Batch]) -> Sequence[Batch]:
+    """Returns the batches with a change: at once, or of a large split when they are made."""
+    if isinstance(batches, Batches):
+        return Batches(lambda number: change(batches[number]), batches.sizes)
+    return [change(batch) for batch in batches]
+
+
+def sizes_of(batches: Sequence[Batch]) -> np.ndarray:
+    """Returns the tokens of each batch without and with pads, (batches, 2)."""
+    if isinstance(batches, Batches):
+        return batches.sizes
+    return np.array([(batch.tokens, batch.input_ids.numel()) for batch in batches])
 
 
 def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed: int,
-                 batch_tokens: int | None = None, truncate: str = "tail", shared_prefixes: bool = False) -> list[Batch]:
-    """Makes length-bucketed batches of a split, tokenised and padded once for the whole run.
+                 batch_tokens: int | None = None, truncate: str = "tail", shared_prefixes: bool = False) -> Sequence[Batch]:
+    """Makes length-bucketed batches of a split, whose rows stay the same for the whole run.
 
     Args:
         shared_prefixes: whether sentences of equal length with a shared prefix stand together, a few at a time: a decoder
             computes the prefix once (`fast/blocks.py`).
     """
-    ids = encode(tokenizer, split.sentences, max_length, truncate)
+    ids = tokenise(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    buckets = bucket_by_length([len(tokens) for tokens in ids], batch_size, seed, batch_tokens,
-                               ids if shared_prefixes else None)
-    return [collate(ids, split.labels, rows, pad_id, split.features) for rows in buckets]
+    lengths, labels = np.diff(ids.ends), label_array(split.labels)
+    features = np.asarray(split.features) if split.features else None
+    buckets = bucket_by_length(lengths, batch_size, seed, batch_tokens, ids if shared_prefixes else None)
+    # The last row of a bucket is its longest.
+    sizes = [(lengths[rows].sum(), lengths[rows[-1]] * len(rows)) for rows in buckets]
+    batches = Batches(lambda number: collate(ids, labels, buckets[number], pad_id, features), np.array(sizes))
+    return batches if len(split) > LARGE_SPLIT else list(batches)
 
 
-def split_large(batches: list[Batch], rank: int = 0, count: int = 1) -> list[Batch]:
+def split_large(batches: Sequence[Batch], rank: int = 0, count: int = 1) -> Sequence[Batch]:
     """Gives micro-batches to each batch that this process does not compute in one piece.
 
     Each of several processes computes a part of every batch's rows. A batch, or such a part, of more than LARGE times the
@@ -269,19 +364,23 @@ def split_large(batches: list[Batch], rank: int = 0, count: int = 1) -> list[Bat
         count: number of processes; with more of them than rows in a batch, some have no row of that batch.
     """
     # The mean of all batches, not of this process's: every process cuts alike.
-    most = LARGE * sum(batch.input_ids.numel() for batch in batches) / len(batches) / count
-    for batch in batches:
-        start, end = (len(batch.rows) * i // count for i in (rank, rank + 1))
-        # No row of this batch: an empty list, as None would mean the whole batch.
-        if start == end:
-            batch.micro = []
-            continue
-        own = batch if count == 1 else batch.part(start, end)
-        if own.input_ids.numel() > most and len(own.rows) > 1:
-            batch.micro = own.split(most)
-        elif count > 1:
-            batch.micro = [own]
-    return batches
+    most = LARGE * int(sizes_of(batches)[:, 1].sum()) / len(batches) / count
+    return changed(batches, lambda batch: _cut_large(batch, most, rank, count))
+
+
+def _cut_large(batch: Batch, most: float, rank: int, count: int) -> Batch:
+    """Gives a batch its micro-batches of at most `most` tokens, if it needs any, and returns it."""
+    start, end = (len(batch.rows) * i // count for i in (rank, rank + 1))
+    # No row of this batch: an empty list, as None would mean the whole batch.
+    if start == end:
+        batch.micro = []
+        return batch
+    own = batch if count == 1 else batch.part(start, end)
+    if own.input_ids.numel() > most and len(own.rows) > 1:
+        batch.micro = own.split(most)
+    elif count > 1:
+        batch.micro = [own]
+    return batch
 
 
 def epoch_order(batches: int, seed: int, epoch: int) -> list[int]:
@@ -292,7 +391,7 @@ def epoch_order(batches: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def padding_percent(batches: list[Batch]) -> float:
+def padding_percent(batches: Sequence[Batch]) -> float:
     """Returns the share of the computed tokens that are pads, in percent."""
-    computed = sum(batch.input_ids.numel() for batch in batches)
-    return 100.0 * (1 - sum(batch.tokens for batch in batches) / computed)
+    tokens, computed = sizes_of(batches).sum(0).tolist()
+    return 100.0 * (1 - tokens / computed)

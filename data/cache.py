@@ -1,11 +1,17 @@
 """Makes folders of the user's cache: whole or absent, and once however many processes need one."""
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
+
+Kept = TypeVar("Kept")
+FORMAT = 1  # of the Arrow files in the cache; another number makes them anew
 
 
 def cache_folder(cache: Path | None = None) -> Path:
@@ -58,3 +64,34 @@ def _make_whole(folder: Path, make: Callable[[Path], None]) -> None:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def fingerprint(*parts) -> str:
+    """Returns a key of everything that a kept result depends on, versions of the libraries that made it among it."""
+    versions = [version(name) for name in ("pyarrow", "transformers", "tokenizers")]
+    return hashlib.sha256(repr((FORMAT, versions, parts)).encode()).hexdigest()[:16]
+
+
+def kept(folder: Path, write: Callable[[Path], None], read: Callable[[Path], Kept]) -> Kept | None:
+    """Returns the content of a folder of the cache, written first if it is absent or damaged.
+
+    Args:
+        write: makes the folder that it is given, with the content in it.
+        read: returns the content.
+
+    Returns:
+        None where the cache cannot be written, after a warning of one line.
+    """
+    def is_whole(folder: Path) -> bool:
+        try:
+            return folder.is_dir() and read(folder) is not None
+        # pyarrow's errors are ValueErrors and OSErrors.
+        except (OSError, ValueError, KeyError):
+            return False
+
+    try:
+        return read(made_once(folder, write, is_whole))
+    except OSError as error:
+        warnings.warn(f"{folder.parent}: the cache cannot be written ({error.strerror or error}); this run goes on in memory, "
+                      "and the next one makes its rows again", stacklevel=2)
+        return None

@@ -11,8 +11,10 @@ import itertools
 import math
 import re
 import string
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 
+from data.arrow import Column
 from data.stream import is_blank
 from data.tables import Table
 from machine.errors import UserError
@@ -41,7 +43,7 @@ class _CellError(ValueError):
 
 # ---------------------------------------------------------------- texts
 
-def texts_of(table: Table, options: TableOptions, separator: str) -> list[str]:
+def texts_of(table: Table, options: TableOptions, separator: str) -> Column:
     """Returns the text of each row: the filled template, or the text columns joined by the tokenizer's separator.
 
     Raises:
@@ -55,17 +57,26 @@ def texts_of(table: Table, options: TableOptions, separator: str) -> list[str]:
         if not names:
             table.column("text", option)  # raises, naming the columns that exist
     # A template may name a column twice; it is read and checked once.
-    cells = {name: _strings(table, name, option) for name in dict.fromkeys(names)}
-    texts = []
+    cells = {name: Column.of(_strings(table, name, option)) for name in dict.fromkeys(names)}
+    return Column.of(_joined(table, cells, names, literals, separator, options.pairs))
+
+
+def _joined(table: Table, cells: dict[str, Column], names: Sequence[str], literals: list[str] | None, separator: str,
+            pairs: bool) -> Iterator[str]:
+    """Yields the text of each row.
+
+    Args:
+        literals: the texts around the columns of a template; None: the separator stands between the columns.
+        pairs: whether two columns are a pair.
+    """
     for number, row in enumerate(zip(*map(cells.get, names), strict=True), 1):
         if all(map(is_blank, row)):
             raise UserError(f"{table.path}, row {number}: the text ({', '.join(names)}) is empty")
         # A part that is missing leaves no separator behind; in a pair and in a template its place stays empty.
         if literals is None:
-            texts.append(separator.join(cell for cell in row if options.pairs or not is_blank(cell)))
+            yield separator.join(cell for cell in row if pairs or not is_blank(cell))
         else:
-            texts.append("".join(itertools.chain(*zip(literals, (*row, ""), strict=True))))
-    return texts
+            yield "".join(itertools.chain(*zip(literals, (*row, ""), strict=True)))
 
 
 def _template(template: str) -> tuple[list[str], list[str]]:
@@ -95,19 +106,17 @@ def _template(template: str) -> tuple[list[str], list[str]]:
     return literals, names
 
 
-def _strings(table: Table, name: str, option: str) -> list[str]:
-    """Returns a column's cells as texts, "" where one is missing.
+def _strings(table: Table, name: str, option: str) -> Iterator[str]:
+    """Yields a column's cells as texts, "" where one is missing.
 
     Raises:
         UserError: no such column, or a cell that is no text; names the row.
     """
-    found = []
     for row, value in enumerate(table.column(name, option), 1):
         try:
-            found.append(_text(value))
+            yield _text(value)
         except _CellError as error:
             raise UserError(f"{table.path}, row {row}: the text ({name}) {error}") from None
-    return found
 
 
 def _text(value) -> str:
@@ -269,9 +278,12 @@ def problem_in(table: Table, columns: str) -> str:
     names = label_columns(table, columns)
     if len(names) > 1:
         return "multi-label"
-    values = [value for value in table.column(names[0], "--label-column") if value is not None]
-    if values and isinstance(values[0], list):
+    column = table.column(names[0], "--label-column")
+    if isinstance(next((value for value in column if value is not None), None), list):
         return "multi-label"
+    # Few classes stand for many rows: each value of a type is looked at once. Other cells are no score, like None.
+    found = {(type(value), value if isinstance(value, str | int | float) else None) for value in column if value is not None}
+    values = [value for _, value in found]
     return "regression" if any(map(_is_fraction, values)) and all(map(_is_score, values)) else "single-label"
 
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from data.arrow import Column
 from data.lines import read_sentences
 from data.splits import Split
 from machine.errors import UserError
@@ -176,7 +177,7 @@ def real_or_edited(sentences: Iterable[str]) -> Split:
     labels = [row % 2 for row in range(len(rows))]
     texts = [sentence if label else edit(sentence, rng) for sentence, label in zip(rows, labels, strict=True)]
     kept = [(text, label) for text, label in zip(texts, labels, strict=True) if text]
-    return Split([text for text, _ in kept], [label for _, label in kept])
+    return Split(Column.of(text for text, _ in kept), Column.of(label for _, label in kept))
 
 
 def read_real_or_edited(data: Path) -> tuple[Split, dict[str, str]]:

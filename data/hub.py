@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.arrow import AT_A_TIME, Column
 from data.tables import Table
 from machine.errors import UserError
 
@@ -68,5 +70,10 @@ def read_dataset(name: str, split: str) -> Table:
     rows = load_dataset(name)[split]
     # A list of classes has them in its items.
     kinds = {column: getattr(feature, "feature", feature) for column, feature in rows.features.items()}
-    return Table(Path(name) / split, rows[:], {
+    columns = {}
+    for column in kinds:
+        # The library's files are mapped into memory: of a column, some rows at a time are Python objects.
+        parts = rows.select_columns([column]).iter(AT_A_TIME)
+        columns[column] = Column.of(itertools.chain.from_iterable(part[column] for part in parts))
+    return Table(Path(name) / split, columns, {
         column: kind.names for column, kind in kinds.items() if isinstance(kind, ClassLabel)})

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import collections
 import itertools
-import math
 import random
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from data.arrow import Column, read_columns, write_columns
+from data.cache import cache_folder, fingerprint, kept
 from data.columns import classes_of, features_of, label_columns, label_sets_of, labels_of, scores_of, texts_of
 from data.stream import SUFFIXES
 from data.tables import Table
@@ -22,6 +25,8 @@ from options.schema import TableOptions
 
 EVAL_SPLITS = ("validation", "dev", "eval", "val")  # in this order, where --eval-split does not say
 DEFAULT_SHARE = 0.1  # of the training rows for evaluation, where no split is found
+PARTS = ("sentences", "labels", "sources", "features")  # of a split
+ROWS = "rows.arrow"
 STRATA = 10  # groups of rows with scores of about the same size
 # A row's label: the index of its class; 1 and 0 for each label that it may have; or a number.
 Label = int | tuple[float, ...] | float
@@ -31,10 +36,10 @@ Label = int | tuple[float, ...] | float
 class Split:
     """Holds labelled sentences, in file order."""
 
-    sentences: list[str]
-    labels: list[Label]
-    sources: list[str] = field(default_factory=list)  # CoLA's source code: the publication, or the phenomenon
-    features: list[list[float]] = field(default_factory=list)  # the numbers of each sentence, NaN where one is missing
+    sentences: Sequence[str]  # lists, or Arrow columns where a file was read
+    labels: Sequence[Label]
+    sources: Sequence[str] = field(default_factory=list)  # CoLA's source code: the publication, or the phenomenon
+    features: Sequence[Sequence[float]] = field(default_factory=list)  # of each sentence, NaN where one is missing
     sha256: str = field(default="", compare=False)  # of the file that was parsed, if the split is a whole file
 
     def __len__(self) -> int:
@@ -42,12 +47,13 @@ class Split:
 
     def take(self, rows) -> Split:
         """Returns the given rows, in that order."""
-        parts = (self.sentences, self.labels, self.sources, self.features)
-        return Split(*(_chosen(values, rows) for values in parts))
+        return Split(*(_chosen(getattr(self, name), rows) for name in PARTS))
 
 
-def _chosen(values: list, rows) -> list:
+def _chosen(values: Sequence, rows) -> Sequence:
     """Returns the values of the given rows; none of a list that is empty for all rows."""
+    if isinstance(values, Column):
+        return values.take(rows)
     return [values[row] for row in rows] if values else []
 
 
@@ -63,8 +69,30 @@ def read_split(table: Table, options: TableOptions, separator: str, classes: lis
         UserError: see `texts_of`, `labels_of`, `features_of`; or a label that training lacks.
     """
     labels, classes = READERS[options.problem or "single-label"](table, options.label_column, classes)
-    return Split(texts_of(table, options, separator), labels, [], features_of(table, options.feature_columns),
-                 table.sha256), classes
+    features = features_of(table, options.feature_columns)
+    return Split(texts_of(table, options, separator), Column.of_array(np.array(labels)), [],
+                 Column.of_array(np.array(features)) if features else [], table.sha256), classes
+
+
+def kept_split(key: list, read: Callable[[], tuple[Split, list[str], str]]) -> tuple[Split, list[str], str]:
+    """Returns a large split, its classes and its problem: read once, and mapped into memory from the cache afterwards.
+
+    Args:
+        key: everything that decides the rows.
+        read: reads the split.
+    """
+    def write(folder: Path) -> None:
+        split, classes, problem = read()
+        columns = {name: getattr(split, name) for name in PARTS if len(getattr(split, name))}
+        folder.mkdir()
+        write_columns(folder / ROWS, columns, {"classes": classes, "problem": problem, "sha256": split.sha256})
+
+    def mapped(folder: Path) -> tuple[Split, list[str], str]:
+        columns, about = read_columns(folder / ROWS)
+        return Split(*(columns.get(name, []) for name in PARTS), about["sha256"]), about["classes"], about["problem"]
+
+    found = kept(cache_folder() / f"rows-{fingerprint(*key)}", write, mapped)
+    return read() if found is None else found
 
 
 def read_classes(table: Table, column: str, classes: list[str] | None) -> tuple[list[int], list[str]]:
@@ -134,9 +162,9 @@ def check_features(train: Split, columns: tuple[str, ...], where: str) -> dict[s
     Raises:
         UserError: a feature without a single value.
     """
-    missing = {}
+    features, missing = np.asarray(train.features), {}
     for i, column in enumerate(columns):
-        missing[column] = sum(math.isnan(row[i]) for row in train.features)
+        missing[column] = int(np.isnan(features[:, i]).sum())
         if missing[column] == len(train):
             raise UserError(f"--feature-columns: {where} has no value at all under {column!r}")
     return missing
@@ -210,19 +238,19 @@ def _share(eval_split: str | None) -> float | None:
     return float(eval_split)
 
 
-def strata(labels: list[Label]) -> list[Hashable]:
+def strata(labels: Sequence[Label]) -> Sequence[Hashable]:
     """Returns a group for each row, for samples that have all groups in the same shares.
 
     The group is the class; of several labels the rarest one; of numbers their tenth, from the smallest to the largest.
     """
     if isinstance(labels[0], float):
-        order = sorted(range(len(labels)), key=labels.__getitem__)
+        order = np.argsort(np.asarray(labels), kind="stable").tolist()
         # Fewer groups of few rows: each has some to take.
         groups = max(1, min(STRATA, len(labels) // 5))
         place = {row: at * groups // len(labels) for at, row in enumerate(order)}
         return [place[row] for row in range(len(labels))]
     if isinstance(labels[0], tuple):
-        counts = [sum(column) for column in zip(*labels, strict=True)]
+        counts = np.asarray(labels).sum(0)
         rarest = sorted(range(len(counts)), key=counts.__getitem__)
         return [_rarest_label(row, rarest) for row in labels]
     return labels

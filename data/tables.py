@@ -7,11 +7,13 @@ cell are in columns.py.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data import stream
+from data.arrow import AT_A_TIME, Column, in_parts, packed
 from data.lines import read_whole
 from data.stream import DEFAULT_COLUMNS, SUFFIXES, Rows
 from machine.errors import UserError
@@ -23,7 +25,7 @@ class Table:
     """Holds the columns of a file, all of the same length."""
 
     path: Path
-    columns: dict[str, list]
+    columns: dict[str, Sequence]  # lists, or Arrow columns of a whole file
     names: dict[str, list[str]] = field(default_factory=dict)  # column -> names of the classes that its numbers stand for
     has_header: bool = False  # whether the names of its columns were read from its first line
     sha256: str = ""  # of the bytes that were parsed
@@ -31,7 +33,7 @@ class Table:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def column(self, name: str, option: str) -> list:
+    def column(self, name: str, option: str) -> Sequence:
         """Returns the values under `name`.
 
         Raises:
@@ -67,7 +69,7 @@ def read_table(path: Path | str, options: TableOptions = DEFAULT_COLUMNS) -> Tab
     rows = stream.open_rows(path, options=options, file=file)
     # Parquet comes by column already: to take it apart into rows would cost four times the time.
     with rows.file:
-        columns = _columns_of(path, list(good_rows(rows)), rows.names) if rows.batches is None else _joined(rows)
+        columns = _columns_of(path, good_rows(rows), rows.names) if rows.batches is None else _joined(rows)
     return Table(path, columns, rows.class_names, rows.kind in ("csv", "tsv"), digest)
 
 
@@ -80,7 +82,7 @@ def read_one_hot_jsonl(path: Path | str, options: TableOptions = DEFAULT_COLUMNS
     file, digest = read_whole(path, "a JSON Lines file")
     rows = stream.open_rows(path, "jsonl", options=options, file=file)
     with rows.file:
-        return replace(one_hot_columns(Path(path), list(good_rows(rows))), sha256=digest)
+        return replace(one_hot_columns(Path(path), good_rows(rows)), sha256=digest)
 
 
 def good_rows(rows: Rows) -> Iterator[dict]:
@@ -101,49 +103,56 @@ def good_rows(rows: Rows) -> Iterator[dict]:
         raise UserError(f"{rows.path}: no rows in it; expected a {stream.FORMATS[rows.kind]} file with rows")
 
 
-def _columns_of(path: Path, rows: list[dict], names: list[str] | None = None) -> dict[str, list]:
+def _columns_of(path: Path, rows: Iterable[dict], names: list[str] | None = None) -> dict[str, Column]:
     """Returns the columns of rows, in the order of their first appearance; None where a row lacks one.
 
     Raises:
         UserError: no row has a column.
     """
-    if names is None:
+    chunks, before = {name: [] for name in names or ()}, 0
+    for part in in_parts(rows):
         # JSON objects may have different keys. A dictionary keeps them in order.
-        found: dict[str, None] = {}
-        for row in rows:
-            found.update(dict.fromkeys(row))
-        names = list(found)
-    if not names:
+        if names is None:
+            found = dict.fromkeys(itertools.chain(*part))
+            chunks |= {name: [packed([None] * before)] for name in found if name not in chunks}
+        for name, found in chunks.items():
+            found.append(packed([row.get(name) for row in part]))
+        before += len(part)
+    if not chunks:
         raise UserError(f"{path}: no rows in it; expected rows with columns")
-    columns = {}
-    for name in names:
-        columns[name] = [row.get(name) for row in rows]
-    return columns
+    return {name: Column(found) for name, found in chunks.items()}
 
 
-def _joined(rows: Rows) -> dict[str, list]:
+def _joined(rows: Rows) -> dict[str, Column]:
     """Returns the columns of a Parquet file.
 
     Raises:
         UserError: damaged, or without rows.
     """
-    columns: dict[str, list] = {name: [] for name in rows.names}
-    for batch in rows.batches:
-        for name, cells in batch.items():
-            columns[name] += cells
+    chunks, waiting = {name: [] for name in rows.names}, {name: [] for name in rows.names}
+    for batch in itertools.chain(rows.batches, [None]):
+        for name, cells in (batch or {}).items():
+            waiting[name] += cells
+        # A file's batches are small, because its rows may be large.
+        if batch is None or len(next(iter(waiting.values()))) >= AT_A_TIME:
+            for name, cells in waiting.items():
+                chunks[name].append(packed(cells))
+            waiting = {name: [] for name in rows.names}
+    columns = {name: Column(found) for name, found in chunks.items()}
     if not any(columns.values()):
         raise UserError(f"{rows.path}: no rows in it; expected a Parquet file with rows")
     return columns
 
 
-def one_hot_columns(path: Path, rows: list[dict]) -> Table:
+def one_hot_columns(path: Path, rows: Iterable[dict]) -> Table:
     """Turns keys like "guess:Ishmael": 1 into a column `guess` with the value "Ishmael".
 
     The quiz-bowl sets are written like that: their text was once the input of a linear model.
     """
-    decoded = []
-    for row in rows:
-        # "guess:Ishmael" is a column and its value; keys without a colon are columns already.
-        plain = {key: value for key, value in row.items() if ":" not in key}
-        decoded.append({**plain, **dict(key.split(":", 1) for key in row if ":" in key)})
-    return Table(path, _columns_of(path, decoded))
+    return Table(path, _columns_of(path, map(_decoded, rows)))
+
+
+def _decoded(row: dict) -> dict:
+    # "guess:Ishmael" is a column and its value; keys without a colon are columns already.
+    plain = {key: value for key, value in row.items() if ":" not in key}
+    return {**plain, **dict(key.split(":", 1) for key in row if ":" in key)}

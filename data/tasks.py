@@ -10,19 +10,23 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from data import columns, edits, stream, tables
+from data.arrow import Column, in_parts, packed
 from data.glue import GLUE
 from data.glue import REPOSITORY as GLUE_REPOSITORY
 from data.hub import hub_unreachable, is_dataset_name, load_dataset, read_dataset
 from data.lines import read_whole
-from data.splits import Split, check_features, choose_splits, fold_of, read_split, set_aside, split_files
+from data.splits import Split, check_features, choose_splits, fold_of, kept_split, read_split, set_aside, split_files
 from data.stream import DEFAULT_COLUMNS, is_blank
 from data.tables import Table
 from machine.errors import UserError
 from options.schema import TableOptions
+from record.files import sha256
 
 COLA_FILES = {"train": "in_domain_train.tsv", "in_domain": "in_domain_dev.tsv", "out_of_domain": "out_of_domain_dev.tsv"}
 # GLUE's CoLA validation set is the two public development files, one after the other.
@@ -41,6 +45,8 @@ HUB_TABLES = {
 }
 # The quiz-bowl set names these as one-hot keys; its numbers are for --feature-columns.
 BUZZER_TEMPLATE = "{guess} ({Category_subcategory}, {Category_tournament})"
+# Above these sizes a table's rows are parsed once, and mapped from the cache into memory afterwards.
+LARGE_FILE, LARGE_ROWS = 4 << 20, 20_000  # bytes of a file; rows of a data set of the Hub
 HELD_OUT = 0.02  # of the sentences of `edits`, for development
 TASKS = ("cola", *GLUE, "edits", "rotten_tomatoes", "imdb", "buzzer", "csv", "tiny")
 FIXED = ("cola", "edits", "tiny")  # their files have no columns to choose
@@ -176,11 +182,6 @@ def with_columns(name: str, options: TableOptions) -> TableOptions:
     return options if given or name not in GLUE else replace(options, text_column=GLUE[name].columns)
 
 
-def _with_problem(table: Table, options: TableOptions) -> TableOptions:
-    """Returns the options with the problem of the training rows' labels, if none was given."""
-    return replace(options, problem=options.problem or columns.problem_in(table, options.label_column))
-
-
 def read_rows(path: Path | str, task: str, options: TableOptions, separator: str, classes: list[str]) -> Split:
     """Reads a labelled file in the format of a task, for scoring.
 
@@ -191,8 +192,9 @@ def read_rows(path: Path | str, task: str, options: TableOptions, separator: str
         return read_cola_tsv(path)
     if task == "edits" and Path(path).suffix.lower() not in stream.SUFFIXES:
         return edits.read_real_or_edited(Path(path))[0]
-    table, options = _read_table(task, Path(path), options)
-    return read_split(table, options, separator, classes)[0]
+    # A run from before there were other problems recorded none.
+    options = replace(options, problem=options.problem or "single-label")
+    return _read_file(task, Path(path), options, separator, classes)[0]
 
 
 def _read_table(task: str, path: Path, options: TableOptions) -> tuple[Table, TableOptions]:
@@ -216,11 +218,15 @@ def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) ->
     """Makes a task of a data set on the Hub; one of its splits, or a share of the training rows, is for evaluation."""
     # Splits come from the library's cache, as they have no files of their own here.
     train, chosen = choose_splits(list(load_dataset(data)), options.eval_split, f"--data {data}")
-    table = read_dataset(data, train)
-    options = _with_problem(table, with_columns(name, options))
-    split, classes = read_split(table, options, separator)
+
+    def read(key: str, options: TableOptions, classes: list[str] | None = None) -> tuple[Split, list[str], TableOptions]:
+        rows, options = load_dataset(data)[key], with_columns(name, options)
+        return _read_split(lambda: (read_dataset(data, key), options), options, separator, classes,
+                           (name, rows._fingerprint) if len(rows) > LARGE_ROWS else None)
+
+    split, classes, options = read(train, options)
     if isinstance(chosen, list):
-        dev = {key: read_split(read_dataset(data, key), options, separator, classes)[0] for key in chosen}
+        dev = {key: read(key, options, classes)[0] for key in chosen}
     else:
         split, held_out = set_aside(split, chosen, data)
         dev = {"held_out": held_out}
@@ -230,23 +236,62 @@ def _hub_dataset(name: str, data: str, options: TableOptions, separator: str) ->
 
 
 def _content_digest(split: Split) -> str:
-    """Returns the SHA-256 of a split's rows: the library keeps no file of the Hub's as it was."""
-    return hashlib.sha256(json.dumps([split.sentences, split.labels, split.features]).encode()).hexdigest()
+    """Returns the SHA-256 of a split's rows as JSON: the library keeps no file of the Hub's as it was."""
+    digest = hashlib.sha256(b"[")
+    for before, values in (("[", split.sentences), ("], [", split.labels), ("], [", split.features)):
+        digest.update(before.encode())
+        for number, part in enumerate(in_parts(values)):
+            # A part of the list, without its brackets.
+            digest.update((", " * (number > 0) + json.dumps(list(part))[1:-1]).encode())
+    digest.update(b"]]")
+    return digest.hexdigest()
+
+
+def _read_file(task: str, path: Path, options: TableOptions, separator: str, classes: list[str] | None = None
+               ) -> tuple[Split, list[str], TableOptions]:
+    """Reads a labelled file; see `_read_split`."""
+    large = path.is_file() and path.stat().st_size > LARGE_FILE
+    # The ending tells the format.
+    key = (task, path.suffix.lower(), sha256(path)) if large else None
+    return _read_split(lambda: _read_table(task, path, options), options, separator, classes, key)
+
+
+def _read_split(read: Callable[[], tuple[Table, TableOptions]], options: TableOptions, separator: str,
+                classes: list[str] | None, key: tuple[str, ...] | None) -> tuple[Split, list[str], TableOptions]:
+    """Makes a labelled split of a table.
+
+    Args:
+        read: reads the table, and returns it with the options of its task.
+        classes: of the training split; those found here if None.
+        key: of a large table, whose rows are parsed once and come from the cache afterwards; its last part is the digest.
+            None: the rows are parsed.
+
+    Returns:
+        The split, its classes, and the options with the problem of its labels, if none was given.
+    """
+    def parse() -> tuple[Split, list[str], str]:
+        table, own = read()
+        own = replace(own, problem=own.problem or columns.problem_in(table, own.label_column))
+        split, found = read_split(table, own, separator, classes)
+        # Digests of the bytes that were parsed: a file may be replaced at any moment.
+        if key and split.sha256 not in ("", key[-1]):
+            raise UserError(f"{table.path}: changed while it was read; start again")
+        return split, found, own.problem
+
+    split, found, problem = parse() if key is None else kept_split([*key, options, separator, classes], parse)
+    return split, found, replace(options, problem=problem)
 
 
 def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, options: TableOptions, separator: str,
                 files: dict[str, Path]) -> Task:
     """Makes a task from its training file and the evaluation files (or the share of the training rows to set aside)."""
-    table, options = _read_table(name, train, options)
     # Problem and classes are those of the training rows; every evaluation file is read with them.
-    options = _with_problem(table, options)
-    split, classes = read_split(table, options, separator)
-    # Digests of the bytes that were parsed: a file may be replaced at any moment.
+    split, classes, options = _read_file(name, train, options, separator)
     digests = {train: split.sha256}
     if isinstance(others, dict):
         dev = {}
         for key, path in others.items():
-            dev[key] = read_split(_read_table(name, path, options)[0], options, separator, classes)[0]
+            dev[key] = _read_file(name, path, options, separator, classes)[0]
             digests[path] = dev[key].sha256
     else:
         split, held_out = set_aside(split, others, str(train))
@@ -275,22 +320,27 @@ def read_cola_tsv(path: Path | str) -> Split:
             1, an empty sentence, bytes that are not UTF-8; file and line are named.
     """
     file, digest = read_whole(path, "a TSV file")
-    split = Split([], [], [], sha256=digest)
-    rows = stream.open_rows(path, "tsv", headless=True, file=file)
-    with rows.file:
-        for row in rows.rows:
-            where = f"{path}, line {row.line}"
-            if row.error:
-                raise UserError(f"{where}: {row.error}")
-            source, label, _, sentence = row.columns.values()
-            if label not in COLA_CLASSES:
-                raise UserError(f"{where}: label {label[:20]!r}; expected 0 or 1")
-            if is_blank(sentence):
-                raise UserError(f"{where}: the sentence is empty")
-            split.sources.append(source)
-            split.labels.append(int(label))
-            split.sentences.append(sentence)
-    return split
+    chunks = [], [], []
+    with file:
+        for part in in_parts(_cola_rows(path, file)):
+            for found, values in zip(chunks, zip(*part, strict=True), strict=True):
+                found.append(packed(values))
+    sources, labels, sentences = map(Column, chunks)
+    return Split(sentences, labels, sources, sha256=digest)
+
+
+def _cola_rows(path: Path | str, file: BinaryIO) -> Iterator[tuple[str, int, str]]:
+    """Yields source, label and sentence of each row."""
+    for row in stream.open_rows(path, "tsv", headless=True, file=file).rows:
+        where = f"{path}, line {row.line}"
+        if row.error:
+            raise UserError(f"{where}: {row.error}")
+        source, label, _, sentence = row.columns.values()
+        if label not in COLA_CLASSES:
+            raise UserError(f"{where}: label {label[:20]!r}; expected 0 or 1")
+        if is_blank(sentence):
+            raise UserError(f"{where}: the sentence is empty")
+        yield source, int(label), sentence
 
 
 def _tiny_task() -> Task:
