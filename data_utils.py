@@ -70,11 +70,13 @@ class Batch:
             self.input_ids, self.labels, self.rows, self.features))
         return Batch(input_ids, self.attention_mask, labels, rows, self.tokens, features)
 
-    def pin(self) -> None:
-        """Moves the tensors to pinned memory: they are copied to a GPU while the GPU computes."""
-        for name in ("input_ids", "attention_mask", "labels", "rows", "features"):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, tensor.pin_memory())
+    def pinned(self) -> Batch:
+        """Moves the tensors to pinned memory, those of micro-batches too: they are copied while the GPU computes."""
+        for batch in self.micro_batches():
+            for name in ("input_ids", "attention_mask", "labels", "rows", "features"):
+                if (tensor := getattr(batch, name)) is not None:
+                    setattr(batch, name, tensor.pin_memory())
+        return self
 
     def micro_batches(self) -> list[Batch]:
         """Returns the micro-batches that this process computes one after the other: the batch itself if it has none."""
@@ -239,7 +241,7 @@ def bucket_by_length(lengths: Sequence[int], batch_size: int, seed: int, batch_t
     shuffle, lengths = random.Random(seed), np.asarray(lengths, dtype=np.int64)
     ties = np.fromiter((shuffle.random() for _ in range(len(lengths))), np.float64, len(lengths))
     order = np.lexsort((ties, lengths))
-    if shared_prefixes is not None:
+    if shared_prefixes is not None and len(order):
         order = _neighbours(order, lengths, shared_prefixes, shuffle)
     if batch_tokens is None:
         cuts = list(range(0, len(order), batch_size))
@@ -270,7 +272,7 @@ def _neighbours(order: np.ndarray, lengths: np.ndarray, ids: Sequence[Sequence[i
         groups = list(range(0, len(rows), NEIGHBOURS))
         shuffle.shuffle(groups)
         ordered += [rows[start:start + NEIGHBOURS] for start in groups]
-    return np.concatenate(ordered) if ordered else order
+    return np.concatenate(ordered)
 
 
 def collate(ids: Sequence[Sequence[int]], labels: Sequence[Label], rows: Sequence[int], pad_id: int,
@@ -297,7 +299,8 @@ def _tensor_of(values: Sequence, rows: Sequence[int]) -> torch.Tensor:
 
 
 def label_array(labels: Sequence[Label]) -> np.ndarray:
-    """Returns labels as a loss reads them: (N,) int64 of classes, (N, labels) float32 of several, (N,) float32 of numbers."""
+    """Returns labels as a loss reads them: (N,) int64 of classes, (N, labels) float32 of several, (N,) float32 of numbers.
+    """
     found = np.asarray(labels)
     return found.astype(np.int64 if found.dtype.kind == "i" else np.float32)
 

@@ -137,6 +137,11 @@ def set_precision(backbone: nn.Module, precision: str) -> None:
 
 # ---------------------------------------------------------------- once instead of again
 
+def has_frozen_blocks(classifier: TextClassifier) -> bool:
+    """Returns whether `cache_frozen` has something to cache."""
+    return is_fast() and frozen.has_frozen_blocks(classifier)
+
+
 def cache_frozen(classifier: TextClassifier, splits: list[list[Batch]], folder: Path | None, memory: float) -> str:
     """Caches the output of frozen blocks for every batch; see `fast.frozen.cache_frozen`."""
     return frozen.cache_frozen(classifier, splits, folder, memory) if is_fast() else ""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from data_utils import Batch, epoch_order
+from data_utils import Batch, changed, epoch_order
 from machine import processes
 from machine.progress import Bar
 from machine.signals import Interrupted, deferred
@@ -31,7 +31,7 @@ from training.optimizer import lr_factor, make_optimizer
 # is scaled to its share of the step's tokens (`batch.step`).
 Objective = Callable[[Tensor, Batch], Tensor]
 Scores = tuple[dict[str, dict], dict[str, list]]  # of each development split: scores, and confusion matrix
-Scorer = Callable[[nn.Module, dict[str, list[Batch]]], Scores]  # (model, development splits by name) -> their scores
+Scorer = Callable[[nn.Module, dict[str, Sequence[Batch]]], Scores]  # (model, development splits by name) -> their scores
 
 
 class Diverged(RuntimeError):
@@ -41,40 +41,41 @@ class Diverged(RuntimeError):
 # ---------------------------------------------------------------- evaluation
 
 @torch.inference_mode()
-def compute_logits(model: nn.Module, batches: list[Batch]) -> Tensor:
+def compute_logits(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """Computes logits (N, outputs) of every row, in the split's own order, on the CPU in float32.
 
     Several processes share the batches, and each process gets all logits.
     """
     was_training = model.training
     model.eval()
-    device, own = next(model.parameters()).device, processes.shard(batches)
-    parts = [model(*batch.to(device).inputs()).float().cpu() for batch in own]
+    device, rows, parts = next(model.parameters()).device, [], []
+    # In one pass: the batches of a large split are made when they are asked for.
+    for batch in processes.shard(batches):
+        parts.append(model(*batch.to(device).inputs()).float().cpu())
+        rows.append(batch.rows)
     model.train(was_training)
-    # A process without a batch learns the number of classes from the others.
-    (labels,) = processes.all_reduce_max(parts[0].shape[1] if parts else 0)
-    logits = torch.zeros(sum(len(batch.rows) for batch in batches), labels)
+    # A process without a batch learns the numbers of rows and classes from the others.
+    count, labels = processes.all_reduce_max(*((1 + int(torch.cat(rows).max()), parts[0].shape[1]) if parts else (0, 0)))
     # Rows of other processes are zeros here, so that the sum over the processes holds every row once.
-    for batch, part in zip(own, parts, strict=True):
-        logits[batch.rows] = part
+    logits = torch.zeros(count, labels)
+    for own, part in zip(rows, parts, strict=True):
+        logits[own] = part
     return processes.all_reduce_sum(logits)
 
 
-def labels_of(batches: list[Batch]) -> Tensor:
+def labels_of(batches: Sequence[Batch]) -> Tensor:
     """Returns labels (N, ...) of every row, in the split's own order; their form is the problem's."""
-    first = batches[0].labels
-    labels = torch.empty((sum(len(batch.rows) for batch in batches), *first.shape[1:]), dtype=first.dtype)
-    for batch in batches:
-        labels[batch.rows] = batch.labels
-    return labels
+    found = [(batch.rows, batch.labels) for batch in batches]
+    rows, labels = map(torch.cat, zip(*found, strict=True))
+    return torch.empty_like(labels).index_copy_(0, rows, labels)
 
 
-def validate(model: nn.Module, dev: dict[str, list[Batch]], problem: Problem = SINGLE_LABEL) -> Scores:
+def validate(model: nn.Module, dev: dict[str, Sequence[Batch]], problem: Problem = SINGLE_LABEL) -> Scores:
     """Computes scores and confusion matrix of every development split and, of several splits, of `all` together."""
     return score_logits({name: compute_logits(model, batches) for name, batches in dev.items()}, dev, problem)
 
 
-def score_logits(logits_of: dict[str, Tensor], dev: dict[str, list[Batch]], problem: Problem = SINGLE_LABEL) -> Scores:
+def score_logits(logits_of: dict[str, Tensor], dev: dict[str, Sequence[Batch]], problem: Problem = SINGLE_LABEL) -> Scores:
     """Computes the scores and matrices of `validate` from the logits of every development split."""
     answers = {name: (logits, labels_of(dev[name])) for name, logits in logits_of.items()}
     if len(answers) > 1:
@@ -87,7 +88,7 @@ def score_logits(logits_of: dict[str, Tensor], dev: dict[str, list[Batch]], prob
 def score_by_loss(objective: Objective) -> Scorer:
     """Returns a scorer for development splits without classes: the objective's mean over each split's rows, as `loss`."""
     @torch.inference_mode()
-    def score(model: nn.Module, dev: dict[str, list[Batch]]) -> Scores:
+    def score(model: nn.Module, dev: dict[str, Sequence[Batch]]) -> Scores:
         was_training, device, found = model.training, next(model.parameters()).device, {}
         model.eval()
         for name, batches in dev.items():
@@ -113,8 +114,8 @@ def selection_split(splits) -> str:
 class Data:
     """The batches of a training and of its validation."""
 
-    batches: list[Batch]  # the training split's; their composition is fixed for the run
-    dev: dict[str, list[Batch]]  # the development splits' by name, scored after each epoch
+    batches: Sequence[Batch]  # the training split's; their composition is fixed for the run
+    dev: dict[str, Sequence[Batch]]  # the development splits' by name, scored after each epoch
     select: str = "in_domain"  # the split that chooses the best epoch
     steps: int | None = None  # optimiser steps in place of the options' epochs; the last epoch ends with them
     problem: Problem = SINGLE_LABEL  # of the labels: its scores, and the one that chooses the best epoch
@@ -201,9 +202,7 @@ class Trainer:
         self.saved_at = time.perf_counter()
         # From pinned memory a batch is copied to the GPU while the GPU computes.
         if self.device.type == "cuda":
-            for whole in data.batches:
-                for batch in whole.micro_batches():
-                    batch.pin()
+            self.data = replace(data, batches=changed(data.batches, Batch.pinned))
         # Each process drops other units; the first one draws the same random numbers as a process alone.
         if not processes.is_main():
             torch.manual_seed(options.seed + self.SEEDS * processes.rank())

@@ -92,6 +92,6 @@ def kept(folder: Path, write: Callable[[Path], None], read: Callable[[Path], Kep
     try:
         return read(made_once(folder, write, is_whole))
     except OSError as error:
-        warnings.warn(f"{folder.parent}: the cache cannot be written ({error.strerror or error}); this run goes on in memory, "
-                      "and the next one makes its rows again", stacklevel=2)
+        warnings.warn(f"{folder.parent}: the cache cannot be written ({error.strerror or error}); this run's rows stay in "
+                      "memory, and the next run makes them again", stacklevel=2)
         return None

@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from data.backbones import max_length_of
 from data.digests import tokenizer_digest
 from data.lines import read_sentences
 from data.segments import reads_pairs, separator_of
-from data_utils import Batch, Task
+from data_utils import Batch, Task, changed
 from distillation.cache import Base
 from distillation.losses import loss_of
 from distillation.soft_labels import read_labels
@@ -156,9 +157,9 @@ def teachers_with_batches(options: RunOptions, task: Task, loaded: list[tuple[Te
     return found
 
 
-def texts_only(batches: list[Batch]) -> list[Batch]:
+def texts_only(batches: Sequence[Batch]) -> Sequence[Batch]:
     """Returns the batches without numeric features: the student reads text alone."""
-    return [replace(batch, features=None, micro=batch.micro and texts_only(batch.micro)) for batch in batches]
+    return changed(batches, lambda batch: replace(batch, features=None, micro=batch.micro and texts_only(batch.micro)))
 
 
 def read_text(files: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -216,7 +216,7 @@ def evaluate_run(folder: Path, data: Path | None = None, predictions: Path | Non
     for note in scored.notes:
         warnings.warn(note, stacklevel=2)
     # The same functions as during training, so that the scores equal the summary's.
-    answer, problem = (scored.logits, torch.tensor(scored.split.labels)), scored.problem
+    answer, problem = (scored.logits, torch.from_numpy(data_utils.label_array(scored.split.labels))), scored.problem
     matrix = problem.matrix(*answer)
     by_class = {problem.counts: matrix, "per_class": problem.per_class(matrix, scored.classes)} if matrix else {}
     return {**problem.scores(*answer), "data": scored.name, "trained_on": scored.trained_on, "by_class": by_class}
@@ -227,15 +227,21 @@ def write_predictions(scored: ScoredRows, path: Path) -> None:
 
     A number has no probability.
     """
-    problem, answers = scored.problem, [scored.problem.answer(row, scored.classes) for row in scored.logits]
-    # The columns of the problem: with a probability where its answers have one.
-    names = ("sentence", "label", "prediction", *(["probability"] if "probability" in answers[0] else []))
-    lines = ["\t".join(names) + "\n"]
-    for sentence, label, answer in zip(scored.split.sentences, scored.split.labels, answers, strict=True):
+    write_file(path, _lines(scored))
+
+
+def _lines(scored: ScoredRows) -> Iterator[str]:
+    """Yields the lines of `write_predictions`."""
+    problem = scored.problem
+    for number, (sentence, label, row) in enumerate(zip(scored.split.sentences, scored.split.labels, scored.logits,
+                                                        strict=True)):
+        answer = problem.answer(row, scored.classes)
+        # The columns of the problem: with a probability where its answers have one.
+        more = ["probability"] if "probability" in answer else []
+        if number == 0:
+            yield "\t".join(("sentence", "label", "prediction", *more)) + "\n"
         cells = [" ".join(sentence.split()), problem.in_words(label, scored.classes), answer["label"]]
-        cells += [f"{answer['probability']:.6f}"] if "probability" in answer else []
-        lines.append("\t".join(cells) + "\n")
-    write_file(path, "".join(lines))
+        yield "\t".join(cells + [f"{answer[name]:.6f}" for name in more]) + "\n"
 
 
 # ---------------------------------------------------------------- the command line

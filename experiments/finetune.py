@@ -6,10 +6,11 @@
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -117,8 +118,8 @@ class FineTuning:
     task: Task
     tokenizer: object
     classifier: TextClassifier
-    batches: list[Batch]  # the training split's
-    dev: dict[str, list[Batch]]  # the development splits', by name
+    batches: Sequence[Batch]  # the training split's
+    dev: dict[str, Sequence[Batch]]  # the development splits', by name
     max_length: int  # tokens
     counts: dict  # total and trainable parameters, and the reduction in percent
     sanity: dict | None  # the result of `check_fresh_adapter`; None without LoRA on a language model
@@ -150,7 +151,7 @@ def prepare(options: RunOptions, say: Callable[[str], None]) -> FineTuning:
     weights = tensors.digest_meanwhile(classifier.net.base_model)
     # Seeded again, so that A does not depend on the random numbers used in loading.
     torch.manual_seed(int(options.sr))
-    features = torch.tensor(task.train.features, dtype=torch.float64) if task.train.features else None
+    features = torch.from_numpy(np.asarray(task.train.features)) if task.train.features else None
     problem.start(logits_layer(classifier), task.train.labels)
     injection.configure(classifier, options.method, options.lora, features)
     counts = count_parameters(classifier)
@@ -248,7 +249,9 @@ def run_finetune(options: RunOptions, say: Callable[[str], None] = print, stop: 
             progress, history = train_utils.Progress(), [untrained(run)]
         else:
             # Frozen blocks give each batch the same output in every epoch. Each process caches its own development batches.
-            if options.keep:
+            if options.keep and speed.has_frozen_blocks(run.classifier):
+                # Results are attached to batches: from now on those of a large split stay in memory too.
+                run.batches, run.dev = list(run.batches), {name: list(batches) for name, batches in run.dev.items()}
                 splits = [run.batches, *map(processes.shard, run.dev.values())]
                 if said := speed.cache_frozen(run.classifier, splits, folder, options.keep_memory):
                     say(said)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,7 +168,7 @@ def with_recorded_join(options: RunOptions) -> RunOptions:
 
 
 def make_all_batches(task: Task, tokenizer, max_length: int, options: TrainOptions, truncate: str,
-                     shared_prefixes: bool = False) -> tuple[list[Batch], dict[str, list[Batch]]]:
+                     shared_prefixes: bool = False) -> tuple[Sequence[Batch], dict[str, Sequence[Batch]]]:
     """Makes the batches of the training split, this process's part of them, and those of each development split."""
     # Rounding depends on which sentences share a batch: development batches are the same for all models and `evaluate_run`.
     make = [(split, data_utils.make_batches(rows, tokenizer, max_length, options.batch_size, options.seed,

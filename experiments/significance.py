@@ -190,6 +190,7 @@ def paired_test(a: Path, b: Path, data: Path, resamples: int = 10_000, seed: int
     # Imported late: the intervals over seeds do without PyTorch.
     import torch
 
+    from data_utils import label_array
     from experiments.evaluate import score_rows
     from machine.errors import UserError
     from metrics.problems import problem_of
@@ -206,7 +207,7 @@ def paired_test(a: Path, b: Path, data: Path, resamples: int = 10_000, seed: int
         raise UserError(f"{data}: the two runs read different rows of it (their column options differ)")
     for note in dict.fromkeys([*rows_a.notes, *rows_b.notes]):
         warnings.warn(note, stacklevel=2)
-    labels, problem = torch.tensor(rows_a.split.labels), rows_a.problem
+    labels, problem = torch.from_numpy(label_array(rows_a.split.labels)), rows_a.problem
     truth, predicted_a, predicted_b = (values.numpy() for values in (
         labels, problem.choose(rows_a.logits), problem.choose(rows_b.logits)))
     found = {"data": str(data), "n": len(labels),

@@ -62,8 +62,7 @@ def cache_frozen(classifier: FastClassifier, splits: list[list[Batch]], folder: 
     Returns:
         One line for the user: the size of the cache, or the reason for none; empty where nothing is frozen.
     """
-    # With a trained embedding, or no text to read, no block has a fixed output.
-    if not classifier.reads_text or lowest_trained_block(classifier) == 0:
+    if not has_frozen_blocks(classifier):
         return ""
     prefix = classifier.prefix = FrozenPrefix(classifier)
     start, used = time.perf_counter(), 0
@@ -102,6 +101,11 @@ def lowest_trained_block(classifier: FastClassifier) -> int:
         if any(p.requires_grad for p in block.parameters()):
             return i
     return len(blocks)
+
+
+def has_frozen_blocks(classifier: FastClassifier) -> bool:
+    """Returns whether a block has a fixed output: none has with a trained embedding, or without a text to read."""
+    return classifier.reads_text and lowest_trained_block(classifier) > 0
 
 
 class FrozenPrefix:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ class MultiLabel(Problem):
         """
         if layer.bias is not None:
             # One row more with each label, and one without: no share is 0 or 1.
-            share = (torch.tensor(labels).sum(0) + 1) / (len(labels) + 2)
+            share = (torch.from_numpy(np.asarray(labels, np.float32)).sum(0) + 1) / (len(labels) + 2)
             layer.bias.copy_(share.logit())
 
     def nothing(self, classes: int) -> tuple[float, ...]:

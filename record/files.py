@@ -23,11 +23,11 @@ from machine.errors import UserError
 SUMS = "SHA256SUMS"
 
 
-def write_file(path: Path | str, data: bytes | str) -> None:
+def write_file(path: Path | str, data: bytes | str | Iterator[str]) -> None:
     """Writes a file atomically and durably; of a run's several processes only the first writes.
 
     Args:
-        data: bytes, or text that is written in UTF-8.
+        data: bytes, or text that is written in UTF-8, in one piece or in several.
 
     Raises:
         UserError: it cannot be written (folder, rights, full disk); the old file stays.
@@ -39,7 +39,9 @@ def write_file(path: Path | str, data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            pieces = data if isinstance(data, Iterator) else [data]
+            for piece in pieces:
+                file.write(piece.encode() if isinstance(piece, str) else piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

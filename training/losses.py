@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.splits import Label
-from data_utils import Batch
+from data_utils import Batch, label_array
 from machine.errors import UserError
 from metrics.problems import SINGLE_LABEL, Problem
 from options.schema import TrainOptions
@@ -33,7 +33,7 @@ def class_weights(text: str, labels: list[int], classes: int) -> Tensor | None:
     if text == "none":
         return None
     if text == "balanced":
-        counts = torch.bincount(torch.tensor(labels), minlength=classes)
+        counts = torch.bincount(torch.from_numpy(label_array(labels)), minlength=classes)
         if not bool(counts.all()):
             raise UserError(f"--class-weights balanced: class number {int(counts.argmin())} has no training row")
         return len(labels) / (classes * counts.float())

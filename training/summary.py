@@ -1,13 +1,15 @@
 """The parts of summary.json that a training gives: its cost, and the scores of its best and last epoch."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from data_utils import Batch, padding_percent
 from machine.hardware import peak_memory_bytes
 from metrics.problems import SINGLE_LABEL, Problem
 from training.checkpoints import Progress
 
 
-def training_summary(progress: Progress, batches: list[Batch]) -> dict:
+def training_summary(progress: Progress, batches: Sequence[Batch]) -> dict:
     """Returns the entry `train` of summary.json: sums over the epochs, padding and peak memory."""
     # Sums of the history, not of a clock: a resumed run counts the time before its stop, too.
     seconds = sum(line["seconds"] for line in progress.history)

@@ -73,7 +73,7 @@ def test_every_format_gives_the_same_split(tmp_path, ending):
     split, classes = read_split(table, TableOptions(feature_columns=("size",)), " ")
     assert split.sentences == [row["text"] for row in ROWS]
     assert ([classes[label] for label in split.labels], classes) == (["1", "0", "1", "0"], ["0", "1"])
-    assert split.features == [[row["size"]] for row in ROWS]
+    assert split.features == [(row["size"],) for row in ROWS]
 
 
 @FAST
@@ -205,7 +205,7 @@ def test_missing_numbers_are_counted_and_a_feature_of_none_is_refused(tmp_path):
     data = write(tmp_path / "train.csv", rows)
     write(tmp_path / "dev.csv", rows)
     task = load_task("csv", tmp_path, TableOptions(feature_columns=("x",)))
-    assert task.missing == {"x": 3} and math.isnan(task.train.features[0][0]) and task.train.features[3] == [3.0]
+    assert task.missing == {"x": 3} and math.isnan(task.train.features[0][0]) and task.train.features[3] == (3.0,)
     with pytest.raises(UserError, match=f"--feature-columns: {data} has no value at all under 'y'"):
         load_task("csv", tmp_path, TableOptions(feature_columns=("x", "y")))
 
@@ -420,7 +420,7 @@ def test_quiz_bowl_rows_become_text_and_numbers(tmp_path):
     task = load_task("buzzer", tmp_path, TableOptions(feature_columns=("Gpr_confidence",)))
     assert task.train.sentences[1:3] == ["Ishmael (Literature American, ACF Winter)",
                                          "Queequeg: a life (Literature American, ACF Winter)"]
-    assert task.classes == ("false", "true") and task.train.features == [[-0.0], [-0.5], [-1.0], [-1.5]]
+    assert task.classes == ("false", "true") and task.train.features == [(-0.0,), (-0.5,), (-1.0,), (-1.5,)]
     picked = load_task("buzzer", tmp_path, TableOptions(text_column=("Category_category", "guess")), " / ")
     assert picked.train.sentences[0] == "Literature / William Carlos Williams"
 
