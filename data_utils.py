@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data import tokens as token_files
+from data.arrow import in_parts
 from data.segments import arguments_of
 from data.splits import Label, Split
 
@@ -108,17 +109,31 @@ class Batch:
 # ---------------------------------------------------------------- token ids
 
 @dataclass(frozen=True)
-class TokenIds(Sequence):
+class TokenIds:
     """Holds the token ids of many sentences in two arrays, in memory or mapped from a file."""
 
     ids: np.ndarray  # (tokens of all sentences,) int32, one sentence after the other
     ends: np.ndarray  # (sentences + 1,) int64: where each sentence begins, and where the last one ends
 
-    def __len__(self) -> int:
-        return len(self.ends) - 1
+    @classmethod
+    def of(cls, sentences: Sequence[Sequence[int]]) -> TokenIds:
+        """Packs the token ids of some sentences."""
+        return cls(*token_files.flat(sentences))
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.ids[self.ends[row]:self.ends[row + 1]]
+    @property
+    def lengths(self) -> np.ndarray:
+        """Returns the tokens in each sentence."""
+        return np.diff(self.ends)
+
+    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the token ids of some rows, padded on the right, and their mask: (B, T), (B, T)."""
+        first = self.ends[rows]
+        lengths = self.ends[rows + 1] - first
+        places = np.arange(lengths.max())
+        mask = places < lengths[:, None]
+        input_ids = np.full(mask.shape, pad_id)
+        input_ids[mask] = self.ids[(first[:, None] + places)[mask]]
+        return input_ids, mask
 
 
 def encode(tokenizer, sentences: Sequence[str], max_length: int, truncate: str = "tail") -> list[list[int]]:
@@ -222,7 +237,7 @@ def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) 
 # ---------------------------------------------------------------- batches
 
 def bucket_by_length(lengths: Sequence[int], batch_size: int, seed: int, batch_tokens: int | None = None,
-                     shared_prefixes: Sequence[Sequence[int]] | None = None) -> list[np.ndarray]:
+                     shared_prefixes: TokenIds | None = None) -> list[np.ndarray]:
     """Groups rows into batches of about equal length.
 
     Rows are sorted by length, ties broken by the seed, and cut into batches. Every row stands in exactly
@@ -254,41 +269,63 @@ def bucket_by_length(lengths: Sequence[int], batch_size: int, seed: int, batch_t
     return [order[start:end] for start, end in itertools.pairwise([*cuts, len(order)])]
 
 
-def _neighbours(order: np.ndarray, lengths: np.ndarray, ids: Sequence[Sequence[int]], shuffle: random.Random) -> np.ndarray:
+def _neighbours(order: np.ndarray, lengths: np.ndarray, ids: TokenIds, shuffle: random.Random) -> np.ndarray:
     """Reorders the rows of each length: rows with a shared prefix in groups of NEIGHBOURS, the groups shuffled.
 
     The groups are small because a batch of nothing but rows with one prefix is a poor sample of the split.
     """
     # A random key for each token id: prefixes meet when rows are sorted by it, in an order that the seed decides.
-    rank, ordered = {}, []
+    rank, ordered = np.full(int(ids.ids.max()) + 1, np.nan), []
     for rows in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
-        found, first, places = np.unique(np.stack([ids[row] for row in rows]), return_index=True, return_inverse=True)
-        # Tokens get their keys in the order of their first appearance.
-        for token in found[np.argsort(first)].tolist():
-            if token not in rank:
-                rank[token] = shuffle.random()
-        keys = np.array([rank[token] for token in found.tolist()])[places]  # (rows, length)
-        rows = rows[np.lexsort(keys.reshape(len(rows), -1).T[::-1])]
+        rows = rows[_by_rank(ids, rows, rank, shuffle)]
         groups = list(range(0, len(rows), NEIGHBOURS))
         shuffle.shuffle(groups)
-        ordered += [rows[start:start + NEIGHBOURS] for start in groups]
+        places = np.array(groups)[:, None] + np.arange(NEIGHBOURS)
+        ordered.append(rows[places[places < len(rows)]])
     return np.concatenate(ordered)
 
 
-def collate(ids: Sequence[Sequence[int]], labels: Sequence[Label], rows: Sequence[int], pad_id: int,
+def _by_rank(ids: TokenIds, rows: np.ndarray, rank: np.ndarray, shuffle: random.Random) -> np.ndarray:
+    """Sorts rows of one length by the ranks of their tokens, from the first to the last; returns their places.
+
+    Args:
+        rank: of each token id, NaN where none was drawn yet; the missing ones are drawn here.
+    """
+    # Tokens get their ranks in the order of their first appearance.
+    present = np.zeros(len(rank), bool)
+    for part in in_parts(rows):
+        tokens = ids.padded(part, 0)[0].ravel()
+        fresh, first = np.unique(tokens[np.isnan(rank[tokens])], return_index=True)
+        rank[fresh[np.argsort(first)]] = [shuffle.random() for _ in fresh]
+        present[tokens] = True
+    # Ranks as small whole numbers: several tokens make one key, and few keys are quickly sorted.
+    found = np.flatnonzero(present)
+    number = np.zeros(len(rank), np.uint64)
+    number[found[np.argsort(rank[found])]] = np.arange(len(found))
+    bits = len(found).bit_length()
+    together = 64 // bits
+    shifts, keys = np.arange(together, dtype=np.uint64)[::-1] * np.uint64(bits), []
+    for part in in_parts(rows):
+        numbers = number[ids.padded(part, 0)[0]]
+        numbers = np.pad(numbers, ((0, 0), (0, -numbers.shape[1] % together)))
+        keys.append(np.bitwise_or.reduce(numbers.reshape(len(part), -1, together) << shifts, axis=2))
+    # The last key that is given counts most.
+    return np.lexsort(np.concatenate(keys).T[::-1])
+
+
+def collate(ids: TokenIds | Sequence[Sequence[int]], labels: Sequence[Label], rows: Sequence[int], pad_id: int,
             features: Sequence[Sequence[float]] | None = None) -> Batch:
     """Right-pads the given rows into one `Batch`."""
     import torch
 
-    lengths = np.array([len(ids[row]) for row in rows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    input_ids = np.full(mask.shape, pad_id)
-    # A mask takes its values row by row.
-    input_ids[mask] = np.concatenate([ids[row] for row in rows])
+    own = np.asarray(rows)
+    if not isinstance(ids, TokenIds):
+        ids, own = TokenIds.of([ids[row] for row in rows]), np.arange(len(rows))
+    input_ids, mask = ids.padded(own, pad_id)
     # Features stay float64: the head standardises them before it computes in float32.
     numbers = None if features is None or len(features) == 0 else _tensor_of(features, rows).double()
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(mask).long(), _tensor_of(labels, rows), torch.tensor(rows),
-                 int(lengths.sum()), features=numbers)
+                 int(mask.sum()), features=numbers)
 
 
 def _tensor_of(values: Sequence, rows: Sequence[int]) -> torch.Tensor:
@@ -346,7 +383,7 @@ def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed
     ids = tokenise(tokenizer, split.sentences, max_length, truncate)
     # Any id serves as padding: pads are masked and never pooled. GPT-2 has none of its own.
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    lengths, labels = np.diff(ids.ends), label_array(split.labels)
+    lengths, labels = ids.lengths, label_array(split.labels)
     features = np.asarray(split.features) if split.features else None
     buckets = bucket_by_length(lengths, batch_size, seed, batch_tokens, ids if shared_prefixes else None)
     # The last row of a bucket is its longest.

@@ -46,16 +46,16 @@ def made(sentences: Sequence[str], encode: Encode, key: str | None) -> Tokens:
             return found
     parts, start = [], 0
     for texts in in_parts(sentences):
-        parts.append(_flat(*encode(list(texts), start)))
+        rows, cut = encode(list(texts), start)
+        parts.append((*flat(rows), cut))
         start += len(texts)
     return _joined(parts)
 
 
-def _flat(rows: list[list[int]], cut: int) -> Tokens:
-    """Returns the token ids of some rows as arrays."""
-    ends = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=ends[1:])
-    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, ends[-1]), ends, cut
+def flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the token ids of some rows in one array, and where each row begins and the last one ends."""
+    ends = np.array([0, *itertools.accumulate(map(len, rows))])
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, ends[-1]), ends
 
 
 def _joined(parts: list[Tokens]) -> Tokens:
@@ -98,7 +98,8 @@ def _make(sentences: Sequence[str], encode: Encode, key: str, folder: Path) -> N
 
 def _tokens_of(encode: Encode, texts: pa.Table, rows: Sequence[int]) -> pa.Table:
     """Tokenises some rows in one of the processes."""
-    ids, ends, cut = _flat(*encode(texts["texts"].to_pylist(), rows[0]))
+    found, cut = encode(texts["texts"].to_pylist(), rows[0])
+    ids, ends = flat(found)
     return pa.table({"ids": pa.LargeListArray.from_arrays(ends, ids), "cut": np.bincount([0], [cut], len(rows)).astype(int)})
 
 

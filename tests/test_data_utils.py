@@ -17,6 +17,7 @@ from data.lines import encoding_of
 from data.stream import is_blank
 from data_utils import (
     Split,
+    TokenIds,
     bucket_by_length,
     collate,
     encode,
@@ -238,11 +239,11 @@ def test_the_seed_mixes_rows_of_equal_length():
        seed=st.integers(0, 99999))
 def test_buckets_of_neighbours_hold_every_row_once_sorted_by_length(ids, batch_size, seed):
     lengths = list(map(len, ids))
-    buckets = bucket_by_length(lengths, batch_size, seed, shared_prefixes=ids)
+    buckets = bucket_by_length(lengths, batch_size, seed, shared_prefixes=TokenIds.of(ids))
     order = [row for rows in buckets for row in rows]
     assert sorted(order) == list(range(len(ids))) and [lengths[row] for row in order] == sorted(lengths)
     assert [len(rows) for rows in buckets[:-1]] == [batch_size] * (len(buckets) - 1)
-    assert lists(bucket_by_length(lengths, batch_size, seed, shared_prefixes=ids)) == lists(buckets)
+    assert lists(bucket_by_length(lengths, batch_size, seed, shared_prefixes=TokenIds.of(ids))) == lists(buckets)
 
 
 @FAST
@@ -276,7 +277,7 @@ def test_only_batches_of_more_than_twice_the_mean_get_parts():
 
 def test_rows_that_begin_alike_stand_together_in_fours_and_the_fours_are_mixed():
     ids = [[row % 5, row % 7 // 4, row] for row in range(60)]  # twelve rows begin with each of five tokens
-    found = [sum(lists(bucket_by_length([3] * 60, 8, seed, shared_prefixes=ids)), []) for seed in range(30)]
+    found = [sum(lists(bucket_by_length([3] * 60, 8, seed, shared_prefixes=TokenIds.of(ids))), []) for seed in range(30)]
     mixed = 0
     for order in found:
         fours = [[ids[row] for row in order[i:i + 4]] for i in range(0, 60, 4)]
