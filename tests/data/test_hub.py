@@ -324,11 +324,16 @@ SST2 = """
 import json, sys
 from pathlib import Path
 import data_utils
+from data import cache, tasks
 from options.schema import TableOptions
 for options in (TableOptions(), TableOptions(eval_split="0.5"), TableOptions(text_column=("sentence", "sentence"))):
     task = data_utils.load_task("csv", "stanfordnlp/sst2", options)
     print(json.dumps([len(task.train), {name: [len(split), split.sentences[1], split.labels[:2]] for name, split in
                                         task.dev.items()}, task.classes, task.files]))
+whole = data_utils.load_task("csv", "stanfordnlp/sst2")
+tasks.LARGE_ROWS = 10
+print(json.dumps([data_utils.load_task("csv", "stanfordnlp/sst2") == whole for _ in range(2)] +
+                 [len(list(cache.cache_folder().glob("rows-*/"))), list(whole.train.sentences)]))
 for task, data, options in (("csv", "stanfordnlp/sst2", TableOptions(eval_split="test")),
                             ("csv", "stanfordnlp/sst2", TableOptions(eval_split="dev")),
                             ("csv", "stanfordnlp/sst2", TableOptions(text_column=("idx", "sentence"))),
@@ -347,12 +352,14 @@ def sst2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sst2-hub")
     features = datasets.Features({"idx": datasets.Value("int32"), "sentence": datasets.Value("string"),
                                   "label": datasets.ClassLabel(names=["negative", "positive"])})
-    for split, rows in (("train", 20), ("validation", 8), ("test", 6)):
-        path = folder / f"datasets/stanfordnlp/sst2/data/{split}-00000-of-00001.parquet"
+    # The training split stands in two files.
+    for split, number, of, rows in (("train", 0, 2, range(12)), ("train", 1, 2, range(12, 20)), ("validation", 0, 1, range(8)),
+                                    ("test", 0, 1, range(6))):
+        path = folder / f"datasets/stanfordnlp/sst2/data/{split}-{number:05d}-of-{of:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(
-            {"idx": list(range(rows)), "sentence": [f"{split} sentence {row}." for row in range(rows)],
-             "label": [-1 if split == "test" else row % 2 for row in range(rows)]}, features=features).to_parquet(path)
+            {"idx": list(rows), "sentence": [f"{split} sentence {row}." for row in rows],
+             "label": [-1 if split == "test" else row % 2 for row in rows]}, features=features).to_parquet(path)
     return folder
 
 
@@ -368,10 +375,12 @@ def sst2_home(sst2, tmp_path_factory):
 def test_a_data_set_by_name_has_the_columns_and_class_names_of_its_features(sst2_home):
     _, done, fetched, _ = sst2_home
     assert done.returncode == 0, done.stderr
-    whole, half, joined, *errors = done.stdout.splitlines()
+    whole, half, joined, large, *errors = done.stdout.splitlines()
     train, dev, classes, files = json.loads(whole)
     assert (train, dev, classes) == (20, {"validation": [8, "validation sentence 1.", [0, 1]]}, ["negative", "positive"])
     assert list(files) == ["stanfordnlp/sst2/train", "stanfordnlp/sst2/validation"] and len(set(files.values())) == 2
+    # As a large split, from the cache the second time, it is the same.
+    assert json.loads(large) == [True, True, 2, [f"train sentence {row}." for row in range(20)]]
     assert json.loads(half)[:2][0] == 10 and json.loads(half)[1]["held_out"][0] == 10
     assert json.loads(joined)[1]["validation"][1] == "validation sentence 1. validation sentence 1."
     assert [error.partition("error ")[2].partition(";")[0] for error in errors[:3]] == [
