@@ -167,7 +167,7 @@ def _encode_part(tokenizer, sentences: list[str], start: int, max_length: int, t
     long = [row for row, tokens in enumerate(ids) if len(tokens) > max_length]
     if not long:
         return ids, 0
-    parts = [[part[row] for row in long] for part in texts]
+    parts = [list(map(part.__getitem__, long)) for part in texts]
     if len(texts) == 2:
         shorter = _shortened(tokenizer, parts, settings, max_length, truncate)
     else:

@@ -112,7 +112,7 @@ def check_table(folder: Path, ending: str, content: bytes) -> None:
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000, f"the message {str(error)[:2000]!r}"
         else:
             assert len(split) == len(split.sentences) == len(rows), "another number of sentences"
-            json.dumps([split.sentences, split.features], allow_nan=True, ensure_ascii=False).encode()
+            json.dumps([[*split.sentences], [*split.features]], allow_nan=True, ensure_ascii=False).encode()
 
 
 def check_lines(content: bytes, numbers: list[int], ending: str) -> None:

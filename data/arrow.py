@@ -22,7 +22,7 @@ EXACT = {str: pa.large_string(), float: pa.float64(), int: pa.int64(), bool: pa.
 class Column(Sequence):
     """The values of a column, in chunks: Arrow arrays, or lists of values that no Arrow type holds exactly.
 
-    It reads like a list. Rows of several numbers are tuples.
+    It reads like a list; its slices are lists. Rows of several numbers are tuples.
     """
 
     def __init__(self, chunks: Iterable[pa.Array | list]):
@@ -51,7 +51,7 @@ class Column(Sequence):
     def __getitem__(self, at):
         if isinstance(at, slice):
             rows = range(len(self))[at]
-            return self._between(rows.start, rows.stop) if rows.step == 1 else self.take(rows)
+            return list(self._between(rows.start, rows.stop) if rows.step == 1 else self.take(rows))
         at = range(len(self))[at]
         chunk = int(np.searchsorted(self.starts, at, "right")) - 1
         first = at - int(self.starts[chunk])

@@ -242,7 +242,7 @@ def _content_digest(split: Split) -> str:
         digest.update(before.encode())
         for number, part in enumerate(in_parts(values)):
             # A part of the list, without its brackets.
-            digest.update((", " * (number > 0) + json.dumps(list(part))[1:-1]).encode())
+            digest.update((", " * (number > 0) + json.dumps(part)[1:-1]).encode())
     digest.update(b"]]")
     return digest.hexdigest()
 

@@ -45,7 +45,7 @@ def test_a_column_reads_like_its_list(values, data):
 def test_a_digest_is_that_of_the_texts_not_of_their_chunks(texts, cut):
     digest = Column.of(texts).sha256()
     in_two = Column([*Column.of(texts[:cut]).chunks, *Column.of(texts[cut:]).chunks])
-    assert in_two.sha256() == digest == Column.of(["before", *texts])[1:].sha256()
+    assert in_two.sha256() == digest == Column.of(["before", *texts]).take(range(1, len(texts) + 1)).sha256()
     assert digest != Column.of([*texts, ""]).sha256() != Column.of([texts[0] + "x", *texts[1:]]).sha256()
     assert Column.of(["ab", "c"]).sha256() != Column.of(["a", "bc"]).sha256()
 

@@ -353,8 +353,8 @@ def sst2(tmp_path_factory):
     features = datasets.Features({"idx": datasets.Value("int32"), "sentence": datasets.Value("string"),
                                   "label": datasets.ClassLabel(names=["negative", "positive"])})
     # The training split stands in two files.
-    for split, number, of, rows in (("train", 0, 2, range(12)), ("train", 1, 2, range(12, 20)), ("validation", 0, 1, range(8)),
-                                    ("test", 0, 1, range(6))):
+    for split, number, of, rows in (("train", 0, 2, range(12)), ("train", 1, 2, range(12, 20)),
+                                    ("validation", 0, 1, range(8)), ("test", 0, 1, range(6))):
         path = folder / f"datasets/stanfordnlp/sst2/data/{split}-{number:05d}-of-{of:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(
