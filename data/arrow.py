@@ -83,11 +83,13 @@ class Column(Sequence):
 
     def take(self, rows: Iterable[int]) -> Column:
         """Returns the given rows, in that order."""
-        if any(isinstance(chunk, list) for chunk in self.chunks):
+        # Lists, or chunks of nothing but missing values, are no column of one type.
+        kinds = {getattr(chunk, "type", None) for chunk in self.chunks}
+        if len(kinds) != 1 or None in kinds:
             return Column([[self[row] for row in rows]])
         rows = np.asarray(rows, dtype=np.int64)
         # In parts: Arrow joins the rows of a part, which then has one buffer.
-        whole = pa.chunked_array(self.chunks, self.chunks[0].type if self.chunks else pa.null())
+        whole = pa.chunked_array(self.chunks)
         parts = [whole.take(pa.array(part)) for part in in_parts(rows)]
         return Column(itertools.chain(*(part.chunks for part in parts)))
 

@@ -380,7 +380,7 @@ def test_a_data_set_by_name_has_the_columns_and_class_names_of_its_features(sst2
     assert (train, dev, classes) == (20, {"validation": [8, "validation sentence 1.", [0, 1]]}, ["negative", "positive"])
     assert list(files) == ["stanfordnlp/sst2/train", "stanfordnlp/sst2/validation"] and len(set(files.values())) == 2
     # As a large split, from the cache the second time, it is the same.
-    assert json.loads(large) == [True, True, 2, [f"train sentence {row}." for row in range(20)]]
+    assert json.loads(large) == [True, True, 1, [f"train sentence {row}." for row in range(20)]]
     assert json.loads(half)[:2][0] == 10 and json.loads(half)[1]["held_out"][0] == 10
     assert json.loads(joined)[1]["validation"][1] == "validation sentence 1. validation sentence 1."
     assert [error.partition("error ")[2].partition(";")[0] for error in errors[:3]] == [
