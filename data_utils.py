@@ -323,16 +323,18 @@ def collate(ids: TokenIds | Sequence[Sequence[int]], labels: Sequence[Label], ro
         ids, own = TokenIds.of([ids[row] for row in rows]), np.arange(len(rows))
     input_ids, mask = ids.padded(own, pad_id)
     # Features stay float64: the head standardises them before it computes in float32.
-    numbers = None if features is None or len(features) == 0 else _tensor_of(features, rows).double()
+    numbers = None if features is None or len(features) == 0 else _tensor_of(features, rows, torch.float64)
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(mask).long(), _tensor_of(labels, rows), torch.tensor(rows),
                  int(mask.sum()), features=numbers)
 
 
-def _tensor_of(values: Sequence, rows: Sequence[int]) -> torch.Tensor:
-    """Returns the values of the given rows."""
+def _tensor_of(values: Sequence, rows: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns the values of the given rows: those of an array as they are, others in a type."""
     import torch
 
-    return torch.from_numpy(values[rows]) if isinstance(values, np.ndarray) else torch.tensor([values[row] for row in rows])
+    if isinstance(values, np.ndarray):
+        return torch.from_numpy(values[rows])
+    return torch.tensor([values[row] for row in rows], dtype=dtype)
 
 
 def label_array(labels: Sequence[Label]) -> np.ndarray:

@@ -178,8 +178,8 @@ def targets(report, found: dict[int, dict]) -> None:
     report.target(f"{name}: again", [prepared(last["again"])], 5, "s", at_most=True)
     report.target(f"{name}: again, processor", [prepared(last["again"], " processor")], 5, "s", at_most=True)
     if "tokenise" in last:
-        rate = rows / last["tokenise processor"]
-        report.target(f"{name}: tokenising / the tokenizer's own call, per core", [rate / last["own"]["rate processor"]], 0.9)
+        ratio = rows / last["tokenise processor"] / last["own"]["rate processor"]
+        report.target(f"{name}: tokenising / the tokenizer's own call, per core", [ratio], 0.9)
     if (tenth := found.get(rows // 10)) and "tokenise" in tenth:
         for part, names in (("first start", ("read", "tokenise", "batch")), ("epoch", ("epoch",)),
                             ("evaluation", ("evaluation",))):

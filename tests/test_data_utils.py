@@ -250,11 +250,12 @@ def test_buckets_of_neighbours_hold_every_row_once_sorted_by_length(ids, batch_s
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), tokens=st.floats(0, 200), features=st.booleans())
 def test_a_split_batch_is_its_rows_in_order_in_few_pieces_of_like_size(lengths, tokens, features):
     ids = [list(range(1, n + 1)) for n in lengths]
-    numbers = [[float(n)] for n in lengths] if features else []
+    numbers = [[n + 1e-12] for n in lengths] if features else []  # beyond float32's digits
     batch = collate(ids, [n % 2 for n in lengths], list(range(len(ids))), 0, numbers)
     pieces = batch.split(tokens)
     for name in ("labels", "rows", *(["features"] if features else [])):
         assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), getattr(batch, name))
+    assert not features or batch.features.tolist() == numbers
     assert [row[mask.bool()].tolist() for piece in pieces
             for row, mask in zip(piece.input_ids, piece.attention_mask, strict=True)] == ids
     assert [piece.tokens for piece in pieces] == [int(piece.attention_mask.sum()) for piece in pieces]
