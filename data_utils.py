@@ -8,20 +8,16 @@ that cached features and logits are exactly reusable; the order of the batches i
 """
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import tokens as token_files
 from data.arrow import in_parts
-from data.segments import arguments_of
 from data.splits import Label, Split
 
 # The name under which everything above this module loads tasks.
@@ -40,15 +36,13 @@ from data.tasks import (  # noqa: F401
     read_rows,
     with_columns,
 )
-from machine.errors import UserError
+from data.tokens import LARGE_SPLIT, TokenIds, encode, tokenise  # noqa: F401 (encode: for those above)
 from machine.hardware import send
 
 if TYPE_CHECKING:
     import torch
 
 LARGE = 2  # times the mean batch's tokens: a larger batch is computed in micro-batches
-TOKENISED = 10_000  # sentences that are tokenised at a time
-LARGE_SPLIT = 20_000  # rows: a larger split is tokenised by all cores, and its batches are made when they are asked for
 NEIGHBOURS = 4  # sentences with a shared prefix that stand together in a batch
 
 
@@ -104,134 +98,6 @@ class Batch:
     def inputs(self) -> tuple[torch.Tensor | None, ...]:
         """Returns the arguments of a model's forward pass."""
         return (self.input_ids, self.attention_mask) + (() if self.features is None else (self.features,))
-
-
-# ---------------------------------------------------------------- token ids
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Holds the token ids of many sentences in two arrays, in memory or mapped from a file."""
-
-    ids: np.ndarray  # (tokens of all sentences,) int32, one sentence after the other
-    ends: np.ndarray  # (sentences + 1,) int64: where each sentence begins, and where the last one ends
-
-    @classmethod
-    def of(cls, sentences: Sequence[Sequence[int]]) -> TokenIds:
-        """Packs the token ids of some sentences."""
-        return cls(*token_files.flat(sentences))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Returns the tokens in each sentence."""
-        return np.diff(self.ends)
-
-    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the token ids of some rows, padded on the right, and their mask: (B, T), (B, T)."""
-        first = self.ends[rows]
-        lengths = self.ends[rows + 1] - first
-        places = np.arange(lengths.max())
-        mask = places < lengths[:, None]
-        input_ids = np.full(mask.shape, pad_id)
-        input_ids[mask] = self.ids[(first[:, None] + places)[mask]]
-        return input_ids, mask
-
-
-def encode(tokenizer, sentences: Sequence[str], max_length: int, truncate: str = "tail") -> list[list[int]]:
-    """Returns the token ids of each sentence, cut to `max_length` tokens; one warning counts the sentences cut.
-
-    Args:
-        truncate: the part of a sentence that is cut if it is too long: its `head` (the end of a review holds
-            the verdict), its `tail`, or its `middle`. The tokenizer's own special tokens at both ends stay.
-
-    Raises:
-        UserError: a sentence without a token, or a `max_length` without room for one.
-    """
-    ids, cut = [], 0
-    # In parts: the library's record of a text takes many times the memory of its ids.
-    for start in range(0, len(sentences), TOKENISED):
-        found, shortened = _encode_part(tokenizer, list(sentences[start:start + TOKENISED]), start, max_length, truncate)
-        ids += found
-        cut += shortened
-    _warn_of_cuts(cut, len(ids), max_length, truncate)
-    return ids
-
-
-def _encode_part(tokenizer, sentences: list[str], start: int, max_length: int, truncate: str) -> tuple[list[list[int]], int]:
-    """Returns the token ids of some sentences, of which `start` is the first one's row, and the number of those cut."""
-    texts = arguments_of(tokenizer, sentences)
-    settings = {"add_special_tokens": True, "verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
-    ids = tokenizer(*texts, truncation=False, **settings)["input_ids"]
-    for row, tokens in enumerate(ids):
-        if not tokens:
-            raise UserError(f"row {start + row + 1}: the tokenizer makes no token of {sentences[row]!r}")
-    long = [row for row, tokens in enumerate(ids) if len(tokens) > max_length]
-    if not long:
-        return ids, 0
-    parts = [list(map(part.__getitem__, long)) for part in texts]
-    if len(texts) == 2:
-        shorter = _shortened(tokenizer, parts, settings, max_length, truncate)
-    else:
-        # The tokenizer's own truncation knows no middle.
-        special = tokenizer(*parts, truncation=False, return_special_tokens_mask=True, **settings)["special_tokens_mask"]
-        shorter = [_cut(ids[row], mask, max_length, truncate) for row, mask in zip(long, special, strict=True)]
-    for row, tokens in zip(long, shorter, strict=True):
-        ids[row] = tokens
-    return ids, len(long)
-
-
-def _warn_of_cuts(cut: int, rows: int, max_length: int, truncate: str) -> None:
-    if cut:
-        warnings.warn(f"{cut} of {rows} sentences are longer than {max_length} tokens and were truncated "
-                      f"({truncate} cut)", stacklevel=3)
-
-
-def tokenise(tokenizer, sentences: Sequence[str], max_length: int, truncate: str = "tail") -> TokenIds:
-    """Returns the token ids of a split's sentences; see `encode`.
-
-    Those of a large split are made by all cores, and mapped into memory from the cache: the next run with the same
-    sentences, tokenizer and options finds them there (data/tokens.py).
-
-    Raises:
-        UserError: see `encode`.
-    """
-    part = functools.partial(_encode_part, tokenizer, max_length=max_length, truncate=truncate)
-    key = token_files.key_of(tokenizer, sentences, max_length, truncate) if len(sentences) > LARGE_SPLIT else None
-    ids, ends, cut = token_files.made(sentences, part, key)
-    _warn_of_cuts(cut, len(ends) - 1, max_length, truncate)
-    return TokenIds(ids, ends)
-
-
-def _shortened(tokenizer, pairs: list[list[str]], settings: dict, max_length: int, truncate: str) -> list[list[int]]:
-    """Cuts the longer text of each pair, token by token, as the tokenizer does; returns the ids.
-
-    Raises:
-        UserError: the tokenizer has no way to cut the middle, or `max_length` has no room for two texts.
-    """
-    if truncate == "middle":
-        raise UserError("--truncate middle: not for pairs of texts, of which the tokenizer cuts the longer one; expected "
-                        "tail or head")
-    own = tokenizer.num_special_tokens_to_add(pair=True)
-    if max_length < own + 2:
-        raise UserError(f"--max-length {max_length}: no room for two texts beside the tokenizer's {own} own tokens")
-    side, tokenizer.truncation_side = tokenizer.truncation_side, {"tail": "right", "head": "left"}[truncate]
-    try:
-        return tokenizer(*pairs, truncation="longest_first", max_length=max_length, **settings)["input_ids"]
-    finally:
-        tokenizer.truncation_side = side
-
-
-def _cut(tokens: list[int], special: list[int], max_length: int, truncate: str) -> list[int]:
-    """Cuts one sentence's tokens to `max_length`; special tokens at both ends stay."""
-    # Special tokens before the first and after the last token of text.
-    opening = special.index(0) if 0 in special else len(tokens)
-    closing = special[::-1].index(0) if 0 in special else 0
-    room = max_length - opening - closing
-    if room < 1:
-        raise UserError(f"--max-length {max_length}: no room for a token beside the tokenizer's {opening + closing} own")
-    body = tokens[opening:len(tokens) - closing]
-    # Tokens that stay at the front; the others stay at the end.
-    first = {"tail": room, "head": 0, "middle": room // 2}[truncate]
-    return tokens[:opening] + body[:first] + body[len(body) - (room - first):] + tokens[len(tokens) - closing:]
 
 
 # ---------------------------------------------------------------- batches

@@ -87,12 +87,13 @@ def measure_rows(folder: Path) -> dict[str, float]:
 def measure_tokenizer(folder: Path) -> dict[str, float]:
     """Returns the rows a second of the tokenizer's own call, with its own threads on all cores."""
     import data_utils
+    from data.arrow import AT_A_TIME
     from data.backbones import load_tokenizer
 
     tokenizer, texts = load_tokenizer(MODEL), list(data_utils.load_task("csv", folder).train.sentences[:OWN_RATE_ROWS])
     clock, start = time.perf_counter(), processor_seconds()
-    for first in range(0, len(texts), data_utils.TOKENISED):
-        tokenizer(texts[first:first + data_utils.TOKENISED])
+    for first in range(0, len(texts), AT_A_TIME):
+        tokenizer(texts[first:first + AT_A_TIME])
     return {"rate": len(texts) / (time.perf_counter() - clock), "rate processor": len(texts) / (processor_seconds() - start)}
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data_utils
+from data import arrow
 from data.lines import encoding_of
 from data.stream import is_blank
 from data_utils import (
@@ -184,7 +185,7 @@ def test_plain_text_that_is_no_task_is_named(tmp_path):
 
 @pytest.mark.parametrize("at_a_time", [1, 3, 100])
 def test_truncation_keeps_the_beginning_and_warns_once_with_the_count(monkeypatch, at_a_time):
-    monkeypatch.setattr(data_utils, "TOKENISED", at_a_time)
+    monkeypatch.setattr(arrow, "AT_A_TIME", at_a_time)
     sentences = words_of([3, 9, 5, 12])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -198,7 +199,7 @@ def test_truncation_keeps_the_beginning_and_warns_once_with_the_count(monkeypatc
 
 @pytest.mark.parametrize("at_a_time", [1, 100])
 def test_a_sentence_without_a_token_is_named(monkeypatch, at_a_time):
-    monkeypatch.setattr(data_utils, "TOKENISED", at_a_time)
+    monkeypatch.setattr(arrow, "AT_A_TIME", at_a_time)
     with pytest.raises(UserError, match="row 2: the tokenizer makes no token of '  '"):
         encode(WordTokenizer(), ["a", "  "], 5)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data_utils
-from data import cache, splits, tables, tasks
+from data import cache, splits, tables, tasks, tokens
 from data.tiny import train_tokenizer
 from data_utils import Batches, Split, encode, make_batches, padding_percent, split_large
 from machine.errors import UserError
@@ -25,10 +25,15 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def large(monkeypatch, tmp_path):
     """Every split of more than 20 rows is a large one, and the cache is empty."""
-    monkeypatch.setattr(data_utils, "LARGE_SPLIT", 20)
+    set_large(monkeypatch, 20)
     monkeypatch.setattr(tasks, "LARGE_FILE", 20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/lora-distil"
+
+
+def set_large(monkeypatch, rows: int) -> None:
+    for module in (data_utils, tokens):
+        monkeypatch.setattr(module, "LARGE_SPLIT", rows)
 
 
 def ids_of(found: data_utils.TokenIds) -> list[list[int]]:
@@ -53,7 +58,7 @@ def test_tokens_of_several_processes_are_those_of_one_and_the_next_run_finds_the
 
     def no_more(*_, **__):
         raise AssertionError("tokenised again")
-    monkeypatch.setattr(data_utils, "_encode_part", no_more)
+    monkeypatch.setattr(tokens, "_write", no_more)
     with pytest.warns(UserWarning) as again:
         assert ids_of(data_utils.tokenise(tokenizer, TEXTS, 4, "head")) == expected
     assert [str(warning.message) for warning in again] == [line]
@@ -73,7 +78,7 @@ def test_batches_made_on_demand_are_those_of_a_list(tokenizer, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = batches_of(tokenizer)
-        monkeypatch.setattr(data_utils, "LARGE_SPLIT", 1000)
+        set_large(monkeypatch, 1000)
         expected = batches_of(tokenizer)
     assert isinstance(found, Batches) and isinstance(expected, list) and len(found) == len(expected)
     assert padding_percent(found) == padding_percent(expected) and len(found[1::2]) == len(expected[1::2])
