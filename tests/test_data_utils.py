@@ -247,6 +247,35 @@ def test_buckets_of_neighbours_hold_every_row_once_sorted_by_length(ids, batch_s
     assert lists(bucket_by_length(lengths, batch_size, seed, shared_prefixes=TokenIds.of(ids))) == lists(buckets)
 
 
+def in_python(ids: list[list[int]], size: int, seed: int, bound: int | None, shared: bool) -> list[list[int]]:
+    """The same buckets by lists, dictionaries and `sorted`."""
+    draw, ranks = random.Random(seed), {}
+    order = sorted(range(len(ids)), key=lambda row: (len(ids[row]), draw.random()))
+    if shared:
+        by_length, order = [list(rows) for _, rows in itertools.groupby(order, key=lambda row: len(ids[row]))], []
+        for rows in by_length:
+            rows.sort(key=lambda row: [ranks[token] if token in ranks else ranks.setdefault(token, draw.random())
+                                       for token in ids[row]])
+            fours = [rows[i:i + 4] for i in range(0, len(rows), 4)]
+            draw.shuffle(fours)
+            order += itertools.chain(*fours)
+    buckets = []
+    for row in order:
+        full = buckets and (len(buckets[-1]) == size if bound is None else (len(buckets[-1]) + 1) * len(ids[row]) > bound)
+        buckets = [*buckets, [row]] if full or not buckets else [*buckets[:-1], [*buckets[-1], row]]
+    return buckets
+
+
+@settings(FAST, max_examples=300)
+@given(ids=st.lists(st.lists(st.integers(0, 5) | st.integers(0, 49999), min_size=1, max_size=9), max_size=60),
+       size=st.integers(1, 9), seed=st.integers(0, 99999), bound=st.none() | st.integers(1, 60), shared=st.booleans())
+def test_buckets_are_those_of_plain_python_to_the_row(monkeypatch, ids, size, seed, bound, shared):
+    """Runs that are resumed or repeated need the very rows that they had."""
+    monkeypatch.setattr(arrow, "AT_A_TIME", 7)
+    found = bucket_by_length([len(row) for row in ids], size, seed, bound, TokenIds.of(ids) if shared else None)
+    assert lists(found) == in_python(ids, size, seed, bound, shared)
+
+
 @FAST
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), tokens=st.floats(0, 200), features=st.booleans())
 def test_a_split_batch_is_its_rows_in_order_in_few_pieces_of_like_size(lengths, tokens, features):

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import toy
 
 import data_utils
 from data import cache, splits, tables, tasks, tokens
@@ -113,6 +114,23 @@ def test_a_full_disk_is_one_line_and_a_damaged_file_is_made_again(tokenizer, lar
     (path,) = large.glob("tokens-*/tokens.arrow")
     path.write_bytes(path.read_bytes()[:-100])
     assert ids_of(data_utils.tokenise(tokenizer, texts, 64)) == expected
+
+
+@pytest.mark.parametrize("options", [["--layers", "1"], ["--targets", "q,v,mlp", "--batch-tokens", "60"]])
+def test_a_run_on_large_splits_ends_in_the_same_bytes(gpt2_folder, tmp_path, monkeypatch, options):
+    """With frozen blocks, whose results are cached batch by batch, and without."""
+    toy.write_cola(tmp_path / "cola")
+    for name, rows in (("large", 5), ("small", 1000)):
+        set_large(monkeypatch, rows)
+        assert toy.main("LoRA", "12345", "--model", gpt2_folder, "--data", tmp_path / "cola", "--epochs", "2", "--no-plots",
+                        *options, "--out", tmp_path / name) == 0
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("large", "small")]
+    assert weights[0] == weights[1]
+    one, other = (toy.lines_of(tmp_path / name) for name in ("large", "small"))
+    assert [{**line, "seconds": 0} for line in one] == [{**line, "seconds": 0} for line in other] and len(one) == 2
+    assert toy.main("eval", tmp_path / "large", "--data", tmp_path / "cola/in_domain_dev.tsv", "--predictions",
+                    tmp_path / "answers.tsv") == 0
+    assert len((tmp_path / "answers.tsv").read_text().splitlines()) == 13
 
 
 # ---------------------------------------------------------------- tables
