@@ -179,12 +179,13 @@ UNREACHABLE = """
 import sys
 from experiments import inputs
 import data_utils, run
+from machine.errors import UserError
 print("choice", inputs.choose(None, None, None, print))
 for model, data in (("gpt2", None), (None, "some/folder")):
     print("named", inputs.choose(model, None, data, print))
 try:
     data_utils.load_task("cola")
-except data_utils.UserError as error:
+except UserError as error:
     print("error", error)
 sys.exit(run.main(sys.argv[1:]))
 """
@@ -238,12 +239,13 @@ def test_a_glue_validation_set_of_another_size_is_refused(tmp_path, monkeypatch,
 
 REVIEWS = """
 import data_utils
+from machine.errors import UserError
 task = data_utils.load_task("rotten_tomatoes")
 print(len(task.train), {name: (len(split), split.sentences[1]) for name, split in task.dev.items()}, task.classes)
 print(sorted(task.files))
 try:
     data_utils.load_task("imdb")
-except data_utils.UserError as error:
+except UserError as error:
     print("error", error)
 """
 
@@ -324,6 +326,7 @@ SST2 = """
 import json, sys
 from pathlib import Path
 import data_utils
+from machine.errors import UserError
 from data import cache, tasks
 from options.schema import TableOptions
 for options in (TableOptions(), TableOptions(eval_split="0.5"), TableOptions(text_column=("sentence", "sentence"))):
@@ -341,7 +344,7 @@ for task, data, options in (("csv", "stanfordnlp/sst2", TableOptions(eval_split=
                             ("cola", "stanfordnlp/sst2", TableOptions()), ("csv", "nobody/nothing", TableOptions())):
     try:
         data_utils.load_task(task, data, options)
-    except data_utils.UserError as error:
+    except UserError as error:
         print("error", error)
 """
 
