@@ -323,7 +323,7 @@ def test_glues_scores_are_accuracy_f1_of_paraphrases_or_correlations():
 # ---------------------------------------------------------------- data sets by name
 
 SST2 = """
-import json, sys
+import json, os, sys, tempfile
 from pathlib import Path
 import data_utils
 from machine.errors import UserError
@@ -335,6 +335,7 @@ for options in (TableOptions(), TableOptions(eval_split="0.5"), TableOptions(tex
                                         task.dev.items()}, task.classes, task.files]))
 whole = data_utils.load_task("csv", "stanfordnlp/sst2")
 tasks.LARGE_ROWS = 10
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 print(json.dumps([data_utils.load_task("csv", "stanfordnlp/sst2") == whole for _ in range(2)] +
                  [len(list(cache.cache_folder().glob("rows-*/"))), list(whole.train.sentences)]))
 for task, data, options in (("csv", "stanfordnlp/sst2", TableOptions(eval_split="test")),
