@@ -21,7 +21,7 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test.stamp: requirements-dev.txt requirements-serve.txt .venv/run.stamp
+.venv/test.stamp: requirements-dev.txt requirements-serve.txt requirements-scale.txt .venv/run.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

@@ -9,21 +9,27 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 import data_utils
+import speed
 from data import columns as cells
 from data import stream, tables
 from data.segments import separator_of
 from data.tables import Table
 from data_utils import Batch
+from experiments import predict_ray, predict_shards
 from experiments.arguments import named
 from experiments.evaluate import load_finetuned, load_student
 from experiments.inputs import columns_of
-from experiments.predict_file import EXAMPLES, check_out, decided, line_of, print_answers, write_answers
+from experiments.predict_file import EXAMPLES, Counts, check_out, decided, line_of, print_answers, write_answers
+from experiments.predict_shards import Shards
+from machine import hardware
 from machine.errors import UserError
 from machine.hardware import device
 from options.schema import TableOptions
@@ -261,6 +267,44 @@ def about(args) -> dict:
     return {"model": models, **options}
 
 
+def predictor_of(args) -> RunPredictor | BankPredictor:
+    """Loads the run, or the adapters on one base.
+
+    Raises:
+        UserError: see both classes; or an option is not for their problem.
+    """
+    if args.adapter:
+        columns = columns_of({}, args.delimiter, args.encoding)
+        predictor = BankPredictor(named(args.adapter, "--adapter"), args.base, columns, args.calibrated)
+    else:
+        predictor = RunPredictor(args.run, args.control, args.delimiter, args.encoding, args.calibrated)
+    # Only one of several classes has a probability of being right.
+    for reading in predictor.readings:
+        reading.problem.check("--at-least", args.at_least is not None)
+    return predictor
+
+
+def answer_shards(predictor: RunPredictor | BankPredictor, args) -> Counts:
+    """Answers a folder of shards, in this process or in Ray's.
+
+    Raises:
+        UserError: see `predict_shards.Shards`, and `predict_ray.connected`.
+    """
+    shards = Shards.of(args.file, args.out, about(args), args.at_least, args.format)
+    shards.check_columns(predictor)
+    if args.engine != "ray":
+        return shards.write(lambda names: (shards.answer(predictor, name) for name in names))
+    with predict_ray.connected(args.address, args.workers) as workers:
+        return shards.write(lambda names: predict_ray.answers(partial(load_worker, args, shards), names, workers))
+
+
+def load_worker(args, shards: Shards) -> Callable[[str], Counts]:
+    """Loads the model in another process; returns the function that answers a shard there."""
+    hardware.use_device(args.device)
+    speed.choose(args.fast)
+    return partial(shards.answer, predictor_of(args))
+
+
 def main(args) -> None:
     """Prints class and probability of sentences.
 
@@ -273,23 +317,22 @@ def main(args) -> None:
         raise UserError("predict: --base is for --adapter")
     if bool(args.texts) == bool(args.file):
         raise UserError("predict: expected sentences, or --file FILE" + (", not both" if args.file else ""))
+    folder = args.file is not None and args.file.is_dir()
+    if args.engine != "ray" and (args.address or args.workers):
+        raise UserError("predict: --address and --workers are for --engine ray")
+    if (folder or args.engine == "ray") and not (folder and args.out):
+        raise UserError("predict: a folder of shards is answered into a folder; expected --file FOLDER --out FOLDER")
     if args.out:
-        check_out(args.file, args.out)
-    if args.adapter:
-        columns = columns_of({}, args.delimiter, args.encoding)
-        predictor = BankPredictor(named(args.adapter, "--adapter"), args.base, columns, args.calibrated)
-    else:
-        predictor = RunPredictor(args.run, args.control, args.delimiter, args.encoding, args.calibrated)
-    # Only one of several classes has a probability of being right.
-    for reading in predictor.readings:
-        reading.problem.check("--at-least", args.at_least is not None)
-
+        (predict_shards.check_out if folder else check_out)(args.file, args.out)
+    predictor = predictor_of(args)
     if args.texts:
         results = predict_texts(predictor, args.texts)
         print("\n".join(line_of(decided(result, args.at_least), args.json) for result in results))
         unknown = [result["unknown_words"] for result in results if "unknown_words" in result]
         return warn_of_unknown_words(len(unknown), list(dict.fromkeys(itertools.chain(*unknown)))[:EXAMPLES])
-    if args.out:
+    if folder:
+        counts = answer_shards(predictor, args)
+    elif args.out:
         counts = write_answers(predictor, args.file, args.out, about(args), args.at_least, args.format)
     else:
         counts = print_answers(predictor, args.file, args.format, args.at_least, args.json)

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,10 +49,20 @@ class Counts:
                 self.errors += 1
             elif "unknown_words" in answer:
                 self.unknown += 1
-                # A few are enough, and a long file has thousands.
-                for word in answer["unknown_words"] if len(self.words) < EXAMPLES else ():
-                    if len(self.words) < EXAMPLES:
-                        self.words[word] = None
+                self._add_words(answer["unknown_words"])
+
+    def merge(self, other: Counts) -> None:
+        """Adds the counts of other rows."""
+        self.rows += other.rows
+        self.errors += other.errors
+        self.unknown += other.unknown
+        self._add_words(other.words)
+
+    def _add_words(self, words: Iterable[str]) -> None:
+        # A few are enough, and a long file has thousands.
+        for word in words if len(self.words) < EXAMPLES else ():
+            if len(self.words) < EXAMPLES:
+                self.words[word] = None
 
 
 def predict_file(predictor, path: Path, kind: str | None = None,

@@ -132,7 +132,11 @@ class Predict(Options):
     file: Path | None = option(None, "sentences, one a line, or a table with the run's columns; -: stdin", metavar="FILE")
     format: str | None = option(None, "format of --file; by default its ending", ("text", "csv", "tsv", "jsonl", "parquet"))
     json: bool = option(False, "print one JSON object a line")
-    out: Path | None = option(None, "new .parquet or .jsonl file of answers to --file, begun or continued", metavar="FILE")
+    out: Path | None = option(None, "new .parquet or .jsonl file of answers to --file, begun or continued; for a folder of "
+                              "such files a folder", metavar="FILE")
+    engine: str = option("local", "who answers a folder: this process, or Ray's (docs/scaling.md)", ("local", "ray"))
+    address: str | None = option(None, "Ray cluster; by default one of this machine", metavar="HOST:PORT")
+    workers: int | None = option(None, "processes of --engine ray; by default one a core", least=1)
     control: bool = option(False, "use a distillation's baseline, trained without a teacher, instead of its student")
     adapter: tuple[str, ...] = option((), 'LoRA run for the rows {"adapter": "NAME", "text": ...} of --file', **NAMED_RUN)
     base: bool = option(False, "answer rows that name no adapter by the base alone, instead of refusing them")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ def check_file(out: Path) -> None:
     if out.suffix.lower() not in ENDINGS:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(ENDINGS)}")
     folder = partial_of(out)
-    ours = _is_ours(folder)
+    ours = is_ours(folder)
     if folder.exists() and not ours:
         raise UserError(f"--out {out}: {folder} holds files that no predict command wrote; expected a new or an empty "
                         "folder; nothing was changed")
@@ -60,12 +60,27 @@ def _about(folder: Path) -> dict:
     return read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
 
 
-def _is_ours(folder: Path) -> bool:
-    """Returns whether a folder is empty, or holds finished parts and nothing else."""
+def claim(folder: Path, about: dict, out: Path) -> None:
+    """Notes in a folder of parts the answers that they belong to, unless an earlier program did.
+
+    Raises:
+        UserError: they belong to other answers.
+    """
+    before = _about(folder).get("about")
+    if before is None:
+        write_json(folder / ABOUT, {"made_by": MARK, "about": about})
+    elif before != about:
+        other = [name for name in about if before.get(name) != about[name]]
+        raise UserError(f"--out {out}: {folder} holds a part of other answers (another {', '.join(other)[:80]}); remove "
+                        "it, or give another --out")
+
+
+def is_ours(folder: Path, also: Container[str] = ()) -> bool:
+    """Returns whether a folder is empty, or holds finished parts, files of the names in `also`, and nothing else."""
     if not folder.is_dir() or folder.is_symlink():
         return False
     names = [path.name for path in folder.iterdir() if path.name != ".lock" and not _TEMPORARY.fullmatch(path.name)]
-    known = all(name in (ABOUT, JOINED) or _PART.fullmatch(name) for name in names)
+    known = all(name in (ABOUT, JOINED) or name in also or _PART.fullmatch(name) for name in names)
     return not names or known and ABOUT in names and _about(folder).get("made_by") == MARK
 
 
@@ -172,13 +187,7 @@ def opened(out: Path, about: dict, schema: pyarrow.Schema) -> Iterator[Answers]:
     check_file(out)
     folder = make_folder(partial_of(out))
     with locked(folder, "file of answers"):
-        before = _about(folder).get("about")
-        if before is None:
-            write_json(folder / ABOUT, {"made_by": MARK, "about": about})
-        elif before != about:
-            other = [name for name in about if before.get(name) != about[name]]
-            raise UserError(f"--out {out}: {folder} holds a part of other answers (another {', '.join(other)[:80]}); remove "
-                            "it, or give another --out")
+        claim(folder, about, out)
         answers = Answers(out, schema, sorted(path for path in folder.iterdir() if _PART.fullmatch(path.name)), out.exists())
         yield answers
     if answers.joined:
