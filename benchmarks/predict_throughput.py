@@ -1,10 +1,12 @@
 """Measures `predict --file` in rows a second, against the model's own rate, and reckons the cost of a billion rows.
 
-    python benchmarks/predict_throughput.py --run runs/distil-12345 --run runs/LoRA-12345 --threads 1 --json
+    python benchmarks/predict_throughput.py --run runs/distil-12345 --run runs/LoRA-12345 --threads 1 --workers 2 --json
 
     model        sentences/s of the model alone, tokenised and batched before, as `sentences_per_second` in summary.json
     predict      rows/s of reading a text file, tokenising, computing and writing JSON Lines
     per core     rows for each second of processor time, of either: another program on the machine changes it little
+    Ray          the same of a folder of SHARDS shards by --engine ray, with one worker and with --workers; from the first
+                 row to the last answer, without the seconds in which Ray starts and workers load the model
     billion      hours of one core for 1,000,000,000 such rows
 
 The rows are short sentences: those of the built-in grammar for its own pair, CoLA's for other models.
@@ -15,21 +17,29 @@ import argparse
 import itertools
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pyarrow.parquet
 
 from benchmarks import common  # first: it sets the environment that libraries read when imported
 from benchmarks.common import Report, paired_ratios
 from data import grammar
 from data_utils import Split, make_batches
-from experiments import distil_record, predict_file
+from experiments import distil_record, predict_file, predict_ray
 from experiments.predict import RunPredictor
+from experiments.predict_file import Counts
+from experiments.predict_shards import Shards
+from record.files import read_json, write_json
 
 GOAL = 0.4  # of the model's own rate per core
 BILLION, BATCH_SIZE, MAX_LENGTH = 1_000_000_000, 32, 128
+SHARDS = 8
 
 
 class Side:
@@ -78,6 +88,47 @@ def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) 
     report.measure(f"{name}: a billion rows", [BILLION / rate / 3600 for rate in found["predict"]], "core hours")
 
 
+    for workers in sorted({1, args.workers} if args.workers else ()):
+        measure_ray(report, folder, work, rows, workers)
+
+
+def measure_ray(report: Report, folder: Path, work: Path, rows: list[str], workers: int) -> None:
+    """Measures one run over a folder of shards with some workers of Ray."""
+    label = f"{folder.name}: Ray, {workers} worker{'s' * (workers > 1)}"
+    with tempfile.TemporaryDirectory(dir=work) as place:
+        source, out, times = (Path(place) / name for name in ("shards", "answers", "times"))
+        source.mkdir()
+        times.mkdir()
+        for number in range(SHARDS):
+            pyarrow.parquet.write_table(pyarrow.table({"sentence": rows[number::SHARDS]}), source / f"{number}.parquet")
+        shards = Shards.of(source, out, {}, None, None)
+        load = partial(load_timed, folder.absolute(), shards, times)
+        with predict_ray.connected(None, workers) as count:
+            shards.write(lambda names: predict_ray.answers(load, names, count))
+        found = [read_json(path) for path in times.iterdir()]
+    seconds = max(one["end"] for one in found) - min(one["begin"] for one in found)
+    rates = [one["rows"] / one["processor"] for one in found]
+    report.measure(label, [sum(one["rows"] for one in found) / seconds], "rows/s")
+    report.measure(f"{label}, per core", rates, "rows/s of processor time")
+    report.measure(f"{label}, a billion rows", [BILLION / rate / 3600 for rate in rates], "core hours")
+
+
+def load_timed(run: Path, shards: Shards, times: Path) -> Callable[[str], Counts]:
+    """Loads a run in a worker; returns a function that answers a shard and writes down its seconds."""
+    predictor = RunPredictor(run)
+
+    def answer(name: str) -> Counts:
+        begin, processor = time.time(), time.process_time()
+        counts = shards.answer(predictor, name)
+        write_json(times / f"{name}.json", {"rows": counts.rows, "begin": begin, "end": time.time(),
+                                            "processor": time.process_time() - processor})
+        return counts
+
+    # Libraries prepare themselves at their first call.
+    predictor.classify([("the cat", [])])
+    return answer
+
+
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
     report = Report()
     for folder in args.run:
@@ -88,6 +139,7 @@ def benchmark(args: argparse.Namespace, work: Path) -> Report:
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, action="append", required=True, metavar="RUN_DIR", help="finished run")
     parser.add_argument("--rows", type=int, default=50_000, help="rows of the file (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="workers of Ray that answer a folder, next to one; none if not given")
 
 
 if __name__ == "__main__":

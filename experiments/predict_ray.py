@@ -70,9 +70,10 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[int]:
     Raises:
         UserError: Ray is not installed, or the cluster does not answer.
     """
-    # Statistics about this program are nobody's; and Ray's log is in its own folder.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Statistics about this program are nobody's; Ray's log has a file; and the answers are what the user waits for, so that
+    # workers do not give way to every other program, as Ray's do.
+    for name, value in {"USAGE_STATS_ENABLED": "0", "BACKEND_LOG_LEVEL": "fatal", "worker_niceness": "0"}.items():
+        os.environ.setdefault(f"RAY_{name}", value)
     try:
         # Ray tells of its own deprecated settings.
         with warnings.catch_warnings(action="ignore"):
