@@ -1,13 +1,15 @@
 """Measures `predict --file` in rows a second, against the model's own rate, and reckons the cost of a billion rows.
 
+    python benchmarks/predict_throughput.py --run runs/distil-12345 --run runs/LoRA-12345 --threads 1 --json
     python benchmarks/predict_throughput.py --run runs/distil-12345 --run runs/LoRA-12345 --threads 1 --workers 2 --json
 
     model        sentences/s of the model alone, tokenised and batched before, as `sentences_per_second` in summary.json
     predict      rows/s of reading a text file, tokenising, computing and writing JSON Lines
     per core     rows for each second of processor time, of either: another program on the machine changes it little
-    Ray          the same of a folder of SHARDS shards by --engine ray, with one worker and with --workers; from the first
-                 row to the last answer, without the seconds in which Ray starts and workers load the model
-    billion      hours of one core for 1,000,000,000 such rows
+    billion      hours of one core, or of CORES, for 1,000,000,000 such rows
+
+With --workers instead: SHARDS shards answered by --engine ray, by one worker and by so many; from the first row to the last
+answer, without the seconds in which Ray starts and workers load the model.
 
 The rows are short sentences: those of the built-in grammar for its own pair, CoLA's for other models.
 """
@@ -39,7 +41,7 @@ from record.files import read_json, write_json
 
 GOAL = 0.4  # of the model's own rate per core
 BILLION, BATCH_SIZE, MAX_LENGTH = 1_000_000_000, 32, 128
-SHARDS = 8
+SHARDS, CORES = 8, 100
 
 
 class Side:
@@ -57,14 +59,19 @@ class Side:
         return self.rows / processor
 
 
-def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) -> None:
-    """Measures one run."""
-    predictor = RunPredictor(folder)
+def rows_for(predictor: RunPredictor, args: argparse.Namespace) -> list[str]:
+    """Returns sentences that the run's model knows, as many as --rows says."""
     sentences = args.task.train.sentences
     if predictor.reading.tiny:
         task = grammar.draw_task(random.Random(grammar.SEED), set())
         sentences = [sentence for _, _, sentence in task["in_domain_train.tsv"]]
-    rows = list(itertools.islice(itertools.cycle(sentences), args.rows))
+    return list(itertools.islice(itertools.cycle(sentences), args.rows))
+
+
+def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) -> None:
+    """Measures one run in one process."""
+    predictor = RunPredictor(folder)
+    rows = rows_for(predictor, args)
     file, out = work / "rows.txt", work / "answers.jsonl"
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     batches = {"rows": make_batches(Split(rows, [0] * len(rows)), predictor.tokenizer, MAX_LENGTH, BATCH_SIZE, 1)}
@@ -85,11 +92,14 @@ def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) 
         report.measure(f"{name}: {side}", sides[side].clock, "rows/s")
         report.measure(f"{name}: {side}, per core", rates, "rows/s of processor time")
     report.target(f"{name}: predict / model, per core", paired_ratios(found["predict"], found["model"]), GOAL)
-    report.measure(f"{name}: a billion rows", [BILLION / rate / 3600 for rate in found["predict"]], "core hours")
+    cost(report, f"{name}: a billion rows", found["predict"])
 
 
-    for workers in sorted({1, args.workers} if args.workers else ()):
-        measure_ray(report, folder, work, rows, workers)
+def cost(report: Report, label: str, rates: list[float]) -> None:
+    """Reckons the cost of a billion rows from rows a second of one core."""
+    hours = [BILLION / rate / 3600 for rate in rates]
+    report.measure(label, hours, "core hours")
+    report.measure(f"{label} on {CORES} cores", [one / CORES for one in hours], "hours")
 
 
 def measure_ray(report: Report, folder: Path, work: Path, rows: list[str], workers: int) -> None:
@@ -110,7 +120,7 @@ def measure_ray(report: Report, folder: Path, work: Path, rows: list[str], worke
     rates = [one["rows"] / one["processor"] for one in found]
     report.measure(label, [sum(one["rows"] for one in found) / seconds], "rows/s")
     report.measure(f"{label}, per core", rates, "rows/s of processor time")
-    report.measure(f"{label}, a billion rows", [BILLION / rate / 3600 for rate in rates], "core hours")
+    cost(report, f"{label}, a billion rows", rates)
 
 
 def load_timed(run: Path, shards: Shards, times: Path) -> Callable[[str], Counts]:
@@ -132,14 +142,17 @@ def load_timed(run: Path, shards: Shards, times: Path) -> Callable[[str], Counts
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
     report = Report()
     for folder in args.run:
-        measure(report, folder, args, work)
+        if args.workers is None:
+            measure(report, folder, args, work)
+        for workers in sorted({1, args.workers} if args.workers else ()):
+            measure_ray(report, folder, work, rows_for(RunPredictor(folder), args), workers)
     return report
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, action="append", required=True, metavar="RUN_DIR", help="finished run")
     parser.add_argument("--rows", type=int, default=50_000, help="rows of the file (default: %(default)s)")
-    parser.add_argument("--workers", type=int, help="workers of Ray that answer a folder, next to one; none if not given")
+    parser.add_argument("--workers", type=int, help="workers of Ray that answer a folder; one process if not given")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import ray
 import toy
 
 from experiments import predict as predict_module
@@ -172,8 +171,10 @@ def test_two_workers_one_of_them_killed_give_the_bytes_of_one_process(run, tmp_p
     monkeypatch.setattr(predict_file, "WINDOW", 4)
     monkeypatch.setattr(predict_file, "PART_WINDOWS", 2)
     assert predict(run, "parquet", tmp_path / "one") == 0
-    # The workers do not import tests.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    # The workers do not import tests. Ray is slow to import, which other tests need not wait for.
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(predict_module, "load_worker", partial(killed_once, tmp_path / "killed"))
     assert predict(run, "parquet", tmp_path / "two", "--engine", "ray", "--workers", 2) == 0
     assert (tmp_path / "killed").exists()
