@@ -25,7 +25,8 @@ from machine import threads
 from machine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 60  # seconds for a cluster's answer
+PATIENCE = 120  # seconds for a cluster's answer
+CONNECTED = 10  # seconds for a connection to its machine
 OBJECTS = 80 * 2 ** 20  # bytes of Ray's shared memory, nearly the least it takes: names and counts need little
 # A driver of its own finds out whether a cluster answers: one that does not would hang this process, or end it.
 PROBE = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='CRITICAL')"
@@ -96,7 +97,7 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[int]:
                     "object_store_memory": OBJECTS}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), _without_stderr():
             ray.init(log_to_driver=False, logging_level="CRITICAL", **settings)
     # A cluster of another version, or one that ended meanwhile.
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -114,6 +115,20 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[int]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drops what C++ code writes to stderr: Ray's tells there that its log level was set."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _probe(address: str) -> None:
     """Checks that a cluster answers at an address.
 
@@ -124,9 +139,9 @@ def _probe(address: str) -> None:
     if not (host and colon and port.isdecimal()):
         raise UserError(f"--address {address}: expected HOST:PORT, such as the one that `ray start --head` shows")
     try:
-        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+        socket.create_connection((host, int(port)), timeout=min(CONNECTED, PATIENCE)).close()
         subprocess.run([sys.executable, "-c", PROBE, address], timeout=PATIENCE, check=True, capture_output=True, text=True)
-    except (subprocess.TimeoutExpired, TimeoutError):
+    except subprocess.TimeoutExpired:
         raise UserError(f"--address {address}: no answer within {PATIENCE} seconds; expected a Ray cluster") from None
     except (OSError, OverflowError) as error:
         raise UserError(f"--address {address}: cannot be reached ({getattr(error, 'strerror', None) or error}); expected a "
