@@ -103,7 +103,7 @@ def cost(report: Report, label: str, rates: list[float]) -> None:
 
 
 def measure_ray(report: Report, folder: Path, work: Path, rows: list[str], workers: int) -> None:
-    """Measures one run over a folder of shards with some workers of Ray."""
+    """Measures one run over a folder of shards with some workers of Ray, which is connected."""
     label = f"{folder.name}: Ray, {workers} worker{'s' * (workers > 1)}"
     with tempfile.TemporaryDirectory(dir=work) as place:
         source, out, times = (Path(place) / name for name in ("shards", "answers", "times"))
@@ -113,8 +113,7 @@ def measure_ray(report: Report, folder: Path, work: Path, rows: list[str], worke
             pyarrow.parquet.write_table(pyarrow.table({"sentence": rows[number::SHARDS]}), source / f"{number}.parquet")
         shards = Shards.of(source, out, {}, None, None)
         load = partial(load_timed, folder.absolute(), shards, times)
-        with predict_ray.connected(None, workers) as count:
-            shards.write(lambda names: predict_ray.answers(load, names, count))
+        shards.write(lambda names: predict_ray.answers(load, names, workers))
         found = [read_json(path) for path in times.iterdir()]
     seconds = max(one["end"] for one in found) - min(one["begin"] for one in found)
     rates = [one["rows"] / one["processor"] for one in found]
@@ -141,11 +140,15 @@ def load_timed(run: Path, shards: Shards, times: Path) -> Callable[[str], Counts
 
 def benchmark(args: argparse.Namespace, work: Path) -> Report:
     report = Report()
-    for folder in args.run:
-        if args.workers is None:
+    if args.workers is None:
+        for folder in args.run:
             measure(report, folder, args, work)
-        for workers in sorted({1, args.workers} if args.workers else ()):
-            measure_ray(report, folder, work, rows_for(RunPredictor(folder), args), workers)
+        return report
+    with predict_ray.connected(None, args.workers):
+        for folder in args.run:
+            rows = rows_for(RunPredictor(folder), args)
+            for workers in sorted({1, args.workers}):
+                measure_ray(report, folder, work, rows, workers)
     return report
 
 

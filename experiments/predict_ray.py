@@ -96,12 +96,17 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[int]:
         settings = {"address": "local", "num_cpus": workers or threads.available(), "include_dashboard": False,
                     "object_store_memory": OBJECTS}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with warnings.catch_warnings(action="ignore"), _without_stderr():
-            ray.init(log_to_driver=False, logging_level="CRITICAL", **settings)
-    # A cluster of another version, or one that ended meanwhile.
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"predict --engine ray: {_first_line(str(error))}") from None
+    # A cluster of this machine has half a minute to start, which a busy machine may exceed once.
+    for last in (bool(address), True):
+        try:
+            with warnings.catch_warnings(action="ignore"), _without_stderr():
+                ray.init(log_to_driver=False, logging_level="CRITICAL", **settings)
+            break
+        # Ray raises Exception itself.
+        except Exception as error:
+            ray.shutdown()
+            if last:
+                raise UserError(f"predict --engine ray: Ray does not start ({_first_line(str(error))})") from None
     # Ray handles SIGTERM in its own way.
     for number, handler in before.items():
         signal.signal(number, handler)
