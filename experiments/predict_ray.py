@@ -85,7 +85,8 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[int]:
         raise UserError("predict --engine ray: the package ray is not installed; pip install -r requirements-scale.txt"
                         ) from None
     # Workers find the project's modules in the folder where they lie here.
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(ROOT))]
+    paths = os.pathsep.join([str(ROOT), *others])
     if address:
         _probe(address)
         settings = {"address": address, "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
