@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fast.blocks import FusedMPNetModel, UniqueTokens, unique_tokens
+from fast.attention import UniqueTokens, unique_tokens
+from fast.blocks import FusedMPNetModel
 from model import TextClassifier
 
 if TYPE_CHECKING:

@@ -117,7 +117,8 @@ def frozen_linear(linears: list[nn.Module], x: Tensor, prologue=None, outputs: s
     # One scaling serves all updates; a layer without terms has its own forward pass (dropout, another variant of LoRA).
     if None in terms or len({scaling for some in terms for _, _, scaling in some}) > 1:
         # Layers with different inputs or scalings are computed apart, and the prologue they share only once.
-        y = x if prologue is None else ApplyPrologue.apply(x, prologue)
+        # The view gets the sum of their gradients, whoever else reads x: the order of a sum decides its last digits.
+        y = x.view_as(x) if prologue is None else ApplyPrologue.apply(x, prologue)
         parts = []
         for linear, some in zip(linears, terms, strict=True):
             parts.append(frozen_linear([linear], y) if some == [] else linear(y))

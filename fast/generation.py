@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fast import onepass
-from fast.blocks import SHORT, Rotate, is_fused, unique_tokens
+from fast.attention import SHORT, Heads, Rotate, unique_tokens
+from fast.blocks import is_fused
 from fast.choice import by_onepass
 from fast.classifier import backbone_states
 from sampling import Sampling, uniforms
@@ -194,23 +195,27 @@ class _Step:
         chain = self.slots[:, None] * self.cache.positions + torch.arange(self.length)
         return onepass.Chains(chain.flatten(), self.slots * self.length, self.positions[:, 0] + 1)
 
-    def block_attention(self, layer: int, q: Tensor, kv: None, heads: tuple[int, int], size: int, scale: float,
-                        rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def attention(self, heads: Heads, q: Tensor, kv: None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Adds the keys and values in q (n, C + 2 K) to the cache; returns each row's attention to all its own, (n, C)."""
-        n, C, K = len(q), heads[0] * size, heads[1] * size
+        n, (C, K), size, scale = len(q), heads.widths, heads.size, heads.scale
         if rotary is not None:
             q = Rotate.rotate(q, *rotary, C + K)
         # The new token attends to itself too, so that its key and value come first.
         q, *new = q.split([C, K, K], -1)
-        for part, x in zip(self.cache.blocks[layer], new, strict=True):
+        for part, x in zip(self.cache.blocks[heads.layer], new, strict=True):
             part[self.slots, self.positions[:, 0]] = x
-        if self.length <= SHORT and by_onepass(q):
-            keys, values = (part.flatten(0, 1) for part in self.cache.blocks[layer])
+        # A window is a mask like that of rows of different lengths.
+        mask, narrow = self.mask, heads.window is not None and heads.window < self.length
+        if narrow:
+            back = self.positions - torch.arange(self.length, device=q.device)
+            mask = ((back >= 0) & (back < heads.window))[:, None, None]
+        if not narrow and self.length <= SHORT and by_onepass(q):
+            keys, values = (part.flatten(0, 1) for part in self.cache.blocks[heads.layer])
             return onepass.attend(q, keys, values, onepass.Form(self.chains, size, scale))[0]
         keys, values = (part[:n, :self.length].unflatten(-1, (-1, size)).transpose(1, 2)
-                        for part in self.cache.blocks[layer])
+                        for part in self.cache.blocks[heads.layer])
         # Query heads that share a key head are passed as several queries of that head.
-        return F.scaled_dot_product_attention(q.reshape(n, heads[1], -1, size), keys, values, self.mask,
+        return F.scaled_dot_product_attention(q.reshape(n, heads.counts[1], -1, size), keys, values, mask,
                                               scale=scale).reshape(n, C)
 
 

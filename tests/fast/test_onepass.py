@@ -6,7 +6,8 @@ from conftest import ARCHITECTURES, adapted, toy_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fast import blocks, choice, compiled, onepass
+from fast import attention as fast_attention
+from fast import choice, compiled, onepass
 from fast.choice import by_onepass
 from train_utils import trainable
 
@@ -143,7 +144,7 @@ def test_attention_does_not_depend_on_the_number_of_threads(monkeypatch):
 def test_long_sentences_go_to_pytorch_and_agree(architecture, monkeypatch):
     found = []
     for short in (0, 64):
-        monkeypatch.setattr(blocks, "SHORT", short)
+        monkeypatch.setattr(fast_attention, "SHORT", short)
         classifier = adapted(architecture)
         with torch.no_grad():
             found.append(classifier(*toy_batch()))
