@@ -16,7 +16,7 @@ The result is the same up to rounding:
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import torch
@@ -26,7 +26,15 @@ from transformers.models.mpnet.modeling_mpnet import MPNetModel
 
 from fast.attention import AllTokens, Heads, UniqueTokens
 from fast.frozen_linear import frozen_linear
-from fast.prologue import ExactGELUPrologue, GELUPrologue, LayerNormPrologue, RMSNormPrologue, SwiGLUPrologue
+from fast.prologue import (
+    ApplyPrologue,
+    ExactGELUPrologue,
+    GELUPrologue,
+    HeadNormPrologue,
+    LayerNormPrologue,
+    RMSNormPrologue,
+    SwiGLUPrologue,
+)
 
 ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
 GATED = {"silu": SwiGLUPrologue()}  # of an MLP whose first layers are a gate and what it lets through
@@ -43,6 +51,9 @@ class Family:
     down: str  # its last layer
     before: tuple[str, str] | None = None  # norms of the inputs of attention and MLP
     after: tuple[str, str] | None = None  # norms of the two sums
+    head_norms: tuple[str, str] | None = None  # norms of each head of queries and keys
+    window: bool = False  # whether the configuration's sliding window holds for every block
+    activation: str = "hidden_act"  # the name of the MLP's activation in the configuration
 
     @property
     def together(self) -> tuple[tuple[str, ...], ...]:
@@ -50,18 +61,26 @@ class Family:
         return tuple(names for names in (self.qkv, self.up) if len(names) > 1)
 
 
-GPT2 = Family(True, ("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", before=("ln_1", "ln_2"))
+GPT2 = Family(True, ("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", before=("ln_1", "ln_2"),
+              activation="activation_function")
 LLAMA = Family(True, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj",
                ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", before=("input_layernorm", "post_attention_layernorm"))
 BERT = Family(False, ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense",
               ("intermediate.dense",), "output.dense", after=("attention.output.LayerNorm", "output.LayerNorm"))
 DISTILBERT = Family(False, ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin",
-                    ("ffn.lin1",), "ffn.lin2", after=("sa_layer_norm", "output_layer_norm"))
+                    ("ffn.lin1",), "ffn.lin2", after=("sa_layer_norm", "output_layer_norm"), activation="activation")
 MPNET = Family(False, ("attention.attn.q", "attention.attn.k", "attention.attn.v"), "attention.attn.o",
                ("intermediate.dense",), "output.dense", after=("attention.LayerNorm", "output.LayerNorm"))
+MISTRAL = replace(LLAMA, window=True)
+QWEN3 = replace(LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
 # By the folder of the library's model and the class of its block.
-FAMILIES = {"gpt2.GPT2Block": GPT2, "llama.LlamaDecoderLayer": LLAMA, "bert.BertLayer": BERT,
-            "distilbert.TransformerBlock": DISTILBERT, "mpnet.MPNetLayer": MPNET}
+FAMILIES = {
+    "gpt2.GPT2Block": GPT2, "llama.LlamaDecoderLayer": LLAMA, "mistral.MistralDecoderLayer": MISTRAL,
+    "qwen2.Qwen2DecoderLayer": LLAMA, "qwen3.Qwen3DecoderLayer": QWEN3,
+    "bert.BertLayer": BERT, "roberta.RobertaLayer": BERT, "xlm_roberta.XLMRobertaLayer": BERT,
+    "camembert.CamembertLayer": BERT, "electra.ElectraLayer": BERT,
+    "distilbert.TransformerBlock": DISTILBERT, "mpnet.MPNetLayer": MPNET,
+}
 
 
 def family_of(block: nn.Module) -> Family | None:
@@ -88,10 +107,7 @@ def fuse(backbone: nn.Module) -> bool:
     if not blocks or len(blocks) != config.num_hidden_layers:
         return False
     family = family_of(blocks[0])
-    # The name of the activation in GPT-2; in Llama, BERT and MPNet; in DistilBERT.
-    activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None) \
-        or getattr(config, "activation", None)
-    prologue = (ACTIVATIONS if len(family.up) == 1 else GATED).get(activation)
+    prologue = (ACTIVATIONS if len(family.up) == 1 else GATED).get(getattr(config, family.activation))
     # Cross-attention, and an encoder's blocks that read only what stands before a token, are the library's.
     if prologue is None or getattr(config, "add_cross_attention", False) \
             or not family.causal and getattr(config, "is_decoder", False):
@@ -119,8 +135,10 @@ def heads_of(block: nn.Module, layer: int, config) -> Heads:
     attention = block.get_submodule(block.family.qkv[0].rpartition(".")[0])
     size = getattr(attention, "head_dim", None) or attention.attention_head_size
     queries = config.num_attention_heads
+    # Mistral has one window for all blocks; in other families each block has its own, or none.
+    window = config.sliding_window if block.family.window else getattr(attention, "sliding_window", None)
     return Heads(layer, (queries, getattr(config, "num_key_value_heads", None) or queries), size,
-                 getattr(attention, "scaling", size ** -0.5))
+                 getattr(attention, "scaling", size ** -0.5), window)
 
 
 def is_fused(backbone: nn.Module) -> bool:
@@ -159,11 +177,22 @@ class FusedBlock:
         else:
             q = frozen_linear(qkv[:1], tokens.pooled(x), norms[0])
             kv = frozen_linear(qkv[1:], x, norms[0])
+        if family.head_norms is not None:
+            q, kv = self.normalise_heads(q, kv)
         y = frozen_linear([part(family.out)], tokens.attention(self.heads, q, kv, rotary))
         # In place: `frozen_linear` does not save its own output, so that autograd does not need y.
         x = self.add(0, y, tokens.pooled(x) if last else x)
         y = frozen_linear([part(name) for name in family.up], x, norms[1])
         return self.add(1, frozen_linear([part(family.down)], y, self.activation), x)
+
+    def normalise_heads(self, q: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Normalises each head of queries and keys; see `causal_attention` for both arguments."""
+        norms, widths = [norm_prologue(attrgetter(name)(self)) for name in self.family.head_norms], self.heads.widths
+        if kv is None:
+            return ApplyPrologue.apply(q, HeadNormPrologue(norms, widths)), None
+        q, kv = (ApplyPrologue.apply(x, HeadNormPrologue([norm], [width]))
+                 for x, norm, width in zip((q, kv), norms, widths, strict=True))
+        return q, kv
 
     def add(self, number: int, y: Tensor, x: Tensor) -> Tensor:
         """Adds the output y of attention (0) or MLP (1) to its input x."""

@@ -6,7 +6,7 @@ A finished text leaves the batch, and the next one takes its slot. The random nu
 depends on no other one, and texts sampled in several calls (`first_row`) are those of one call. The other texts of a batch
 change a text's logits by rounding at most.
 
-GPT-2 and Llama go through the fused blocks of blocks.py: each step computes one new token of each text, and the logits of
+Decoders with fused blocks (blocks.py) go through them: each step computes one new token of each text, and the logits of
 that token alone. The tokens of new prompts but the last are computed together, shared prefixes once.
 """
 from __future__ import annotations
@@ -223,7 +223,7 @@ class _Batch:
     """The rows that are sampled together.
 
     Args:
-        lm: GPT-2 or Llama under `fuse`.
+        lm: a decoder under `fuse`.
         slots: the largest number of rows.
         positions: tokens of the longest row.
     """

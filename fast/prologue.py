@@ -7,7 +7,9 @@ Where the machine has AVX-512 and a C compiler, onepass.py computes all but the 
 """
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -118,26 +120,69 @@ class ExactGELUPrologue:
         return F.gelu(x), torch.ops.aten.gelu_backward(grad, x)
 
 
-class SwiGLUPrologue:
-    """SwiGLU, silu(gate) * up with gate and up side by side (Shazeer 2020): (rows, 2 n) -> (rows, n)."""
+class HeadNormPrologue:
+    """Normalises each head of the first columns of x; the columns after them stay as they are (Qwen3's q and k).
+
+    Args:
+        norms: RMS norms over the channels of a head, of consecutive columns.
+        widths: the number of columns of each norm.
+    """
+
+    def __init__(self, norms: list[RMSNormPrologue], widths: list[int]):
+        ends = list(itertools.accumulate(widths))
+        self.parts = [(norm, slice(end - width, end)) for norm, width, end in zip(norms, widths, ends, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if by_onepass(x):
-            return onepass.swiglu(x)
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        y = x.clone()
+        for norm, columns in self.parts:
+            y[:, columns] = norm(x[:, columns].reshape(-1, len(norm.weight))).view(len(x), -1)
+        return y
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        if by_onepass(x):
-            return onepass.swiglu_backward(x, grad)
+        y, dx = x.clone(), grad.clone()
+        for norm, columns in self.parts:
+            parts = norm.backward(*(t[:, columns].reshape(-1, len(norm.weight)) for t in (x, grad)))
+            y[:, columns], dx[:, columns] = (part.view(len(x), -1) for part in parts)
+        return y, dx
+
+
+class GatedPrologue:
+    """An activation of a gate, times what it lets through; both side by side (Shazeer 2020): (rows, 2 n) -> (rows, n).
+
+    Args:
+        activation: of the gate.
+        gradient: of the activation: (its gradient, its input) -> the input's gradient.
+    """
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]):
+        self.activation, self.gradient = activation, gradient
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return self.activation(gate).mul_(up)
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = x.chunk(2, -1)
         # Both gradients are written into the two halves of one tensor: nothing is concatenated.
         dx = torch.empty_like(x)
         d_gate, d_up = dx.chunk(2, -1)
-        y = F.silu(gate)
+        y = self.activation(gate)
         torch.mul(grad, y, out=d_up)
-        d_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        d_gate.copy_(self.gradient(grad * up, gate))
         return y.mul_(up), dx
+
+
+class SwiGLUPrologue(GatedPrologue):
+    """SwiGLU: the activation is silu."""
+
+    def __init__(self):
+        super().__init__(F.silu, torch.ops.aten.silu_backward)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return onepass.swiglu(x) if by_onepass(x) else super().__call__(x)
+
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return onepass.swiglu_backward(x, grad) if by_onepass(x) else super().backward(x, grad)
 
 
 class ApplyPrologue(torch.autograd.Function):

@@ -11,7 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -65,6 +68,16 @@ SIZES = {
         "max_position_embeddings": CONTEXT + 2}),
 }
 ARCHITECTURES = sorted(SIZES)
+# The other architectures with fused blocks, of odd sizes; a window of 4 tokens is shorter than the sentences of the tests.
+ODD = {"num_hidden_layers": 2, "hidden_size": 30, "intermediate_size": 39, "num_attention_heads": 3,
+       "max_position_embeddings": 130}  # RoBERTa's positions are counted from the pad token on
+GROUPED = {**ODD, "num_key_value_heads": 1, "head_dim": 14}
+FAMILIES = {
+    "roberta": ODD, "xlm-roberta": ODD, "electra": {**ODD, "embedding_size": 11},
+    "mistral": {**GROUPED, "sliding_window": 4},
+    "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {**GROUPED, "attention_bias": True},
+}
 
 
 def toy_net(architecture: str, seed: int = 0, **changes):
@@ -72,11 +85,18 @@ def toy_net(architecture: str, seed: int = 0, **changes):
 
     The weights are ten times a fresh model's, so that attention, norms and heads all matter to the logits.
     """
-    net_class, config_class, sizes = SIZES[architecture]
     torch.manual_seed(seed)
-    net = net_class(config_class(**{"vocab_size": VOCAB, "pad_token_id": PAD, "initializer_range": 0.2, **sizes,
-                                    **changes}))
-    return net.eval()
+    usual = {"vocab_size": VOCAB, "pad_token_id": PAD, "initializer_range": 0.2}
+    if architecture in FAMILIES:
+        config = AutoConfig.for_model(architecture, **{**usual, **FAMILIES[architecture], **changes})
+        net = AutoModelForSequenceClassification.from_config(config)
+        # The library starts norms and biases at ones and zeros, which would hide them.
+        for name, p in net.named_parameters():
+            if p.ndim == 1:
+                nn.init.normal_(p, float("norm" in name.lower() and "weight" in name), 0.1)
+        return net.eval()
+    net_class, config_class, sizes = SIZES[architecture]
+    return net_class(config_class(**{**usual, **sizes, **changes})).eval()
 
 
 def gpt2_lm(seed: int = 0) -> GPT2LMHeadModel:

@@ -74,8 +74,10 @@ def test_mpnets_odd_sizes_give_the_librarys_states_with_a_bias_that_matters(size
         assert (classifier(ids, mask) - expected).abs().max() > 1e-3
 
 
-def test_what_is_not_known_is_left_alone():
-    net = toy_net("gpt2", activation_function="relu")
+@pytest.mark.parametrize("architecture, changes", [
+    ("gpt2", {"activation_function": "relu"}), ("llama", {"hidden_act": "relu"}), ("bert", {"is_decoder": True})], ids=str)
+def test_what_is_not_known_is_left_alone(architecture, changes):
+    net = toy_net(architecture, **changes)
     before = [type(module) for module in net.modules()]
     assert not fuse(net.base_model) and [type(module) for module in net.modules()] == before
 
@@ -140,6 +142,20 @@ def test_sentences_share_the_rows_of_their_common_beginning_and_no_others():
     assert torch.equal(rows.gather(rows.spread(x)), x)
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2"])
+def test_a_window_hides_what_stands_before_it(architecture):
+    """The windows of 4 tokens in two blocks reach 6 tokens back."""
+    classifier = fast_classifier(toy_net(architecture, **({} if architecture == "mistral" else {"max_window_layers": 0})))
+    ids, mask = toy_batch((12, 12, 5))
+    changed = ids.clone()
+    changed[:, :12 - 7] = (ids[:, :12 - 7] + 1) % PAD
+    found, again = logits_of(classifier, (ids, mask)), logits_of(classifier, (changed, mask))
+    torch.testing.assert_close(found[:2], again[:2], atol=1e-5, rtol=0)
+    assert (found[2] - again[2]).abs().max() > 1e-3
+    changed[:, 12 - 7] = (ids[:, 12 - 7] + 1) % PAD
+    assert (found[:2] - logits_of(classifier, (changed, mask))[:2]).abs().min() > 1e-4
+
+
 def test_where_nothing_is_shared_nothing_is_moved():
     rows = unique_tokens(torch.tensor([[1, 2], [3, 4]]), torch.ones(2, 2, dtype=torch.int64))
     assert rows.index is None and rows.first is None and rows.mask is None
@@ -147,7 +163,7 @@ def test_where_nothing_is_shared_nothing_is_moved():
     assert rows.spread(x).data_ptr() == x.data_ptr() == rows.gather(rows.spread(x)).data_ptr()
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2", "qwen3"])
 def test_shared_beginnings_change_neither_logits_nor_gradients(architecture):
     ids, mask = toy_batch((5, 9, 5, 12))
     ids[1, :4] = ids[0, :4]

@@ -1,5 +1,6 @@
 """Kept results equal fresh ones bit for bit, are not computed again, and never answer for something else."""
 import hashlib
+import itertools
 import random
 import threading
 import warnings
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
-from conftest import ARCHITECTURES, adapted, fast_classifier, randomize_B, toy_batch, toy_net
+from conftest import ARCHITECTURES, FAMILIES, adapted, fast_classifier, randomize_B, toy_batch, toy_net
 from transformers import AutoModelForSequenceClassification
 
 import data_utils
@@ -76,9 +77,8 @@ def computations(classifier: TextClassifier, batch: Batch, monkeypatch) -> list[
 
 # ---------------------------------------------------------------- cached equals fresh
 
-@pytest.mark.parametrize("budget", [1 << 30, 0], ids=["memory", "mapped"])
-@pytest.mark.parametrize("part", ["upper", "head"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, part, budget", [
+    *itertools.product(ARCHITECTURES, ("upper", "head"), (1 << 30, 0)), *((name, "upper", 1 << 30) for name in FAMILIES)])
 def test_kept_logits_and_gradients_equal_fresh_ones_bit_for_bit(architecture, part, budget, tmp_path):
     """Invariant 11; fresh ones come from a classifier that has no prefix at all."""
     classifier, untouched = made(architecture, part), made(architecture, part)

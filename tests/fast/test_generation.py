@@ -3,8 +3,8 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import CONTEXT, SIZES, VOCAB
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from conftest import CONTEXT, FAMILIES, SIZES, VOCAB
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import sampling as sampling_module
@@ -22,13 +22,16 @@ CONFIGS = {
     "neox": lambda: GPTNeoXConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                   num_attention_heads=4, max_position_embeddings=CONTEXT, initializer_range=0.2)}
 KNOWN = ("gpt2", "llama")
+DECODERS = [name for name, sizes in FAMILIES.items() if "num_key_value_heads" in sizes]
 SEEDED = Sampling(seed=1)
 PROMPTS = [[5], [1, 2, 3, 4], [7, 7, 9], [1, 2, 3, 4], [5], [8, 1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 9]]
 
 
 def language_model(architecture: str):
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(CONFIGS[architecture]()).eval()
+    config = CONFIGS[architecture]() if architecture in CONFIGS else AutoConfig.for_model(
+        architecture, vocab_size=VOCAB, initializer_range=0.2, pad_token_id=0, **FAMILIES[architecture])
+    lm = AutoModelForCausalLM.from_config(config).eval()
     for name, p in lm.named_parameters():
         if name.endswith("norm.weight") or "ln_" in name and name.endswith("weight"):
             torch.nn.init.normal_(p, 1.0, 0.2)
@@ -66,6 +69,13 @@ def test_either_way_of_computing_attention_gives_the_librarys_texts(architecture
     lm = language_model(architecture)
     texts(lm, [[7]], sampling=Sampling(greedy=True))  # no token of a prompt is computed without a new one
     assert bool(computed) == (short > 0 and onepass.available())
+    assert texts(lm, end={VOCAB}, sampling=Sampling(greedy=True), batch_size=3) == library_texts(lm, VOCAB)
+
+
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_windows_biases_and_norms_of_heads_give_the_librarys_texts(architecture):
+    lm = language_model(architecture)
+    assert generation.takes(lm)
     assert texts(lm, end={VOCAB}, sampling=Sampling(greedy=True), batch_size=3) == library_texts(lm, VOCAB)
 
 
