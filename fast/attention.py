@@ -33,6 +33,7 @@ class Heads:
     size: int  # channels of a head
     scale: float  # of the scores
     window: int | None = None  # the last tokens that a token reads, itself included; None: all
+    cap: float | None = None  # scores s become cap * tanh(s / cap) (Gemma 2)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -150,7 +151,7 @@ def causal_attention(heads: Heads, q: Tensor, kv: Tensor | None, rotary: tuple[T
     (C, K), size, scale = heads.widths, heads.size, heads.scale
     near = None if heads.window is None else unique.window(heads.window, kv is not None)
     # Short sentences are faster without the copies below: onepass.c reads the rows in place.
-    if near is None and unique.shape[1] <= SHORT and by_onepass(q):
+    if near is None and heads.cap is None and unique.shape[1] <= SHORT and by_onepass(q):
         return _CausalAttention.apply(q, kv, (C, K), size, scale, unique, rotary)
     if rotary is not None:
         q = Rotate.apply(q, *(rotary if kv is None else (x[unique.last] for x in rotary)), C if kv is not None else C + K)
@@ -159,12 +160,27 @@ def causal_attention(heads: Heads, q: Tensor, kv: Tensor | None, rotary: tuple[T
     q, k, v = unique.spread(q).split([C, K, K], -1) if kv is None else (q.unsqueeze(1), *unique.spread(kv).split(K, -1))
     q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2) for x in (q, k, v))  # (B, heads, T, size)
     if kv is None:
-        y = F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None, scale=scale, enable_gqa=C != K)
+        if heads.cap is not None:
+            y = capped_attention(heads, q, k, v, q.new_ones(q.shape[2], q.shape[2]).tril().bool() if near is None else near)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, near, is_causal=near is None, scale=scale, enable_gqa=C != K)
         return unique.gather(y.transpose(1, 2).flatten(2))
     # Query heads that share a key head are passed as several queries of that head.
     mask = unique.mask if near is None else near
-    y = F.scaled_dot_product_attention(q.reshape(len(q), heads.counts[1], -1, size), k, v, mask, scale=scale)
-    return y.reshape(len(q), C)
+    q = q.reshape(len(q), heads.counts[1], -1, size)
+    if heads.cap is not None:
+        return capped_attention(heads, q, k, v, mask).reshape(len(q), C)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(len(q), C)
+
+
+def capped_attention(heads: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Computes attention (B, heads, T, size) whose scores have a cap; `mask`: which of them are read."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = (x if shared == 1 else x.repeat_interleave(shared, 1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)).mul(heads.scale / heads.cap).tanh().mul(heads.cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -239,9 +255,17 @@ class AllTokens:
         """Returns the rows that the head reads."""
         return x.unflatten(0, self.shape)[:, 0]
 
-    def attention(self, heads: Heads, q: Tensor, kv: Tensor | None, rotary: None) -> Tensor:
-        """Computes attention of all rows, (B * T, C), or of the first token of each sentence, (B, C); see `UniqueTokens`."""
+    def attention(self, heads: Heads, q: Tensor, kv: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Computes attention of all rows, (B * T, C), or of the first token of each sentence, (B, C); see `UniqueTokens`.
+
+        Args:
+            rotary: cosine and sine (1, T, size).
+        """
         C = heads.widths[0]
+        if rotary is not None:
+            angles = [x.expand(self.shape[0], -1, -1) for x in rotary]
+            q = Rotate.apply(q, *(x.flatten(0, 1) if kv is None else x[:, 0] for x in angles), 2 * C if kv is None else C)
+            kv = None if kv is None else Rotate.apply(kv, *(x.flatten(0, 1) for x in angles), C)
         q, kv = (q[:, :C], q[:, C:]) if kv is None else (q, kv)
         kv = kv.unflatten(0, self.shape)
         # The last block has one query, and some masks of the library have a row for each token.

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet.modeling_mpnet import MPNetModel
@@ -29,6 +31,7 @@ from fast.frozen_linear import frozen_linear
 from fast.prologue import (
     ApplyPrologue,
     ExactGELUPrologue,
+    GatedPrologue,
     GELUPrologue,
     HeadNormPrologue,
     LayerNormPrologue,
@@ -37,7 +40,10 @@ from fast.prologue import (
 )
 
 ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
-GATED = {"silu": SwiGLUPrologue()}  # of an MLP whose first layers are a gate and what it lets through
+# Of an MLP whose first layers are a gate and what it lets through.
+GATED = {"silu": SwiGLUPrologue(), "gelu": GatedPrologue(F.gelu, torch.ops.aten.gelu_backward),
+         "gelu_pytorch_tanh": GatedPrologue(partial(F.gelu, approximate="tanh"),
+                                            partial(torch.ops.aten.gelu_backward, approximate="tanh"))}
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,16 @@ class Family:
     causal: bool  # a decoder's
     qkv: tuple[str, ...]  # projections to queries, keys and values; or one for all three
     out: str  # projection of attention's output
-    up: tuple[str, ...]  # first layers of the MLP: one, or a gate and what it lets through
+    up: tuple[str, ...]  # first layers of the MLP
     down: str  # its last layer
     before: tuple[str, str] | None = None  # norms of the inputs of attention and MLP
     after: tuple[str, str] | None = None  # norms of the two sums
+    outputs: tuple[str, str] | None = None  # norms of the outputs of attention and MLP, before they are added
+    offset: float = 0.0  # added to the weights of all norms
     head_norms: tuple[str, str] | None = None  # norms of each head of queries and keys
+    capped: bool = False  # whether attention's scores have the configuration's cap
     window: bool = False  # whether the configuration's sliding window holds for every block
+    gated: bool = False  # whether the MLP's first layers, or halves of its one, are a gate and what it lets through
     activation: str = "hidden_act"  # the name of the MLP's activation in the configuration
 
     @property
@@ -64,7 +74,8 @@ class Family:
 GPT2 = Family(True, ("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", before=("ln_1", "ln_2"),
               activation="activation_function")
 LLAMA = Family(True, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj",
-               ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", before=("input_layernorm", "post_attention_layernorm"))
+               ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", before=("input_layernorm", "post_attention_layernorm"),
+               gated=True)
 BERT = Family(False, ("attention.self.query", "attention.self.key", "attention.self.value"), "attention.output.dense",
               ("intermediate.dense",), "output.dense", after=("attention.output.LayerNorm", "output.LayerNorm"))
 DISTILBERT = Family(False, ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin",
@@ -73,13 +84,20 @@ MPNET = Family(False, ("attention.attn.q", "attention.attn.k", "attention.attn.v
                ("intermediate.dense",), "output.dense", after=("attention.LayerNorm", "output.LayerNorm"))
 MISTRAL = replace(LLAMA, window=True)
 QWEN3 = replace(LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+GEMMA2 = replace(LLAMA, before=("input_layernorm", "pre_feedforward_layernorm"), offset=1.0, activation="hidden_activation",
+                 outputs=("post_attention_layernorm", "post_feedforward_layernorm"), capped=True)
+GEMMA3 = replace(GEMMA2, head_norms=QWEN3.head_norms, capped=False)
+MODERNBERT = Family(False, ("attn.Wqkv",), "attn.Wo", ("mlp.Wi",), "mlp.Wo", before=("attn_norm", "mlp_norm"), gated=True,
+                    activation="hidden_activation")
 # By the folder of the library's model and the class of its block.
 FAMILIES = {
     "gpt2.GPT2Block": GPT2, "llama.LlamaDecoderLayer": LLAMA, "mistral.MistralDecoderLayer": MISTRAL,
     "qwen2.Qwen2DecoderLayer": LLAMA, "qwen3.Qwen3DecoderLayer": QWEN3,
+    "gemma2.Gemma2DecoderLayer": GEMMA2, "gemma3.Gemma3DecoderLayer": GEMMA3,
     "bert.BertLayer": BERT, "roberta.RobertaLayer": BERT, "xlm_roberta.XLMRobertaLayer": BERT,
     "camembert.CamembertLayer": BERT, "electra.ElectraLayer": BERT,
     "distilbert.TransformerBlock": DISTILBERT, "mpnet.MPNetLayer": MPNET,
+    "modernbert.ModernBertEncoderLayer": MODERNBERT,
 }
 
 
@@ -104,13 +122,13 @@ def fuse(backbone: nn.Module) -> bool:
     # A second call finds the fused classes of the first.
     blocks = [module for module in backbone.modules() if family_of(module) is not None]
     # A model with other blocks among these would mix two ways of passing hidden states.
-    if not blocks or len(blocks) != config.num_hidden_layers:
+    if not blocks or len(blocks) != getattr(config, "num_hidden_layers", None):
         return False
     family = family_of(blocks[0])
-    prologue = (ACTIVATIONS if len(family.up) == 1 else GATED).get(getattr(config, family.activation))
-    # Cross-attention, and an encoder's blocks that read only what stands before a token, are the library's.
-    if prologue is None or getattr(config, "add_cross_attention", False) \
-            or not family.causal and getattr(config, "is_decoder", False):
+    prologue = (GATED if family.gated else ACTIVATIONS).get(getattr(config, family.activation))
+    # Cross-attention, a decoder's blocks that read what follows, and an encoder's that do not are the library's.
+    settings = ("add_cross_attention", "use_bidirectional_attention" if family.causal else "is_decoder")
+    if prologue is None or any(getattr(config, name, False) for name in settings):
         return False
     for i, block in enumerate(blocks):
         if not isinstance(block, FusedBlock):
@@ -138,7 +156,8 @@ def heads_of(block: nn.Module, layer: int, config) -> Heads:
     # Mistral has one window for all blocks; in other families each block has its own, or none.
     window = config.sliding_window if block.family.window else getattr(attention, "sliding_window", None)
     return Heads(layer, (queries, getattr(config, "num_key_value_heads", None) or queries), size,
-                 getattr(attention, "scaling", size ** -0.5), window)
+                 getattr(attention, "scaling", size ** -0.5), window,
+                 config.attn_logit_softcapping if block.family.capped else None)
 
 
 def is_fused(backbone: nn.Module) -> bool:
@@ -146,9 +165,12 @@ def is_fused(backbone: nn.Module) -> bool:
     return any(isinstance(module, FusedBlock) for module in backbone.modules())
 
 
-def norm_prologue(norm: nn.Module) -> LayerNormPrologue | RMSNormPrologue:
-    """Returns a norm as the prologue of the layers that read it."""
-    return LayerNormPrologue(norm) if isinstance(norm, nn.LayerNorm) else RMSNormPrologue(norm)
+def norm_prologue(block: FusedBlock, name: str) -> LayerNormPrologue | RMSNormPrologue | None:
+    """Returns a block's norm as the prologue of the layers that read it; None for one that does nothing."""
+    norm = attrgetter(name)(block)
+    if isinstance(norm, nn.Identity):
+        return None
+    return LayerNormPrologue(norm) if isinstance(norm, nn.LayerNorm) else RMSNormPrologue(norm, block.family.offset)
 
 
 class FusedBlock:
@@ -165,7 +187,7 @@ class FusedBlock:
         family, part = self.family, lambda name: attrgetter(name)(self)
         last = self.last and tokens.last is not None
         # The norms are handed on as prologues: their output exists only within `frozen_linear`.
-        norms = [None, None] if family.before is None else [norm_prologue(part(name)) for name in family.before]
+        norms = [None, None] if family.before is None else [norm_prologue(self, name) for name in family.before]
         # Of the last block's queries the head reads those of the pooled tokens; keys and values it needs of all rows.
         qkv, kv = [part(name) for name in family.qkv], None
         if not last:
@@ -187,7 +209,7 @@ class FusedBlock:
 
     def normalise_heads(self, q: Tensor, kv: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Normalises each head of queries and keys; see `causal_attention` for both arguments."""
-        norms, widths = [norm_prologue(attrgetter(name)(self)) for name in self.family.head_norms], self.heads.widths
+        norms, widths = [norm_prologue(self, name) for name in self.family.head_norms], self.heads.widths
         if kv is None:
             return ApplyPrologue.apply(q, HeadNormPrologue(norms, widths)), None
         q, kv = (ApplyPrologue.apply(x, HeadNormPrologue([norm], [width]))
@@ -196,6 +218,8 @@ class FusedBlock:
 
     def add(self, number: int, y: Tensor, x: Tensor) -> Tensor:
         """Adds the output y of attention (0) or MLP (1) to its input x."""
+        if self.family.outputs is not None:
+            y = ApplyPrologue.apply(y, norm_prologue(self, self.family.outputs[number]))
         y = y.add_(x)
         return y if self.family.after is None else attrgetter(self.family.after[number])(self)(y)
 
@@ -220,7 +244,8 @@ class FusedEncoderBlock(FusedBlock):
         if not pooled:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         tokens = AllTokens(hidden_states.shape[:2], attention_mask, None if every else True)
-        return self.compute(hidden_states.flatten(0, 1), tokens).unflatten(0, (len(hidden_states), -1))
+        y = self.compute(hidden_states.flatten(0, 1), tokens, kwargs.get("position_embeddings"))
+        return y.unflatten(0, (len(hidden_states), -1))
 
 
 class FusedMPNetModel(MPNetModel):

@@ -70,12 +70,21 @@ class FastClassifier(TextClassifier):
         # the first token's state alone.
         if self.fused and not self.decoder and not every:
             mask = self.encoder_mask(input_ids, attention_mask)
-            return self.net(input_ids=input_ids, attention_mask=mask, pooled=True).logits.float()
+            some = {"every": True} if self.reads_all_tokens else {}
+            return self.net(input_ids=input_ids, attention_mask=mask, pooled=True, **some).logits.float()
         return super().batch_logits(input_ids, attention_mask, every)
+
+    @property
+    def reads_all_tokens(self) -> bool:
+        """Returns whether an encoder's head reads the mean of all tokens (ModernBERT's choice), not the first one."""
+        return getattr(self.net.config, "classifier_pooling", "cls") != "cls"
 
     def encoder_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
         mask = super().encoder_mask(input_ids, attention_mask)
-        if mask is not None and not mask.is_cpu and self.has_fused_blocks and self.net.config._attn_implementation == "sdpa":
+        config = self.net.config
+        # An architecture with windows makes its masks from the plain one.
+        if mask is not None and not mask.is_cpu and self.has_fused_blocks and config._attn_implementation == "sdpa" \
+                and not hasattr(config, "layer_types"):
             # The form that attention takes; for any other one the library asks the GPU whether it masks anything.
             mask = mask.bool()[:, None, None]
         return mask

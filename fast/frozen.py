@@ -218,7 +218,9 @@ class FrozenPrefix:
         if self.classifier.by_length:
             raise NotCacheable("sentences of each length are computed on their own")
         # For these the tests hold that the rest reads nothing but the cached output.
-        if self.classifier.has_fused_blocks or self.head_only and self.classifier.decoder:
+        if self.head_only and self.classifier.decoder:
+            return
+        if self.classifier.has_fused_blocks and not self.classifier.reads_all_tokens:
             return
         # With and without pads: without them the library builds no mask, and takes another kernel.
         kinds = {bool(batch.attention_mask.all()): batch for batch in sorted(batches, key=lambda b: b.input_ids.shape[1])}

@@ -320,4 +320,6 @@ def takes(lm: PreTrainedModel) -> bool:
     # Settings such as a repetition penalty are the library's to compute.
     config = lm.generation_config
     other = set() if config is None else {name for name in config.to_diff_dict() if name not in PLAIN and name[0] != "_"}
-    return is_fused(lm.base_model) and not other
+    # Caps of scores and logits (Gemma 2) are the library's too.
+    capped = any(getattr(lm.config, f"{name}_logit_softcapping", None) for name in ("attn", "final"))
+    return is_fused(lm.base_model) and not other and not capped

@@ -30,12 +30,12 @@ class LayerNormPrologue:
         return torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if by_onepass(x, self.weight, self.bias):
+        if self.bias is not None and by_onepass(x, self.weight, self.bias):
             return onepass.layer_norm(x, self.weight, self.bias, self.eps)
         return self._normalised(x)[0]
 
     def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        if by_onepass(x, self.weight, self.bias):
+        if self.bias is not None and by_onepass(x, self.weight, self.bias):
             return onepass.layer_norm_backward(x, self.weight, self.bias, self.eps, grad)
         y, mean, rstd = self._normalised(x)
         # Of the three gradients (input, weight, bias) the first alone: the norm is frozen.
@@ -46,8 +46,10 @@ class LayerNormPrologue:
 class RMSNormPrologue:
     """Llama's RMS normalisation: weight * x / sqrt(mean(x²) + eps), computed in float32 at least."""
 
-    def __init__(self, norm: nn.Module):
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
+    def __init__(self, norm: nn.Module, offset: float = 0.0):
+        # Gemma's weights are differences from one; in float32, as the library adds them.
+        self.weight = norm.weight.float() + offset if offset else norm.weight
+        self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns x / rms and 1 / rms."""

@@ -77,6 +77,11 @@ FAMILIES = {
     "mistral": {**GROUPED, "sliding_window": 4},
     "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": {**GROUPED, "attention_bias": True},
+    "gemma2": {**GROUPED, "sliding_window": 4, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**GROUPED, "sliding_window": 4, "query_pre_attn_scalar": 9, "layer_types": [
+        "sliding_attention", "full_attention"]},
+    "modernbert": {**ODD, "local_attention": 6, "layer_types": ["full_attention", "sliding_attention"],
+                   **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)},
 }
 
 

@@ -74,8 +74,20 @@ def test_mpnets_odd_sizes_give_the_librarys_states_with_a_bias_that_matters(size
         assert (classifier(ids, mask) - expected).abs().max() > 1e-3
 
 
+def test_a_head_that_reads_all_tokens_gets_them():
+    net = toy_net("modernbert", classifier_pooling="mean")
+    ids, mask = toy_batch()
+    with torch.no_grad():
+        expected = net(input_ids=ids, attention_mask=mask).logits
+        first = toy_net("modernbert")(input_ids=ids, attention_mask=mask).logits
+    classifier = fast_classifier(net)
+    assert classifier.has_fused_blocks and (expected - first).abs().max() > 1e-3
+    torch.testing.assert_close(logits_of(classifier, (ids, mask)), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("architecture, changes", [
-    ("gpt2", {"activation_function": "relu"}), ("llama", {"hidden_act": "relu"}), ("bert", {"is_decoder": True})], ids=str)
+    ("gpt2", {"activation_function": "relu"}), ("llama", {"hidden_act": "relu"}), ("bert", {"is_decoder": True}),
+    ("gemma3_text", {"use_bidirectional_attention": True})], ids=str)
 def test_what_is_not_known_is_left_alone(architecture, changes):
     net = toy_net(architecture, **changes)
     before = [type(module) for module in net.modules()]

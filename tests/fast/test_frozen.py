@@ -95,6 +95,15 @@ def test_kept_logits_and_gradients_equal_fresh_ones_bit_for_bit(architecture, pa
         assert torch.equal(step(classifier, unkept)["logits"], expected["logits"])  # nothing cached: computed as ever
 
 
+def test_a_head_that_reads_all_tokens_gets_them_from_the_cache():
+    classifier, batch = fast_classifier(toy_net("modernbert", classifier_pooling="mean")), toy_batches()[0]
+    classifier.net.base_model.requires_grad_(False)
+    expected = step(classifier, batch)["logits"]
+    classifier.prefix = FrozenPrefix(classifier)
+    classifier.prefix.cache([batch])
+    assert batch.cached.shape[:2] == batch.input_ids.shape and torch.equal(step(classifier, batch)["logits"], expected)
+
+
 @pytest.mark.parametrize("part", ["upper", "head"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_frozen_blocks_are_not_run_where_their_results_are_kept(architecture, part, monkeypatch):

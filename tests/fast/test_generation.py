@@ -75,7 +75,7 @@ def test_either_way_of_computing_attention_gives_the_librarys_texts(architecture
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_windows_biases_and_norms_of_heads_give_the_librarys_texts(architecture):
     lm = language_model(architecture)
-    assert generation.takes(lm)
+    assert generation.takes(lm) == (architecture != "gemma2")  # its scores and logits have a cap
     assert texts(lm, end={VOCAB}, sampling=Sampling(greedy=True), batch_size=3) == library_texts(lm, VOCAB)
 
 

@@ -1,0 +1,44 @@
+"""The families of architectures with fused blocks, as train_throughput.py measures them: a real width, few blocks."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from benchmarks import common
+from record.files import make_folder
+
+BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+# The widths of published models: BERT's base size, SmolLM2-135M, Qwen2.5-0.5B, Qwen3-0.6B. Mistral has none of this size.
+FAMILIES = {
+    "gpt2": {}, "bert": BASE, "distilbert": {}, "mpnet": BASE, "roberta": BASE, "xlm-roberta": BASE,
+    "electra": {**BASE, "embedding_size": 768},
+    "llama": {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536},
+    "mistral": {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 3584},
+    "qwen2": {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864},
+    "qwen3": {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 3072,
+              "head_dim": 128},
+}
+# No dropout in the backbone, as this project has none: PEFT at its best.
+DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout",
+            "attention_dropout")
+BLOCKS = 6
+
+
+def base_of_family(family: str, work: Path) -> str:
+    """Makes a folder with a model of the family, random weights, and SmolLM2's tokenizer; returns its path."""
+    folder = make_folder(work / f"family-{family}")
+    tokenizer = common.tokenizer_of("smollm2")
+    default = AutoConfig.for_model(family)
+    sizes = {name: 0.0 for name in DROPOUTS if hasattr(default, name)}
+    config = AutoConfig.for_model(family, **{
+        "num_hidden_layers": BLOCKS, "vocab_size": 50_304, "max_position_embeddings": 1024,
+        "pad_token_id": tokenizer.pad_token_id, **sizes, **FAMILIES[family]})
+    torch.manual_seed(0)
+    # A decoder's language model, because `load_classifier` puts a head on it.
+    is_decoder = hasattr(config, "num_key_value_heads") or family == "gpt2"
+    auto = AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification
+    auto.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
