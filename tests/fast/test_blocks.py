@@ -1,5 +1,7 @@
 """fused: the shorter way gives the library's logits and gradients, and really is shorter."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import nn
 
 from data.backbones import blocks_of
 from fast.attention import Rotate, unique_tokens
-from fast.blocks import fuse
+from fast.blocks import FAMILIES, fuse
 from model import LoRAOptions, TextClassifier, inject_lora
 from train_utils import trainable
 
@@ -200,3 +202,10 @@ def test_rotation_has_the_gradient_of_its_formula():
     half = torch.cat([-heads[..., 2:], heads[..., :2]], -1)
     expected = heads * angle.cos()[:, None] + half * angle.sin()[:, None]
     torch.testing.assert_close(turned(x), torch.cat([expected.flatten(1), x[:, 8:]], 1), atol=1e-12, rtol=0)
+
+
+def test_the_page_names_every_family():
+    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    named = page.partition("fused blocks and are the fastest: ")[2].partition(". All others")[0]
+    types = {name.strip("` \n").replace("-", "_").removesuffix("_text") for name in named.replace(" and", ",").split(",")}
+    assert types == {name.partition(".")[0] for name in FAMILIES}
