@@ -41,9 +41,9 @@ def base_of_family(family: str, work: Path, blocks: int) -> str:
         "num_hidden_layers": blocks, "vocab_size": 50_304, "max_position_embeddings": 1024,
         "pad_token_id": tokenizer.pad_token_id, **sizes, **FAMILIES[family]})
     torch.manual_seed(0)
-    # A decoder's language model, because `load_classifier` puts a head on it.
+    # A decoder's language model, or an encoder without a head: as people publish them.
     is_decoder = hasattr(config, "num_key_value_heads") or family == "gpt2"
-    auto = AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification
-    auto.from_config(config).save_pretrained(folder)
+    net = (AutoModelForCausalLM if is_decoder else AutoModelForSequenceClassification).from_config(config)
+    (net if is_decoder else net.base_model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
