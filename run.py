@@ -127,8 +127,7 @@ def _prepare(args) -> None:
             raise UserError(f"{args.mode} is for one process, and here are {processes.count()}; "
                             f"{' and '.join(SEVERAL_PROCESSES)} take several (docs/scaling.md)")
         if args.seeds or getattr(args, "folds", None):
-            raise UserError(f"--seeds and --folds are for one process, and here are {processes.count()}; start the runs one "
-                            "by one")
+            raise UserError(f"--seeds and --folds are for one process, not {processes.count()}; start the runs one by one")
         processes.start(hardware.device().type)
 
 

@@ -132,8 +132,7 @@ class Predict(Options):
     file: Path | None = option(None, "sentences, one a line, or a table with the run's columns; -: stdin", metavar="FILE")
     format: str | None = option(None, "format of --file; by default its ending", ("text", "csv", "tsv", "jsonl", "parquet"))
     json: bool = option(False, "print one JSON object a line")
-    out: Path | None = option(None, "new .parquet or .jsonl file of answers to --file, begun or continued; for a folder of "
-                              "such files a folder", metavar="FILE")
+    out: Path | None = option(None, "new .parquet or .jsonl file, or folder of them, of answers to --file", metavar="FILE")
     engine: str = option("local", "who answers a folder: this process, or Ray's (docs/scaling.md)", ("local", "ray"))
     address: str | None = option(None, "Ray cluster; by default one of this machine", metavar="HOST:PORT")
     workers: int | None = option(None, "processes of --engine ray; by default one a core", least=1)
