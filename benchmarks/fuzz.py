@@ -103,7 +103,7 @@ def check_table(folder: Path, ending: str, content: bytes) -> None:
         return
     assert not refused, f"training reads on: {refused}"
     for name, cells in table.columns.items():
-        assert repr(cells) == repr([row.columns.get(name) for row in rows]), f"another column {name}"
+        assert repr(list(cells)) == repr([row.columns.get(name) for row in rows]), f"another column {name}"
     # Cells that are no text, label or number are refused; the others can be written as UTF-8.
     for features in ((), ("x",)):
         try:

@@ -129,7 +129,7 @@ def test_no_step_between_two_reads_waits_for_the_gpu(name, monkeypatch):
     if isinstance(model, TextClassifier):
         model.net.config.pad_token_id = None  # as `from_causal_lm` leaves it, or the library looks for pads
     reference = {key: value.clone() for key, value in model.state_dict().items()}
-    monkeypatch.setattr(Batch, "pin", lambda self: None)  # needs a real GPU
+    monkeypatch.setattr(Batch, "pinned", lambda self: self)  # needs a real GPU
     monkeypatch.setattr(torch.nn.utils.clip_grad, "_group_tensors_by_device_and_dtype", lambda *tensors: {
         (GPU, kind): group for (_, kind), group in GROUPED(*tensors).items()})
     made, objective = batches(), train_utils.label_loss()
