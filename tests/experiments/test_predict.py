@@ -291,7 +291,8 @@ def test_what_cannot_share_the_base_is_refused(runs, capsys, tmp_path, name, say
 @pytest.mark.parametrize("arguments, says", [
     ((), "expected RUN_DIR, or --adapter"), (("RUN",), "expected sentences, or --file"),
     (("RUN", "x", "--file", "y"), "not both"), (("RUN", " "), "sentence 1: the text is empty"),
-    (("RUN", "--file", "nowhere.csv"), "nowhere.csv: cannot be read"), (("RUN", "--file", "."), "cannot be read"),
+    (("RUN", "--file", "nowhere.csv"), "nowhere.csv: cannot be read"),
+    (("RUN", "--file", "."), "expected --file FOLDER --out FOLDER"),
     (("--adapter", "a", "--file", "x"), "expected NAME=DIR"),
     (("RUN", "--adapter", "a=b", "--file", "x"), "expected RUN_DIR, or"),
     (("--adapter", "a=RUN", "--adapter", "a=RUN", "--file", "x"), "the name is given twice"),

@@ -352,10 +352,11 @@ def test_slow_connections_of_every_kind_keep_nobody_out(runs):
     """A few dozen; benchmarks/fuzz_service.py holds hundreds."""
     from benchmarks import fuzz_service
 
-    _, app = make(runs, body_seconds=1.0)
-    with running(app, ConnectionLimits(connections=30, header_seconds=1.0, answer_seconds=1.0)) as port:
+    _, app = make(runs, body_seconds=2.0)
+    with running(app, ConnectionLimits(connections=30, header_seconds=2.0, answer_seconds=2.0)) as port:
         result = fuzz_service.hold(f"http://127.0.0.1:{port}", connections=60, seconds=30)
-    assert result["failed"] == [] and result["tried"] >= 64
+    # The connections, and at least one question of each kind while they were held.
+    assert result["failed"] == [] and result["tried"] >= 62
 
 
 def test_slow_connections_are_for_this_machine_alone():
