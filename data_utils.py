@@ -242,7 +242,7 @@ def sizes_of(batches: Sequence[Batch]) -> np.ndarray:
 
 def make_batches(split: Split, tokenizer, max_length: int, batch_size: int, seed: int,
                  batch_tokens: int | None = None, truncate: str = "tail", shared_prefixes: bool = False) -> Sequence[Batch]:
-    """Makes length-bucketed batches of a split, whose rows stay the same for the whole run.
+    """Makes length-bucketed batches of a split. A batch has the same rows in every epoch.
 
     Args:
         shared_prefixes: whether sentences of equal length with a shared prefix stand together, a few at a time: a decoder

@@ -8,8 +8,8 @@
     evaluation    logits and scores of every row, by a model of one embedding
     memory        the peak of a fresh process, above that of its start (libraries and tokenizer loaded)
 
-Each size runs in processes of its own. Rates and growth are of processor time, all processes together: another program on
-the machine changes it little. Seconds of the clock stand beside it.
+Each size runs in processes of its own. Rates and growth are of processor time, summed over all processes, because other
+programs on the machine change it little. The clock's seconds are printed too.
 """
 from __future__ import annotations
 

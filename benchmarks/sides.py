@@ -29,8 +29,9 @@ from machine import hardware
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier, lora_layers
 
 BATCH_SIZE = 16
+# A part of an operator's name -> the group that its time is counted in.
 PARTS = {"mm": "products", "linear_pointwise": "products", "dot_product": "attention", "norm": "norms and activations",
-         "silu": "norms and activations", "sigmoid": "norms and activations"}  # operators, by what is in their names
+         "silu": "norms and activations", "sigmoid": "norms and activations"}
 
 
 class Side:

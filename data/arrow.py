@@ -137,7 +137,11 @@ def _python(chunk: pa.Array | list) -> list:
 # ---------------------------------------------------------------- files
 
 def write_columns(path: Path, columns: dict[str, Sequence], about: dict) -> None:
-    """Writes columns of one length, and what is known about them, into an Arrow file.
+    """Writes columns and facts about them into an Arrow file.
+
+    Args:
+        columns: name -> values, all of the same length.
+        about: facts, as JSON takes them.
 
     Raises:
         OSError: it cannot be written.

@@ -119,7 +119,14 @@ def _encoded(sentences: Sequence[str], tokenizer, max_length: int, truncate: str
 
 
 def encode_part(sentences: list[str], start: int, tokenizer, max_length: int, truncate: str) -> tuple[list[list[int]], int]:
-    """Returns the token ids of some sentences, of which `start` is the first one's row, and the number of those cut."""
+    """Returns the token ids of some sentences, and the number of sentences that were cut.
+
+    Args:
+        start: row of the first sentence in its split, for errors.
+
+    Raises:
+        UserError: see `encode`.
+    """
     texts = arguments_of(tokenizer, sentences)
     settings = {"add_special_tokens": True, "verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
     ids = tokenizer(*texts, truncation=False, **settings)["input_ids"]

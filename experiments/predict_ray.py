@@ -71,8 +71,8 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[int]:
     Raises:
         UserError: Ray is not installed, or the cluster does not answer.
     """
-    # Statistics about this program are nobody's; Ray's log has a file; and the answers are what the user waits for, so that
-    # workers do not give way to every other program, as Ray's do.
+    # Ray sends no usage statistics and prints no log. Its workers get the priority of this command: by default Ray gives
+    # them a lower one than every other program has.
     for name, value in {"USAGE_STATS_ENABLED": "0", "BACKEND_LOG_LEVEL": "fatal", "worker_niceness": "0"}.items():
         os.environ.setdefault(f"RAY_{name}", value)
     try:

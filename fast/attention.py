@@ -174,7 +174,16 @@ def causal_attention(heads: Heads, q: Tensor, kv: Tensor | None, rotary: tuple[T
 
 
 def capped_attention(heads: Heads, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Computes attention (B, heads, T, size) whose scores have a cap; `mask`: which of them are read."""
+    """Computes softmax(cap tanh(scale q kᵀ / cap)) v, attention with capped scores (Gemma Team 2024, "Gemma 2", section 2).
+
+    Args:
+        q: (B, query heads, T, size).
+        k, v: (B, key heads, T', size); consecutive query heads share a key head.
+        mask: broadcast to (B, query heads, T, T'), true where a key is read; None: all are.
+
+    Returns:
+        (B, query heads, T, size).
+    """
     shared = q.shape[1] // k.shape[1]
     k, v = (x if shared == 1 else x.repeat_interleave(shared, 1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)).mul(heads.scale / heads.cap).tanh().mul(heads.cap)

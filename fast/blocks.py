@@ -40,7 +40,7 @@ from fast.prologue import (
 )
 
 ACTIVATIONS = {"gelu_new": GELUPrologue(), "gelu_pytorch_tanh": GELUPrologue(), "gelu": ExactGELUPrologue()}
-# Of an MLP whose first layers are a gate and what it lets through.
+# Activations of a gated MLP: that of the gate, times the values.
 GATED = {"silu": SwiGLUPrologue(), "gelu": GatedPrologue(F.gelu, torch.ops.aten.gelu_backward),
          "gelu_pytorch_tanh": GatedPrologue(partial(F.gelu, approximate="tanh"),
                                             partial(torch.ops.aten.gelu_backward, approximate="tanh"))}
@@ -62,7 +62,7 @@ class Family:
     head_norms: tuple[str, str] | None = None  # norms of each head of queries and keys
     capped: bool = False  # whether attention's scores have the configuration's cap
     window: bool = False  # whether the configuration's sliding window holds for every block
-    gated: bool = False  # whether the MLP's first layers, or halves of its one, are a gate and what it lets through
+    gated: bool = False  # whether the MLP is gated: its first layers, or halves of its one, are the gate and the values
     activation: str = "hidden_act"  # the name of the MLP's activation in the configuration
 
     @property

@@ -171,7 +171,7 @@ class RunOptions:
                          "features: a head without text", METHODS, often=True, not_in="distil compare")
     lora: LoRAOptions = option(LoRAOptions(), not_in="distil")
     table: TableOptions = option(TableOptions(), not_in="distil")
-    init: Path | None = option(None, "finished run whose adapter and head are trained on", not_in="distil")
+    init: Path | None = option(None, "finished run; training starts from its adapter and head", not_in="distil")
     keep: bool = option(True, "recompute the frozen blocks, and cache none of their results", not_in="distil", free=True)
     keep_memory: float = option(2.0, "GiB of memory for results of frozen blocks", least=0, not_in="distil", free=True)
     max_length: int | None = option(None, "tokens of a text; the model's context if not given", least=1)
