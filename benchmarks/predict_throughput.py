@@ -8,8 +8,8 @@
     per core     rows for each second of processor time, of either; other programs on the machine change it little
     billion      hours of one core, or of CORES, for 1,000,000,000 such rows
 
-With --workers instead: SHARDS shards answered by --engine ray, by one worker and by that many; from the first row to the last
-answer, without the seconds in which Ray starts and workers load the model.
+With --workers instead: SHARDS shards answered by --engine ray, by one worker and by that many; from the first row to the
+last answer, without the seconds in which Ray starts and workers load the model.
 
 The rows are short sentences: those of the built-in grammar for its own pair, CoLA's for other models.
 """
