@@ -1,5 +1,6 @@
 # make run     install what is needed, then gen, LoRA and distil
 # make test    install what is needed, then the test suite, a process for each core
+# make test-slow  the tests marked slow: killed programs, several processes, Ray, exports of teachers
 # make fuzz    damaged files by the thousand: none may end in a traceback
 # make bench-gpu  every check and benchmark of a GPU, into benchmarks/results/
 # make report  tables, plots and the PDF of a run: make report SR=12345
@@ -12,7 +13,7 @@ PROFILE ?= quick
 SEEDS ?= 3
 BIN := .venv/bin
 
-.PHONY: run test fuzz bench-gpu lint report paper clean
+.PHONY: run test test-slow fuzz bench-gpu lint report paper clean
 
 # The stamps name what is installed: a changed pin installs anew.
 .venv/run.stamp: requirements.txt
@@ -45,9 +46,12 @@ bench-gpu: .venv/test.stamp
 	$(BIN)/python benchmarks/gpu.py
 
 # One thread in each process, unless the environment says more: processes of several threads would wait for one another.
-test: export OMP_NUM_THREADS ?= 1
+test test-slow: export OMP_NUM_THREADS ?= 1
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-slow: .venv/test.stamp
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 # import-linter takes packages only: a folder of links shows it the modules of the root as packages.
 lint: .venv/test.stamp

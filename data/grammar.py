@@ -11,6 +11,7 @@ language model learns from acceptable sentences only, held-out words among them 
 GPT-2, it knows the language and has never seen a judgement.
 """
 
+import functools
 import random
 import re
 from pathlib import Path
@@ -165,6 +166,7 @@ class Verb(NamedTuple):
     ing: str
 
 
+@functools.cache
 def add_s(word: str) -> str:
     """Returns the plural of a regular noun, or the third person of a verb."""
     if re.search(r"[^aeiou]y$", word):
@@ -172,6 +174,7 @@ def add_s(word: str) -> str:
     return word + ("es" if re.search(r"(s|x|ch|sh)$", word) else "s")
 
 
+@functools.cache
 def inflect(entry: str) -> Verb:
     """Returns the forms of `sleep/slept/slept` or `arrive`; the lexicon gives irregular forms."""
     base, *given = entry.split("/")
@@ -333,11 +336,17 @@ SLOTS = {
 }
 
 
+@functools.cache
+def templates_of(phenomenon: str) -> list[list[str]]:
+    """Returns a phenomenon's templates: each an acceptable one, and its violations."""
+    text = re.sub(r"\s+\|", " |", {**IN_DOMAIN, **HELD_OUT}[phenomenon].strip())
+    return [line.strip().split(" | ") for line in text.splitlines()]
+
+
 def pair(phenomenon: str, rng: random.Random, entries: dict[str, list[str]]) -> tuple[str, str]:
     """Samples an acceptable sentence of the phenomenon, and the same with one violation."""
-    templates = re.sub(r"\s+\|", " |", {**IN_DOMAIN, **HELD_OUT}[phenomenon].strip()).splitlines()
     scene = Scene(rng, entries)
-    good, *spoilt = rng.choice(templates).strip().split(" | ")
+    good, *spoilt = rng.choice(templates_of(phenomenon))
     good, bad = (template.format_map(scene) for template in (good, rng.choice(spoilt)))
     if good.endswith(".") and bad.endswith(".") and scene.chance(0.1):
         good, bad = f"{scene['thinks']} that {good}", f"{scene['thinks']} that {bad}"

@@ -322,6 +322,7 @@ def test_a_closed_stream_gives_its_number_to_no_file(tmp_path, streams):
     assert (tmp_path / "out.txt").read_text() == "kept"
 
 
+@pytest.mark.slow
 def test_a_run_without_streams_ends_well(work, tmp_path):
     done = shell(f"$RUN eval {work / 'run'} --data {work / 'cola' / 'in_domain_dev.tsv'} --predictions "
                  f"{tmp_path / 'out.tsv'} <&- >&- 2>&-")
@@ -329,6 +330,7 @@ def test_a_run_without_streams_ends_well(work, tmp_path):
     assert (tmp_path / "out.tsv").read_text().startswith("sentence\tlabel")
 
 
+@pytest.mark.slow
 def test_a_closed_standard_input_is_an_empty_one(work):
     arguments = f"predict {work / 'run'} --file - --format text"
     closed = shell(f"$RUN {arguments} <&-")

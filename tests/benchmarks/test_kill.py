@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import warm
 
+pytestmark = pytest.mark.slow
+
 DRIVER = Path(__file__).parents[2] / "benchmarks" / "kill_test.py"
 
 

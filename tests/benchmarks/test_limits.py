@@ -28,6 +28,7 @@ def one_line(attempt: dict) -> str:
     return attempt["stderr"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where, names, checkpoint", [
     ("first checkpoint", "checkpoint.safetensors: cannot be written (File too large)", False),
     ("later checkpoint", "checkpoint.safetensors: cannot be written (File too large)", True),
@@ -42,6 +43,7 @@ def test_a_quota_is_one_line_and_the_run_ends_in_the_same_bytes_once_there_is_ro
     assert result[where]["failures"] == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_and_then_read_only_likewise(result):
     """On a small file system of its own, where the tests may mount one; a quota stands for it elsewhere."""
     disk = result["disk"]

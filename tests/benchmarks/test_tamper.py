@@ -10,6 +10,8 @@ from machine.errors import UserError
 from record import files
 from report import figures
 
+pytestmark = pytest.mark.slow
+
 FLIPS = 4
 
 

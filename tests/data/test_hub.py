@@ -443,6 +443,7 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_the_paper_is_gpt2_on_cola_where_the_hub_is_in_reach(hub_folder, tmp_path):
     words = ("paper", "12345", "--profile", "full", "--seeds", "1", "--only", "grid", "--out", str(tmp_path / "paper"))
     program = warm.program(tmp_path, hub=True)

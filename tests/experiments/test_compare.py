@@ -249,6 +249,7 @@ run.main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_keeps_what_is_finished_and_resumes_what_is_not(work, tmp_path, same_process):
     """Real processes: the comparison is killed while its second run trains, and its child goes with it."""
     toy.write_cola(tmp_path / "cola", train=240)

@@ -167,6 +167,7 @@ def killed_once(mark: Path, args, shards):
     return load_worker(args, shards)
 
 
+@pytest.mark.slow
 def test_two_workers_one_of_them_killed_give_the_bytes_of_one_process(run, tmp_path, monkeypatch):
     monkeypatch.setattr(predict_file, "WINDOW", 4)
     monkeypatch.setattr(predict_file, "PART_WINDOWS", 2)

@@ -180,6 +180,7 @@ def test_a_student_is_exported_and_two_runs_are_compared(place, name, tmp_path, 
         assert one["interval"][0] <= one["value"] <= one["interval"][1]
 
 
+@pytest.mark.slow
 def test_an_exported_classifier_of_pairs_has_the_token_types_in_its_graph(place, tmp_path):
     assert toy.main("export", place / "numbers", "--out", tmp_path / "onnx") == 0
     tokenizer = Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json"))

@@ -51,6 +51,7 @@ def test_export_writes_the_weights_that_are_asked_for_and_says_so(distilled, tmp
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_export_writes_the_classifier_of_a_lora_run_and_says_so(work, tmp_path, capsys):
     assert toy.main("export", work / "LoRA", "--out", tmp_path / "out", "--int8") == 0
     printed = capsys.readouterr().out

@@ -167,6 +167,7 @@ def test_started_again_it_does_nothing_and_with_more_trials_the_rest(work, tmp_p
     assert call(work, tmp_path / "s", *more, "--trials", 2, "--overwrite") == 0 and len(trials(tmp_path / "s")) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_trial_it_was_killed_in(work, tmp_path):
     """A real process, killed while its second trial trains."""
     toy.write_cola(tmp_path / "cola", train=400)
@@ -199,6 +200,7 @@ def test_a_stopped_sweep_names_the_command_that_goes_on_with_the_same_values(wor
     assert [t["params"]["lr"] for t in found].count(stopped) == 2 and found[3]["params"]["lr"] == stopped
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study_by_its_url_and_do_each_trial_once(work, tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     processes = []

@@ -77,6 +77,7 @@ def trained(found, work):
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_and_weights_of_one(trained):
     one, *two = trained
     assert len(one["gradients"]) == 12
@@ -90,6 +91,7 @@ def test_two_processes_have_the_gradients_and_weights_of_one(trained):
     assert max(torch.tensor(value).abs().max() for value in one["gradients"][0].values()) > 1e-2
 
 
+@pytest.mark.slow
 def test_each_sentence_is_computed_once_an_epoch_and_every_process_knows_the_result(trained):
     one, *two = trained
     assert sorted(two[0]["rows"] + two[1]["rows"]) == sorted([*range(21)] * 2)
@@ -102,12 +104,14 @@ def test_each_sentence_is_computed_once_an_epoch_and_every_process_knows_the_res
     assert without_times(two[0]["history"]) == without_times(two[1]["history"])
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_by_each_for_itself(trained):
     one, *two = trained
     assert one["draw"] == two[0]["draw"] != two[1]["draw"]
     assert two[1]["draw"] == torch.rand(3, generator=torch.Generator().manual_seed(7 + 100_000)).tolist()
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_trains_the_adapter_of_one(work, found):
     assert found["one"]["statuses"] == [0] and found["two"]["statuses"] == [0, 0] and found["two"]["said"] == []
     one, two = (load_file(work / name / "adapter_model.safetensors") for name in ("one", "two"))
@@ -121,6 +125,7 @@ def test_a_run_of_two_processes_trains_the_adapter_of_one(work, found):
     assert config["processes"] == 2 and config["command"].startswith("torchrun --nproc-per-node 2 run.py ")
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_writes_and_prints(work, found):
     first, second = found["two"]["stdout"]
     assert "best epoch" in first and second == ""
@@ -129,6 +134,7 @@ def test_the_first_process_alone_writes_and_prints(work, found):
     assert len(list((work / "two" / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, says", [
     ("bad", "--rank 4000: expected 1 to 32"), ("two", "holds a finished run"), ("sweep", "sweep is for one process")])
 def test_bad_input_is_told_once(found, name, says):
@@ -137,6 +143,7 @@ def test_bad_input_is_told_once(found, name, says):
     assert len(ended["said"]) == 1 and says in ended["said"][0]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_asked_to_stop_ends_both_with_one_line(found):
     assert found["stopped"]["statuses"] == [143, 143]
     (line,) = found["stopped"]["said"]
@@ -144,12 +151,14 @@ def test_a_process_that_is_asked_to_stop_ends_both_with_one_line(found):
     assert line.endswith(" --resume")
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_one_line(found):
     assert found["killed"]["statuses"] == [1, -9]
     (line,) = found["killed"]["said"]
     assert line.startswith("run.py: another of the 2 processes has ended; continue with: torchrun --nproc-per-node 2 ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stopped", "killed"])
 def test_a_resumed_run_ends_in_the_bytes_of_one_that_was_not_interrupted(work, found, name):
     """With dropout: each process goes on with its own random numbers."""
@@ -161,6 +170,7 @@ def test_a_resumed_run_ends_in_the_bytes_of_one_that_was_not_interrupted(work, f
     assert lines[0] == lines[1] and len(lines[0]) == 6
 
 
+@pytest.mark.slow
 def test_distillation_in_two_processes_is_that_of_one(work, found):
     assert found["distil-1"]["statuses"] == [0] and found["distil-2"]["statuses"] == [0, 0], found["distil-2"]
     for name in ("student", "scratch"):

@@ -161,6 +161,7 @@ def test_what_main_tex_asks_for_is_what_is_written(whole):
 needs_latex = pytest.mark.skipif(not shutil.which("latexmk"), reason="latexmk is not installed")
 
 
+@pytest.mark.slow
 @needs_latex
 @pytest.mark.parametrize("done", [tuple(STEPS), ()], ids=["all", "nothing"])
 def test_the_paper_builds_whatever_is_done(tmp_path, done):

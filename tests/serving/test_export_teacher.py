@@ -16,6 +16,8 @@ from record.calibration import Calibration
 from serving import export, export_teacher
 from serving.texts import Reading
 
+pytestmark = pytest.mark.slow
+
 # Each export takes seconds: every test below asks as much of one as it can.
 SENTENCES = ["The cat sat on the mat.", "A dog", "cat", "The dog ran to the mat on the cat.", "Café, naïve: 東京 🐈"]
 CLASSES = ("no", "yes")
