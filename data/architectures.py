@@ -21,7 +21,7 @@ from machine import hardware
 from machine.errors import UserError
 from options.schema import ROLES
 
-# Which module of a block plays which role. GPT-2 computes q, k and v in one fused projection.
+# Which module of a block plays which role. GPT-2 and ModernBERT compute q, k and v in one fused projection.
 ROLE_MODULES = {
     "gpt2": {"q": ["attn.c_attn"], "k": ["attn.c_attn"], "v": ["attn.c_attn"], "o": ["attn.c_proj"],
              "mlp": ["mlp.c_fc", "mlp.c_proj"]},
@@ -33,8 +33,12 @@ ROLE_MODULES = {
                    "o": ["attention.out_lin"], "mlp": ["ffn.lin1", "ffn.lin2"]},
     "mpnet": {"q": ["attention.attn.q"], "k": ["attention.attn.k"], "v": ["attention.attn.v"],
               "o": ["attention.attn.o"], "mlp": ["intermediate.dense", "output.dense"]},
+    "deberta-v2": {"q": ["attention.self.query_proj"], "k": ["attention.self.key_proj"], "v": ["attention.self.value_proj"],
+                   "o": ["attention.output.dense"], "mlp": ["intermediate.dense", "output.dense"]},
+    "modernbert": {"q": ["attn.Wqkv"], "k": ["attn.Wqkv"], "v": ["attn.Wqkv"], "o": ["attn.Wo"],
+                   "mlp": ["mlp.Wi", "mlp.Wo"]},
 }
-FUSED_QKV = "attn.c_attn"
+FUSED_QKV = ("attn.c_attn", "attn.Wqkv")  # q, k and v side by side
 
 
 def parse_layers(text: str | None, blocks: int) -> list[int]:

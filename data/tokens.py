@@ -12,17 +12,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
-from data.arrow import AT_A_TIME, Column, in_parts, read_columns, write_columns
+from data.arrow import AT_A_TIME, Column, as_arrow, in_parts, read_columns, write_columns
 from data.cache import cache_folder, fingerprint, kept
 from data.digests import tokenizer_digest
 from data.segments import arguments_of
 from machine import threads
 from machine.errors import UserError
 from machine.progress import Bar
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LARGE_SPLIT = 20_000  # rows: a larger split is tokenised by all cores, and its batches are made when they are asked for
 TOKENS = "tokens.arrow"
@@ -191,9 +194,10 @@ def _write(texts: Column, how: tuple, key: str, folder: Path) -> None:
         key: the fingerprint of the tokens.
     """
     import datasets
+    import pyarrow as pa
 
     folder.mkdir()
-    table = pa.table({"texts": pa.chunked_array(texts.chunks)})
+    table = pa.table({"texts": pa.chunked_array(list(map(as_arrow, texts.chunks)))})
     rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=key)
     features = datasets.Features({"ids": datasets.LargeList(datasets.Value("int32")), "cut": datasets.Value("int64")})
     # The library draws its bar on a terminal; in a file there is one line at the end.
@@ -217,6 +221,8 @@ def _write(texts: Column, how: tuple, key: str, folder: Path) -> None:
 
 def _tokens_of(how: tuple, texts: pa.Table, rows: Sequence[int]) -> pa.Table:
     """Tokenises some rows in one of the processes."""
+    import pyarrow as pa
+
     found = TokenIds.of(*encode_part(texts["texts"].to_pylist(), rows[0], *how))
     # The number of cuts stands in the first row.
     cut = [found.cut] + [0] * (len(rows) - 1)

@@ -259,6 +259,8 @@ class AllTokens:
     shape: tuple[int, int]  # B, T
     mask: Tensor | None  # (B or 1, heads or 1, T or 1, T), what attention adds to its scores, or which of them it reads
     last: bool | None  # True: the head reads the first token alone; None: all
+    # Adds scores to those of queries and keys (encoders.py); the mask then says which of them attention reads.
+    distances: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def pooled(self, x: Tensor) -> Tensor:  # (B * T, C) -> (B, C)
         """Returns the rows that the head reads."""
@@ -282,5 +284,8 @@ class AllTokens:
         if mask is not None and mask.shape[2] != q.shape[1]:
             mask = mask[:, :, :q.shape[1]]
         q, k, v = (x.unflatten(-1, (-1, heads.size)).transpose(1, 2) for x in (q, *kv.chunk(2, -1)))
+        if self.distances is not None:
+            scores = self.distances(q, k) * heads.scale
+            mask = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         y = F.scaled_dot_product_attention(q, k, v, mask, scale=heads.scale)
         return y.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -23,10 +23,9 @@ from operator import attrgetter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.mpnet.modeling_mpnet import MPNetModel
 
 from fast.attention import AllTokens, Heads, UniqueTokens
+from fast.encoders import ENCODERS, fused_model
 from fast.frozen_linear import frozen_linear
 from fast.prologue import (
     ApplyPrologue,
@@ -82,6 +81,7 @@ DISTILBERT = Family(False, ("attention.q_lin", "attention.k_lin", "attention.v_l
                     ("ffn.lin1",), "ffn.lin2", after=("sa_layer_norm", "output_layer_norm"), activation="activation")
 MPNET = Family(False, ("attention.attn.q", "attention.attn.k", "attention.attn.v"), "attention.attn.o",
                ("intermediate.dense",), "output.dense", after=("attention.LayerNorm", "output.LayerNorm"))
+DEBERTA = replace(BERT, qkv=("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"))
 MISTRAL = replace(LLAMA, window=True)
 QWEN3 = replace(LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
 GEMMA2 = replace(LLAMA, before=("input_layernorm", "pre_feedforward_layernorm"), offset=1.0, activation="hidden_activation",
@@ -97,6 +97,7 @@ FAMILIES = {
     "bert.BertLayer": BERT, "roberta.RobertaLayer": BERT, "xlm_roberta.XLMRobertaLayer": BERT,
     "camembert.CamembertLayer": BERT, "electra.ElectraLayer": BERT,
     "distilbert.TransformerBlock": DISTILBERT, "mpnet.MPNetLayer": MPNET,
+    "deberta_v2.DebertaV2Layer": DEBERTA,
     "modernbert.ModernBertEncoderLayer": MODERNBERT,
 }
 
@@ -130,12 +131,15 @@ def fuse(backbone: nn.Module) -> bool:
     settings = ("add_cross_attention", "use_bidirectional_attention" if family.causal else "is_decoder")
     if prologue is None or any(getattr(config, name, False) for name in settings):
         return False
+    encoder = ENCODERS.get(type(backbone).__name__)
+    if encoder is not None and not encoder.fits(config):
+        return False
     for i, block in enumerate(blocks):
         if not isinstance(block, FusedBlock):
             block.__class__ = fused_class(type(block))
         block.last, block.heads, block.activation = i == len(blocks) - 1, heads_of(block, i, config), prologue
-    if type(backbone) is MPNetModel:
-        backbone.__class__ = FusedMPNetModel
+    if encoder is not None:
+        backbone.__class__ = fused_model(type(backbone))
     return True
 
 
@@ -153,10 +157,12 @@ def heads_of(block: nn.Module, layer: int, config) -> Heads:
     attention = block.get_submodule(block.family.qkv[0].rpartition(".")[0])
     size = getattr(attention, "head_dim", None) or attention.attention_head_size
     queries = config.num_attention_heads
+    # DeBERTa's scores are sums of up to three dot products.
+    parts = 1 + len(getattr(attention, "pos_att_type", ()))
     # Mistral has one window for all blocks; in other families each block has its own, or none.
     window = config.sliding_window if block.family.window else getattr(attention, "sliding_window", None)
     return Heads(layer, (queries, getattr(config, "num_key_value_heads", None) or queries), size,
-                 getattr(attention, "scaling", size ** -0.5), window,
+                 getattr(attention, "scaling", (size * parts) ** -0.5), window,
                  config.attn_logit_softcapping if block.family.capped else None)
 
 
@@ -240,26 +246,10 @@ class FusedDecoderBlock(FusedBlock):
 class FusedEncoderBlock(FusedBlock):
     """An encoder's block: it reads all tokens, pads too, and the head reads the first one."""
 
-    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, every=False, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, *args, pooled=False, every=False, distances=None, **kwargs):
         if not pooled:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        tokens = AllTokens(hidden_states.shape[:2], attention_mask, None if every else True)
+        scores = None if distances is None else distances.seen_by(self.attention.self)
+        tokens = AllTokens(hidden_states.shape[:2], attention_mask, None if every else True, scores)
         y = self.compute(hidden_states.flatten(0, 1), tokens, kwargs.get("position_embeddings"))
         return y.unflatten(0, (len(hidden_states), -1))
-
-
-class FusedMPNetModel(MPNetModel):
-    """MPNet (Song et al. 2020); the library's model hands no argument on to its blocks."""
-
-    def forward(self, input_ids=None, attention_mask=None, *args, pooled=False, every=False, **kwargs):
-        """Returns the library's output; with `pooled` the first token's state alone, with `every` the states of all."""
-        if not pooled:
-            return super().forward(input_ids, attention_mask, *args, **kwargs)
-        x = self.embeddings(input_ids=input_ids)
-        # A bias of the scores for each distance of two tokens, the same in all blocks: (1, heads, T, T).
-        bias = self.encoder.compute_position_bias(x[:1]).to(x.dtype)
-        if attention_mask is not None:
-            bias = bias.masked_fill(~attention_mask.bool()[:, None, None], torch.finfo(x.dtype).min)  # (B, heads, T, T)
-        for layer in self.encoder.layer:
-            x = layer(x, bias, pooled=True, every=every)
-        return BaseModelOutput(last_hidden_state=x)

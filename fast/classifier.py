@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fast.attention import UniqueTokens, unique_tokens
-from fast.blocks import FusedMPNetModel
+from fast.encoders import FusedEncoder, net_head
 from model import TextClassifier
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ class FastClassifier(TextClassifier):
             self.prefix.cached = None
 
     def batch_logits(self, input_ids: Tensor, attention_mask: Tensor, every: bool = False) -> Tensor:
-        # The library's MPNet hands no argument on: backbone and head are called in turn.
-        if self.fused and isinstance(self.net.base_model, FusedMPNetModel):
+        # Some of the library's classifiers hand no argument on: backbone and head are called in turn.
+        if self.fused and isinstance(self.net.base_model, FusedEncoder):
             mask = self.encoder_mask(input_ids, attention_mask)
             states = self.net.base_model(input_ids=input_ids, attention_mask=mask, pooled=True, every=every)
-            return self.net.classifier(states.last_hidden_state).float()
+            return net_head(self.net, states.last_hidden_state).float()
         # Another encoder's fused blocks hang on one argument, passed through the library's model to each block; they give
         # the first token's state alone.
         if self.fused and not self.decoder and not every:

@@ -74,6 +74,8 @@ ODD = {"num_hidden_layers": 2, "hidden_size": 30, "intermediate_size": 39, "num_
 GROUPED = {**ODD, "num_key_value_heads": 1, "head_dim": 14}
 FAMILIES = {
     "roberta": ODD, "xlm-roberta": ODD, "electra": {**ODD, "embedding_size": 11},
+    "deberta-v2": {**ODD, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4,
+                   "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
     "mistral": {**GROUPED, "sliding_window": 4},
     "qwen2": {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": {**GROUPED, "attention_bias": True},

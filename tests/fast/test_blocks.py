@@ -1,5 +1,6 @@
 """fused: the shorter way gives the library's logits and gradients, and really is shorter."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,36 @@ def test_mpnets_odd_sizes_give_the_librarys_states_with_a_bias_that_matters(size
         torch.testing.assert_close(found[0][real], states[:, :found[0].shape[1]][real], atol=1e-5, rtol=0)
         net.base_model.encoder.relative_attention_bias.weight.zero_()
         assert (classifier(ids, mask) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kinds", [["c2p"], ["p2c"], ["c2p", "p2c"]], ids=str)
+@pytest.mark.parametrize("changes", [
+    {"share_att_key": True, "position_buckets": 6}, {"share_att_key": False, "position_buckets": -1},
+    {"share_att_key": False, "position_buckets": 6, "norm_rel_ebd": "none", "position_biased_input": True,
+     "type_vocab_size": 2, "embedding_size": 11}], ids=str)
+def test_debertas_distances_are_the_librarys_in_all_forms(kinds, changes):
+    # Sentences longer than the buckets and than the span of 12 distances, and pads.
+    net = toy_net("deberta-v2", pos_att_type=kinds, max_relative_positions=12, max_position_embeddings=80, **changes)
+    net.requires_grad_(False)
+    nn.init.normal_(net.base_model.encoder.rel_embeddings.weight, std=2)
+    ids, mask = toy_batch((3, 70, 1, 41))
+    found = []
+    for classifier in (fast_classifier(net), plain(fast_classifier(net))):
+        assert classifier.fused == (not found)
+        states = []
+        hook = net.base_model.register_forward_hook(lambda module, args, output, to=states: to.append(output[0]))
+        logits = [classifier.batch_logits(ids, mask, every) for every in (False, True)]
+        logits.append(classifier.batch_logits(ids[:, :3], torch.ones(4, 3, dtype=torch.long)))
+        hook.remove()
+        found.append((logits, states[1][mask.bool()]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    net.base_model.encoder.rel_embeddings.weight.zero_()
+    assert (classifier.batch_logits(ids, mask) - found[0][0][0]).abs().max() > 1e-3
+
+
+def test_a_deberta_with_a_convolution_or_without_distances_keeps_the_librarys_blocks():
+    for changes in ({"conv_kernel_size": 3}, {"pos_att_type": []}, {"relative_attention": False}):
+        assert not fast_classifier(toy_net("deberta-v2", **changes)).has_fused_blocks
 
 
 def test_a_head_that_reads_all_tokens_gets_them():
@@ -207,5 +238,5 @@ def test_rotation_has_the_gradient_of_its_formula():
 def test_the_page_names_every_family():
     page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
     named = page.partition("fused blocks and are the fastest: ")[2].partition(". All others")[0]
-    types = {name.strip("` \n").replace("-", "_").removesuffix("_text") for name in named.replace(" and", ",").split(",")}
+    types = {name.replace("-", "_").removesuffix("_text") for name in re.findall("`([a-z0-9_-]+)`", named)}
     assert types == {name.partition(".")[0] for name in FAMILIES}

@@ -47,7 +47,8 @@ def largest_difference(found: dict, expected: dict) -> float:
 
 # Every option with the first architectures; the others differ from them in what stands in the block alone.
 OPTIONS = [{}, {"targets": ("q", "v")}, {"layers": "1"}, {"rslora": True}]
-CASES = [*itertools.product(ARCHITECTURES, OPTIONS), *itertools.product(FAMILIES, OPTIONS[:1])]
+CASES = [*itertools.product(ARCHITECTURES, OPTIONS), *itertools.product(FAMILIES, OPTIONS[:1]),
+         *itertools.product(("deberta-v2", "modernbert"), OPTIONS[1:3])]
 
 
 @pytest.mark.parametrize("architecture, options", CASES, ids=str)
