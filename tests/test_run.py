@@ -81,7 +81,7 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(work, tmp_path):
             "def until_the_loss(args):\n"
             "    import train_utils\n"
             "    def loss(*_):\n"
-            "        late = {'matplotlib', 'tensorboard', 'sklearn', 'datasets', 'optuna'} & set(sys.modules)\n"
+            "        late = {'matplotlib', 'tensorboard', 'sklearn', 'datasets', 'pyarrow', 'optuna'} & set(sys.modules)\n"
             "        print('HEAVY', sorted(late), gc.isenabled(), gc.get_freeze_count() > 100_000, flush=True)\n"
             "        os._exit(0)\n"
             "    train_utils.label_loss = lambda *_: loss\n"
