@@ -9,6 +9,7 @@ its answers there. Ray starts a worker that died anew, and gives it the shard ag
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -75,6 +76,9 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[int]:
     # them a lower one than every other program has.
     for name, value in {"USAGE_STATS_ENABLED": "0", "BACKEND_LOG_LEVEL": "fatal", "worker_niceness": "0"}.items():
         os.environ.setdefault(f"RAY_{name}", value)
+    # Before Ray is imported, because Ray then reads how to authenticate itself.
+    if address and importlib.util.find_spec("ray"):
+        _probe(address)
     try:
         # Ray tells of its own deprecated settings.
         with warnings.catch_warnings(action="ignore"):
@@ -88,7 +92,6 @@ def connected(address: str | None, workers: int | None = None) -> Iterator[int]:
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", str(ROOT))]
     paths = os.pathsep.join([str(ROOT), *others])
     if address:
-        _probe(address)
         settings = {"address": address, "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
     else:
         # Inherited, which takes less time than an environment of Ray's.
@@ -146,7 +149,11 @@ def _probe(address: str) -> None:
         raise UserError(f"--address {address}: expected HOST:PORT, such as the one that `ray start --head` shows")
     try:
         socket.create_connection((host, int(port)), timeout=min(CONNECTED, PATIENCE)).close()
-        subprocess.run([sys.executable, "-c", PROBE, address], timeout=PATIENCE, check=True, capture_output=True, text=True)
+        # `ray start` asks for its token as a rule, and a driver that names an address sends none by itself.
+        health = _ray("-m", "ray.scripts.scripts", "health-check", "--address", address)
+        if "AuthenticationError" in health.stderr:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        _ray("-c", PROBE, address).check_returncode()
     except subprocess.TimeoutExpired:
         raise UserError(f"--address {address}: no answer within {PATIENCE} seconds; expected a Ray cluster") from None
     except (OSError, OverflowError) as error:
@@ -155,7 +162,12 @@ def _probe(address: str) -> None:
     except subprocess.CalledProcessError as error:
         # The last line of a traceback names the error.
         said = _first_line("".join(error.stderr.strip().splitlines()[-1:]))
-        raise UserError(f"--address {address}: no Ray cluster that this program can use ({said})") from None
+        raise UserError(f"--address {address}: no Ray cluster that this program can use ({said}); expected Ray's version "
+                        "here, and the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN") from None
+
+
+def _ray(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], timeout=PATIENCE, capture_output=True, text=True)
 
 
 def answers(load: Callable[[], Callable[[str], Counts]], names: tuple[str, ...], workers: int) -> Iterator[Counts]:

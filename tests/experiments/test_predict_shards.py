@@ -3,7 +3,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from machine.errors import UserError
 from record.answers import Answers, partial_of
 from report import figures
 
+ROOT = Path(__file__).parents[2]
 ROWS = [text for text, _ in toy.toy_rows(60, 3)]
 
 
@@ -181,6 +184,33 @@ def test_two_workers_one_of_them_killed_give_the_bytes_of_one_process(run, tmp_p
     assert (tmp_path / "killed").exists()
     assert toy.tree(tmp_path / "two") == toy.tree(tmp_path / "one") != {}
     assert sorted(os.listdir(tmp_path)) == ["killed", "one", "two"]
+
+
+@pytest.mark.slow
+def test_a_running_cluster_that_asks_for_a_token_gives_the_same_bytes(run, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    # A home of its own: `ray start` makes the user's token there.
+    environment = {**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address", "127.0.0.1",
+             "--port", port, "--num-cpus", "1", "--include-dashboard", "false", "--object-store-memory", "100000000"]
+    token = subprocess.run([*start[:3], "get-auth-token", "--generate"], env=environment, capture_output=True, text=True)
+    assert token.returncode == 0, token.stderr
+    head = subprocess.Popen(start, env={**environment, "RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        words = ("predict", run / "run", "--file", run / "jsonl", "--out", tmp_path / "out", "--engine", "ray",
+                 "--address", f"127.0.0.1:{port}")
+        for _ in range(60):
+            done = subprocess.run([sys.executable, ROOT / "run.py", *words], env=environment, capture_output=True, text=True)
+            if "cannot be reached" not in done.stderr:
+                break
+            time.sleep(1)
+        assert done.returncode == 0, done.stderr
+    finally:
+        head.terminate()
+        head.wait(60)
+    assert toy.tree(tmp_path / "out") == toy.tree(run / "alone-jsonl") != {}
 
 
 def test_an_error_in_a_worker_is_an_answer(tmp_path, monkeypatch):
