@@ -1,4 +1,4 @@
-"""The families of architectures with fused blocks, as train_throughput.py measures them: a real width, few blocks."""
+"""The families of architectures with fused blocks, as train_throughput.py measures them: real sizes, random weights."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,6 +15,10 @@ BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072
 FAMILIES = {
     "gpt2": {}, "bert": BASE, "distilbert": {}, "mpnet": BASE, "roberta": BASE, "xlm-roberta": BASE,
     "electra": {**BASE, "embedding_size": 768},
+    # DeBERTa-v3-base's.
+    "deberta-v2": {**BASE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 256,
+                   "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+                   "layer_norm_eps": 1e-7},
     "llama": {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536},
     "mistral": {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 3584},
     "qwen2": {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864},

@@ -146,7 +146,7 @@ def measure_model(report: Report, model: str, args: argparse.Namespace, work: Pa
 
 def measure_family(report: Report, family: str, args: argparse.Namespace, work: Path) -> list[float]:
     """Measures this project and PEFT at its best on one family; returns the ratios of their rates, round by round."""
-    base, adapter = base_of_family(family, work, 2 if args.quick else 6), common.make_folder(work / f"{family}-adapter")
+    base, adapter = base_of_family(family, work, 2 if args.quick else 12), common.make_folder(work / f"{family}-adapter")
     batches = common.batches_of(args.task.train, base, BATCH_SIZE)
     workers: dict[str, Worker] = {}
     try:

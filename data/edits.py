@@ -62,13 +62,25 @@ def move_word(words: Words, rng: random.Random) -> Words | None:
 
 def break_agreement(words: Words, rng: random.Random) -> Words | None:
     """Exchanges is/are, was/were, has/have ..., or a noun or verb for its form in the other number (`other_number`)."""
-    def other(word: str) -> str | None:
-        if word.lower() in AGREEMENT:
-            return AGREEMENT[word.lower()]
-        if not word.isalpha() or not word.islower() or word in FUNCTION_WORDS:
-            return None
-        return other_number(word)
-    return _exchange(words, rng, other)
+    return _exchange(words, rng, lambda word: _other_form(word, other_number))
+
+
+def break_agreement_by_suffix(words: Words, rng: random.Random) -> Words | None:
+    """Exchanges as `break_agreement` does, without a dictionary (`other_suffix`)."""
+    return _exchange(words, rng, lambda word: _other_form(word, other_suffix))
+
+
+def _other_form(word: str, other: Callable[[str], str | None]) -> str | None:
+    if word.lower() in AGREEMENT:
+        return AGREEMENT[word.lower()]
+    return other(word) if word.isalpha() and word.islower() and word not in FUNCTION_WORDS else None
+
+
+def other_suffix(word: str) -> str | None:
+    """Adds or removes the -s of a noun or verb: the rule of early runs, which makes non-words too (childs)."""
+    if len(word) < 3 or word.endswith("ss"):
+        return None
+    return word[:-1] if word.endswith("s") else word + ("es" if word.endswith(("x", "ch", "sh")) else "s")
 
 
 @functools.cache
@@ -129,6 +141,9 @@ def exchange_arguments(words: Words, rng: random.Random) -> Words | None:
 
 EDITS: tuple[Edit, ...] = (swap_neighbours, drop_word, double_word, move_word, break_agreement, exchange_function_word,
                            exchange_arguments)
+# By --agreement.
+EDITS_BY = {"dictionary": EDITS,
+            "suffix": tuple(break_agreement_by_suffix if one is break_agreement else one for one in EDITS)}
 
 
 def _exchange(words: Words, rng: random.Random, other: Callable[[str], str | None]) -> Words | None:
@@ -164,7 +179,7 @@ def edit(sentence: str, rng: random.Random, edits: tuple[Edit, ...] = EDITS) -> 
     return None
 
 
-def real_or_edited(sentences: Iterable[str]) -> Split:
+def real_or_edited(sentences: Iterable[str], edits: tuple[Edit, ...] = EDITS) -> Split:
     """Makes a task of plain sentences, with labels that cost nothing: half as they are (label 1), half edited (label 0).
 
     The same sentences make the same task, whatever the seed of a run. Sentences of other lengths than WORDS, second copies,
@@ -175,13 +190,16 @@ def real_or_edited(sentences: Iterable[str]) -> Split:
     rows = [sentence for sentence in dict.fromkeys(sentences) if len(sentence.split()) in WORDS]
     rng.shuffle(rows)
     labels = [row % 2 for row in range(len(rows))]
-    texts = [sentence if label else edit(sentence, rng) for sentence, label in zip(rows, labels, strict=True)]
+    texts = [sentence if label else edit(sentence, rng, edits) for sentence, label in zip(rows, labels, strict=True)]
     kept = [(text, label) for text, label in zip(texts, labels, strict=True) if text]
     return Split(Column.of(text for text, _ in kept), Column.of(label for _, label in kept))
 
 
-def read_real_or_edited(data: Path) -> tuple[Split, dict[str, str]]:
+def read_real_or_edited(data: Path, agreement: str = "dictionary") -> tuple[Split, dict[str, str]]:
     """Makes the task of a text file, or of all text files of a folder.
+
+    Args:
+        agreement: a key of `EDITS_BY`.
 
     Returns:
         The task's rows, and the SHA-256 of each file by name.
@@ -196,7 +214,7 @@ def read_real_or_edited(data: Path) -> tuple[Split, dict[str, str]]:
     for file in files:
         found, digests[str(file)] = read_sentences(file)
         sentences += found
-    split = real_or_edited(sentences)
+    split = real_or_edited(sentences, EDITS_BY[agreement])
     if not split.labels:
         raise UserError(f"{data}: no sentence of {WORDS[0]} to {WORDS[-1]} words in it")
     return split, digests

@@ -147,7 +147,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
     if name in FIXED:
         # Options that would be ignored are refused.
         given = [f.name for f in fields(options)
-                 if f.name not in ("truncate", "join") and getattr(options, f.name) != f.default]
+                 if f.name not in ("truncate", "join", "agreement") and getattr(options, f.name) != f.default]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')}: not for --task {name}, whose format is fixed; --task csv "
                             "takes tables of any columns")
@@ -155,7 +155,7 @@ def load_task(name: str, data: Path | str | None = None, options: TableOptions =
             load_dataset(str(data))  # raises where the Hub has no such data set
             raise UserError(f"--data {data}: a data set of the Hugging Face Hub, for --task csv")
         if name == "edits":
-            return _edits_task(data)
+            return _edits_task(data, options.agreement)
         if data is not None:
             return _cola_folder(name, Path(data))
         return _tiny_task() if name == "tiny" else _glue_cola()
@@ -191,7 +191,7 @@ def read_rows(path: Path | str, task: str, options: TableOptions, separator: str
     if task in ("cola", "tiny"):
         return read_cola_tsv(path)
     if task == "edits" and Path(path).suffix.lower() not in stream.SUFFIXES:
-        return edits.read_real_or_edited(Path(path))[0]
+        return edits.read_real_or_edited(Path(path), options.agreement)[0]
     # A run from before there were other problems recorded none.
     options = replace(options, problem=options.problem or "single-label")
     return _read_file(task, Path(path), options, separator, classes)[0]
@@ -302,10 +302,10 @@ def _task_of_tables(name: str, train: Path, others: dict[str, Path] | float, opt
                 problem=options.problem)
 
 
-def _edits_task(data: Path | str | None) -> Task:
+def _edits_task(data: Path | str | None, agreement: str) -> Task:
     if data is None:
         raise UserError("--task edits: needs --data, a text file with one sentence a line, or a folder of .txt files")
-    rows, files = edits.read_real_or_edited(Path(data))
+    rows, files = edits.read_real_or_edited(Path(data), agreement)
     train, held_out = set_aside(_two_classes(rows, str(data)), HELD_OUT, str(data))
     return Task("edits", train, {"held_out": held_out}, files)
 

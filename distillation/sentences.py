@@ -55,7 +55,8 @@ def prepare_sentences(inputs: Inputs, run: RunOptions, options: DistilOptions, s
 
     # 1. New sentences without gold labels, then the training set, then plain text for pretraining.
     cache = Cache.open(options.cache or Path(run.out).parent, inputs.base, inputs.task, stop)
-    new, train = make_transfer_set(inputs, cache, options.augment), inputs.task.train
+    new = make_transfer_set(inputs, cache, options.augment, options.transfer_version)
+    train = inputs.task.train
     targeted = [*(one.text for one in new), *train.sentences]
     check_labels(inputs.labels, targeted)
     ids = ids_of([*targeted, *(pretraining_text(inputs, new) if options.pretrain else [])])

@@ -18,14 +18,17 @@ from distillation import transfer_set as mixing
 from distillation.cache import Cache, digest
 from distillation.teachers import Inputs
 from distillation.transfer_set import New, letters_and_digits, transfer_set
-from distillation.writer import Writer, longest_length
+from distillation.writer import CHUNKS, Writer, longest_length
 from machine.progress import Bar
 
 
-def make_transfer_set(inputs: Inputs, cache: Cache, count: int) -> list[New]:
+def make_transfer_set(inputs: Inputs, cache: Cache, count: int, version: int) -> list[New]:
     """Returns the first `count` sentences of the transfer set, or all of them with a warning if there are fewer.
 
     They are made once for all runs with the same sources and the same code of edits.
+
+    Args:
+        version: 1: edits without a dictionary, and the writer's large chunks, as in early runs; 2: neither.
     """
     if not count:
         return []
@@ -33,17 +36,17 @@ def make_transfer_set(inputs: Inputs, cache: Cache, count: int) -> list[New]:
     code = [Path(file).read_text(encoding="utf-8") for file in (edits.__file__, mixing.__file__, __file__)]
     pairs = ["pairs"] if reads_pairs(inputs.tokenizer) else []
     key = digest(json.dumps([count, inputs.teachers[0].model.decoder, digest("\n".join(inputs.plain)),
-                             inputs.task.left_out, code, *pairs]))
+                             inputs.task.left_out, code, version, *pairs]))
     found = cache.read_sentences(key)
     if found is None:
-        found = new_sentences(inputs, cache, count)
+        found = new_sentences(inputs, cache, count, version)
         cache.write_sentences(key, found)
     if len(found) < count:
         warnings.warn(f"--augment {count}: only {len(found):,} different sentences can be had", stacklevel=2)
     return found
 
 
-def new_sentences(inputs: Inputs, cache: Cache, count: int) -> list[New]:
+def new_sentences(inputs: Inputs, cache: Cache, count: int, version: int) -> list[New]:
     """Makes the first `count` sentences of the transfer set, or all of them if there are fewer."""
     train, known = inputs.task.train.sentences, known_sentences(inputs.task)
     # Plain sentences as long as training sentences, and none of the task.
@@ -51,9 +54,10 @@ def new_sentences(inputs: Inputs, cache: Cache, count: int) -> list[New]:
     # A decoder's base writes sentences: one of four kinds, or of two turns out of four. It ends at the mark between two
     # texts, and so it writes no pairs.
     if inputs.teachers[0].model.decoder and not reads_pairs(inputs.tokenizer):
-        written = Writer(cache, inputs.base.model, inputs.tokenizer, train).written(least=count // (4 if plain else 2))
+        writer = Writer(cache, inputs.base.model, inputs.tokenizer, train, CHUNKS[version])
+        written = writer.written(least=count // (4 if plain else 2))
     # The first of an order that does not depend on the number: a smaller set is the beginning of a larger one.
-    sentences = transfer_set(train, known, plain, written)
+    sentences = transfer_set(train, known, plain, written, edits.EDITS_BY["suffix" if version == 1 else "dictionary"])
     # A task of pairs has new pairs: plain sentences and edits without a separator are none.
     if reads_pairs(inputs.tokenizer):
         separator = inputs.tokenizer.pair_separator

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from data.edits import edit
+from data.edits import EDITS, Edit, edit
 
 TRIES = 1000  # sentences in a row that are not new: then the source is exhausted
 
@@ -34,7 +34,7 @@ def letters_and_digits(sentence: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in sentence.casefold()).split())
 
 
-def edits_of(sentences: list[str], seed: int) -> Iterator[tuple[str, str]]:
+def edits_of(sentences: list[str], seed: int, edits: tuple[Edit, ...] = EDITS) -> Iterator[tuple[str, str]]:
     """Yields edits of randomly chosen sentences without end, each with its original; empty where a sentence has no edit.
 
     The list may grow between two edits.
@@ -43,10 +43,11 @@ def edits_of(sentences: list[str], seed: int) -> Iterator[tuple[str, str]]:
     while True:
         original = rng.choice(sentences) if sentences else ""
         # An edited sentence has single spaces. So has the other, or each further one would count as an edit.
-        yield edit(original, rng) or "" if original else "", " ".join(original.split())
+        yield edit(original, rng, edits) or "" if original else "", " ".join(original.split())
 
 
-def transfer_set(train: list[str], known: set[str], plain: list[str], written: Iterator[str] | None) -> Iterator[New]:
+def transfer_set(train: list[str], known: set[str], plain: list[str], written: Iterator[str] | None,
+                 edits: tuple[Edit, ...] = EDITS) -> Iterator[New]:
     """Yields new sentences, the kinds in turns, until every source is exhausted. No sentence comes twice.
 
     Args:
@@ -54,17 +55,18 @@ def transfer_set(train: list[str], known: set[str], plain: list[str], written: I
         known: keys (`letters_and_digits`) of the task's sentences; none of these is yielded.
         plain: plain sentences, see `sources.plain_sentences`.
         written: sentences of a language model; None: the teacher is an encoder and has none.
+        edits: the kinds of edits.
     """
     # Seen sentences count as known: no duplicate, whatever its source.
     seen, others = set(known), list(plain)
-    sources = {"edit of training": edits_of(train, 1)}
+    sources = {"edit of training": edits_of(train, 1, edits)}
     if written is not None:
         sources["written"] = ((text, None) for text in written)
     if plain:
         sources["plain"] = ((text, None) for text in plain)
     # Edits of all but training sentences; what is written becomes a source of edits, too.
     if written is not None or plain:
-        sources["edit of others"] = edits_of(others, 2)
+        sources["edit of others"] = edits_of(others, 2, edits)
     turns = list(sources)
     # Without plain sentences the language model has their turn.
     if written is not None and not plain:

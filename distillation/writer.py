@@ -1,6 +1,6 @@
 """The teacher's base as a writer of sentences: adapted to the training sentences for an epoch, then sampled.
 
-The sentences are cached in chunks, `written-00000.json` and so on; each chunk has a seed of its own.
+The sentences are cached in chunks, `written-512-00000.json` and so on; each chunk has a seed of its own.
 """
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from record.files import read_json, write_json
 from sampling import Sampling
 from train_utils import Checkpointing, Data, Hooks, fit, score_by_loss
 
-WRITTEN = 512  # sentences in a chunk: more of them at a time are faster, fewer wait less for a small transfer set
+# Sentences in a chunk, by --transfer-version: more at a time are faster, fewer wait less for a small transfer set.
+CHUNKS = {1: 1024, 2: 512}
 TOGETHER = 256  # sentences that are sampled in one batch
 
 
@@ -81,6 +82,7 @@ class Writer:
     model: str  # the base, as --model names it
     tokenizer: object
     sentences: list[str]  # the training sentences
+    size: int  # sentences in a chunk
 
     def written(self, least: int) -> Iterator[str]:
         """Yields sentences without end; an empty text stands for a sentence that is too long.
@@ -88,27 +90,32 @@ class Writer:
         Args:
             least: the number of sentences that will surely be taken; they are sampled by all cores at a time.
         """
-        lm, longest, together = None, longest_length(self.sentences), -(-least // WRITTEN)
+        lm, longest, together = None, longest_length(self.sentences), -(-least // self.size)
 
         def chunk(number: int) -> Path:
-            return self.cache.folder / f"written-{number:05d}.json"
+            # Early runs have no size in the names of their files.
+            size = "" if self.size == CHUNKS[1] else f"{self.size}-"
+            return self.cache.folder / f"written-{size}{number:05d}.json"
 
         def write(path: Path) -> None:
-            seed = int(path.stem.removeprefix("written-"))
+            seed = int(path.stem.rpartition("-")[2])
             # The start token has a position too.
             most = min(3 * longest, max_length_of(lm) - 1)
-            sentences = sample_sentences(lm, self.tokenizer, WRITTEN, most, seed, self.cache.check_stop)
+            sentences = sample_sentences(lm, self.tokenizer, self.size, most, seed, self.cache.check_stop)
             write_json(path, {"sentences": sentences})
 
         for number in itertools.count():
             self.cache.check_stop()
+            # For a while files without a size in their names had fewer sentences.
+            if chunk(number).exists() and len(read_json(chunk(number))["sentences"]) != self.size:
+                chunk(number).unlink()
             if not chunk(number).exists():
                 lm = lm or self.language_model()
                 # Fused blocks keep nothing of a forward pass, so that threads can share the model.
                 threads = cores() if speed.samples_together(lm) else 1
                 # First all chunks that are surely taken, then a few at a time: some sentences are too long, or not new.
                 last = max(together, number + max(1, together // 16))
-                wanted = {chunk(some): WRITTEN for some in range(number, last)}
+                wanted = {chunk(some): self.size for some in range(number, last)}
                 share(wanted, write, self.cache.check_stop, threads, "writing")
             for text in read_json(chunk(number))["sentences"]:
                 yield text if len(text.split()) <= longest else ""

@@ -64,6 +64,8 @@ class TableOptions:
     delimiter: str | None = option(None, "character between cells; a comma and a tab if not given", metavar="CHARACTER")
     encoding: str = option("utf-8", "encoding of a table, such as cp1252; a byte order mark wins", metavar="NAME")
 
+    agreement: str = option("dictionary", "words' numbers in --task edits", ("dictionary", "suffix"), before="suffix")
+
     @property
     def pairs(self) -> bool:
         """Returns whether each row is a pair of texts."""
@@ -95,8 +97,7 @@ class TrainOptions:
     precision: str = option("auto", "precision of frozen linears", ("auto", "fp32", "bf16x3", "bf16"), not_in="distil")
     save_every: float = option(10.0, "minutes or optimiser steps between checkpoints", metavar="Nmin|Nsteps", free=True,
                                pattern=rf"[1-9]\d*steps|{POSITIVE}(min)?", like="minutes, such as 10min, or 50steps")
-    # Optimiser steps between checkpoints, instead of minutes: --save-every 50steps.
-    save_steps: int | None = None
+    save_steps: int | None = None  # optimiser steps between checkpoints, instead of minutes: --save-every 50steps
     anomaly: bool = option(False, "name the first module that computes inf or nan; several times slower", free=True)
 
 
@@ -106,8 +107,7 @@ class DistilOptions:
 
     teacher: Path = option(help="folder of a LoRA run, or with --seeds of every seed's run; runs/LoRA-SR if not given; the "
                            "logits of several are averaged", repeat=True, often=True)
-    # The folders of all but the first --teacher: early runs recorded one teacher.
-    more_teachers: tuple[str, ...] = ()
+    more_teachers: tuple[str, ...] = ()  # the folders of all but the first --teacher: early runs recorded one
     labels: tuple[str, ...] = option((), "labels of another teacher (predict --json)", metavar="FILE", repeat=True)
     labels_alone: bool = option(False, "no label of a teacher's own for a sentence that --labels has")
     plain: bool = option(False, "one stage, on the training set alone, from random embeddings", before=True, often=True)
@@ -124,6 +124,7 @@ class DistilOptions:
     cache: Path | None = option(None, "folder that caches the transfer set; next to the runs if not given", free=True)
     augment: int | None = option(None, "sentences of the transfer set; by --augment-times if not given", least=0, often=True,
                                  preset=True, before=0)
+    transfer_version: int = option(2, "rules that make a transfer set; 1: those of early runs", (1, 2), before=1)
     label_precision: str | None = option(None, "precision of the labelling teacher; bf16 if not given and fast here",
                                          ("teacher", "bf16"), preset=True, before="teacher")
     pretrain: int = option(0, "epochs of language modelling in the student's directions, the first stage", least=0)
@@ -182,8 +183,7 @@ class RunOptions:
     resume: bool = option(False, "continue an unfinished run", often=True)
     overwrite: bool = option(False, "replace a run that is already in the folder", often=True)
     deterministic: bool = option(False, "use deterministic kernels on a GPU too")
-    # The finished run that this one must equal in options and data, for `repeat`.
-    repeats: Path | None = None
+    repeats: Path | None = None  # the finished run that this one must equal in options and data, for `repeat`
     # The field is `fast`, for `kernels` is in config.json already: the library that this machine computed with.
     fast: str = option("auto", "reference: model.py alone, without fast/", ("auto", "reference"), word="kernels")
     track: str = option("tensorboard", "program that shows each epoch's scalars", "training/trackers.py:TRACKERS", free=True)

@@ -1,4 +1,5 @@
 """Edits of sentences: one place, always another sentence, the same seed the same edit, and no word that is none."""
+import hashlib
 import os
 import random
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import edits
+from data import edits, grammar
 
 WORDS = st.lists(st.sampled_from("the a cat dogs has have saw Mary John to of who he walks is quickly I".split()),
                  min_size=1, max_size=9)
@@ -64,6 +65,14 @@ def test_what_is_exchanged_is_one_word(words, seed):
     (edits.exchange_function_word, "Kim met he", "Kim met him"), (edits.double_word, "Go!", "Go Go!")])
 def test_an_edit_of_each_kind(kind, before, after):
     assert edits.edit(before, random.Random(0), (kind,)) == after
+
+
+def test_early_runs_have_their_edits_still():
+    """The digest is that of the rules' first version."""
+    rng = random.Random(1)
+    found = [edits.edit(text, rng, edits.EDITS_BY["suffix"]) or "" for text in grammar.draw_corpus()[:300]]
+    digest = hashlib.sha256("\n".join(found).encode()).hexdigest()
+    assert digest == "26bbc1752b91db928ed70d0565bd698af2a199aa740910b7f309d3f7479d2a68"
 
 
 def test_where_there_is_no_place_there_is_no_edit():

@@ -67,8 +67,8 @@ def test_a_writer_of_long_sentences_stays_within_the_positions(tmp_path, monkeyp
         asked.append(most)
         return ["a b"] * count
     monkeypatch.setattr(writer, "sample_sentences", sampled)
-    long = Writer(Cache(tmp_path / "a", lambda: None), "x", None, ["word " * 50])
-    short = Writer(Cache(tmp_path / "b", lambda: None), "x", None, ["word " * 3])
+    long = Writer(Cache(tmp_path / "a", lambda: None), "x", None, ["word " * 50], 8)
+    short = Writer(Cache(tmp_path / "b", lambda: None), "x", None, ["word " * 3], 8)
     for one in (long, short):
         one.cache.folder.mkdir()
         assert next(one.written(1)) == "a b"

@@ -184,12 +184,11 @@ def test_sentences_are_written_in_threads_as_many_as_will_be_taken(tmp_path, mon
         made.append((seed, torch.get_num_threads()))
         return [f"{seed} {number}" for number in range(count)]
 
-    monkeypatch.setattr(writer, "WRITTEN", 4)
     monkeypatch.setattr(writer, "sample_sentences", sample)
     monkeypatch.setattr(writer.speed, "samples_together", lambda lm: True)
     monkeypatch.setattr(writer, "cores", lambda: 2)
     monkeypatch.setattr(writer, "max_length_of", lambda lm: 512)
-    source = Writer(Cache(tmp_path, lambda: None), "", None, ["a b c d e f g h i"])
+    source = Writer(Cache(tmp_path, lambda: None), "", None, ["a b c d e f g h i"], 4)
     monkeypatch.setattr(source, "language_model", lambda: "a language model")
     found = list(itertools.islice(source.written(least), 1))
     at_once = max(1, -(-least // 4))
@@ -199,6 +198,19 @@ def test_sentences_are_written_in_threads_as_many_as_will_be_taken(tmp_path, mon
     assert more == [f"{number // 4} {number % 4}" for number in range(least + 9)]
     assert len(made) == len({seed for seed, _ in made}) == len(list(tmp_path.iterdir()))
     assert len(made) <= -(-(least + 9) // 4) + at_once // 16
+
+
+def test_chunks_of_another_size_are_other_files(tmp_path, monkeypatch):
+    """A chunk of early runs is never taken for one of today's, nor the other way round."""
+    monkeypatch.setattr(writer, "sample_sentences", lambda lm, tokenizer, count, *_: [f"of {count}"] * count)
+    monkeypatch.setattr(writer, "max_length_of", lambda lm: 512)
+    monkeypatch.setattr(writer.speed, "samples_together", lambda lm: False)
+    monkeypatch.setattr(Writer, "language_model", lambda self: "a language model")
+    for _ in range(2):
+        for size in writer.CHUNKS.values():
+            source = Writer(Cache(tmp_path, lambda: None), "", None, ["a b c d e f g h i"], size)
+            assert {*itertools.islice(source.written(0), size)} == {f"of {size}"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["written-00000.json", "written-512-00000.json"]
 
 
 def test_a_transfer_set_is_read_back_as_it_was_written_unless_it_was_changed(tmp_path):

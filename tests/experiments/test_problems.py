@@ -197,7 +197,7 @@ def test_a_language_model_writes_no_pairs(monkeypatch):
                              teachers=[SimpleNamespace(model=SimpleNamespace(decoder=True))],
                              tokenizer=SimpleNamespace(pair_separator=" | "), plain=[])
     # Fewer than asked for: the pairs have no further edits.
-    found = [one.text for one in sources.new_sentences(inputs, None, 10_000)]
+    found = [one.text for one in sources.new_sentences(inputs, None, 10_000, 2)]
     assert 5 < len(found) < 10_000 and all(text.count(" | ") == 1 for text in found)
 
 

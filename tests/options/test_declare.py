@@ -209,7 +209,7 @@ def test_a_bad_config_is_one_line(tmp_path, capsys, name, text, said):
 def test_runs_recorded_before_an_option_existed_are_read_as_they_were(tmp_path):
     old = rebuild(DistilOptions, {"teacher": "runs/LoRA-12345", "temperature": 4.0, "kd_alpha": 0.9})
     recipe = {key: value for key, value in arguments.preset("distil-plain").items() if key not in ("epochs", "lr")}
-    assert old == DistilOptions(old.teacher, plain=True, **recipe)
+    assert old == DistilOptions(old.teacher, plain=True, transfer_version=1, **recipe)
     run = {"mode": "LoRA", "sr": "12345", "model": "tiny", "task": "tiny", "data": None, "seed": 12345}
     assert rebuild(RunOptions, run, out=tmp_path).fast == "auto" and rebuild(RunOptions, run, out=tmp_path).preset is None
 
