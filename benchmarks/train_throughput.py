@@ -158,7 +158,7 @@ def measure_family(report: Report, family: str, args: argparse.Namespace, work: 
         (loss, norm), (their_loss, their_norm) = (worker("check", padded) for worker in workers.values())
         report.check(f"{family}: loss of a batch", abs(loss - their_loss), common.TOLERANCE)
         report.check(f"{family}: gradient norm of A, relative", abs(norm / their_norm - 1), 1e-3)
-        count, rounds = (2, 2) if args.quick else (8, 5)
+        count, rounds = (2, 2) if args.quick else (4, 5)
         samples = [common.spread_sample(count, len(batches), seed) for seed in range(rounds + 1)]
         peaks = {side: worker("peak", samples[rounds])[1] for side, worker in workers.items()}
         seconds = common.alternate({side: lambda number, worker=worker: worker("run", samples[number])
