@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import random
 import statistics
 import sys
@@ -36,7 +37,7 @@ from data.backbones import load_causal_lm, load_tokenizer  # noqa: E402
 from data.mpnet import mpnet_folder  # noqa: E402
 from data_utils import Batch, Split  # noqa: E402
 from machine.errors import UserError  # noqa: E402
-from machine.hardware import cpu_name, device  # noqa: E402, F401 (device: for the benchmarks)
+from machine.hardware import cpu_description, cpu_name, device  # noqa: E402, F401 (device: for the benchmarks)
 from model import TextClassifier, lora_layers  # noqa: E402
 from record.files import make_folder  # noqa: E402
 from record.folder import git_commit  # noqa: E402
@@ -131,9 +132,16 @@ class Report:
                   [[*cells(row), row["target"], "met" if row["met"] else "NOT met"] for row in self.targets])))
 
 
+def cpu_generation() -> str:
+    """Returns family and model of the CPU where the system tells them, and the widest vectors of PyTorch's kernels."""
+    found = [re.search(rf"^{name}\s*: (\d+)$", cpu_description(), re.MULTILINE) for name in ("cpu family", "model")]
+    numbers = [f"{name} {match[1]}" for name, match in zip(("family", "model"), found, strict=True) if match]
+    return ", ".join([" ".join(numbers)] * bool(numbers) + [torch.backends.cpu.get_cpu_capability()])
+
+
 def machine() -> dict:
     """Describes the machine; the load average at the start shows whether it was quiet."""
-    return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)),
+    return {"cpu": cpu_name(), "cpu_generation": cpu_generation(), "cores": len(os.sched_getaffinity(0)),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0], "system": platform.platform(),
             "python": platform.python_version(), "git_commit": git_commit(),

@@ -34,9 +34,12 @@ def seeds_of(result: dict) -> str:
 
 
 def cpu_of(result: dict) -> str:
-    """Returns the name of the GPU or the CPU, without trade marks."""
+    """Returns the name of the GPU or the CPU, without trade marks, and the CPU's generation where it was recorded."""
     where = result.get("machine", result)
-    return re.sub(r"\((R|TM)\)", "", where.get("gpu") or where["cpu"])
+    if where.get("gpu"):
+        return where["gpu"]
+    name = re.sub(r"\((R|TM)\)", "", where["cpu"])
+    return f"{name} {where['cpu_generation']}" if where.get("cpu_generation") else name
 
 
 def machine_of(result: dict) -> str:
