@@ -8,8 +8,8 @@ import argparse
 import json
 import os
 import platform
-import re
 import random
+import re
 import statistics
 import sys
 import tempfile

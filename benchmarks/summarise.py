@@ -345,9 +345,11 @@ def summary(results: dict[str, dict]) -> list[str]:
             found = [row for row in (*result.get("targets", ()), *result.get("measurements", ()))
                      if row["what"].endswith(end)]
             # Of a measurement of all families the slowest one stands for all.
-            if "--family" in result["command"] and found:
-                found, label = [min(found, key=lambda row: row["median"])], f"{label}, the slowest family"
-            rows += [[f"{label} ({', '.join(filter(None, (row['what'].removesuffix(end), cpu_of(result))))})",
+            of_all = "--family" in result["command"] and found
+            if of_all:
+                found = [min(found, key=lambda row: row["median"])]
+            which = ", the slowest family" if of_all else ""
+            rows += [[f"{label}{which} ({', '.join(filter(None, (row['what'].removesuffix(end), cpu_of(result))))})",
                       measured_row(row)[1], f"`{shown(result)}`"] for row in found]
     return table(["result", "accuracy / MCC, or times as fast", "command"], rows)
 

@@ -92,8 +92,10 @@ class Parser(argparse.ArgumentParser):
         # Intermixed: sentences stand before the options, after them, or both.
         known, unknown = self.parse_known_intermixed_args(words)
         if unknown:
-            flags = ["-h", "--help", *(option.flag for option in self.options.values())]
-            self.error(f"unknown option {unknown[0]}{closest(unknown[0].split('=')[0], flags)}")
+            flag = unknown[0].partition("=")[0]
+            others = ", ".join(mode for mode in MODES if flag in Parser(mode)._option_string_actions)
+            told = f"; an option of {others}" if others else closest(flag, self._option_string_actions)
+            self.error(f"unknown option {unknown[0]}{told}")
         # Precedence: default, --config, flag. Absent options are absent from `given` (argparse.SUPPRESS).
         given = vars(known)
         config = self._read_config(given["config"], given["sr"]) if "config" in given else {}

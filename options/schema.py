@@ -163,8 +163,7 @@ class RunOptions:
     sr: str
     model: str = option(help="name on the Hub, local folder, GGUF file, smollm2, minilm, mpnet, or tiny; gpt2 if not given",
                         not_in="distil", often=True)
-    task: str = option(help="csv: any table; edits: plain sentences, real against edited; by --data, or cola, if not given",
-                       choices=TASKS, often=True)
+    task: str = option(help="csv: a table; edits: real or edited sentences; cola without --data", choices=TASKS, often=True)
     data: str | None = option(help="files of the task; the Hub's if not given", metavar="DIR|FILE|NAME", often=True)
     out: Path = option(help="the run's folder; runs/MODE-SR if not given", often=True)
     train: TrainOptions
@@ -177,7 +176,6 @@ class RunOptions:
     keep_memory: float = option(2.0, "GiB of memory for results of frozen blocks", least=0, not_in="distil", free=True)
     max_length: int | None = option(None, "tokens of a text; the model's context if not given", least=1)
     limit: int | None = option(None, "rows of each split, evenly spaced: a quick look", least=1)
-    # One fold of a cross-validation is a run of its own (--folds).
     fold: str | None = option(None, "fold of the training rows that is the development split", pattern=r"\d+/\d+:\d+",
                               metavar="N/K:SEED", hidden=True, not_in="distil compare sweep")
     resume: bool = option(False, "continue an unfinished run", often=True)

@@ -144,7 +144,8 @@ def test_a_mistyped_option_is_answered_with_the_closest(refused, mode, option, e
 
 def test_words_that_are_close_to_nothing_are_answered_with_what_there_is(refused):
     assert "unknown mode xyz; expected one of gen, LoRA, distil, compare, sweep, eval, " in refused("xyz", "12345")
-    assert "unknown option --000000; expected one of -h, --help" in refused("gen", "12345", "--000000")
+    assert "unknown option --000000; expected one of --model, " in refused("gen", "12345", "--000000")
+    assert "unknown option --folds=5; an option of LoRA" in refused("distil", "12345", "--folds=5")
 
 
 def test_a_line_break_in_a_word_breaks_no_line(refused, work):
