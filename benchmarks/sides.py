@@ -8,6 +8,7 @@ All sides adapt the same layers with the same rank, and start from the same weig
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import time
@@ -27,6 +28,10 @@ from fast import amx, gemm, onepass
 from fast.matmul import set_precision
 from machine import hardware
 from model import LoRALinear, LoRAOptions, inject_lora, load_classifier, lora_layers
+
+# Every run has imported it before it trains. It imports PyTorch's compiler, which keeps the frames of the import: within the
+# first training those would hold a model and its optimiser.
+importlib.import_module("transformers.modeling_utils")
 
 BATCH_SIZE = 16
 # A part of an operator's name -> the group that its time is counted in.
