@@ -160,7 +160,9 @@ def measure_family(report: Report, family: str, args: argparse.Namespace, work: 
         report.check(f"{family}: gradient norm of A, relative", abs(norm / their_norm - 1), 1e-3)
         count, rounds = (2, 2) if args.quick else (4, 5)
         samples = [common.spread_sample(count, len(batches), seed) for seed in range(rounds + 1)]
-        peaks = {side: worker("peak", samples[rounds])[1] for side, worker in workers.items()}
+        # The largest batch sets the peak.
+        largest = max(range(len(batches)), key=lambda i: batches[i].input_ids.numel())
+        peaks = {side: worker("peak", [*samples[rounds], largest])[1] for side, worker in workers.items()}
         seconds = common.alternate({side: lambda number, worker=worker: worker("run", samples[number])
                                     for side, worker in workers.items()}, rounds)
     finally:

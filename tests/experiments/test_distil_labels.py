@@ -66,8 +66,8 @@ def test_without_matching_a_student_takes_the_logits_that_came_with_hidden_state
 
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(work, staged, monkeypatch):
     drawn, make = [], sentences.make_transfer_set
-    monkeypatch.setattr(sentences, "make_transfer_set", lambda *args: drawn.append(
-        (make(*args[:-1], args[-1] // 2), make(*args))) or drawn[0][1])
+    monkeypatch.setattr(sentences, "make_transfer_set", lambda inputs, cache, count, version: drawn.append(
+        (make(inputs, cache, count // 2, version), make(inputs, cache, count, version))) or drawn[0][1])
     assert distil(work, staged / "half") == 0
     assert drawn[0][0] == drawn[0][1][:20]
 
