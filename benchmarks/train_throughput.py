@@ -3,7 +3,7 @@
     python benchmarks/train_throughput.py            GPT-2 124M and SmolLM2-135M, batches of 16
     python benchmarks/train_throughput.py --model gpt2 --quick --json
     python benchmarks/train_throughput.py --model mpnet       an encoder, MPNet-base 110M
-    python benchmarks/train_throughput.py --family all        six blocks of each family with fused blocks, random weights
+    python benchmarks/train_throughput.py --family all     twelve blocks of each family with fused blocks, random weights
 
 Pads are not counted as tokens. The sides have a process each, and one side computes at a time:
 

@@ -139,7 +139,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def _probe(address: str) -> None:
-    """Checks that a cluster answers at an address.
+    """Checks that a cluster answers at an address; makes Ray send the user's token if the cluster asks for one.
 
     Raises:
         UserError: it does not.

@@ -34,9 +34,6 @@ def run_again(folder: Path, out: Path, say: Callable[[str], None] = print, stop:
     """
     config, summary = read_run(folder)
     values = config["options"]
-    # Runs named the dictionary of their edits among the versions before they recorded these options.
-    if "lemminflect" in config["versions"]:
-        values = {"agreement": "dictionary", "transfer_version": 2, **values}
     # A repetition is compared, and shown to nobody.
     options = rebuild(RunOptions, values, out=out, repeats=folder, track="tensorboard")
     if summary["mode"] == "LoRA":

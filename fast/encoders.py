@@ -29,12 +29,21 @@ class FusedEncoder:
         """Returns the library's output; with `pooled` the first token's state alone, with `every` the states of all."""
         if not pooled:
             return super().forward(input_ids, attention_mask, *args, **kwargs)
-        x = self.embeddings(input_ids=input_ids)
+        x = self.embeddings(input_ids=input_ids)  # (B, T, C)
         real = None if attention_mask is None else attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
         mask, distances = self.block_inputs(x, real)
         for layer in self.encoder.layer:
             x = layer(x, mask, pooled=True, every=every, distances=distances)
         return BaseModelOutput(last_hidden_state=x)
+
+    def block_inputs(self, x: Tensor, real: Tensor | None) -> tuple[Tensor | None, Distances | None]:
+        """Returns the inputs of all blocks next to the states: a mask of the scores or what is added to them, and distances.
+
+        Args:
+            x: (B, T, C).
+            real: (B, 1, 1, T), whether a token is no pad; None: all are.
+        """
+        raise NotImplementedError
 
 
 class MPNetEncoder(FusedEncoder):
@@ -108,16 +117,22 @@ class DistanceScores:
 
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         """Returns unscaled scores of the first Q readers, (B, heads, Q, size), (B, heads, T, size) -> (B, heads, Q, T)."""
-        index, found = self.index[:q.shape[2]], []
-        by_head = lambda rows: rows.view(len(rows), q.shape[1], -1).permute(1, 2, 0)  # noqa: E731 (heads, size, R)
+        index, heads, found = self.index[:q.shape[2]], q.shape[1], []
+        # Each token is scored with all R distances, and `index` chooses those of its pairs.
         if self.keys is not None:
-            found.append(torch.take_along_dim(q @ by_head(self.keys), index[None, None], -1))
+            scores = q @ _by_head(self.keys, heads)  # (B, heads, Q, R)
+            found.append(torch.take_along_dim(scores, index[None, None], -1))
         if self.queries is not None:
-            found.append(torch.take_along_dim(k @ by_head(self.queries), index.t()[None, None], -1).transpose(2, 3))
+            scores = k @ _by_head(self.queries, heads)  # (B, heads, T, R)
+            found.append(torch.take_along_dim(scores, index.t()[None, None], -1).transpose(2, 3))
         return sum(found)
 
 
+def _by_head(rows: Tensor, heads: int) -> Tensor:  # (R, channels) -> (heads, size, R)
+    return rows.view(len(rows), heads, -1).permute(1, 2, 0)
+
+
 def net_head(net: nn.Module, states: Tensor) -> Tensor:
-    """Returns the logits that the head of such an encoder gives its states (B, 1 or T, C)."""
+    """Returns the logits (B, labels) that the head of such an encoder gives its states (B, 1 or T, C)."""
     pooler = getattr(net, "pooler", None)
     return net.classifier(states if pooler is None else net.dropout(pooler(states)))

@@ -63,7 +63,6 @@ class TableOptions:
     truncate: str = option("tail", "part of a text longer than --max-length that is cut", ("head", "tail", "middle"))
     delimiter: str | None = option(None, "character between cells; a comma and a tab if not given", metavar="CHARACTER")
     encoding: str = option("utf-8", "encoding of a table, such as cp1252; a byte order mark wins", metavar="NAME")
-
     agreement: str = option("dictionary", "words' numbers in --task edits", ("dictionary", "suffix"), before="suffix")
 
     @property

@@ -301,6 +301,9 @@ def read_run(folder: Path, mode: str | None = None) -> tuple[dict, dict]:
         raise UserError(f"{folder / 'config.json'}: not written by a run ({', '.join(faults)})")
     if mode and summary["mode"] != mode:
         raise UserError(f"{folder}: a {summary['mode']} run; {make}")
+    # Runs named the dictionary of their edits among the versions before they recorded the rules as options.
+    if "lemminflect" in config.get("versions", {}):
+        config["options"] = {"agreement": "dictionary", "transfer_version": 2, **config["options"]}
     return config, summary
 
 

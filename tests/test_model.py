@@ -179,6 +179,24 @@ def test_q_and_v_of_the_fused_projection_leave_k_exactly_as_it_was():
     assert [torch.equal(a, b) for a, b in zip(y.split(32, -1), plain.split(32, -1), strict=True)] == [False, True, False]
 
 
+def test_modernberts_fused_projection_has_the_values_last():
+    """Without queries or without keys attention is the mean of all values; without values it is nothing."""
+    layers = lora_layers(adapted("modernbert", targets=("v",)).net)
+    assert layers and all(layer.slices == [(60, 90)] for layer in layers.values())
+    net, (ids, mask), found = toy_net("modernbert"), toy_batch(), []
+    attention = net.base_model.layers[0].attn
+    attention.register_forward_hook(lambda module, args, output: found.append(output[0]))
+    weight = attention.Wqkv.weight.detach().clone()
+    with torch.no_grad():
+        for rows in (slice(0), slice(0, 30), slice(30, 60), slice(60, 90)):
+            attention.Wqkv.weight.copy_(weight)
+            attention.Wqkv.weight[rows] = 0
+            net(input_ids=ids, attention_mask=mask)
+    whole, without_q, without_k, without_v = (one[mask.bool()] for one in found)
+    torch.testing.assert_close(without_q, without_k)
+    assert not torch.allclose(whole, without_q, atol=1e-3) and not without_v.any() and without_q.any()
+
+
 def test_the_returned_names_are_the_adapted_modules_of_the_chosen_layers():
     for architecture in ARCHITECTURES:
         net = toy_net(architecture)

@@ -165,6 +165,19 @@ def test_a_run_of_before_an_option_is_repeated_as_it_was_then(work, tmp_path, ca
         assert one == other
 
 
+@pytest.mark.parametrize("dictionary, version", [(True, 2), (False, 1)])
+def test_a_run_without_rules_of_edits_has_those_of_its_time(work, tmp_path, dictionary, version):
+    shutil.copytree(work / "distil", tmp_path / "distil")
+    config = read_json(tmp_path / "distil" / "config.json")
+    del config["options"]["transfer_version"]
+    if not dictionary:
+        del config["versions"]["lemminflect"]
+    (tmp_path / "distil" / "config.json").write_text(json.dumps(config))
+    toy.reseal(tmp_path / "distil")
+    options = folder.read_run(tmp_path / "distil")[0]["options"]
+    assert rebuild(DistilOptions, options).transfer_version == version
+
+
 def test_only_a_finished_run_can_be_repeated(tmp_path, capsys):
     assert toy.main("repeat", tmp_path / "none") == 2
     assert "none: not a run's folder" in capsys.readouterr().err
