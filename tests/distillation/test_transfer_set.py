@@ -114,8 +114,11 @@ def test_what_a_teacher_says_is_the_same_whatever_the_number_of_threads(tmp_path
         monkeypatch.setattr(labels, "cores", lambda number=number: number)
         logits, states = labeller.targets(ids, match=True)
         found.append((logits, states.of(torch.arange(60))))
-    torch.testing.assert_close(*found, atol=2e-6, rtol=2e-6)
-    assert found[0][0].std(0).min() > 0.01
+    (logits, states), others = found
+    torch.testing.assert_close(others[0], logits, atol=2e-6, rtol=2e-6)
+    # Stored in float16: where another number of threads rounds a sum in another order, the last place may differ.
+    torch.testing.assert_close(others[1], states, atol=2e-6, rtol=2 ** -10)
+    assert logits.std(0).min() > 0.01 and states.std(0).min() > 0.01
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
