@@ -1,6 +1,6 @@
 # make run     install what is needed, then gen, LoRA and distil
 # make test    install what is needed, then the test suite, a process for each core
-# make test-slow  the tests marked slow: killed programs, several processes, Ray, exports of teachers
+# make test-slow  the tests marked slow: killed programs, several processes, damaged files, the Hub, Ray, exports of teachers
 # make fuzz    damaged files by the thousand: none may end in a traceback
 # make bench-gpu  every check and benchmark of a GPU, into benchmarks/results/
 # make report  tables, plots and the PDF of a run: make report SR=12345

@@ -8,8 +8,8 @@
     evaluation    logits and scores of every row, by a model of one embedding
     memory        the peak of a fresh process, above that of its start (libraries and tokenizer loaded)
 
-Each size runs in processes of its own. Rates and growth are of processor time, summed over all processes, because other
-programs on the machine change it little. The clock's seconds are printed too.
+Each size runs in processes of its own. Costs of a row and their growth are of processor time, summed over all processes,
+because other programs on the machine change it little. The clock's seconds are printed too.
 """
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def benchmark(args: argparse.Namespace, work: Path):
     own = in_process("tokenizer", folder, cache)
     report.measure("the tokenizer's own call", [own["rate"]], "rows/s")
     report.measure("the tokenizer's own call, per core", [own["rate processor"]], "rows/s of processor time")
-    targets(report, found, own["rate processor"])
+    targets(report, found, own)
     return report
 
 
@@ -181,11 +181,11 @@ def report_size(report, rows: int, first: dict, again: dict) -> None:
         report.measure(f"{name}: tokenising, per core", [rows / first["tokenise processor"]], "rows/s of processor time")
 
 
-def targets(report, found: dict[int, dict], own: float) -> None:
+def targets(report, found: dict[int, dict], own: dict[str, float]) -> None:
     """Adds the targets of the largest size, and its cost per row against that of a tenth of the rows.
 
     Args:
-        own: rows of the tokenizer's own call for each second of processor time.
+        own: rows of the tokenizer's own call for each second, of the clock and of processor time.
     """
     rows = max(found)
     last, name = found[rows], f"{rows:,} rows"
@@ -193,8 +193,11 @@ def targets(report, found: dict[int, dict], own: float) -> None:
     report.target(f"{name}: again", [prepared(last["again"])], 5, "s", at_most=True)
     report.target(f"{name}: again, processor", [prepared(last["again"], " processor")], 5, "s", at_most=True)
     if "tokenise" in last:
-        ratio = rows / last["tokenise processor"] / own
-        report.target(f"{name}: tokenising / the tokenizer's own call, per core", [ratio], 0.9)
+        # On all cores, because both sides use them all; a core that other programs hold is missing on both sides.
+        by_clock = rows / last["tokenise"] / own["rate"]
+        report.target(f"{name}: tokenising / the tokenizer's own call, by the clock", [by_clock], 0.9)
+        report.measure(f"{name}: tokenising / the tokenizer's own call, per core",
+                       [rows / last["tokenise processor"] / own["rate processor"]], "x")
     if (tenth := found.get(rows // 10)) and "tokenise" in tenth:
         for part, names in (("first start", ("read", "tokenise", "batch")), ("epoch", ("epoch",)),
                             ("evaluation", ("evaluation",))):

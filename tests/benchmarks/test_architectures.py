@@ -8,7 +8,7 @@ from transformers import BertForMaskedLM
 from benchmarks import architectures
 from benchmarks.architectures import TRIALS, attempt, config_of, write_checkpoint, write_cola, write_tokenizer
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
+pytestmark = [pytest.mark.slow] + [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in (
     "FutureWarning:transformers", "UserWarning:peft", "peft.utils.warning.PeftWarning", "UserWarning:model")]
 NOT_CACHED = "works, not cached: "
 

@@ -17,6 +17,7 @@ from experiments import evaluate
 from machine.errors import UserError
 from report import build, records
 
+pytestmark = pytest.mark.slow
 CASES = 20  # of each reader
 NAMES = ("predict: text", "predict: TSV", "predict: CSV", "predict: JSON Lines", "predict: Parquet",
          "CoLA's TSV", "CSV", "JSON Lines", "Parquet", "prompts", "minimal pairs", "published figures",

@@ -26,6 +26,7 @@ import data_utils
 from data.glue import GLUE, glue_scores
 from machine.errors import UserError
 
+pytestmark = pytest.mark.slow
 HERE = Path(data_utils.__file__).parent
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 GEN = ("gen", "12345", "--model", "gpt2", "--prompt", "The cat", "--max-new-tokens", "3", "--greedy")
@@ -443,7 +444,6 @@ sys.exit(run.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
 def test_the_paper_is_gpt2_on_cola_where_the_hub_is_in_reach(hub_folder, tmp_path):
     words = ("paper", "12345", "--profile", "full", "--seeds", "1", "--only", "grid", "--out", str(tmp_path / "paper"))
     program = warm.program(tmp_path, hub=True)

@@ -16,6 +16,7 @@ from serving import connections
 from serving.connections import ConnectionLimits, Server, most_connections
 from serving.guard import Guard, Limits
 
+pytestmark = pytest.mark.slow
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 SHORT = ConnectionLimits(connections=40, header_seconds=0.6, answer_seconds=0.6)
 

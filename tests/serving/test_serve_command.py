@@ -47,6 +47,7 @@ def served(*arguments, files: int | None = None):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_middle_loses_no_accepted_request(runs, expected):
     arguments = ("--adapter", f"cola={runs / 'root/lora'}", "--adapter", f"qv={runs / 'root/qv'}", "--student",
                  f"small={runs / 'distil'}", "--port", 0, "--quiet")
