@@ -16,6 +16,7 @@ The rows are short sentences: those of the built-in grammar for its own pair, Co
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import random
 import sys
@@ -84,6 +85,8 @@ def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) 
             for answer in predict_file.predict_file(predictor, file):
                 lines.write(predict_file.line_of(answer, True) + "\n")
 
+    # As in run.py, whose imports leave nothing for the garbage collector to search.
+    gc.freeze()
     # Libraries prepare themselves at their first call.
     next(predict_file.predict_file(predictor, file))
     sides = {"model": Side(alone, len(rows)), "predict": Side(answered, len(rows))}

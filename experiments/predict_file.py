@@ -25,8 +25,8 @@ from record.files import sha256
 if TYPE_CHECKING:
     import pyarrow
 
-WINDOW = 256  # rows read, batched by length and answered at a time
-PART_WINDOWS = 64  # windows in a part of a file of answers, which is computed again after a kill
+WINDOW = 512  # rows read, batched by length and answered at a time
+PART_WINDOWS = 32  # windows in a part of a file of answers, which is computed again after a kill
 EXAMPLES = 5  # unknown words that a warning names
 
 _encode_json = json.JSONEncoder(ensure_ascii=False).encode
