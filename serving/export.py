@@ -122,7 +122,7 @@ def write_folder(network: Network, tokenizer, reading: Reading, rows: Split, out
             write_json(folder / INT8_FILE, cost)
             for part in _parts(path):
                 part.unlink()
-        write_json(folder / LABELS_FILE, list(reading.classes))
+        write_json(folder / LABELS_FILE, list(reading.shown))
         write_file(folder / EXAMPLE_FILE, example(network.name, tokenizer, reading))
 
 

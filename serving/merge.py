@@ -99,11 +99,8 @@ def card(reading: Reading) -> str:
         f"The logits are divided by the temperature {reading.calibration.temperature:.6g}, in the weights of the head: "
         "softmax gives calibrated probabilities."]
     if rule.threshold is not None:
-        # With their names for readers, where they have others.
-        told = [f"`{label}`" + (f" ({reading.names[index]})" if reading.names else "")
-                for index, label in enumerate(reading.classes)]
-        one, other = told[rule.positive], told[1 - rule.positive]
-        lines += ["", f"Choose {one} where its probability is at least {rule.threshold:.6g}, else {other}; `pipeline` "
+        one, other = reading.shown[rule.positive], reading.shown[1 - rule.positive]
+        lines += ["", f"Choose `{one}` where its probability is at least {rule.threshold:.6g}, else `{other}`; `pipeline` "
                   "shows the likeliest class, as if the threshold were 0.5."]
     return "\n".join(lines) + "\n"
 
@@ -228,7 +225,7 @@ def config_of(config: PreTrainedConfig, reading: Reading, tokenizer) -> PreTrain
     """Returns the model's configuration with class names, problem type and the pad id."""
     config = copy.deepcopy(config)
     config.num_labels = len(reading.classes)
-    for name, value in label_maps(list(reading.classes)).items():
+    for name, value in label_maps(list(reading.shown)).items():
         setattr(config, name, value)
     config.pad_token_id = tokenizer.pad_token_id
     config.problem_type = reading.problem.problem_type

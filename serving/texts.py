@@ -45,6 +45,11 @@ class Reading:
                    options.get("truncate", "tail"), calibration, problem_of(config), options.get("model") == "tiny",
                    tuple(config.get("class_names", ())))
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Returns the classes as a shipped model tells them: their names for readers, where they have others."""
+        return self.names or self.classes
+
     def answer(self, logits: Tensor) -> dict:
         """Returns label, probability and probabilities of logits (classes,), and the label's name if it has another one.
 

@@ -48,7 +48,7 @@ def test_export_writes_the_weights_that_are_asked_for_and_says_so(distilled, tmp
     assert (in_onnxruntime(tmp_path / "out", SENTENCES) - expected).abs().max() < within
     assert "equal PyTorch's on 24 sentences" in printed and f"export: {tmp_path / 'out'}" in printed
     assert ("accuracy" in printed and "MCC" in printed and "24 verdicts" in printed) == ("--int8" in options)
-    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["unacceptable", "acceptable"]
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_export_writes_the_classifier_of_a_lora_run_and_says_so(work, tmp_path, 
     assert "equal PyTorch's on 24 sentences" in printed and f"export: {tmp_path / 'out'}" in printed
     assert "accuracy" in printed and "MCC" in printed and "24 verdicts" in printed
     assert json.loads((tmp_path / "out" / "int8.json").read_text())["sentences"] == 24
-    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["0", "1"]
+    assert json.loads((tmp_path / "out" / "labels.json").read_text()) == ["unacceptable", "acceptable"]
 
 
 def test_merge_writes_what_transformers_loads_with_the_same_logits(work, tmp_path, capsys):
