@@ -71,7 +71,8 @@ def classes(run: Run) -> str:
                      *(shown("n" if key == "n" else "mcc", own.number(key)) for key in keys)])
     names = {"n": "rows", "f1": "F1"}
     head = ["class", *(names.get(key, key) for key in keys)]
-    return tabular("l" + "r" * len(keys), " & ".join(head), rows, "longtable*" if len(rows) > 30 else "tabular")
+    # Up to four classes stand next to a figure. A longer table breaks over pages, so that it stays with its caption.
+    return tabular("l" + "r" * len(keys), " & ".join(head), rows, "longtable*" if len(rows) > 4 else "tabular")
 
 
 def epochs(run: Run) -> str:

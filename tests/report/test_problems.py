@@ -204,6 +204,13 @@ def test_stages_and_calibration_have_tables(tmp_path):
     assert "LoRA & 400 & 1.500 & 0.080 & 0.020 & 0.500 & 0.450 & -- " in tables.calibrations({"LoRA": Run(run)})
 
 
+@pytest.mark.parametrize("count, environment", [(4, "tabular"), (5, "longtable*")])
+def test_a_table_of_more_classes_than_fit_next_to_a_figure_breaks_over_pages(tmp_path, monkeypatch, count, environment):
+    """As one block it would leave its caption on the page before."""
+    monkeypatch.setitem(CLASSES, "four", [f"class {number}" for number in range(count)])
+    assert tables.classes(Run(task_runs(tmp_path, "four")[0])).startswith(f"\\begin{{{environment}}}")
+
+
 def test_the_cover_has_the_date_of_the_build_or_the_one_that_is_given(monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", str(86_400 * 365))
     assert build.cover(SR, "A & B") == {"sr": SR, "date": "1 January 1971", "author": r"A \& B"}
