@@ -4,7 +4,7 @@
 
     first start   reads a CSV of three classes, tokenises it (15 tokens a row) and makes its batches, with an empty cache
     again         the same in a new process, with the cache of the first
-    epoch         makes every batch once, in the order of an epoch, without a model; the median of three
+    epoch         makes every batch once, in the order of an epoch, without a model; the median of three or more
     evaluation    logits and scores of every row, by a model of one embedding
     memory        the peak of a fresh process, above that of its start (libraries and tokenizer loaded)
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 TOKENS, CLASSES, BATCH_SIZE, MODEL = 15, ("negative", "neutral", "positive"), 32, "smollm2"
 OWN_RATE_ROWS = 100_000  # of the measurement of the tokenizer alone
+EPOCH_ROWS, MOST_EPOCHS = 3_000_000, 30  # rows that all epochs of a size read together, where that takes no more epochs
 GIB = 2 ** 30
 
 
@@ -77,12 +78,12 @@ def measure_rows(folder: Path) -> dict[str, float]:
     batches = data_utils.make_batches(task.train, tokenizer, 128, BATCH_SIZE, seed=1, shared_prefixes=True)
     lap("batch")
     prepared = peak_memory() - start
+    # As many rows of each size, because an epoch of few takes less time than the machine's own ups and downs last.
     epochs = []
-    for epoch in (1, 2, 3):
+    for epoch in range(1, min(MOST_EPOCHS, max(3, EPOCH_ROWS // len(task.train))) + 1):
         rows = sum(len(batches[number].rows) for number in data_utils.epoch_order(len(batches), 1, epoch))
         lap("epoch")
         epochs.append((found["epoch"], found["epoch processor"]))
-    # One epoch of a small table takes less time than a look at the clock can tell.
     found["epoch"], found["epoch processor"] = map(statistics.median, zip(*epochs, strict=True))
     scores, _ = train_utils.validate(Model(len(tokenizer)), {"rows": batches}, SINGLE_LABEL)
     lap("evaluation")
