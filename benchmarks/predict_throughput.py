@@ -85,7 +85,7 @@ def measure(report: Report, folder: Path, args: argparse.Namespace, work: Path) 
             for answer in predict_file.predict_file(predictor, file):
                 lines.write(predict_file.line_of(answer, True) + "\n")
 
-    # As in run.py, whose imports leave nothing for the garbage collector to search.
+    # run.py hides its libraries from the garbage collector, which would search them again and again; so does this program.
     gc.freeze()
     # Libraries prepare themselves at their first call.
     next(predict_file.predict_file(predictor, file))

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 TOKENS, CLASSES, BATCH_SIZE, MODEL = 15, ("negative", "neutral", "positive"), 32, "smollm2"
 OWN_RATE_ROWS = 100_000  # of the measurement of the tokenizer alone
-EPOCH_ROWS, MOST_EPOCHS = 3_000_000, 30  # rows that all epochs of a size read together, where that takes no more epochs
+EPOCH_ROWS, MOST_EPOCHS = 3_000_000, 30  # rows that the epochs of one size read together, and a limit of epochs
 GIB = 2 ** 30
 
 
@@ -78,7 +78,7 @@ def measure_rows(folder: Path) -> dict[str, float]:
     batches = data_utils.make_batches(task.train, tokenizer, 128, BATCH_SIZE, seed=1, shared_prefixes=True)
     lap("batch")
     prepared = peak_memory() - start
-    # As many rows of each size, because an epoch of few takes less time than the machine's own ups and downs last.
+    # A small table takes more epochs, because a short measurement shows the machine's noise.
     epochs = []
     for epoch in range(1, min(MOST_EPOCHS, max(3, EPOCH_ROWS // len(task.train))) + 1):
         rows = sum(len(batches[number].rows) for number in data_utils.epoch_order(len(batches), 1, epoch))

@@ -75,10 +75,11 @@ def test_merge_writes_what_transformers_loads_with_the_same_logits(work, tmp_pat
     with torch.inference_mode():
         expected = torch.cat([classifier(ids, torch.ones_like(ids)) for ids in (
             torch.tensor([tokenizer(text)["input_ids"]]) for text in SENTENCES)])
-        logits = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        read = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+        logits = read(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert read.config.id2label == {0: "unacceptable", 1: "acceptable"}
 
 
 @pytest.mark.parametrize("mode", ["export", "merge"])
